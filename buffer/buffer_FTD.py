@@ -1,0 +1,23 @@
+"""Trains expert networks on real data with GSAM and saves the trajectories of their parameters.
+
+    python buffer/buffer_FTD.py --dataset=CIFAR10 --model=ConvNet --train_epochs=100 --num_experts=100 --zca
+        --buffer_path=buffer_storage --data_path=dataset --rho_max=0.01 --rho_min=0.01 --alpha=0.3
+        --lr_teacher=0.01 --mom=0. --batch_train=256
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from buffer.experts import train_buffer
+from utils.config import BufferConfig, parse
+from utils.run import entry
+
+
+def main() -> None:
+    train_buffer(parse(BufferConfig, __doc__))
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,104 @@
+"""Train experts and keep the whole trajectory of their parameters (MTT, section 3.1; FTD, section 3.3)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from buffer.gsam import gsam_gradient
+from buffer.trajectories import Expert, as_expert, buffer_folder, count_experts, next_file
+from utils import augment
+from utils.config import BufferConfig
+from utils.datasets import Dataset, load_configured
+from utils.errors import UserError
+from utils.files import save
+from utils.metrics import accuracy, count_correct
+from utils.networks import network_for
+from utils.parameters import FlatModel
+from utils.run import Progress, describe, generator, seeded, select_device, shown
+
+
+class Epoch(NamedTuple):
+    """What one epoch of an expert reached; accuracies in [0, 1]."""
+
+    epoch: int
+    loss: float
+    train_accuracy: float
+    test_accuracy: float
+
+
+def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: torch.device,
+                 report: Callable[[Epoch], None] = lambda epoch: None) -> tuple[FlatModel, Tensor]:
+    """Trains the expert of that number; the same seed and number give the same expert.
+
+    Args:
+        dataset: on `device`.
+        report: called after every epoch.
+
+    Returns:
+        The network, and the snapshots [train_epochs + 1, P] on the CPU, the first at initialisation.
+    """
+    with seeded(config.seed, "expert", number):
+        network = network_for(config.model, dataset)
+    model = FlatModel(network.to(device))
+    groups = augment.parse_strategy(config.dsa_strategy) if config.dsa else ()
+
+    theta = model.flatten()
+    optimiser = torch.optim.SGD([theta], config.lr_teacher, momentum=config.mom, weight_decay=config.l2)
+    snapshots = torch.empty(config.train_epochs + 1, model.num_parameters)
+    snapshots[0] = theta
+    for epoch in range(config.train_epochs):
+        random = generator(config.seed, "expert", number, "epoch", epoch)
+        network.train()
+        total_loss = torch.zeros((), device=device)
+        correct = torch.zeros((), dtype=torch.long, device=device)
+        order = torch.randperm(len(dataset.train_labels), generator=random).to(device)
+        for batch in order.split(config.batch_train):
+            draw = augment.draw(groups, len(batch), dataset.image_size, random)
+            x = augment.apply(dataset.train_images[batch], draw and draw.to(device))
+            y = dataset.train_labels[batch]
+            loss, logits, theta.grad = gsam_gradient(model, theta, x, y, config.rho_max, config.alpha, config.adaptive)
+            optimiser.step()
+            total_loss += loss * len(batch)
+            correct += count_correct(logits, y)
+
+        snapshots[epoch + 1] = theta
+        network.eval()
+        tested = accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
+        report(Epoch(epoch + 1, float(total_loss) / len(order), float(correct) / len(order), tested))
+    return model, snapshots
+
+
+def train_buffer(config: BufferConfig) -> None:
+    """The whole of `buffer/buffer_FTD.py`: trains `num_experts` experts and writes them, `save_interval` to a file.
+
+    Raises:
+        UserError: whatever in the config or the data does not fit together.
+    """
+    if config.rho_max != config.rho_min:
+        raise UserError(f"--rho_max {config.rho_max:g} --rho_min {config.rho_min:g}: rho follows the learning rate, "
+                        "which is constant here; give both the same value")
+    device = select_device(config.device)
+    augment.parse_strategy(config.dsa_strategy)
+    dataset = load_configured(config, device)
+    folder = buffer_folder(config)
+    first = count_experts(folder)  # a second run goes on counting, so that it trains other experts
+    print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
+          f"({len(dataset.train_labels)} images) · {describe(device)} · {shown(folder)}")
+
+    waiting: list[Expert] = []
+    for number in range(first, first + config.num_experts):
+        with Progress(config.train_epochs, f"expert {number}") as bar:
+            def report(epoch: Epoch, bar: Progress = bar) -> None:
+                bar.set_postfix_str(f"loss {epoch.loss:.3f}, train {100 * epoch.train_accuracy:.1f} %, "
+                                    f"test {100 * epoch.test_accuracy:.1f} %", refresh=False)
+                bar.update()
+            model, snapshots = train_expert(config, dataset, number, device, report)
+        waiting.append(as_expert(model, snapshots))
+        if len(waiting) == config.save_interval or number == first + config.num_experts - 1:
+            path = next_file(folder)
+            save(waiting, path)
+            print(f"{len(waiting)} experts in {shown(path)}")
+            waiting = []

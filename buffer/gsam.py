@@ -1,0 +1,73 @@
+"""Surrogate gap guided sharpness-aware minimisation (Zhuang et al., ICLR 2022), as FTD trains its experts.
+
+All vectors are flat, [P], so that every norm and product runs over all parameters together.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from utils.losses import cross_entropy
+from utils.parameters import FlatModel
+
+EPSILON = 1e-12
+
+
+def ascent(theta: Tensor, gradient: Tensor, rho: float, adaptive: bool) -> Tensor:
+    """e: the step of length ρ from θ to the worst point nearby (SAM, eq. 2; adaptive: ASAM, eq. 5)."""
+    if adaptive:
+        return rho * theta.square() * gradient / ((theta.abs() * gradient).norm() + EPSILON)
+    return rho * gradient / (gradient.norm() + EPSILON)
+
+
+def surrogate_gap(gradient: Tensor, perturbed: Tensor, alpha: float) -> Tensor:
+    """∇L at θ + e, less α times the part of ∇L at θ that is orthogonal to it (GSAM, alg. 1)."""
+    norm, norm_perturbed = gradient.norm(), perturbed.norm()
+    cosine = torch.dot(gradient, perturbed) / (norm_perturbed * norm + EPSILON)
+    orthogonal = gradient - cosine * norm * perturbed / (norm_perturbed + EPSILON)
+    return perturbed - alpha * orthogonal
+
+
+def gsam_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, rho: float, alpha: float,
+                  adaptive: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The descent direction of one GSAM step on one (already augmented) batch.
+
+    With rho 0 it is the plain gradient and the second pass is left out.
+
+    Args:
+        theta: θ [P].
+        x, y: images [B, C, H, W] and classes [B].
+
+    Returns:
+        (loss at θ, logits at θ [B, K], direction [P]), all detached.
+    """
+    loss, logits, gradient = _value_and_gradient(model, theta, x, y)
+    if rho == 0:
+        return loss, logits, gradient
+    with frozen_batch_norm_statistics(model.network):
+        _, _, perturbed = _value_and_gradient(model, theta + ascent(theta, gradient, rho, adaptive), x, y)
+    return loss, logits, surrogate_gap(gradient, perturbed, alpha)
+
+
+def _value_and_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    theta = theta.detach().requires_grad_()
+    logits = model(theta, x)
+    loss = cross_entropy(logits, y)
+    (gradient,) = torch.autograd.grad(loss, theta)
+    return loss.detach(), logits.detach(), gradient
+
+
+@contextlib.contextmanager
+def frozen_batch_norm_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norm normalises by the batch as ever, but leaves its running statistics alone."""
+    layers = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum

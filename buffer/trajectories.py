@@ -1,0 +1,129 @@
+"""Expert files `replay_buffer_{n}.pt`: written in the published form, read memory-mapped.
+
+A file is a list of experts; an expert is a list of snapshots; a snapshot is a list of CPU tensors in
+`parameters()` order.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils import files
+from utils.config import BaselineConfig, BufferConfig, DistillConfig
+from utils.errors import UserError
+from utils.parameters import FlatModel, flatten
+
+Expert = list[list[Tensor]]
+
+_NAME = re.compile(r"replay_buffer_(\d+)\.pt")
+
+
+def buffer_folder(config: BufferConfig | DistillConfig | BaselineConfig) -> Path:
+    """The published folder of a network's experts on a dataset, below `buffer_path`."""
+    dataset = Path(config.buffer_path) / config.dataset
+    if config.dataset == "ImageNet":
+        dataset = dataset / config.subset / str(config.res or 128)
+    elif config.dataset in ("CIFAR10", "CIFAR100") and not config.zca:
+        dataset = dataset.with_name(f"{dataset.name}_NO_ZCA")
+    return dataset / config.model
+
+
+def expert_files(folder: Path) -> list[Path]:
+    """The expert files of a folder in the order of their numbers."""
+    found = {path: match for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))}
+    return sorted(found, key=lambda path: int(found[path][1]))
+
+
+def next_file(folder: Path) -> Path:
+    """The first free number, as the published code counts: no file is ever overwritten."""
+    number = 0
+    while (folder / f"replay_buffer_{number}.pt").exists():
+        number += 1
+    return folder / f"replay_buffer_{number}.pt"
+
+
+def count_experts(folder: Path) -> int:
+    """How many experts the files of a folder hold."""
+    return sum(len(files.load(path, what="expert file", mmap=True)) for path in expert_files(folder))
+
+
+def as_expert(model: FlatModel, snapshots: Tensor) -> Expert:
+    """Snapshots [E+1, P] → the published nested lists, as views.
+
+    Saved as views of one storage, an expert is one record of its file instead of (E+1)·(number of tensors),
+    which makes a file open many times faster; it is the same lists of tensors to whoever loads it.
+    """
+    return [model.unflatten(theta) for theta in snapshots]
+
+
+class Buffer:
+    """The experts of a folder, read without loading whole files.
+
+    Args:
+        folder: holds `replay_buffer_{n}.pt` files.
+        model: the network whose experts they must be.
+        max_files, max_experts: use at most so many files, and experts of each.
+
+    Raises:
+        UserError: no file, an unreadable one, an empty one, or one of another network.
+    """
+
+    def __init__(self, folder: Path, model: FlatModel, max_files: int | None = None, max_experts: int | None = None):
+        paths = expert_files(folder)
+        if not paths:
+            raise UserError(f"no replay_buffer_*.pt in {folder}; train experts with buffer/buffer_FTD.py "
+                            "(same --dataset, --model, --zca and --buffer_path), or give --buffer_path")
+        self.folder = folder
+        self.model = model
+        self._files: list[list[Expert]] = []
+        for path in paths[:max_files]:
+            experts = files.load(path, what="expert file", mmap=True)
+            _check(path, experts, model)
+            self._files.append(experts[:max_experts])
+
+    def __len__(self) -> int:
+        """The number of experts."""
+        return sum(self.experts_per_file)
+
+    @property
+    def experts_per_file(self) -> list[int]:
+        return [len(experts) for experts in self._files]
+
+    @property
+    def epochs(self) -> int:
+        """The last epoch that every expert has a snapshot of; epoch 0 is the initialisation."""
+        return min(len(expert) for experts in self._files for expert in experts) - 1
+
+    def snapshot(self, number: int, epoch: int) -> Tensor:
+        """θ [P], a copy: expert `number` (counted through the files in order) after `epoch` epochs (−1: the last)."""
+        for experts in self._files:
+            if number < len(experts):
+                return flatten(experts[number][epoch])
+            number -= len(experts)
+        raise AssertionError("expert number out of range")
+
+    def walk_order(self, random: torch.Generator) -> list[int]:
+        """Every expert once: the files in random order, the experts within each in random order."""
+        sizes = self.experts_per_file
+        firsts = [sum(sizes[:index]) for index in range(len(sizes))]
+        return [firsts[file] + expert
+                for file in torch.randperm(len(sizes), generator=random).tolist()
+                for expert in torch.randperm(sizes[file], generator=random).tolist()]
+
+
+def _check(path: Path, experts: object, model: FlatModel) -> None:
+    if not isinstance(experts, list) or not experts:
+        raise UserError(f"expert file {path} is not a list of experts, or is empty; train the experts again")
+    for number, expert in enumerate(experts):
+        if not isinstance(expert, list) or not expert or not all(isinstance(snapshot, list) for snapshot in expert):
+            raise UserError(f"expert {number} of {path} is not a list of snapshots; train the experts again")
+        # Shapes are known without touching the bytes, so looking at every snapshot costs nothing.
+        for snapshot in expert:
+            if [getattr(tensor, "shape", None) for tensor in snapshot] != model.shapes:
+                shapes = [tuple(getattr(tensor, "shape", ())) for tensor in snapshot]
+                raise UserError(f"{path} holds experts of another network: {len(shapes)} tensors, first {shapes[:1]}, "
+                                f"last {shapes[-1:]}; this one has {len(model.shapes)}, first "
+                                f"{[tuple(model.shapes[0])]}, last {[tuple(model.shapes[-1])]}; give the --model, "
+                                "--dataset and --buffer_path that trained them")

@@ -1,0 +1,21 @@
+"""Distils a dataset by matching the training trajectories of experts (DATM, ICLR 2024).
+
+    python distill/DATM.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml [--key value …]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.loop import distill
+from utils.config import DistillConfig, parse
+from utils.run import entry
+
+
+def main() -> None:
+    distill(parse(DistillConfig, __doc__, yaml_file=True))
+
+
+if __name__ == "__main__":
+    entry(main)

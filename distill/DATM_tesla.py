@@ -1,0 +1,21 @@
+"""DATM with the TESLA gradient: `DATM.py` with `matching: tesla`.
+
+    python distill/DATM_tesla.py --cfg configs/CIFAR-10/ConvIN/IPC1000.yaml [--key value …]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.loop import distill
+from utils.config import TeslaConfig, parse
+from utils.run import entry
+
+
+def main() -> None:
+    distill(parse(TeslaConfig, __doc__, yaml_file=True))
+
+
+if __name__ == "__main__":
+    entry(main)

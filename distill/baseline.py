@@ -1,0 +1,23 @@
+"""What real images reach under the same training: random ones, ipc per class, or the whole training set.
+
+    python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc 1
+    python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc 1 --label_source experts
+    python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc None --epoch_eval_train 20
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.real import evaluate_real
+from utils.config import BaselineConfig, parse
+from utils.run import entry
+
+
+def main() -> None:
+    evaluate_real(parse(BaselineConfig, __doc__))
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,169 @@
+"""Which real images a distillation starts from, and which soft labels they get (DATM, section 3.3).
+
+"Experts" below are final snapshots θ, taken from a buffer; networks judge without augmentation.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from buffer.trajectories import Buffer
+from distill.distilled_set import DistilledSet
+from utils.config import DistillConfig
+from utils.datasets import Dataset
+from utils.errors import UserError
+from utils.networks import network_for
+from utils.parameters import FlatModel
+from utils.run import generator
+
+WALK = 256  # images of a class that are judged at a time
+
+
+def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:
+    """The set that a distillation starts from, on the dataset's device, and notes on what had to be mended.
+
+    Images of class c occupy rows c·ipc … (c+1)·ipc − 1.
+
+    Raises:
+        UserError: ipc larger than a class; experts without the snapshot `Label_Model_Timestamp`.
+    """
+    device = dataset.train_images.device
+    random = generator(config.seed, "initialize")
+    if config.Initialize_Label_With_Another_Model:
+        buffer = Buffer(Path(config.Initialize_Label_Model_Dir),
+                        FlatModel(network_for(config.Initialize_Label_Model, dataset).to(device)))
+    model, timestamp = buffer.model, config.Label_Model_Timestamp
+    if not -1 <= timestamp <= buffer.epochs:
+        raise UserError(f"--Label_Model_Timestamp {timestamp}: the experts in {buffer.folder} have snapshots 0 … "
+                        f"{buffer.epochs}, and -1 for the last")
+
+    def experts() -> Iterator[Tensor]:
+        return (buffer.snapshot(number, timestamp).to(device) for number in range(len(buffer)))
+
+    notes = []
+    classes = torch.arange(dataset.num_classes, device=device).repeat_interleave(config.ipc)
+    if config.pix_init == "noise":
+        shape = (len(classes), dataset.channels, *dataset.image_size)
+        images = torch.randn(shape, generator=random).to(device)
+        labels = class_labels(model, next(experts()), dataset, config.ipc, random)
+    elif config.pix_init == "real":
+        images = dataset.train_images[random_real(dataset, config.ipc, random).to(device)]
+        labels = _logits(model, next(experts()), images)
+    else:
+        chosen, notes = predicted_correctly(model, experts, dataset, config.ipc, random)
+        images = dataset.train_images[chosen.to(device)]
+        labels, unknown = expert_labels(model, experts(), images, classes)
+        if unknown:
+            notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
+    return DistilledSet(images, labels, torch.tensor(config.lr_teacher, device=device)), notes
+
+
+def random_real(dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
+    """Indices [K·ipc] of `ipc` random training images of each class, classes in order.
+
+    Raises:
+        UserError: a class has fewer images.
+    """
+    _check_ipc(dataset, ipc)
+    return torch.cat([_shuffled(dataset, label, random)[:ipc] for label in range(dataset.num_classes)])
+
+
+def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]], dataset: Dataset, ipc: int,
+                        random: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Indices [K·ipc] of training images that an expert predicts correctly, classes in order.
+
+    Per class, a random permutation is walked until `ipc` images are found; when the class is exhausted, the next
+    expert judges what is left. Where all experts together do not find enough, the images with the highest
+    true-class logit of the first expert fill the rest.
+
+    Args:
+        experts: makes an iterator over θ [P], on the dataset's device.
+
+    Returns:
+        The indices, and a line for every class that had to be filled.
+
+    Raises:
+        UserError: a class has fewer than `ipc` images.
+    """
+    _check_ipc(dataset, ipc)
+    chosen, notes = [], []
+    for label in range(dataset.num_classes):
+        found: list[int] = []
+        left = _shuffled(dataset, label, random)
+        for theta in experts():
+            wrong = []
+            for indices in left.split(WALK):
+                right = _logits(model, theta, dataset.train_images[indices]).argmax(dim=1).cpu() == label
+                found += indices[right].tolist()
+                wrong.append(indices[~right])
+                if len(found) >= ipc:
+                    break
+            if len(found) >= ipc:
+                break
+            left = torch.cat(wrong)
+        if len(found) < ipc:
+            missing = ipc - len(found)
+            theta = next(iter(experts()))
+            confidence = torch.cat([_logits(model, theta, dataset.train_images[indices])[:, label].cpu()
+                                    for indices in left.split(WALK)])
+            notes.append(f"class {dataset.classes[label]}: only {len(found)} of {ipc} images that an expert predicts "
+                         f"correctly; the {missing} with the highest logit of the class fill the rest")
+            found += left[confidence.topk(missing).indices].tolist()
+        chosen += found[:ipc]
+    return torch.tensor(chosen), notes
+
+
+def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, classes: Tensor) -> tuple[Tensor, int]:
+    """Soft labels: for each image the mean logits of the experts that predict it correctly.
+
+    An image that no expert gets right has the mean over all of them.
+
+    Args:
+        experts: θ [P] each.
+        images: [N, C, H, W].
+        classes: the true classes [N].
+
+    Returns:
+        Label logits [N, K], and how many images no expert got right.
+    """
+    total = total_right = count = count_right = 0
+    for theta in experts:
+        logits = torch.cat([_logits(model, theta, x) for x in images.split(WALK)])
+        right = (logits.argmax(dim=1) == classes)[:, None].to(logits.dtype)
+        total, total_right = total + logits, total_right + right * logits
+        count, count_right = count + 1, count_right + right
+    by_all = total / count
+    labels = torch.where(count_right > 0, total_right / count_right.clamp(min=1), by_all)
+    return labels, int((count_right == 0).sum())
+
+
+def class_labels(model: FlatModel, theta: Tensor, dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
+    """Labels [K·ipc, K] for images that show nothing yet: an expert's mean logits over images of each class."""
+    prototypes = [
+        _logits(model, theta, dataset.train_images[_shuffled(dataset, label, random)[:WALK]]).mean(dim=0)
+        for label in range(dataset.num_classes)]
+    return torch.stack(prototypes).repeat_interleave(ipc, dim=0)
+
+
+@torch.no_grad()
+def _logits(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
+    training = model.network.training
+    model.network.eval()
+    logits = model(theta, x)
+    model.network.train(training)
+    return logits
+
+
+def _shuffled(dataset: Dataset, label: int, random: torch.Generator) -> Tensor:
+    indices = dataset.class_indices(label).cpu()
+    return indices[torch.randperm(len(indices), generator=random)]
+
+
+def _check_ipc(dataset: Dataset, ipc: int) -> None:
+    sizes = [len(dataset.class_indices(label)) for label in range(dataset.num_classes)]
+    smallest = min(range(dataset.num_classes), key=sizes.__getitem__)
+    if ipc > sizes[smallest]:
+        raise UserError(f"--ipc {ipc}: class {dataset.classes[smallest]!r} of {dataset.name} has only "
+                        f"{sizes[smallest]} training images; give at most that many")

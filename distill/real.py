@@ -1,0 +1,39 @@
+"""Real images in the place of a distilled set: what distillation has to beat."""
+
+import torch
+
+from buffer.trajectories import Buffer, buffer_folder
+from distill.distilled_set import DistilledSet
+from distill.evaluate import evaluate_and_report
+from distill.initialize import expert_labels, random_real
+from utils.config import BaselineConfig
+from utils.datasets import load_configured
+from utils.errors import UserError
+from utils.networks import network_for
+from utils.parameters import FlatModel
+from utils.run import generator, select_device
+
+
+def evaluate_real(config: BaselineConfig) -> None:
+    """The whole of `distill/baseline.py`: real images in, accuracies printed and written as JSON.
+
+    Raises:
+        UserError: options that do not fit the dataset or the experts.
+    """
+    device = select_device(config.device)
+    dataset = load_configured(config, device)
+    images, labels, what = dataset.train_images, dataset.train_labels, "the whole training set"
+    if config.ipc is not None:
+        chosen = random_real(dataset, config.ipc, generator(config.seed, "baseline")).to(device)
+        images, labels, what = images[chosen], labels[chosen], f"{config.ipc} random real images a class"
+    if config.label_source == "experts":
+        if config.ipc is None:
+            raise UserError("--label_source experts --ipc None: expert labels are for random images; give --ipc a "
+                            "number")
+        model = FlatModel(network_for(config.model, dataset).to(device))
+        buffer = Buffer(buffer_folder(config), model)
+        thetas = (buffer.snapshot(number, -1).to(device) for number in range(len(buffer)))
+        labels, _ = expert_labels(model, thetas, images, labels)
+        what += " with expert labels"
+    lr = torch.tensor(config.lr_teacher, device=device)
+    evaluate_and_report(config, dataset, DistilledSet(images, labels, lr), what)

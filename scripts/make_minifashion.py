@@ -1,0 +1,46 @@
+"""Rebuilds utils/minifashion/minifashion.bz2, bit for bit, from the four original files of Fashion-MNIST.
+
+    python scripts/make_minifashion.py [--source DIR] [--out FILE]
+
+The file holds the first 600 training and the first 100 test images of each class. bzip2 keeps no time stamp and its
+one implementation has not changed for decades, so that the bytes are the same everywhere.
+"""
+
+import argparse
+import bz2
+import hashlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.datasets import MINIFASHION, MINIFASHION_SHA256, fashion_mnist_folders, pack_minifashion, read_idx_folder
+from utils.errors import UserError
+from utils.files import REPOSITORY, atomic_write
+
+
+def main() -> None:
+    folders = fashion_mnist_folders(REPOSITORY / "dataset")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, help="folder of the four idx files, gzipped or not (default: the first "
+                        f"of {', '.join(map(str, folders))} that is there)")
+    parser.add_argument("--out", type=Path, default=MINIFASHION, help="file to write (default: %(default)s)")
+    args = parser.parse_args()
+
+    source = args.source or next((folder for folder in folders if folder.is_dir()), folders[-1])
+    content = pack_minifashion(*read_idx_folder(source))
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != MINIFASHION_SHA256:
+        raise UserError(f"the files in {source} are not the original Fashion-MNIST (SHA-256 of the selection is "
+                        f"{digest}, expected {MINIFASHION_SHA256}); fetch the four files again")
+    with atomic_write(args.out) as aside:
+        aside.write_bytes(bz2.compress(content, 9))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

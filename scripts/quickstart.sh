@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Distils MiniFashion, real images of this repository, to one image a class and shows what that is worth:
+#     bash scripts/quickstart.sh
+# Every command it runs is printed as you would type it. What exists already is used again; delete quickstart/ to
+# start over.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/venv.sh
+
+out=quickstart
+set_folder=$out/logged_files/MiniFashion/1/ConvNetW32/quickstart
+data="--dataset=MiniFashion --model=ConvNetW32 --zca"
+test_it="$data --num_eval=5 --epoch_eval_train=300"
+mkdir -p "$out"
+
+step() {  # step RESULT COMMAND…: runs the command unless its result is there
+    local result=$1
+    shift
+    if [ -e "$result" ]; then
+        printf '\n# %s is there already\n' "$result"
+    else
+        printf '\n$ %s\n' "$*"
+        "$@"
+    fi
+}
+
+step $out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt \
+    python buffer/buffer_FTD.py $data --num_experts=4 --train_epochs=8 --batch_train=64 \
+    --rho_max=0.01 --rho_min=0.01 --alpha=0.3 --lr_teacher=0.01 --buffer_path=$out/buffers
+step $set_folder/result.json \
+    python distill/DATM.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml \
+    --buffer_path=$out/buffers --log_path=$out/logged_files --run_name=quickstart
+step $out/random.json \
+    python distill/baseline.py $test_it --ipc=1 --json=$out/random.json
+step $out/random_expert_labels.json \
+    python distill/baseline.py $test_it --ipc=1 --label_source=experts --buffer_path=$out/buffers \
+    --json=$out/random_expert_labels.json
+step $out/distilled.json \
+    python distill/evaluation.py $test_it --data_dir=$set_folder/Normal/images_best.pt \
+    --label_dir=$set_folder/Normal/labels_best.pt --lr_dir=$set_folder/Normal/lr_best.pt --json=$out/distilled.json
+step $out/whole.json \
+    python distill/baseline.py $data --num_eval=3 --epoch_eval_train=12 --batch_train=64 --ipc=None --json=$out/whole.json
+
+echo
+python scripts/summary.py $out/random.json $out/random_expert_labels.json $out/distilled.json $out/whole.json
+echo
+echo "the run:              $set_folder/result.json, metrics.jsonl, config.yaml"
+echo "the distilled set:    $set_folder/Normal/images_best.pt, labels_best.pt, lr_best.pt"
+echo "beside real images:   $set_folder/images.png"
+echo "curves:               $set_folder/curves.png"
+echo "experts:              $out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Style and tests, in the repository's own environment:  bash scripts/test.sh [arguments of pytest]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/venv.sh
+ruff check .
+python -m pytest "$@"

@@ -1,0 +1,604 @@
+"""Every dataset is read from a small copy of its published layout; every wrong layout is one clear line."""
+
+import bz2
+import gzip
+import hashlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import datasets
+from utils.datasets import DATASETS, Split, load_dataset
+from utils.errors import UserError
+from utils.files import REPOSITORY
+
+ORIGINALS = datasets.DEBIAN_FASHION_MNIST
+needs_originals = pytest.mark.skipif(not (ORIGINALS / "train-images-idx3-ubyte.gz").is_file(),
+                                     reason=f"no original Fashion-MNIST in {ORIGINALS} (Debian: dataset-fashion-mnist)")
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path_factory, monkeypatch):
+    """No network, an own cache folder, and no Fashion-MNIST but the test's own."""
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network in tests")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setenv("DATM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path_factory.mktemp("debian") / "nothing")
+
+
+def refused(match, name, path, **kwargs):
+    """Loading is refused with one line that matches."""
+    with pytest.raises(UserError, match=match) as caught:
+        load_dataset(name, path, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def random_bytes(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_image(path, pixels):
+    """[H, W, 3] uint8 (or [H, W]: grey) → an image file; PNG bytes whatever the name says, so that nothing is lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, format="PNG")
+
+
+# --- MiniFashion ---
+
+
+def test_minifashion_content():
+    content = bz2.decompress(datasets.MINIFASHION.read_bytes())
+    assert hashlib.sha256(content).hexdigest() == datasets.MINIFASHION_SHA256
+    assert datasets.MINIFASHION.stat().st_size < 4_000_000
+    assert "Zalando SE" in (datasets.MINIFASHION.parent / "LICENSE").read_text()
+    train, test = datasets.unpack_minifashion(content)
+    assert torch.equal(train.labels, torch.arange(10).repeat_interleave(600))
+    assert torch.equal(test.labels, torch.arange(10).repeat_interleave(100))
+
+
+def test_minifashion_dataset():
+    data = load_dataset("MiniFashion", "/nowhere")
+    assert data.train_images.shape == (6000, 1, 28, 28) and data.test_images.shape == (1000, 1, 28, 28)
+    assert data.train_images.dtype == torch.float32 and data.train_labels.dtype == torch.int64
+    assert (data.channels, data.image_size, data.num_classes) == (1, (28, 28), 10)
+    assert data.whitening is None and len(data.fingerprint) == 64
+    assert abs(data.train_images.mean()) < 0.05 and abs(data.train_images.std() - 1) < 0.05
+    pixels = data.to_pixels(data.train_images)
+    assert -1e-6 < pixels.min() and pixels.max() < 1 + 1e-6
+    for c in range(10):
+        assert torch.equal(data.class_indices(c), torch.arange(600 * c, 600 * (c + 1)))
+    assert data.class_indices(3) is data.class_indices(3)
+    assert data.fingerprint == load_dataset("MiniFashion", "/nowhere").fingerprint
+
+
+def test_minifashion_whitened():
+    plain, white = load_dataset("MiniFashion", ""), load_dataset("MiniFashion", "", zca=True)
+    assert white.whitening.mean.shape == (1, 784)
+    assert white.fingerprint == plain.fingerprint
+    for images, pixels in ((white.train_images, plain.to_pixels(plain.train_images)),
+                           (white.test_images, plain.to_pixels(plain.test_images))):
+        torch.testing.assert_close(white.to_pixels(images), pixels, rtol=0, atol=2e-5)
+    assert white.train_images.mean().abs() < 1e-5
+
+
+def test_minifashion_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MINIFASHION", tmp_path / "minifashion.bz2")
+    refused("missing or damaged.*make_minifashion", "MiniFashion", "")
+    (tmp_path / "minifashion.bz2").write_bytes(b"BZh9 nonsense")
+    refused("missing or damaged", "MiniFashion", "")
+    (tmp_path / "minifashion.bz2").write_bytes(bz2.compress(b"another content"))
+    refused("missing or damaged", "MiniFashion", "")
+
+
+def make_minifashion(*arguments):
+    return subprocess.run([sys.executable, REPOSITORY / "scripts" / "make_minifashion.py", *map(str, arguments)],
+                          capture_output=True, text=True, check=False)
+
+
+@needs_originals
+def test_make_minifashion_rebuilds_bit_for_bit(tmp_path):
+    done = make_minifashion("--source", ORIGINALS, "--out", tmp_path / "again.bz2")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.bz2").read_bytes() == datasets.MINIFASHION.read_bytes()
+
+
+def test_make_minifashion_refuses_what_is_not_the_original(tmp_path):
+    done = make_minifashion("--source", tmp_path / "missing", "--out", tmp_path / "out.bz2")
+    assert done.returncode == 2 and "does not exist" in done.stderr and done.stderr.count("\n") == 1
+    write_idx_folder(tmp_path / "other")
+    done = make_minifashion("--source", tmp_path / "other", "--out", tmp_path / "out.bz2")
+    assert done.returncode == 2 and "not the original" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out.bz2").exists()
+
+
+# --- idx files: FashionMNIST, MNIST ---
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def write_idx_folder(folder, packed=False, train=30, test=20):
+    """Labels 0 … 9 in turn; returns the four arrays."""
+    folder.mkdir(parents=True)
+    arrays = [random_bytes(train, 28, 28), np.arange(train, dtype=np.uint8) % 10,
+              random_bytes(test, 28, 28, seed=1), np.arange(test, dtype=np.uint8) % 10]
+    for name, array in zip(datasets.IDX_FILES, arrays):
+        if packed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+        else:
+            (folder / name).write_bytes(idx(array))
+    return arrays
+
+
+@pytest.mark.parametrize("name", ["FashionMNIST", "MNIST"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_folder(tmp_path, name, packed):
+    images, labels, test_images, test_labels = write_idx_folder(tmp_path / name / "raw", packed)
+    data = load_dataset(name, tmp_path)
+    mean, std = {"FashionMNIST": (0.2861, 0.3530), "MNIST": (0.1307, 0.3081)}[name]
+    expected = (torch.from_numpy(images).unsqueeze(1) / 255 - mean) / std
+    torch.testing.assert_close(data.train_images, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.to_pixels(data.test_images), torch.from_numpy(test_images).unsqueeze(1) / 255)
+    assert data.train_labels.tolist() == labels.tolist() and data.test_labels.tolist() == test_labels.tolist()
+    assert data.class_indices(3).tolist() == [3, 13, 23]
+    assert (data.mean, data.std) == ((mean,), (std,))
+
+
+@needs_originals
+def test_debians_fashion_mnist_is_read_where_data_path_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", ORIGINALS)
+    data = load_dataset("FashionMNIST", tmp_path / "none")
+    assert data.train_images.shape == (60000, 1, 28, 28) and data.test_images.shape == (10000, 1, 28, 28)
+    assert data.train_labels.bincount().tolist() == [6000] * 10
+    assert abs(data.train_images.mean()) < 1e-3 and abs(data.train_images.std() - 1) < 1e-3
+    mini = load_dataset("MiniFashion", "")
+    assert torch.equal(mini.train_images[600:1200], data.train_images[data.class_indices(1)[:600]])
+    write_idx_folder(tmp_path / "FashionMNIST" / "raw")  # data_path comes first
+    assert len(load_dataset("FashionMNIST", tmp_path).train_labels) == 30
+
+
+def test_torchvision_reads_what_we_read(tmp_path):
+    """The same folder through torchvision's own reader."""
+    import torchvision
+
+    write_idx_folder(tmp_path / "MNIST" / "raw")
+    theirs, ours = torchvision.datasets.MNIST(tmp_path), load_dataset("MNIST", tmp_path)
+    torch.testing.assert_close(ours.to_pixels(ours.train_images)[:, 0], theirs.data / 255)
+    assert torch.equal(ours.train_labels, theirs.targets)
+
+
+def test_damaged_idx_files(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    write_idx_folder(folder, packed=True)
+    images = folder / "train-images-idx3-ubyte.gz"
+    whole = images.read_bytes()
+    for content in (whole[:-100], b"not gzip at all", b"", whole[:200] + b"xxxx" + whole[204:]):
+        images.write_bytes(content)
+        refused("train-images-idx3-ubyte.gz is", "MNIST", tmp_path)
+    images.unlink()
+    plain = folder / "train-images-idx3-ubyte"
+    for content in (gzip.decompress(whole)[:-1], gzip.decompress(whole) + b"0", b"<html>404</html>", b"", b"\0\0\x08"):
+        plain.write_bytes(content)
+        refused("not a whole idx file", "MNIST", tmp_path)
+    plain.write_bytes(idx(random_bytes(29, 28, 28)))
+    refused("do not belong together", "MNIST", tmp_path)
+    plain.write_bytes(idx(random_bytes(30, 28, 28)))
+    labels = folder / "train-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(idx(np.full(30, 11, dtype=np.uint8))))
+    refused("training labels reach from 11 to 11, expected 0 to 9", "MNIST", tmp_path)
+    labels.write_bytes(gzip.compress(idx(np.full(30, 7, dtype=np.uint8))))
+    refused(r"no training image of 0, 1, 2 and 6 more \(9 of 10 classes\)", "MNIST", tmp_path)
+
+
+# --- downloads, which fail here ---
+
+
+@pytest.mark.parametrize(("name", "file", "published_md5"), [
+    ("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+    ("MNIST", "MNIST/raw/t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
+    ("CIFAR10", "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+    ("CIFAR100", "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
+    ("SVHN", "test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
+])
+@pytest.mark.parametrize("failure", [urllib.error.URLError("no route"), ConnectionResetError("reset"),
+                                     TimeoutError("timed out"), RuntimeError("File not found or corrupted.")])
+def test_failed_download(tmp_path, monkeypatch, name, file, published_md5, failure):
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    message = refused("could not be downloaded", name, tmp_path / "data")
+    assert f"{file} (md5 {published_md5})" in message and str(tmp_path / "data") in message
+    assert list((tmp_path / "data").iterdir()) == []  # nothing half-done is left behind
+
+
+def test_download_arrives_whole(tmp_path, monkeypatch):
+    """torchvision's own download code, with the network replaced by prepared answers."""
+    import torchvision
+    from torchvision.datasets import utils as downloads
+
+    write_idx_folder(tmp_path / "server", packed=True)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources",
+                        [(path.name, md5(path)) for path in sorted((tmp_path / "server").iterdir())])
+    monkeypatch.setattr(downloads, "_get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr(downloads, "_urlretrieve",
+                        lambda url, path, *rest: shutil.copy(tmp_path / "server" / url.rsplit("/")[-1], path))
+    assert len(load_dataset("MNIST", tmp_path / "data").train_labels) == 30
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
+    monkeypatch.setattr(downloads, "_urlretrieve", None)  # the second time nothing is fetched
+    assert len(load_dataset("MNIST", tmp_path / "data").train_labels) == 30
+
+
+def test_torchvision_that_cannot_be_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    refused("torchvision cannot be imported.*matches torch", "CIFAR10", tmp_path)
+
+
+# --- CIFAR and SVHN: torchvision checks every file's md5, so the tests put their files' md5 in its lists ---
+
+
+def write_cifar(root, monkeypatch, name):
+    """A tiny archive's folder in the published layout; returns (images, labels) of training and test."""
+    import torchvision
+
+    source = getattr(torchvision.datasets, name)
+    key, count = {"CIFAR10": ("labels", 10), "CIFAR100": ("fine_labels", 100)}[name]
+    folder = root / source.base_folder
+    folder.mkdir(parents=True)
+    splits = []
+    for which, lists in (("train_list", source.train_list), ("test_list", source.test_list)):
+        parts = []
+        for seed, (file, _) in enumerate(lists):
+            part = {"data": random_bytes(count, 3072, seed=seed), key: list(range(count))}
+            (folder / file).write_bytes(pickle.dumps(part))
+            parts.append(part)
+        monkeypatch.setattr(source, which, [[file, md5(folder / file)] for file, _ in lists])
+        splits.append((np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32),
+                       [label for part in parts for label in part[key]]))
+    meta = folder / source.meta["filename"]
+    meta.write_bytes(pickle.dumps({source.meta["key"]: [f"kind {c}" for c in range(count)]}))
+    monkeypatch.setattr(source, "meta", {**source.meta, "md5": md5(meta)})
+    return splits
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_cifar(tmp_path, monkeypatch, name):
+    (images, labels), (test_images, _) = write_cifar(tmp_path, monkeypatch, name)
+    data = load_dataset(name, tmp_path)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((.4914, .4822, .4465), (.2023, .1994, .2010)))
+    torch.testing.assert_close(data.train_images, (torch.from_numpy(images) / 255 - mean) / std, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.to_pixels(data.test_images), torch.from_numpy(test_images) / 255)
+    assert data.train_labels.tolist() == labels and data.classes[3] == "kind 3"
+    assert data.num_classes == {"CIFAR10": 10, "CIFAR100": 100}[name] and data.image_size == (32, 32)
+
+
+def test_cifar_archive_is_extracted(tmp_path, monkeypatch):
+    import torchvision
+
+    write_cifar(tmp_path / "elsewhere", monkeypatch, "CIFAR10")
+    archive = tmp_path / "data" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "elsewhere" / "cifar-10-batches-py", "cifar-10-batches-py")
+    refused("cifar-10-python.tar.gz is damaged or incomplete", "CIFAR10", tmp_path / "data")  # another md5
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", md5(archive))
+    assert len(load_dataset("CIFAR10", tmp_path / "data").train_labels) == 50
+    (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3").unlink()  # an extraction that was cut short
+    assert len(load_dataset("CIFAR10", tmp_path / "data").train_labels) == 50
+
+
+def test_damaged_cifar(tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch, "CIFAR10")
+    folder = tmp_path / "cifar-10-batches-py"
+    (folder / "data_batch_2").write_bytes(b"cut")
+    (folder / "test_batch").unlink()
+    refused(r"lacks or has damaged data_batch_2, test_batch; delete it .*cifar-10-python.tar.gz \(md5", "CIFAR10",
+            tmp_path)
+
+
+def write_svhn(root, monkeypatch):
+    scipy_io = pytest.importorskip("scipy.io")
+    import torchvision
+
+    source, lists, arrays = torchvision.datasets.SVHN, {}, {}
+    for seed, (split, (url, file, _)) in enumerate(list(source.split_list.items())[:2]):
+        images, labels = random_bytes(20, 3, 32, 32, seed=seed), np.tile(np.arange(1, 11, dtype=np.uint8), 2)
+        scipy_io.savemat(root / file, {"X": images.transpose(2, 3, 1, 0), "y": labels[:, None]})
+        lists[split] = [url, file, md5(root / file)]
+        arrays[split] = images, labels
+    monkeypatch.setattr(source, "split_list", lists)
+    return arrays
+
+
+def test_svhn(tmp_path, monkeypatch):
+    arrays = write_svhn(tmp_path, monkeypatch)
+    data = load_dataset("SVHN", tmp_path)
+    for images, (expected, _) in ((data.train_images, arrays["train"]), (data.test_images, arrays["test"])):
+        torch.testing.assert_close(data.to_pixels(images), torch.from_numpy(expected) / 255)
+    assert data.train_labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 2
+    (tmp_path / "test_32x32.mat").unlink()
+    message = refused("could not be downloaded", "SVHN", tmp_path)
+    assert "test_32x32.mat" in message and "train_32x32.mat" not in message
+    (tmp_path / "test_32x32.mat").write_bytes(b"cut")
+    refused("test_32x32.mat in .* is damaged", "SVHN", tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    refused("pip install scipy", "SVHN", tmp_path)
+
+
+# --- folders ---
+
+TINY = ("n02", "n01")  # written in this order, to be read sorted
+
+
+def write_tiny(root, train="{wnid}/images/{wnid}_{i}.JPEG", val="archive"):
+    """Two classes; returns {split: {wnid: [pixels]}} with pixels [64, 64, 3]."""
+    made = {"train": {}, "val": {}}
+    annotations = []
+    for seed, wnid in enumerate(TINY):
+        for i in range(3):
+            pixels = random_bytes(64, 64, 3, seed=10 * seed + i)
+            made["train"].setdefault(wnid, []).append(pixels)
+            write_image(root / "train" / train.format(wnid=wnid, i=i), pixels)
+        pixels = random_bytes(64, 64, 3, seed=10 * seed + 5)
+        made["val"][wnid] = [pixels]
+        place = {"archive": f"images/val_{seed}.JPEG", "published": f"images/{wnid}/val_{seed}.JPEG",
+                 "plain": f"{wnid}/val_{seed}.JPEG", "nested": f"{wnid}/images/val_{seed}.JPEG"}[val]
+        annotations.append(f"val_{seed}.JPEG\t{wnid}\t0\t32\t44\t62\n")
+        write_image(root / "val" / place, pixels)
+    if val in ("archive", "published"):
+        (root / "val" / "val_annotations.txt").write_text("".join(annotations))
+    return made
+
+
+def stacked(split):
+    """Classes sorted → [N, 3, H, W] in [0, 1]"""
+    return torch.from_numpy(np.stack([pixels for wnid in sorted(split) for pixels in split[wnid]])
+                            ).permute(0, 3, 1, 2) / 255
+
+
+@pytest.mark.parametrize("train", ["{wnid}/images/{wnid}_{i}.JPEG", "{wnid}/{i}.JPEG"])
+@pytest.mark.parametrize("val", ["archive", "published", "plain", "nested"])
+@pytest.mark.parametrize("inside", ["", "tiny-imagenet-200"])
+def test_tiny_layouts(tmp_path, train, val, inside):
+    made = write_tiny(tmp_path / inside, train, val)
+    (tmp_path / inside / "train" / "n01" / "n01_boxes.txt").write_text("0 0 0 0")
+    data = load_dataset("Tiny", tmp_path)
+    torch.testing.assert_close(data.to_pixels(data.train_images), stacked(made["train"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.to_pixels(data.test_images), stacked(made["val"]), rtol=0, atol=1e-6)
+    assert data.classes == ("n01", "n02") and data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test_labels.tolist() == [0, 1] and data.mean == (0.485, 0.456, 0.406)
+
+
+def test_wrong_tiny_layouts(tmp_path):
+    refused(r"no train/ in .*tiny \(.*does not exist\)", "Tiny", tmp_path / "tiny")
+    write_tiny(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "val")
+    refused("val has no folder for any class", "Tiny", tmp_path / "a")
+    write_tiny(tmp_path / "b")
+    (tmp_path / "b" / "val" / "val_annotations.txt").unlink()
+    refused("val_annotations.txt, which says their classes, is missing", "Tiny", tmp_path / "b")
+    write_tiny(tmp_path / "c")
+    (tmp_path / "c" / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\nval_1.JPEG\tn77\n")
+    refused("train has no images of n77", "Tiny", tmp_path / "c")
+    (tmp_path / "c" / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\nval_9.JPEG\tn01\n")
+    refused("val_9.JPEG is not a readable image", "Tiny", tmp_path / "c")
+    write_tiny(tmp_path / "d")
+    shutil.rmtree(tmp_path / "d" / "train" / "n01")
+    refused("train has no images of n01", "Tiny", tmp_path / "d")
+    (tmp_path / "d" / "train" / "n01").mkdir()
+    refused(r"no .jpg/.jpeg/.png file in .*n01 \(1 of 2 class folders", "Tiny", tmp_path / "d")
+    write_tiny(tmp_path / "e")
+    image = tmp_path / "e" / "train" / "n01" / "images" / "n01_1.JPEG"
+    whole = image.read_bytes()
+    for content in (b"", b"hello", whole[:500]):
+        image.write_bytes(content)
+        refused("n01_1.JPEG is not a readable image", "Tiny", tmp_path / "e")
+    write_image(image, random_bytes(32, 64, 3))
+    refused("n01_1.JPEG has 64×32 pixels, expected 64×64", "Tiny", tmp_path / "e")
+
+
+def test_image_folder_resizes_like_torchvision_and_measures(tmp_path):
+    from torchvision.transforms import v2
+
+    pictures = {}
+    for split in ("train", "test"):
+        for c, shape in (("cat", (40, 60, 3)), ("dog", (50, 35)), ("emu", (8, 8, 3))):  # a grey one; a small one
+            pictures[split, c] = random_bytes(*shape, seed=len(pictures))
+            write_image(tmp_path / split / c / "1.PNG", pictures[split, c])
+    (tmp_path / "train" / ".hidden").mkdir()
+    (tmp_path / "train" / "cat" / ".DS_Store").write_text("")
+    data = load_dataset("ImageFolder", tmp_path, res=16)
+    theirs = v2.Compose([v2.Resize(16), v2.CenterCrop(16), v2.PILToTensor()])
+    expected = torch.stack([theirs(Image.fromarray(pictures["train", c]).convert("RGB"))
+                            for c in ("cat", "dog", "emu")]) / 255
+    torch.testing.assert_close(data.to_pixels(data.train_images), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.train_images.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(data.train_images.std((0, 2, 3), correction=0), torch.ones(3), rtol=0, atol=1e-5)
+    assert data.classes == ("cat", "dog", "emu")
+    assert load_dataset("ImageFolder", tmp_path).image_size == (32, 32)
+    (tmp_path / "test").rename(tmp_path / "val")
+    assert load_dataset("ImageFolder", tmp_path, res=16).fingerprint == data.fingerprint
+
+
+def test_image_folder_of_one_colour(tmp_path):
+    for split in ("train", "test"):
+        write_image(tmp_path / split / "black" / "1.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    assert load_dataset("ImageFolder", tmp_path).train_images.abs().max() == 0
+
+
+def test_wrong_image_folders(tmp_path):
+    refused(r"needs train/<class>.*does not exist", "ImageFolder", tmp_path / "missing")
+    write_image(tmp_path / "train" / "cat" / "1.png", random_bytes(8, 8, 3))
+    refused(r"needs train/<class>.*it holds train\)", "ImageFolder", tmp_path)
+    (tmp_path / "val").mkdir()
+    refused(r"val has no folder for any class \(it holds nothing\)", "ImageFolder", tmp_path)
+    write_image(tmp_path / "val" / "dog" / "1.png", random_bytes(8, 8, 3))
+    refused("train has no images of dog", "ImageFolder", tmp_path)
+    (tmp_path / "train" / "dog").mkdir()
+    refused("no .jpg/.jpeg/.png file in .*dog", "ImageFolder", tmp_path)
+    write_image(tmp_path / "train" / "dog" / "1.png", random_bytes(8, 8, 3))
+    refused("the test or val folder has no images of cat", "ImageFolder", tmp_path)
+
+
+def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
+    write_tiny(tmp_path)
+    monkeypatch.setattr(datasets, "available_memory", lambda: 100_000)
+    refused(r"6 images of 3×64×64.*GiB is available", "Tiny", tmp_path)
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """1000 class folders, with two images and one for validation in imagewoof's; pixel values tell the index."""
+    for index in range(1000):
+        (tmp_path / "train" / f"n{index:08d}").mkdir(parents=True)
+    for index in datasets.IMAGENET_SUBSETS["imagewoof"]:
+        for split, file, value in (("train", "a.JPEG", index % 256), ("train", "b.JPEG", 0), ("val", "c.JPEG", 9)):
+            write_image(tmp_path / split / f"n{index:08d}" / file, np.full((20, 30, 3), value, dtype=np.uint8))
+    return tmp_path
+
+
+def test_imagenet_subset(imagenet):
+    data = load_dataset("ImageNet", imagenet, subset="imagewoof", res=16)
+    order = datasets.IMAGENET_SUBSETS["imagewoof"]
+    assert data.classes == tuple(f"n{index:08d}" for index in order)
+    assert data.train_images.shape == (20, 3, 16, 16) and data.test_images.shape == (10, 3, 16, 16)
+    first = data.to_pixels(data.train_images)[::2, 0, 0, 0] * 255
+    assert first.round().int().tolist() == [index % 256 for index in order]
+    assert data.train_labels.tolist() == [c for c in range(10) for _ in range(2)]
+    assert load_dataset("ImageNet", imagenet, subset="imagewoof").image_size == (128, 128)
+
+
+def test_wrong_imagenet(imagenet):
+    refused("unknown ImageNet subset 'imagewof'; did you mean 'imagewoof'", "ImageNet", imagenet, subset="imagewof")
+    refused("no .jpg/.jpeg/.png file in .*n00000000", "ImageNet", imagenet)  # imagenette's folders are empty
+    shutil.rmtree(imagenet / "val" / "n00000193")
+    refused("val has no folder for n00000193", "ImageNet", imagenet, subset="imagewoof")
+    (imagenet / "train" / "n00000500").rmdir()
+    refused("999 class folders in .*expected all 1000", "ImageNet", imagenet, subset="imagewoof")
+    refused("0 class folders in .*does not exist", "ImageNet", imagenet / "nothing")
+
+
+def test_imagenet_subsets_are_ten_different_classes():
+    for indices in datasets.IMAGENET_SUBSETS.values():
+        assert len(set(indices)) == 10 and 0 <= min(indices) and max(indices) < 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+def test_imagenet_1k(tmp_path, dtype):
+    kept = {}
+    for split in ("train", "val"):
+        for wnid in ("n02", "n01"):
+            tensor = torch.from_numpy(random_bytes(3, 64, 64, seed=len(kept)))
+            kept[split, wnid] = tensor if dtype == torch.uint8 else (tensor / 255).to(dtype)
+            (tmp_path / split / wnid).mkdir(parents=True)
+            torch.save(kept[split, wnid], tmp_path / split / wnid / "0.pt")
+    data = load_dataset("ImageNet1K", tmp_path)
+    scale = 255 if dtype == torch.uint8 else 1
+    expected = torch.stack([kept["train", "n01"].float(), kept["train", "n02"].float()]) / scale
+    torch.testing.assert_close(data.to_pixels(data.train_images), expected, rtol=0, atol=1e-6)
+    assert data.train_images.dtype == torch.float32 and data.classes == ("n01", "n02")
+
+    wrong = tmp_path / "train" / "n02" / "0.pt"
+    mixed = (kept["train", "n02"].float() / 255) if dtype == torch.uint8 else torch.zeros(3, 64, 64, dtype=torch.uint8)
+    for value, match in ((torch.zeros(3, 32, 32), r"a tensor of shape \[3, 32, 32\], expected"), ([1], "holds list"),
+                         (torch.full((3, 64, 64), 2.0), "from 2 to 2, expected"), (mixed, "other files do not")):
+        torch.save(value, wrong)
+        refused(match, "ImageNet1K", tmp_path)
+    wrong.write_bytes(b"cut")
+    refused("0.pt", "ImageNet1K", tmp_path)
+    refused("has no folder for any class", "ImageNet1K", tmp_path / "missing")
+
+
+# --- for all ---
+
+
+def test_unknown_names_and_values():
+    refused("unknown dataset 'FashonMNIST'; did you mean 'FashionMNIST'.*MiniFashion", "FashonMNIST", "")
+    for fraction in (-0.1, 1, 1.5, float("nan")):
+        refused("val_fraction is", "MiniFashion", "", val_fraction=fraction)
+    refused("res is 0", "MiniFashion", "", res=0)
+
+
+def test_hold_out(monkeypatch):
+    whole, held = load_dataset("MiniFashion", ""), load_dataset("MiniFashion", "", val_fraction=0.1)
+    assert held.train_labels.bincount().tolist() == [540] * 10 and held.test_labels.bincount().tolist() == [60] * 10
+    assert held.fingerprint != whole.fingerprint
+    rows = {image.numpy().tobytes() for image in whole.train_images}
+    parts = [{image.numpy().tobytes() for image in images} for images in (held.train_images, held.test_images)]
+    assert parts[0] | parts[1] == rows and not parts[0] & parts[1]  # all of the training images, none twice
+    again = load_dataset("MiniFashion", "", val_fraction=0.1)
+    assert torch.equal(again.test_images, held.test_images) and again.fingerprint == held.fingerprint
+    torch.manual_seed(1)
+    assert load_dataset("MiniFashion", "", val_fraction=0.1).fingerprint == held.fingerprint
+
+
+def test_hold_out_is_whitened_by_the_remaining_images_only(monkeypatch):
+    seen = []
+    real = datasets.fit
+    monkeypatch.setattr(datasets, "fit", lambda images, key: seen.append((len(images), key)) or real(images, key))
+    load_dataset("MiniFashion", "", zca=True, val_fraction=0.5)
+    load_dataset("MiniFashion", "", zca=True)
+    assert [count for count, _ in seen] == [3000, 6000] and seen[0][1] != seen[1][1]
+
+
+def test_hold_out_of_small_classes():
+    train = Split(torch.arange(4).view(4, 1, 1, 1), torch.tensor([0, 0, 1, 1]))
+    remaining, held = datasets._hold_out(train, 0.1, ("a", "b"))
+    assert remaining.labels.tolist() == held.labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match="all 2 training images of class a"):
+        datasets._hold_out(train, 0.9, ("a", "b"))
+
+
+def test_to_device():
+    data = load_dataset("MiniFashion", "", zca=True)
+    moved = data.to("meta")
+    assert moved.train_images.is_meta and moved.test_labels.is_meta and moved.whitening.transform.is_meta
+    assert not data.train_images.is_meta and moved.fingerprint == data.fingerprint and moved.classes == data.classes
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("zca", [False, True])
+def test_on_the_gpu(zca):
+    here, there = load_dataset("MiniFashion", "", zca=zca), load_dataset("MiniFashion", "", zca=zca, device="cuda")
+    assert there.train_images.is_cuda and there.class_indices(0).is_cuda and there.fingerprint == here.fingerprint
+    torch.testing.assert_close(there.train_images.cpu(), here.train_images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(there.to_pixels(there.test_images).cpu(), here.to_pixels(here.test_images), rtol=0,
+                               atol=1e-4)
+
+
+def test_unreadable_folder_is_one_line(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root reads every folder")
+    (tmp_path / "train").mkdir(mode=0)
+    refused("cannot be read", "ImageNet", tmp_path)
+
+
+def test_importing_is_light():
+    """Neither torchvision nor kornia is imported with the module: a machine without them can use MiniFashion."""
+    code = ("import sys; from utils.datasets import load_dataset; load_dataset('MiniFashion', '');"
+            "sys.exit(any(name in sys.modules for name in ('torchvision', 'kornia', 'scipy')))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_the_table_names_all():
+    assert list(DATASETS) == ["MiniFashion", "FashionMNIST", "MNIST", "CIFAR10", "CIFAR100", "SVHN", "Tiny", "ImageNet",
+                              "ImageNet1K", "ImageFolder"]

@@ -1,0 +1,124 @@
+"""The evaluation's rates and training; real images and labels that a distillation starts from."""
+
+import pytest
+import torch
+
+from distill.evaluate import Score, learning_rate, train_network
+from distill.initialize import class_labels, expert_labels, predicted_correctly, random_real
+from utils.datasets import Dataset
+from utils.errors import UserError
+from utils.networks import build_network
+from utils.parameters import FlatModel, flatten
+
+
+def test_rates_equal_the_published(golden_ops):
+    for epochs, published in golden_ops["eval_lr"].items():
+        rates = [learning_rate(0.01, epoch, epochs) for epoch in range(epochs + 1)]
+        assert rates == pytest.approx(published, rel=1e-12), epochs
+
+
+def test_training_is_torch_sgd_with_a_fresh_optimiser_at_the_drop():
+    """One full batch an epoch and no augmentation leave nothing random but the order, which the mean forgets."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    ours, theirs = (build_network("ConvNetD1W4", 1, 3, (8, 8)).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    train_network(ours, images, labels, 0.1, epochs=5, batch_size=4, groups=(), random=torch.Generator())
+    for rate, epochs in ((0.1, 4), (0.01, 2)):
+        optimiser = torch.optim.SGD(theirs.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+        for _ in range(epochs):
+            optimiser.zero_grad()
+            (-(labels.softmax(1) * theirs(images).log_softmax(1)).sum(1).mean()).backward()
+            optimiser.step()
+    for one, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_score_is_mean_and_population_std():
+    score = Score("ConvNet", [0.5, 0.7])
+    assert score.mean == pytest.approx(0.6) and score.std == pytest.approx(0.1)
+    assert str(score) == "ConvNet: 60.00 ± 10.00 % over 2"
+
+
+def test_label_initialisation_equals_the_published(golden_iteration):
+    meta, published = golden_iteration["meta"], golden_iteration["exact"]
+    model = FlatModel(build_network(meta["model"], 3, 10, (32, 32)))
+    classes = torch.arange(10).repeat_interleave(meta["ipc"])
+    labels, unknown = expert_labels(model, map(flatten, golden_iteration["final_params"]), published["images"], classes)
+    torch.testing.assert_close(labels, published["labels"], rtol=1e-4, atol=1e-5)
+    assert unknown == 0
+
+
+class LastPixel(torch.nn.Module):
+    """A network whose single parameter shifts what it reads: class = round(first pixel + shift)."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(1))
+        self.num_classes = num_classes
+
+    def forward(self, x):
+        guess = (x[:, 0, 0, 0] + self.shift).round().long() % self.num_classes
+        return 10.0 * torch.nn.functional.one_hot(guess, self.num_classes).float() + x[:, 0, 0, 1:2] / 100
+
+
+def readable_dataset(first_pixels, labels, num_classes=3):
+    images = torch.zeros(len(labels), 1, 2, 2)
+    images[:, 0, 0, 0] = torch.tensor(first_pixels, dtype=torch.float)
+    images[:, 0, 0, 1] = torch.arange(len(labels))
+    labels = torch.tensor(labels)
+    return Dataset("readable", images, labels, images, labels, tuple(f"class {c}" for c in range(num_classes)),
+                   (0.0,), (1.0,), None, "")
+
+
+def test_only_images_that_an_expert_gets_right_are_chosen():
+    labels = [0, 1, 2] * 8
+    right = [position % 2 == 0 for position in range(24)]
+    dataset = readable_dataset([label if ok else label + 1 for label, ok in zip(labels, right)], labels)
+    model = FlatModel(LastPixel(3))
+    chosen, notes = predicted_correctly(model, lambda: iter([torch.zeros(1)]), dataset, 3, torch.Generator())
+    assert notes == [] and dataset.train_labels[chosen].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert all(right[index] for index in chosen.tolist()) and len(set(chosen.tolist())) == 9
+
+
+def test_the_next_expert_judges_what_the_first_got_wrong():
+    labels = [0, 1, 2] * 8
+    dataset = readable_dataset([label if position < 6 else label + 1 for position, label in enumerate(labels)], labels)
+    model = FlatModel(LastPixel(3))
+    experts = [torch.zeros(1), torch.full((1,), -1.0)]  # the second reads every image that the first cannot
+    chosen, notes = predicted_correctly(model, lambda: iter(experts), dataset, 5, torch.Generator())
+    assert notes == [] and len(set(chosen.tolist())) == 15
+    assert all(set(range(6)) & set(chosen[5 * c: 5 * c + 5].tolist()) == {c, c + 3} for c in range(3))
+
+
+def test_too_few_right_images_are_filled_and_said():
+    labels = [0, 1, 2] * 8
+    dataset = readable_dataset([label if label else 1 for label in labels], labels)  # class 0 is never right
+    model = FlatModel(LastPixel(3))
+    chosen, notes = predicted_correctly(model, lambda: iter([torch.zeros(1)]), dataset, 2, torch.Generator())
+    assert len(notes) == 1 and "class class 0: only 0 of 2" in notes[0]
+    assert sorted(chosen[:2].tolist()) == [18, 21]  # the highest logit of the class
+
+
+def test_expert_labels_fall_back_to_all_experts_where_none_is_right():
+    dataset = readable_dataset([0, 1, 1], [0, 1, 2])
+    model = FlatModel(LastPixel(3))
+    experts = [torch.zeros(1), torch.zeros(1), torch.full((1,), -1.0)]
+    labels, unknown = expert_labels(model, iter(experts), dataset.train_images, dataset.train_labels)
+    assert unknown == 1
+    torch.testing.assert_close(labels[0], torch.tensor([10.0, 0, 0]))  # the two that are right, not the third
+    torch.testing.assert_close(labels[2], torch.tensor([10 / 3, 20 / 3, 0.0]) + 0.02)  # all three
+
+
+def test_random_real_takes_ipc_of_each_class_and_refuses_more():
+    dataset = readable_dataset([0] * 9, [0, 1, 2] * 3)
+    chosen = random_real(dataset, 3, torch.Generator().manual_seed(0))
+    assert dataset.train_labels[chosen].tolist() == [0] * 3 + [1] * 3 + [2] * 3 and len(set(chosen.tolist())) == 9
+    with pytest.raises(UserError, match="ipc 4.*class 'class 0'.*only 3"):
+        random_real(dataset, 4, torch.Generator())
+
+
+def test_labels_for_noise_name_their_class():
+    dataset = readable_dataset([0, 1, 2] * 3, [0, 1, 2] * 3)
+    labels = class_labels(FlatModel(LastPixel(3)), torch.zeros(1), dataset, 2, torch.Generator())
+    assert labels.argmax(dim=1).tolist() == [0, 0, 1, 1, 2, 2]

@@ -1,0 +1,149 @@
+"""The three gradients: against the published iteration, and against each other in float64."""
+
+import pytest
+import torch
+
+from distill.matching import METHODS, match_trajectory, matching_loss
+from utils import augment
+from utils.networks import build_network
+from utils.parameters import FlatModel, flatten
+
+
+def per_image_error(actual, expected):
+    error = (actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    return float(error.max())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FlatModel(build_network("ConvNetW32", 3, 10, (32, 32)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_the_published_iteration(golden_iteration, model, method):
+    published = golden_iteration["tesla" if method == "tesla" else "exact"]
+    match = match_trajectory(model, flatten(golden_iteration["start"]), flatten(golden_iteration["target"]),
+                             published["images"], published["labels"], published["lr"], published["batches"],
+                             method=method)
+    assert float(match.loss) == pytest.approx(published["loss"], rel=1e-5)
+    assert per_image_error(match.grad_images, published["grad_images"]) < 1e-4
+    assert per_image_error(match.grad_labels, published["grad_labels"]) < 1e-4
+    assert float(match.grad_lr) == pytest.approx(float(published["grad_lr"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["exact", "tesla"])
+def test_update_equals_the_published_one(golden_iteration, model, method):
+    """Through the loop's own optimiser: rates, momenta, and which tensor gets which."""
+    from distill.distilled_set import DistilledSet
+    from distill.loop import set_optimiser
+    from utils.config import DistillConfig, make
+
+    published, meta = golden_iteration[method], golden_iteration["meta"]
+    distilled = DistilledSet(published["images"], published["labels"], published["lr"]).detach()
+    config = make(DistillConfig, **{key: meta[key] for key in ("lr_img", "lr_lr", "lr_y", "Momentum_y")})
+    match = match_trajectory(model, flatten(golden_iteration["start"]), flatten(golden_iteration["target"]),
+                             distilled.images, distilled.labels, distilled.lr, published["batches"], method=method)
+    optimiser = set_optimiser(config, distilled)
+    distilled.images.grad, distilled.labels.grad, distilled.lr.grad = match[1:]
+    optimiser.step()
+    assert per_image_error(distilled.images, published["after_images"]) < 1e-4
+    assert per_image_error(distilled.labels, published["after_labels"]) < 1e-4
+    assert float(distilled.lr) == pytest.approx(float(published["after_lr"]), rel=1e-5)
+
+
+def problem(seed=0, count=7, sizes=(3, 2, 4, 3, 1), name="ConvNetD2W4", strategy="color_crop_cutout_flip_scale_rotate",
+            channels=2, size=(8, 8), classes=3):
+    """A small matching problem in float64; batches of uneven sizes that share images."""
+    random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    network = build_network(name, channels, classes, size).double()
+    model = FlatModel(network)
+    theta = model.flatten()
+    batches = [torch.randperm(count, generator=random)[:length] for length in sizes]
+    draws = [augment.draw(augment.parse_strategy(strategy), len(batch), size, random) for batch in batches]
+    return dict(model=model, theta_start=theta,
+                theta_target=theta + 0.1 * torch.randn(theta.shape, generator=random, dtype=torch.float64),
+                images=torch.randn(count, channels, *size, generator=random, dtype=torch.float64),
+                labels=torch.randn(count, classes, generator=random, dtype=torch.float64),
+                lr=torch.tensor(0.05, dtype=torch.float64), batches=batches, augment=draws)
+
+
+def assert_equal_matches(one, other, tolerance=1e-10):
+    assert float(one.loss) == pytest.approx(float(other.loss), rel=tolerance)
+    for a, b in zip(one[1:], other[1:]):
+        if a is None:
+            assert b is None
+        else:
+            assert (a - b).norm() <= tolerance * b.norm()
+            assert b.norm() > 0
+
+
+@pytest.mark.parametrize("strategy", ["none", "color_crop_cutout_flip_scale_rotate"])
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_equals_unroll(strategy, seed):
+    """Uneven chunks, and images that several steps use."""
+    given = problem(seed, strategy=strategy)
+    assert_equal_matches(match_trajectory(**given, method="exact"), match_trajectory(**given, method="unroll"))
+
+
+@pytest.mark.parametrize("name", ["MLP", "ConvNetD1W4BN", "ConvNetD1W4LN", "ConvNetD2W4GNAL", "ConvNetD2W4NNMP",
+                                  "ConvNetD2W4ASNP"])
+def test_exact_equals_unroll_for_other_networks(name):
+    given = problem(5, name=name)
+    assert_equal_matches(match_trajectory(**given, method="exact"), match_trajectory(**given, method="unroll"))
+
+
+def test_an_image_repeated_within_a_step_and_across_steps():
+    given = problem(1, sizes=(2, 2), strategy="none")
+    given["batches"] = [torch.tensor([0, 0, 3]), torch.tensor([0, 1])]
+    given["augment"] = None
+    exact = match_trajectory(**given, method="exact")
+    assert_equal_matches(exact, match_trajectory(**given, method="unroll"))
+    assert exact.grad_images[2].abs().sum() == 0  # no step used it
+    assert exact.grad_images[0].abs().sum() > 0
+
+
+def test_hard_labels_have_no_gradient():
+    given = problem(2)
+    given["labels"] = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    exact = match_trajectory(**given, method="exact")
+    assert exact.grad_labels is None
+    assert_equal_matches(exact, match_trajectory(**given, method="unroll"))
+
+
+def test_exact_gradient_is_the_slope_of_the_loss():
+    """Independent of autograd: central differences of the loss along random directions."""
+    given = problem(3)
+    match = match_trajectory(**given)
+    random = torch.Generator().manual_seed(0)
+    for key, gradient in (("images", match.grad_images), ("labels", match.grad_labels), ("lr", match.grad_lr)):
+        direction = torch.randn(given[key].shape, generator=random, dtype=torch.float64)
+        losses = [matching_loss(**given | {key: given[key] + step * direction}) for step in (1e-5, -1e-5)]
+        slope = float(losses[0] - losses[1]) / 2e-5
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5, abs=1e-9)
+
+
+def test_tesla_is_exact_for_one_step_and_differs_for_more():
+    one = problem(4, sizes=(5,))
+    assert_equal_matches(match_trajectory(**one, method="tesla"), match_trajectory(**one, method="exact"))
+    more = problem(4)
+    tesla, exact = (match_trajectory(**more, method=method) for method in ("tesla", "exact"))
+    assert float(tesla.loss) == float(exact.loss)
+    assert (tesla.grad_images - exact.grad_images).norm() > 1e-3 * exact.grad_images.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_arguments_are_left_alone(method):
+    given = problem(6)
+    before = {key: value.clone() for key, value in given.items() if isinstance(value, torch.Tensor)}
+    given["images"].requires_grad_()
+    match = match_trajectory(**given, method=method)
+    for key, value in before.items():
+        assert torch.equal(given[key], value)
+    assert given["images"].grad is None and given["labels"].requires_grad is False
+    assert not any(tensor.requires_grad for tensor in match)
+
+
+def test_matching_loss_is_the_loss_of_the_match():
+    given = problem(7)
+    assert float(matching_loss(**given)) == pytest.approx(float(match_trajectory(**given).loss), rel=1e-12)

@@ -1,0 +1,195 @@
+"""Differentiable Siamese augmentation (Zhao & Bilen, ICML 2021): draw the parameters, then apply them.
+
+A strategy such as `color_crop_cutout_flip_scale_rotate` names groups of operations. One group is drawn per
+batch, uniformly; its parameters are drawn per sample. `draw` is the only random part and always runs on the
+CPU, so a seed gives the same augmentation on every device; `apply` is pure and differentiable in the images.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import unknown_name
+
+# The published strengths.
+BRIGHTNESS = 1.0
+SATURATION = 2.0
+CONTRAST = 0.5
+SCALE = 1.2
+ROTATE_DEGREES = 15.0
+CROP_FRACTION = 0.125
+CUTOUT_FRACTION = 0.5
+FLIP_PROBABILITY = 0.5
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One group's operations for one batch: operation name → its parameters, tensors [B] (see `OPERATIONS`)."""
+
+    group: str
+    parameters: dict[str, tuple[Tensor, ...]]
+
+    def to(self, device: torch.device | str) -> "Draw":
+        moved = {name: tuple(value.to(device, non_blocking=True) for value in values)
+                 for name, values in self.parameters.items()}
+        return Draw(self.group, moved)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Draw":
+        """The same draw for some of the batch's samples."""
+        return Draw(self.group, {name: tuple(value[rows] for value in values)
+                                 for name, values in self.parameters.items()})
+
+
+def parse_strategy(strategy: str) -> tuple[str, ...]:
+    """`color_crop_…` → its groups; `none` or an empty string → no group.
+
+    Raises:
+        UserError: a group that does not exist.
+    """
+    if strategy.lower() in ("", "none"):
+        return ()
+    groups = tuple(strategy.lower().split("_"))
+    for group in groups:
+        if group not in GROUPS:
+            raise unknown_name("augmentation in --dsa_strategy", group, GROUPS)
+    return groups
+
+
+def draw(groups: tuple[str, ...], batch: int, image_size: tuple[int, int], generator: torch.Generator) -> Draw | None:
+    """Draws one group and its parameters for `batch` images of `image_size` (H, W); None without groups.
+
+    Args:
+        generator: a CPU generator, the only source of randomness.
+    """
+    if not groups:
+        return None
+    group = groups[int(torch.randint(len(groups), (), generator=generator))]
+    return Draw(group, {name: OPERATIONS[name].draw(batch, image_size, generator) for name in GROUPS[group]})
+
+
+def apply(x: Tensor, drawn: Draw | None) -> Tensor:
+    """The drawn operations on x [B, C, H, W], in their order; x itself when nothing was drawn."""
+    if drawn is None:
+        return x
+    for name, values in drawn.parameters.items():
+        x = OPERATIONS[name].apply(x, *values)
+    return x
+
+
+# --- the operations: a draw and a pure function each ---------------------------------------------------------
+
+
+def _uniform(batch: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return torch.rand(batch, generator=generator) * (high - low) + low
+
+
+def _integers(low: int, high: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Uniform integers low … high, both included."""
+    return torch.randint(low, high + 1, (batch,), generator=generator)
+
+
+def _per_image(value: Tensor, x: Tensor) -> Tensor:
+    return value.to(x.dtype).view(-1, 1, 1, 1)
+
+
+def brightness(x: Tensor, offset: Tensor) -> Tensor:
+    return x + _per_image(offset, x)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    grey = x.mean(dim=1, keepdim=True)
+    return (x - grey) * _per_image(factor, x) + grey
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    return (x - mean) * _per_image(factor, x) + mean
+
+
+def flip(x: Tensor, flipped: Tensor) -> Tensor:
+    return torch.where(flipped.view(-1, 1, 1, 1), x.flip(3), x)
+
+
+def scale(x: Tensor, scale_x: Tensor, scale_y: Tensor) -> Tensor:
+    zero = torch.zeros_like(scale_x)
+    return _affine(x, scale_x, zero, zero, scale_y)
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """angle [B] in radians."""
+    return _affine(x, angle.cos(), (-angle).sin(), angle.sin(), angle.cos())
+
+
+def _affine(x: Tensor, xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> Tensor:
+    zero = torch.zeros_like(xx)
+    theta = torch.stack([torch.stack([xx, xy, zero], dim=1), torch.stack([yx, yy, zero], dim=1)], dim=1)
+    grid = F.affine_grid(theta.to(x.dtype), list(x.shape), align_corners=True)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def crop(x: Tensor, shift_rows: Tensor, shift_cols: Tensor) -> Tensor:
+    """Shifts each image by whole pixels and fills with zeros."""
+    height, width = x.shape[2:]
+    rows = torch.arange(height, device=x.device) + shift_rows[:, None]
+    cols = torch.arange(width, device=x.device) + shift_cols[:, None]
+    inside = (((rows >= 0) & (rows < height))[:, None, :, None] & ((cols >= 0) & (cols < width))[:, None, None, :])
+    rows, cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
+    # Two gathers along one axis each: their backward is a scatter along one axis, cheaper than a pixel index.
+    x = x.gather(2, rows[:, None, :, None].expand_as(x))
+    x = x.gather(3, cols[:, None, None, :].expand_as(x))
+    return torch.where(inside, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def cutout(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """Zeroes a square of half the image's size centred at (row, col); indices past a border are clamped to it."""
+    height, width = x.shape[2:]
+    inside_rows = _cut(row, height, x)
+    inside_cols = _cut(col, width, x)
+    cut = inside_rows[:, None, :, None] & inside_cols[:, None, None, :]
+    return x.masked_fill(cut, 0.0)
+
+
+def _cut_size(size: int) -> int:
+    return int(size * CUTOUT_FRACTION + 0.5)
+
+
+def _cut(centre: Tensor, size: int, x: Tensor) -> Tensor:
+    """Which of `size` positions the square covers: [B, size]."""
+    side = _cut_size(size)
+    first = centre - side // 2
+    last = first + side - 1
+    position = torch.arange(size, device=x.device)
+    return ((position >= first.clamp(0, size - 1)[:, None]) & (position <= last.clamp(0, size - 1)[:, None]))
+
+
+def _draw_crop(batch: int, image_size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(_integers(-reach, reach, batch, generator)
+                 for reach in (int(size * CROP_FRACTION + 0.5) for size in image_size))
+
+
+def _draw_cutout(batch: int, image_size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+    # A square of even side has no centre pixel; the published draw then reaches one further.
+    return tuple(_integers(0, size - _cut_size(size) % 2, batch, generator) for size in image_size)
+
+
+@dataclass(frozen=True)
+class Operation:
+    draw: Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]
+    apply: Callable[..., Tensor]
+
+
+OPERATIONS = {
+    "brightness": Operation(lambda n, _, g: (_uniform(n, g, -0.5 * BRIGHTNESS, 0.5 * BRIGHTNESS),), brightness),
+    "saturation": Operation(lambda n, _, g: (_uniform(n, g, 0.0, SATURATION),), saturation),
+    "contrast": Operation(lambda n, _, g: (_uniform(n, g, CONTRAST, CONTRAST + 1.0),), contrast),
+    "crop": Operation(_draw_crop, crop),
+    "cutout": Operation(_draw_cutout, cutout),
+    "flip": Operation(lambda n, _, g: (_uniform(n, g) < FLIP_PROBABILITY,), flip),
+    "scale": Operation(lambda n, _, g: (_uniform(n, g, 1 / SCALE, SCALE), _uniform(n, g, 1 / SCALE, SCALE)), scale),
+    "rotate": Operation(lambda n, _, g: (torch.deg2rad(_uniform(n, g, -ROTATE_DEGREES, ROTATE_DEGREES)),), rotate),
+}
+GROUPS = {"color": ("brightness", "saturation", "contrast")} | {
+    name: (name,) for name in ("crop", "cutout", "flip", "scale", "rotate")}

@@ -1,0 +1,328 @@
+"""Command line and YAML → one frozen, typed config; every refusal of an option in one place.
+
+The options of a program are the fields of its dataclass: name, type, bounds, default and one sentence of help,
+each stated once. Values come, later ones winning, from the defaults, from the YAML of `--cfg` and from
+`--key value`; all three are read alike (`1e-5` is a number, `False` is false, `None` and `null` are nothing).
+
+Paths: on the command line, relative to where the user stands; in a YAML and in the defaults, relative to the
+repository's root, where the published `../dataset/` and `../buffer_storage/` mean `dataset/` and
+`buffer_storage/`.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import typing
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from utils.errors import UserError, unknown_name
+from utils.files import REPOSITORY
+
+FilePath = Annotated[str, "path"]
+"""A path; made absolute when the config is parsed."""
+
+Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if str(value).isdigit() else value)]
+"""`auto`, `cpu`, `cuda`, `cuda:1`, or a list of GPU indices such as `[0, 1]`."""
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+MAIN, METHOD, EVALUATION, FILES, SPEED = "main", "method", "evaluation", "files", "speed"
+
+
+def option(group: str, default: Any, help: str, effect: bool = True) -> Any:
+    """A field of a config: its help group, its default, its sentence of help; `effect` False: accepted, unused."""
+    default = {"default_factory": partial(list, default)} if isinstance(default, list) else {"default": default}
+    return Field(**default, description=help, json_schema_extra={"group": group, "effect": effect})
+
+
+config_class = dataclass(frozen=True, kw_only=True, config={"coerce_numbers_to_str": True})
+
+
+# --- the options of the programs -----------------------------------------------------------------------------
+
+
+@config_class
+class DataConfig:
+    """What every program shares: the real data, its whitening and augmentation, the seed and the device."""
+
+    dataset: str = option(MAIN, "CIFAR10", "name of the dataset")
+    subset: str = option(MAIN, "imagenette", "which ten classes, for ImageNet")
+    model: str = option(MAIN, "ConvNet", "name of the network")
+    res: Count | None = option(MAIN, None, "image size; unset: the dataset's own")
+    seed: int = option(MAIN, 0, "the same seed gives the same result")
+    zca: bool = option(METHOD, False, "whiten the images (ZCA, eps 0.1)")
+    dsa: bool = option(METHOD, True, "augment training batches by DSA")
+    dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "groups of DSA, joined by _")
+    val_fraction: Fraction = option(METHOD, 0.0, "hold out this share of the training images and test on it instead "
+                                    "of on the test images")
+    batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)
+    device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices")
+    data_path: FilePath = option(FILES, "data", "folder of the real data")
+
+
+@config_class
+class BufferConfig(DataConfig):
+    """Expert training, `buffer/buffer_FTD.py`."""
+
+    num_experts: Count = option(MAIN, 100, "experts to train")
+    train_epochs: Count = option(MAIN, 50, "epochs of each expert")
+    lr_teacher: Rate = option(METHOD, 0.01, "learning rate, constant")
+    batch_train: Count = option(METHOD, 256, "training batch")
+    mom: Annotated[float, Field(ge=0, lt=1)] = option(METHOD, 0.0, "momentum")
+    l2: Rate = option(METHOD, 0.0, "weight decay")
+    rho_max: Rate = option(METHOD, 2.0, "GSAM: radius of the ascent; 0 is plain SGD")
+    rho_min: Rate = option(METHOD, 2.0, "GSAM: must equal rho_max, as the learning rate is constant")
+    alpha: Rate = option(METHOD, 0.4, "GSAM: weight of the surrogate gap")
+    adaptive: bool = option(METHOD, True, "GSAM: scale the ascent by the parameters' squares")
+    decay: bool = option(METHOD, False, "learning rate decay", effect=False)
+    save_interval: Count = option(FILES, 10, "experts per file")
+    buffer_path: FilePath = option(FILES, "buffers", "folder of the expert files")
+
+
+@config_class
+class TrainConfig(DataConfig):
+    """How a network is trained and tested on a distilled (or real) set."""
+
+    eval_mode: str = option(EVALUATION, "S", "networks to test: S M W D A P N C BN (see the README)")
+    num_eval: Count = option(EVALUATION, 5, "networks of each kind")
+    epoch_eval_train: Count = option(EVALUATION, 1000, "epochs of one training")
+    batch_train: Count = option(EVALUATION, 256, "training batch")
+    lr_teacher: Rate = option(METHOD, 0.01, "learning rate; for DATM.py the start of the learned one")
+    no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
+    parall_eva: bool = option(SPEED, False, "spread the evaluation over the GPUs", effect=False)
+
+
+@config_class
+class DistillConfig(TrainConfig):
+    """Distillation, `distill/DATM.py`."""
+
+    ipc: Count = option(MAIN, 1, "synthetic images per class")
+    Iteration: Index = option(MAIN, 5000, "distillation iterations; the loop runs 0..Iteration inclusive")
+    zca: bool = option(METHOD, True, "whiten the images (ZCA, eps 0.1)")
+    matching: Literal["exact", "unroll", "tesla"] = option(METHOD, "exact", "how the gradient is computed")
+    lr_img: Rate = option(METHOD, 1000.0, "SGD rate of the images")
+    lr_lr: Rate = option(METHOD, 1e-5, "SGD rate of the learning rate")
+    lr_y: Rate = option(METHOD, 2.0, "SGD rate of the label logits")
+    Momentum_y: Annotated[float, Field(ge=0, lt=1)] = option(METHOD, 0.9, "momentum of the label logits")
+    batch_syn: Count | None = option(METHOD, None, "synthetic batch of an inner step; unset: the whole set")
+    pix_init: Literal["samples_predicted_correctly", "real", "noise"] = option(
+        METHOD, "samples_predicted_correctly", "how the images start")
+    expert_epochs: Count = option(METHOD, 2, "expert epochs M between start and target")
+    syn_steps: Count = option(METHOD, 80, "inner steps T on the synthetic set")
+    min_start_epoch: Index = option(METHOD, 0, "first epoch of the difficulty window")
+    max_start_epoch: Count = option(METHOD, 25, "end of the difficulty window, exclusive")
+    Sequential_Generation: bool = option(METHOD, True, "let the window's end grow")
+    current_max_start_epoch: Count = option(METHOD, 20, "end of the window at iteration 0")
+    expansion_end_epoch: Count = option(METHOD, 3000, "iteration at which the window has its full size")
+    threshold: Rate = option(METHOD, 1.0, "skip an update whose matching loss exceeds this")
+    load_all: bool = option(METHOD, False, "draw one of all experts at each iteration, instead of walking through them")
+    max_files: Count | None = option(METHOD, None, "use at most this many expert files")
+    max_experts: Count | None = option(METHOD, None, "use at most this many experts of a file")
+    Initialize_Label_With_Another_Model: bool = option(METHOD, False, "label the images by another network's experts")
+    Initialize_Label_Model: str = option(METHOD, "", "that network's name")
+    Initialize_Label_Model_Dir: FilePath = option(METHOD, "", "the folder of its expert files")
+    Label_Model_Timestamp: int = option(METHOD, -1, "which snapshot of the experts labels the images")
+    eval_it: Count = option(EVALUATION, 100, "evaluate every so many iterations")
+    skip_first_eva: bool = option(EVALUATION, False, "do not evaluate at iteration 0")
+    data_path: FilePath = option(FILES, "../dataset/", "folder of the real data")
+    buffer_path: FilePath = option(FILES, "../buffer_storage/", "folder of the expert files")
+    log_path: FilePath = option(FILES, "logged_files", "folder of the results")
+    run_name: str | None = option(FILES, None, "name of the run's folder; unset: made from the config")
+    force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50", effect=False)
+    record_loss: bool = option(FILES, False, "record the loss; metrics.jsonl always does", effect=False)
+    project: str = option(FILES, "TEST", "wandb project", effect=False)
+    device: Device = option(SPEED, [0], "auto, cpu, cuda, cuda:N or a list of GPU indices")
+    ema_decay: float = option(METHOD, 0.999, "unused", effect=False)
+    lr_init: float = option(METHOD, 0.01, "unused", effect=False)
+    texture: bool = option(METHOD, False, "unused", effect=False)
+    canvas_size: int = option(METHOD, 2, "unused", effect=False)
+    canvas_samples: int = option(METHOD, 1, "unused", effect=False)
+
+
+@config_class
+class TeslaConfig(DistillConfig):
+    """Distillation with the TESLA gradient, `distill/DATM_tesla.py`."""
+
+    matching: Literal["exact", "unroll", "tesla"] = option(METHOD, "tesla", "how the gradient is computed")
+
+
+@config_class
+class EvaluationConfig(TrainConfig):
+    """Evaluation of a saved set, `distill/evaluation.py`."""
+
+    num_eval: Count = option(EVALUATION, 1, "networks of each kind")
+    batch_train: Count = option(EVALUATION, 128, "training batch")
+    data_dir: FilePath = option(FILES, "", "file of the distilled images (required)")
+    label_dir: FilePath = option(FILES, "", "file of the label logits (required)")
+    lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
+    json: FilePath = option(FILES, "", "write the result to this file")
+
+
+@config_class
+class BaselineConfig(TrainConfig):
+    """Training on real images, `distill/baseline.py`."""
+
+    ipc: Count | None = option(MAIN, 1, "random real images per class; None: the whole training set")
+    label_source: Literal["hard", "experts"] = option(METHOD, "hard", "the images' own labels, or the logits that "
+                                                      "DATM's initialisation gives them")
+    buffer_path: FilePath = option(FILES, "../buffer_storage/", "folder of the expert files, for label_source experts")
+    json: FilePath = option(FILES, "", "write the result to this file")
+
+
+# --- parsing -------------------------------------------------------------------------------------------------
+
+Config = TypeVar("Config", bound=DataConfig)
+
+
+def parse(config_type: type[Config], description: str, arguments: list[str] | None = None,
+          yaml_file: bool = False) -> Config:
+    """The command line (default: `sys.argv`) as a validated config.
+
+    Args:
+        yaml_file: accept `--cfg FILE`, a YAML whose keys are options.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of bounds, an unreadable YAML.
+    """
+    parser = _parser(config_type, description, yaml_file)
+    known, rest = parser.parse_known_args(arguments)
+    options = {name.replace("-", "_"): value for name, value in vars(known).items()}
+    if rest:
+        raise _unexpected(rest[0], config_type)
+    path = options.pop("cfg", None)
+    from_yaml = _read_yaml(path, config_type) if path else {}
+    root_paths = {field.name: field.default for field in fields(config_type) if _is_path(field.name, config_type)}
+    root_paths = {name: default.default for name, default in root_paths.items()} | {
+        name: value for name, value in from_yaml.items() if name in root_paths}
+    values = from_yaml | {name: _from_root(value) for name, value in root_paths.items()} | {
+        name: str(Path(value).expanduser().absolute()) if name in root_paths and value else value
+        for name, value in options.items()}
+    config = make(config_type, **values)
+    _warn_without_effect(config_type, from_yaml | options)
+    return config
+
+
+def make(config_type: type[Config], **values: Any) -> Config:
+    """A config from values of any spelling (text, numbers, lists).
+
+    Raises:
+        UserError: the first value that is wrong, what it should be, and how the option is spelt.
+    """
+    try:
+        return config_type(**{name: _spelt(name, value, config_type) for name, value in values.items()})
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0]) if problem["loc"] else "config"
+        message = problem["msg"][0].lower() + problem["msg"][1:]
+        raise UserError(f"--{name} {values.get(name)}: {message.replace('input should be', 'it must be')}") from None
+
+
+def as_dict(config: DataConfig) -> dict[str, Any]:
+    """All options by name, ready for YAML or JSON."""
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def _spelt(name: str, value: Any, config_type: type) -> Any:
+    """The spellings that YAML and the command line allow beyond the type's own."""
+    hint = typing.get_type_hints(config_type)[name] if name in _names(config_type) else str
+    if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
+        return None
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    return value
+
+
+def _names(config_type: type) -> list[str]:
+    return [field.name for field in fields(config_type)]
+
+
+def _extra(name: str, config_type: type) -> dict[str, Any]:
+    field = next(field for field in fields(config_type) if field.name == name)
+    return field.default.json_schema_extra | {"help": field.default.description}
+
+
+def _is_path(name: str, config_type: type) -> bool:
+    return typing.get_type_hints(config_type, include_extras=True)[name] == FilePath
+
+
+def _from_root(value: str | None) -> str:
+    """A path of a YAML or a default: `../x` and `./x` mean `x` at the repository's root."""
+    if not value:
+        return ""
+    value = os.path.expanduser(value)
+    while value.startswith(("../", "./")):
+        value = value.split("/", 1)[1]
+    return str(REPOSITORY / value)
+
+
+def _read_yaml(path: str, config_type: type) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--cfg {path}: {error.strerror}; give the path of a YAML file such as "
+                        "configs/MiniFashion/ConvIN/IPC1.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" near line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"--cfg {path} is not YAML{where}; write one `key: value` a line") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"--cfg {path} is not a list of options; write one `key: value` a line")
+    for name in values:
+        if name not in _names(config_type):
+            raise UserError(f"--cfg {path}: " + str(unknown_name("key", name, _names(config_type))))
+    return values
+
+
+def _unexpected(argument: str, config_type: type) -> UserError:
+    if argument.startswith("--"):
+        return unknown_name("option", argument.split("=")[0], [f"--{name}" for name in _names(config_type)])
+    return UserError(f"unexpected argument {argument!r}; options are written --key value (see --help)")
+
+
+def _warn_without_effect(config_type: type, given: dict[str, Any]) -> None:
+    unused = [name for name in given if not _extra(name, config_type)["effect"]]
+    if unused:
+        print(f"note: accepted for the published files' sake, without effect: {', '.join(unused)}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.ArgumentParser:
+    width = min(shutil.get_terminal_size().columns, 100)
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     usage="%(prog)s " + ("--cfg FILE " if yaml_file else "") + "[--key value …]",
+                     formatter_class=partial(argparse.HelpFormatter, max_help_position=30, width=width))
+    if yaml_file:
+        parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
+    names = sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"])
+    for group in (MAIN, METHOD, EVALUATION, SPEED, FILES):
+        options = parser.add_argument_group(f"{group} options")
+        for field in names:
+            extra = _extra(field.name, config_type)
+            if extra["group"] != group:
+                continue
+            hint = typing.get_type_hints(config_type)[field.name]
+            shown = field.default.get_default(call_default_factory=True)
+            text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
+                "" if shown == "" else f" [{'unset' if shown is None else shown}]")
+            metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()
+            optional = {"nargs": "?", "const": "True"} if hint is bool else {}
+            options.add_argument(f"--{field.name}", metavar=metavar, help=text.replace("%", "%%"), **optional)
+    return parser

@@ -1,0 +1,19 @@
+"""Accuracy on whole tensors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of logits [B, K] have their largest entry at labels [B]; stays on the device."""
+    return (logits.argmax(dim=1) == labels).sum()
+
+
+@torch.no_grad()
+def accuracy(predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """The share of images [N, C, H, W] that `predict` (images → logits) puts into their class, in [0, 1]."""
+    correct = sum(count_correct(predict(x), y) for x, y in zip(images.split(batch), labels.split(batch)))
+    return float(correct) / len(labels)  # the only wait for the device

@@ -1,0 +1,354 @@
+"""Name → network: the ConvNet family and the five classics that dataset distillation is evaluated on.
+
+Parameter names, shapes and order are those of the published trees, so published experts load. No activation works in
+place: every network can be differentiated twice, in any float type, and run under `torch.func.functional_call`.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from utils.datasets import Dataset
+from utils.errors import UserError, unknown_name
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "relu": nn.ReLU,
+    "leaky": partial(nn.LeakyReLU, negative_slope=0.01),
+}
+
+# (channels, height, width) → layer; only layer norm needs height and width. Instance norm, as published, is a group
+# norm with one channel a group.
+NORMS: dict[str, Callable[..., nn.Module | None]] = {
+    "none": lambda channels, *size: None,
+    "batch": lambda channels, *size: nn.BatchNorm2d(channels),
+    "layer": lambda channels, *size: nn.LayerNorm([channels, *size]),
+    "instance": lambda channels, *size: nn.GroupNorm(channels, channels),
+    "group": lambda channels, *size: nn.GroupNorm(4, channels),
+}
+
+POOLINGS: dict[str, Callable[[], nn.Module | None]] = {
+    "none": lambda: None,
+    "max": partial(nn.MaxPool2d, 2),
+    "average": partial(nn.AvgPool2d, 2),
+}
+
+# What may follow "ConvNet" in a name: at most one for each field of a ConvNetPlan.
+SUFFIXES: dict[str, tuple[str, int | str]] = {
+    **{f"D{depth}": ("depth", depth) for depth in range(1, 9)},
+    **{f"W{width}": ("width", width) for width in range(1, 4097)},
+    **{"AS": ("activation", "sigmoid"), "AR": ("activation", "relu"), "AL": ("activation", "leaky")},
+    **{"NN": ("norm", "none"), "BN": ("norm", "batch"), "LN": ("norm", "layer")},
+    **{"IN": ("norm", "instance"), "GN": ("norm", "group")},
+    **{"NP": ("pooling", "none"), "MP": ("pooling", "max"), "AP": ("pooling", "average")},
+}
+KIP = "W1024NN"  # the network of Nguyen et al. 2021, https://arxiv.org/abs/2107.13034
+SUFFIX_RULE = "ConvNet takes one each of D1-D8, W1-W4096, AS|AR|AL, NN|BN|LN|IN|GN, NP|MP|AP, in any order"
+
+
+@dataclass(frozen=True)
+class ConvNetPlan:
+    """The five choices that make one ConvNet; the defaults are the plain `ConvNet`."""
+
+    depth: int = 3
+    width: int = 128
+    activation: str = "relu"
+    norm: str = "instance"
+    pooling: str = "average"
+
+    @classmethod
+    def parse(cls, name: str) -> "ConvNetPlan":
+        """From a name: ConvNetD4W64 is ConvNetPlan(depth=4, width=64).
+
+        Raises:
+            UserError: the name is not "ConvNet" and known suffixes, or gives one field twice.
+        """
+        suffix = name.removeprefix("ConvNet").replace("KIP", KIP)
+        tokens = re.findall(r"[DW]\d+|[A-Z]{2}", suffix)
+        fields = dict(SUFFIXES[token] for token in tokens if token in SUFFIXES)
+        one_of_each = len(fields) == len(tokens) and "".join(tokens) == suffix
+        if not (name.startswith("ConvNet") and one_of_each):
+            raise UserError(f"{unknown_name('network', name, NAMES)}; {SUFFIX_RULE}")
+        return cls(**fields)
+
+
+class ConvNet(nn.Module):
+    """`depth` blocks of [3×3 convolution, norm, activation, 2×2 pooling] and a linear layer; [B, C, H, W] → [B, K].
+
+    The network of Gidaris & Komodakis 2018 (https://arxiv.org/abs/1804.09458) in the variants of Zhao et al. 2021
+    (https://arxiv.org/abs/2006.05929). `depth`, `width`, `activation`, `norm` and `pooling` hold its plan.
+
+    Raises:
+        UserError: the depth pools the image away, or the width does not split into the four groups of group norm.
+    """
+
+    def __init__(self, plan: ConvNetPlan, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.depth, self.width, self.activation, self.norm, self.pooling = astuple(plan)
+        if self.norm == "group" and self.width % 4:
+            raise UserError(f"group norm (GN) has four groups; got width {self.width}, give a multiple of 4")
+
+        padding = 1 + _margin(channels)
+        height, width = (side + 2 * padding - 2 for side in image_size)
+        deepest = min(height, width).bit_length() - 1
+        if self.pooling != "none" and self.depth > deepest:
+            raise UserError(
+                f"a ConvNet of depth {self.depth} halves its images {self.depth} times, and {image_size[0]}×"
+                f"{image_size[1]} allows {deepest}; give a smaller depth (D) or no pooling (NP)"
+            )
+
+        layers: list[nn.Module | None] = []
+        for _ in range(self.depth):
+            layers += [
+                nn.Conv2d(channels, self.width, kernel_size=3, padding=padding),
+                NORMS[self.norm](self.width, height, width),
+                ACTIVATIONS[self.activation](),
+                POOLINGS[self.pooling](),
+            ]
+            channels, padding = self.width, 1
+            if self.pooling != "none":
+                height, width = height // 2, width // 2
+        self.features = nn.Sequential(*(layer for layer in layers if layer is not None))
+        self.classifier = nn.Linear(self.width * height * width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).flatten(1))
+
+
+class MLP(nn.Module):
+    """Three linear layers, 128 units wide, with ReLU; [B, C, H, W] → [B, K], for any C, H, W."""
+
+    def __init__(self, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.fc_1 = nn.Linear(channels * image_size[0] * image_size[1], 128)
+        self.fc_2 = nn.Linear(128, 128)
+        self.fc_3 = nn.Linear(128, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = relu(self.fc_1(images.flatten(1)))
+        return self.fc_3(relu(self.fc_2(hidden)))
+
+
+class LeNet(nn.Module):
+    """LeNet-5 with ReLU and max pooling; [B, C, H, W] → [B, K].
+
+    LeCun et al. 1998, "Gradient-based learning applied to document recognition".
+    """
+
+    def __init__(self, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 6, kernel_size=5, stride=_stride(image_size), padding=_margin(channels)),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, kernel_size=5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.fc_1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc_2 = nn.Linear(120, 84)
+        self.fc_3 = nn.Linear(84, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = relu(self.fc_1(self.features(images).flatten(1)))
+        return self.fc_3(relu(self.fc_2(hidden)))
+
+
+class AlexNet(nn.Module):
+    """Five convolutions and one linear layer, cut down for small images; [B, C, H, W] → [B, K].
+
+    After Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks".
+    """
+
+    def __init__(self, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 128, kernel_size=5, stride=_stride(image_size), padding=2 + _margin(channels)),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(128, 192, kernel_size=5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(192, 256, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 192, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(192, 192, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.fc = nn.Linear(192 * 4 * 4, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.features(images).flatten(1))
+
+
+class VGG11(nn.Module):
+    """VGG-11 with a norm after each convolution and one linear layer; [B, C, H, W] → [B, K].
+
+    Simonyan & Zisserman 2015, https://arxiv.org/abs/1409.1556, configuration A.
+    """
+
+    PLAN = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+
+    def __init__(self, channels: int, num_classes: int, image_size: tuple[int, int], norm: str) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        padding = 1 + _margin(channels)
+        for width in self.PLAN:
+            if width == "pool":
+                layers += [nn.MaxPool2d(2)]
+            else:
+                convolution = nn.Conv2d(channels, width, kernel_size=3, padding=padding)
+                layers += [convolution, NORMS[norm](width), nn.ReLU()]
+                channels, padding = width, 1
+        # Published so: of the 2×2 features that a 64×64 image leaves, a window of one keeps the top left.
+        layers += [nn.AvgPool2d(kernel_size=1, stride=_stride(image_size))]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(512, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).flatten(1))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions beside a shortcut; halves the image by a stride of 2, or by average pooling if `pool`."""
+
+    def __init__(self, channels: int, width: int, halve: bool, norm: str, pool: bool) -> None:
+        super().__init__()
+        stride = 2 if halve and not pool else 1
+        halving = [nn.AvgPool2d(2)] if halve and pool else []
+        self.conv1 = nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = NORMS[norm](width)  # "bn" whatever the norm: the published parameter names
+        self.pool = nn.Sequential(*halving)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+        self.bn2 = NORMS[norm](width)
+        self.shortcut = nn.Sequential()
+        if channels != width:
+            convolution = nn.Conv2d(channels, width, kernel_size=1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, *halving, NORMS[norm](width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.pool(relu(self.bn1(self.conv1(images))))
+        return relu(self.bn2(self.conv2(hidden)) + self.shortcut(images))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with a 3×3 stem; [B, C, H, W] → [B, K].
+
+    He et al. 2016, https://arxiv.org/abs/1512.03385. With `pool` (the `_AP` names) the blocks halve by average pooling,
+    and the classifier reads the whole last feature map instead of its mean.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, image_size: tuple[int, int], norm: str, pool: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, kernel_size=3, stride=_stride(image_size), padding=1, bias=False)
+        self.bn1 = NORMS[norm](64)
+        block = partial(BasicBlock, norm=norm, pool=pool)
+        self.layer1 = nn.Sequential(block(64, 64, halve=False), block(64, 64, halve=False))
+        self.layer2 = nn.Sequential(block(64, 128, halve=True), block(128, 128, halve=False))
+        self.layer3 = nn.Sequential(block(128, 256, halve=True), block(256, 256, halve=False))
+        self.layer4 = nn.Sequential(block(256, 512, halve=True), block(512, 512, halve=False))
+        last = 3 if pool and image_size[0] == 28 else 4  # pooling rounds 7 down to 3, a stride up to 4
+        self.head = nn.Sequential() if pool else nn.AvgPool2d(4)
+        self.classifier = nn.Linear(512 * last * last if pool else 512, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = relu(self.bn1(self.conv1(images)))
+        hidden = self.layer4(self.layer3(self.layer2(self.layer1(hidden))))
+        return self.classifier(self.head(hidden).flatten(1))
+
+
+CLASSICS: dict[str, Callable[..., nn.Module]] = {
+    "MLP": MLP,
+    "LeNet": LeNet,
+    "AlexNet": AlexNet,
+    "VGG11": partial(VGG11, norm="instance"),
+    "VGG11BN": partial(VGG11, norm="batch"),
+    "ResNet18": partial(ResNet18, norm="instance"),
+    "ResNet18BN": partial(ResNet18, norm="batch"),
+    "ResNet18_AP": partial(ResNet18, norm="instance", pool=True),
+    "ResNet18BN_AP": partial(ResNet18, norm="batch", pool=True),
+}
+
+PUBLISHED_SUFFIXES = (
+    "", *(f"D{depth}" for depth in range(1, 9)), "W32", "W64", "W128", "W256", "W512", "W1024", "AS", "AR", "AL",
+    "NN", "BN", "LN", "IN", "GN", "NP", "MP", "AP", "D4BN", "KIP",
+)  # fmt: skip
+NAMES: tuple[str, ...] = (
+    *(f"ConvNet{suffix}" for suffix in PUBLISHED_SUFFIXES), *CLASSICS, *(f"{name}_Tiny" for name in CLASSICS)
+)  # fmt: skip
+
+EVALUATION_POOLS = {
+    "M": ["ConvNet", "AlexNet", "VGG11", "ResNet18"],
+    "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
+    "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
+    "A": ["ConvNetAS", "ConvNetAR", "ConvNetAL"],
+    "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
+    "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
+    "BN": ["ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "AlexNet", "VGG11", "ResNet18_AP"],
+}
+
+
+def build_network(name: str, channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """A freshly initialised network that maps images [B, channels, *image_size] to logits [B, num_classes].
+
+    `name` is one of `NAMES`, or ConvNet with any combination of suffixes. The weights are torch's default
+    initialisation from its global generator: `torch.manual_seed` before the call makes them repeatable.
+
+    Raises:
+        UserError: no such network, or it cannot read images of this size.
+    """
+    family = name.removesuffix("_Tiny")
+    if family not in CLASSICS:
+        return ConvNet(ConvNetPlan.parse(name), channels, num_classes, image_size)
+
+    readable = {(3, 64, 64)} if name.endswith("_Tiny") else {(3, 32, 32), (1, 28, 28)}
+    if family != "MLP" and (channels, *image_size) not in readable:
+        raise UserError(
+            f"{name} cannot read {channels}×{image_size[0]}×{image_size[1]} images: {family} reads 3×32×32 and 1×28×28,"
+            f" {family}_Tiny reads 3×64×64; ConvNet and MLP read any size"
+        )
+    return CLASSICS[family](channels, num_classes, image_size)
+
+
+def network_for(name: str, dataset: Dataset) -> nn.Module:
+    """The named network for a dataset's images and classes."""
+    return build_network(name, dataset.channels, dataset.num_classes, dataset.image_size)
+
+
+def evaluation_pool(mode: str, model: str) -> list[str]:
+    """The names of the networks that the evaluation mode `mode` trains, for a set distilled with `model`.
+
+    Raises:
+        UserError: no such mode.
+    """
+    pools = {
+        "S": [model.split("BN")[0]],  # the model itself, but never its batch norm: published so
+        "C": [model, "ConvNet"],
+        **EVALUATION_POOLS,
+    }
+    if mode not in pools:
+        raise unknown_name("eval_mode", mode, pools)
+    return list(dict.fromkeys(pools[mode]))  # mode C of a ConvNet would train it twice
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether the network keeps running statistics, which its parameters alone do not carry."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def _margin(channels: int) -> int:
+    """Extra padding of the first convolution: one channel means MNIST's 28×28, which becomes 32×32."""
+    return 2 if channels == 1 else 0
+
+
+def _stride(image_size: tuple[int, int]) -> int:
+    """Stride that brings the `_Tiny` size, 64×64, to what follows at 32×32."""
+    return 2 if image_size[0] == 64 else 1

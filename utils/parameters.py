@@ -1,0 +1,49 @@
+"""A network as a function of one flat parameter vector θ."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class FlatModel:
+    """`model(theta, x)`: the network's forward pass with the parameters taken from θ.
+
+    θ is the concatenation of the flattened parameters in `parameters()` order (the order of the published
+    expert files). The wrapped network's own parameters are never changed; its buffers are shared.
+
+    Args:
+        network: any `nn.Module`; it keeps the mode (train or eval) it is in.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.names = [name for name, _ in network.named_parameters()]
+        self.shapes = [parameter.shape for parameter in network.parameters()]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.num_parameters = sum(self.sizes)
+
+    def flatten(self) -> Tensor:
+        """The network's own parameters as a new vector [P], detached."""
+        return flatten(list(self.network.parameters()))
+
+    def unflatten(self, theta: Tensor) -> list[Tensor]:
+        """Views of θ [P] in the parameters' shapes, in `parameters()` order."""
+        return [part.view(shape) for part, shape in zip(theta.split(self.sizes), self.shapes)]
+
+    def load(self, theta: Tensor) -> nn.Module:
+        """Copies θ [P] into the wrapped network and returns it."""
+        with torch.no_grad():
+            for parameter, value in zip(self.network.parameters(), self.unflatten(theta)):
+                parameter.copy_(value)
+        return self.network
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        """x [B, C, H, W] → logits [B, K], differentiable in θ and x to any order."""
+        return functional_call(self.network, dict(zip(self.names, self.unflatten(theta))), (x,))
+
+
+def flatten(parameters: list[Tensor]) -> Tensor:
+    """Tensors of any shapes → one new vector [P]."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in parameters])

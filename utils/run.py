@@ -1,0 +1,186 @@
+"""What surrounds a computation: the entry's error line, device, seeds, run folder, metrics, progress."""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from utils.config import DataConfig, as_dict
+from utils.errors import UserError
+from utils.files import REPOSITORY, atomic_write
+
+
+def entry(main: Callable[[], None]) -> None:
+    """Runs an entry script; a user's mistake becomes one line on stderr and exit code 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; every file written so far is whole", file=sys.stderr)
+        sys.exit(130)
+
+
+# --- seeds: every draw has an address, so that any part of a run can be repeated alone -----------------------
+
+
+def derive_seed(*address: int | str) -> int:
+    """A 63-bit seed from an address such as (seed, "expert", 3, "epoch", 7); the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, address)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(*address: int | str) -> torch.Generator:
+    """A CPU generator of its own for an address."""
+    return torch.Generator().manual_seed(derive_seed(*address))
+
+
+@contextlib.contextmanager
+def seeded(*address: int | str) -> Iterator[None]:
+    """torch's global CPU generator set for an address, and put back: layers initialise themselves from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(*address))
+        yield
+
+
+# --- device --------------------------------------------------------------------------------------------------
+
+
+def select_device(device: str | list[int]) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or GPU indices of which the first that exists is taken.
+
+    A list of indices on a machine without them falls back, with one line that says to what.
+
+    Raises:
+        UserError: not a device, or a GPU asked for by name that is not there.
+    """
+    gpus = torch.cuda.device_count()
+    if isinstance(device, list):
+        present = [index for index in device if 0 <= index < gpus]
+        chosen = torch.device("cuda", present[0]) if present else torch.device("cuda:0" if gpus else "cpu")
+        if device != [0] and not present:
+            print(f"note: no GPU {device} here; using {chosen}", file=sys.stderr)
+        return chosen
+    if device == "auto":
+        return torch.device("cuda:0" if gpus else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: allowed are auto, cpu, cuda, cuda:N or a list of GPU indices such as [0]")
+    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+        raise UserError(f"--device {device}: this machine has {gpus} GPU(s); give --device auto or cpu")
+    return chosen
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+# --- a run's folder ------------------------------------------------------------------------------------------
+
+# What changes where a run happens and what it writes, but not its result.
+_WITHOUT_INFLUENCE = {"device", "log_path", "run_name", "json", "project", "force_save", "record_loss"}
+
+
+def influential(config: DataConfig) -> dict[str, Any]:
+    """The options that decide the result, paths inside the repository relative to it."""
+    return {name: value.removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str) else value
+            for name, value in as_dict(config).items() if name not in _WITHOUT_INFLUENCE}
+
+
+def config_name(config: DataConfig) -> str:
+    """A short name that is the same for the same options."""
+    text = json.dumps(influential(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class RunFolder:
+    """One run's `config.yaml`, `metrics.jsonl` and `result.json`, and whatever the run puts beside them.
+
+    Raises:
+        UserError: the folder holds a run of other options.
+    """
+
+    def __init__(self, path: Path, config: DataConfig):
+        self.path = path
+        saved = path / "config.yaml"
+        if saved.exists():
+            before, now = yaml.safe_load(saved.read_text()), influential(config)
+            different = [f"{name} ({before.get(name)} there, {now.get(name)} here)"
+                         for name in now if before.get(name) != now[name]]
+            if different:
+                raise UserError(f"{path} holds a run of other options: {', '.join(different)}; give another --run_name")
+        else:
+            with atomic_write(saved) as aside:
+                aside.write_text(yaml.safe_dump(influential(config), sort_keys=False))
+        self._metrics = path / "metrics.jsonl"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run, else None."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def start_metrics(self) -> None:
+        self._metrics.unlink(missing_ok=True)
+
+    def log(self, **metrics: Any) -> None:
+        """One line of `metrics.jsonl`."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+
+    def finish(self, **result: Any) -> None:
+        write_json(self.path / "result.json", result)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    with atomic_write(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, to stand beside a result."""
+    return {"torch": torch.__version__, "python": sys.version.split()[0], "device": describe(device),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
+
+
+def shown(path: Path | str) -> str:
+    """A path as the user would type it: relative where it lies below the current folder."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+class Progress(tqdm):
+    """A bar on a terminal; elsewhere one plain line every half minute."""
+
+    def __init__(self, total: int, description: str, **kwargs: Any):
+        self._terminal = sys.stderr.isatty()
+        super().__init__(total=total, desc=description, file=sys.stderr, dynamic_ncols=self._terminal,
+                         mininterval=0.2 if self._terminal else 30, ncols=None if self._terminal else 100,
+                         leave=True, **kwargs)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if self._terminal:
+            return super().display(msg, pos)
+        if self.n:
+            print(msg or str(self), file=self.fp, flush=True)
+        return True

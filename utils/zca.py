@@ -1,0 +1,180 @@
+"""ZCA whitening: fitted once by kornia, kept on disk, applied and inverted in chunks."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import load, save
+
+EPS = 0.1  # the published ridge, added to the eigenvalues of the covariance
+CHUNK = 4096  # images whitened at a time: bounds the extra memory of `apply`, large enough for full matmul speed
+ONE_THREAD = 1024  # dimensions up to which a fit runs on one thread: see `_one_thread`
+LARGE = 4096  # dimensions from which a fit is announced, since it takes minutes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whitening:
+    """x ↦ (x − μ) T and back, on images flattened to rows of D = C·H·W values in [0, 1].
+
+    T = U (S + eps)^(−1/2) Uᵀ with U, S the eigenvectors and eigenvalues of the training images' covariance;
+    the inverse is U (S + eps)^(1/2) Uᵀ. All float32.
+    """
+
+    mean: Tensor  # [1, D]
+    transform: Tensor  # [D, D]
+    inverse: Tensor  # [D, D]
+
+    def apply(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] in [0, 1] → whitened images, same shape."""
+        here = self.to(images.device)
+        return _by_chunks(images, lambda rows: (rows - here.mean) @ here.transform)
+
+    def invert(self, images: Tensor) -> Tensor:
+        """Whitened images [N, C, H, W] → pixel space, not clipped, same shape."""
+        here = self.to(images.device)
+        return _by_chunks(images, lambda rows: (rows @ here.inverse).add_(here.mean))
+
+    def to(self, device: torch.device | str) -> "Whitening":
+        """The same whitening on `device`; tensors already there are not copied."""
+        return Whitening(self.mean.to(device), self.transform.to(device), self.inverse.to(device))
+
+
+@torch.no_grad()
+def _by_chunks(images: Tensor, change) -> Tensor:
+    out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    for start in range(0, len(images), CHUNK):
+        rows = images[start:start + CHUNK].flatten(1)  # [n ≤ CHUNK, D]
+        out[start:start + CHUNK] = change(rows).view(-1, *images.shape[1:])
+    return out
+
+
+def fit(images: Tensor, cache_key: str) -> Whitening:
+    """The whitening of a training set, from the disk cache or fitted by `kornia.enhance.ZCAWhitening`.
+
+    The result lies on the CPU and comes from the CPU, so that every machine whitens alike. It is kept as
+    `<cache folder>/zca_<key>.pt`; a fit of another kornia version than the one installed is renewed, and
+    without kornia a kept fit of any version is used.
+
+    Args:
+        images: the whole training set [N, C, H, W], float32 in [0, 1].
+        cache_key: what identifies these images' content (a hash of the raw images).
+
+    Raises:
+        UserError: neither kornia nor a kept fit; fewer than two images; a fit that would not fit in memory.
+    """
+    dimension = images[0].numel()
+    path = cache_folder() / f"zca_{hashlib.sha256(f'{cache_key} eps={EPS}'.encode()).hexdigest()[:32]}.pt"
+    version = _kornia_version()
+    kept = _read(path, dimension, version)
+    if kept is not None:
+        return kept
+    if version is None:
+        raise UserError(f"zca needs kornia to fit the whitening, kornia is not installed and no earlier fit is kept at "
+                        f"{path}; install it with: pip install kornia (or run without zca)")
+    if len(images) < 2:
+        raise UserError(f"zca needs at least two training images, got {len(images)}; add images or run without zca")
+    _refuse_or_announce(len(images), dimension)
+
+    try:
+        from kornia.enhance import ZCAWhitening  # here, not above: a second to import, not needed with a kept fit
+    except ImportError as error:
+        raise UserError(f"kornia {version} cannot be imported ({error}); install one that matches torch "
+                        f"{torch.__version__}") from error
+    with _one_thread(dimension <= ONE_THREAD):
+        fitted = ZCAWhitening(eps=EPS, compute_inv=True).fit(images.to("cpu", torch.float32))
+    whitening = Whitening(fitted.mean_vector, fitted.transform_matrix, fitted.transform_inv)
+    try:
+        save({**_tensors(whitening), "eps": EPS, "kornia": version}, path)
+    except UserError as error:
+        print(f"warning: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)",
+              file=sys.stderr)
+    return whitening
+
+
+def cache_folder() -> Path:
+    """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`."""
+    if os.environ.get("DATM_CACHE"):
+        return Path(os.environ["DATM_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "datm"
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, from the kernel and the container's limit; None where neither tells."""
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        # Pages of files read lately count as used, but are given up when asked for.
+        used -= int(dict(line.split() for line in (group / "memory.stat").open())["inactive_file"])
+        limits.append(int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError, KeyError):  # no such file, or "max": no limit
+        pass
+    return min(limits, default=None)
+
+
+@contextlib.contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+    """The SVD's many short parallel sections wait for each other: in 784 dimensions it takes 0.3 s on one thread, and
+    16 s on two where another process keeps the cores busy."""
+    threads = torch.get_num_threads()
+    try:
+        if wanted:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _tensors(whitening: Whitening) -> dict[str, Tensor]:
+    return {field.name: getattr(whitening, field.name) for field in dataclasses.fields(whitening)}
+
+
+def _kornia_version() -> str | None:
+    try:
+        return importlib.metadata.version("kornia")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: Path, dimension: int, version: str | None) -> Whitening | None:
+    """The kept fit, or None where there is none, it is damaged, or kornia has since changed."""
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    try:
+        kept = load(path, "ZCA cache file")
+        whitening = Whitening(kept["mean"], kept["transform"], kept["inverse"])
+        shapes = [tuple(tensor.shape) for tensor in _tensors(whitening).values()]
+        whole = shapes == [(1, dimension), (dimension, dimension), (dimension, dimension)]
+        whole = whole and all(tensor.isfinite().all() for tensor in _tensors(whitening).values())
+        fresh = version is None or kept["kornia"] == version
+    except (UserError, KeyError, TypeError, AttributeError):
+        whole = fresh = False
+    return whitening if whole and fresh else None
+
+
+def _refuse_or_announce(count: int, dimension: int) -> None:
+    """Peak memory of kornia's fit: a centred copy of the images, and a float64 SVD of the [D, D] covariance."""
+    need = 4 * count * dimension + 64 * dimension**2  # 64 bytes: measured at D = 3072, mostly the SVD's work space
+    free = available_memory()
+    if free is not None and need > free:
+        raise UserError(f"zca of {count} images of {dimension} values needs about {need / 2**30:.1f} GiB of memory, "
+                        f"{free / 2**30:.1f} GiB is available; use a machine with more, smaller images (res), "
+                        "or run without zca")
+    if dimension > LARGE:
+        minutes = 0.25 * (dimension / 3072) ** 3  # 3072 dimensions take 10 to 60 s
+        print(f"fitting ZCA in {dimension} dimensions: about {minutes:.0f} minutes and {need / 2**30:.1f} GiB, once "
+              "(the result is kept)", file=sys.stderr)
