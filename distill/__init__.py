@@ -1,0 +1,3 @@
+"""Distillation, evaluation and baselines."""
+
+import utils  # noqa: F401  before torch: utils sets how its threads wait

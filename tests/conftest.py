@@ -1,10 +1,21 @@
 """Shared fixtures."""
 
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -18,3 +29,123 @@ def golden_ops():
 def golden_iteration():
     """One whole distillation iteration of the published code; see golden/README.md."""
     return torch.load(GOLDEN / "datm_iteration.pt", weights_only=True)
+
+
+class Bomb:
+    """Code in a file: unpickling it makes a folder."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+    @property
+    def went_off(self):
+        return self.marker.exists()
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    return Bomb(tmp_path / "it ran")
+
+
+# --- the program's entries, run as a user runs them ----------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """One thread, no terminal, and a cache folder of the tests' own."""
+    return {"OMP_NUM_THREADS": "1", "DATM_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "100"}
+
+
+@pytest.fixture(scope="session")
+def run(environment):
+    """`run("distill/DATM.py", "--cfg", …)`: an entry as a process of its own, standing in `cwd`."""
+
+    def run(script, *arguments, cwd=ROOT, expect=0):
+        done = subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, text=True, timeout=300,
+                              capture_output=True, env=os.environ | environment)
+        return expected(done, expect)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def call(environment):
+    """As `run`, in this process, which saves the two seconds that importing torch takes."""
+
+    def call(script, *arguments, cwd=ROOT, expect=0):
+        command = [str(script), *map(str, arguments)]
+        out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        try:
+            with (mock.patch.dict(os.environ, environment), mock.patch.object(sys, "argv", command),
+                  mock.patch.object(sys, "path", list(sys.path)), contextlib.chdir(cwd),
+                  contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+                runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            torch.set_num_threads(threads)
+        return expected(subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue()), expect)
+
+    return call
+
+
+def expected(done, code):
+    """The process, if it ended with that code."""
+    assert done.returncode == code, f"{done.args} → {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def experts(run, tmp_path_factory):
+    """A `buffer_path` with three experts of three epochs, ConvNetD1W4 on MiniFashion, in two files."""
+    folder = tmp_path_factory.mktemp("buffers")
+    run("buffer/buffer_FTD.py", "--dataset=MiniFashion", "--model=ConvNetD1W4", "--zca", "--train_epochs=3",
+        "--num_experts=3", "--save_interval=2", "--batch_train=256", "--rho_max=0.01", "--rho_min=0.01",
+        "--device=cpu", f"--buffer_path={folder}")
+    return folder
+
+
+class Toy(NamedTuple):
+    """A dataset of three colours, and options that are small enough for it."""
+
+    data: Path  # train/<class>/*.png, test/<class>/*.png
+    per_class: int
+    common: list[str]  # for every program
+    train: list[str]  # for buffer_FTD.py, less --buffer_path
+    distil: list[str]  # for DATM.py, less --buffer_path and --log_path
+    evaluate: list[str]  # for evaluation.py and baseline.py
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 160, (8, 8, 3), dtype=np.uint8)
+                pixels[:, :, channel] += 60
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    config = folder / "toy.yaml"
+    config.write_text("ipc: 2\nIteration: 4\neval_it: 2\nsyn_steps: 3\nexpert_epochs: 1\nmax_start_epoch: 2\n"
+                      "Sequential_Generation: False\nlr_img: 10\nlr_y: 1\nthreshold: 1000\nnum_eval: 1\n"
+                      "epoch_eval_train: 1\n")
+    common = ["--dataset=ImageFolder", f"--data_path={folder}", "--res=8", "--model=ConvNetD1W4", "--zca",
+              "--device=cpu"]
+    return Toy(folder, 24, common,
+               [*common, "--train_epochs=3", "--num_experts=3", "--save_interval=2", "--batch_train=16",
+                "--rho_max=0.01", "--rho_min=0.01", "--lr_teacher=0.1"],
+               ["--cfg", str(config), *common], [*common, "--epoch_eval_train=2", "--num_eval=1"])
+
+
+@pytest.fixture(scope="session")
+def toy_experts(call, toy, tmp_path_factory):
+    """A `buffer_path` with three experts of three epochs on the toy, in two files."""
+    folder = tmp_path_factory.mktemp("toy_buffers")
+    call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={folder}")
+    return folder

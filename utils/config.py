@@ -162,7 +162,6 @@ class TeslaConfig(DistillConfig):
 class EvaluationConfig(TrainConfig):
     """Evaluation of a saved set, `distill/evaluation.py`."""
 
-    num_eval: Count = option(EVALUATION, 1, "networks of each kind")
     batch_train: Count = option(EVALUATION, 128, "training batch")
     data_dir: FilePath = option(FILES, "", "file of the distilled images (required)")
     label_dir: FilePath = option(FILES, "", "file of the label logits (required)")

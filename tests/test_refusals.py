@@ -1,0 +1,430 @@
+"""Every mistake of the user's is one line that says what was given and what to do, exit code 2, and nothing written."""
+
+import os
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+
+from utils.run import entry
+
+
+def bug(reason):
+    """A test that fails until the program is mended; then it fails for still being marked."""
+    return pytest.mark.xfail(strict=True, reason=f"bug: {reason}")
+
+
+DATM, BUFFER = "distill/DATM.py", "buffer/buffer_FTD.py"
+EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
+
+
+def check_refusal(done, *phrases):
+    """One line, beside notes: which script, and every phrase."""
+    (line,) = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("note:")]
+    script = next(argument for argument in done.args if argument.endswith(".py"))
+    assert line.startswith(f"{os.path.basename(script)}: error: ")
+    for phrase in phrases:
+        assert phrase in line, line
+
+
+@pytest.fixture
+def refused(call, toy, toy_experts, tmp_path):
+    """`refused(script, options, phrases)`: refused by one line with these phrases, and nothing was written."""
+    def refused(script, options, phrases, writes_nothing=True):
+        out = tmp_path / "out"
+        usual = {
+            BUFFER: [*toy.train, f"--buffer_path={out}"],
+            DATM: [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={out}"],
+            EVALUATION: [*toy.evaluate, f"--json={out / 'x.json'}"],
+            BASELINE: [*toy.evaluate, f"--json={out / 'x.json'}", f"--buffer_path={toy_experts}"]}[script]
+        check_refusal(call(script, *usual, *options, expect=2), *phrases)
+        assert not writes_nothing or not out.exists(), f"left behind: {sorted(out.rglob('*'))}"
+    return refused
+
+
+# --- options -------------------------------------------------------------------------------------------------
+
+COMMON = {
+    "unknown option": (["--momentun=1"], ["unknown option '--momentun'"]),
+    "misspelt option": (["--datasett=MNIST"], ["unknown option '--datasett'; did you mean '--dataset'"]),
+    "an argument that is no option": (["configs/x.yaml"], ["unexpected argument 'configs/x.yaml'", "--key value"]),
+    "an option without its value": (["--seed"], ["--seed: expected one argument"]),
+    "unknown dataset": (["--dataset=CIFAR-10"], ["unknown dataset 'CIFAR-10'; did you mean 'CIFAR10'", "CIFAR100"]),
+    "unknown network": (["--model=ConvNetD9"], ["unknown network 'ConvNetD9'", "did you mean 'ConvNetD", "D1-D8"]),
+    "unknown augmentation": (["--dsa_strategy=flip_colour"], ["--dsa_strategy", "'colour'; did you mean 'color'",
+                                                              "cutout"]),
+    "nonsense device": (["--device=gpu"], ["--device gpu", "allowed are auto, cpu, cuda", "[0]"]),
+    "a device of another kind": (["--device=meta"], ["--device meta", "allowed are auto, cpu, cuda"]),
+    "val_fraction": (["--val_fraction=1.5"], ["--val_fraction 1.5: it must be less than 1"]),
+    "val_fraction of a whole class": (["--val_fraction=0.99"], ["val_fraction 0.99", "all 24", "give a smaller one"]),
+    "type": (["--batch_train=many"], ["--batch_train many: it must be a valid integer"]),
+    "seed": (["--seed=1.5"], ["--seed 1.5: it must be a valid integer"]),
+    "no data": (["--data_path=/nowhere"], ["ImageFolder", "/nowhere", "train/<class>"]),
+}
+TOO_MANY_GPUS = (["--device=cuda:7"], ["--device cuda:7", f"this machine has {torch.cuda.device_count()} GPU(s)",
+                                       "--device auto or cpu"])
+
+
+@pytest.mark.parametrize("case", COMMON)
+@pytest.mark.parametrize("script", [DATM, BUFFER, EVALUATION, BASELINE])
+def test_what_every_program_refuses(refused, script, case, sets):
+    if script == EVALUATION:
+        options, phrases = COMMON[case]
+        return refused(script, [*sets.options(), *options], phrases)
+    refused(script, *COMMON[case])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="this machine has that GPU")
+@pytest.mark.parametrize("script", [DATM, BUFFER, EVALUATION, BASELINE])
+def test_a_gpu_that_is_not_there_is_refused(refused, script):
+    refused(script, *TOO_MANY_GPUS)
+
+
+@pytest.mark.parametrize("options, phrases", [
+    (["--rho_max=0.02"], ["--rho_max 0.02 --rho_min 0.01", "give both the same value"]),
+    (["--rho_max=-1", "--rho_min=-1"], ["--rho_max -1: it must be greater than or equal to 0"]),
+    (["--save_interval=0"], ["--save_interval 0: it must be greater than or equal to 1"]),
+    (["--num_experts=0"], ["--num_experts 0"]),
+    (["--cfg=x.yaml"], ["unknown option '--cfg'"])])
+def test_what_the_experts_refuse(refused, options, phrases):
+    refused(BUFFER, options, phrases)
+
+
+@pytest.mark.parametrize("options, phrases", [
+    (["--max_start_epoch=3", "--expert_epochs=2"], ["--max_start_epoch 3 --expert_epochs 2", "end at epoch 4",
+                                                    "have 3 epochs", "give --max_start_epoch 2 or less"]),
+    (["--min_start_epoch=2"], ["--min_start_epoch 2 --max_start_epoch 2", "no start epoch", "must be larger"]),
+    (["--Sequential_Generation", "--current_max_start_epoch=1", "--min_start_epoch=1"],
+     ["--min_start_epoch 1 --current_max_start_epoch 1", "must be larger"]),
+    (["--threshold=nan"], ["--threshold nan"]),
+    (["--pix_init=zeros"], ["--pix_init zeros", "'samples_predicted_correctly', 'real' or 'noise'"]),
+    (["--matching=fast"], ["--matching fast", "'exact', 'unroll' or 'tesla'"]),
+    (["--ipc=None"], ["--ipc None: it must be a valid integer"]),
+    (["--model=MLP"], ["no replay_buffer_*.pt in", "ImageFolder/MLP", "buffer/buffer_FTD.py", "--buffer_path"]),
+    (["--buffer_path=/nowhere"], ["no replay_buffer_*.pt in /nowhere/ImageFolder/ConvNetD1W4"])])
+def test_what_the_distillation_refuses(refused, options, phrases):
+    refused(DATM, options, phrases)
+
+
+LATE = {
+    "ipc beyond a class": (["--ipc=25"], ["--ipc 25: class 'blue' of ImageFolder has only 24 training images",
+                                          "give at most"]),
+    "snapshot beyond the last": (["--Label_Model_Timestamp=4"], ["--Label_Model_Timestamp 4", "0 … 3", "-1 for the"]),
+    "snapshot before the first": (["--Label_Model_Timestamp=-2"], ["--Label_Model_Timestamp -2", "0 … 3"]),
+    "unknown labelling network": (["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=ConvNett"],
+                                  ["unknown network 'ConvNett'"]),
+    "no labelling experts": (["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=MLP",
+                              "--Initialize_Label_Model_Dir=/nowhere"], ["no replay_buffer_*.pt in /nowhere"]),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_the_initialisation_refuses(refused, case):
+    refused(DATM, *LATE[case], writes_nothing=False)
+
+
+@bug("the run folder is made before the initial set is refused")
+@pytest.mark.parametrize("case", LATE)
+def test_what_the_initialisation_refuses_leaves_nothing(refused, case):
+    refused(DATM, *LATE[case])
+
+
+@bug("the run folder is made before the initial set is refused")
+def test_a_run_name_is_free_again_after_a_refusal(call, toy, toy_experts, tmp_path):
+    """Who mends the refused option and gives the same name must not hear of a run that never was."""
+    arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=x",
+                 "--Iteration=0"]
+    call(DATM, *arguments, "--Label_Model_Timestamp=9", expect=2)
+    with mock.patch("utils.figures.save_images"), mock.patch("utils.figures.save_curves"):
+        call(DATM, *arguments, "--Label_Model_Timestamp=3")
+
+
+@bug("the networks of the evaluation are built at the first evaluation")
+@pytest.mark.parametrize("options, phrases", [
+    (["--eval_mode=Z"], ["unknown eval_mode 'Z'", "allowed: S, C, M, W"]),
+    (["--eval_mode=M"], ["AlexNet cannot read 3×8×8"])])
+def test_an_evaluation_that_cannot_be_is_refused_before_the_distillation(refused, options, phrases):
+    refused(DATM, ["--skip_first_eva", *options], phrases)
+
+
+@bug("max(…, 1) offers a start epoch that is refused again")
+def test_an_expert_segment_longer_than_the_trajectory_has_advice_that_helps(call, toy, toy_experts):
+    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", "--expert_epochs=4", expect=2)
+    check_refusal(done, "--expert_epochs 4", "have 3 epochs")
+    assert "give --max_start_epoch" not in done.stderr  # no start epoch would do
+
+
+def test_a_learning_rate_that_turns_negative_stops_the_run(call, toy, toy_experts, tmp_path):
+    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_teacher=1",
+                "--lr_lr=1000", "--threshold=1e9", "--skip_first_eva", expect=2)
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("DATM.py: error: the synthetic learning rate became -") and "lower --lr_lr" in message
+
+
+@pytest.mark.parametrize("options, phrases", [
+    (["--ipc=25"], ["--ipc 25", "only 24"]),
+    (["--ipc=None", "--label_source=experts"], ["--label_source experts --ipc None", "give --ipc a number"]),
+    (["--label_source=soft"], ["--label_source soft", "'hard' or 'experts'"]),
+    (["--label_source=experts", "--buffer_path=/nowhere"], ["no replay_buffer_*.pt in /nowhere"]),
+    (["--eval_mode=Z"], ["unknown eval_mode 'Z'"])])
+def test_what_the_baseline_refuses(refused, options, phrases):
+    refused(BASELINE, options, phrases)
+
+
+# --- configs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content, phrases", [
+    (b"lr_image: 100\nipc: 1\n", ["unknown key 'lr_image'; did you mean 'lr_img'"]),
+    (b"Iteration 100\n", ["is not a list of options", "`key: value`"]),
+    (b"a: b: c\n", ["is not YAML near line 1", "`key: value`"]),
+    (b"ipc: 1\nlr_y: [1\n", ["is not YAML near line 3"]),
+    (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", ["is not YAML"]),
+    (b"ipc: 1\x00\n", ["is not YAML"]),
+    (b"\xff\xfei\x00p\x00c\x00", ["is not YAML"]),
+    (b"- ipc\n- 1\n", ["is not a list of options"]),
+    (b"3\n", ["is not a list of options"]),
+    (b"3: 4\n", ["is not a list of options"]),
+    (b"", ["is not a list of options"]),
+    (b"# nothing but a comment\n", ["is not a list of options"]),
+    (b"ipc: many\n", ["--ipc many: it must be a valid integer"]),
+    (b"ipc: {a: 1}\n", ["--ipc {'a': 1}: it must be a valid integer"]),
+    (b"zca:\n", ["--zca None: it must be a valid boolean"]),
+    (b"ipc: !!python/object/apply:os.system ['true']\n", ["is not YAML near line 1"])])
+def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
+    path = tmp_path / "given.yaml"
+    path.write_bytes(content)
+    done = call(DATM, "--cfg", path, expect=2)
+    check_refusal(done, *phrases)
+    assert str(path) in done.stderr or "--" in phrases[0]
+
+
+def test_a_config_that_is_not_there_is_refused(call, tmp_path):
+    check_refusal(call(DATM, "--cfg", tmp_path / "none.yaml", expect=2), "none.yaml: No such file", "path of a YAML")
+    check_refusal(call(DATM, "--cfg", tmp_path, expect=2), "Is a directory", "path of a YAML")
+    check_refusal(call(DATM, "--ipc=1", expect=2), "required: --cfg", "--help")
+    check_refusal(call("distill/DATM_tesla.py", expect=2), "required: --cfg")
+
+
+# --- expert files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(call, toy, toy_experts, tmp_path):
+    """`damaged(change, phrases)`: a copy of the experts whose file 0 was changed is refused with these phrases."""
+    shutil.copytree(toy_experts, tmp_path / "buffers")
+    folder = tmp_path / "buffers" / "ImageFolder" / "ConvNetD1W4"
+
+    def damaged(change, phrases):
+        change(folder / "replay_buffer_0.pt")
+        out = tmp_path / "out"
+        done = call(DATM, *toy.distil, f"--buffer_path={tmp_path / 'buffers'}", f"--log_path={out}", expect=2)
+        check_refusal(done, "replay_buffer_0.pt", *phrases)
+        assert not out.exists()
+    return damaged
+
+
+def rewritten(change):
+    """A change of the file's experts."""
+    return lambda path: torch.save(change(torch.load(path, weights_only=True)), path)
+
+
+SHAPES = ["holds experts of another network", "--model"]
+
+
+@pytest.mark.parametrize("change, phrases", [
+    (lambda path: path.write_bytes(path.read_bytes()[:3000]), ["cannot be read (truncated, or not a torch file)"]),
+    (lambda path: path.write_bytes(b""), ["write"]),
+    pytest.param(lambda path: path.write_text("experts\n"), ["not a torch file"], marks=bug("IndexError")),
+    (rewritten(lambda experts: []), ["is not a list of experts, or is empty", "train the experts again"]),
+    (rewritten(lambda experts: {"experts": experts}), ["is not a list of experts"]),
+    (rewritten(lambda experts: torch.zeros(3)), ["is not a list of experts"]),
+    (rewritten(lambda experts: [experts[0], []]), ["expert 1", "is not a list of snapshots"]),
+    (rewritten(lambda experts: [torch.zeros(4, 5)]), ["expert 0", "is not a list of snapshots"]),
+    (rewritten(lambda experts: experts[0]), ["expert 0", "is not a list of snapshots"]),  # one, not a list of them
+    (rewritten(lambda experts: [[snapshot[:-1] for snapshot in expert] for expert in experts]), SHAPES),
+    (rewritten(lambda experts: [[[*snapshot[:-1], torch.zeros(4)] for snapshot in expert] for expert in experts]),
+     [*SHAPES, "last [(4,)]", "last [(3,)]"]),
+    (rewritten(lambda experts: [[*experts[0][:-1], [1.0, 2.0]]]), SHAPES)])
+def test_damaged_experts_are_refused(damaged, change, phrases):
+    damaged(change, phrases)
+
+
+def test_experts_that_would_run_code_are_refused(damaged, bomb):
+    damaged(lambda path: torch.save([[bomb]], path), ["holds more than tensors", "save plain tensors"])
+    assert not bomb.went_off
+
+
+def test_experts_of_another_network_are_refused(damaged, call, toy, tmp_path):
+    call(BUFFER, *toy.train, "--num_experts=1", "--train_epochs=1", "--model=ConvNetD1W8",
+         f"--buffer_path={tmp_path / 'other'}")
+    other = tmp_path / "other" / "ImageFolder" / "ConvNetD1W8" / "replay_buffer_0.pt"
+    damaged(lambda path: shutil.copy(other, path), [*SHAPES, "--dataset", "first [(8, 3, 3, 3)]",
+                                                    "first [(4, 3, 3, 3)]"])
+
+
+@bug("TypeError: object of type 'int' has no len()")
+def test_more_experts_are_not_trained_beside_a_file_that_is_none(call, toy, tmp_path):
+    folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
+    folder.mkdir(parents=True)
+    torch.save(5, folder / "replay_buffer_0.pt")
+    check_refusal(call(BUFFER, *toy.train, f"--buffer_path={tmp_path}", expect=2), "replay_buffer_0.pt")
+    assert [path.name for path in folder.iterdir()] == ["replay_buffer_0.pt"]
+
+
+# --- distilled sets ------------------------------------------------------------------------------------------
+
+
+class Sets:
+    """The three files of a set for the toy, each replaced by whatever a test wants."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.write(images=torch.randn(6, 3, 8, 8), labels=torch.randn(6, 3), lr=torch.tensor(0.01))
+
+    def write(self, **tensors):
+        for name, tensor in tensors.items():
+            torch.save(tensor, self.path(name))
+
+    def path(self, name):
+        return self.folder / f"{name}_best.pt"
+
+    def options(self):
+        return [f"--{option}={self.path(name)}"
+                for option, name in (("data_dir", "images"), ("label_dir", "labels"), ("lr_dir", "lr"))]
+
+
+@pytest.fixture
+def sets(tmp_path):
+    (tmp_path / "sets").mkdir()
+    return Sets(tmp_path / "sets")
+
+
+def test_the_set_is_good_before_it_is_spoilt(call, toy, sets):
+    call(EVALUATION, *toy.evaluate, *sets.options())
+    sets.write(images=torch.randn(6, 3, 8, 8, dtype=torch.float64), labels=torch.tensor([0, 1, 2, 0, 1, 2]), lr=0.01)
+    call(EVALUATION, *toy.evaluate, *sets.options())
+
+
+NAN = torch.full((6, 3, 8, 8), torch.nan)
+
+
+@pytest.mark.parametrize("spoilt, phrases", [
+    (dict(images=torch.randn(6, 1, 8, 8)), ["--data_dir", "[6, 1, 8, 8]", "ImageFolder needs", "[N, 3, 8, 8]"]),
+    (dict(images=torch.randn(6, 3, 28, 28)), ["--data_dir", "[6, 3, 28, 28]", "[N, 3, 8, 8]"]),
+    (dict(images=torch.randn(3, 8, 8)), ["--data_dir", "[3, 8, 8]"]),
+    (dict(images=torch.zeros(6, 3, 8, 8, dtype=torch.uint8)), ["--data_dir", "torch.uint8", "floating-point"]),
+    (dict(images=[torch.zeros(3, 8, 8)] * 6), ["--data_dir", "holds a list, not a tensor"]),
+    (dict(images=NAN), ["not finite"]),
+    (dict(images=torch.zeros(6, 3, 8, 8).index_fill(0, torch.tensor([5]), torch.inf)), ["not finite"]),
+    pytest.param(dict(images=torch.zeros(0, 3, 8, 8), labels=torch.zeros(0, 3)), ["--data_dir", "[0, 3, 8, 8]"],
+                 marks=bug("a set without images is trained on")),
+    (dict(labels=torch.randn(6, 10)), ["--label_dir", "[6, 10]", "[6, 3]", "int64 classes [6]"]),
+    (dict(labels=torch.randn(5, 3)), ["--label_dir", "[5, 3]", "these 6 images", "[6, 3]"]),
+    (dict(labels=torch.randn(6)), ["--label_dir", "[6]"]),
+    (dict(labels=torch.zeros(6, 3, dtype=torch.int64)), ["--label_dir", "torch.int64 [6, 3]"]),
+    (dict(labels=torch.tensor([0, 1, 2, 3, 0, 0])), ["--label_dir", "classes outside 0 … 2"]),
+    (dict(labels=torch.tensor([0, 1, 2, -1, 0, 0])), ["--label_dir", "classes outside 0 … 2"]),
+    (dict(labels=torch.full((6, 3), torch.nan)), ["not finite"]),
+    (dict(labels={"labels": 3}), ["--label_dir", "holds a dict, not a tensor"]),
+    (dict(lr=torch.tensor(-0.01)), ["--lr_dir", "-0.00999", "one positive learning rate"]),
+    (dict(lr=torch.tensor(0.0)), ["--lr_dir", "one positive learning rate"]),
+    (dict(lr=torch.tensor(torch.nan)), ["--lr_dir", "nan", "one positive learning rate"]),
+    (dict(lr=torch.tensor([0.01, 0.02])), ["--lr_dir", "0.01999", "one positive learning rate"]),
+    (dict(lr="0.01"), ["--lr_dir", "holds a str, not a tensor"])])
+def test_a_spoilt_set_is_refused(refused, sets, spoilt, phrases):
+    sets.write(**spoilt)
+    refused(EVALUATION, sets.options(), [*phrases])
+
+
+@pytest.mark.parametrize("option, name", [("--data_dir", "images"), ("--label_dir", "labels"), ("--lr_dir", "lr")])
+def test_a_file_of_a_set_that_cannot_be_read_is_refused(refused, sets, bomb, option, name):
+    path = sets.path(name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    refused(EVALUATION, sets.options(), [f"{option} file", str(path), "truncated, or not a torch file"])
+    path.write_bytes(b"PK\x03\x04 and no more")
+    refused(EVALUATION, sets.options(), [f"{option} file", str(path), "not a torch file"])
+    torch.save(bomb, path)
+    refused(EVALUATION, sets.options(), [f"{option} file", str(path), "holds more than tensors", "refused"])
+    assert not bomb.went_off
+    path.unlink()
+    refused(EVALUATION, sets.options(), [f"{option} file", str(path), "does not exist"])
+
+
+def test_a_set_without_its_files_is_refused(refused, sets):
+    images, labels, _ = sets.options()
+    refused(EVALUATION, [labels], ["--data_dir is missing"])
+    refused(EVALUATION, [images], ["--label_dir is missing"])
+    refused(EVALUATION, [*sets.options(), f"--data_dir={sets.folder}"], ["--data_dir file", "give the path of a file"])
+    refused(EVALUATION, [*sets.options(), "--eval_mode=Z"], ["unknown eval_mode 'Z'"])
+
+
+@bug("IndexError in torch's unpickler")
+def test_text_is_no_set(refused, sets):
+    sets.path("images").write_text("tensors\n")
+    refused(EVALUATION, sets.options(), ["--data_dir file", "not a torch file"])
+
+
+# --- where to write ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocked(tmp_path):
+    """A file where a folder should be."""
+    path = tmp_path / "file"
+    path.write_text("in the way")
+    return path
+
+
+def test_a_distillation_that_cannot_be_written_is_refused(call, toy, toy_experts, blocked):
+    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={blocked}", expect=2)
+    check_refusal(done, "cannot write", str(blocked), "give a folder that can be written")
+    assert blocked.read_text() == "in the way"
+
+
+@bug("the folder is tried when the first file is full")
+def test_experts_that_cannot_be_written_are_refused_before_they_are_trained(call, toy, blocked):
+    done = call(BUFFER, *toy.train, f"--buffer_path={blocked}", expect=2)
+    check_refusal(done, str(blocked))
+
+
+@bug("the file is tried after the training")
+@pytest.mark.parametrize("script", [EVALUATION, BASELINE])
+def test_a_result_that_cannot_be_written_is_refused_before_the_training(call, toy, sets, blocked, script):
+    files = sets.options() if script == EVALUATION else []
+    done = call(script, *toy.evaluate, *files, f"--json={blocked / 'x.json'}", expect=2)
+    check_refusal(done, str(blocked))
+
+
+# --- as the shell sees it ------------------------------------------------------------------------------------
+
+
+def test_the_shell_sees_exit_code_2_and_one_line(run, toy, tmp_path):
+    config = tmp_path / "given.yaml"
+    config.write_text(yaml.safe_dump({"lr_image": 3, "ipc": 1}))
+    done = run("DATM_tesla.py", "--cfg", config, cwd="distill", expect=2)
+    check_refusal(done, str(config), "unknown key 'lr_image'; did you mean 'lr_img'")
+    assert done.stdout == ""
+    done = run(BUFFER, *toy.train, f"--buffer_path={tmp_path / 'out'}", "--rho_max=1", expect=2)
+    check_refusal(done, "--rho_max 1 --rho_min 0.01")
+    done = run("baseline.py", "--ipc=none", "--epoch_eval_train=0", cwd="distill", expect=2)
+    check_refusal(done, "--epoch_eval_train 0: it must be greater than or equal to 1")
+
+
+@bug("closing an unused progress bar writes an empty line")
+@pytest.mark.parametrize("script", [BUFFER, BASELINE])
+def test_a_refusal_is_one_line_and_no_empty_one(call, toy, tmp_path, script):
+    files = [*toy.train, f"--buffer_path={tmp_path}"] if script == BUFFER else toy.evaluate
+    assert len(call(script, *files, "--model=ConvNetD9", expect=2).stderr.splitlines()) == 1
+
+
+def test_a_mistake_of_the_programs_is_not_dressed_as_the_users(monkeypatch, capsys):
+    def broken():
+        raise ZeroDivisionError("ours")
+
+    with pytest.raises(ZeroDivisionError):
+        entry(broken)
+    assert capsys.readouterr().err == ""
