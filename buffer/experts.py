@@ -17,7 +17,7 @@ from utils.files import save
 from utils.metrics import accuracy, count_correct
 from utils.networks import network_for
 from utils.parameters import FlatModel
-from utils.run import Progress, describe, generator, seeded, select_device, shown
+from utils.run import Progress, describe, generator, influential, save_config, seeded, select_device, shown
 
 
 class Epoch(NamedTuple):
@@ -67,6 +67,9 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
         snapshots[epoch + 1] = theta
         network.eval()
         tested = accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
+        if not theta.isfinite().all():
+            raise UserError(f"expert {number} diverged in epoch {epoch + 1}: its parameters are no longer finite; "
+                            f"lower --lr_teacher (now {config.lr_teacher:g}) or --rho_max (now {config.rho_max:g})")
         report(Epoch(epoch + 1, float(total_loss) / len(order), float(correct) / len(order), tested))
     return model, snapshots
 
@@ -85,6 +88,8 @@ def train_buffer(config: BufferConfig) -> None:
     dataset = load_configured(config, device)
     folder = buffer_folder(config)
     first = count_experts(folder)  # a second run goes on counting, so that it trains other experts
+    network_for(config.model, dataset)  # refuses what cannot be built before anything is printed or written
+    save_config(next_file(folder).with_suffix(".yaml"), influential(config))
     print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
           f"({len(dataset.train_labels)} images) · {describe(device)} · {shown(folder)}")
 

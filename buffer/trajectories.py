@@ -46,7 +46,15 @@ def next_file(folder: Path) -> Path:
 
 def count_experts(folder: Path) -> int:
     """How many experts the files of a folder hold."""
-    return sum(len(files.load(path, what="expert file", mmap=True)) for path in expert_files(folder))
+    return sum(len(_load(path)) for path in expert_files(folder))
+
+
+def _load(path: Path) -> list[Expert]:
+    experts = files.load(path, what="expert file", mmap=True)
+    if not isinstance(experts, list) or not experts:
+        raise UserError(f"expert file {path} is not a list of experts, or is empty; move it away and train the experts "
+                        "again")
+    return experts
 
 
 def as_expert(model: FlatModel, snapshots: Tensor) -> Expert:
@@ -79,7 +87,7 @@ class Buffer:
         self.model = model
         self._files: list[list[Expert]] = []
         for path in paths[:max_files]:
-            experts = files.load(path, what="expert file", mmap=True)
+            experts = _load(path)
             _check(path, experts, model)
             self._files.append(experts[:max_experts])
 
@@ -113,9 +121,7 @@ class Buffer:
                 for expert in torch.randperm(sizes[file], generator=random).tolist()]
 
 
-def _check(path: Path, experts: object, model: FlatModel) -> None:
-    if not isinstance(experts, list) or not experts:
-        raise UserError(f"expert file {path} is not a list of experts, or is empty; train the experts again")
+def _check(path: Path, experts: list[Expert], model: FlatModel) -> None:
     for number, expert in enumerate(experts):
         if not isinstance(expert, list) or not expert or not all(isinstance(snapshot, list) for snapshot in expert):
             raise UserError(f"expert {number} of {path} is not a list of snapshots; train the experts again")

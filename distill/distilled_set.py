@@ -52,9 +52,9 @@ def load_set(data_dir: str, label_dir: str, lr_dir: str, dataset: Dataset, defau
     labels = _tensor(label_dir, "--label_dir")
     lr = _tensor(lr_dir, "--lr_dir") if lr_dir else torch.tensor(default_lr)
     expected = (dataset.channels, *dataset.image_size)
-    if not images.is_floating_point() or images.dim() != 4 or tuple(images.shape[1:]) != expected:
+    if not images.is_floating_point() or tuple(images.shape[1:]) != expected or not len(images):
         raise UserError(f"--data_dir {data_dir} holds {images.dtype} {list(images.shape)}; {dataset.name} needs "
-                        f"floating-point images [N, {', '.join(map(str, expected))}]")
+                        f"floating-point images [N, {', '.join(map(str, expected))}], N at least 1")
     soft = labels.is_floating_point() and tuple(labels.shape) == (len(images), dataset.num_classes)
     hard = labels.dtype == torch.int64 and tuple(labels.shape) == (len(images),)
     if not soft and not hard:

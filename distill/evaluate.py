@@ -12,10 +12,11 @@ from distill.distilled_set import DistilledSet, load_set
 from utils import augment
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig, as_dict
 from utils.datasets import Dataset, load_configured
+from utils.files import check_writable
 from utils.losses import cross_entropy
 from utils.metrics import accuracy
 from utils.networks import evaluation_pool, network_for
-from utils.run import Progress, describe, environment, generator, seeded, select_device, shown, write_json
+from utils.run import Progress, describe, environment, generator, seeded, select_device, write_json
 
 # The published evaluation's optimiser.
 MOMENTUM = 0.9
@@ -106,11 +107,25 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
     return scores
 
 
+def check_pool(config: TrainConfig, dataset: Dataset) -> list[str]:
+    """The networks that will be evaluated, each built once so that what cannot be is refused at the start.
+
+    Raises:
+        UserError: an unknown mode or network, or one that cannot read these images.
+    """
+    pool = evaluation_pool(config.eval_mode, config.model)
+    for name in pool:
+        network_for(name, dataset)
+    return pool
+
+
 def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Dataset, distilled: DistilledSet,
                         what: str) -> None:
     """Evaluates with a progress bar, prints the scores and writes them to `--json`."""
     groups = augment.parse_strategy(config.dsa_strategy) if config.dsa and not config.no_aug else ()
-    pool = evaluation_pool(config.eval_mode, config.model)
+    pool = check_pool(config, dataset)
+    if config.json:
+        check_writable(config.json)
     device = distilled.images.device
     print(f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, {config.epoch_eval_train} epochs "
           f"· {describe(device)}")
@@ -136,4 +151,4 @@ def evaluate_files(config: EvaluationConfig) -> None:
     device = select_device(config.device)
     dataset = load_configured(config, device)
     distilled = load_set(config.data_dir, config.label_dir, config.lr_dir, dataset, config.lr_teacher).to(device)
-    evaluate_and_report(config, dataset, distilled, shown(config.data_dir))
+    evaluate_and_report(config, dataset, distilled, "distilled images")

@@ -14,7 +14,7 @@ from distill.distilled_set import DistilledSet
 from utils.config import DistillConfig
 from utils.datasets import Dataset
 from utils.errors import UserError
-from utils.networks import network_for
+from utils.networks import has_batch_norm, network_for
 from utils.parameters import FlatModel
 from utils.run import generator
 
@@ -32,8 +32,11 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     device = dataset.train_images.device
     random = generator(config.seed, "initialize")
     if config.Initialize_Label_With_Another_Model:
-        buffer = Buffer(Path(config.Initialize_Label_Model_Dir),
-                        FlatModel(network_for(config.Initialize_Label_Model, dataset).to(device)))
+        network = network_for(config.Initialize_Label_Model, dataset).to(device)
+        if not config.Initialize_Label_Model_Dir:
+            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
+                            "that network's replay_buffer_*.pt")
+        buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
     model, timestamp = buffer.model, config.Label_Model_Timestamp
     if not -1 <= timestamp <= buffer.epochs:
         raise UserError(f"--Label_Model_Timestamp {timestamp}: the experts in {buffer.folder} have snapshots 0 … "
@@ -149,10 +152,10 @@ def class_labels(model: FlatModel, theta: Tensor, dataset: Dataset, ipc: int, ra
 
 @torch.no_grad()
 def _logits(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
-    training = model.network.training
-    model.network.eval()
+    # Experts carry no running statistics, so their batch norms can only normalise by the batch at hand.
+    model.network.train(has_batch_norm(model.network))
     logits = model(theta, x)
-    model.network.train(training)
+    model.network.train()
     return logits
 
 

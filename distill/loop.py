@@ -12,7 +12,7 @@ from torch import Tensor
 
 from buffer.trajectories import Buffer, buffer_folder
 from distill.distilled_set import DistilledSet
-from distill.evaluate import Score, evaluate
+from distill.evaluate import Score, check_pool, evaluate
 from distill.initialize import initial_set
 from distill.matching import match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
@@ -22,7 +22,7 @@ from utils.datasets import Dataset, load_configured
 from utils.errors import UserError
 from utils.networks import network_for
 from utils.parameters import FlatModel
-from utils.run import Progress, RunFolder, config_name, describe, environment, generator, select_device, shown
+from utils.run import Progress, RunFolder, config_name, describe, environment, finite, generator, select_device, shown
 
 MOMENTUM = 0.5  # of images and α, as published
 SAVE_INTERVAL = 1000  # an evaluated iteration divisible by this is always saved, as published
@@ -112,7 +112,7 @@ class Distillation:
         if not lr > 0:
             raise UserError(f"the synthetic learning rate became {lr:.2g} at iteration {iteration}, and training with "
                             f"it is meaningless; lower --lr_lr (now {config.lr_lr:g})")
-        return {"iteration": iteration, "loss": loss if math.isfinite(loss) else None, "updated": update, "lr": lr,
+        return {"iteration": iteration, "loss": finite(loss), "updated": update, "lr": lr,
                 "start_epoch": segment.start_epoch, "bound": bound, "expert": segment.expert}
 
     def fixed_loss(self, distilled: DistilledSet) -> float:
@@ -144,10 +144,11 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
     """
     last = config.max_start_epoch - 1 + config.expert_epochs
     if last > buffer.epochs:
+        most = buffer.epochs - config.expert_epochs + 1
+        advice = f"--max_start_epoch {most} or less" if most > 0 else f"--expert_epochs {buffer.epochs} or less"
         raise UserError(f"--max_start_epoch {config.max_start_epoch} --expert_epochs {config.expert_epochs}: a segment "
                         f"would end at epoch {last}, but the experts in {buffer.folder} have {buffer.epochs} epochs; "
-                        f"give --max_start_epoch {max(buffer.epochs - config.expert_epochs + 1, 1)} or less, or train "
-                        "the experts for longer")
+                        f"give {advice}, or train the experts for longer")
     first = start_epoch_bound(0, config.max_start_epoch, config.current_max_start_epoch, config.expansion_end_epoch,
                               config.Sequential_Generation)
     if config.min_start_epoch >= first:
@@ -174,18 +175,19 @@ def distill(config: DistillConfig) -> None:
     buffer = Buffer(buffer_folder(config), FlatModel(network_for(config.model, dataset).to(device)), config.max_files,
                     config.max_experts)
     check_window(config, buffer)
+    check_pool(config, dataset)
     folder = RunFolder(run_folder(config), config)
     if folder.result is not None:
         print(f"{shown(folder.path)} is finished ({folder.result['summary']}); give another --run_name or --seed to "
               "run it again")
         return
+    start, notes = initial_set(config, dataset, buffer)
+    folder.start()
     print(f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
           f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}")
-    start, notes = initial_set(config, dataset, buffer)
     for note in notes:
         print(f"note: {note}")
 
-    folder.start_metrics()
     distillation = Distillation(config, dataset, buffer, start)
     best, seconds = _iterate(config, dataset, distillation, folder)
 
@@ -193,12 +195,13 @@ def distill(config: DistillConfig) -> None:
     chosen_on = "validation" if config.val_fraction else "test"
     summary = (f"best on the {chosen_on} images {100 * best.scores[0].mean:.2f} ± {100 * best.scores[0].std:.2f} % at "
                f"iteration {best.iteration}")
-    folder.finish(summary=summary, best=best.as_dict(), chosen_on=chosen_on, skipped=distillation.skipped,
-                  fixed_loss={"before": before, "after": after, "segments": FIXED_SEGMENTS}, seconds=seconds,
-                  environment=environment(device))
     figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images), dataset.to_pixels(best.set.images),
                         dataset.classes)
     figures.save_curves(folder.path / "curves.png", folder.metrics(), config.threshold)
+    # Last of all: with this file the run counts as finished.
+    folder.finish(summary=summary, best=best.as_dict(), chosen_on=chosen_on, skipped=distillation.skipped,
+                  fixed_loss={"before": finite(before), "after": finite(after), "segments": FIXED_SEGMENTS},
+                  seconds=seconds, environment=environment(device))
     print(f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     print(f"{summary}; {distillation.skipped} of {config.Iteration} updates skipped")
     print(f"in {shown(folder.path)}: Normal/images_best.pt, labels_best.pt, lr_best.pt · images.png · curves.png · "

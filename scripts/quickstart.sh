@@ -25,7 +25,7 @@ step() {  # step RESULT COMMAND…: runs the command unless its result is there
 }
 
 step $out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt \
-    python buffer/buffer_FTD.py $data --num_experts=4 --train_epochs=8 --batch_train=64 \
+    python buffer/buffer_FTD.py $data --num_experts=4 --train_epochs=6 --batch_train=64 \
     --rho_max=0.01 --rho_min=0.01 --alpha=0.3 --lr_teacher=0.01 --buffer_path=$out/buffers
 step $set_folder/result.json \
     python distill/DATM.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml \
@@ -35,17 +35,18 @@ step $out/random.json \
 step $out/random_expert_labels.json \
     python distill/baseline.py $test_it --ipc=1 --label_source=experts --buffer_path=$out/buffers \
     --json=$out/random_expert_labels.json
+# The set after the last iteration, not the best one on the way: that was chosen on the test images.
 step $out/distilled.json \
-    python distill/evaluation.py $test_it --data_dir=$set_folder/Normal/images_best.pt \
-    --label_dir=$set_folder/Normal/labels_best.pt --lr_dir=$set_folder/Normal/lr_best.pt --json=$out/distilled.json
+    python distill/evaluation.py $test_it --data_dir=$set_folder/Normal/images_300.pt \
+    --label_dir=$set_folder/Normal/labels_300.pt --lr_dir=$set_folder/Normal/lr_300.pt --json=$out/distilled.json
 step $out/whole.json \
-    python distill/baseline.py $data --num_eval=3 --epoch_eval_train=12 --batch_train=64 --ipc=None --json=$out/whole.json
+    python distill/baseline.py $data --num_eval=3 --epoch_eval_train=8 --batch_train=64 --ipc=None --json=$out/whole.json
 
 echo
 python scripts/summary.py $out/random.json $out/random_expert_labels.json $out/distilled.json $out/whole.json
 echo
 echo "the run:              $set_folder/result.json, metrics.jsonl, config.yaml"
-echo "the distilled set:    $set_folder/Normal/images_best.pt, labels_best.pt, lr_best.pt"
+echo "the distilled set:    $set_folder/Normal/images_300.pt, labels_300.pt, lr_300.pt"
 echo "beside real images:   $set_folder/images.png"
 echo "curves:               $set_folder/curves.png"
 echo "experts:              $out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt"

@@ -10,12 +10,6 @@ import yaml
 
 from utils.run import entry
 
-
-def bug(reason):
-    """A test that fails until the program is mended; then it fails for still being marked."""
-    return pytest.mark.xfail(strict=True, reason=f"bug: {reason}")
-
-
 DATM, BUFFER = "distill/DATM.py", "buffer/buffer_FTD.py"
 EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
 
@@ -125,13 +119,11 @@ def test_what_the_initialisation_refuses(refused, case):
     refused(DATM, *LATE[case], writes_nothing=False)
 
 
-@bug("the run folder is made before the initial set is refused")
 @pytest.mark.parametrize("case", LATE)
 def test_what_the_initialisation_refuses_leaves_nothing(refused, case):
     refused(DATM, *LATE[case])
 
 
-@bug("the run folder is made before the initial set is refused")
 def test_a_run_name_is_free_again_after_a_refusal(call, toy, toy_experts, tmp_path):
     """Who mends the refused option and gives the same name must not hear of a run that never was."""
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=x",
@@ -141,7 +133,6 @@ def test_a_run_name_is_free_again_after_a_refusal(call, toy, toy_experts, tmp_pa
         call(DATM, *arguments, "--Label_Model_Timestamp=3")
 
 
-@bug("the networks of the evaluation are built at the first evaluation")
 @pytest.mark.parametrize("options, phrases", [
     (["--eval_mode=Z"], ["unknown eval_mode 'Z'", "allowed: S, C, M, W"]),
     (["--eval_mode=M"], ["AlexNet cannot read 3×8×8"])])
@@ -149,7 +140,6 @@ def test_an_evaluation_that_cannot_be_is_refused_before_the_distillation(refused
     refused(DATM, ["--skip_first_eva", *options], phrases)
 
 
-@bug("max(…, 1) offers a start epoch that is refused again")
 def test_an_expert_segment_longer_than_the_trajectory_has_advice_that_helps(call, toy, toy_experts):
     done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", "--expert_epochs=4", expect=2)
     check_refusal(done, "--expert_epochs 4", "have 3 epochs")
@@ -186,13 +176,14 @@ def test_what_the_baseline_refuses(refused, options, phrases):
     (b"\xff\xfei\x00p\x00c\x00", ["is not YAML"]),
     (b"- ipc\n- 1\n", ["is not a list of options"]),
     (b"3\n", ["is not a list of options"]),
-    (b"3: 4\n", ["is not a list of options"]),
+    (b"3: 4\n", ["unknown key '3'"]),
+    (b"[a]: 4\n", ["is not"]),
     (b"", ["is not a list of options"]),
     (b"# nothing but a comment\n", ["is not a list of options"]),
     (b"ipc: many\n", ["--ipc many: it must be a valid integer"]),
-    (b"ipc: {a: 1}\n", ["--ipc {'a': 1}: it must be a valid integer"]),
-    (b"zca:\n", ["--zca None: it must be a valid boolean"]),
-    (b"ipc: !!python/object/apply:os.system ['true']\n", ["is not YAML near line 1"])])
+    (b"ipc: {a: 1}\n", ["--ipc {'a': '1'}: it must be a valid integer"]),
+    (b"zca:\n", ["--zca : it must be a valid boolean"]),
+    (b"ipc: !!python/object/apply:os.system ['true']\n", ["--ipc ['true']: it must be a valid integer"])])
 def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
     path = tmp_path / "given.yaml"
     path.write_bytes(content)
@@ -237,7 +228,7 @@ SHAPES = ["holds experts of another network", "--model"]
 @pytest.mark.parametrize("change, phrases", [
     (lambda path: path.write_bytes(path.read_bytes()[:3000]), ["cannot be read (truncated, or not a torch file)"]),
     (lambda path: path.write_bytes(b""), ["write"]),
-    pytest.param(lambda path: path.write_text("experts\n"), ["not a torch file"], marks=bug("IndexError")),
+    (lambda path: path.write_text("experts\n"), ["not a torch file"]),
     (rewritten(lambda experts: []), ["is not a list of experts, or is empty", "train the experts again"]),
     (rewritten(lambda experts: {"experts": experts}), ["is not a list of experts"]),
     (rewritten(lambda experts: torch.zeros(3)), ["is not a list of experts"]),
@@ -265,7 +256,6 @@ def test_experts_of_another_network_are_refused(damaged, call, toy, tmp_path):
                                                     "first [(4, 3, 3, 3)]"])
 
 
-@bug("TypeError: object of type 'int' has no len()")
 def test_more_experts_are_not_trained_beside_a_file_that_is_none(call, toy, tmp_path):
     folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
     folder.mkdir(parents=True)
@@ -319,8 +309,7 @@ NAN = torch.full((6, 3, 8, 8), torch.nan)
     (dict(images=[torch.zeros(3, 8, 8)] * 6), ["--data_dir", "holds a list, not a tensor"]),
     (dict(images=NAN), ["not finite"]),
     (dict(images=torch.zeros(6, 3, 8, 8).index_fill(0, torch.tensor([5]), torch.inf)), ["not finite"]),
-    pytest.param(dict(images=torch.zeros(0, 3, 8, 8), labels=torch.zeros(0, 3)), ["--data_dir", "[0, 3, 8, 8]"],
-                 marks=bug("a set without images is trained on")),
+    (dict(images=torch.zeros(0, 3, 8, 8), labels=torch.zeros(0, 3)), ["--data_dir", "[0, 3, 8, 8]"]),
     (dict(labels=torch.randn(6, 10)), ["--label_dir", "[6, 10]", "[6, 3]", "int64 classes [6]"]),
     (dict(labels=torch.randn(5, 3)), ["--label_dir", "[5, 3]", "these 6 images", "[6, 3]"]),
     (dict(labels=torch.randn(6)), ["--label_dir", "[6]"]),
@@ -362,7 +351,6 @@ def test_a_set_without_its_files_is_refused(refused, sets):
     refused(EVALUATION, [*sets.options(), "--eval_mode=Z"], ["unknown eval_mode 'Z'"])
 
 
-@bug("IndexError in torch's unpickler")
 def test_text_is_no_set(refused, sets):
     sets.path("images").write_text("tensors\n")
     refused(EVALUATION, sets.options(), ["--data_dir file", "not a torch file"])
@@ -385,13 +373,11 @@ def test_a_distillation_that_cannot_be_written_is_refused(call, toy, toy_experts
     assert blocked.read_text() == "in the way"
 
 
-@bug("the folder is tried when the first file is full")
 def test_experts_that_cannot_be_written_are_refused_before_they_are_trained(call, toy, blocked):
     done = call(BUFFER, *toy.train, f"--buffer_path={blocked}", expect=2)
     check_refusal(done, str(blocked))
 
 
-@bug("the file is tried after the training")
 @pytest.mark.parametrize("script", [EVALUATION, BASELINE])
 def test_a_result_that_cannot_be_written_is_refused_before_the_training(call, toy, sets, blocked, script):
     files = sets.options() if script == EVALUATION else []
@@ -402,19 +388,16 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_training(call, to
 # --- as the shell sees it ------------------------------------------------------------------------------------
 
 
-def test_the_shell_sees_exit_code_2_and_one_line(run, toy, tmp_path):
+def test_the_shell_sees_exit_code_2_and_one_line(run, tmp_path):
     config = tmp_path / "given.yaml"
     config.write_text(yaml.safe_dump({"lr_image": 3, "ipc": 1}))
     done = run("DATM_tesla.py", "--cfg", config, cwd="distill", expect=2)
     check_refusal(done, str(config), "unknown key 'lr_image'; did you mean 'lr_img'")
     assert done.stdout == ""
-    done = run(BUFFER, *toy.train, f"--buffer_path={tmp_path / 'out'}", "--rho_max=1", expect=2)
-    check_refusal(done, "--rho_max 1 --rho_min 0.01")
     done = run("baseline.py", "--ipc=none", "--epoch_eval_train=0", cwd="distill", expect=2)
     check_refusal(done, "--epoch_eval_train 0: it must be greater than or equal to 1")
 
 
-@bug("closing an unused progress bar writes an empty line")
 @pytest.mark.parametrize("script", [BUFFER, BASELINE])
 def test_a_refusal_is_one_line_and_no_empty_one(call, toy, tmp_path, script):
     files = [*toy.train, f"--buffer_path={tmp_path}"] if script == BUFFER else toy.evaluate

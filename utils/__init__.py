@@ -3,6 +3,6 @@
 import os
 
 # Read by torch's thread pool (libgomp) when torch is first imported. By default a thread that waits for the others
-# spins for milliseconds, which on a machine whose cores are shared makes everything up to ten times slower; this
-# bound costs nothing on an idle one.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# spins for milliseconds; where other programs want the cores too, that makes everything ten times slower and more.
+# Waiting asleep after a short spin costs a tenth on an idle machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

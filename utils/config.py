@@ -10,6 +10,7 @@ repository's root, where the published `../dataset/` and `../buffer_storage/` me
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -33,9 +34,14 @@ FilePath = Annotated[str, "path"]
 Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if str(value).isdigit() else value)]
 """`auto`, `cpu`, `cuda`, `cuda:1`, or a list of GPU indices such as `[0, 1]`."""
 
+FolderName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]
+"""A name that stays inside its folder: no separator, and more than dots."""
+
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
+
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 MAIN, METHOD, EVALUATION, FILES, SPEED = "main", "method", "evaluation", "files", "speed"
@@ -126,7 +132,8 @@ class DistillConfig(TrainConfig):
     Sequential_Generation: bool = option(METHOD, True, "let the window's end grow")
     current_max_start_epoch: Count = option(METHOD, 20, "end of the window at iteration 0")
     expansion_end_epoch: Count = option(METHOD, 3000, "iteration at which the window has its full size")
-    threshold: Rate = option(METHOD, 1.0, "skip an update whose matching loss exceeds this")
+    threshold: Annotated[float, Field(ge=0)] = option(METHOD, 1.0, "skip an update whose matching loss exceeds this; "
+                                                      "inf: none")
     load_all: bool = option(METHOD, False, "draw one of all experts at each iteration, instead of walking through them")
     max_files: Count | None = option(METHOD, None, "use at most this many expert files")
     max_experts: Count | None = option(METHOD, None, "use at most this many experts of a file")
@@ -139,7 +146,7 @@ class DistillConfig(TrainConfig):
     data_path: FilePath = option(FILES, "../dataset/", "folder of the real data")
     buffer_path: FilePath = option(FILES, "../buffer_storage/", "folder of the expert files")
     log_path: FilePath = option(FILES, "logged_files", "folder of the results")
-    run_name: str | None = option(FILES, None, "name of the run's folder; unset: made from the config")
+    run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config")
     force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50", effect=False)
     record_loss: bool = option(FILES, False, "record the loss; metrics.jsonl always does", effect=False)
     project: str = option(FILES, "TEST", "wandb project", effect=False)
@@ -201,14 +208,14 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     if rest:
         raise _unexpected(rest[0], config_type)
     path = options.pop("cfg", None)
-    from_yaml = _read_yaml(path, config_type) if path else {}
-    root_paths = {field.name: field.default for field in fields(config_type) if _is_path(field.name, config_type)}
-    root_paths = {name: default.default for name, default in root_paths.items()} | {
-        name: value for name, value in from_yaml.items() if name in root_paths}
-    values = from_yaml | {name: _from_root(value) for name, value in root_paths.items()} | {
-        name: str(Path(value).expanduser().absolute()) if name in root_paths and value else value
-        for name, value in options.items()}
-    config = make(config_type, **values)
+    from_yaml = _read_yaml(path, config_type) if path is not None else {}
+    paths = {field.name: field.default.default for field in fields(config_type) if _is_path(field.name, config_type)}
+    root_values = paths | from_yaml
+    for name in paths:
+        root_values[name] = _from_root(root_values[name])
+        if options.get(name):
+            options[name] = os.path.abspath(os.path.expanduser(options[name]))
+    config = make(config_type, **root_values | options)
     _warn_without_effect(config_type, from_yaml | options)
     return config
 
@@ -235,14 +242,12 @@ def as_dict(config: DataConfig) -> dict[str, Any]:
 
 def _spelt(name: str, value: Any, config_type: type) -> Any:
     """The spellings that YAML and the command line allow beyond the type's own."""
-    hint = typing.get_type_hints(config_type)[name] if name in _names(config_type) else str
+    hint = typing.get_type_hints(config_type)[name]
     if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
         return None
-    if isinstance(value, str) and value.strip().startswith("["):
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value
+    if isinstance(value, str) and value.startswith("[") and list[int] in typing.get_args(hint):
+        with contextlib.suppress(*_YAML_FAILURES):
+            return yaml.load(value, yaml.BaseLoader)
     return value
 
 
@@ -259,36 +264,47 @@ def _is_path(name: str, config_type: type) -> bool:
     return typing.get_type_hints(config_type, include_extras=True)[name] == FilePath
 
 
-def _from_root(value: str | None) -> str:
+def _from_root(value: Any) -> Any:
     """A path of a YAML or a default: `../x` and `./x` mean `x` at the repository's root."""
-    if not value:
-        return ""
+    if not value or not isinstance(value, str):
+        return value
     value = os.path.expanduser(value)
     while value.startswith(("../", "./")):
         value = value.split("/", 1)[1]
-    return str(REPOSITORY / value)
+    return os.path.normpath(REPOSITORY / value)
 
 
 def _read_yaml(path: str, config_type: type) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        # The base loader leaves every value text, so that a YAML and the command line are read by the same rules.
+        values, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text, yaml.BaseLoader)
     except OSError as error:
-        raise UserError(f"--cfg {path}: {error.strerror}; give the path of a YAML file such as "
+        raise UserError(f"--cfg {path or "''"}: {error.strerror}; give the path of a YAML file such as "
                         "configs/MiniFashion/ConvIN/IPC1.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _YAML_FAILURES as error:
         where = f" near line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UserError(f"--cfg {path} is not YAML{where}; write one `key: value` a line") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise UserError(f"--cfg {path} is not a list of options; write one `key: value` a line")
-    for name in values:
+    given = [key.value for key, _ in node.value]
+    for name in given:
         if name not in _names(config_type):
-            raise UserError(f"--cfg {path}: " + str(unknown_name("key", name, _names(config_type))))
+            raise UserError(f"--cfg {path}: {_unknown('key', name, config_type)}")
+        if given.count(name) > 1:
+            raise UserError(f"--cfg {path} gives {name!r} {given.count(name)} times; keep one of them")
     return values
+
+
+def _unknown(kind: str, name: str, config_type: type, prefix: str = "") -> UserError:
+    """The refusal of an option; only options that do something are suggested."""
+    return unknown_name(kind, name, [prefix + known for known in _names(config_type)
+                                     if _extra(known, config_type)["effect"]])
 
 
 def _unexpected(argument: str, config_type: type) -> UserError:
     if argument.startswith("--"):
-        return unknown_name("option", argument.split("=")[0], [f"--{name}" for name in _names(config_type)])
+        return _unknown("option", argument.split("=")[0], config_type, prefix="--")
     return UserError(f"unexpected argument {argument!r}; options are written --key value (see --help)")
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from utils.config import DataConfig
 from utils.errors import UserError, unknown_name
 from utils.files import REPOSITORY, load
-from utils.zca import Whitening, available_memory, fit
+from utils.zca import Whitening, available_memory, fit, to_unit
 
 HOLD_OUT_SEED = 0  # of the generator that chooses held-out images: the same choice in every run
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
@@ -143,7 +143,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
         zca: whiten (`utils.zca`, fitted on the training images) instead of normalising by mean and std.
         res: side in pixels, for ImageNet (128 unless given) and ImageFolder (32); the others have their own.
         val_fraction: hold out this fraction of each class's training images, in place of the test images. Which
-            ones is drawn from a generator seeded with HOLD_OUT_SEED.
+            ones is drawn from a generator seeded with HOLD_OUT_SEED. The whitening is that of all training images.
         device: where the tensors go; normalising and whitening happen there.
 
     Raises:
@@ -162,18 +162,18 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
         raise UserError(f"{name} in {data_path} cannot be read: {error}; check its files and permissions") from error
     _check_labels(name, "training", train.labels, classes)
     _check_labels(name, "test", test.labels, classes)
+    train_key = _sha256(*train)
+    mean, std = normal or _measure(train.images)
+    # Fitted before any image is held out, so that what is made with a hold-out lives in the same space as the rest.
+    whitening = fit(train.images, train_key).to(device) if zca else None
     if val_fraction:
         train, test = _hold_out(train, val_fraction, classes)
-    train_key = _sha256(*train)  # of the training images alone: these decide the whitening
-    fingerprint = _sha256(name, train_key, *test)
-    mean, std = normal or _measure(train.images)
+    fingerprint = _sha256(name, *train, *test)
 
     (train_images, train_labels), (test_images, test_labels) = train, test
     del train, test  # so that each raw copy is freed as soon as it is converted
-    train_images, test_images = _to_unit(train_images, device), _to_unit(test_images, device)
-    whitening = None
-    if zca:
-        whitening = fit(train_images, train_key).to(device)
+    train_images, test_images = to_unit(train_images, device), to_unit(test_images, device)
+    if whitening is not None:
         train_images, test_images = whitening.apply(train_images), whitening.apply(test_images)
     else:
         for images in (train_images, test_images):
@@ -190,13 +190,6 @@ def load_configured(config: DataConfig, device: torch.device) -> Dataset:
 
 def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
     return images.new_tensor(values).view(-1, 1, 1)
-
-
-def _to_unit(images: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 in 0 … 255 or float32 in [0, 1] → float32 in [0, 1] on `device`."""
-    if images.dtype == torch.uint8:
-        return images.to(device).to(torch.float32).div_(255)
-    return images.to(device)
 
 
 def _sha256(*parts: str | Tensor) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from utils.files import atomic_write
@@ -16,29 +16,32 @@ def clip_outliers(images: Tensor, deviations: float = 2.5) -> Tensor:
 
 
 def save_images(path: Path, real: Tensor, distilled: Tensor, classes: tuple[str, ...], columns: int = 10) -> None:
-    """A PNG with one row per class: its first real starting images, then what became of them.
+    """A PNG of each class's first real starting images and what became of them, at most 20 classes.
+
+    One image a class: a column for each class, the real one above the distilled one. More: a row for each class.
 
     Args:
         real, distilled: pixels [K·ipc, C, H, W], classes in order; the distilled are clipped at ±2.5 σ and each
             image is scaled to its own range.
         columns: at most so many images a class on each side.
     """
-    plt = _pyplot()
     ipc = len(distilled) // len(classes)
-    shown = min(ipc, columns)
+    shown, classes = min(ipc, columns), classes[:20]
     distilled = clip_outliers(distilled)
-    side = 0.8 if shown > 1 else 1.0
-    figure, axes = plt.subplots(len(classes), 2 * shown, squeeze=False, layout="constrained",
-                                figsize=(1.2 + 2 * shown * side, len(classes) * side))
-    for row, label in enumerate(classes):
-        for column in range(2 * shown):
-            source = real if column < shown else distilled
-            axis = axes[row][column]
-            axis.imshow(_as_picture(source[row * ipc + column % shown]), cmap="gray", vmin=0, vmax=1)
+    firsts = range(0, len(classes) * ipc, ipc)
+    pairs = [[*real[first:first + shown], *distilled[first:first + shown]] for first in firsts]
+    side_labels, top_labels = list(classes), ["real", *[""] * (shown - 1), "distilled", *[""] * (shown - 1)]
+    if ipc == 1:
+        pairs, side_labels, top_labels = list(zip(*pairs)), top_labels, side_labels
+    figure, axes = _pyplot().subplots(len(pairs), len(pairs[0]), squeeze=False, layout="constrained",
+                                      figsize=(1.2 + 0.9 * len(pairs[0]), 0.3 + 0.9 * len(pairs)))
+    for row_axes, row, side_label in zip(axes, pairs, side_labels):
+        for axis, image, top_label in zip(row_axes, row, top_labels):
+            axis.imshow(_as_picture(image), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    axes[0][0].set_title("real", fontsize=9)
-    axes[0][shown].set_title("distilled", fontsize=9)
+            if row is pairs[0]:
+                axis.set_title(top_label, fontsize=8)
+        row_axes[0].set_ylabel(side_label, rotation=0, ha="right", va="center", fontsize=8)
     _save(figure, path)
 
 
@@ -54,11 +57,11 @@ def save_curves(path: Path, metrics: list[dict[str, Any]], threshold: float) -> 
     iterations = [line["iteration"] for line in steps]
     figure, ((loss, accuracy), (lr, window)) = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
 
-    losses = torch.tensor([line["loss"] if line["loss"] is not None else torch.nan for line in steps])
+    losses = np.array([np.nan if line["loss"] is None else line["loss"] for line in steps])
     loss.plot(iterations, losses, color="0.75", linewidth=0.6)
     if len(losses) >= 20:
         span = max(len(losses) // 50, 5)
-        smooth = losses.unfold(0, span, 1).nanmean(dim=1)
+        smooth = np.convolve(losses, np.full(span, 1 / span), mode="valid")
         loss.plot(iterations[span // 2: span // 2 + len(smooth)], smooth, color="C0")
     skipped = [(line["iteration"], line["loss"] or threshold) for line in steps if not line["updated"]]
     if skipped:
@@ -67,8 +70,8 @@ def save_curves(path: Path, metrics: list[dict[str, Any]], threshold: float) -> 
     loss.set(title="matching loss", xlabel="iteration")
 
     if scores:
-        mean = 100 * torch.tensor([score["mean"] for _, score in scores])
-        std = 100 * torch.tensor([score["std"] for _, score in scores])
+        mean = 100 * np.array([score["mean"] for _, score in scores])
+        std = 100 * np.array([score["std"] for _, score in scores])
         at = [iteration for iteration, _ in scores]
         accuracy.plot(at, mean, marker=".", color="C2")
         accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)
@@ -84,12 +87,12 @@ def save_curves(path: Path, metrics: list[dict[str, Any]], threshold: float) -> 
     _save(figure, path)
 
 
-def _as_picture(image: Tensor) -> Tensor:
+def _as_picture(image: Tensor) -> np.ndarray:
     """[C, H, W] of any range → [H, W] or [H, W, 3] in [0, 1]."""
     image = image.detach().float().cpu()
     low, high = image.min(), image.max()
     image = (image - low) / (high - low).clamp(min=1e-8)
-    return image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    return (image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()
 
 
 def _pyplot():

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,9 +45,26 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         aside.unlink(missing_ok=True)
         # torch's zip writer reports a full disk as a RuntimeError of its own.
-        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)):
-            raise UserError(f"cannot write {path}: {error}; free space or give another folder") from error
+        torch_could_not = isinstance(error, RuntimeError) and ("inline_container" in str(error)
+                                                               or "PytorchStreamWriter" in str(error))
+        if isinstance(error, OSError) or torch_could_not:
+            reason = "the disk is full, or the file was cut" if torch_could_not else error
+            raise UserError(f"cannot write {path}: {reason}; free space or give another folder") from error
         raise
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Makes the folder of a file that will be written later, and tries to write there: better now than after hours.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    with contextlib.suppress(_TrialError), atomic_write(path):
+        raise _TrialError
+
+
+class _TrialError(Exception):
+    """Ends a write that was only a trial."""
 
 
 def save(value: object, path: str | os.PathLike) -> None:
@@ -70,13 +88,15 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False):
         raise UserError(f"{what} {path} does not exist; give the path of a file")
     try:
         # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch has to say about foreign files is said below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
             raise UserError(f"{what} {path} holds more than tensors (it would run code when loaded) and was refused; "
                             "save plain tensors with torch.save") from error
         raise UserError(f"{what} {path} is damaged or not a torch file; write it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+    except Exception as error:  # damaged bytes make the readers fail in every way there is
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
         raise UserError(f"{what} {path} cannot be read (truncated, or not a torch file): {reason}; write or copy it "
                         "again") from error

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -113,23 +114,22 @@ def config_name(config: DataConfig) -> str:
 class RunFolder:
     """One run's `config.yaml`, `metrics.jsonl` and `result.json`, and whatever the run puts beside them.
 
+    Making one writes nothing; `start` does.
+
     Raises:
         UserError: the folder holds a run of other options.
     """
 
     def __init__(self, path: Path, config: DataConfig):
         self.path = path
-        saved = path / "config.yaml"
-        if saved.exists():
-            before, now = yaml.safe_load(saved.read_text()), influential(config)
-            different = [f"{name} ({before.get(name)} there, {now.get(name)} here)"
-                         for name in now if before.get(name) != now[name]]
-            if different:
-                raise UserError(f"{path} holds a run of other options: {', '.join(different)}; give another --run_name")
-        else:
-            with atomic_write(saved) as aside:
-                aside.write_text(yaml.safe_dump(influential(config), sort_keys=False))
+        self._config = influential(config)
         self._metrics = path / "metrics.jsonl"
+        saved = path / "config.yaml"
+        before = yaml.safe_load(saved.read_text()) if saved.exists() else self._config
+        different = [f"{name} ({before.get(name)} there, {value} here)"
+                     for name, value in self._config.items() if before.get(name) != value]
+        if different:
+            raise UserError(f"{path} holds a run of other options: {', '.join(different)}; give another --run_name")
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -137,7 +137,13 @@ class RunFolder:
         path = self.path / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def start_metrics(self) -> None:
+    def start(self) -> None:
+        """Saves the config and begins an empty `metrics.jsonl`.
+
+        Raises:
+            UserError: the folder cannot be made or written.
+        """
+        save_config(self.path / "config.yaml", self._config)
         self._metrics.unlink(missing_ok=True)
 
     def log(self, **metrics: Any) -> None:
@@ -152,9 +158,19 @@ class RunFolder:
         write_json(self.path / "result.json", result)
 
 
+def save_config(path: Path, options: dict[str, Any]) -> None:
+    with atomic_write(path) as aside:
+        aside.write_text(yaml.safe_dump(options, sort_keys=False))
+
+
 def write_json(path: Path | str, value: Any) -> None:
     with atomic_write(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: float) -> float | None:
+    """The number, or None (JSON's null) for NaN and infinities, which JSON has no words for."""
+    return value if math.isfinite(value) else None
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -184,3 +200,12 @@ class Progress(tqdm):
         if self.n:
             print(msg or str(self), file=self.fp, flush=True)
         return True
+
+    def close(self) -> None:
+        """On a terminal as ever; elsewhere the last line, unless it was just printed."""
+        if self._terminal or self.disable:
+            return super().close()
+        if self.n != self.last_print_n:
+            self.display()
+        self.disable = True
+        self._decr_instances(self)

@@ -48,6 +48,13 @@ class Whitening:
         return Whitening(self.mean.to(device), self.transform.to(device), self.inverse.to(device))
 
 
+def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 in 0 … 255 or float32 in [0, 1] → float32 in [0, 1] on `device`."""
+    if images.dtype == torch.uint8:
+        return images.to(device).to(torch.float32).div_(255)
+    return images.to(device, torch.float32)
+
+
 @torch.no_grad()
 def _by_chunks(images: Tensor, change) -> Tensor:
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -65,7 +72,7 @@ def fit(images: Tensor, cache_key: str) -> Whitening:
     without kornia a kept fit of any version is used.
 
     Args:
-        images: the whole training set [N, C, H, W], float32 in [0, 1].
+        images: the whole training set [N, C, H, W], uint8 in 0 … 255 or float32 in [0, 1].
         cache_key: what identifies these images' content (a hash of the raw images).
 
     Raises:
@@ -90,7 +97,7 @@ def fit(images: Tensor, cache_key: str) -> Whitening:
         raise UserError(f"kornia {version} cannot be imported ({error}); install one that matches torch "
                         f"{torch.__version__}") from error
     with _one_thread(dimension <= ONE_THREAD):
-        fitted = ZCAWhitening(eps=EPS, compute_inv=True).fit(images.to("cpu", torch.float32))
+        fitted = ZCAWhitening(eps=EPS, compute_inv=True).fit(to_unit(images, "cpu"))
     whitening = Whitening(fitted.mean_vector, fitted.transform_matrix, fitted.transform_inv)
     try:
         save({**_tensors(whitening), "eps": EPS, "kornia": version}, path)
