@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from distill.distilled_set import DistilledSet, load_set
 from utils import augment
-from utils.config import BaselineConfig, EvaluationConfig, TrainConfig, as_dict
+from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset, load_configured
 from utils.files import check_writable
 from utils.losses import cross_entropy
 from utils.metrics import accuracy
 from utils.networks import evaluation_pool, network_for
-from utils.run import Progress, describe, environment, generator, seeded, select_device, write_json
+from utils.run import Progress, describe, environment, generator, influential, seeded, select_device, write_json
 
 # The published evaluation's optimiser.
 MOMENTUM = 0.9
@@ -139,7 +139,7 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
         write_json(config.json, {
             "what": what, "images": len(distilled), "scores": [score.as_dict() for score in scores],
             "tested_on": "validation" if config.val_fraction else "test", "seconds": perf_counter() - began,
-            "config": as_dict(config), "environment": environment(device)})
+            "config": influential(config), "environment": environment(device)})
 
 
 def evaluate_files(config: EvaluationConfig) -> None:

@@ -4,5 +4,5 @@ import os
 
 # Read by torch's thread pool (libgomp) when torch is first imported. By default a thread that waits for the others
 # spins for milliseconds; where other programs want the cores too, that makes everything ten times slower and more.
-# Waiting asleep after a short spin costs a tenth on an idle machine.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# This bound is a hundredth of the default: within the noise of it on an idle machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

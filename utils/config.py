@@ -280,7 +280,7 @@ def _read_yaml(path: str, config_type: type) -> dict[str, Any]:
         # The base loader leaves every value text, so that a YAML and the command line are read by the same rules.
         values, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text, yaml.BaseLoader)
     except OSError as error:
-        raise UserError(f"--cfg {path or "''"}: {error.strerror}; give the path of a YAML file such as "
+        raise UserError(f"--cfg {path or repr(path)}: {error.strerror}; give the path of a YAML file such as "
                         "configs/MiniFashion/ConvIN/IPC1.yaml") from error
     except _YAML_FAILURES as error:
         where = f" near line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
