@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from buffer.curriculum import Curriculum, grand_scores
 from buffer.gsam import gsam_gradient
-from buffer.trajectories import Expert, as_expert, buffer_folder, count_experts, next_file
+from buffer.trajectories import Expert, as_expert, buffer_folder, check_same_data, count_experts, next_file
 from utils import augment
 from utils.config import BufferConfig
 from utils.datasets import Dataset, load_configured
@@ -17,7 +18,19 @@ from utils.files import save
 from utils.metrics import accuracy, count_correct
 from utils.networks import network_for
 from utils.parameters import FlatModel
-from utils.run import Progress, describe, generator, influential, save_config, seeded, select_device, shown
+from utils.run import (
+    Progress,
+    announce,
+    append_json,
+    describe,
+    dsa_groups,
+    generator,
+    influential,
+    save_config,
+    seeded,
+    select_device,
+    shown,
+)
 
 
 class Epoch(NamedTuple):
@@ -30,12 +43,14 @@ class Epoch(NamedTuple):
 
 
 def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: torch.device,
-                 report: Callable[[Epoch], None] = lambda epoch: None) -> tuple[FlatModel, Tensor]:
+                 report: Callable[[Epoch], None] = lambda epoch: None,
+                 curriculum: Curriculum | None = None) -> tuple[FlatModel, Tensor]:
     """Trains the expert of that number; the same seed and number give the same expert.
 
     Args:
         dataset: on `device`.
         report: called after every epoch.
+        curriculum: PAD's choice of each epoch's images; None: all of them.
 
     Returns:
         The network, and the snapshots [train_epochs + 1, P] on the CPU, the first at initialisation.
@@ -43,7 +58,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
     with seeded(config.seed, "expert", number):
         network = network_for(config.model, dataset)
     model = FlatModel(network.to(device))
-    groups = augment.parse_strategy(config.dsa_strategy) if config.dsa else ()
+    groups = dsa_groups(config)
 
     theta = model.flatten()
     optimiser = torch.optim.SGD([theta], config.lr_teacher, momentum=config.mom, weight_decay=config.l2)
@@ -54,7 +69,8 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
         network.train()
         total_loss = torch.zeros((), device=device)
         correct = torch.zeros((), dtype=torch.long, device=device)
-        order = torch.randperm(len(dataset.train_labels), generator=random).to(device)
+        images = torch.arange(len(dataset.train_labels)) if curriculum is None else curriculum.indices(epoch)
+        order = images[torch.randperm(len(images), generator=random)].to(device)
         for batch in order.split(config.batch_train):
             draw = augment.draw(groups, len(batch), dataset.image_size, random)
             x = augment.apply(dataset.train_images[batch], draw and draw.to(device))
@@ -83,27 +99,46 @@ def train_buffer(config: BufferConfig) -> None:
     if config.rho_max != config.rho_min:
         raise UserError(f"--rho_max {config.rho_max:g} --rho_min {config.rho_min:g}: rho follows the learning rate, "
                         "which is constant here; give both the same value")
-    device = select_device(config.device)
-    augment.parse_strategy(config.dsa_strategy)
-    dataset = load_configured(config, device)
+    dsa_groups(config)
     folder = buffer_folder(config)
+    check_same_data(folder, config)
+    device = select_device(config.device)
+    dataset = load_configured(config, device)
     first = count_experts(folder)  # a second run goes on counting, so that it trains other experts
     network_for(config.model, dataset)  # refuses what cannot be built before anything is printed or written
-    save_config(next_file(folder).with_suffix(".yaml"), influential(config))
+    path = next_file(folder)
+    save_config(path.with_suffix(".yaml"), influential(config))
     print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
           f"({len(dataset.train_labels)} images) · {describe(device)} · {shown(folder)}")
+    announce(config)
 
+    curriculum = Curriculum(config, dataset, grand_scores(config, dataset, device)) if config.pad else None
+    epochs_path = path.with_suffix(".jsonl")
     waiting: list[Expert] = []
-    for number in range(first, first + config.num_experts):
-        with Progress(config.train_epochs, f"expert {number}") as bar:
-            def report(epoch: Epoch, bar: Progress = bar) -> None:
-                bar.set_postfix_str(f"loss {epoch.loss:.3f}, train {100 * epoch.train_accuracy:.1f} %, "
-                                    f"test {100 * epoch.test_accuracy:.1f} %", refresh=False)
-                bar.update()
-            model, snapshots = train_expert(config, dataset, number, device, report)
-        waiting.append(as_expert(model, snapshots))
-        if len(waiting) == config.save_interval or number == first + config.num_experts - 1:
+
+    def write_waiting() -> None:
+        if waiting:
             path = next_file(folder)
             save(waiting, path)
             print(f"{len(waiting)} experts in {shown(path)}")
-            waiting = []
+            waiting.clear()
+
+    def train(number: int) -> Expert:
+        with Progress(config.train_epochs, f"expert {number}") as bar:
+            def report(epoch: Epoch) -> None:
+                append_json(epochs_path, {"expert": number, **epoch._asdict()})
+                bar.set_postfix_str(f"loss {epoch.loss:.3f}, train {100 * epoch.train_accuracy:.1f} %, "
+                                    f"test {100 * epoch.test_accuracy:.1f} %", refresh=False)
+                bar.update()
+            return as_expert(*train_expert(config, dataset, number, device, report, curriculum))
+
+    try:
+        for number in range(first, first + config.num_experts):
+            waiting.append(train(number))
+            if len(waiting) == config.save_interval:
+                write_waiting()
+    finally:
+        write_waiting()  # the last ones; also when a later one was interrupted or diverged
+        if not path.exists():
+            path.with_suffix(".yaml").unlink()
+            epochs_path.unlink(missing_ok=True)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from utils import files
-from utils.config import BaselineConfig, BufferConfig, DistillConfig
+from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig
 from utils.errors import UserError
 from utils.parameters import FlatModel, flatten
+from utils.run import read_config
 
 Expert = list[list[Tensor]]
 
@@ -45,8 +46,47 @@ def next_file(folder: Path) -> Path:
 
 
 def count_experts(folder: Path) -> int:
-    """How many experts the files of a folder hold."""
-    return sum(len(_load(path)) for path in expert_files(folder))
+    """How many experts the files of a folder hold.
+
+    Raises:
+        UserError: a file in between is missing, so that the next expert's number would be one that exists.
+    """
+    paths = expert_files(folder)
+    for number, path in enumerate(paths):
+        if path.name != f"replay_buffer_{number}.pt":
+            raise UserError(f"{folder} holds {path.name} but no replay_buffer_{number}.pt; put it back, or give "
+                            "another --buffer_path")
+    return sum(len(_load(path)) for path in paths)
+
+
+# The options that decide which images an expert saw, and how, without changing the shapes of its parameters.
+_DATA = ("dataset", "zca", "val_fraction")
+
+
+def check_same_data(folder: Path, config: DataConfig) -> None:
+    """Refuses experts that were trained on other data, by the options saved beside them; published ones have none.
+
+    Raises:
+        UserError
+    """
+    for path in sorted(folder.glob("replay_buffer_*.yaml")):
+        saved = read_config(path)
+        different = [f"{name} ({saved[name]} there, {getattr(config, name)} here)" for name in _DATA
+                     if name in saved and saved[name] != getattr(config, name)]
+        if different:
+            raise UserError(f"the experts of {path} were trained on other data: {', '.join(different)}; give the same "
+                            "options, or another --buffer_path")
+
+
+def require_experts(folder: Path) -> None:
+    """Refuses a folder without expert files, before anything expensive is done.
+
+    Raises:
+        UserError
+    """
+    if not expert_files(folder):
+        raise UserError(f"no replay_buffer_*.pt in {folder}; train experts with buffer/buffer_FTD.py "
+                        "(same --dataset, --model, --zca and --buffer_path), or give --buffer_path")
 
 
 def _load(path: Path) -> list[Expert]:
@@ -79,14 +119,11 @@ class Buffer:
     """
 
     def __init__(self, folder: Path, model: FlatModel, max_files: int | None = None, max_experts: int | None = None):
-        paths = expert_files(folder)
-        if not paths:
-            raise UserError(f"no replay_buffer_*.pt in {folder}; train experts with buffer/buffer_FTD.py "
-                            "(same --dataset, --model, --zca and --buffer_path), or give --buffer_path")
+        require_experts(folder)
         self.folder = folder
         self.model = model
         self._files: list[list[Expert]] = []
-        for path in paths[:max_files]:
+        for path in expert_files(folder)[:max_files]:
             experts = _load(path)
             _check(path, experts, model)
             self._files.append(experts[:max_experts])

@@ -1,79 +1,169 @@
-"""A distilled set and its files: `images_{tag}.pt`, `labels_{tag}.pt`, `lr_{tag}.pt`, as published."""
+"""A distilled set and its files.
 
-from dataclasses import dataclass
+The published ones are three: `images_{tag}.pt`, `labels_{tag}.pt`, `lr_{tag}.pt`. Beside them `distilled.safetensors`
+holds the set whole, with its whitening, class names and config; safetensors hold data only, never code.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from utils import files
-from utils.datasets import Dataset
+from utils.datasets import Dataset, Space
 from utils.errors import UserError
+from utils.zca import Whitening
+
+FORMAT = "datm-distilled-set-1"
 
 
-@dataclass(frozen=True)
-class DistilledSet:
-    """Images [N, C, H, W] in the space that networks are trained in, label logits [N, K] (or classes [N]), and α."""
+@dataclass(frozen=True, eq=False)
+class DistilledSet(torch.utils.data.Dataset):
+    """Images in the space that networks are trained in, their labels, and the learning rate to train with.
 
-    images: Tensor
-    labels: Tensor
-    lr: Tensor
+    A ready `torch.utils.data.Dataset` of (image [C, H, W], label). `space` and `classes` are there if the set was
+    loaded from a self-describing file.
+    """
+
+    images: Tensor  # [N, C, H, W]
+    labels: Tensor  # label logits [N, K], or classes [N] int64
+    lr: Tensor  # α, a scalar
+    classes: tuple[str, ...] = ()
+    space: Space | None = None
+    config: dict[str, Any] = field(default_factory=dict)  # the options that made it
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def pixels(self) -> Tensor:
+        """The images as pictures [N, C, H, W]: un-whitened, around [0, 1], not clipped."""
+        assert self.space is not None, "only a set from DistilledSet.load knows its space"
+        return self.space.to_pixels(self.images)
+
     def detach(self) -> "DistilledSet":
         """A copy that later updates of this set do not touch."""
-        return DistilledSet(*(tensor.detach().clone() for tensor in (self.images, self.labels, self.lr)))
+        return self._each(lambda tensor: tensor.detach().clone())
 
     def to(self, device: torch.device | str) -> "DistilledSet":
-        return DistilledSet(self.images.to(device), self.labels.to(device), self.lr.to(device))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "DistilledSet":
+        return replace(self, images=change(self.images), labels=change(self.labels), lr=change(self.lr))
 
     def save(self, folder: Path, tag: str | int, dataset: Dataset) -> None:
         """Writes the published files, on the CPU, and `images_zca_{tag}.pt` (un-whitened) for a whitened dataset."""
-        images = self.images.detach().cpu().clone()
-        files.save(images, folder / f"images_{tag}.pt")
-        files.save(self.labels.detach().cpu().clone(), folder / f"labels_{tag}.pt")
-        files.save(self.lr.detach().cpu().clone(), folder / f"lr_{tag}.pt")
+        here = self.detach().to("cpu")
+        files.save(here.images, folder / f"images_{tag}.pt")
+        files.save(here.labels, folder / f"labels_{tag}.pt")
+        files.save(here.lr, folder / f"lr_{tag}.pt")
         if dataset.whitening is not None:
             files.save(dataset.to_pixels(self.images.detach()).cpu(), folder / f"images_zca_{tag}.pt")
 
+    def save_whole(self, path: Path, dataset: Dataset, config: dict[str, Any]) -> None:
+        """Writes the one self-describing file that `load` reads.
 
-def load_set(data_dir: str, label_dir: str, lr_dir: str, dataset: Dataset, default_lr: float) -> DistilledSet:
-    """Reads saved tensors and checks them against the dataset they are to be tested on.
+        Args:
+            config: the options that made the set, as JSON can hold them.
+        """
+        here = self.detach().to("cpu")
+        tensors = {"images": here.images, "labels": here.labels, "lr": here.lr}
+        if dataset.whitening is not None:
+            whitening = dataset.whitening.to("cpu")
+            tensors |= {"zca_mean": whitening.mean, "zca_transform": whitening.transform,
+                        "zca_inverse": whitening.inverse}
+        about = {"format": FORMAT, "dataset": dataset.name, "classes": json.dumps(dataset.classes),
+                 "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(config)}
+        with files.atomic_write(path) as aside:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DistilledSet":
+        """Reads a file of `save_whole`.
+
+        Raises:
+            UserError: missing, damaged, or another kind of file.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"distilled set {path} does not exist; give the path of a distilled.safetensors")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if about.get("format") != FORMAT:
+                raise UserError(f"{path} is not a distilled set (format {about.get('format')}, expected {FORMAT}); "
+                                "give a distilled.safetensors")
+            zca = [tensors.get(f"zca_{name}") for name in ("mean", "transform", "inverse")]
+            space = Space(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])),
+                          None if zca[0] is None else Whitening(*zca))
+            return cls(tensors["images"], tensors["labels"], tensors["lr"], tuple(json.loads(about["classes"])), space,
+                       json.loads(about["config"]))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is damaged or no distilled set ({error}); write or copy it again") from error
+
+
+def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> DistilledSet:
+    """Reads a saved set, as it is.
 
     Args:
-        data_dir, label_dir, lr_dir: the three *files* (published names); an empty lr_dir means `default_lr`.
+        data_dir, label_dir, lr_dir: the three *files* (published names); an empty lr_dir means `default_lr`. Or
+            data_dir alone, a `distilled.safetensors`.
 
     Raises:
-        UserError: a missing or unreadable file, or tensors that do not fit each other or the dataset.
+        UserError: a missing or unreadable file.
     """
-    images = _tensor(data_dir, "--data_dir")
-    labels = _tensor(label_dir, "--label_dir")
-    lr = _tensor(lr_dir, "--lr_dir") if lr_dir else torch.tensor(default_lr)
+    if data_dir.endswith(".safetensors"):
+        given = [option for option, path in (("--label_dir", label_dir), ("--lr_dir", lr_dir)) if path]
+        if given:
+            raise UserError(f"{given[0]} beside --data_dir {data_dir}, which holds images, labels and learning rate; "
+                            "leave it out")
+        return DistilledSet.load(data_dir)
+    images = _tensor(data_dir, "--data_dir", "images_best.pt")
+    labels = _tensor(label_dir, "--label_dir", "labels_best.pt")
+    lr = _tensor(lr_dir, "--lr_dir", "lr_best.pt") if lr_dir else torch.tensor(default_lr)
+    return DistilledSet(images, labels, lr)
+
+
+def checked_set(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
+    """The set as float32 (classes as int64), if its tensors fit each other and the dataset.
+
+    Raises:
+        UserError: they do not, or hold values that are not finite.
+    """
+    images, labels, lr = distilled.images, distilled.labels, distilled.lr
     expected = (dataset.channels, *dataset.image_size)
     if not images.is_floating_point() or tuple(images.shape[1:]) != expected or not len(images):
-        raise UserError(f"--data_dir {data_dir} holds {images.dtype} {list(images.shape)}; {dataset.name} needs "
-                        f"floating-point images [N, {', '.join(map(str, expected))}], N at least 1")
+        raise UserError(f"--data_dir holds {images.dtype} {list(images.shape)}; {dataset.name} needs floating-point "
+                        f"images [N, {', '.join(map(str, expected))}], N at least 1")
     soft = labels.is_floating_point() and tuple(labels.shape) == (len(images), dataset.num_classes)
     hard = labels.dtype == torch.int64 and tuple(labels.shape) == (len(images),)
     if not soft and not hard:
-        raise UserError(f"--label_dir {label_dir} holds {labels.dtype} {list(labels.shape)}; these {len(images)} "
-                        f"images of {dataset.name} need label logits [{len(images)}, {dataset.num_classes}] or int64 "
-                        f"classes [{len(images)}]")
+        raise UserError(f"--label_dir holds {labels.dtype} {list(labels.shape)}; these {len(images)} images of "
+                        f"{dataset.name} need label logits [{len(images)}, {dataset.num_classes}] or int64 classes "
+                        f"[{len(images)}]")
     if hard and not ((labels >= 0) & (labels < dataset.num_classes)).all():
-        raise UserError(f"--label_dir {label_dir} names classes outside 0 … {dataset.num_classes - 1}")
+        raise UserError(f"--label_dir names classes outside 0 … {dataset.num_classes - 1}; give labels of "
+                        f"{dataset.name}")
     if lr.numel() != 1 or not torch.isfinite(lr).all() or lr.item() <= 0:
-        raise UserError(f"--lr_dir {lr_dir} holds {lr.tolist() if lr.numel() < 5 else list(lr.shape)}; it must be one "
-                        "positive learning rate")
+        raise UserError(f"--lr_dir holds {lr.tolist() if lr.numel() < 5 else list(lr.shape)}; it must be one positive "
+                        "learning rate")
     if not torch.isfinite(images).all() or (soft and not torch.isfinite(labels).all()):
-        raise UserError(f"{data_dir} or {label_dir} holds values that are not finite; that set cannot be evaluated")
-    return DistilledSet(images.float(), labels.float() if soft else labels, lr.float().reshape(()))
+        raise UserError("--data_dir or --label_dir holds values that are not finite; that set cannot be evaluated")
+    return replace(distilled, images=images.float(), labels=labels.float() if soft else labels,
+                   lr=lr.float().reshape(()))
 
 
-def _tensor(path: str, option: str) -> Tensor:
+def _tensor(path: str, option: str, usual_name: str) -> Tensor:
     if not path:
-        raise UserError(f"{option} is missing; give the file, such as …/Normal/images_best.pt")
+        raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
     value = files.load(path, what=f"{option} file")
     if isinstance(value, float):
         value = torch.tensor(value)

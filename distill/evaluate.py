@@ -1,6 +1,9 @@
 """Train a fresh network on a set, test it on real images; several times, mean and standard deviation."""
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -8,15 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.distilled_set import DistilledSet, load_set
+from distill.distilled_set import DistilledSet, checked_set, read_set
 from utils import augment
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
-from utils.datasets import Dataset, load_configured
+from utils.datasets import Dataset, check_dataset_name, load_configured
 from utils.files import check_writable
 from utils.losses import cross_entropy
 from utils.metrics import accuracy
-from utils.networks import evaluation_pool, network_for
-from utils.run import Progress, describe, environment, generator, influential, seeded, select_device, write_json
+from utils.networks import check_network_name, evaluation_pool, network_for
+from utils.run import (
+    Progress,
+    announce,
+    describe,
+    dsa_groups,
+    environment,
+    generator,
+    influential,
+    read_config,
+    seeded,
+    select_device,
+    write_json,
+)
 
 # The published evaluation's optimiser.
 MOMENTUM = 0.9
@@ -50,8 +65,21 @@ def learning_rate(lr: float, epoch: int, epochs: int) -> float:
     return lr if epoch <= epochs // 2 + 1 else lr * 0.1
 
 
+Drawer = Callable[[int, torch.Generator], augment.Draw | None]
+"""(batch size, generator) → the augmentation of that batch."""
+
+
+def drawer(config: TrainConfig, dataset: Dataset, network: str) -> Drawer:
+    """What augments the training of a network: DSA, or without it the older augmentation where that was published."""
+    if config.dsa:
+        groups = dsa_groups(config)
+        return lambda batch, random: augment.draw(groups, batch, dataset.image_size, random)
+    operations = augment.older_operations(dataset.name, network)
+    return lambda batch, random: augment.draw_per_image(operations, batch, dataset.image_size, dataset.channels, random)
+
+
 def train_network(network: nn.Module, images: Tensor, labels: Tensor, lr: float, *, epochs: int, batch_size: int,
-                  groups: tuple[str, ...], random: torch.Generator,
+                  draw: Drawer, random: torch.Generator,
                   on_epoch: Callable[[], None] = lambda: None) -> None:
     """Trains in place as the published evaluation does.
 
@@ -60,7 +88,7 @@ def train_network(network: nn.Module, images: Tensor, labels: Tensor, lr: float,
 
     Args:
         images, labels: X [N, C, H, W]; label logits [N, K] or classes [N].
-        groups: of DSA (`augment.parse_strategy`); none, no augmentation.
+        draw: the augmentation of each batch.
         random: draws the order of the samples and the augmentation.
     """
     network.train()
@@ -71,8 +99,8 @@ def train_network(network: nn.Module, images: Tensor, labels: Tensor, lr: float,
             optimiser = torch.optim.SGD(network.parameters(), rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         order = torch.randperm(len(images), generator=random).to(images.device)
         for batch in order.split(batch_size):
-            draw = augment.draw(groups, len(batch), images.shape[2:], random)
-            x = augment.apply(images[batch], draw and draw.to(images.device))
+            drawn = draw(len(batch), random)
+            x = augment.apply(images[batch], drawn and drawn.to(images.device))
             loss = cross_entropy(network(x), labels[batch])
             optimiser.zero_grad()
             loss.backward()
@@ -81,39 +109,71 @@ def train_network(network: nn.Module, images: Tensor, labels: Tensor, lr: float,
 
 
 def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *address: int | str,
-             groups: tuple[str, ...], on_epoch: Callable[[], None] = lambda: None) -> list[Score]:
+             augmented: bool = True, on_epoch: Callable[[], None] = lambda: None) -> list[Score]:
     """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
+
+    With `parall_eva` the networks are spread over all GPUs, a thread each; every network has its own random numbers,
+    so where it is trained does not matter.
 
     Args:
         dataset, distilled: on one device; the images of both in the same space.
         address: tells this evaluation's random numbers from those of others with the same seed.
-        groups: of DSA.
+        augmented: False trains on the images as they are.
         on_epoch: called after each epoch of each network.
     """
-    scores = []
-    for name in evaluation_pool(config.eval_mode, config.model):
-        accuracies = []
-        for number in range(config.num_eval):
-            own = (config.seed, "evaluation", *address, name, number)
-            with seeded(*own):
-                network = network_for(name, dataset)
-            network = network.to(distilled.images.device)
-            train_network(network, distilled.images, distilled.labels, float(distilled.lr),
-                          epochs=config.epoch_eval_train, batch_size=config.batch_train, groups=groups,
-                          random=generator(*own), on_epoch=on_epoch)
-            network.eval()
-            accuracies.append(accuracy(network, dataset.test_images, dataset.test_labels))
-        scores.append(Score(name, accuracies))
-    return scores
+    jobs = [(name, number) for name in evaluation_pool(config.eval_mode, config.model)
+            for number in range(config.num_eval)]
+    networks = []
+    for name, number in jobs:
+        with seeded(config.seed, "evaluation", *address, name, number):
+            networks.append(network_for(name, dataset))
+
+    def accuracy_of(job: int, device: torch.device) -> float:
+        name, number = jobs[job]
+        network, real, small = networks[job].to(device), dataset.to(device), distilled.to(device)
+        draw = drawer(config, dataset, name) if augmented else lambda batch, random: None
+        train_network(network, small.images, small.labels, float(small.lr), epochs=config.epoch_eval_train,
+                      batch_size=config.batch_train, draw=draw, on_epoch=on_epoch,
+                      random=generator(config.seed, "evaluation", *address, name, number, "order"))
+        network.eval()
+        return accuracy(network, real.test_images, real.test_labels)
+
+    devices = _devices(config, distilled.images.device)
+    with ThreadPoolExecutor(len(devices)) as pool:
+        shares = [pool.submit(lambda device, first: [accuracy_of(job, device) for job in range(first, len(jobs),
+                                                                                                 len(devices))],
+                              device, first) for first, device in enumerate(devices)]
+        found = [share.result() for share in shares]
+    accuracies = [found[job % len(devices)][job // len(devices)] for job in range(len(jobs))]
+    return [Score(name, accuracies[first:first + config.num_eval])
+            for first in range(0, len(jobs), config.num_eval) for name in [jobs[first][0]]]
+
+
+def _devices(config: TrainConfig, device: torch.device) -> list[torch.device]:
+    if not config.parall_eva or device.type == "cpu":
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def check_evaluation(config: TrainConfig) -> list[str]:
+    """The names of the networks that will be evaluated; asks nothing of the data.
+
+    Raises:
+        UserError: an unknown dataset, network, mode or augmentation.
+    """
+    check_dataset_name(config.dataset)
+    check_network_name(config.model)
+    dsa_groups(config)
+    return evaluation_pool(config.eval_mode, config.model)
 
 
 def check_pool(config: TrainConfig, dataset: Dataset) -> list[str]:
     """The networks that will be evaluated, each built once so that what cannot be is refused at the start.
 
     Raises:
-        UserError: an unknown mode or network, or one that cannot read these images.
+        UserError: an unknown mode, augmentation or network, or a network that cannot read these images.
     """
-    pool = evaluation_pool(config.eval_mode, config.model)
+    pool = check_evaluation(config)
     for name in pool:
         network_for(name, dataset)
     return pool
@@ -122,17 +182,17 @@ def check_pool(config: TrainConfig, dataset: Dataset) -> list[str]:
 def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Dataset, distilled: DistilledSet,
                         what: str) -> None:
     """Evaluates with a progress bar, prints the scores and writes them to `--json`."""
-    groups = augment.parse_strategy(config.dsa_strategy) if config.dsa and not config.no_aug else ()
     pool = check_pool(config, dataset)
     if config.json:
         check_writable(config.json)
     device = distilled.images.device
     print(f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, {config.epoch_eval_train} epochs "
           f"· {describe(device)}")
+    announce(config)
     began = perf_counter()
     with Progress(len(pool) * config.num_eval * (config.epoch_eval_train + 1), "evaluate") as bar:
         # The same networks and the same order of samples for every set, so that sets are compared like with like.
-        scores = evaluate(config, dataset, distilled, groups=groups, on_epoch=bar.update)
+        scores = evaluate(config, dataset, distilled, augmented=not config.no_aug, on_epoch=bar.update)
     for score in scores:
         print(score)
     if config.json:
@@ -148,7 +208,20 @@ def evaluate_files(config: EvaluationConfig) -> None:
     Raises:
         UserError: files or options that do not fit the dataset.
     """
+    check_evaluation(config)
     device = select_device(config.device)
+    distilled = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
+    _note_other_space(config, distilled)
     dataset = load_configured(config, device)
-    distilled = load_set(config.data_dir, config.label_dir, config.lr_dir, dataset, config.lr_teacher).to(device)
+    distilled = checked_set(distilled, dataset).to(device)
     evaluate_and_report(config, dataset, distilled, "distilled images")
+
+
+def _note_other_space(config: EvaluationConfig, distilled: DistilledSet) -> None:
+    """Says so where the options that made the set, if they lie beside it, are not those of this evaluation."""
+    beside = Path(config.data_dir).parent.parent / "config.yaml"
+    made = distilled.config or (read_config(beside) if beside.is_file() else {})
+    for name in ("dataset", "zca"):
+        if name in made and made[name] != getattr(config, name):
+            print(f"note: the set was made with {name} {made[name]}, and is tested with {name} "
+                  f"{getattr(config, name)}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buffer.trajectories import Buffer
+from buffer.trajectories import Buffer, check_same_data
 from distill.distilled_set import DistilledSet
 from utils.config import DistillConfig
 from utils.datasets import Dataset
@@ -37,6 +37,9 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
             raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
                             "that network's replay_buffer_*.pt")
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
+        check_same_data(buffer.folder, config)
+    elif config.max_files or config.max_experts:
+        buffer = Buffer(buffer.folder, buffer.model)  # all experts label, whichever are matched
     model, timestamp = buffer.model, config.Label_Model_Timestamp
     if not -1 <= timestamp <= buffer.epochs:
         raise UserError(f"--Label_Model_Timestamp {timestamp}: the experts in {buffer.folder} have snapshots 0 … "
@@ -53,13 +56,15 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
         labels = class_labels(model, next(experts()), dataset, config.ipc, random)
     elif config.pix_init == "real":
         images = dataset.train_images[random_real(dataset, config.ipc, random).to(device)]
-        labels = _logits(model, next(experts()), images)
+        labels = expert_logits(model, buffer.snapshot(0, -1).to(device), images)
     else:
         chosen, notes = predicted_correctly(model, experts, dataset, config.ipc, random)
         images = dataset.train_images[chosen.to(device)]
         labels, unknown = expert_labels(model, experts(), images, classes)
         if unknown:
             notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
+    if config.labels == "hard":
+        labels = classes
     return DistilledSet(images, labels, torch.tensor(config.lr_teacher, device=device)), notes
 
 
@@ -98,7 +103,7 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
         for theta in experts():
             wrong = []
             for indices in left.split(WALK):
-                right = _logits(model, theta, dataset.train_images[indices]).argmax(dim=1).cpu() == label
+                right = expert_logits(model, theta, dataset.train_images[indices]).argmax(dim=1).cpu() == label
                 found += indices[right].tolist()
                 wrong.append(indices[~right])
                 if len(found) >= ipc:
@@ -109,8 +114,7 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
         if len(found) < ipc:
             missing = ipc - len(found)
             theta = next(iter(experts()))
-            confidence = torch.cat([_logits(model, theta, dataset.train_images[indices])[:, label].cpu()
-                                    for indices in left.split(WALK)])
+            confidence = expert_logits(model, theta, dataset.train_images[left])[:, label].cpu()
             notes.append(f"class {dataset.classes[label]}: only {len(found)} of {ipc} images that an expert predicts "
                          f"correctly; the {missing} with the highest logit of the class fill the rest")
             found += left[confidence.topk(missing).indices].tolist()
@@ -133,7 +137,7 @@ def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, c
     """
     total = total_right = count = count_right = 0
     for theta in experts:
-        logits = torch.cat([_logits(model, theta, x) for x in images.split(WALK)])
+        logits = expert_logits(model, theta, images)
         right = (logits.argmax(dim=1) == classes)[:, None].to(logits.dtype)
         total, total_right = total + logits, total_right + right * logits
         count, count_right = count + 1, count_right + right
@@ -145,16 +149,17 @@ def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, c
 def class_labels(model: FlatModel, theta: Tensor, dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
     """Labels [K·ipc, K] for images that show nothing yet: an expert's mean logits over images of each class."""
     prototypes = [
-        _logits(model, theta, dataset.train_images[_shuffled(dataset, label, random)[:WALK]]).mean(dim=0)
+        expert_logits(model, theta, dataset.train_images[_shuffled(dataset, label, random)[:WALK]]).mean(dim=0)
         for label in range(dataset.num_classes)]
     return torch.stack(prototypes).repeat_interleave(ipc, dim=0)
 
 
 @torch.no_grad()
-def _logits(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
+def expert_logits(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
+    """What an expert θ [P] says of x [B, C, H, W]: logits [B, K], without a graph."""
     # Experts carry no running statistics, so their batch norms can only normalise by the batch at hand.
     model.network.train(has_batch_norm(model.network))
-    logits = model(theta, x)
+    logits = torch.cat([model(theta, part) for part in x.split(WALK)])
     model.network.train()
     return logits
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -10,22 +10,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from buffer.trajectories import Buffer, buffer_folder
+from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
 from distill.distilled_set import DistilledSet
-from distill.evaluate import Score, check_pool, evaluate
-from distill.initialize import initial_set
-from distill.matching import match_trajectory, matching_loss
+from distill.evaluate import Score, check_evaluation, check_pool, evaluate
+from distill.initialize import expert_logits, initial_set
+from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
 from utils import augment, figures
-from utils.config import DistillConfig
+from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.errors import UserError
 from utils.networks import network_for
 from utils.parameters import FlatModel
-from utils.run import Progress, RunFolder, config_name, describe, environment, finite, generator, select_device, shown
+from utils.run import (
+    Progress,
+    RunFolder,
+    announce,
+    config_name,
+    describe,
+    dsa_groups,
+    environment,
+    finite,
+    generator,
+    influential,
+    select_device,
+    shown,
+)
+from utils.tracking import Tracker
 
 MOMENTUM = 0.5  # of images and α, as published
-SAVE_INTERVAL = 1000  # an evaluated iteration divisible by this is always saved, as published
+SAVE_INTERVAL = 1000  # an iteration divisible by this is always saved, as published
+MOST_LOST = 100  # losses in a row that are not finite, after which a run stops
+MOST_HELD = 100  # updates in a row that would make α useless, after which a run stops
 FIXED_SEGMENTS = 16  # segments on which the loss before and after is compared
 
 
@@ -58,17 +74,9 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
             chunks = list(torch.randperm(num_images, generator=random).split(config.batch_syn or num_images))
         batches.append(chunks.pop())  # from the end, as published: a short chunk comes first
 
-    groups = augment.parse_strategy(config.dsa_strategy) if config.dsa and not config.no_aug else ()
+    groups = dsa_groups(config, inner_loop=True)
     draws = [augment.draw(groups, len(batch), image_size, random) for batch in batches]
     return Segment(expert, start, [batch.to(device) for batch in batches], [draw and draw.to(device) for draw in draws])
-
-
-def set_optimiser(config: DistillConfig, distilled: DistilledSet) -> torch.optim.SGD:
-    """SGD on images, labels and α, each with its own rate and momentum, as published."""
-    return torch.optim.SGD([
-        {"params": [distilled.images], "lr": config.lr_img, "momentum": MOMENTUM},
-        {"params": [distilled.labels], "lr": config.lr_y, "momentum": config.Momentum_y},
-        {"params": [distilled.lr], "lr": config.lr_lr, "momentum": MOMENTUM}])
 
 
 class Distillation:
@@ -82,14 +90,25 @@ class Distillation:
         self.config, self.buffer, self.image_size = config, buffer, dataset.image_size
         self.device = start.images.device
         self.set = start.detach()
-        self.optimiser = set_optimiser(config, self.set)
-        self.skipped = 0
+        self.ema = self.set.images.clone() if config.ema else None
+        self.part = matched_part(config)
+        self.skipped = self.held = self.held_in_a_row = self.lost_in_a_row = 0
+        # What SGD moves in α's stead: α itself, or log α.
+        self.rate = self.set.lr.log() if config.lr_param == "log" else self.set.lr
+        self.optimiser = torch.optim.SGD([
+            {"params": [self.set.images], "lr": config.lr_img, "momentum": MOMENTUM},
+            {"params": [self.rate], "lr": config.lr_lr, "momentum": MOMENTUM}])
+        if config.labels == "learned":
+            self.optimiser.add_param_group({"params": [self.set.labels], "lr": config.lr_y,
+                                            "momentum": config.Momentum_y})
 
     def step(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns what to record of it.
 
+        An α that would become zero, negative or NaN stays where it was, since nothing can be trained with it.
+
         Raises:
-            UserError: the learning rate has left the positive numbers.
+            UserError: that happened `MOST_HELD` times in a row, or `MOST_LOST` losses in a row were not finite.
         """
         config = self.config
         bound = start_epoch_bound(iteration, config.max_start_epoch, config.current_max_start_epoch,
@@ -98,22 +117,57 @@ class Distillation:
                                None if config.load_all else self._walk(iteration), bound,
                                generator(config.seed, "iteration", iteration))
         theta_start, theta_target = self._ends(segment)
+        if config.labels == "target":
+            self.set.labels.copy_(expert_logits(self.buffer.model, theta_target, self.set.images))
         match = match_trajectory(self.buffer.model, theta_start, theta_target, self.set.images, self.set.labels,
-                                 self.set.lr, segment.batches, segment.augment, config.matching)
+                                 self.set.lr, segment.batches, segment.augment, config.matching, self.part)
 
-        loss = float(match.loss)  # the iteration's one wait for the device
+        loss, lr = float(match.loss), float(self.set.lr)  # waits for the device
         update = loss <= config.threshold  # False for NaN
+        held = False
         if update:
-            self.set.images.grad, self.set.labels.grad, self.set.lr.grad = match[1:]
-            self.optimiser.step()
+            self.update(match)
+            held = not float(self.set.lr) > 0
         else:
             self.skipped += 1
-        lr = float(self.set.lr.detach())
-        if not lr > 0:
-            raise UserError(f"the synthetic learning rate became {lr:.2g} at iteration {iteration}, and training with "
-                            f"it is meaningless; lower --lr_lr (now {config.lr_lr:g})")
-        return {"iteration": iteration, "loss": finite(loss), "updated": update, "lr": lr,
-                "start_epoch": segment.start_epoch, "bound": bound, "expert": segment.expert}
+        self.lost_in_a_row = 0 if math.isfinite(loss) else self.lost_in_a_row + 1
+        if self.lost_in_a_row == MOST_LOST:
+            raise UserError(f"the matching loss was not finite {MOST_LOST} times in a row, the last time at iteration "
+                            f"{iteration}, start epoch {segment.start_epoch}; lower --lr_img (now {config.lr_img:g}), "
+                            f"--lr_y (now {config.lr_y:g}) or --lr_teacher, or give a smaller --threshold")
+        self.held_in_a_row = self.held_in_a_row + 1 if held else 0
+        self.held += held
+        if held:
+            self._hold_rate(lr)
+        if self.held_in_a_row == MOST_HELD:
+            raise UserError(f"the learning rate α would have left the positive numbers {MOST_HELD} times in a row, the "
+                            f"last time at iteration {iteration}; lower --lr_lr (now {config.lr_lr:g}) or give "
+                            "--lr_param log")
+        return {"iteration": iteration, "loss": finite(loss), "updated": update, "held": held,
+                "lr": float(self.set.lr), "start_epoch": segment.start_epoch, "bound": bound, "expert": segment.expert}
+
+    def update(self, match: Match) -> None:
+        """One step of SGD on images, α and, if they are learned, labels; each with its own rate, as published."""
+        log = self.config.lr_param == "log"
+        self.set.images.grad = match.grad_images
+        self.set.labels.grad = match.grad_labels
+        self.rate.grad = match.grad_lr * self.set.lr if log else match.grad_lr  # ∂/∂log α = α ∂/∂α
+        self.optimiser.step()
+        if log:
+            self.set.lr.copy_(self.rate.exp())
+        if self.ema is not None:
+            self.ema.lerp_(self.set.images, 1 - self.config.ema_decay)
+
+    def _hold_rate(self, lr: float) -> None:
+        """Puts α back and forgets its momentum, which would only push it over again."""
+        self.set.lr.fill_(lr)
+        self.rate.copy_(self.set.lr.log() if self.config.lr_param == "log" else self.set.lr)
+        self.optimiser.state[self.rate].pop("momentum_buffer", None)
+
+    def versions(self) -> dict[str, DistilledSet]:
+        """What is evaluated and saved, by the name of its folder: the set, and the one of averaged images."""
+        now = self.set.detach()
+        return {"Normal": now} | ({} if self.ema is None else {"EMA": replace(now, images=self.ema.clone())})
 
     def fixed_loss(self, distilled: DistilledSet) -> float:
         """The mean matching loss over segments that are the same whenever it is called with the same config."""
@@ -122,7 +176,7 @@ class Distillation:
             segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
                                    config.max_start_epoch, generator(config.seed, "fixed segment", number))
             total += matching_loss(self.buffer.model, *self._ends(segment), distilled.images, distilled.labels,
-                                   distilled.lr, segment.batches, segment.augment)
+                                   distilled.lr, segment.batches, segment.augment, self.part)
         return float(total) / FIXED_SEGMENTS
 
     def _walk(self, iteration: int) -> int:
@@ -134,6 +188,20 @@ class Distillation:
         epochs = segment.start_epoch, segment.start_epoch + self.config.expert_epochs
         theta_start, theta_target = (self.buffer.snapshot(segment.expert, epoch).to(self.device) for epoch in epochs)
         return theta_start, theta_target
+
+
+def matched_part(config: DistillConfig) -> Part | None:
+    """PAD's part of the parameters, or None for all.
+
+    Raises:
+        UserError: both of its rules at once.
+    """
+    if config.depth_ratio and config.loss_ratio:
+        raise UserError(f"--depth_ratio {config.depth_ratio:g} --loss_ratio {config.loss_ratio:g}: these are two rules "
+                        "for the same choice; give one of them")
+    if config.depth_ratio:
+        return deep_part(config.depth_ratio)
+    return far_part(config.loss_ratio) if config.loss_ratio else None
 
 
 def check_window(config: DistillConfig, buffer: Buffer) -> None:
@@ -169,8 +237,11 @@ def distill(config: DistillConfig) -> None:
     Raises:
         UserError: whatever in the config, the data or the experts does not fit together.
     """
+    check_evaluation(config)
+    matched_part(config)
+    require_experts(buffer_folder(config))
+    check_same_data(buffer_folder(config), config)
     device = select_device(config.device)
-    augment.parse_strategy(config.dsa_strategy)
     dataset = load_configured(config, device)
     buffer = Buffer(buffer_folder(config), FlatModel(network_for(config.model, dataset).to(device)), config.max_files,
                     config.max_experts)
@@ -183,29 +254,42 @@ def distill(config: DistillConfig) -> None:
         return
     start, notes = initial_set(config, dataset, buffer)
     folder.start()
+    tracker = Tracker(config.wandb, config.project, folder.path.name, as_dict(config), folder.path)
     print(f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
           f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}")
+    announce(config)
     for note in notes:
         print(f"note: {note}")
 
     distillation = Distillation(config, dataset, buffer, start)
-    best, seconds = _iterate(config, dataset, distillation, folder)
+    best, seconds = _iterate(config, dataset, distillation, folder, tracker)
+    tracker.finish()
 
-    before, after = (distillation.fixed_loss(each) for each in (start, distillation.set.detach()))
+    before, after = (distillation.fixed_loss(each) for each in (start, distillation.set))
     chosen_on = "validation" if config.val_fraction else "test"
-    summary = (f"best on the {chosen_on} images {100 * best.scores[0].mean:.2f} ± {100 * best.scores[0].std:.2f} % at "
-               f"iteration {best.iteration}")
-    figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images), dataset.to_pixels(best.set.images),
-                        dataset.classes)
+    for name, each in best.items():
+        each.set.save_whole(folder.path / name / "distilled.safetensors", dataset, influential(config))
+    overall = max(best.values(), key=lambda each: each.scores[0].mean)
+    figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images),
+                        dataset.to_pixels(overall.set.images), dataset.classes)
     figures.save_curves(folder.path / "curves.png", folder.metrics(), config.threshold)
+    summary = "; ".join(f"{'' if name == 'Normal' else name + ' '}best on the {chosen_on} images "
+                        f"{100 * each.scores[0].mean:.2f} ± {100 * each.scores[0].std:.2f} % at iteration "
+                        f"{each.iteration}" for name, each in best.items())
     # Last of all: with this file the run counts as finished.
-    folder.finish(summary=summary, best=best.as_dict(), chosen_on=chosen_on, skipped=distillation.skipped,
+    folder.finish(summary=summary, best=best["Normal"].as_dict(),
+                  best_ema=best["EMA"].as_dict() if "EMA" in best else None, chosen_on=chosen_on,
+                  skipped=distillation.skipped, held=distillation.held, seconds=seconds,
                   fixed_loss={"before": finite(before), "after": finite(after), "segments": FIXED_SEGMENTS},
-                  seconds=seconds, environment=environment(device))
+                  environment=environment(device))
     print(f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
-    print(f"{summary}; {distillation.skipped} of {config.Iteration} updates skipped")
-    print(f"in {shown(folder.path)}: Normal/images_best.pt, labels_best.pt, lr_best.pt · images.png · curves.png · "
-          "metrics.jsonl · result.json")
+    print(f"{summary}; {distillation.skipped} of {config.Iteration} updates skipped, α held back "
+          f"{distillation.held} times")
+    if distillation.skipped == config.Iteration > 0:
+        print(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
+              f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
+    print(f"in {shown(folder.path)}: Normal/images_best.pt, labels_best.pt, lr_best.pt, distilled.safetensors · "
+          "images.png · curves.png · metrics.jsonl · result.json")
 
 
 class Evaluated(NamedTuple):
@@ -220,30 +304,37 @@ class Evaluated(NamedTuple):
                 "scores": [score.as_dict() for score in self.scores]}
 
 
-def _iterate(config: DistillConfig, dataset: Dataset, distillation: Distillation,
-             folder: RunFolder) -> tuple[Evaluated, float]:
-    """Runs all iterations, evaluating and saving on the way; returns the best set and the seconds it took."""
-    groups = augment.parse_strategy(config.dsa_strategy) if config.dsa else ()
-    best: Evaluated | None = None
+def _iterate(config: DistillConfig, dataset: Dataset, distillation: Distillation, folder: RunFolder,
+             tracker: Tracker) -> tuple[dict[str, Evaluated], float]:
+    """Runs all iterations, evaluating and saving on the way; returns the best sets and the seconds it took."""
+    best: dict[str, Evaluated] = {}
     began = perf_counter()
     with Progress(config.Iteration, "distil") as bar:
         for iteration in range(config.Iteration + 1):
             last = iteration == config.Iteration
             if last or (iteration % config.eval_it == 0 and not (iteration == 0 and config.skip_first_eva)):
-                now = distillation.set.detach()
-                now = Evaluated(iteration, now, evaluate(config, dataset, now, "iteration", iteration, groups=groups))
-                folder.log(iteration=iteration, scores=[score.as_dict() for score in now.scores])
-                bar.write(f"iteration {iteration}: {', '.join(map(str, now.scores))}")
-                improved = best is None or now.scores[0].mean > best.scores[0].mean
-                if improved:
-                    best = now
-                    now.set.save(folder.path / "Normal", "best", dataset)
-                if improved or last or iteration % SAVE_INTERVAL == 0:
-                    now.set.save(folder.path / "Normal", iteration, dataset)
+                for name, distilled in distillation.versions().items():
+                    now = Evaluated(iteration, distilled, evaluate(config, dataset, distilled, "iteration", iteration))
+                    improved = name not in best or now.scores[0].mean > best[name].scores[0].mean
+                    if improved:
+                        best[name] = now
+                        distilled.save(folder.path / name, "best", dataset)
+                        distilled.save(folder.path / name, iteration, dataset)
+                    folder.log(iteration=iteration, set=name, scores=[score.as_dict() for score in now.scores])
+                    bar.write(f"iteration {iteration}{'' if name == 'Normal' else ', ' + name}: "
+                              f"{', '.join(map(str, now.scores))}")
+                    if name == "Normal":
+                        tracker.log_scores(iteration, now.scores, best[name].scores)
+                        tracker.log_set(iteration, distilled.images, float(distilled.lr), dataset, config.ipc,
+                                        config.force_save)
+            if last or iteration % SAVE_INTERVAL == 0:
+                for name, distilled in distillation.versions().items():
+                    distilled.save(folder.path / name, iteration, dataset)
             if last:
                 break  # nobody would see an update after the last evaluation
             record = distillation.step(iteration)
             folder.log(**record)
+            tracker.log_step(record)
             loss = math.nan if record["loss"] is None else record["loss"]
             bar.set_postfix_str(f"loss {loss:.3f}, α {record['lr']:.4f}, start {record['start_epoch']}, "
                                 f"skipped {distillation.skipped}", refresh=False)

@@ -16,7 +16,7 @@ Its gradient with respect to images, labels and α comes in three forms of one s
   `exact` and not its gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,9 @@ from utils.losses import cross_entropy
 from utils.parameters import FlatModel
 
 METHODS = ("exact", "unroll", "tesla")
+
+Part = Callable[[Tensor, Tensor], Tensor]
+"""(θ_T, θ*) → which parameters are matched, booleans [P]; no gradient flows through the choice."""
 
 
 class Match(NamedTuple):
@@ -43,7 +46,7 @@ class Match(NamedTuple):
 
 def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor, images: Tensor, labels: Tensor,
                      lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
-                     method: str = "exact") -> Match:
+                     method: str = "exact", part: Part | None = None) -> Match:
     """The loss of one simulated training and its gradient; a pure function of its arguments.
 
     Args:
@@ -55,6 +58,7 @@ def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor
         batches: one index tensor [B] per inner step, in order; sizes may differ.
         augment: one draw per inner step, or None for no augmentation.
         method: `exact`, `unroll` or `tesla`.
+        part: sum both distances over these parameters only (PAD); None: over all.
 
     Returns:
         The loss and its gradients; a sample that no step used has gradient zero.
@@ -62,18 +66,38 @@ def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor
     augment = augment if augment is not None else [None] * len(batches)
     assert len(augment) == len(batches), "one augmentation draw per inner step"
     if method == "unroll":
-        return _unrolled(model, theta_start, theta_target, images, labels, lr, batches, augment)
+        return _unrolled(model, theta_start, theta_target, images, labels, lr, batches, augment, part)
     assert method in METHODS, method
     return _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augment,
-                    carry_back=method == "exact")
+                    part, carry_back=method == "exact")
 
 
 def matching_loss(model: FlatModel, theta_start: Tensor, theta_target: Tensor, images: Tensor, labels: Tensor,
-                  lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None) -> Tensor:
+                  lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
+                  part: Part | None = None) -> Tensor:
     """The loss of `match_trajectory` alone, a third of the work."""
     augment = augment if augment is not None else [None] * len(batches)
-    final = _train(model, theta_start, images, labels, lr, batches, augment)[-1]
-    return _distance(final, theta_target) / _distance(theta_start, theta_target)
+    theta_final = _train(model, theta_start, images, labels, lr, batches, augment)[-1]
+    mask = _mask(part, theta_final, theta_target)
+    return _distance(theta_final, theta_target, mask) / _distance(theta_start, theta_target, mask)
+
+
+def deep_part(depth_ratio: float) -> Part:
+    """All but the first `depth_ratio` of θ, which are the shallow layers (PAD, section 3.3)."""
+    return lambda final, target: torch.arange(len(final), device=final.device) >= int(depth_ratio * len(final))
+
+
+def far_part(loss_ratio: float) -> Part:
+    """All but the `loss_ratio` of θ's elements that are nearest to the target (PAD as published in code)."""
+    def far(final: Tensor, target: Tensor) -> Tensor:
+        mask = torch.ones_like(final, dtype=torch.bool)
+        mask[(final - target).abs().topk(int(loss_ratio * len(final)), largest=False).indices] = False
+        return mask
+    return far
+
+
+def _mask(part: Part | None, theta_final: Tensor, theta_target: Tensor) -> Tensor | None:
+    return None if part is None else part(theta_final.detach(), theta_target)
 
 
 def _step_loss(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, draw: dsa.Draw | None) -> Tensor:
@@ -92,7 +116,7 @@ def _train(model, theta_start, images, labels, lr, batches, augment) -> list[Ten
     return thetas
 
 
-def _unrolled(model, theta_start, theta_target, images, labels, lr, batches, augment) -> Match:
+def _unrolled(model, theta_start, theta_target, images, labels, lr, batches, augment, part) -> Match:
     """The textbook: build the graph of all steps, then call autograd once."""
     soft = labels.is_floating_point()
     images, lr = images.detach().requires_grad_(), lr.detach().requires_grad_()
@@ -104,12 +128,13 @@ def _unrolled(model, theta_start, theta_target, images, labels, lr, batches, aug
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - lr * gradient
 
-    loss = _distance(theta, theta_target) / _distance(theta_start, theta_target)
+    mask = _mask(part, theta, theta_target)
+    loss = _distance(theta, theta_target, mask) / _distance(theta_start, theta_target, mask)
     grad_images, grad_lr, *rest = torch.autograd.grad(loss, [images, lr, labels] if soft else [images, lr])
     return Match(loss.detach(), grad_images, rest[0] if soft else None, grad_lr)
 
 
-def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augment, carry_back: bool) -> Match:
+def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augment, part, carry_back: bool) -> Match:
     """The recursion of the module's docstring; without `carry_back` it is TESLA's."""
     soft = labels.is_floating_point()
     images, labels, lr = images.detach(), labels.detach(), lr.detach()
@@ -118,9 +143,10 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
 
     thetas = _train(model, theta_start, images, labels, lr, batches, augment)
     theta_final = thetas.pop()
-    distance_start = _distance(theta_start, theta_target)
-    loss = _distance(theta_final, theta_target) / distance_start
-    co_state = 2 * (theta_final - theta_target) / distance_start  # λ
+    mask = _mask(part, theta_final, theta_target)
+    distance_start = _distance(theta_start, theta_target, mask)
+    loss = _distance(theta_final, theta_target, mask) / distance_start
+    co_state = 2 * _masked(theta_final - theta_target, mask) / distance_start  # λ
 
     # The same steps in reverse, each revisited with its own draw.
     for batch, draw in zip(reversed(batches), reversed(augment)):
@@ -140,5 +166,9 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     return Match(loss, grad_images, grad_labels, grad_lr)
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().sum()
+def _masked(vector: Tensor, mask: Tensor | None) -> Tensor:
+    return vector if mask is None else vector * mask
+
+
+def _distance(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    return _masked(a - b, mask).square().sum()

@@ -2,9 +2,9 @@
 
 import torch
 
-from buffer.trajectories import Buffer, buffer_folder
+from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
 from distill.distilled_set import DistilledSet
-from distill.evaluate import evaluate_and_report
+from distill.evaluate import check_evaluation, evaluate_and_report
 from distill.initialize import expert_labels, random_real
 from utils.config import BaselineConfig
 from utils.datasets import load_configured
@@ -20,6 +20,13 @@ def evaluate_real(config: BaselineConfig) -> None:
     Raises:
         UserError: options that do not fit the dataset or the experts.
     """
+    check_evaluation(config)
+    if config.label_source == "experts":
+        if config.ipc is None:
+            raise UserError("--label_source experts --ipc None: expert labels are for random images; give --ipc a "
+                            "number")
+        require_experts(buffer_folder(config))
+        check_same_data(buffer_folder(config), config)
     device = select_device(config.device)
     dataset = load_configured(config, device)
     images, labels, what = dataset.train_images, dataset.train_labels, "the whole training set"
@@ -27,9 +34,6 @@ def evaluate_real(config: BaselineConfig) -> None:
         chosen = random_real(dataset, config.ipc, generator(config.seed, "baseline")).to(device)
         images, labels, what = images[chosen], labels[chosen], f"{config.ipc} random real images a class"
     if config.label_source == "experts":
-        if config.ipc is None:
-            raise UserError("--label_source experts --ipc None: expert labels are for random images; give --ipc a "
-                            "number")
         model = FlatModel(network_for(config.model, dataset).to(device))
         buffer = Buffer(buffer_folder(config), model)
         thetas = (buffer.snapshot(number, -1).to(device) for number in range(len(buffer)))

@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.datasets import load_dataset
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -149,3 +151,10 @@ def toy_experts(call, toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy_buffers")
     call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_data(toy, environment):
+    """The toy as a dataset, whitened."""
+    with mock.patch.dict(os.environ, environment):
+        return load_dataset("ImageFolder", toy.data, res=8, zca=True)

@@ -13,6 +13,8 @@ import yaml
 
 from buffer.experts import train_expert
 from buffer.trajectories import buffer_folder
+from distill.distilled_set import DistilledSet
+from distill.initialize import expert_labels
 from distill.loop import draw_segment
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
 from utils.datasets import load_dataset
@@ -44,6 +46,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def load_any(path):
+    """A .pt file's tensor, or a safetensors file's images."""
+    return DistilledSet.load(path).images if path.suffix == ".safetensors" else load(path)
+
+
 def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
@@ -52,18 +59,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def toy_data(toy, environment):
-    with mock.patch.dict("os.environ", environment):
-        return load_dataset("ImageFolder", toy.data, res=8, zca=True)
-
-
 # --- experts -------------------------------------------------------------------------------------------------
 
 
 def test_expert_files_have_the_published_names_and_form(experts):
     folder = experts / "MiniFashion" / "ConvNetD1W4"
-    assert names(folder) == ["replay_buffer_0.pt", "replay_buffer_0.yaml", "replay_buffer_1.pt"]
+    assert names(folder) == ["replay_buffer_0.jsonl", "replay_buffer_0.pt", "replay_buffer_0.yaml",
+                             "replay_buffer_1.pt"]
     shapes = [parameter.shape for parameter in build_network("ConvNetD1W4", 1, 10, (28, 28)).parameters()]
     for number, count in ((0, 2), (1, 1)):
         file = load(folder / f"replay_buffer_{number}.pt")
@@ -98,7 +100,8 @@ def test_buffer_from_inside_its_folder_with_relative_paths(run, toy, toy_experts
     done = run("buffer_FTD.py", *arguments, "--data_path", os.path.relpath(toy.data, inside),
                "--buffer_path", os.path.relpath(tmp_path, inside), cwd=inside)
     folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
-    assert names(folder) == ["replay_buffer_0.pt", "replay_buffer_0.yaml", "replay_buffer_1.pt"]
+    assert names(folder) == ["replay_buffer_0.jsonl", "replay_buffer_0.pt", "replay_buffer_0.yaml",
+                             "replay_buffer_1.pt"]
     assert equal_experts(thetas(folder), thetas(toy_experts / "ImageFolder" / "ConvNetD1W4"))
     assert "3 experts of 3 epochs: ConvNetD1W4 on ImageFolder" in done.stdout and "expert 2: 100%" in done.stderr
 
@@ -127,7 +130,8 @@ def test_a_second_buffer_run_goes_on_with_the_next_file_and_other_experts(call, 
     call("buffer/buffer_FTD.py", *first)
     before = contents(folder)
     call("buffer/buffer_FTD.py", *first, "--num_experts=1")
-    assert names(folder) == ["replay_buffer_0.pt", "replay_buffer_0.yaml", "replay_buffer_1.pt", "replay_buffer_1.yaml"]
+    assert names(folder) == ["replay_buffer_0.jsonl", "replay_buffer_0.pt", "replay_buffer_0.yaml",
+                             "replay_buffer_1.jsonl", "replay_buffer_1.pt", "replay_buffer_1.yaml"]
     assert before.items() <= contents(folder).items()
     # Two runs of two and one make what one run of three makes.
     assert equal_experts(thetas(folder), thetas(toy_experts / "ImageFolder" / "ConvNetD1W4"))
@@ -182,7 +186,8 @@ def test_a_run_leaves_the_published_files(distilled):
     kinds = {"images": (10, 1, 28, 28), "labels": (10, 10), "lr": (), "images_zca": (10, 1, 28, 28)}
     tags = {path.name.removeprefix("lr_").removesuffix(".pt") for path in (folder / "Normal").glob("lr_*.pt")}
     assert {"best", "4"} <= tags <= {"best", "0", "2", "4"}
-    assert names(folder / "Normal") == sorted(f"{kind}_{tag}.pt" for kind in kinds for tag in tags)
+    assert names(folder / "Normal") == ["distilled.safetensors", *sorted(f"{kind}_{tag}.pt" for kind in kinds
+                                                                        for tag in tags)]
     for tag in tags:
         for kind, shape in kinds.items():
             tensor = load(folder / "Normal" / f"{kind}_{tag}.pt")
@@ -220,7 +225,8 @@ def test_the_metrics_tell_every_iteration(distilled):
     folder = distilled[0]
     steps = [line for line in lines(folder / "metrics.jsonl") if "loss" in line]
     assert [line["iteration"] for line in steps] == [0, 1, 2, 3]
-    assert all(set(line) == {"iteration", "loss", "updated", "lr", "start_epoch", "bound", "expert"} for line in steps)
+    keys = {"iteration", "loss", "updated", "held", "lr", "start_epoch", "bound", "expert"}
+    assert all(set(line) == keys for line in steps)
     assert all(0 <= line["start_epoch"] < line["bound"] == 2 and line["expert"] in (0, 1, 2) for line in steps)
     assert steps[-1]["lr"] == float(load(folder / "Normal" / "lr_4.pt"))
     assert sorted(line["expert"] for line in steps[:3]) == [0, 1, 2]  # a round walks through all experts
@@ -249,7 +255,7 @@ def test_distillation_from_inside_its_folder_is_the_same_to_the_bit(run, experts
         "--buffer_path", os.path.relpath(experts, inside), "--log_path", os.path.relpath(tmp_path, inside), cwd=inside)
     one, other = distilled[0] / "Normal", tmp_path / "MiniFashion" / "1" / "ConvNetD1W4" / "inside" / "Normal"
     assert names(one) == names(other)
-    assert all(torch.equal(load(one / name), load(other / name)) for name in names(one))
+    assert all(torch.equal(load_any(one / name), load_any(other / name)) for name in names(one))
 
 
 def test_a_finished_run_is_not_run_again(call, distilled):
@@ -374,8 +380,8 @@ def test_baseline_labels(call, toy, toy_data, toy_experts):
 
 
 def test_baseline_of_the_whole_training_set_learns(call, toy, tmp_path):
-    call("distill/baseline.py", *toy.evaluate, "--ipc=None", "--epoch_eval_train=20", "--batch_train=8",
-         "--lr_teacher=0.1", f"--json={tmp_path / 'result.json'}")
+    call("distill/baseline.py", *toy.evaluate, "--ipc=None", "--epoch_eval_train=40", "--batch_train=8",
+         "--lr_teacher=0.02", f"--json={tmp_path / 'result.json'}")
     result = check_result(tmp_path / "result.json", ["ConvNetD1W4"], 1, 3 * toy.per_class)
     assert result["what"] == "the whole training set" and result["scores"][0]["mean"] > 0.6
 
@@ -412,7 +418,7 @@ def same(ones, others):
 def test_the_same_seed_distils_the_same_and_another_seed_another(distil, toy_run):
     again, other = distil() / "Normal", distil("--seed=1") / "Normal"
     assert names(again) == names(toy_run)
-    assert all(torch.equal(load(again / name), load(toy_run / name)) for name in names(toy_run))
+    assert all(torch.equal(load_any(again / name), load_any(toy_run / name)) for name in names(toy_run))
     assert same(final(other), final(toy_run)) == [False, False, False]
 
 
@@ -430,7 +436,7 @@ def test_datm_tesla_is_matching_tesla(distil):
     by_option = distil("--run_name=tesla", "--matching=tesla")
     assert (by_entry / "config.yaml").read_text() == (by_option / "config.yaml").read_text()
     assert names(by_entry / "Normal") == names(by_option / "Normal")
-    assert all(torch.equal(load(by_entry / "Normal" / name), load(by_option / "Normal" / name))
+    assert all(torch.equal(load_any(by_entry / "Normal" / name), load_any(by_option / "Normal" / name))
                for name in names(by_entry / "Normal"))
 
 
@@ -472,10 +478,19 @@ def test_images_that_experts_predict_correctly_start_with_those_experts_mean(dis
 
 
 def test_an_earlier_snapshot_can_label_the_images(distil, toy_experts):
-    images, labels, _ = final(distil("--pix_init=real", "--Iteration=0", "--Label_Model_Timestamp=1") / "Normal", 0)
+    images, labels, _ = final(distil("--Iteration=0", "--Label_Model_Timestamp=1") / "Normal", 0)
     model, _ = toy_model(toy_experts)
-    early = thetas(toy_experts / "ImageFolder" / "ConvNetD1W4")[0][1]
-    torch.testing.assert_close(labels, model(early, images))
+    early = [snapshots[1] for snapshots in thetas(toy_experts / "ImageFolder" / "ConvNetD1W4")]
+    expected, _ = expert_labels(model, early, images, torch.arange(3).repeat_interleave(2))
+    torch.testing.assert_close(labels, expected)
+
+
+def test_all_experts_label_whichever_are_matched(distil, toy_experts):
+    images, labels, _ = final(distil("--Iteration=0", "--max_files=1", "--max_experts=1") / "Normal", 0)
+    model, _ = toy_model(toy_experts)
+    last = [snapshots[-1] for snapshots in thetas(toy_experts / "ImageFolder" / "ConvNetD1W4")]
+    expected, _ = expert_labels(model, last, images, torch.arange(3).repeat_interleave(2))
+    torch.testing.assert_close(labels, expected)
 
 
 def test_another_networks_experts_can_label_the_images(call, distil, toy, tmp_path):
@@ -580,8 +595,9 @@ def test_the_window_does_not_shrink_below_its_maximum(distil):
     assert [line["bound"] for line in lines(folder / "metrics.jsonl") if "bound" in line] == [2, 2, 2, 2]
 
 
-def test_the_best_set_can_be_chosen_on_held_out_images(distil):
-    folder = distil("--val_fraction=0.25")
+def test_the_best_set_can_be_chosen_on_held_out_images(call, distil, toy, tmp_path):
+    call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--val_fraction=0.25")
+    folder = distil("--val_fraction=0.25", f"--buffer_path={tmp_path}")
     result = json.loads((folder / "result.json").read_text())
     assert result["chosen_on"] == "validation" and "best on the validation images" in result["summary"]
     eighteenths = [18 * line["scores"][0]["mean"] for line in lines(folder / "metrics.jsonl") if "scores" in line]
@@ -594,7 +610,9 @@ def test_the_first_evaluation_can_be_skipped(distil):
 
 
 def test_without_zca_nothing_is_unwhitened(call, distil, toy, tmp_path):
-    assert not list((distil("--zca=False", "--Iteration=0") / "Normal").glob("images_zca*"))
+    call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--zca=False")
+    folder = distil("--zca=False", "--Iteration=0", f"--buffer_path={tmp_path}")
+    assert not list((folder / "Normal").glob("images_zca*"))
 
 
 def test_a_name_is_made_of_the_options(distil):

@@ -55,7 +55,7 @@ EVALUATION = dict(
 WITHOUT_EFFECT = {
     BufferConfig: {"decay", "batch_real"},
     DistillConfig: {"ema_decay", "lr_init", "texture", "canvas_size", "canvas_samples"},
-    EvaluationConfig: {"batch_real", "parall_eva"}}
+    EvaluationConfig: {"batch_real"}}
 
 
 
@@ -326,7 +326,7 @@ def test_options_without_effect_are_named_in_one_note(config_type, unused, writt
 
 def test_options_without_effect_are_noted_from_yaml_too(written, capsys):
     distill_config(written("ema_decay: .9995\nproject: mine\nipc: 1"), "--texture")
-    assert set(capsys.readouterr().err.strip().split("effect: ")[1].split(", ")) == {"ema_decay", "project", "texture"}
+    assert set(capsys.readouterr().err.strip().split("effect: ")[1].split(", ")) == {"ema_decay", "texture"}
 
 
 @pytest.mark.parametrize("config_type", CONFIGS)

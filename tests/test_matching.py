@@ -1,10 +1,15 @@
 """The three gradients: against the published iteration, and against each other in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from distill.matching import METHODS, match_trajectory, matching_loss
+from distill.distilled_set import DistilledSet
+from distill.loop import Distillation
+from distill.matching import METHODS, deep_part, far_part, match_trajectory, matching_loss
 from utils import augment
+from utils.config import DistillConfig, make
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 
@@ -34,21 +39,27 @@ def test_equals_the_published_iteration(golden_iteration, model, method):
 @pytest.mark.parametrize("method", ["exact", "tesla"])
 def test_update_equals_the_published_one(golden_iteration, model, method):
     """Through the loop's own optimiser: rates, momenta, and which tensor gets which."""
-    from distill.distilled_set import DistilledSet
-    from distill.loop import set_optimiser
-    from utils.config import DistillConfig, make
-
     published, meta = golden_iteration[method], golden_iteration["meta"]
-    distilled = DistilledSet(published["images"], published["labels"], published["lr"]).detach()
+    start = DistilledSet(published["images"], published["labels"], published["lr"])
     config = make(DistillConfig, **{key: meta[key] for key in ("lr_img", "lr_lr", "lr_y", "Momentum_y")})
     match = match_trajectory(model, flatten(golden_iteration["start"]), flatten(golden_iteration["target"]),
-                             distilled.images, distilled.labels, distilled.lr, published["batches"], method=method)
-    optimiser = set_optimiser(config, distilled)
-    distilled.images.grad, distilled.labels.grad, distilled.lr.grad = match[1:]
-    optimiser.step()
+                             start.images, start.labels, start.lr, published["batches"], method=method)
+    distillation = Distillation(config, SimpleNamespace(image_size=(32, 32)), None, start)
+    distillation.update(match)
+    distilled = distillation.set
     assert per_image_error(distilled.images, published["after_images"]) < 1e-4
     assert per_image_error(distilled.labels, published["after_labels"]) < 1e-4
     assert float(distilled.lr) == pytest.approx(float(published["after_lr"]), rel=1e-5)
+
+
+def test_each_tensor_has_its_published_rate_and_momentum():
+    config = make(DistillConfig, lr_img=3, lr_lr=4, lr_y=5, Momentum_y=0.8)
+    start = DistilledSet(torch.ones(2, 1, 2, 2), torch.ones(2, 2), torch.tensor(1.0))
+    state = Distillation(config, SimpleNamespace(image_size=(2, 2)), None, start)
+    groups = [(group["params"], group["lr"], group["momentum"]) for group in state.optimiser.param_groups]
+    expected = [(state.set.images, 3, 0.5), (state.set.lr, 4, 0.5), (state.set.labels, 5, 0.8)]
+    assert [(lr, momentum) for _, lr, momentum in groups] == [(lr, momentum) for _, lr, momentum in expected]
+    assert all(params[0] is tensor for (params, _, _), (tensor, _, _) in zip(groups, expected))
 
 
 def problem(seed=0, count=7, sizes=(3, 2, 4, 3, 1), name="ConvNetD2W4", strategy="color_crop_cutout_flip_scale_rotate",
@@ -147,3 +158,21 @@ def test_arguments_are_left_alone(method):
 def test_matching_loss_is_the_loss_of_the_match():
     given = problem(7)
     assert float(matching_loss(**given)) == pytest.approx(float(match_trajectory(**given).loss), rel=1e-12)
+
+
+@pytest.mark.parametrize("part", [deep_part(0.4), far_part(0.6)])
+@pytest.mark.parametrize("seed", range(2))
+def test_exact_equals_unroll_on_a_part_of_the_parameters(part, seed):
+    given = problem(seed)
+    whole = match_trajectory(**given)
+    exact = match_trajectory(**given, part=part)
+    assert_equal_matches(exact, match_trajectory(**given, method="unroll", part=part))
+    assert float(exact.loss) != float(whole.loss)
+    assert float(matching_loss(**given, part=part)) == pytest.approx(float(exact.loss), rel=1e-12)
+
+
+def test_the_deep_part_is_the_last_and_the_far_part_the_farthest():
+    final, target = torch.tensor([0.0, 5, 1, 3]), torch.zeros(4)
+    assert deep_part(0.5)(final, target).tolist() == [False, False, True, True]
+    assert far_part(0.5)(final, target).tolist() == [False, True, False, True]
+    assert deep_part(0.0)(final, target).all() and far_part(0.0)(final, target).all()

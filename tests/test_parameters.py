@@ -34,8 +34,6 @@ def test_forward_takes_its_parameters_from_theta(model):
     other = model.flatten() * 0
     assert torch.equal(model(other, x), torch.zeros(2, 3))
     assert model.flatten().abs().sum() > 0  # the network's own are untouched
-    model.load(other)
-    assert model.flatten().abs().sum() == 0
 
 
 def test_soft_cross_entropy_equals_the_published(golden_ops):

@@ -67,6 +67,8 @@ def test_what_every_program_refuses(refused, script, case, sets):
     if script == EVALUATION:
         options, phrases = COMMON[case]
         return refused(script, [*sets.options(), *options], phrases)
+    if script == DATM and case == "val_fraction of a whole class":
+        return refused(script, COMMON[case][0], ["trained on other data: val_fraction (0.0 there, 0.99 here)"])
     refused(script, *COMMON[case])
 
 
@@ -146,11 +148,14 @@ def test_an_expert_segment_longer_than_the_trajectory_has_advice_that_helps(call
     assert "give --max_start_epoch" not in done.stderr  # no start epoch would do
 
 
-def test_a_learning_rate_that_turns_negative_stops_the_run(call, toy, toy_experts, tmp_path):
-    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_teacher=1",
-                "--lr_lr=1000", "--threshold=1e9", "--skip_first_eva", expect=2)
-    message = done.stderr.splitlines()[-1]
-    assert message.startswith("DATM.py: error: the synthetic learning rate became -") and "lower --lr_lr" in message
+def test_a_learning_rate_that_would_turn_negative_is_held_and_then_stops_the_run(call, toy, toy_experts, tmp_path,
+                                                                                 monkeypatch):
+    arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_teacher=1",
+                 "--lr_lr=1000", "--threshold=1e9", "--skip_first_eva"]
+    assert "α held back 4 times" in call(DATM, *arguments).stdout
+    monkeypatch.setattr("distill.loop.MOST_HELD", 3)
+    message = call(DATM, *arguments, "--seed=1", expect=2).stderr.splitlines()[-1]
+    assert message.startswith("DATM.py: error: the learning rate α would") and "lower --lr_lr" in message
 
 
 @pytest.mark.parametrize("options, phrases", [
@@ -411,3 +416,62 @@ def test_a_mistake_of_the_programs_is_not_dressed_as_the_users(monkeypatch, caps
     with pytest.raises(ZeroDivisionError):
         entry(broken)
     assert capsys.readouterr().err == ""
+
+
+# --- experts that do not belong to the data ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option, phrase", [("--zca=False", "zca (True there, False here)"),
+                                            ("--val_fraction=0.25", "val_fraction (0.0 there, 0.25 here)")])
+def test_experts_of_other_data_are_refused(call, toy, toy_experts, tmp_path, option, phrase):
+    for script, usual in ((DATM, [*toy.distil, f"--log_path={tmp_path}"]), (BUFFER, toy.train),
+                          (BASELINE, [*toy.evaluate, "--label_source=experts"])):
+        done = call(script, *usual, f"--buffer_path={toy_experts}", option, expect=2)
+        check_refusal(done, "were trained on other data", phrase, "another --buffer_path")
+
+
+def test_published_experts_without_saved_options_are_taken(call, toy, toy_experts, tmp_path):
+    shutil.copytree(toy_experts, tmp_path / "published", ignore=shutil.ignore_patterns("*.yaml", "*.jsonl"))
+    call(DATM, *toy.distil, f"--buffer_path={tmp_path / 'published'}", f"--log_path={tmp_path}", "--Iteration=0")
+
+
+def test_a_gap_in_the_expert_files_is_refused(call, toy, toy_experts, tmp_path):
+    shutil.copytree(toy_experts, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ImageFolder" / "ConvNetD1W4" / "replay_buffer_0.pt").unlink()
+    done = call(BUFFER, *toy.train, f"--buffer_path={tmp_path}", expect=2)
+    check_refusal(done, "holds replay_buffer_1.pt but no replay_buffer_0.pt")
+
+
+def test_options_are_refused_before_the_data_is_read(call, toy, toy_experts):
+    with mock.patch("utils.datasets.load_dataset", side_effect=AssertionError("the data was read")):
+        for script, options in ((DATM, [*toy.distil, "--eval_mode=Z"]), (DATM, [*toy.distil, "--buffer_path=/nowhere"]),
+                                (EVALUATION, toy.evaluate), (EVALUATION, [*toy.evaluate, "--data_dir=/nowhere.pt"]),
+                                (BASELINE, [*toy.evaluate, "--ipc=None", "--label_source=experts"]),
+                                (BUFFER, [*toy.train, "--rho_max=3"])):
+            call(script, *options, expect=2)
+
+
+@pytest.mark.parametrize("name, content", [("config.yaml", ""), ("config.yaml", "[1"), ("result.json", "{")])
+def test_damaged_files_of_a_run_are_refused(call, toy, toy_experts, tmp_path, name, content):
+    arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=run",
+                 "--Iteration=0"]
+    call(DATM, *arguments)
+    (tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / name).write_text(content)
+    check_refusal(call(DATM, *arguments, expect=2), name, "is damaged")
+
+
+def test_a_size_that_a_dataset_does_not_have_is_refused(call, toy_experts):
+    done = call(BASELINE, "--dataset=MiniFashion", "--res=64", expect=2)
+    check_refusal(done, "res is 64", "28×28", "ImageFolder")
+
+
+def test_losses_that_stay_not_finite_stop_the_run(call, toy, toy_experts, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.loop.MOST_LOST", 3)
+    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_img=1e38",
+                "--lr_y=0", "--threshold=inf", "--skip_first_eva", expect=2)
+    assert "not finite 3 times in a row, the last time at iteration 3" in done.stderr and "--lr_img" in done.stderr
+
+
+def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_path):
+    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--threshold=0")
+    assert "4 of 4 updates skipped" in done.stdout and "every update was skipped" in done.stdout

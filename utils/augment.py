@@ -1,7 +1,8 @@
 """Differentiable Siamese augmentation (Zhao & Bilen, ICML 2021): draw the parameters, then apply them.
 
 A strategy such as `color_crop_cutout_flip_scale_rotate` names groups of operations. One group is drawn per
-batch, uniformly; its parameters are drawn per sample. `draw` is the only random part and always runs on the
+batch, uniformly; its parameters are drawn per sample. The augmentation that came before it, used with `--dsa False`,
+draws one operation per image instead (`draw_per_image`). Drawing is the only random part and always runs on the
 CPU, so a seed gives the same augmentation on every device; `apply` is pure and differentiable in the images.
 """
 
@@ -24,6 +25,12 @@ CROP_FRACTION = 0.125
 CUTOUT_FRACTION = 0.5
 FLIP_PROBABILITY = 0.5
 
+# Those of the older augmentation.
+OLD_CROP = 4
+OLD_SCALE = 0.2
+OLD_ROTATE_DEGREES = 45.0
+OLD_NOISE = 0.001
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -36,11 +43,6 @@ class Draw:
         moved = {name: tuple(value.to(device, non_blocking=True) for value in values)
                  for name, values in self.parameters.items()}
         return Draw(self.group, moved)
-
-    def __getitem__(self, rows: slice | Tensor) -> "Draw":
-        """The same draw for some of the batch's samples."""
-        return Draw(self.group, {name: tuple(value[rows] for value in values)
-                                 for name, values in self.parameters.items()})
 
 
 def parse_strategy(strategy: str) -> tuple[str, ...]:
@@ -68,6 +70,42 @@ def draw(groups: tuple[str, ...], batch: int, image_size: tuple[int, int], gener
         return None
     group = groups[int(torch.randint(len(groups), (), generator=generator))]
     return Draw(group, {name: OPERATIONS[name].draw(batch, image_size, generator) for name in GROUPS[group]})
+
+
+def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[int, int], channels: int,
+                   generator: torch.Generator) -> Draw | None:
+    """The older augmentation (DC, Zhao et al., ICLR 2021): one of `operations` for each image, uniformly.
+
+    Shifts by up to 4 pixels (`crop`), scales by 0.8 … 1.2, rotates by ±45°, or adds noise of deviation 0.001. An image
+    whose turn it is not gets the operation's identity.
+    """
+    if not operations:
+        return None
+    chosen = torch.randint(len(operations), (batch,), generator=generator)
+    one, zero = torch.ones(batch), torch.zeros(batch)
+    parameters: dict[str, tuple[Tensor, ...]] = {}
+    for number, name in enumerate(operations):
+        here = chosen == number
+        if name == "crop":
+            values = tuple(_integers(-OLD_CROP, OLD_CROP, batch, generator) * here for _ in range(2))
+        elif name == "scale":
+            values = tuple(torch.where(here, _uniform(batch, generator, 1 - OLD_SCALE, 1 + OLD_SCALE), one)
+                           for _ in range(2))
+        elif name == "rotate":
+            angle = _uniform(batch, generator, -OLD_ROTATE_DEGREES, OLD_ROTATE_DEGREES)
+            values = (torch.where(here, torch.deg2rad(angle), zero),)
+        else:
+            noise = torch.randn(batch, channels, *image_size, generator=generator)
+            values = (OLD_NOISE * noise * here[:, None, None, None],)
+        parameters[name] = values
+    return Draw("per image", parameters)
+
+
+def older_operations(dataset: str, network: str) -> tuple[str, ...]:
+    """Where the published evaluation uses the older augmentation: on MNIST, and for ConvNetBN; nowhere else."""
+    if network == "ConvNetBN":
+        return ("crop", "noise")
+    return ("crop", "scale", "rotate") if dataset == "MNIST" else ()
 
 
 def apply(x: Tensor, drawn: Draw | None) -> Tensor:
@@ -111,6 +149,10 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 def flip(x: Tensor, flipped: Tensor) -> Tensor:
     return torch.where(flipped.view(-1, 1, 1, 1), x.flip(3), x)
+
+
+def noise(x: Tensor, added: Tensor) -> Tensor:
+    return x + added.to(x.dtype)
 
 
 def scale(x: Tensor, scale_x: Tensor, scale_y: Tensor) -> Tensor:
@@ -177,7 +219,7 @@ def _draw_cutout(batch: int, image_size: tuple[int, int], generator: torch.Gener
 
 @dataclass(frozen=True)
 class Operation:
-    draw: Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]
+    draw: Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]] | None
     apply: Callable[..., Tensor]
 
 
@@ -189,6 +231,7 @@ OPERATIONS = {
     "cutout": Operation(_draw_cutout, cutout),
     "flip": Operation(lambda n, _, g: (_uniform(n, g) < FLIP_PROBABILITY,), flip),
     "scale": Operation(lambda n, _, g: (_uniform(n, g, 1 / SCALE, SCALE), _uniform(n, g, 1 / SCALE, SCALE)), scale),
+    "noise": Operation(None, noise),  # only drawn per image
     "rotate": Operation(lambda n, _, g: (torch.deg2rad(_uniform(n, g, -ROTATE_DEGREES, ROTATE_DEGREES)),), rotate),
 }
 GROUPS = {"color": ("brightness", "saturation", "contrast")} | {

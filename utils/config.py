@@ -22,20 +22,30 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from utils.errors import UserError, unknown_name
 from utils.files import REPOSITORY
 
 FilePath = Annotated[str, "path"]
-"""A path; made absolute when the config is parsed."""
+"""A path, or nothing; made absolute when the config is parsed."""
+
+FolderPath = Annotated[str, "path", Field(min_length=1)]
+"""A path that must be given."""
 
 Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if str(value).isdigit() else value)]
 """`auto`, `cpu`, `cuda`, `cuda:1`, or a list of GPU indices such as `[0, 1]`."""
 
-FolderName = Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]
-"""A name that stays inside its folder: no separator, and more than dots."""
+
+def _folder_name(value: str) -> str:
+    if "/" in value or "\\" in value or not value.strip("."):
+        raise ValueError("it must be the name of a folder, without / and more than dots")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+"""A name that stays inside its folder."""
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -47,8 +57,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 MAIN, METHOD, EVALUATION, FILES, SPEED = "main", "method", "evaluation", "files", "speed"
 
 
-def option(group: str, default: Any, help: str, effect: bool = True) -> Any:
-    """A field of a config: its help group, its default, its sentence of help; `effect` False: accepted, unused."""
+def option(group: str, default: Any, help: str, effect: bool | str = True) -> Any:
+    """A field of a config: its help group, its default, its sentence of help.
+
+    `effect` False: accepted, unused; the name of a switch: without effect unless that is on.
+    """
     default = {"default_factory": partial(list, default)} if isinstance(default, list) else {"default": default}
     return Field(**default, description=help, json_schema_extra={"group": group, "effect": effect})
 
@@ -63,9 +76,13 @@ config_class = dataclass(frozen=True, kw_only=True, config={"coerce_numbers_to_s
 class DataConfig:
     """What every program shares: the real data, its whitening and augmentation, the seed and the device."""
 
-    dataset: str = option(MAIN, "CIFAR10", "name of the dataset")
-    subset: str = option(MAIN, "imagenette", "which ten classes, for ImageNet")
-    model: str = option(MAIN, "ConvNet", "name of the network")
+    dataset: str = option(MAIN, "CIFAR10", "MiniFashion, FashionMNIST, MNIST, CIFAR10, CIFAR100, SVHN, Tiny, ImageNet, "
+                          "ImageNet1K or ImageFolder (your own)")
+    subset: str = option(MAIN, "imagenette", "which ten classes, for ImageNet: imagenette, imagewoof, imagemeow, "
+                         "imagesquawk, imagefruit or imageyellow")
+    model: str = option(MAIN, "ConvNet", "ConvNet with any of D1-D8, W1-W4096, AS AR AL, NN BN LN IN GN, NP MP AP; "
+                        "MLP, LeNet, AlexNet, VGG11, VGG11BN, ResNet18, ResNet18BN, ResNet18_AP, ResNet18BN_AP, each "
+                        "also _Tiny")
     res: Count | None = option(MAIN, None, "image size; unset: the dataset's own")
     seed: int = option(MAIN, 0, "the same seed gives the same result")
     zca: bool = option(METHOD, False, "whiten the images (ZCA, eps 0.1)")
@@ -75,7 +92,7 @@ class DataConfig:
                                     "of on the test images")
     batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)
     device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices")
-    data_path: FilePath = option(FILES, "data", "folder of the real data")
+    data_path: FolderPath = option(FILES, "data", "folder of the real data")
 
 
 @config_class
@@ -93,21 +110,31 @@ class BufferConfig(DataConfig):
     alpha: Rate = option(METHOD, 0.4, "GSAM: weight of the surrogate gap")
     adaptive: bool = option(METHOD, True, "GSAM: scale the ascent by the parameters' squares")
     decay: bool = option(METHOD, False, "learning rate decay", effect=False)
+    pad: bool = option(METHOD, False, "PAD: from easy to hard images, as the options below say")
+    init_ratio: Annotated[float, Field(gt=0, le=1)] = option(
+        METHOD, 0.75, "PAD: share of each class's easiest images in the first epoch", effect="pad")
+    add_end_epoch: Index = option(METHOD, 20, "PAD: epoch from which all images are used", effect="pad")
+    rm_epoch_first: Index = option(METHOD, 40, "PAD: epoch from which the easiest are left out", effect="pad")
+    rm_epoch_second: Index = option(METHOD, 60, "PAD: epoch from which more of them are", effect="pad")
+    rm_easy_ratio_first: Fraction = option(METHOD, 0.1, "PAD: share left out from rm_epoch_first", effect="pad")
+    rm_easy_ratio_second: Fraction = option(METHOD, 0.2, "PAD: share left out from rm_epoch_second", effect="pad")
     save_interval: Count = option(FILES, 10, "experts per file")
-    buffer_path: FilePath = option(FILES, "buffers", "folder of the expert files")
+    buffer_path: FolderPath = option(FILES, "buffers", "folder of the expert files")
 
 
 @config_class
 class TrainConfig(DataConfig):
     """How a network is trained and tested on a distilled (or real) set."""
 
-    eval_mode: str = option(EVALUATION, "S", "networks to test: S M W D A P N C BN (see the README)")
+    eval_mode: str = option(EVALUATION, "S", "networks to test: S the model itself, M ConvNet AlexNet VGG11 "
+                            "ResNet18, W widths, D depths, A activations, P poolings, N norms, C the model and "
+                            "ConvNet, BN with and without batch norm")
     num_eval: Count = option(EVALUATION, 5, "networks of each kind")
     epoch_eval_train: Count = option(EVALUATION, 1000, "epochs of one training")
     batch_train: Count = option(EVALUATION, 256, "training batch")
     lr_teacher: Rate = option(METHOD, 0.01, "learning rate; for DATM.py the start of the learned one")
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
-    parall_eva: bool = option(SPEED, False, "spread the evaluation over the GPUs", effect=False)
+    parall_eva: bool = option(SPEED, False, "spread the evaluation's networks over all GPUs")
 
 
 @config_class
@@ -118,6 +145,15 @@ class DistillConfig(TrainConfig):
     Iteration: Index = option(MAIN, 5000, "distillation iterations; the loop runs 0..Iteration inclusive")
     zca: bool = option(METHOD, True, "whiten the images (ZCA, eps 0.1)")
     matching: Literal["exact", "unroll", "tesla"] = option(METHOD, "exact", "how the gradient is computed")
+    labels: Literal["learned", "soft", "hard", "target"] = option(
+        METHOD, "learned", "soft and learned; soft and fixed; the classes themselves; or, as in TESLA, what the target "
+        "expert says of the images at each iteration")
+    lr_param: Literal["plain", "log"] = option(METHOD, "plain", "log: learn log α, so that α stays positive")
+    ema: bool = option(METHOD, False, "average the images over the iterations too (FTD), and evaluate both")
+    ema_decay: Annotated[float, Field(ge=0, le=1)] = option(METHOD, 0.999, "decay of that average", effect="ema")
+    depth_ratio: Fraction = option(METHOD, 0.0, "PAD (the paper): match without this first share of the parameters")
+    loss_ratio: Fraction = option(METHOD, 0.0, "PAD (its code): match without this share of the parameters, those "
+                                  "nearest to the target")
     lr_img: Rate = option(METHOD, 1000.0, "SGD rate of the images")
     lr_lr: Rate = option(METHOD, 1e-5, "SGD rate of the learning rate")
     lr_y: Rate = option(METHOD, 2.0, "SGD rate of the label logits")
@@ -143,15 +179,16 @@ class DistillConfig(TrainConfig):
     Label_Model_Timestamp: int = option(METHOD, -1, "which snapshot of the experts labels the images")
     eval_it: Count = option(EVALUATION, 100, "evaluate every so many iterations")
     skip_first_eva: bool = option(EVALUATION, False, "do not evaluate at iteration 0")
-    data_path: FilePath = option(FILES, "../dataset/", "folder of the real data")
-    buffer_path: FilePath = option(FILES, "../buffer_storage/", "folder of the expert files")
-    log_path: FilePath = option(FILES, "logged_files", "folder of the results")
+    data_path: FolderPath = option(FILES, "../dataset/", "folder of the real data")
+    buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the expert files")
+    log_path: FolderPath = option(FILES, "logged_files", "folder of the results")
     run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config")
-    force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50", effect=False)
+    force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50 too")
     record_loss: bool = option(FILES, False, "record the loss; metrics.jsonl always does", effect=False)
-    project: str = option(FILES, "TEST", "wandb project", effect=False)
+    wandb: Literal["auto", "online", "offline", "disabled"] = option(
+        FILES, "auto", "Weights & Biases; auto: online where an account is known, else not at all")
+    project: str = option(FILES, "TEST", "wandb project")
     device: Device = option(SPEED, [0], "auto, cpu, cuda, cuda:N or a list of GPU indices")
-    ema_decay: float = option(METHOD, 0.999, "unused", effect=False)
     lr_init: float = option(METHOD, 0.01, "unused", effect=False)
     texture: bool = option(METHOD, False, "unused", effect=False)
     canvas_size: int = option(METHOD, 2, "unused", effect=False)
@@ -170,8 +207,9 @@ class EvaluationConfig(TrainConfig):
     """Evaluation of a saved set, `distill/evaluation.py`."""
 
     batch_train: Count = option(EVALUATION, 128, "training batch")
-    data_dir: FilePath = option(FILES, "", "file of the distilled images (required)")
-    label_dir: FilePath = option(FILES, "", "file of the label logits (required)")
+    data_dir: FilePath = option(FILES, "", "file of the distilled images, or a distilled.safetensors, which holds all "
+                                "three")
+    label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
     json: FilePath = option(FILES, "", "write the result to this file")
 
@@ -181,9 +219,9 @@ class BaselineConfig(TrainConfig):
     """Training on real images, `distill/baseline.py`."""
 
     ipc: Count | None = option(MAIN, 1, "random real images per class; None: the whole training set")
-    label_source: Literal["hard", "experts"] = option(METHOD, "hard", "the images' own labels, or the logits that "
-                                                      "DATM's initialisation gives them")
-    buffer_path: FilePath = option(FILES, "../buffer_storage/", "folder of the expert files, for label_source experts")
+    label_source: Literal["hard", "experts"] = option(METHOD, "hard", "the images' own labels, or, as DATM starts, "
+                                                      "the mean logits of the experts that are right")
+    buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts, for label_source experts")
     json: FilePath = option(FILES, "", "write the result to this file")
 
 
@@ -216,7 +254,7 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
         if options.get(name):
             options[name] = os.path.abspath(os.path.expanduser(options[name]))
     config = make(config_type, **root_values | options)
-    _warn_without_effect(config_type, from_yaml | options)
+    _warn_without_effect(config, from_yaml | options)
     return config
 
 
@@ -231,13 +269,20 @@ def make(config_type: type[Config], **values: Any) -> Config:
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         name = str(problem["loc"][0]) if problem["loc"] else "config"
-        message = problem["msg"][0].lower() + problem["msg"][1:]
-        raise UserError(f"--{name} {values.get(name)}: {message.replace('input should be', 'it must be')}") from None
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+        message = message.split(", unable")[0].replace("String should have", "it must have")
+        raise UserError(f"--{name} {values.get(name)}: {message}") from None
 
 
 def as_dict(config: DataConfig) -> dict[str, Any]:
     """All options by name, ready for YAML or JSON."""
     return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def has_effect(config: DataConfig, name: str) -> bool:
+    """Whether an option does anything, given the others."""
+    effect = _extra(name, type(config))["effect"]
+    return getattr(config, effect) if isinstance(effect, str) else effect
 
 
 def _spelt(name: str, value: Any, config_type: type) -> Any:
@@ -261,7 +306,7 @@ def _extra(name: str, config_type: type) -> dict[str, Any]:
 
 
 def _is_path(name: str, config_type: type) -> bool:
-    return typing.get_type_hints(config_type, include_extras=True)[name] == FilePath
+    return "path" in typing.get_args(typing.get_type_hints(config_type, include_extras=True)[name])
 
 
 def _from_root(value: Any) -> Any:
@@ -308,8 +353,8 @@ def _unexpected(argument: str, config_type: type) -> UserError:
     return UserError(f"unexpected argument {argument!r}; options are written --key value (see --help)")
 
 
-def _warn_without_effect(config_type: type, given: dict[str, Any]) -> None:
-    unused = [name for name in given if not _extra(name, config_type)["effect"]]
+def _warn_without_effect(config: DataConfig, given: dict[str, Any]) -> None:
+    unused = [name for name in given if not has_effect(config, name)]
     if unused:
         print(f"note: accepted for the published files' sake, without effect: {', '.join(unused)}", file=sys.stderr)
 
@@ -323,7 +368,8 @@ def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.Ar
     width = min(shutil.get_terminal_size().columns, 100)
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                      usage="%(prog)s " + ("--cfg FILE " if yaml_file else "") + "[--key value …]",
-                     formatter_class=partial(argparse.HelpFormatter, max_help_position=30, width=width))
+                     formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30,
+                                             width=width))
     if yaml_file:
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
     names = sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"])

@@ -32,6 +32,7 @@ from utils.files import REPOSITORY, load
 from utils.zca import Whitening, available_memory, fit, to_unit
 
 HOLD_OUT_SEED = 0  # of the generator that chooses held-out images: the same choice in every run
+PUBLISHED_RES = 32  # stands in published configs whatever the dataset, and means nothing there
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -63,6 +64,26 @@ IMAGENET_SUBSETS = {
 }
 
 
+class Space(NamedTuple):
+    """Where networks see images: normalised by mean and std, or, if there is a whitening, whitened instead."""
+
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    whitening: Whitening | None
+
+    def from_pixels(self, images: Tensor) -> Tensor:
+        """[n, C, H, W] in [0, 1] → what networks see."""
+        if self.whitening is not None:
+            return self.whitening.apply(images)
+        return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """The inverse of `from_pixels`; not clipped."""
+        if self.whitening is not None:
+            return self.whitening.invert(images)
+        return images * _per_channel(self.std, images) + _per_channel(self.mean, images)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test set in the space that networks see: normalised by mean and std, or ZCA-whitened."""
@@ -91,11 +112,13 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def space(self) -> "Space":
+        return Space(self.mean, self.std, self.whitening)
+
     def to_pixels(self, images: Tensor) -> Tensor:
         """[n, C, H, W] in this dataset's space → pixel space, where real images lie in [0, 1]; not clipped."""
-        if self.whitening is not None:
-            return self.whitening.invert(images)
-        return images * _per_channel(self.std, images) + _per_channel(self.mean, images)
+        return self.space.to_pixels(images)
 
     def class_indices(self, c: int) -> Tensor:
         """Indices [n] of the training images of class `c`, ascending, on the images' device."""
@@ -149,8 +172,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     Raises:
         UserError: unknown names; files that are missing, damaged or not in the expected layout; a failed download.
     """
-    if name not in DATASETS:
-        raise unknown_name("dataset", name, DATASETS)
+    check_dataset_name(name)
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}; allowed: 0 (no hold-out) and fractions below 1, as 0.1")
     if res is not None and res < 1:
@@ -160,6 +182,10 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
         train, test, classes, normal = DATASETS[name](data_path, subset, res)
     except OSError as error:
         raise UserError(f"{name} in {data_path} cannot be read: {error}; check its files and permissions") from error
+    side = train.images.shape[-1]
+    if res not in (None, side, PUBLISHED_RES):
+        raise UserError(f"res is {res}, but {name} has images of {side}×{side} pixels; leave res out, or use dataset "
+                        "ImageFolder, which resizes")
     _check_labels(name, "training", train.labels, classes)
     _check_labels(name, "test", test.labels, classes)
     train_key = _sha256(*train)
@@ -173,13 +199,20 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     (train_images, train_labels), (test_images, test_labels) = train, test
     del train, test  # so that each raw copy is freed as soon as it is converted
     train_images, test_images = to_unit(train_images, device), to_unit(test_images, device)
-    if whitening is not None:
-        train_images, test_images = whitening.apply(train_images), whitening.apply(test_images)
-    else:
-        for images in (train_images, test_images):
-            images.sub_(_per_channel(mean, images)).div_(_per_channel(std, images))
+    space = Space(mean, std, whitening)
+    train_images, test_images = space.from_pixels(train_images), space.from_pixels(test_images)
     return Dataset(name, train_images, train_labels.to(device), test_images, test_labels.to(device), classes, mean,
                    std, whitening, fingerprint)
+
+
+def check_dataset_name(name: str) -> None:
+    """Refuses a dataset that does not exist.
+
+    Raises:
+        UserError
+    """
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
 
 
 def load_configured(config: DataConfig, device: torch.device) -> Dataset:

@@ -53,7 +53,8 @@ def save_curves(path: Path, metrics: list[dict[str, Any]], threshold: float) -> 
     """
     plt = _pyplot()
     steps = [line for line in metrics if "start_epoch" in line]
-    scores = [(line["iteration"], line["scores"][0]) for line in metrics if "scores" in line]
+    scores = [(line["iteration"], line["scores"][0]) for line in metrics
+              if line.get("set") == "Normal"]
     iterations = [line["iteration"] for line in steps]
     figure, ((loss, accuracy), (lr, window)) = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
 

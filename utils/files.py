@@ -59,6 +59,8 @@ def check_writable(path: str | os.PathLike) -> None:
     Raises:
         UserError: it cannot be made or written.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give the path of a file")
     with contextlib.suppress(_TrialError), atomic_write(path):
         raise _TrialError
 
@@ -69,8 +71,9 @@ class _TrialError(Exception):
 
 def save(value: object, path: str | os.PathLike) -> None:
     """`torch.save`, whole or not at all."""
-    with atomic_write(path) as aside:
-        torch.save(value, aside)
+    # Through a handle, for given a path torch writes its name into the file, and equal tensors make unequal files.
+    with atomic_write(path) as aside, aside.open("wb") as file:
+        torch.save(value, file)
 
 
 def load(path: str | os.PathLike, what: str = "file", mmap: bool = False):

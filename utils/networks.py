@@ -318,6 +318,16 @@ def build_network(name: str, channels: int, num_classes: int, image_size: tuple[
     return CLASSICS[family](channels, num_classes, image_size)
 
 
+def check_network_name(name: str) -> None:
+    """Refuses a network that does not exist, whatever the images.
+
+    Raises:
+        UserError
+    """
+    if name.removesuffix("_Tiny") not in CLASSICS:
+        ConvNetPlan.parse(name)
+
+
 def network_for(name: str, dataset: Dataset) -> nn.Module:
     """The named network for a dataset's images and classes."""
     return build_network(name, dataset.channels, dataset.num_classes, dataset.image_size)

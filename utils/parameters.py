@@ -32,13 +32,6 @@ class FlatModel:
         """Views of θ [P] in the parameters' shapes, in `parameters()` order."""
         return [part.view(shape) for part, shape in zip(theta.split(self.sizes), self.shapes)]
 
-    def load(self, theta: Tensor) -> nn.Module:
-        """Copies θ [P] into the wrapped network and returns it."""
-        with torch.no_grad():
-            for parameter, value in zip(self.network.parameters(), self.unflatten(theta)):
-                parameter.copy_(value)
-        return self.network
-
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
         """x [B, C, H, W] → logits [B, K], differentiable in θ and x to any order."""
         return functional_call(self.network, dict(zip(self.names, self.unflatten(theta))), (x,))

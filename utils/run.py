@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from utils.config import DataConfig, as_dict
+from utils import augment
+from utils.config import DataConfig, as_dict, has_effect, make
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
 
@@ -29,8 +31,11 @@ def entry(main: Callable[[], None]) -> None:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; every file written so far is whole", file=sys.stderr)
+        print(f"\n{name}: interrupted; what was finished is saved, and every file is whole", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 # --- seeds: every draw has an address, so that any part of a run can be repeated alone -----------------------
@@ -96,13 +101,31 @@ def describe(device: torch.device) -> str:
 # --- a run's folder ------------------------------------------------------------------------------------------
 
 # What changes where a run happens and what it writes, but not its result.
-_WITHOUT_INFLUENCE = {"device", "log_path", "run_name", "json", "project", "force_save", "record_loss"}
+_WITHOUT_INFLUENCE = {"device", "parall_eva", "log_path", "run_name", "json", "wandb", "project", "force_save"}
 
 
 def influential(config: DataConfig) -> dict[str, Any]:
     """The options that decide the result, paths inside the repository relative to it."""
     return {name: value.removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str) else value
-            for name, value in as_dict(config).items() if name not in _WITHOUT_INFLUENCE}
+            for name, value in as_dict(config).items()
+            if name not in _WITHOUT_INFLUENCE and has_effect(config, name)}
+
+
+def announce(config: DataConfig) -> None:
+    """Prints the options that differ from the defaults."""
+    default = as_dict(make(type(config)))
+    changed = {name: value for name, value in influential(config).items() if getattr(config, name) != default[name]}
+    print(f"options: {', '.join(f'{name} {value}' for name, value in changed.items())}")
+
+
+def dsa_groups(config: DataConfig, inner_loop: bool = False) -> tuple[str, ...]:
+    """The groups of DSA that a config asks for, none where it asks for no DSA; `no_aug` is of the inner loop.
+
+    Raises:
+        UserError: an unknown group.
+    """
+    groups = augment.parse_strategy(config.dsa_strategy)
+    return groups if config.dsa and not (inner_loop and config.no_aug) else ()
 
 
 def config_name(config: DataConfig) -> str:
@@ -125,7 +148,7 @@ class RunFolder:
         self._config = influential(config)
         self._metrics = path / "metrics.jsonl"
         saved = path / "config.yaml"
-        before = yaml.safe_load(saved.read_text()) if saved.exists() else self._config
+        before = read_config(saved) if saved.exists() else self._config
         different = [f"{name} ({before.get(name)} there, {value} here)"
                      for name, value in self._config.items() if before.get(name) != value]
         if different:
@@ -135,27 +158,55 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The result of a finished run, else None."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); delete it to run again, or give another "
+                            "--run_name") from error
 
     def start(self) -> None:
-        """Saves the config and begins an empty `metrics.jsonl`.
+        """Saves the config and begins an empty `metrics.jsonl`; what an unfinished run left is removed.
 
         Raises:
             UserError: the folder cannot be made or written.
         """
+        if self._metrics.exists():
+            print(f"note: {shown(self.path)} holds an unfinished run; starting over")
+            self._metrics.unlink()
+            for made in ("Normal", "EMA"):
+                shutil.rmtree(self.path / made, ignore_errors=True)
         save_config(self.path / "config.yaml", self._config)
-        self._metrics.unlink(missing_ok=True)
 
     def log(self, **metrics: Any) -> None:
         """One line of `metrics.jsonl`."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        append_json(self._metrics, metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
 
     def finish(self, **result: Any) -> None:
         write_json(self.path / "result.json", result)
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Adds one line to a JSONL file."""
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What `save_config` wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f"{path} is damaged; it held the options of what lies beside it. Delete it if you know them")
+    return options
 
 
 def save_config(path: Path, options: dict[str, Any]) -> None:
@@ -190,6 +241,7 @@ class Progress(tqdm):
 
     def __init__(self, total: int, description: str, **kwargs: Any):
         self._terminal = sys.stderr.isatty()
+        self._last_shown = 0
         super().__init__(total=total, desc=description, file=sys.stderr, dynamic_ncols=self._terminal,
                          mininterval=0.2 if self._terminal else 30, ncols=None if self._terminal else 100,
                          leave=True, **kwargs)
@@ -197,15 +249,15 @@ class Progress(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         if self._terminal:
             return super().display(msg, pos)
-        if self.n:
+        if self.n != self._last_shown:
             print(msg or str(self), file=self.fp, flush=True)
+            self._last_shown = self.n
         return True
 
     def close(self) -> None:
         """On a terminal as ever; elsewhere the last line, unless it was just printed."""
         if self._terminal or self.disable:
             return super().close()
-        if self.n != self.last_print_n:
-            self.display()
+        self.display()
         self.disable = True
         self._decr_instances(self)

@@ -1,0 +1,104 @@
+"""PAD's expert curriculum: which training images an epoch uses, from easy to hard (Li et al., PAD, section 3.2).
+
+How hard an image is, is measured by GraNd (Paul et al., NeurIPS 2021): the norm of the loss gradient for that image
+alone, early in training, averaged over networks.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from utils.config import BufferConfig
+from utils.datasets import Dataset
+from utils.errors import UserError
+from utils.files import load, save
+from utils.losses import cross_entropy
+from utils.networks import has_batch_norm, network_for
+from utils.run import Progress, generator, seeded
+from utils.zca import cache_folder
+
+NETWORKS = 10  # over which GraNd is averaged
+EPOCHS = 5  # of plain SGD before it is measured
+MEASURED = 64  # images whose gradients are held at a time, P numbers each
+
+
+def epoch_share(epoch: int, config: BufferConfig) -> tuple[float, float]:
+    """(first, last) share of a class's images, sorted from easy to hard, that an epoch uses; epochs count from 0.
+
+    The easiest `init_ratio` at first, growing linearly to all at `add_end_epoch`; from `rm_epoch_first` without the
+    easiest `rm_easy_ratio_first`, from `rm_epoch_second` without the easiest `rm_easy_ratio_second`.
+    """
+    if epoch < config.add_end_epoch:
+        return 0.0, config.init_ratio + (1 - config.init_ratio) * epoch / config.add_end_epoch
+    if epoch < config.rm_epoch_first:
+        return 0.0, 1.0
+    return (config.rm_easy_ratio_first if epoch < config.rm_epoch_second else config.rm_easy_ratio_second), 1.0
+
+
+class Curriculum:
+    """The images of each epoch; `indices(epoch)` → [n], class by class.
+
+    Args:
+        scores: GraNd of every training image [N]; larger is harder.
+    """
+
+    def __init__(self, config: BufferConfig, dataset: Dataset, scores: Tensor):
+        self._config = config
+        self._classes = []
+        for label in range(dataset.num_classes):
+            indices = dataset.class_indices(label).cpu()
+            self._classes.append(indices[scores[indices].argsort(stable=True)])
+
+    def indices(self, epoch: int) -> Tensor:
+        first, last = epoch_share(epoch, self._config)
+        return torch.cat([easy_to_hard[int(first * len(easy_to_hard)):math.ceil(last * len(easy_to_hard))]
+                          for easy_to_hard in self._classes])
+
+
+def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -> Tensor:
+    """GraNd of every training image [N] on the CPU, computed once per dataset, network, learning rate and seed.
+
+    Raises:
+        UserError: a network with batch norm, whose loss for one image is not that image's alone.
+    """
+    if has_batch_norm(network_for(config.model, dataset)):
+        raise UserError(f"--pad with --model {config.model}: GraNd needs each image's own gradient, which batch norm "
+                        "mixes with others'; give a network without it, such as ConvNet")
+    key = (dataset.fingerprint, config.zca, config.model, config.lr_teacher, config.seed, NETWORKS, EPOCHS)
+    path = cache_folder() / f"grand_{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.pt"
+    if path.is_file():
+        return load(path, "GraNd cache file")
+    scores = torch.zeros(len(dataset.train_labels))
+    with Progress(NETWORKS, "GraNd") as bar:
+        for number in range(NETWORKS):
+            scores += _grand_of_one(config, dataset, number, device) / NETWORKS
+            bar.update()
+    save(scores, path)
+    return scores
+
+
+def _grand_of_one(config: BufferConfig, dataset: Dataset, number: int, device: torch.device) -> Tensor:
+    with seeded(config.seed, "GraNd", number):
+        network = network_for(config.model, dataset).to(device)
+    random = generator(config.seed, "GraNd", number)
+    optimiser = torch.optim.SGD(network.parameters(), config.lr_teacher)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(dataset.train_labels), generator=random).to(device)
+        for batch in order.split(config.batch_train):
+            optimiser.zero_grad()
+            cross_entropy(network(dataset.train_images[batch]), dataset.train_labels[batch]).backward()
+            optimiser.step()
+
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(functional_call(network, parameters, (x[None],)), y[None])
+
+    norms = []
+    for x, y in zip(dataset.train_images.split(MEASURED), dataset.train_labels.split(MEASURED)):
+        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+        norms.append(sum(gradient.flatten(1).square().sum(dim=1) for gradient in gradients.values()).sqrt())
+    return torch.cat(norms).cpu()

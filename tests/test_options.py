@@ -1,0 +1,304 @@
+"""Options beyond the published ones: each changes what it should, and nothing when it is off."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from buffer.curriculum import Curriculum, epoch_share, grand_scores
+from buffer.experts import train_expert
+from distill.distilled_set import DistilledSet
+from distill.evaluate import drawer
+from distill.loop import Distillation, matched_part
+from distill.matching import Match
+from utils import augment
+from utils.config import BufferConfig, DistillConfig, make
+from utils.datasets import load_dataset
+from utils.errors import UserError
+from utils.metrics import accuracy
+from utils.networks import network_for
+
+
+def distilled(labels=None):
+    random = torch.Generator().manual_seed(0)
+    return DistilledSet(torch.randn(6, 1, 4, 4, generator=random),
+                        torch.randn(6, 3, generator=random) if labels is None else labels, torch.tensor(0.1))
+
+
+def distillation(start=None, **options):
+    start = distilled() if start is None else start
+    return Distillation(make(DistillConfig, **options), SimpleNamespace(image_size=(4, 4)), None, start)
+
+
+def a_match(state, grad_lr=0.0):
+    return Match(torch.tensor(0.5), torch.ones_like(state.set.images),
+                 torch.ones_like(state.set.labels) if state.set.labels.is_floating_point() else None,
+                 torch.tensor(grad_lr))
+
+
+# --- --labels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels, moves", [("learned", True), ("soft", False), ("target", False)])
+def test_only_learned_labels_move(labels, moves):
+    state = distillation(labels=labels)
+    before = state.set.detach()
+    state.update(a_match(state))
+    assert (not torch.equal(state.set.labels, before.labels)) == moves
+    assert not torch.equal(state.set.images, before.images)
+
+
+def test_hard_labels_stay_classes():
+    classes = torch.tensor([0, 0, 1, 1, 2, 2])
+    state = distillation(distilled(classes), labels="hard")
+    state.update(a_match(state))
+    assert torch.equal(state.set.labels, classes)
+
+
+@pytest.mark.parametrize("labels", ["learned", "soft", "hard", "target"])
+def test_labels_of_a_whole_run(call, toy, toy_experts, tmp_path, labels):
+    call("distill/DATM.py", *toy.distil, f"--labels={labels}", f"--buffer_path={toy_experts}", "--run_name=run",
+         f"--log_path={tmp_path}")
+    folder = tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
+    first, last = (torch.load(folder / f"labels_{it}.pt", weights_only=True) for it in (0, 4))
+    if labels == "hard":
+        assert last.tolist() == [0, 0, 1, 1, 2, 2]
+    else:
+        assert last.shape == (6, 3) and torch.equal(first, last) == (labels == "soft")
+    done = call("distill/evaluation.py", *toy.evaluate, *(
+        f"--{option}_dir={folder / kind}_4.pt" for option, kind in (("data", "images"), ("label", "labels"),
+                                                                    ("lr", "lr"))))
+    assert "6 images" in done.stdout
+
+
+# --- --lr_param, --ema ---------------------------------------------------------------------------------------
+
+
+def test_log_rate_stays_positive_where_the_plain_one_does_not():
+    plain, log = distillation(lr_lr=1.0), distillation(lr_lr=1.0, lr_param="log")
+    for state in (plain, log):
+        state.update(a_match(state, grad_lr=0.2))
+    assert float(plain.set.lr) == pytest.approx(0.1 - 0.2)
+    assert float(log.set.lr) == pytest.approx(0.1 * torch.tensor(-0.1 * 0.2).exp().item(), rel=1e-6)
+
+
+def test_a_rate_that_would_become_negative_is_held_and_a_run_of_them_stops(monkeypatch):
+    state = distillation(lr_lr=1.0, current_max_start_epoch=1, max_start_epoch=1)
+    monkeypatch.setattr(state, "_walk", lambda iteration: 0)
+    monkeypatch.setattr(state, "_ends", lambda segment: (None, None))
+    state.buffer = SimpleNamespace(model=None)
+    monkeypatch.setattr("distill.loop.match_trajectory", lambda *arguments: a_match(state, grad_lr=0.2))
+    monkeypatch.setattr("distill.loop.MOST_HELD", 3)
+    record = state.step(0)
+    assert record["held"] and record["lr"] == pytest.approx(0.1) and record["updated"]
+    state.step(1)
+    with pytest.raises(UserError, match="3 times in a row.*--lr_lr"):
+        state.step(2)
+
+
+def test_ema_averages_the_images_and_leaves_them_alone():
+    plain, averaged = distillation(), distillation(ema=True, ema_decay=0.9)
+    start = averaged.set.detach()
+    for state in (plain, averaged):
+        state.update(a_match(state))
+    assert torch.equal(plain.set.images, averaged.set.images)
+    versions = averaged.versions()
+    torch.testing.assert_close(versions["EMA"].images, 0.9 * start.images + 0.1 * averaged.set.images)
+    assert torch.equal(versions["Normal"].images, averaged.set.images) and list(plain.versions()) == ["Normal"]
+
+
+def test_ema_decay_without_ema_is_said_to_have_no_effect(call, toy, tmp_path):
+    for options, expected in ((["--ema_decay=0.9"], "without effect: ema_decay"), (["--ema_decay=0.9", "--ema"], "")):
+        done = call("distill/DATM.py", *toy.distil, *options, f"--buffer_path={tmp_path}", expect=2)
+        assert ("without effect" in done.stderr) == bool(expected) and expected in done.stderr
+
+
+# --- PAD -----------------------------------------------------------------------------------------------------
+
+
+def test_curriculum_shares_are_the_published():
+    config = make(BufferConfig, pad=True)
+    shares = [epoch_share(epoch, config) for epoch in (0, 10, 20, 39, 40, 59, 60, 99)]
+    assert shares == [(0, 0.75), (0, 0.875), (0, 1), (0, 1), (0.1, 1), (0.1, 1), (0.2, 1), (0.2, 1)]
+
+
+def test_curriculum_takes_the_easiest_of_every_class_and_leaves_them_out_later(toy_data):
+    scores = torch.rand(len(toy_data.train_labels), generator=torch.Generator().manual_seed(0))
+    curriculum = Curriculum(make(BufferConfig, pad=True, init_ratio=0.5, add_end_epoch=1, rm_epoch_first=2), toy_data,
+                            scores)
+    first, whole, late = (curriculum.indices(epoch) for epoch in range(3))
+    assert sorted(whole.tolist()) == list(range(72))
+    for label in range(3):
+        members = toy_data.class_indices(label)
+        easiest = members[scores[members].argsort()]
+        assert set(first[toy_data.train_labels[first] == label].tolist()) == set(easiest[:12].tolist())
+        assert set(members.tolist()) - set(late.tolist()) == set(easiest[:2].tolist())
+
+
+def test_grand_is_the_norm_of_each_images_own_gradient(toy_data, monkeypatch, tmp_path):
+    """Against one backward pass an image, and harder for images whose labels are wrong."""
+    monkeypatch.setenv("DATM_CACHE", str(tmp_path))
+    monkeypatch.setattr("buffer.curriculum.NETWORKS", 1)
+    monkeypatch.setattr("buffer.curriculum.EPOCHS", 0)
+    config = make(BufferConfig, model="ConvNetD1W4")
+    scores = grand_scores(config, toy_data, torch.device("cpu"))
+    from utils.run import seeded
+    with seeded(0, "GraNd", 0):
+        network = network_for("ConvNetD1W4", toy_data)
+    for index in (0, 30, 71):
+        network.zero_grad()
+        logits = network(toy_data.train_images[index:index + 1])
+        torch.nn.functional.cross_entropy(logits, toy_data.train_labels[index:index + 1]).backward()
+        norm = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]).norm()
+        assert float(scores[index]) == pytest.approx(float(norm), rel=1e-4)
+    assert torch.equal(grand_scores(config, toy_data, torch.device("cpu")), scores)  # from the cache
+
+
+def test_pad_experts_differ_only_with_the_option(call, toy, toy_experts, tmp_path, monkeypatch):
+    monkeypatch.setattr("buffer.curriculum.NETWORKS", 2)
+    monkeypatch.setattr("buffer.curriculum.EPOCHS", 1)
+
+    def first_expert(folder):
+        return torch.load(folder / "ImageFolder" / "ConvNetD1W4" / "replay_buffer_0.pt", weights_only=True)[0]
+
+    call("buffer/buffer_FTD.py", *toy.train, "--num_experts=1", f"--buffer_path={tmp_path}", "--pad")
+    pad, plain = first_expert(tmp_path), first_expert(toy_experts)
+    assert torch.equal(pad[0][0], plain[0][0]) and not torch.equal(pad[1][0], plain[1][0])
+
+
+def test_pad_refuses_batch_norm(toy_data):
+    with pytest.raises(UserError, match="batch norm"):
+        grand_scores(make(BufferConfig, model="ConvNetD1W4BN"), toy_data, torch.device("cpu"))
+
+
+def test_only_one_rule_chooses_the_matched_part():
+    assert matched_part(make(DistillConfig)) is None
+    final, target = torch.tensor([0.0, 5, 1, 3]), torch.zeros(4)
+    assert matched_part(make(DistillConfig, depth_ratio=0.5))(final, target).tolist() == [False, False, True, True]
+    assert matched_part(make(DistillConfig, loss_ratio=0.5))(final, target).tolist() == [False, True, False, True]
+    with pytest.raises(UserError, match="give one"):
+        matched_part(make(DistillConfig, depth_ratio=0.5, loss_ratio=0.5))
+
+
+@pytest.mark.parametrize("option", ["--depth_ratio=0.5", "--loss_ratio=0.5", "--lr_param=log", "--labels=soft"])
+def test_each_option_changes_the_distilled_images(call, toy, toy_experts, tmp_path, option):
+    made = []
+    for name, options in (("with", [option]), ("without", [])):
+        call("distill/DATM.py", *toy.distil, *options, f"--buffer_path={toy_experts}", f"--run_name={name}",
+             f"--log_path={tmp_path}", "--lr_lr=1e-4", "--lr_y=100", "--lr_img=100")
+        made.append(torch.load(tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / name / "Normal" / "images_4.pt",
+                               weights_only=True))
+    assert made[0].shape == made[1].shape and not torch.equal(*made)
+
+
+# --- MTT: experts of plain SGD -------------------------------------------------------------------------------
+
+
+def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data):
+    config = make(BufferConfig, model="ConvNetD1W4", train_epochs=2, rho_max=0, rho_min=0, mom=0.9, l2=1e-3, dsa=False,
+                  batch_train=20, lr_teacher=0.1)
+    model, snapshots = train_expert(config, toy_data, 0, torch.device("cpu"))
+    from utils.run import generator, seeded
+    with seeded(0, "expert", 0):
+        network = network_for("ConvNetD1W4", toy_data)
+    optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+    for epoch in range(2):
+        order = torch.randperm(72, generator=generator(0, "expert", 0, "epoch", epoch))
+        for batch in order.split(20):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(network(toy_data.train_images[batch]),
+                                              toy_data.train_labels[batch]).backward()
+            optimiser.step()
+    for ours, theirs in zip(model.unflatten(snapshots[-1]), network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# --- --dsa False, --parall_eva -------------------------------------------------------------------------------
+
+
+def test_the_older_augmentation_is_used_where_it_was_published():
+    assert augment.older_operations("MNIST", "ConvNet") == ("crop", "scale", "rotate")
+    assert augment.older_operations("CIFAR10", "ConvNetBN") == ("crop", "noise")
+    assert augment.older_operations("CIFAR10", "ConvNet") == ()
+    dataset = SimpleNamespace(name="MNIST", image_size=(8, 8), channels=1)
+    draw = drawer(make(DistillConfig, dsa=False), dataset, "ConvNet")(5, torch.Generator().manual_seed(0))
+    assert set(draw.parameters) == {"crop", "scale", "rotate"}
+    assert drawer(make(DistillConfig), dataset, "ConvNet")(5, torch.Generator().manual_seed(0)).group in augment.GROUPS
+    dataset.name = "CIFAR10"
+    assert drawer(make(DistillConfig, dsa=False), dataset, "ConvNet")(5, torch.Generator()) is None
+
+
+def test_per_image_augmentation_changes_each_image_by_one_operation():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 2, 12, 12, generator=random)
+    drawn = augment.draw_per_image(("crop", "scale", "rotate", "noise"), 40, (12, 12), 2, random)
+    rows, cols = drawn.parameters["crop"]
+    changed = torch.stack([(rows != 0) | (cols != 0), drawn.parameters["scale"][0] != 1,
+                           drawn.parameters["rotate"][0] != 0, drawn.parameters["noise"][0].flatten(1).any(dim=1)])
+    assert (changed.sum(dim=0) <= 1).all() and (changed.sum(dim=1) >= 4).all()
+    assert rows.abs().max() <= 4 and (drawn.parameters["scale"][0] - 1).abs().max() <= 0.2
+    assert drawn.parameters["rotate"][0].abs().max() <= torch.pi / 4
+    y = augment.apply(x, drawn)
+    moved = (y - x).flatten(1).abs().amax(dim=1) > 1e-5
+    assert torch.equal(moved, changed.any(dim=0))
+
+
+def test_evaluation_on_several_devices_is_the_same(toy_data, monkeypatch):
+    """Two threads, as `parall_eva` uses two GPUs."""
+    from distill import evaluate
+    from utils.config import EvaluationConfig
+    config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=3, epoch_eval_train=2, eval_mode="C", zca=True)
+    few = DistilledSet(toy_data.train_images[::6], toy_data.train_labels[::6], torch.tensor(0.05))
+    one = evaluate.evaluate(config, toy_data, few)
+    monkeypatch.setattr(evaluate, "_devices", lambda config, device: [device, device])
+    assert evaluate.evaluate(config, toy_data, few) == one
+    assert [score.network for score in one] == ["ConvNetD1W4", "ConvNet"] and len(one[0].accuracies) == 3
+
+
+# --- the self-describing file --------------------------------------------------------------------------------
+
+
+def test_a_set_saved_whole_comes_back_and_scores_the_same(call, toy, toy_experts, tmp_path):
+    call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", "--run_name=run", f"--log_path={tmp_path}")
+    folder = tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
+    loaded = DistilledSet.load(folder / "distilled.safetensors")
+    assert torch.equal(loaded.images, torch.load(folder / "images_best.pt", weights_only=True))
+    assert torch.equal(loaded.labels, torch.load(folder / "labels_best.pt", weights_only=True))
+    assert float(loaded.lr) == float(torch.load(folder / "lr_best.pt", weights_only=True))
+    assert loaded.classes == ("blue", "green", "red") and loaded.config["ipc"] == 2
+    pixels = torch.load(folder / "images_zca_best.pt", weights_only=True)
+    torch.testing.assert_close(loaded.pixels(), pixels)
+    torch.testing.assert_close(loaded.space.from_pixels(pixels), loaded.images, rtol=1e-3, atol=1e-3)
+    images, labels = next(iter(torch.utils.data.DataLoader(loaded, batch_size=4)))
+    assert images.shape == (4, 3, 8, 8) and labels.shape == (4, 3)
+
+    results = []
+    for name in ("first", "again"):
+        call("distill/evaluation.py", *toy.evaluate, f"--json={tmp_path / name}.json", *(
+            f"--{option}_dir={folder / kind}_best.pt" for option, kind in (("data", "images"), ("label", "labels"),
+                                                                           ("lr", "lr"))))
+        results.append(json.loads((tmp_path / f"{name}.json").read_text())["scores"])
+    assert results[0] == results[1]
+    whole = call("distill/evaluation.py", *toy.evaluate, f"--data_dir={folder / 'distilled.safetensors'}",
+                 f"--json={tmp_path / 'whole.json'}")
+    assert json.loads((tmp_path / "whole.json").read_text())["scores"] == results[0] and "6 images" in whole.stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_damaged_set_is_refused(tmp_path, content):
+    (tmp_path / "distilled.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="distilled"):
+        DistilledSet.load(tmp_path / "distilled.safetensors")
+    with pytest.raises(UserError, match="does not exist"):
+        DistilledSet.load(tmp_path / "none.safetensors")
+
+
+def test_val_fraction_tests_on_held_out_training_images(toy):
+    whole = load_dataset("ImageFolder", toy.data, res=8)
+    held = load_dataset("ImageFolder", toy.data, res=8, val_fraction=0.25)
+    assert len(held.test_labels) == 18 and len(held.train_labels) == 54
+    seen = {image.numpy().tobytes() for image in whole.train_images}
+    assert all(image.numpy().tobytes() in seen for image in held.test_images)
+    assert accuracy(lambda x: torch.eye(3)[torch.zeros(len(x), dtype=torch.long)], held.test_images,
+                    held.test_labels) == pytest.approx(1 / 3)

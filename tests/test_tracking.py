@@ -1,0 +1,106 @@
+"""wandb: the published keys where it is, and out of the way where it is not."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distill.evaluate import Score
+from utils.tracking import Tracker
+
+STEP = {"iteration": 3, "loss": 0.5, "updated": False, "start_epoch": 7, "lr": 0.1, "bound": 9, "expert": 0}
+
+
+@pytest.fixture
+def no_account(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+
+class FakeRun:
+    def __init__(self):
+        self.logged, self.finished = [], False
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A wandb that keeps what it is told."""
+    run = FakeRun()
+    module = SimpleNamespace(init=lambda **options: setattr(run, "options", options) or run,
+                             Settings=lambda **settings: settings, Histogram=lambda values: ("histogram", values),
+                             Image=lambda picture: ("image", picture))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return run
+
+
+def test_no_account_is_one_line_and_wandb_is_not_even_imported(no_account, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    tracker = Tracker("auto", "P", "run", {}, tmp_path)
+    tracker.log_step(STEP)
+    tracker.finish()
+    assert capsys.readouterr().err == ("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or "
+                                       "--wandb offline)\n")
+
+
+def test_a_wandb_that_fails_is_one_line(monkeypatch, capsys, tmp_path, fake):
+    def refuse(**options):
+        raise RuntimeError("no\nnetwork")
+    sys.modules["wandb"].init = refuse
+    Tracker("online", "P", "run", {}, tmp_path).log_step(STEP)
+    assert capsys.readouterr().err == "note: wandb is off (no network); metrics go to metrics.jsonl\n"
+
+
+def test_a_wandb_that_fails_later_is_one_line_and_then_silent(capsys, tmp_path, fake):
+    tracker = Tracker("offline", "P", "run", {}, tmp_path)
+    fake.log = lambda values, step: 1 / 0
+    tracker.log_step(STEP)
+    tracker.log_step(STEP)
+    assert capsys.readouterr().err.count("wandb is off") == 1
+
+
+@pytest.mark.parametrize("ipc, force, pictures", [(10, False, True), (50, False, False), (50, True, True)])
+def test_the_published_keys(fake, toy_data, tmp_path, ipc, force, pictures):
+    tracker = Tracker("offline", "P", "run", {"ipc": ipc}, tmp_path)
+    assert fake.options["mode"] == "offline" and fake.options["project"] == "P"
+    tracker.log_step(STEP)
+    tracker.log_scores(3, [Score("ConvNet", [0.5, 0.7])], [Score("ConvNet", [0.8])])
+    tracker.log_set(3, toy_data.train_images[:20], 0.02, toy_data, ipc, force)
+    tracker.finish()
+    values = {}
+    for step, logged in fake.logged:
+        assert step == 3
+        values |= logged
+    assert values["Progress"] == 3 and values["Grand_Loss"] == 0.5 and values["Start_Epoch"] == values["falts"] == 7
+    assert values["Accuracy/ConvNet"] == pytest.approx(0.6) and values["Max_Accuracy/ConvNet"] == 0.8
+    assert values["Std/ConvNet"] == pytest.approx(0.1) and values["Max_Std/ConvNet"] == 0
+    assert values["Synthetic_LR"] == 0.02 and values["Pixels"][0] == "histogram"
+    kinds = {f"{kind}_{what}" for kind in ("Synthetic", "Reconstructed") for what in ("Images", "Pixels")}
+    kinds |= {"Clipped_Synthetic_Images/std_2.5", "Clipped_Reconstructed_Images/std_2.5"}
+    assert (kinds <= values.keys()) == pictures and (kinds & values.keys() == set()) != pictures
+    if pictures:
+        assert values["Synthetic_Images"][1].shape == (2 * 34 + 2, 10 * 34 + 2, 3) and fake.finished
+        assert values["Synthetic_Images"][1].dtype == torch.zeros(1, dtype=torch.uint8).numpy().dtype
+
+
+def test_an_updated_step_has_no_falts(fake, tmp_path):
+    tracker = Tracker("offline", "P", "run", {}, tmp_path)
+    tracker.log_step(STEP | {"updated": True})
+    assert "falts" not in fake.logged[0][1]
+
+
+def test_real_wandb_offline_beside_the_jsonl(run, toy, toy_experts, tmp_path):
+    """The real package, without an account: files for `wandb sync`, no question, no crash."""
+    run("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", "--run_name=run", f"--log_path={tmp_path}",
+        "--wandb=offline")
+    folder = tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / "run"
+    assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "loss" in line] == [0, 1, 2, 3]

@@ -1,0 +1,89 @@
+"""Expert files: read without loading them, walked as published."""
+
+import itertools
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from buffer.trajectories import Buffer, as_expert
+from utils import files
+from utils.files import REPOSITORY
+from utils.networks import build_network
+from utils.parameters import FlatModel
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)))
+
+
+def write(folder, model, sizes, epochs=2):
+    """Files of `sizes` experts whose parameters all equal 100·expert + epoch."""
+    number = 0
+    for file, size in enumerate(sizes):
+        experts = []
+        for _ in range(size):
+            values = 100 * number + torch.arange(epochs + 1.0)
+            experts.append(as_expert(model, values[:, None].expand(-1, model.num_parameters).contiguous()))
+            number += 1
+        files.save(experts, folder / f"replay_buffer_{file}.pt")
+
+
+def test_snapshots_are_found_through_the_files(model, tmp_path):
+    write(tmp_path, model, [2, 1, 3])
+    buffer = Buffer(tmp_path, model)
+    assert (len(buffer), buffer.epochs, buffer.experts_per_file) == (6, 2, [2, 1, 3])
+    for number in range(6):
+        for epoch in (0, 1, 2, -1):
+            theta = buffer.snapshot(number, epoch)
+            assert theta.shape == (model.num_parameters,) and (theta == 100 * number + epoch % 3).all()
+    assert len(Buffer(tmp_path, model, max_files=2)) == 3 and len(Buffer(tmp_path, model, max_experts=1)) == 3
+
+
+def test_the_walk_takes_every_expert_once_file_by_file(model, tmp_path):
+    write(tmp_path, model, [2, 1, 3])
+    buffer = Buffer(tmp_path, model)
+    orders = [buffer.walk_order(torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert all(sorted(order) == list(range(6)) for order in orders) and len({tuple(order) for order in orders}) > 5
+    file_of = [0, 0, 1, 2, 2, 2]
+    for order in orders:
+        visited = [file_of[number] for number in order]
+        changes = sum(one != other for one, other in itertools.pairwise(visited))
+        assert changes == 2  # the experts of a file follow one another
+
+
+def test_the_epochs_are_those_that_every_expert_has(model, tmp_path):
+    write(tmp_path, model, [1], epochs=4)
+    files.save([as_expert(model, torch.zeros(3, model.num_parameters))], tmp_path / "replay_buffer_1.pt")
+    assert Buffer(tmp_path, model).epochs == 2
+
+
+READ_TWO = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from buffer.trajectories import Buffer
+from utils.networks import build_network
+from utils.parameters import FlatModel
+model = FlatModel(build_network("ConvNetW128", 3, 10, (32, 32)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+buffer = Buffer(Path(sys.argv[1]), model)
+buffer.snapshot(1, 3), buffer.snapshot(1, 5)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_two_snapshots_are_read_not_the_file(tmp_path):
+    """A process that reads two snapshots of a 100 MB file grows by a few of them, 1.3 MB each."""
+    big = FlatModel(build_network("ConvNetW128", 3, 10, (32, 32)))
+    snapshots = torch.zeros(40, big.num_parameters)
+    files.save([as_expert(big, snapshots), as_expert(big, snapshots + 1)], tmp_path / "replay_buffer_0.pt")
+    size = (tmp_path / "replay_buffer_0.pt").stat().st_size
+    assert size > 90e6 and resource.getpagesize() > 0
+    done = subprocess.run([sys.executable, "-c", READ_TWO, str(tmp_path), str(REPOSITORY)], capture_output=True,
+                          text=True, check=True)
+    assert 1024 * int(done.stdout) < size / 4
