@@ -14,13 +14,17 @@ test_it="$data --num_eval=5 --epoch_eval_train=300"
 mkdir -p "$out"
 
 step() {  # step RESULT COMMAND…: runs the command unless its result is there
-    local result=$1
+    local result=$1 made_by=$out/.made_by_$(basename "$1")
     shift
-    if [ -e "$result" ]; then
-        printf '\n# %s is there already\n' "$result"
-    else
+    if [ ! -e "$result" ]; then
         printf '\n$ %s\n' "$*"
         "$@"
+        printf '%s\n' "$*" >"$made_by"
+    elif [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
+        printf '\n# %s is there already\n' "$result"
+    else
+        printf '\n%s was made by another command; delete %s/ to start over\n' "$result" "$out" >&2
+        exit 2
     fi
 }
 
