@@ -59,7 +59,7 @@ class Curriculum:
 
 
 def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -> Tensor:
-    """GraNd of every training image [N] on the CPU, computed once per dataset, network, learning rate and seed.
+    """GraNd of every training image [N] on the CPU, computed once per dataset, network, way of training and seed.
 
     Raises:
         UserError: a network with batch norm, whose loss for one image is not that image's alone.
@@ -67,7 +67,8 @@ def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -
     if has_batch_norm(network_for(config.model, dataset)):
         raise UserError(f"--pad with --model {config.model}: GraNd needs each image's own gradient, which batch norm "
                         "mixes with others'; give a network without it, such as ConvNet")
-    key = (dataset.fingerprint, config.zca, config.model, config.lr_teacher, config.seed, NETWORKS, EPOCHS)
+    key = (dataset.fingerprint, config.zca, config.model, config.lr_teacher, config.batch_train, config.seed, NETWORKS,
+           EPOCHS)
     path = cache_folder() / f"grand_{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.pt"
     if path.is_file():
         return load(path, "GraNd cache file")

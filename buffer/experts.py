@@ -9,7 +9,15 @@ from torch import Tensor
 
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.gsam import gsam_gradient
-from buffer.trajectories import Expert, as_expert, buffer_folder, check_same_data, count_experts, next_file
+from buffer.trajectories import (
+    Expert,
+    as_expert,
+    buffer_folder,
+    check_same_data,
+    check_same_images,
+    count_experts,
+    next_file,
+)
 from utils import augment
 from utils.config import BufferConfig
 from utils.datasets import Dataset, load_configured
@@ -72,7 +80,11 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
         images = torch.arange(len(dataset.train_labels)) if curriculum is None else curriculum.indices(epoch)
         order = images[torch.randperm(len(images), generator=random)].to(device)
         for batch in order.split(config.batch_train):
-            draw = augment.draw(groups, len(batch), dataset.image_size, random)
+            if config.dsa:
+                draw = augment.draw(groups, len(batch), dataset.image_size, random)
+            else:
+                draw = augment.draw_per_image(augment.OLDER_FOR_EXPERTS, len(batch), dataset.image_size,
+                                              dataset.channels, random)
             x = augment.apply(dataset.train_images[batch], draw and draw.to(device))
             y = dataset.train_labels[batch]
             loss, logits, theta.grad = gsam_gradient(model, theta, x, y, config.rho_max, config.alpha, config.adaptive)
@@ -100,14 +112,18 @@ def train_buffer(config: BufferConfig) -> None:
         raise UserError(f"--rho_max {config.rho_max:g} --rho_min {config.rho_min:g}: rho follows the learning rate, "
                         "which is constant here; give both the same value")
     dsa_groups(config)
+    if config.pad and not config.add_end_epoch <= config.rm_epoch_first <= config.rm_epoch_second:
+        raise UserError(f"--add_end_epoch {config.add_end_epoch} --rm_epoch_first {config.rm_epoch_first} "
+                        f"--rm_epoch_second {config.rm_epoch_second}: give them in rising order")
     folder = buffer_folder(config)
     check_same_data(folder, config)
     device = select_device(config.device)
     dataset = load_configured(config, device)
+    check_same_images(folder, dataset)
     first = count_experts(folder)  # a second run goes on counting, so that it trains other experts
     network_for(config.model, dataset)  # refuses what cannot be built before anything is printed or written
     path = next_file(folder)
-    save_config(path.with_suffix(".yaml"), influential(config))
+    save_config(path.with_suffix(".yaml"), influential(config) | {"fingerprint": dataset.fingerprint})
     print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
           f"({len(dataset.train_labels)} images) · {describe(device)} · {shown(folder)}")
     announce(config)

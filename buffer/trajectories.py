@@ -12,6 +12,7 @@ from torch import Tensor
 
 from utils import files
 from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig
+from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.parameters import FlatModel, flatten
 from utils.run import read_config
@@ -76,6 +77,18 @@ def check_same_data(folder: Path, config: DataConfig) -> None:
         if different:
             raise UserError(f"the experts of {path} were trained on other data: {', '.join(different)}; give the same "
                             "options, or another --buffer_path")
+
+
+def check_same_images(folder: Path, dataset: Dataset) -> None:
+    """As `check_same_data`, by the images themselves: two datasets of one name, such as ImageFolder, may differ.
+
+    Raises:
+        UserError
+    """
+    for path in sorted(folder.glob("replay_buffer_*.yaml")):
+        if read_config(path).get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+            raise UserError(f"the experts of {path} were trained on other images than those of {dataset.name} here; "
+                            "give the same --data_path and options, or another --buffer_path")
 
 
 def require_experts(folder: Path) -> None:

@@ -5,6 +5,7 @@ holds the set whole, with its whitening, class names and config; safetensors hol
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,8 +81,9 @@ class DistilledSet(torch.utils.data.Dataset):
             whitening = dataset.whitening.to("cpu")
             tensors |= {"zca_mean": whitening.mean, "zca_transform": whitening.transform,
                         "zca_inverse": whitening.inverse}
+        options = {name: str(value) if value == math.inf else value for name, value in config.items()}
         about = {"format": FORMAT, "dataset": dataset.name, "classes": json.dumps(dataset.classes),
-                 "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(config)}
+                 "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(options)}
         with files.atomic_write(path) as aside:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=about)
 

@@ -1,6 +1,8 @@
 """Train a fresh network on a set, test it on real images; several times, mean and standard deviation."""
 
+import contextlib
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from distill.distilled_set import DistilledSet, checked_set, read_set
 from utils import augment
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset, check_dataset_name, load_configured
+from utils.errors import UserError
 from utils.files import check_writable
 from utils.losses import cross_entropy
 from utils.metrics import accuracy
@@ -128,31 +131,55 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         with seeded(config.seed, "evaluation", *address, name, number):
             networks.append(network_for(name, dataset))
 
-    def accuracy_of(job: int, device: torch.device) -> float:
-        name, number = jobs[job]
-        network, real, small = networks[job].to(device), dataset.to(device), distilled.to(device)
-        draw = drawer(config, dataset, name) if augmented else lambda batch, random: None
-        train_network(network, small.images, small.labels, float(small.lr), epochs=config.epoch_eval_train,
-                      batch_size=config.batch_train, draw=draw, on_epoch=on_epoch,
-                      random=generator(config.seed, "evaluation", *address, name, number, "order"))
-        network.eval()
-        return accuracy(network, real.test_images, real.test_labels)
-
     devices = _devices(config, distilled.images.device)
-    with ThreadPoolExecutor(len(devices)) as pool:
-        shares = [pool.submit(lambda device, first: [accuracy_of(job, device) for job in range(first, len(jobs),
-                                                                                                 len(devices))],
-                              device, first) for first, device in enumerate(devices)]
-        found = [share.result() for share in shares]
+    stop = threading.Event()
+
+    def tested(device: torch.device, share: range) -> list[float]:
+        """The accuracies of a device's share of the networks."""
+        here = distilled.to(device)
+        test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
+        accuracies = []
+        for job in share:
+            name, number = jobs[job]
+            network = networks[job].to(device)
+            networks[job] = None  # so that it is freed when it has been tested
+
+            def after_epoch() -> None:
+                if stop.is_set():
+                    raise InterruptedError
+                on_epoch()
+
+            draw = drawer(config, dataset, name) if augmented else lambda batch, random: None
+            train_network(network, here.images, here.labels, float(here.lr), epochs=config.epoch_eval_train,
+                          batch_size=config.batch_train, draw=draw, on_epoch=after_epoch,
+                          random=generator(config.seed, "evaluation", *address, name, number, "order"))
+            network.eval()
+            accuracies.append(accuracy(network, test_images, test_labels))
+        return accuracies
+
+    shares = [range(first, len(jobs), len(devices)) for first in range(len(devices))]
+    if len(devices) == 1:
+        found = [tested(devices[0], shares[0])]  # in this thread, which an interrupt reaches
+    else:
+        with ThreadPoolExecutor(len(devices)) as pool:
+            futures = [pool.submit(tested, *work) for work in zip(devices, shares)]
+            try:
+                found = [future.result() for future in futures]
+            except BaseException:
+                stop.set()
+                raise
     accuracies = [found[job % len(devices)][job // len(devices)] for job in range(len(jobs))]
-    return [Score(name, accuracies[first:first + config.num_eval])
-            for first in range(0, len(jobs), config.num_eval) for name in [jobs[first][0]]]
+    return [Score(jobs[first][0], accuracies[first:first + config.num_eval])
+            for first in range(0, len(jobs), config.num_eval)]
 
 
 def _devices(config: TrainConfig, device: torch.device) -> list[torch.device]:
+    """Those that an evaluation uses; with `parall_eva` all GPUs, or the ones that `device` lists."""
     if not config.parall_eva or device.type == "cpu":
         return [device]
-    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    present = range(torch.cuda.device_count())
+    listed = [index for index in config.device if index in present] if isinstance(config.device, list) else []
+    return [torch.device("cuda", index) for index in listed or present]
 
 
 def check_evaluation(config: TrainConfig) -> list[str]:
@@ -214,13 +241,18 @@ def evaluate_files(config: EvaluationConfig) -> None:
     _note_other_space(config, distilled)
     dataset = load_configured(config, device)
     distilled = checked_set(distilled, dataset).to(device)
+    if config.save:
+        distilled.save_whole(Path(config.save), dataset, influential(config))
     evaluate_and_report(config, dataset, distilled, "distilled images")
 
 
 def _note_other_space(config: EvaluationConfig, distilled: DistilledSet) -> None:
     """Says so where the options that made the set, if they lie beside it, are not those of this evaluation."""
     beside = Path(config.data_dir).parent.parent / "config.yaml"
-    made = distilled.config or (read_config(beside) if beside.is_file() else {})
+    made = distilled.config
+    if not made and beside.is_file():
+        with contextlib.suppress(UserError):  # whatever lies there need not be ours
+            made = read_config(beside)
     for name in ("dataset", "zca"):
         if name in made and made[name] != getattr(config, name):
             print(f"note: the set was made with {name} {made[name]}, and is tested with {name} "

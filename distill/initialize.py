@@ -60,9 +60,11 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     else:
         chosen, notes = predicted_correctly(model, experts, dataset, config.ipc, random)
         images = dataset.train_images[chosen.to(device)]
-        labels, unknown = expert_labels(model, experts(), images, classes)
-        if unknown:
-            notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
+        labels = classes
+        if config.labels != "hard":
+            labels, unknown = expert_labels(model, experts(), images, classes)
+            if unknown:
+                notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
     if config.labels == "hard":
         labels = classes
     return DistilledSet(images, labels, torch.tensor(config.lr_teacher, device=device)), notes

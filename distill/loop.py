@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
+from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill.distilled_set import DistilledSet
 from distill.evaluate import Score, check_evaluation, check_pool, evaluate
 from distill.initialize import expert_logits, initial_set
@@ -94,10 +94,13 @@ class Distillation:
         self.part = matched_part(config)
         self.skipped = self.held = self.held_in_a_row = self.lost_in_a_row = 0
         # What SGD moves in α's stead: α itself, or log α.
-        self.rate = self.set.lr.log() if config.lr_param == "log" else self.set.lr
+        log = config.lr_param == "log"
+        self.rate = self.set.lr.log() if log else self.set.lr
+        # A step of log α moves α by α² times what a step of α does; the scale makes the first steps agree.
+        scale = 1 / config.lr_teacher**2 if log and config.lr_teacher else 1.0
         self.optimiser = torch.optim.SGD([
             {"params": [self.set.images], "lr": config.lr_img, "momentum": MOMENTUM},
-            {"params": [self.rate], "lr": config.lr_lr, "momentum": MOMENTUM}])
+            {"params": [self.rate], "lr": config.lr_lr * scale, "momentum": MOMENTUM}])
         if config.labels == "learned":
             self.optimiser.add_param_group({"params": [self.set.labels], "lr": config.lr_y,
                                             "momentum": config.Momentum_y})
@@ -118,16 +121,16 @@ class Distillation:
                                generator(config.seed, "iteration", iteration))
         theta_start, theta_target = self._ends(segment)
         if config.labels == "target":
-            self.set.labels.copy_(expert_logits(self.buffer.model, theta_target, self.set.images))
+            self.set.labels.copy_(self._labels(self.set, theta_target))
         match = match_trajectory(self.buffer.model, theta_start, theta_target, self.set.images, self.set.labels,
                                  self.set.lr, segment.batches, segment.augment, config.matching, self.part)
 
         loss, lr = float(match.loss), float(self.set.lr)  # waits for the device
-        update = loss <= config.threshold  # False for NaN
+        update = math.isfinite(loss) and loss <= config.threshold
         held = False
         if update:
             self.update(match)
-            held = not float(self.set.lr) > 0
+            held = not 0 < float(self.set.lr) < math.inf
         else:
             self.skipped += 1
         self.lost_in_a_row = 0 if math.isfinite(loss) else self.lost_in_a_row + 1
@@ -175,9 +178,17 @@ class Distillation:
         for number in range(FIXED_SEGMENTS):
             segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
                                    config.max_start_epoch, generator(config.seed, "fixed segment", number))
-            total += matching_loss(self.buffer.model, *self._ends(segment), distilled.images, distilled.labels,
-                                   distilled.lr, segment.batches, segment.augment, self.part)
+            theta_start, theta_target = self._ends(segment)
+            total += matching_loss(self.buffer.model, theta_start, theta_target, distilled.images,
+                                   self._labels(distilled, theta_target), distilled.lr, segment.batches,
+                                   segment.augment, self.part)
         return float(total) / FIXED_SEGMENTS
+
+    def _labels(self, distilled: DistilledSet, theta_target: Tensor) -> Tensor:
+        """The labels of one segment: the set's own, or with `labels: target` what the target expert says."""
+        if self.config.labels == "target":
+            return expert_logits(self.buffer.model, theta_target, distilled.images)
+        return distilled.labels
 
     def _walk(self, iteration: int) -> int:
         """Every expert once a round, in an order of the round's own."""
@@ -245,6 +256,7 @@ def distill(config: DistillConfig) -> None:
     dataset = load_configured(config, device)
     buffer = Buffer(buffer_folder(config), FlatModel(network_for(config.model, dataset).to(device)), config.max_files,
                     config.max_experts)
+    check_same_images(buffer.folder, dataset)
     check_window(config, buffer)
     check_pool(config, dataset)
     folder = RunFolder(run_folder(config), config)
@@ -263,8 +275,6 @@ def distill(config: DistillConfig) -> None:
 
     distillation = Distillation(config, dataset, buffer, start)
     best, seconds = _iterate(config, dataset, distillation, folder, tracker)
-    tracker.finish()
-
     before, after = (distillation.fixed_loss(each) for each in (start, distillation.set))
     chosen_on = "validation" if config.val_fraction else "test"
     for name, each in best.items():
@@ -282,6 +292,7 @@ def distill(config: DistillConfig) -> None:
                   skipped=distillation.skipped, held=distillation.held, seconds=seconds,
                   fixed_loss={"before": finite(before), "after": finite(after), "segments": FIXED_SEGMENTS},
                   environment=environment(device))
+    tracker.finish()
     print(f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     print(f"{summary}; {distillation.skipped} of {config.Iteration} updates skipped, α held back "
           f"{distillation.held} times")
@@ -324,7 +335,7 @@ def _iterate(config: DistillConfig, dataset: Dataset, distillation: Distillation
                     bar.write(f"iteration {iteration}{'' if name == 'Normal' else ', ' + name}: "
                               f"{', '.join(map(str, now.scores))}")
                     if name == "Normal":
-                        tracker.log_scores(iteration, now.scores, best[name].scores)
+                        tracker.log_scores(iteration, now.scores)
                         tracker.log_set(iteration, distilled.images, float(distilled.lr), dataset, config.ipc,
                                         config.force_save)
             if last or iteration % SAVE_INTERVAL == 0:

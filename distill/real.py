@@ -2,7 +2,7 @@
 
 import torch
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
+from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill.distilled_set import DistilledSet
 from distill.evaluate import check_evaluation, evaluate_and_report
 from distill.initialize import expert_labels, random_real
@@ -35,6 +35,7 @@ def evaluate_real(config: BaselineConfig) -> None:
         images, labels, what = images[chosen], labels[chosen], f"{config.ipc} random real images a class"
     if config.label_source == "experts":
         model = FlatModel(network_for(config.model, dataset).to(device))
+        check_same_images(buffer_folder(config), dataset)
         buffer = Buffer(buffer_folder(config), model)
         thetas = (buffer.snapshot(number, -1).to(device) for number in range(len(buffer)))
         labels, _ = expert_labels(model, thetas, images, labels)

@@ -57,8 +57,9 @@ def bomb(tmp_path):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """One thread, no terminal, and a cache folder of the tests' own."""
-    return {"OMP_NUM_THREADS": "1", "DATM_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "100"}
+    """One thread, no terminal, a cache folder of the tests' own, and no account of the user's."""
+    return {"OMP_NUM_THREADS": "1", "DATM_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "100",
+            "WANDB_API_KEY": "", "NETRC": os.devnull}
 
 
 @pytest.fixture(scope="session")

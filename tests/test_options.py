@@ -1,6 +1,7 @@
 """Options beyond the published ones: each changes what it should, and nothing when it is off."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from buffer.curriculum import Curriculum, epoch_share, grand_scores
 from buffer.experts import train_expert
+from buffer.gsam import gsam_gradient
 from distill.distilled_set import DistilledSet
 from distill.evaluate import drawer
 from distill.loop import Distillation, matched_part
@@ -18,6 +20,7 @@ from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.metrics import accuracy
 from utils.networks import network_for
+from utils.parameters import FlatModel
 
 
 def distilled(labels=None):
@@ -80,7 +83,16 @@ def test_log_rate_stays_positive_where_the_plain_one_does_not():
     for state in (plain, log):
         state.update(a_match(state, grad_lr=0.2))
     assert float(plain.set.lr) == pytest.approx(0.1 - 0.2)
-    assert float(log.set.lr) == pytest.approx(0.1 * torch.tensor(-0.1 * 0.2).exp().item(), rel=1e-6)
+    # lr_teacher, 0.01, scales the rate: log α moves by lr_lr / 0.01² · α · 0.2.
+    assert float(log.set.lr) == pytest.approx(0.1 * torch.tensor(-1e4 * 0.1 * 0.2).exp().item(), rel=1e-5, abs=1e-30)
+
+
+def test_the_first_steps_of_log_and_plain_agree():
+    start = DistilledSet(distilled().images, distilled().labels, torch.tensor(0.01))
+    plain, log = (distillation(start, lr_lr=1e-7, lr_teacher=0.01, lr_param=kind) for kind in ("plain", "log"))
+    for state in (plain, log):
+        state.update(a_match(state, grad_lr=300.0))
+    assert float(log.set.lr) - 0.01 == pytest.approx(float(plain.set.lr) - 0.01, rel=0.01)
 
 
 def test_a_rate_that_would_become_negative_is_held_and_a_run_of_them_stops(monkeypatch):
@@ -95,6 +107,32 @@ def test_a_rate_that_would_become_negative_is_held_and_a_run_of_them_stops(monke
     state.step(1)
     with pytest.raises(UserError, match="3 times in a row.*--lr_lr"):
         state.step(2)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_updates_nothing(monkeypatch, loss):
+    state = distillation(threshold=float("inf"), current_max_start_epoch=1, max_start_epoch=1)
+    state.buffer = SimpleNamespace(model=None)
+    monkeypatch.setattr(state, "_walk", lambda iteration: 0)
+    monkeypatch.setattr(state, "_ends", lambda segment: (None, None))
+    monkeypatch.setattr("distill.loop.match_trajectory",
+                        lambda *arguments: a_match(state)._replace(loss=torch.tensor(loss)))
+    before = state.set.detach()
+    record = state.step(0)
+    assert not record["updated"] and record["loss"] is None and state.skipped == 1
+    assert torch.equal(state.set.images, before.images)
+
+
+def test_target_labels_are_what_the_target_expert_says(monkeypatch):
+    state = distillation(labels="target", current_max_start_epoch=1, max_start_epoch=1)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    state.buffer = SimpleNamespace(model=FlatModel(network))
+    start, target = torch.randn(2, 51, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(state, "_walk", lambda iteration: 0)
+    monkeypatch.setattr(state, "_ends", lambda segment: (start, target))
+    images = state.set.images.clone()
+    state.step(0)
+    torch.testing.assert_close(state.set.labels, FlatModel(network)(target, images).detach())
 
 
 def test_ema_averages_the_images_and_leaves_them_alone():
@@ -167,6 +205,48 @@ def test_pad_experts_differ_only_with_the_option(call, toy, toy_experts, tmp_pat
     assert torch.equal(pad[0][0], plain[0][0]) and not torch.equal(pad[1][0], plain[1][0])
 
 
+def test_each_epoch_trains_on_the_images_of_its_curriculum(toy_data, monkeypatch):
+    config = make(BufferConfig, model="ConvNetD1W4", train_epochs=3, rho_max=0, rho_min=0)
+    asked = []
+
+    class Some:
+        def indices(self, epoch):
+            asked.append(epoch)
+            return torch.arange(10 * (epoch + 1))
+
+    seen = []
+    real = gsam_gradient
+    monkeypatch.setattr("buffer.experts.gsam_gradient", lambda model, theta, x, y, *rest: seen.append(len(y)) or
+                        real(model, theta, x, y, *rest))
+    train_expert(config, toy_data, 0, torch.device("cpu"), curriculum=Some())
+    assert asked == [0, 1, 2] and seen == [10, 20, 30]
+
+
+def test_pad_epochs_must_rise(call, toy, tmp_path):
+    done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--pad", "--rm_epoch_first=70",
+                expect=2)
+    assert "give them in rising order" in done.stderr
+
+
+def test_experts_of_other_images_of_the_same_name_are_refused(call, toy, toy_experts, tmp_path):
+    shutil.copytree(toy.data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "red" / "0.png").unlink()
+    done = call("distill/DATM.py", *toy.distil, f"--data_path={tmp_path / 'data'}", f"--buffer_path={toy_experts}",
+                expect=2)
+    assert "were trained on other images" in done.stderr
+
+
+def test_published_tensors_become_a_self_describing_file(call, toy, tmp_path):
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 0, 1, 1, 2, 2])
+    torch.save(images, tmp_path / "images.pt")
+    torch.save(labels, tmp_path / "labels.pt")
+    call("distill/evaluation.py", *toy.evaluate, f"--data_dir={tmp_path / 'images.pt'}", "--epoch_eval_train=1",
+         f"--label_dir={tmp_path / 'labels.pt'}", f"--save={tmp_path / 'whole.safetensors'}")
+    loaded = DistilledSet.load(tmp_path / "whole.safetensors")
+    assert torch.equal(loaded.images, images) and torch.equal(loaded.labels, labels) and float(loaded.lr) > 0
+    assert loaded.pixels().shape == images.shape
+
+
 def test_pad_refuses_batch_norm(toy_data):
     with pytest.raises(UserError, match="batch norm"):
         grand_scores(make(BufferConfig, model="ConvNetD1W4BN"), toy_data, torch.device("cpu"))
@@ -196,8 +276,8 @@ def test_each_option_changes_the_distilled_images(call, toy, toy_experts, tmp_pa
 
 
 def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data):
-    config = make(BufferConfig, model="ConvNetD1W4", train_epochs=2, rho_max=0, rho_min=0, mom=0.9, l2=1e-3, dsa=False,
-                  batch_train=20, lr_teacher=0.1)
+    config = make(BufferConfig, model="ConvNetD1W4", train_epochs=2, rho_max=0, rho_min=0, mom=0.9, l2=1e-3,
+                  dsa_strategy="none", batch_train=20, lr_teacher=0.1)
     model, snapshots = train_expert(config, toy_data, 0, torch.device("cpu"))
     from utils.run import generator, seeded
     with seeded(0, "expert", 0):

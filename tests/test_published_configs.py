@@ -30,6 +30,13 @@ PUBLISHED = {
     "TinyImageNet/ConvIN/IPC10": (40, 500, 100, 10, 1e-4, (10, None, 50, None), 1, 500, False, [0, 1, 2, 3]),
     "TinyImageNet/ConvIN/IPC50": (20, 1000, 100, 10, 1e-4, (40, None, 70, 1), 1, 500, True, [0, 1, 2, 3]),
 }
+NOTES = {  # wandb project, ema_decay
+    "CIFAR-10/ConvIN/IPC1": ("CIFAR10_ipc1", 0.995), "CIFAR-10/ConvIN/IPC10": ("CIFAR10_ipc10", 0.9995),
+    "CIFAR-10/ConvIN/IPC50": ("CIFAR10_ipc50", 0.995), "CIFAR-10/ConvIN/IPC500": ("CIFAR10_ipc500", 0.995),
+    "CIFAR-10/ConvIN/IPC1000": ("CIFAR10_ipc1000", 0.995), "CIFAR-100/ConvIN/IPC1": ("CIFAR100_ipc1", 0.9995),
+    "CIFAR-100/ConvIN/IPC10": ("CIFAR100_ipc10", 0.9995), "CIFAR-100/ConvIN/IPC50": ("CIFAR100_ipc50", 0.9995),
+    "CIFAR-100/ConvIN/IPC100": ("CIFAR100_ipc100", 0.9995), "TinyImageNet/ConvIN/IPC1": ("Tiny", 0.9995),
+    "TinyImageNet/ConvIN/IPC10": ("Tiny_ipc10", 0.9995), "TinyImageNet/ConvIN/IPC50": ("Tiny_ipc50", 0.995)}
 RELATIVES = ["CIFAR-100/MTT/IPC1", "CIFAR-10/FTD/IPC10", "CIFAR-100/FTD/IPC10", "CIFAR-10/TESLA/IPC1",
              "CIFAR-100/TESLA/IPC50", "ImageNet-1K/TESLA/IPC1"]
 
@@ -55,9 +62,36 @@ def test_values_are_the_published(name, capsys):
     assert config.expert_epochs == (3 if name == "CIFAR-100/ConvIN/IPC1" else 2)
     assert (config.lr_teacher, config.Iteration, config.num_eval) == (0.01, 10000, 1)
     assert (config.Momentum_y, config.batch_train) == (0.9, 128)
+    assert (config.project, config.ema_decay) == NOTES[name]
     folder = "dataset/tiny-imagenet-200" if group == "TinyImageNet" else "dataset"
     assert config.data_path == str(REPOSITORY / folder) and config.buffer_path == str(REPOSITORY / "buffer_storage")
-    assert capsys.readouterr().err == ("note: accepted for the published files' sake, without effect: ema_decay\n")
+    assert capsys.readouterr().err == ("note: accepted, but without effect: ema_decay\n")
+
+
+# SPEC 8.
+RELATED = {
+    "CIFAR-100/MTT/IPC1": dict(syn_steps=20, expert_epochs=3, max_start_epoch=20, lr_img=1000, lr_lr=1e-5,
+                               lr_teacher=0.01, zca=True, labels="hard", matching="exact"),
+    "CIFAR-10/FTD/IPC10": dict(syn_steps=30, expert_epochs=2, max_start_epoch=20, lr_img=100, lr_lr=1e-5,
+                               lr_teacher=0.001, zca=True, labels="hard", ema=True, ema_decay=0.9995),
+    "CIFAR-100/FTD/IPC10": dict(syn_steps=20, expert_epochs=2, max_start_epoch=40, lr_img=1000, lr_lr=1e-5,
+                                lr_teacher=0.01, zca=True, labels="hard", ema=True, ema_decay=0.9995),
+    "CIFAR-10/TESLA/IPC1": dict(syn_steps=50, expert_epochs=2, max_start_epoch=5, lr_img=1000, lr_lr=1e-7,
+                                lr_teacher=0.01, labels="hard", matching="tesla"),
+    "CIFAR-100/TESLA/IPC50": dict(syn_steps=80, expert_epochs=2, max_start_epoch=40, lr_img=1000, lr_lr=1e-5,
+                                  lr_teacher=0.01, batch_syn=125, zca=True, matching="tesla"),
+    "ImageNet-1K/TESLA/IPC1": dict(syn_steps=10, expert_epochs=3, max_start_epoch=10, lr_img=10000, lr_lr=1e-4,
+                                   lr_teacher=0.01, batch_syn=100, model="ConvNetD4", labels="target",
+                                   matching="tesla"),
+}
+
+
+@pytest.mark.parametrize("name", RELATED)
+def test_values_of_the_relatives_are_the_published(name):
+    config = load(name)
+    assert {key: getattr(config, key) for key in RELATED[name]} == RELATED[name]
+    assert (config.min_start_epoch, config.Sequential_Generation, config.Iteration) == (0, False, 5000)
+    assert config.threshold == float("inf")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*/*.yaml")), ids=lambda path: path.stem)
@@ -65,6 +99,7 @@ def test_every_config_says_how_it_is_run_and_what_it_costs(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"--cfg {path.relative_to(REPOSITORY)}" in line for line in header)
     assert any("GFLOP" in line or "minutes" in line for line in header)
+    assert any("accuracy" in line or "To beat" in line or "quickstart" in line for line in header)
     assert isinstance(yaml.safe_load(path.read_text()), dict)
 
 

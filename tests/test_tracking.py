@@ -70,9 +70,13 @@ def test_a_wandb_that_fails_later_is_one_line_and_then_silent(capsys, tmp_path, 
 def test_the_published_keys(fake, toy_data, tmp_path, ipc, force, pictures):
     tracker = Tracker("offline", "P", "run", {"ipc": ipc}, tmp_path)
     assert fake.options["mode"] == "offline" and fake.options["project"] == "P"
+    tracker.log_scores(2, [Score("ConvNet", [0.8])])
+    fake.logged.clear()
+    tracker.log_scores(3, [Score("ConvNet", [0.5, 0.7])])
     tracker.log_step(STEP)
-    tracker.log_scores(3, [Score("ConvNet", [0.5, 0.7])], [Score("ConvNet", [0.8])])
-    tracker.log_set(3, toy_data.train_images[:20], 0.02, toy_data, ipc, force)
+    images = toy_data.train_images[:20].clone()
+    images[:, 0, 0, 0] = 50.0  # an outlier, which clipping takes away
+    tracker.log_set(3, images, 0.02, toy_data, ipc, force)
     tracker.finish()
     values = {}
     for step, logged in fake.logged:
@@ -87,6 +91,7 @@ def test_the_published_keys(fake, toy_data, tmp_path, ipc, force, pictures):
     assert (kinds <= values.keys()) == pictures and (kinds & values.keys() == set()) != pictures
     if pictures:
         assert values["Synthetic_Images"][1].shape == (2 * 34 + 2, 10 * 34 + 2, 3) and fake.finished
+        assert not (values["Clipped_Synthetic_Images/std_2.5"][1] == values["Synthetic_Images"][1]).all()
         assert values["Synthetic_Images"][1].dtype == torch.zeros(1, dtype=torch.uint8).numpy().dtype
 
 
@@ -94,6 +99,35 @@ def test_an_updated_step_has_no_falts(fake, tmp_path):
     tracker = Tracker("offline", "P", "run", {}, tmp_path)
     tracker.log_step(STEP | {"updated": True})
     assert "falts" not in fake.logged[0][1]
+
+
+def test_pictures_that_cannot_be_made_do_not_stop_a_run(fake, toy_data, tmp_path, capsys):
+    def full(picture):
+        raise OSError("no space")
+    sys.modules["wandb"].Image = full
+    tracker = Tracker("offline", "P", "run", {}, tmp_path)
+    tracker.log_set(3, toy_data.train_images[:20], 0.02, toy_data, 1, False)
+    tracker.finish()
+    assert capsys.readouterr().err == "note: wandb is off (no space); metrics go to metrics.jsonl\n"
+    assert not fake.finished
+
+
+def test_wandb_mode_of_the_environment_is_heeded(no_account, fake, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Tracker("auto", "P", "run", {}, tmp_path)
+    assert fake.options["mode"] == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert Tracker("auto", "P", "run", {}, tmp_path)._run is None and capsys.readouterr().err == ""
+
+
+def test_a_distillation_logs_every_step_and_evaluation(fake, call, toy, toy_experts, tmp_path):
+    call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--wandb=offline",
+         "--project=mine")
+    keys = [(step, key) for step, values in fake.logged for key in values]
+    assert [step for step, key in keys if key == "Grand_Loss"] == [0, 1, 2, 3]
+    for key in ("Accuracy/ConvNetD1W4", "Synthetic_Images", "Reconstructed_Images", "Synthetic_LR"):
+        assert [step for step, each in keys if each == key] == [0, 2, 4]
+    assert fake.options["project"] == "mine" and fake.finished
 
 
 def test_real_wandb_offline_beside_the_jsonl(run, toy, toy_experts, tmp_path):

@@ -101,6 +101,9 @@ def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[in
     return Draw("per image", parameters)
 
 
+OLDER_FOR_EXPERTS = ("crop", "scale", "rotate")  # whatever the dataset, as in the trainers DATM's comes from
+
+
 def older_operations(dataset: str, network: str) -> tuple[str, ...]:
     """Where the published evaluation uses the older augmentation: on MNIST, and for ConvNetBN; nowhere else."""
     if network == "ConvNetBN":

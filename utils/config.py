@@ -212,6 +212,7 @@ class EvaluationConfig(TrainConfig):
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
     json: FilePath = option(FILES, "", "write the result to this file")
+    save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors")
 
 
 @config_class
@@ -356,7 +357,7 @@ def _unexpected(argument: str, config_type: type) -> UserError:
 def _warn_without_effect(config: DataConfig, given: dict[str, Any]) -> None:
     unused = [name for name in given if not has_effect(config, name)]
     if unused:
-        print(f"note: accepted for the published files' sake, without effect: {', '.join(unused)}", file=sys.stderr)
+        print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

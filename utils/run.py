@@ -101,7 +101,7 @@ def describe(device: torch.device) -> str:
 # --- a run's folder ------------------------------------------------------------------------------------------
 
 # What changes where a run happens and what it writes, but not its result.
-_WITHOUT_INFLUENCE = {"device", "parall_eva", "log_path", "run_name", "json", "wandb", "project", "force_save"}
+_WITHOUT_INFLUENCE = {"device", "parall_eva", "log_path", "run_name", "json", "save", "wandb", "project", "force_save"}
 
 
 def influential(config: DataConfig) -> dict[str, Any]:

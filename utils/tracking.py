@@ -6,6 +6,7 @@ Metrics always go to `metrics.jsonl` as well (`utils.run.RunFolder`), so nothing
 import netrc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ class Tracker:
 
     def __init__(self, mode: Mode, project: str, name: str, config: dict[str, Any], folder: Path):
         self._run = None
+        self._best: dict[str, Any] = {}  # network → its best score
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or "auto"  # wandb's own switch
         if mode == "disabled":
             return
         if mode == "auto" and not _has_account():
@@ -52,45 +56,33 @@ class Tracker:
         values = {"Progress": record["iteration"], "Grand_Loss": record["loss"], "Start_Epoch": record["start_epoch"]}
         if not record["updated"]:
             values["falts"] = record["start_epoch"]
-        self._log(values, record["iteration"])
+        self._log(record["iteration"], lambda: values)
 
-    def log_scores(self, step: int, scores: list[Any], best: list[Any]) -> None:
-        """An evaluation's scores (`distill.evaluate.Score`), and those of the best set so far."""
+    def log_scores(self, step: int, scores: list[Any]) -> None:
+        """An evaluation's scores (`distill.evaluate.Score`), and each network's best so far."""
         values = {}
-        for now, most in zip(scores, best):
-            values |= {f"Accuracy/{now.network}": now.mean, f"Std/{now.network}": now.std,
-                       f"Max_Accuracy/{now.network}": most.mean, f"Max_Std/{now.network}": most.std}
-        self._log(values, step)
+        for score in scores:
+            best = max(self._best.get(score.network, score), score, key=lambda each: each.mean)
+            self._best[score.network] = best
+            values |= {f"Accuracy/{score.network}": score.mean, f"Std/{score.network}": score.std,
+                       f"Max_Accuracy/{score.network}": best.mean, f"Max_Std/{score.network}": best.std}
+        self._log(step, lambda: values)
 
     def log_set(self, step: int, images: Tensor, lr: float, dataset: Dataset, ipc: int, force: bool) -> None:
         """The published pictures and histograms of a set's images [N, C, H, W]."""
-        if self._run is None:
-            return
-        import wandb
-
-        images = images.detach().cpu()
-        values: dict[str, Any] = {"Pixels": wandb.Histogram(images.nan_to_num()), "Synthetic_LR": lr}
-        views = {"Synthetic": images}
-        if dataset.whitening is not None:
-            views["Reconstructed"] = dataset.to_pixels(images)
-        if ipc < PICTURES_UP_TO_IPC or force:
-            for kind, pixels in views.items():
-                values[f"{kind}_Images"] = wandb.Image(_grid(pixels))
-                values[f"{kind}_Pixels"] = wandb.Histogram(pixels.nan_to_num())
-                values[f"Clipped_{kind}_Images/std_2.5"] = wandb.Image(_grid(clip_outliers(pixels)))
-        self._log(values, step)
+        self._log(step, lambda: _pictures(images.detach().cpu(), lr, dataset, ipc < PICTURES_UP_TO_IPC or force))
 
     def finish(self) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish()
-            except Exception as error:
-                self._off(error)
+        self._guarded(lambda: self._run.finish())
 
-    def _log(self, values: dict[str, Any], step: int) -> None:
+    def _log(self, step: int, values: Callable[[], dict[str, Any]]) -> None:
+        self._guarded(lambda: self._run.log(values(), step=step))
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        """Whatever wandb does, building its pictures included: once it fails it is left out."""
         if self._run is not None:
             try:
-                self._run.log(values, step=step)
+                action()
             except Exception as error:
                 self._off(error)
 
@@ -100,13 +92,32 @@ class Tracker:
         print(f"note: wandb is off ({reason}); metrics go to metrics.jsonl", file=sys.stderr)
 
 
+def _pictures(images: Tensor, lr: float, dataset: Dataset, show: bool) -> dict[str, Any]:
+    import wandb
+
+    values: dict[str, Any] = {"Pixels": wandb.Histogram(_finite(images)), "Synthetic_LR": lr}
+    views = {"Synthetic": images}
+    if dataset.whitening is not None:
+        views["Reconstructed"] = dataset.to_pixels(images)
+    if show:
+        for kind, pixels in views.items():
+            values[f"{kind}_Images"] = wandb.Image(_grid(pixels))
+            values[f"{kind}_Pixels"] = wandb.Histogram(_finite(pixels))
+            values[f"Clipped_{kind}_Images/std_2.5"] = wandb.Image(_grid(clip_outliers(pixels)))
+    return values
+
+
+def _finite(pixels: Tensor) -> Tensor:
+    return pixels.nan_to_num(posinf=0.0, neginf=0.0)
+
+
 def _has_account() -> bool:
     """Whether a key is where `wandb login` puts it; asks neither the user nor the network, nor imports wandb."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
         hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
     return any("wandb" in host for host in hosts)
 
