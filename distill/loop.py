@@ -97,7 +97,7 @@ class Distillation:
         log = config.lr_param == "log"
         self.rate = self.set.lr.log() if log else self.set.lr
         # A step of log α moves α by α² times what a step of α does; the scale makes the first steps agree.
-        scale = 1 / config.lr_teacher**2 if log and config.lr_teacher else 1.0
+        scale = 1 / config.lr_teacher**2 if log else 1.0
         self.optimiser = torch.optim.SGD([
             {"params": [self.set.images], "lr": config.lr_img, "momentum": MOMENTUM},
             {"params": [self.rate], "lr": config.lr_lr * scale, "momentum": MOMENTUM}])
@@ -299,7 +299,8 @@ def distill(config: DistillConfig) -> None:
     if distillation.skipped == config.Iteration > 0:
         print(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
               f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
-    print(f"in {shown(folder.path)}: Normal/images_best.pt, labels_best.pt, lr_best.pt, distilled.safetensors · "
+    print(f"in {shown(folder.path)}: {' and '.join(best)}/ with images_best.pt, labels_best.pt, lr_best.pt, "
+          "distilled.safetensors · "
           "images.png · curves.png · metrics.jsonl · result.json")
 
 
@@ -347,7 +348,7 @@ def _iterate(config: DistillConfig, dataset: Dataset, distillation: Distillation
             folder.log(**record)
             tracker.log_step(record)
             loss = math.nan if record["loss"] is None else record["loss"]
-            bar.set_postfix_str(f"loss {loss:.3f}, α {record['lr']:.4f}, start {record['start_epoch']}, "
+            bar.set_postfix_str(f"loss {loss:.3f}, α {record['lr']:.3g}, start {record['start_epoch']}, "
                                 f"skipped {distillation.skipped}", refresh=False)
             bar.update()
     return best, perf_counter() - began

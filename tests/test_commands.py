@@ -196,7 +196,7 @@ def test_a_run_leaves_the_published_files(distilled):
     for picture in ("images.png", "curves.png"):
         content = (folder / picture).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 5000
-    assert "Normal/images_best.pt" in done.stdout and "distil: 100%" in done.stderr
+    assert "Normal/ with images_best.pt" in done.stdout and "distil: 100%" in done.stderr
 
 
 def test_images_zca_are_the_images_in_pixel_space(distilled):

@@ -216,3 +216,20 @@ def test_a_zip_of_something_else_is_refused(tmp_path):
     for mmap in (False, True):
         with pytest.raises(UserError, match=r"x\.pt"):
             files.load(path, mmap=mmap)
+
+
+def test_a_pipe_or_folder_in_the_place_is_left_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (("pipe", "not a regular file"), ("folder", "a folder")):
+        with pytest.raises(UserError, match=kind):
+            files.check_writable(tmp_path / name)
+        with pytest.raises(UserError, match=kind):
+            files.save(torch.zeros(1), tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "folder").is_dir()
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link.pt").symlink_to(tmp_path / "target.pt")
+    files.save(torch.ones(2), tmp_path / "link.pt")
+    assert (tmp_path / "link.pt").is_symlink() and files.load(tmp_path / "target.pt").tolist() == [1, 1]

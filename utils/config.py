@@ -49,6 +49,7 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
+LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
 
@@ -101,7 +102,7 @@ class BufferConfig(DataConfig):
 
     num_experts: Count = option(MAIN, 100, "experts to train")
     train_epochs: Count = option(MAIN, 50, "epochs of each expert")
-    lr_teacher: Rate = option(METHOD, 0.01, "learning rate, constant")
+    lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate, constant")
     batch_train: Count = option(METHOD, 256, "training batch")
     mom: Annotated[float, Field(ge=0, lt=1)] = option(METHOD, 0.0, "momentum")
     l2: Rate = option(METHOD, 0.0, "weight decay")
@@ -132,7 +133,7 @@ class TrainConfig(DataConfig):
     num_eval: Count = option(EVALUATION, 5, "networks of each kind")
     epoch_eval_train: Count = option(EVALUATION, 1000, "epochs of one training")
     batch_train: Count = option(EVALUATION, 256, "training batch")
-    lr_teacher: Rate = option(METHOD, 0.01, "learning rate; for DATM.py the start of the learned one")
+    lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate; for DATM.py the start of the learned one")
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
     parall_eva: bool = option(SPEED, False, "spread the evaluation's networks over all GPUs")
 
@@ -199,7 +200,7 @@ class DistillConfig(TrainConfig):
 class TeslaConfig(DistillConfig):
     """Distillation with the TESLA gradient, `distill/DATM_tesla.py`."""
 
-    matching: Literal["exact", "unroll", "tesla"] = option(METHOD, "tesla", "how the gradient is computed")
+    matching: Literal["tesla"] = option(METHOD, "tesla", "how the gradient is computed; DATM.py offers others")
 
 
 @config_class

@@ -23,10 +23,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     A reader sees the old file or the new one, never a part. If the block raises, nothing is left behind.
 
     Raises:
-        UserError: the folder cannot be made or written, or the disk is full.
+        UserError: the folder cannot be made or written, the disk is full, or a folder, device or pipe is in the place.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # what a link points to is written, not the link
     try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise UserError(f"cannot write {path}, which is {kind}; give the path of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     except OSError as error:
@@ -59,8 +62,6 @@ def check_writable(path: str | os.PathLike) -> None:
     Raises:
         UserError: it cannot be made or written.
     """
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; give the path of a file")
     with contextlib.suppress(_TrialError), atomic_write(path):
         raise _TrialError
 
@@ -88,7 +89,8 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{what} {path} does not exist; give the path of a file")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"{what} {path} {problem}; give the path of a file")
     try:
         # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
         with warnings.catch_warnings():
