@@ -300,8 +300,7 @@ def distill(config: DistillConfig) -> None:
         print(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
               f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
     print(f"in {shown(folder.path)}: {' and '.join(best)}/ with images_best.pt, labels_best.pt, lr_best.pt, "
-          "distilled.safetensors · "
-          "images.png · curves.png · metrics.jsonl · result.json")
+          "distilled.safetensors · images.png · curves.png · metrics.jsonl · result.json")
 
 
 class Evaluated(NamedTuple):
