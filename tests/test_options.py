@@ -11,11 +11,11 @@ from buffer.curriculum import Curriculum, epoch_share, grand_scores
 from buffer.experts import train_expert
 from buffer.gsam import gsam_gradient
 from distill.distilled_set import DistilledSet
-from distill.evaluate import drawer
+from distill.evaluate import _devices, drawer, evaluate
 from distill.loop import Distillation, matched_part
 from distill.matching import Match
 from utils import augment
-from utils.config import BufferConfig, DistillConfig, make
+from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.metrics import accuracy
@@ -326,13 +326,11 @@ def test_per_image_augmentation_changes_each_image_by_one_operation():
 
 def test_evaluation_on_several_devices_is_the_same(toy_data, monkeypatch):
     """Two threads, as `parall_eva` uses two GPUs."""
-    from distill import evaluate
-    from utils.config import EvaluationConfig
     config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=3, epoch_eval_train=2, eval_mode="C", zca=True)
     few = DistilledSet(toy_data.train_images[::6], toy_data.train_labels[::6], torch.tensor(0.05))
-    one = evaluate.evaluate(config, toy_data, few)
-    monkeypatch.setattr(evaluate, "_devices", lambda config, device: [device, device])
-    assert evaluate.evaluate(config, toy_data, few) == one
+    one = evaluate(config, toy_data, few)
+    monkeypatch.setattr("distill.evaluate._devices", lambda config, device: [device, device])
+    assert evaluate(config, toy_data, few) == one
     assert [score.network for score in one] == ["ConvNetD1W4", "ConvNet"] and len(one[0].accuracies) == 3
 
 
@@ -382,3 +380,43 @@ def test_val_fraction_tests_on_held_out_training_images(toy):
     assert all(image.numpy().tobytes() in seen for image in held.test_images)
     assert accuracy(lambda x: torch.eye(3)[torch.zeros(len(x), dtype=torch.long)], held.test_images,
                     held.test_labels) == pytest.approx(1 / 3)
+
+
+# --- what a look at the options alone would miss -------------------------------------------------------------
+
+
+def test_every_so_many_iterations_a_set_is_saved_evaluated_or_not(call, toy, toy_experts, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.loop.SAVE_INTERVAL", 3)
+    call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--eval_it=4",
+         "--skip_first_eva")
+    assert {path.stem for path in tmp_path.rglob("images_[0-9].pt")} == {"images_0", "images_3", "images_4"}
+
+
+def test_parall_eva_takes_the_gpus_that_are_listed(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    gpu = torch.device("cuda", 2)
+    for device, expected in (([2, 3], [2, 3]), ([3, 9], [3]), ("auto", [0, 1, 2, 3])):
+        devices = _devices(make(DistillConfig, parall_eva=True, device=device), gpu)
+        assert [each.index for each in devices] == expected
+    assert _devices(make(DistillConfig, parall_eva=False), gpu) == [gpu]
+    assert _devices(make(DistillConfig, parall_eva=True), torch.device("cpu")) == [torch.device("cpu")]
+
+
+def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monkeypatch):
+    """Only batch norm shows the difference."""
+    modes = []
+    monkeypatch.setattr("buffer.experts.gsam_gradient", lambda model, *rest: modes.append(model.network.training) or
+                        gsam_gradient(model, *rest))
+    monkeypatch.setattr("buffer.experts.accuracy", lambda predict, *rest: modes.append(predict.func.network.training) or
+                        accuracy(predict, *rest))
+    config = make(BufferConfig, model="ConvNetD1W4BN", train_epochs=2, batch_train=40, rho_max=0.01, rho_min=0.01)
+    train_expert(config, toy_data, 0, torch.device("cpu"))
+    assert modes == [True, True, False, True, True, False]
+
+
+def test_networks_are_tested_in_eval_mode(toy_data, monkeypatch):
+    modes = []
+    monkeypatch.setattr("distill.evaluate.accuracy", lambda network, *rest: modes.append(network.training) or 0.5)
+    config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=2, epoch_eval_train=1)
+    evaluate(config, toy_data, DistilledSet(toy_data.train_images[:6], toy_data.train_labels[:6], torch.tensor(0.1)))
+    assert modes == [False, False]
