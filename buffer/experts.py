@@ -31,6 +31,7 @@ from utils.run import (
     announce,
     append_json,
     describe,
+    drawer,
     dsa_groups,
     generator,
     influential,
@@ -66,7 +67,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
     with seeded(config.seed, "expert", number):
         network = network_for(config.model, dataset)
     model = FlatModel(network.to(device))
-    groups = dsa_groups(config)
+    draw = drawer(config, dataset, augment.OLDER_FOR_EXPERTS)
 
     theta = model.flatten()
     optimiser = torch.optim.SGD([theta], config.lr_teacher, momentum=config.mom, weight_decay=config.l2)
@@ -80,12 +81,8 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
         images = torch.arange(len(dataset.train_labels)) if curriculum is None else curriculum.indices(epoch)
         order = images[torch.randperm(len(images), generator=random)].to(device)
         for batch in order.split(config.batch_train):
-            if config.dsa:
-                draw = augment.draw(groups, len(batch), dataset.image_size, random)
-            else:
-                draw = augment.draw_per_image(augment.OLDER_FOR_EXPERTS, len(batch), dataset.image_size,
-                                              dataset.channels, random)
-            x = augment.apply(dataset.train_images[batch], draw and draw.to(device))
+            drawn = draw(len(batch), random)
+            x = augment.apply(dataset.train_images[batch], drawn and drawn.to(device))
             y = dataset.train_labels[batch]
             loss, logits, theta.grad = gsam_gradient(model, theta, x, y, config.rho_max, config.alpha, config.adaptive)
             optimiser.step()

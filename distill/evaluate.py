@@ -23,9 +23,11 @@ from utils.losses import cross_entropy
 from utils.metrics import accuracy
 from utils.networks import check_network_name, evaluation_pool, network_for
 from utils.run import (
+    Drawer,
     Progress,
     announce,
     describe,
+    drawer,
     dsa_groups,
     environment,
     generator,
@@ -66,19 +68,6 @@ class Score(NamedTuple):
 def learning_rate(lr: float, epoch: int, epochs: int) -> float:
     """The rate of one epoch: a tenth after epoch `epochs // 2 + 1`."""
     return lr if epoch <= epochs // 2 + 1 else lr * 0.1
-
-
-Drawer = Callable[[int, torch.Generator], augment.Draw | None]
-"""(batch size, generator) → the augmentation of that batch."""
-
-
-def drawer(config: TrainConfig, dataset: Dataset, network: str) -> Drawer:
-    """What augments the training of a network: DSA, or without it the older augmentation where that was published."""
-    if config.dsa:
-        groups = dsa_groups(config)
-        return lambda batch, random: augment.draw(groups, batch, dataset.image_size, random)
-    operations = augment.older_operations(dataset.name, network)
-    return lambda batch, random: augment.draw_per_image(operations, batch, dataset.image_size, dataset.channels, random)
 
 
 def train_network(network: nn.Module, images: Tensor, labels: Tensor, lr: float, *, epochs: int, batch_size: int,
@@ -149,7 +138,8 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
                     raise InterruptedError
                 on_epoch()
 
-            draw = drawer(config, dataset, name) if augmented else lambda batch, random: None
+            older = augment.older_operations(dataset.name, name)
+            draw = drawer(config, dataset, older) if augmented else lambda batch, random: None
             train_network(network, here.images, here.labels, float(here.lr), epochs=config.epoch_eval_train,
                           batch_size=config.batch_train, draw=draw, on_epoch=after_epoch,
                           random=generator(config.seed, "evaluation", *address, name, number, "order"))
@@ -182,8 +172,8 @@ def _devices(config: TrainConfig, device: torch.device) -> list[torch.device]:
     return [torch.device("cuda", index) for index in listed or present]
 
 
-def check_evaluation(config: TrainConfig) -> list[str]:
-    """The names of the networks that will be evaluated; asks nothing of the data.
+def check_evaluation(config: TrainConfig) -> None:
+    """Refuses what cannot be evaluated whatever the data; asks nothing of them, so it comes first.
 
     Raises:
         UserError: an unknown dataset, network, mode or augmentation.
@@ -191,16 +181,16 @@ def check_evaluation(config: TrainConfig) -> list[str]:
     check_dataset_name(config.dataset)
     check_network_name(config.model)
     dsa_groups(config)
-    return evaluation_pool(config.eval_mode, config.model)
+    evaluation_pool(config.eval_mode, config.model)
 
 
 def check_pool(config: TrainConfig, dataset: Dataset) -> list[str]:
     """The networks that will be evaluated, each built once so that what cannot be is refused at the start.
 
     Raises:
-        UserError: an unknown mode, augmentation or network, or a network that cannot read these images.
+        UserError: a network that cannot read these images.
     """
-    pool = check_evaluation(config)
+    pool = evaluation_pool(config.eval_mode, config.model)
     for name in pool:
         network_for(name, dataset)
     return pool

@@ -53,20 +53,22 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     if config.pix_init == "noise":
         shape = (len(classes), dataset.channels, *dataset.image_size)
         images = torch.randn(shape, generator=random).to(device)
-        labels = class_labels(model, next(experts()), dataset, config.ipc, random)
     elif config.pix_init == "real":
         images = dataset.train_images[random_real(dataset, config.ipc, random).to(device)]
-        labels = expert_logits(model, buffer.snapshot(0, -1).to(device), images)
     else:
         chosen, notes = predicted_correctly(model, experts, dataset, config.ipc, random)
         images = dataset.train_images[chosen.to(device)]
-        labels = classes
-        if config.labels != "hard":
-            labels, unknown = expert_labels(model, experts(), images, classes)
-            if unknown:
-                notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
+
     if config.labels == "hard":
         labels = classes
+    elif config.pix_init == "noise":
+        labels = class_labels(model, next(experts()), dataset, config.ipc, random)
+    elif config.pix_init == "real":
+        labels = expert_logits(model, buffer.snapshot(0, -1).to(device), images)
+    else:
+        labels, unknown = expert_labels(model, experts(), images, classes)
+        if unknown:
+            notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
     return DistilledSet(images, labels, torch.tensor(config.lr_teacher, device=device)), notes
 
 

@@ -323,6 +323,7 @@ def _iterate(config: DistillConfig, dataset: Dataset, distillation: Distillation
     with Progress(config.Iteration, "distil") as bar:
         for iteration in range(config.Iteration + 1):
             last = iteration == config.Iteration
+            due = last or iteration % SAVE_INTERVAL == 0  # saved whatever it scores
             if last or (iteration % config.eval_it == 0 and not (iteration == 0 and config.skip_first_eva)):
                 for name, distilled in distillation.versions().items():
                     now = Evaluated(iteration, distilled, evaluate(config, dataset, distilled, "iteration", iteration))
@@ -330,7 +331,8 @@ def _iterate(config: DistillConfig, dataset: Dataset, distillation: Distillation
                     if improved:
                         best[name] = now
                         distilled.save(folder.path / name, "best", dataset)
-                        distilled.save(folder.path / name, iteration, dataset)
+                        if not due:
+                            distilled.save(folder.path / name, iteration, dataset)
                     folder.log(iteration=iteration, set=name, scores=[score.as_dict() for score in now.scores])
                     bar.write(f"iteration {iteration}{'' if name == 'Normal' else ', ' + name}: "
                               f"{', '.join(map(str, now.scores))}")
@@ -338,7 +340,7 @@ def _iterate(config: DistillConfig, dataset: Dataset, distillation: Distillation
                         tracker.log_scores(iteration, now.scores)
                         tracker.log_set(iteration, distilled.images, float(distilled.lr), dataset, config.ipc,
                                         config.force_save)
-            if last or iteration % SAVE_INTERVAL == 0:
+            if due:
                 for name, distilled in distillation.versions().items():
                     distilled.save(folder.path / name, iteration, dataset)
             if last:

@@ -11,7 +11,7 @@ from buffer.curriculum import Curriculum, epoch_share, grand_scores
 from buffer.experts import train_expert
 from buffer.gsam import gsam_gradient
 from distill.distilled_set import DistilledSet
-from distill.evaluate import _devices, drawer, evaluate
+from distill.evaluate import _devices, evaluate
 from distill.loop import Distillation, matched_part
 from distill.matching import Match
 from utils import augment
@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.metrics import accuracy
 from utils.networks import network_for
 from utils.parameters import FlatModel
+from utils.run import drawer
 
 
 def distilled(labels=None):
@@ -302,11 +303,13 @@ def test_the_older_augmentation_is_used_where_it_was_published():
     assert augment.older_operations("CIFAR10", "ConvNetBN") == ("crop", "noise")
     assert augment.older_operations("CIFAR10", "ConvNet") == ()
     dataset = SimpleNamespace(name="MNIST", image_size=(8, 8), channels=1)
-    draw = drawer(make(DistillConfig, dsa=False), dataset, "ConvNet")(5, torch.Generator().manual_seed(0))
+    draw = drawer(make(DistillConfig, dsa=False), dataset, augment.older_operations("MNIST", "ConvNet"))(
+        5, torch.Generator().manual_seed(0))
     assert set(draw.parameters) == {"crop", "scale", "rotate"}
-    assert drawer(make(DistillConfig), dataset, "ConvNet")(5, torch.Generator().manual_seed(0)).group in augment.GROUPS
+    assert drawer(make(DistillConfig), dataset, ())(5, torch.Generator().manual_seed(0)).group in augment.GROUPS
     dataset.name = "CIFAR10"
-    assert drawer(make(DistillConfig, dsa=False), dataset, "ConvNet")(5, torch.Generator()) is None
+    older = augment.older_operations(dataset.name, "ConvNet")
+    assert drawer(make(DistillConfig, dsa=False), dataset, older)(5, torch.Generator()) is None
 
 
 def test_per_image_augmentation_changes_each_image_by_one_operation():

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from utils import augment
 from utils.config import DataConfig, as_dict, has_effect, make
+from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
 
@@ -126,6 +127,19 @@ def dsa_groups(config: DataConfig, inner_loop: bool = False) -> tuple[str, ...]:
     """
     groups = augment.parse_strategy(config.dsa_strategy)
     return groups if config.dsa and not (inner_loop and config.no_aug) else ()
+
+
+Drawer = Callable[[int, torch.Generator], augment.Draw | None]
+"""(batch size, generator) → the augmentation of that batch."""
+
+
+def drawer(config: DataConfig, dataset: Dataset, older_operations: tuple[str, ...]) -> Drawer:
+    """What augments a training: DSA, or with `--dsa False` the older augmentation by these operations."""
+    if config.dsa:
+        groups = dsa_groups(config)
+        return lambda batch, random: augment.draw(groups, batch, dataset.image_size, random)
+    return lambda batch, random: augment.draw_per_image(older_operations, batch, dataset.image_size, dataset.channels,
+                                                        random)
 
 
 def config_name(config: DataConfig) -> str:
