@@ -21,6 +21,7 @@ from buffer.trajectories import (
 from utils import augment
 from utils.config import BufferConfig
 from utils.datasets import Dataset, load_configured
+from utils.engine import GRADIENT_ALONE
 from utils.errors import UserError
 from utils.files import save
 from utils.metrics import accuracy, count_correct
@@ -33,12 +34,13 @@ from utils.run import (
     describe,
     drawer,
     dsa_groups,
+    flat_model,
     generator,
     influential,
     save_config,
     seeded,
-    select_device,
     shown,
+    start_device,
 )
 
 
@@ -66,7 +68,9 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
     """
     with seeded(config.seed, "expert", number):
         network = network_for(config.model, dataset)
-    model = FlatModel(network.to(device))
+    passes = 2 if config.rho_max else 1
+    work = GRADIENT_ALONE * passes * len(dataset.train_labels) * config.train_epochs * config.num_experts
+    model = flat_model(config, network.to(device), work, config.micro_batch)
     draw = drawer(config, dataset, augment.OLDER_FOR_EXPERTS)
 
     theta = model.flatten()
@@ -114,7 +118,7 @@ def train_buffer(config: BufferConfig) -> None:
                         f"--rm_epoch_second {config.rm_epoch_second}: give them in rising order")
     folder = buffer_folder(config)
     check_same_data(folder, config)
-    device = select_device(config.device)
+    device = start_device(config)
     dataset = load_configured(config, device)
     check_same_images(folder, dataset)
     first = count_experts(folder)  # a second run goes on counting, so that it trains other experts

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from utils.losses import cross_entropy
 from utils.parameters import FlatModel
 
 EPSILON = 1e-12
@@ -43,20 +42,12 @@ def gsam_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, rho: fl
     Returns:
         (loss at θ, logits at θ [B, K], direction [P]), all detached.
     """
-    loss, logits, gradient = _value_and_gradient(model, theta, x, y)
+    loss, logits, gradient = model.gradient(theta, x, y)
     if rho == 0:
         return loss, logits, gradient
     with frozen_batch_norm_statistics(model.network):
-        _, _, perturbed = _value_and_gradient(model, theta + ascent(theta, gradient, rho, adaptive), x, y)
+        _, _, perturbed = model.gradient(theta + ascent(theta, gradient, rho, adaptive), x, y)
     return loss, logits, surrogate_gap(gradient, perturbed, alpha)
-
-
-def _value_and_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    theta = theta.detach().requires_grad_()
-    logits = model(theta, x)
-    loss = cross_entropy(logits, y)
-    (gradient,) = torch.autograd.grad(loss, theta)
-    return loss.detach(), logits.detach(), gradient
 
 
 @contextlib.contextmanager

@@ -5,23 +5,25 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.distilled_set import DistilledSet, checked_set, read_set
 from utils import augment
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset, check_dataset_name, load_configured
+from utils.engine import GRADIENT_ALONE
 from utils.errors import UserError
 from utils.files import check_writable
-from utils.losses import cross_entropy
 from utils.metrics import accuracy
 from utils.networks import check_network_name, evaluation_pool, network_for
+from utils.parameters import FlatModel
 from utils.run import (
     Drawer,
     Progress,
@@ -30,11 +32,12 @@ from utils.run import (
     drawer,
     dsa_groups,
     environment,
+    flat_model,
     generator,
     influential,
     read_config,
     seeded,
-    select_device,
+    start_device,
     write_json,
 )
 
@@ -70,34 +73,35 @@ def learning_rate(lr: float, epoch: int, epochs: int) -> float:
     return lr if epoch <= epochs // 2 + 1 else lr * 0.1
 
 
-def train_network(network: nn.Module, images: Tensor, labels: Tensor, lr: float, *, epochs: int, batch_size: int,
-                  draw: Drawer, random: torch.Generator,
-                  on_epoch: Callable[[], None] = lambda: None) -> None:
-    """Trains in place as the published evaluation does.
+def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tensor, lr: float, *, epochs: int,
+                  batch_size: int, draw: Drawer, random: torch.Generator,
+                  on_epoch: Callable[[], None] = lambda: None) -> Tensor:
+    """Trains as the published evaluation does, and returns the θ [P] it ends at.
 
     SGD with momentum and weight decay, epochs 0..`epochs` inclusive; when the rate drops the optimiser is made
     anew, so its momentum is forgotten. Every batch is augmented.
 
     Args:
+        theta: where it starts.
         images, labels: X [N, C, H, W]; label logits [N, K] or classes [N].
         draw: the augmentation of each batch.
         random: draws the order of the samples and the augmentation.
     """
-    network.train()
+    model.network.train()
+    theta = theta.clone()
     rate = None
     for epoch in range(epochs + 1):
         if rate != learning_rate(lr, epoch, epochs):
             rate = learning_rate(lr, epoch, epochs)
-            optimiser = torch.optim.SGD(network.parameters(), rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+            optimiser = torch.optim.SGD([theta], rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         order = torch.randperm(len(images), generator=random).to(images.device)
         for batch in order.split(batch_size):
             drawn = draw(len(batch), random)
             x = augment.apply(images[batch], drawn and drawn.to(images.device))
-            loss = cross_entropy(network(x), labels[batch])
-            optimiser.zero_grad()
-            loss.backward()
+            _, _, theta.grad = model.gradient(theta, x, labels[batch])
             optimiser.step()
         on_epoch()
+    return theta
 
 
 def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *address: int | str,
@@ -121,6 +125,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
             networks.append(network_for(name, dataset))
 
     devices = _devices(config, distilled.images.device)
+    work = GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1) * config.num_eval
     stop = threading.Event()
 
     def tested(device: torch.device, share: range) -> list[float]:
@@ -130,7 +135,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         accuracies = []
         for job in share:
             name, number = jobs[job]
-            network = networks[job].to(device)
+            model = flat_model(config, networks[job].to(device), work)
             networks[job] = None  # so that it is freed when it has been tested
 
             def after_epoch() -> None:
@@ -140,11 +145,12 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
 
             older = augment.older_operations(dataset.name, name)
             draw = drawer(config, dataset, older) if augmented else lambda batch, random: None
-            train_network(network, here.images, here.labels, float(here.lr), epochs=config.epoch_eval_train,
-                          batch_size=config.batch_train, draw=draw, on_epoch=after_epoch,
-                          random=generator(config.seed, "evaluation", *address, name, number, "order"))
-            network.eval()
-            accuracies.append(accuracy(network, test_images, test_labels))
+            theta = train_network(model, model.flatten(), here.images, here.labels, float(here.lr),
+                                  epochs=config.epoch_eval_train, batch_size=config.batch_train, draw=draw,
+                                  random=generator(config.seed, "evaluation", *address, name, number, "order"),
+                                  on_epoch=after_epoch)
+            model.network.eval()
+            accuracies.append(accuracy(partial(model, theta), test_images, test_labels))
         return accuracies
 
     shares = [range(first, len(jobs), len(devices)) for first in range(len(devices))]
@@ -226,7 +232,7 @@ def evaluate_files(config: EvaluationConfig) -> None:
         UserError: files or options that do not fit the dataset.
     """
     check_evaluation(config)
-    device = select_device(config.device)
+    device = start_device(config)
     distilled = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
     _note_other_space(config, distilled)
     dataset = load_configured(config, device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
+from distill import estimate
 from distill.distilled_set import DistilledSet
 from distill.evaluate import Score, check_evaluation, check_pool, evaluate
 from distill.initialize import expert_logits, initial_set
@@ -21,7 +22,6 @@ from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.errors import UserError
 from utils.networks import network_for
-from utils.parameters import FlatModel
 from utils.run import (
     Progress,
     RunFolder,
@@ -31,10 +31,11 @@ from utils.run import (
     dsa_groups,
     environment,
     finite,
+    flat_model,
     generator,
     influential,
-    select_device,
     shown,
+    start_device,
 )
 from utils.tracking import Tracker
 
@@ -236,6 +237,12 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
                         f"start epoch; --{name} is exclusive and must be larger")
 
 
+def inner_samples(config: DistillConfig, dataset: Dataset) -> int:
+    """Synthetic samples that all inner steps of a run see together."""
+    num_images = config.ipc * dataset.num_classes
+    return config.Iteration * config.syn_steps * min(config.batch_syn or num_images, num_images)
+
+
 def run_folder(config: DistillConfig) -> Path:
     """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the name defaults to one made of the config."""
     name = config.run_name or f"{config.matching}_seed{config.seed}_{config_name(config)}"
@@ -250,12 +257,17 @@ def distill(config: DistillConfig) -> None:
     """
     check_evaluation(config)
     matched_part(config)
-    require_experts(buffer_folder(config))
-    check_same_data(buffer_folder(config), config)
-    device = select_device(config.device)
+    if not config.dry_run:
+        require_experts(buffer_folder(config))
+        check_same_data(buffer_folder(config), config)
+    device = start_device(config)
     dataset = load_configured(config, device)
-    buffer = Buffer(buffer_folder(config), FlatModel(network_for(config.model, dataset).to(device)), config.max_files,
-                    config.max_experts)
+    model = flat_model(config, network_for(config.model, dataset).to(device), inner_samples(config, dataset),
+                       config.micro_batch)
+    if config.dry_run:
+        estimate.report(config, dataset, model)
+        return
+    buffer = Buffer(buffer_folder(config), model, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
     check_window(config, buffer)
     check_pool(config, dataset)
@@ -268,7 +280,8 @@ def distill(config: DistillConfig) -> None:
     folder.start()
     tracker = Tracker(config.wandb, config.project, folder.path.name, as_dict(config), folder.path)
     print(f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
-          f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}")
+          f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}, "
+          f"{model.engine.name}")
     announce(config)
     for note in notes:
         print(f"note: {note}")

@@ -100,19 +100,13 @@ def _mask(part: Part | None, theta_final: Tensor, theta_target: Tensor) -> Tenso
     return None if part is None else part(theta_final.detach(), theta_target)
 
 
-def _step_loss(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, draw: dsa.Draw | None) -> Tensor:
-    """L(θ; x, y): the loss whose gradient one inner step follows."""
-    return cross_entropy(model(theta, dsa.apply(x, draw)), y)
-
-
 def _train(model, theta_start, images, labels, lr, batches, augment) -> list[Tensor]:
     """The inner loop: θ₀ … θ_T, detached; P numbers a step and no graph are kept."""
     images, labels, lr = images.detach(), labels.detach(), lr.detach()
     thetas = [theta_start.detach()]
     for batch, draw in zip(batches, augment):
-        theta = thetas[-1].detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_step_loss(model, theta, images[batch], labels[batch], draw), theta)
-        thetas.append(theta.detach() - lr * gradient)
+        _, _, gradient = model.gradient(thetas[-1], dsa.apply(images[batch], draw), labels[batch])
+        thetas.append(thetas[-1] - lr * gradient)
     return thetas
 
 
@@ -124,7 +118,7 @@ def _unrolled(model, theta_start, theta_target, images, labels, lr, batches, aug
 
     theta = theta_start.detach().requires_grad_()
     for batch, draw in zip(batches, augment):
-        loss = _step_loss(model, theta, images[batch], labels[batch], draw)
+        loss = cross_entropy(model(theta, dsa.apply(images[batch], draw)), labels[batch])
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - lr * gradient
 
@@ -150,17 +144,15 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
 
     # The same steps in reverse, each revisited with its own draw.
     for batch, draw in zip(reversed(batches), reversed(augment)):
-        theta = thetas.pop().requires_grad_()
         x = images[batch].requires_grad_()
-        y = labels[batch].requires_grad_(soft)
-        (gradient,) = torch.autograd.grad(_step_loss(model, theta, x, y, draw), theta, create_graph=True)
-        s = torch.dot(gradient, co_state)
-        s_theta, s_x, *s_y = torch.autograd.grad(s, [theta, x, y] if soft else [theta, x])
+        augmented = dsa.apply(x, draw)
+        s, s_theta, s_augmented, s_y = model.adjoint(thetas.pop(), co_state, augmented.detach(), labels[batch])
+        (s_x,) = torch.autograd.grad(augmented, x, s_augmented)
         # Steps share samples, so their contributions add up.
-        grad_lr -= s.detach()
+        grad_lr -= s
         grad_images.index_add_(0, batch, -lr * s_x)
         if soft:
-            grad_labels.index_add_(0, batch, -lr * s_y[0])
+            grad_labels.index_add_(0, batch, -lr * s_y)
         if carry_back:
             co_state = co_state - lr * s_theta
     return Match(loss, grad_images, grad_labels, grad_lr)

@@ -11,7 +11,7 @@ from utils.datasets import load_configured
 from utils.errors import UserError
 from utils.networks import network_for
 from utils.parameters import FlatModel
-from utils.run import generator, select_device
+from utils.run import generator, start_device
 
 
 def evaluate_real(config: BaselineConfig) -> None:
@@ -27,7 +27,7 @@ def evaluate_real(config: BaselineConfig) -> None:
                             "number")
         require_experts(buffer_folder(config))
         check_same_data(buffer_folder(config), config)
-    device = select_device(config.device)
+    device = start_device(config)
     dataset = load_configured(config, device)
     images, labels, what = dataset.train_images, dataset.train_labels, "the whole training set"
     if config.ipc is not None:

@@ -23,15 +23,16 @@ def test_training_is_torch_sgd_with_a_fresh_optimiser_at_the_drop():
     images, labels = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     ours, theirs = (build_network("ConvNetD1W4", 1, 3, (8, 8)).double() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    train_network(ours, images, labels, 0.1, epochs=5, batch_size=4,
-                  draw=lambda batch, random: None, random=torch.Generator())
+    model = FlatModel(ours)
+    theta = train_network(model, model.flatten(), images, labels, 0.1, epochs=5, batch_size=4,
+                          draw=lambda batch, random: None, random=torch.Generator())
     for rate, epochs in ((0.1, 4), (0.01, 2)):
         optimiser = torch.optim.SGD(theirs.parameters(), rate, momentum=0.9, weight_decay=5e-4)
         for _ in range(epochs):
             optimiser.zero_grad()
             (-(labels.softmax(1) * theirs(images).log_softmax(1)).sum(1).mean()).backward()
             optimiser.step()
-    for one, other in zip(ours.parameters(), theirs.parameters()):
+    for one, other in zip(model.unflatten(theta), theirs.parameters()):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 

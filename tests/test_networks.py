@@ -84,8 +84,7 @@ def test_suffixes_combine(name, plan):
     with torch.device("meta"):
         network = build_network(name, 3, 5, (32, 32))
     assert isinstance(network, ConvNet)
-    exposed = (network.depth, network.width, network.activation, network.norm, network.pooling)
-    assert ConvNetPlan(*exposed) == plan
+    assert network.plan == plan
 
 
 def test_images_need_not_be_square():

@@ -91,6 +91,12 @@ class DataConfig:
     dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "groups of DSA, joined by _")
     val_fraction: Fraction = option(METHOD, 0.0, "hold out this share of the training images and test on it instead "
                                     "of on the test images")
+    backend: Literal["auto", "plain", "eager", "compile", "graph"] = option(
+        SPEED, "auto", "how derivatives are computed: plain autograd, by hand where that is faster (eager), that "
+        "compiled, or replayed from CUDA graphs; auto: graph on a GPU, else compile if the run is long enough to repay "
+        "it")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = option(
+        SPEED, "auto", "of convolutions and matrix products; auto: torch's own (on a GPU, TF32 in convolutions)")
     batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)
     device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices")
     data_path: FolderPath = option(FILES, "data", "folder of the real data")
@@ -119,6 +125,8 @@ class BufferConfig(DataConfig):
     rm_epoch_second: Index = option(METHOD, 60, "PAD: epoch from which more of them are", effect="pad")
     rm_easy_ratio_first: Fraction = option(METHOD, 0.1, "PAD: share left out from rm_epoch_first", effect="pad")
     rm_easy_ratio_second: Fraction = option(METHOD, 0.2, "PAD: share left out from rm_epoch_second", effect="pad")
+    micro_batch: Count | None = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: "
+                                       "chosen by the memory at hand")
     save_interval: Count = option(FILES, 10, "experts per file")
     buffer_path: FolderPath = option(FILES, "buffers", "folder of the expert files")
 
@@ -189,6 +197,9 @@ class DistillConfig(TrainConfig):
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
         FILES, "auto", "Weights & Biases; auto: online where an account is known, else not at all")
     project: str = option(FILES, "TEST", "wandb project")
+    micro_batch: Count | None = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: "
+                                       "chosen by the memory at hand")
+    dry_run: bool = option(SPEED, False, "estimate time and memory on this machine, and stop")
     device: Device = option(SPEED, [0], "auto, cpu, cuda, cuda:N or a list of GPU indices")
     lr_init: float = option(METHOD, 0.01, "unused", effect=False)
     texture: bool = option(METHOD, False, "unused", effect=False)

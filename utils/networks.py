@@ -6,7 +6,7 @@ place: every network can be differentiated twice, in any float type, and run und
 
 import re
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ class ConvNetPlan:
     norm: str = "instance"
     pooling: str = "average"
 
+    def paddings(self, channels: int) -> list[int]:
+        """Of each convolution, for images of so many channels."""
+        return [1 + _margin(channels)] + [1] * (self.depth - 1)
+
     @classmethod
     def parse(cls, name: str) -> "ConvNetPlan":
         """From a name: ConvNetD4W64 is ConvNetPlan(depth=4, width=64).
@@ -80,7 +84,8 @@ class ConvNet(nn.Module):
     """`depth` blocks of [3×3 convolution, norm, activation, 2×2 pooling] and a linear layer; [B, C, H, W] → [B, K].
 
     The network of Gidaris & Komodakis 2018 (https://arxiv.org/abs/1804.09458) in the variants of Zhao et al. 2021
-    (https://arxiv.org/abs/2006.05929). `depth`, `width`, `activation`, `norm` and `pooling` hold its plan.
+    (https://arxiv.org/abs/2006.05929). `plan` says which, `image_shape` [C, H, W] what
+    it reads.
 
     Raises:
         UserError: the depth pools the image away, or the width does not split into the four groups of group norm.
@@ -88,32 +93,32 @@ class ConvNet(nn.Module):
 
     def __init__(self, plan: ConvNetPlan, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.depth, self.width, self.activation, self.norm, self.pooling = astuple(plan)
-        if self.norm == "group" and self.width % 4:
-            raise UserError(f"group norm (GN) has four groups; got width {self.width}, give a multiple of 4")
+        self.plan, self.image_shape = plan, (channels, *image_size)
+        if plan.norm == "group" and plan.width % 4:
+            raise UserError(f"group norm (GN) has four groups; got width {plan.width}, give a multiple of 4")
 
-        padding = 1 + _margin(channels)
-        height, width = (side + 2 * padding - 2 for side in image_size)
+        paddings = plan.paddings(channels)
+        height, width = (side + 2 * paddings[0] - 2 for side in image_size)
         deepest = min(height, width).bit_length() - 1
-        if self.pooling != "none" and self.depth > deepest:
+        if plan.pooling != "none" and plan.depth > deepest:
             raise UserError(
-                f"a ConvNet of depth {self.depth} halves its images {self.depth} times, and {image_size[0]}×"
+                f"a ConvNet of depth {plan.depth} halves its images {plan.depth} times, and {image_size[0]}×"
                 f"{image_size[1]} allows {deepest}; give a smaller depth (D) or no pooling (NP)"
             )
 
         layers: list[nn.Module | None] = []
-        for _ in range(self.depth):
+        for padding in paddings:
             layers += [
-                nn.Conv2d(channels, self.width, kernel_size=3, padding=padding),
-                NORMS[self.norm](self.width, height, width),
-                ACTIVATIONS[self.activation](),
-                POOLINGS[self.pooling](),
+                nn.Conv2d(channels, plan.width, kernel_size=3, padding=padding),
+                NORMS[plan.norm](plan.width, height, width),
+                ACTIVATIONS[plan.activation](),
+                POOLINGS[plan.pooling](),
             ]
-            channels, padding = self.width, 1
-            if self.pooling != "none":
+            channels = plan.width
+            if plan.pooling != "none":
                 height, width = height // 2, width // 2
         self.features = nn.Sequential(*(layer for layer in layers if layer is not None))
-        self.classifier = nn.Linear(self.width * height * width, num_classes)
+        self.classifier = nn.Linear(plan.width * height * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.features(images).flatten(1))
@@ -300,7 +305,8 @@ def build_network(name: str, channels: int, num_classes: int, image_size: tuple[
     """A freshly initialised network that maps images [B, channels, *image_size] to logits [B, num_classes].
 
     `name` is one of `NAMES`, or ConvNet with any combination of suffixes. The weights are torch's default
-    initialisation from its global generator: `torch.manual_seed` before the call makes them repeatable.
+    initialisation from its global generator: `torch.manual_seed` before the call makes them repeatable. Its
+    `image_shape` says what it reads.
 
     Raises:
         UserError: no such network, or it cannot read images of this size.
@@ -315,7 +321,9 @@ def build_network(name: str, channels: int, num_classes: int, image_size: tuple[
             f"{name} cannot read {channels}×{image_size[0]}×{image_size[1]} images: {family} reads 3×32×32 and 1×28×28,"
             f" {family}_Tiny reads 3×64×64; ConvNet and MLP read any size"
         )
-    return CLASSICS[family](channels, num_classes, image_size)
+    network = CLASSICS[family](channels, num_classes, image_size)
+    network.image_shape = (channels, *image_size)
+    return network
 
 
 def check_network_name(name: str) -> None:

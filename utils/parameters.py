@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from utils.engine import Adjoint, Engine, select_engine
+
 
 class FlatModel:
     """`model(theta, x)`: the network's forward pass with the parameters taken from θ.
@@ -14,15 +16,21 @@ class FlatModel:
     expert files). The wrapped network's own parameters are never changed; its buffers are shared.
 
     Args:
-        network: any `nn.Module`; it keeps the mode (train or eval) it is in.
+        network: any `nn.Module`, on its device; it keeps the mode (train or eval) it is in.
+        backend, precision, micro_batch, work: how derivatives are computed, see `utils.engine.select_engine`.
+
+    Raises:
+        UserError: the network or the machine cannot have what they ask for.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, backend: str = "eager", precision: str = "auto",
+                 micro_batch: int | None = None, work: float = 0.0):
         self.network = network
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.num_parameters = sum(self.sizes)
+        self.engine: Engine = select_engine(network, self, self.unflatten, backend, precision, micro_batch, work)
 
     def flatten(self) -> Tensor:
         """The network's own parameters as a new vector [P], detached."""
@@ -35,6 +43,18 @@ class FlatModel:
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
         """x [B, C, H, W] → logits [B, K], differentiable in θ and x to any order."""
         return functional_call(self.network, dict(zip(self.names, self.unflatten(theta))), (x,))
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean cross entropy L(θ; x, y), the logits [B, K] and ∇L [P], all detached.
+
+        Args:
+            x, y: images [B, C, H, W]; label logits [B, K] or classes [B].
+        """
+        return self.engine.gradient(theta, x, y)
+
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+        """s = ⟨∇L(θ; x, y), λ⟩ and its gradients in θ, x and y, all detached; `co_state` is λ [P]."""
+        return self.engine.adjoint(theta, co_state, x, y)
 
 
 def flatten(parameters: list[Tensor]) -> Tensor:

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from tqdm import tqdm
 
 from utils import augment
 from utils.config import DataConfig, as_dict, has_effect, make
 from utils.datasets import Dataset
+from utils.engine import set_precision
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
+from utils.parameters import FlatModel
 
 
 def entry(main: Callable[[], None]) -> None:
@@ -92,6 +95,26 @@ def select_device(device: str | list[int]) -> torch.device:
     return chosen
 
 
+def start_device(config: DataConfig) -> torch.device:
+    """The device a config asks for, set to its precision.
+
+    Raises:
+        UserError: see `select_device` and `set_precision`.
+    """
+    device = select_device(config.device)
+    set_precision(config.precision, device)
+    return device
+
+
+def flat_model(config: DataConfig, network: nn.Module, work: float, micro_batch: int | None = None) -> FlatModel:
+    """A network on its device, with the engine that a config asks for.
+
+    Args:
+        work: how many samples times steps, of gradient and adjoint together, are to come.
+    """
+    return FlatModel(network, config.backend, config.precision, micro_batch, work)
+
+
 def describe(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
@@ -102,7 +125,8 @@ def describe(device: torch.device) -> str:
 # --- a run's folder ------------------------------------------------------------------------------------------
 
 # What changes where a run happens and what it writes, but not its result.
-_WITHOUT_INFLUENCE = {"device", "parall_eva", "log_path", "run_name", "json", "save", "wandb", "project", "force_save"}
+_WITHOUT_INFLUENCE = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "json",
+                      "save", "wandb", "project", "force_save"}
 
 
 def influential(config: DataConfig) -> dict[str, Any]:

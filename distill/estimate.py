@@ -1,0 +1,118 @@
+"""What a distillation will take on this machine: measured on a few of its own steps, and extrapolated."""
+
+import datetime
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from distill.evaluate import train_network
+from distill.matching import match_trajectory
+from utils import augment
+from utils.config import DistillConfig
+from utils.datasets import Dataset
+from utils.memory import peak, reset_peak
+from utils.metrics import accuracy
+from utils.networks import evaluation_pool
+from utils.parameters import FlatModel
+from utils.run import describe, drawer, dsa_groups, generator
+
+FEW, MORE = 1, 3  # inner steps of the two measurements
+
+
+class Estimate(NamedTuple):
+    """Seconds and bytes; the evaluation's are those of the first network of its pool, for all."""
+
+    iteration: float
+    iterations: int
+    evaluation: float
+    evaluations: int
+    matching_bytes: float
+    data_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return self.iteration * self.iterations + self.evaluation * self.evaluations
+
+    def __str__(self) -> str:
+        return (f"an iteration takes about {duration(self.iteration)}, {self.iterations} of them "
+                f"{duration(self.iteration * self.iterations)}\n"
+                f"an evaluation takes about {duration(self.evaluation)}, {self.evaluations} of them "
+                f"{duration(self.evaluation * self.evaluations)}\n"
+                f"matching takes about {self.matching_bytes / 1e9:.2g} GB beside {self.data_bytes / 1e9:.2g} GB of "
+                f"data; the whole run about {duration(self.seconds)}")
+
+
+def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estimate:
+    """Measures a few inner steps, one epoch of an evaluation and one test pass; compiling is not counted."""
+    device = dataset.train_images.device
+    num_images = config.ipc * dataset.num_classes
+    batch = min(config.batch_syn or num_images, num_images)
+    random = generator(config.seed, "estimate")
+    rows = torch.arange(num_images, device=device) % len(dataset.train_images)
+    images = dataset.train_images[rows]
+    labels = torch.randn(num_images, dataset.num_classes, generator=random).to(device)
+    lr = torch.tensor(config.lr_teacher, device=device)
+    theta = model.flatten()
+    target = theta + 0.01 * torch.randn(theta.shape, generator=random).to(device)
+    groups = dsa_groups(config, inner_loop=True)
+
+    def match(steps: int) -> Callable[[], object]:
+        batches = [torch.randperm(num_images, generator=random)[:batch].to(device) for _ in range(steps)]
+        draws = [augment.draw(groups, batch, dataset.image_size, random) for _ in range(steps)]
+        draws = [draw and draw.to(device) for draw in draws]
+        return lambda: match_trajectory(model, theta, target, images, labels, lr, batches, draws, config.matching)
+
+    few, more = match(FEW), match(MORE)
+    few()  # the first call allocates, and compiles or captures where that is asked for
+    (_, few_bytes), (more_seconds, more_bytes) = (_measured(each, device) for each in (few, more))
+    # Of the exact gradient each further step keeps a θ; of the unrolled one, its graph.
+    step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
+
+    seconds_epoch, _ = _measured(lambda: train_network(
+        model, theta, images, labels, config.lr_teacher, epochs=0, batch_size=config.batch_train,
+        draw=drawer(config, dataset, ()), random=random), device)
+    seconds_test, _ = _measured(lambda: accuracy(lambda x: model(theta, x), dataset.test_images, dataset.test_labels),
+                                device)
+    networks = config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
+    evaluations = config.Iteration // config.eval_it + (config.Iteration % config.eval_it > 0) + (
+        not config.skip_first_eva)
+    state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
+    return Estimate(more_seconds / MORE * config.syn_steps, config.Iteration,
+                    networks * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test), evaluations,
+                    more_bytes + (config.syn_steps - MORE) * step_bytes + state,
+                    sum(each.nbytes for each in (dataset.train_images, dataset.test_images)))
+
+
+def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
+    """`DATM.py --dry_run`: prints the estimate and leaves nothing behind."""
+    print(f"estimate for {config.dataset}, {config.model}, ipc {config.ipc}, {config.matching} gradient "
+          f"({model.engine.name}), T {config.syn_steps}, on {describe(dataset.train_images.device)}:")
+    print(estimate(config, dataset, model))
+    print("nothing was distilled or written; leave --dry_run out to begin")
+
+
+def duration(seconds: float) -> str:
+    """In words of a length that fits: 0.034 s, 3 min 20 s, 2 days 3 h."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    left = datetime.timedelta(seconds=round(seconds))
+    hours, minutes = divmod(left.seconds // 60, 60)
+    if left.days:
+        return f"{left.days} day{'s' * (left.days > 1)} {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left.seconds % 60} s"
+
+
+def _measured(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """(median seconds of three calls, bytes of memory that they add at their peak)"""
+    before = reset_peak(device)
+    seconds = []
+    for _ in range(3):
+        began = perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(perf_counter() - began)
+    return median(seconds), max(0.0, peak(device) - before)

@@ -1,0 +1,77 @@
+"""scripts/benchmark.py, at a tiny size; `compiled` is left out, as it takes a minute."""
+
+import json
+import re
+
+import pytest
+
+METHODS = {"matching": ["unroll", "plain", "tesla", "exact"], "experts": ["bare", "synced", "eager"],
+           "evaluation": ["bare", "eager"]}
+
+
+@pytest.fixture(scope="module")
+def done(run, tmp_path_factory):
+    """What a run printed, and its JSON."""
+    path = tmp_path_factory.mktemp("benchmark") / "result.json"
+    methods = sorted({method for methods in METHODS.values() for method in methods})
+    finished = run("scripts/benchmark.py", "--shape", "tiny_cpu", "--rounds", 2, "--device", "cpu", "--json", path,
+                   "--methods", *methods)
+    return finished.stdout, json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("part", METHODS)
+def test_every_method_is_measured(done, part):
+    (measured,) = done[1][part]
+    assert measured["shape"]["name"] == "tiny_cpu"
+    assert [row["method"] for row in measured["methods"]] == METHODS[part]
+    for row in measured["methods"]:
+        assert row["status"] == "measured" and row["engine"]
+        assert len(row["seconds"]) == 2 and 0 < row["min"] <= row["median"] <= row["max"]
+        assert row["ratio"] > 0
+    assert measured["methods"][0]["ratio"] == 1  # to itself
+
+
+def test_matching_has_memory_and_a_share_of_the_rate(done):
+    (measured,) = done[1]["matching"]
+    # ConvNetW8 at 1×28×28, which its first layer pads to 32×32: two FLOPs a multiplication.
+    forward = 2 * 9 * 8 * (32**2 * 1 + 16**2 * 8 + 8**2 * 8) + 2 * 8 * 4**2 * 10
+    assert measured["flops"] == 9 * forward * 3 * 6
+    rate = 1e9 * done[1]["rates"]["product_gflops"]
+    for row in measured["methods"]:
+        assert 0 <= row["peak_host_bytes"] < 100e6
+        assert row["fraction_of_rate"] == pytest.approx(measured["flops"] / row["median"] / rate)
+
+
+def test_the_machine_stands_beside_the_numbers(done):
+    report = done[1]
+    assert report["machine"]["cpu"] and report["machine"]["threads"] == 1 and report["machine"]["memory_bytes"] > 0
+    assert report["rates"]["copy_gb_per_s"] > 0 and report["environment"]["torch"]
+    assert report["command"].startswith("python scripts/benchmark.py --shape tiny_cpu --rounds 2")
+
+
+def test_tables_show_the_same(done):
+    text, report = done
+    for part, methods in METHODS.items():
+        table = text[text.index(f"\n{part} · tiny_cpu"):].split("\n\n")[1].splitlines()
+        assert len({len(line) for line in table}) == 1  # aligned
+        assert [re.split(r" *\| *", line)[1] for line in table[2:]] == methods
+        for line, row in zip(table[2:], report[part][0]["methods"]):
+            assert f"{row['median']:.3g}" in line
+
+
+def test_shapes_come_from_the_configs(call):
+    text = call("scripts/benchmark.py", "--help").stdout
+    assert all(name in text for name in ("cifar10_ipc1000", "cifar100_ipc50", "tiny_ipc10", "cpu_t80"))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--shape", "cifar10_ipc7"], ["unknown shape 'cifar10_ipc7'", "cifar10_ipc1", "tiny_ipc50", "cpu", "all"]),
+    (["--methods", "exakt"], ["unknown method 'exakt'", "did you mean 'exact'"]),
+    (["--rounds", "0"], ["--rounds 0", "above 0"]),
+    (["--rounds", "x"], ["--rounds", "invalid int"]),
+    (["--part", "experts", "--methods", "unroll"], ["no such part", "experts: bare"]),
+])
+def test_refusals(call, arguments, words):
+    (line,) = call("scripts/benchmark.py", *arguments, expect=2).stderr.splitlines()
+    assert line.startswith("benchmark.py: error: ")
+    assert all(word in line for word in words)

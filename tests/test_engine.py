@@ -1,0 +1,533 @@
+"""Every engine against `Autograd` in float64, and which engine is taken when."""
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_matching import assert_equal_matches, problem
+
+from buffer.gsam import gsam_gradient
+from distill.matching import match_trajectory
+from utils import engine as engines
+from utils.convnet_pass import ConvNetPass, covers
+from utils.convolution import Columns, Direct, Winograd
+from utils.engine import HandWritten, equal_parts, micro_batch_for, repays, set_precision
+from utils.errors import UserError
+from utils.networks import ConvNetPlan, build_network
+from utils.parameters import FlatModel
+
+NORMS, ACTIVATIONS, POOLINGS = ("NN", "LN", "IN", "GN"), ("AS", "AR", "AL"), ("NP", "MP", "AP")
+CLASSES = 3
+CPU = torch.device("cpu")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These tensors are too small to share out: beside other processes, threads cost five times what they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network_of(name, shape=(3, 8, 8), dtype=torch.float64, seed=0):
+    """The network for images of `shape`, none of its parameters at a special value: no gain is one, no shift zero."""
+    torch.manual_seed(seed)
+    network = build_network(name, shape[0], CLASSES, shape[1:]).to(dtype)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return network
+
+
+def inputs_of(model, batch=4, hard=False, seed=1):
+    """θ, λ, x and y."""
+    random = torch.Generator().manual_seed(seed)
+    theta = model.flatten()
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(theta)
+
+    y = torch.randint(CLASSES, (batch,), generator=random).to(theta.device) if hard else draw(batch, CLASSES)
+    return theta, draw(*theta.shape), draw(batch, *model.network.image_shape), y
+
+
+def by_hand(network, micro_batch=None, dtype=None, plan_compiled=False):
+    """The hand-written engine, run uncompiled; `plan_compiled` gives it the convolutions that compiled code has."""
+    network_pass = ConvNetPass(network.plan, network.image_shape, CPU, dtype, plan_compiled)
+    return HandWritten(network_pass, FlatModel(network).unflatten, micro_batch)
+
+
+def assert_close(found, expected, tolerance=1e-10):
+    """Tensor by tensor, relative to the norm, with a floor of 1e-12 for what is zero but for rounding."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.shape == other.shape and not one.requires_grad
+            assert (one - other).norm() <= tolerance * other.norm() + 1e-12
+
+
+def derivatives(engine, theta, co_state, x, y):
+    """The loss, logits, ∇L, s, ∂s/∂θ, ∂s/∂x and ∂s/∂y."""
+    return *engine.gradient(theta, x, y), *engine.adjoint(theta, co_state, x, y)
+
+
+def assert_same_derivatives(engine, reference, *given):
+    assert_close(derivatives(engine, *given), derivatives(reference, *given))
+
+
+# --- the derivatives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_by_hand_equals_autograd(norm, activation, pooling, hard):
+    """Every variant, for few channels and many, one (which is padded further), odd sides and sides that differ."""
+    shapes = [(3, 8, 4), (6, 8, 8), (1, 4, 8)] + [(3, 7, 5), (1, 3, 6)] * (pooling == "NP")
+    for shape in shapes:
+        network = network_of(f"ConvNetD2W4{norm}{activation}{pooling}", shape)
+        model = FlatModel(network, "plain")
+        given = inputs_of(model, hard=hard)
+        expected = derivatives(model, *given)
+        *_, of_x, of_y = expected
+        assert of_x.norm() > 1e-6 and (of_y is None) == hard
+        for engine in (by_hand(network), FlatModel(network, "eager")):
+            assert_close(derivatives(engine, *given), expected)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_by_hand_equals_autograd_whatever_the_shape(data):
+    depth = data.draw(st.integers(1, 3), "depth")
+    parts = [data.draw(st.sampled_from(part)) for part in (NORMS, ACTIVATIONS, POOLINGS)]
+    channels, width = data.draw(st.integers(1, 6), "channels"), 4 * data.draw(st.integers(1, 2), "quarter of the width")
+    if parts[2] == "NP":
+        size = [data.draw(st.integers(2, 7)) for _ in range(2)]
+    else:
+        size = [2**depth * data.draw(st.integers(1, 3)) - (4 if channels == 1 else 0) for _ in range(2)]
+        assume(min(size) > 0)
+    network = network_of(f"ConvNetD{depth}W{width}{''.join(parts)}", (channels, *size))
+    batch, micro_batch = data.draw(st.integers(1, 5), "batch"), data.draw(st.integers(1, 6), "micro_batch")
+    given = inputs_of(FlatModel(network), batch, data.draw(st.booleans(), "hard"))
+    assert covers(network)
+    assert_same_derivatives(by_hand(network, micro_batch), FlatModel(network, "plain"), *given)
+
+
+@pytest.mark.parametrize("name", ["ConvNetD2W4", "ConvNetD2W4NNAS", "ConvNetD2W4LNMP", "ConvNetD2W4GNNP"])
+@pytest.mark.parametrize("case", ["black", "one black", "confident label", "all confident", "large"])
+def test_by_hand_equals_autograd_at_extremes(name, case):
+    network = network_of(name)
+    model = FlatModel(network, "plain")
+    theta, co_state, x, y = inputs_of(model)
+    if case in ("black", "one black"):
+        x[: 1 if case == "one black" else None] = 0
+    elif case in ("confident label", "all confident"):
+        y[: 1 if case == "confident label" else None, 1] = 1e4
+    else:
+        theta[-CLASSES:] = torch.tensor([1e3, 0, -1e3])  # so are the logits
+    assert all(each.isfinite().all() for each in model.adjoint(theta, co_state, x, y))
+    assert_same_derivatives(by_hand(network), model, theta, co_state, x, y)
+
+
+@pytest.mark.parametrize("norm", ["NN", "IN", "GN"])
+@pytest.mark.parametrize("activation", ["AR", "AL"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_by_hand_takes_the_same_side_as_autograd_of_kinks_and_ties(norm, activation, pooling):
+    """Black images and no shifts: every activation is zero, and all pixels of a window are equal."""
+    network = network_of(f"ConvNetD1W4{norm}{activation}{pooling}")
+    model = FlatModel(network, "plain")
+    theta, co_state, x, y = inputs_of(model)
+    *of_blocks, _, _ = model.unflatten(theta)
+    for part in of_blocks:
+        if part.dim() == 1:
+            part.zero_()
+    given = theta, co_state, torch.zeros_like(x), y
+    assert_same_derivatives(by_hand(network), model, *given)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("name, backend", [("ConvNetD2W4", "eager"), ("ConvNetD2W4", "plain"), ("MLP", "plain")])
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_micro_batches_change_nothing(name, backend, micro_batch, hard):
+    """Seven images in parts, even or not: sums are those of the whole, and images, labels and logits in order."""
+    network = network_of(name)
+    whole = FlatModel(network, "plain", micro_batch=7)
+    given = inputs_of(whole, 7, hard)
+    model = FlatModel(network, backend, micro_batch=micro_batch)
+    for engine in (model, by_hand(network, micro_batch)) if backend == "eager" else (model,):
+        found = derivatives(engine, *given)
+        assert_close(found, derivatives(whole, *given))
+        assert_close([found[1]], [whole(given[0], given[2]).detach()])
+
+
+@pytest.mark.parametrize("backend", ["plain", "eager"])
+def test_the_reference_is_what_its_definition_says(backend):
+    """L, ∇L and s by central differences, which know nothing of autograd."""
+    model = FlatModel(network_of("ConvNetD2W4AS"), backend)
+    theta, co_state, x, y = inputs_of(model)
+    random, step = torch.Generator().manual_seed(5), 1e-5
+
+    def slope(function, at):
+        """Of the function along a random direction, and the direction."""
+        direction = torch.randn(at.shape, generator=random, dtype=at.dtype)
+        return float(function(at + step * direction) - function(at - step * direction)) / (2 * step), direction
+
+    _, _, gradient = model.gradient(theta, x, y)
+    found = model.adjoint(theta, co_state, x, y)
+    assert float(found.s) == pytest.approx(float(gradient @ co_state), rel=1e-12)
+    cases = [(lambda t: model.gradient(t, x, y)[0], theta, gradient),
+             (lambda t: model.gradient(t, x, y)[2] @ co_state, theta, found.theta),
+             (lambda i: model.gradient(theta, i, y)[2] @ co_state, x, found.images),
+             (lambda k: model.gradient(theta, x, k)[2] @ co_state, y, found.labels)]
+    for function, at, expected in cases:
+        rise, direction = slope(function, at)
+        assert rise == pytest.approx(float((expected * direction).sum()), rel=1e-5, abs=1e-8)
+
+
+def test_inputs_are_left_alone():
+    network = network_of("ConvNetD2W4")
+    for engine in (FlatModel(network, "plain"), FlatModel(network), by_hand(network, 3)):
+        tensors = inputs_of(FlatModel(network), 4)
+        before = [each.clone() for each in tensors]
+        theta, co_state, x, y = (each.requires_grad_() for each in tensors)
+        assert not any(each.requires_grad for each in engine.gradient(theta, x, y))
+        assert not any(each.requires_grad for each in engine.adjoint(theta, co_state.detach(), x, y))
+        assert all(torch.equal(*pair) and pair[0].grad is None for pair in zip(tensors, before))
+
+
+# --- Winograd, which only compiled code takes ----------------------------------------------------------------------
+
+
+def test_compiled_code_takes_winograd_where_it_fits():
+    def forms(name, shape, device=CPU, dtype=None, compiled=True):
+        network_pass = ConvNetPass(ConvNetPlan.parse(name), shape, device, dtype, compiled)
+        return [type(block.convolution) for block in network_pass.blocks]
+
+    assert forms("ConvNetD3W64", (3, 16, 16)) == [Columns, Winograd, Winograd]
+    assert forms("ConvNetD3W64", (1, 28, 28)) == [Columns, Winograd, Winograd]
+    assert forms("ConvNetD3W64", (3, 8, 16)) == [Columns, Winograd, Direct]  # 2×4 cannot be tiled
+    assert forms("ConvNetD2W32", (3, 16, 16)) == [Columns, Direct]
+    assert forms("ConvNetD2W64", (3, 16, 16), compiled=False) == [Columns, Direct]
+    assert forms("ConvNetD2W64", (3, 16, 16), dtype=torch.bfloat16) == [Direct, Direct]
+    assert forms("ConvNetD2W64", (3, 16, 16), device=torch.device("cuda")) == [Direct, Direct]
+
+
+@pytest.mark.parametrize("name, shape", [("ConvNetD2W64", (3, 16, 8)), ("ConvNetD2W64LNMP", (3, 8, 8)),
+                                         ("ConvNetD2W64GNAS", (1, 4, 12)), ("ConvNetD2W64NNNP", (3, 4, 8))])
+def test_the_pass_with_winograd_equals_autograd(name, shape):
+    network = network_of(name, shape)
+    engine = by_hand(network, 2, plan_compiled=True)
+    assert type(engine.network_pass.blocks[1].convolution) is Winograd
+    model = FlatModel(network, "plain")
+    assert_same_derivatives(engine, model, *inputs_of(model, 3))
+
+
+# --- what comes of it in matching ----------------------------------------------------------------------------------
+
+
+def median_error(found, expected):
+    """Of the images' gradients: the median of single images' relative errors. A few are off where rounding decides
+    which way a ReLU goes."""
+    return float(((found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).median())
+
+
+@pytest.mark.parametrize("name", ["ConvNetD2W4", "ConvNetD2W4LNAL", "ConvNetD1W8NNMP", "ConvNetD2W4GNASNP"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_a_match_by_hand_equals_the_textbook(name, seed, micro_batch):
+    """Uneven chunks that share images, augmented with the whole strategy."""
+    given = problem(seed, name=name, sizes=(3, 5, 2, 1))
+    network = given.pop("model").network
+    assert len({draw.group for draw in given["augment"]}) > 1
+    exact = match_trajectory(FlatModel(network, micro_batch=micro_batch), **given)
+    assert_equal_matches(exact, match_trajectory(FlatModel(network), **given, method="unroll"))
+    assert_equal_matches(exact, match_trajectory(FlatModel(network, "plain"), **given))
+
+
+def test_a_match_by_hand_with_repeated_images_and_hard_labels():
+    given = problem(1, sizes=(2, 2), name="ConvNetD2W4GN") | {"augment": None, "labels": torch.arange(7) % 3}
+    given["batches"] = [torch.tensor([0, 0, 3]), torch.tensor([0, 1])]
+    exact = match_trajectory(**given)
+    assert exact.grad_labels is None and exact.grad_images[2].abs().sum() == 0
+    assert_equal_matches(exact, match_trajectory(**given, method="unroll"))
+
+
+def in_float32(given):
+    """The problem, rounded; the model takes its parameters from θ, and so its type."""
+    return given | {key: value.float() for key, value in given.items()
+                    if isinstance(value, torch.Tensor) and value.is_floating_point()}
+
+
+@pytest.mark.parametrize("name, winograd", [("ConvNetW32", False), ("ConvNetD2W64", True)])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_match_by_hand_is_accurate_in_float32(name, winograd, seed):
+    given = problem(seed, count=6, sizes=(6, 6, 6), name=name, channels=3, size=(16, 16))
+    expected = match_trajectory(**given, method="unroll")
+    engine = by_hand(given["model"].network, plan_compiled=winograd)
+    assert (type(engine.network_pass.blocks[-1].convolution) is Winograd) == winograd
+    given["model"].engine = engine
+    found = match_trajectory(**in_float32(given))
+    assert found.grad_images.dtype == torch.float32
+    assert median_error(found.grad_images, expected.grad_images) < 1e-5
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+    assert float(found.grad_lr) == pytest.approx(float(expected.grad_lr), rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch, calls", [(None, 5), (2, 3 + 1 + 2 + 3 + 1)])
+def test_matching_takes_the_hand_written_adjoint(monkeypatch, micro_batch, calls):
+    """A call for every step and micro-batch: it does not fall back in silence."""
+    taken, adjoint = [], ConvNetPass.adjoint
+    monkeypatch.setattr(ConvNetPass, "adjoint", lambda *given: taken.append(1) or adjoint(*given))
+    given = problem(0, sizes=(3, 2, 4, 3, 1))
+    network = given.pop("model").network
+    match_trajectory(FlatModel(network, "plain", micro_batch=micro_batch), **given)
+    assert not taken
+    match_trajectory(FlatModel(network, micro_batch=micro_batch), **given, method="exact")
+    assert len(taken) == calls
+
+
+@pytest.mark.parametrize("model", [lambda network: FlatModel(network, "plain", "bf16"),
+                                   lambda network: FlatModel(network, "eager", "bf16"),
+                                   lambda network: by_hand(network, dtype=torch.bfloat16)],
+                         ids=["plain", "eager", "by hand"])
+@pytest.mark.parametrize("name", ["ConvNetD2W32", "ConvNetD2W32LNAS"])
+def test_bf16_points_the_same_way(model, name):
+    """Rounded, but not far off; results are in the type that was given."""
+    network = network_of(name, (3, 16, 16), torch.float32)
+    exact, rounded = FlatModel(network, "plain"), model(network)
+    theta, co_state, x, y = inputs_of(exact, 16)
+    expected, found = ((*each.gradient(theta, x, y)[1:], *each.adjoint(theta, co_state, x, y)[1:])
+                       for each in (exact, rounded))
+    for one, other in zip(found, expected):
+        assert one.dtype == torch.float32
+        assert 0.95 < torch.cosine_similarity(one.flatten(), other.flatten(), dim=0)
+        assert not torch.allclose(one, other, rtol=1e-4, atol=0)
+
+
+# --- which engine is taken -----------------------------------------------------------------------------------------
+
+COVERED = [("ConvNetD3W4", (3, 32, 32)), ("ConvNetD3W4", (1, 28, 28)), ("ConvNetD3W4NP", (3, 30, 31)),
+           ("ConvNetD1W4MP", (3, 30, 6)), ("ConvNetD2W4GNASMP", (2, 4, 12))]
+NOT_COVERED = [("ConvNetD1W4BN", (3, 8, 8)), ("ConvNetD3W4", (3, 30, 30)), ("ConvNetD3W4", (3, 32, 28)),
+               ("ConvNetD1W4MP", (3, 8, 7)), ("ConvNetD3W4", (1, 32, 32)), ("MLP", (3, 8, 8)),
+               ("LeNet", (3, 32, 32)), ("ResNet18", (3, 32, 32)), ("ResNet18BN_AP", (3, 32, 32))]
+
+
+@pytest.mark.parametrize("name, shape", COVERED)
+def test_covered_networks_are_done_by_hand(name, shape):
+    network = build_network(name, shape[0], CLASSES, shape[1:])
+    assert covers(network)
+    assert FlatModel(network).engine.name == FlatModel(network, "eager").engine.name == "hand-written"
+    assert FlatModel(network, "plain").engine.name == "autograd"
+
+
+@pytest.mark.parametrize("name, shape", NOT_COVERED)
+@pytest.mark.parametrize("backend", ["auto", "plain", "eager", "compile"])
+def test_other_networks_are_left_to_autograd(name, shape, backend):
+    network = build_network(name, shape[0], CLASSES, shape[1:])
+    assert not covers(network)
+    assert FlatModel(network, backend, work=1e12).engine.name == "autograd"
+
+
+def test_a_network_from_elsewhere_is_left_to_autograd():
+    """Nothing is known of its images, so that it is not split either."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, CLASSES)).double()
+    model = FlatModel(network, "auto", work=1e12)
+    assert model.engine.name == "autograd" and micro_batch_for(network, 1) is None
+    assert model.gradient(model.flatten(), torch.randn(2, 3, 2, 2).double(), torch.tensor([0, 1]))[2].norm() > 0
+
+
+@pytest.mark.parametrize("backend, work, compiler, name", [
+    ("auto", 0, True, "hand-written"), ("auto", 1e12, True, "hand-written, compiled"),
+    ("auto", 1e12, False, "hand-written"), ("eager", 1e12, True, "hand-written"),
+    ("compile", 0, True, "hand-written, compiled"), ("plain", 1e12, True, "autograd"),
+])
+def test_compiles_where_that_is_asked_for_or_repaid(monkeypatch, backend, work, compiler, name):
+    monkeypatch.setattr("shutil.which", lambda program: f"/usr/bin/{program}" if compiler else None)
+    assert FlatModel(network_of("ConvNetD2W4"), backend, work=work).engine.name == name
+
+
+def test_compiling_repays_long_runs_of_large_networks():
+    small, large = (build_network(f"ConvNetW{width}", 3, 10, (32, 32)) for width in (4, 128))
+    assert not repays(large, 0) and repays(small, 1e12)
+    works = [10.0**power for power in range(13)]
+    first = [next(work for work in works if repays(network, work)) for network in (large, small)]
+    assert first[0] < first[1]
+    assert all(repays(large, work) == (work >= first[0]) for work in works)
+
+
+@pytest.mark.parametrize("name, shape, values", [("MLP", (3, 8, 8), 128 + 128 + CLASSES),
+                                                 ("ConvNetD1W4", (3, 8, 8), 3 * 4 * 64 + 4 * 16 + CLASSES),
+                                                 ("ConvNetD1W4NNNP", (1, 4, 4), 2 * 4 * 64 + CLASSES)])
+def test_activations_are_counted(name, shape, values):
+    network = build_network(name, shape[0], CLASSES, shape[1:])
+    assert engines.activation_bytes(network) == 4 * values
+    assert next(network.parameters()).device == CPU
+    assert network(torch.zeros(1, *shape)).isfinite().all()
+    assert micro_batch_for(network, 4 * values * 5 + 1) == 5
+
+
+def test_micro_batches_shrink_as_networks_grow_and_never_to_nothing():
+    sizes = [micro_batch_for(build_network(f"ConvNetW{width}", 3, 10, (32, 32)), 1 << 21) for width in (4, 32, 256)]
+    assert sizes[0] > sizes[1] > sizes[2] == 1
+    assert micro_batch_for(build_network("ConvNetD1W4BN", 3, 10, (8, 8)), 1) is None
+
+
+@pytest.mark.parametrize("batch, most, sizes", [(7, None, [7]), (7, 7, [7]), (7, 100, [7]), (12, 5, [4, 4, 4]),
+                                                (10, 4, [2] * 5), (7, 3, [3, 2, 2]), (5, 1, [1] * 5)])
+def test_equal_parts(batch, most, sizes):
+    assert equal_parts(batch, most) == sizes
+
+
+@given(st.integers(1, 400), st.integers(1, 450))
+def test_parts_make_up_the_batch_and_are_equal_where_that_is_cheap(batch, most):
+    sizes = equal_parts(batch, most)
+    assert sum(sizes) == batch and 1 <= min(sizes) and max(sizes) <= most and max(sizes) - min(sizes) <= 1
+    fewest = math.ceil(batch / most)
+    cheap = [number for number in range(fewest, 2 * fewest) if batch % number == 0]
+    assert len(sizes) == (cheap[0] if cheap else fewest)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, options, option", [
+    ("ConvNetD1W4", {"backend": "graph"}, "--backend graph"),
+    ("MLP", {"backend": "graph"}, "--backend graph"),
+    ("ConvNetD1W4", {"backend": "compile"}, "--backend compile"),
+    ("ConvNetD1W4BN", {"micro_batch": 2}, "--micro_batch 2"),
+    ("ConvNetD1W4BN", {"micro_batch": 2, "backend": "plain"}, "--micro_batch 2"),
+])
+def test_refuses_what_cannot_be_had(monkeypatch, name, options, option):
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    with pytest.raises(UserError, match=option):
+        FlatModel(build_network(name, 3, CLASSES, (8, 8)), **options).engine  # noqa: B018
+
+
+def test_tf32_is_refused_on_the_cpu():
+    with pytest.raises(UserError, match="--precision tf32"):
+        set_precision("tf32", CPU)
+
+
+@pytest.mark.parametrize("precision, device, expected", [("fp32", "cpu", "ieee"), ("fp32", "cuda", "ieee"),
+                                                         ("tf32", "cuda", "tf32"), ("auto", "cuda", None),
+                                                         ("bf16", "cpu", None)])
+def test_precision_is_set_for_products_and_convolutions(monkeypatch, precision, device, expected):
+    backends = SimpleNamespace(cuda=SimpleNamespace(matmul=SimpleNamespace(fp32_precision=None)),
+                               cudnn=SimpleNamespace(conv=SimpleNamespace(fp32_precision=None)))
+    monkeypatch.setattr(torch, "backends", backends)
+    set_precision(precision, torch.device(device))
+    assert backends.cuda.matmul.fp32_precision == backends.cudnn.conv.fp32_precision == expected
+
+
+# --- compiled ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(engines._compiler() is None, reason="no C++ compiler")
+def test_compiled_code_equals_autograd():
+    """For real, and once for all networks of a plan."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    seen = []
+    for seed in range(2):
+        network = network_of("ConvNetD1W4", seed=seed)
+        model = FlatModel(network, "compile", micro_batch=2)
+        assert model.engine.name == "hand-written, compiled"
+        assert_same_derivatives(model, FlatModel(network, "plain"), *inputs_of(model))
+        seen.append(graphs["unique_graphs"])
+    assert seen[0] == seen[1]
+
+
+# --- captured ------------------------------------------------------------------------------------------------------
+
+
+def captured_on_the_cpu(monkeypatch, network):
+    """The captured engine with graphs that are stood in for: a replay writes to memory of its own what the function
+    makes of the memory it was captured with. Also the keys it captured."""
+    captures = []
+
+    def capture(self, function, inputs):
+        held = [each.clone() for each in inputs]
+        outputs = function(*held)
+        captures.append((function.__name__, len(held[-1])))
+
+        def replay():
+            for own, new in zip(outputs, function(*held)):
+                if own is not None:
+                    own.copy_(new)
+
+        return SimpleNamespace(replay=replay), held, outputs
+
+    monkeypatch.setattr(engines.Captured, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return engines.Captured(FlatModel(network, "eager").engine), captures
+
+
+def assert_replays(captured, reference, hard=False):
+    """Two shapes in turn, each with new values every time; all results are compared after the last call."""
+    results, expected = [], []
+    for seed, batch in enumerate((4, 3, 4, 4, 3)):
+        given = inputs_of(reference, batch, hard, seed)
+        results.append(derivatives(captured, *given))
+        expected.append(derivatives(reference, *given))
+    for one, other in zip(results, expected, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["ConvNetD2W4", "MLP"])
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_a_replay_takes_the_inputs_at_hand_and_keeps_earlier_results(monkeypatch, name, hard):
+    network = network_of(name)
+    captured, captures = captured_on_the_cpu(monkeypatch, network)
+    assert_replays(captured, FlatModel(network, "plain"), hard)
+    assert sorted(captures) == [("adjoint", 3), ("adjoint", 4), ("gradient", 3), ("gradient", 4)]
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("name", ["ConvNetD2W4", "ConvNetD2W4LNASMP", "ConvNetD2W4GNALNP", "ConvNetD2W4NN", "MLP"])
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_captured_equals_plain_on_the_gpu(name, hard, micro_batch):
+    network = network_of(name).cuda()
+    captured = FlatModel(network, "graph", micro_batch=micro_batch)
+    assert captured.engine.name == ("autograd, captured" if name == "MLP" else "hand-written, captured")
+    assert_replays(captured, FlatModel(network, "plain"), hard)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("name", ["ConvNetD2W4", "ConvNetD2W4GNASMP", "MLP"])
+@pytest.mark.parametrize("backend", ["graph", "auto", "eager", "plain"])
+def test_a_match_on_the_gpu_equals_one_on_the_cpu(name, backend):
+    """Uneven chunks, augmented."""
+    given = problem(0, name=name)
+    expected = match_trajectory(**given, method="unroll")
+    there = {key: value.cuda() for key, value in given.items() if isinstance(value, torch.Tensor)}
+    there |= {"model": FlatModel(given["model"].network.cuda(), backend),
+              "batches": [batch.cuda() for batch in given["batches"]],
+              "augment": [draw.to("cuda") for draw in given["augment"]]}
+    found = match_trajectory(**there)
+    assert all(each.is_cuda for each in found)
+    assert_equal_matches(type(found)(*(each.cpu() for each in found)), expected, 1e-9)
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_batch_norm_statistics_on_the_gpu_are_those_of_the_calls_that_were_made():
+    """Whatever else a capture runs, and also where GSAM's second pass is to leave them alone."""
+    plain, captured = (network_of("ConvNetD1W4BN").cuda() for _ in range(2))
+    for network, backend in ((plain, "plain"), (captured, "auto")):
+        model = FlatModel(network, backend)
+        for seed in range(3):
+            theta, _, x, y = inputs_of(model, hard=True, seed=seed)
+            gsam_gradient(model, theta, x, y, rho=0.1, alpha=0.1)
+    assert_close([each.double() for each in captured.buffers()], [each.double() for each in plain.buffers()])

@@ -1,0 +1,353 @@
+"""How a step's derivatives are computed: by autograd or by hand, compiled or captured; chosen in `select_engine`.
+
+An engine does the two things of which training, matching and evaluation consist:
+
+    gradient(θ, x, y)    → (L, logits, ∇L)
+    adjoint(θ, λ, x, y)  → (s, ∂s/∂θ, ∂s/∂x, ∂s/∂y)   of s = ⟨∇L(θ; x, y), λ⟩
+
+`Autograd` does both for every network and is the reference; `HandWritten` (`utils.convnet_pass`) does them for the
+ConvNet family. Both walk through a batch in micro-batches, exactly: networks without batch norm treat samples alone,
+so the loss is a weighted sum over any split. `Captured` replays either from CUDA graphs.
+"""
+
+import contextlib
+import copy
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from utils.convnet_pass import ConvNetPass, Weights, covers
+from utils.errors import UserError
+from utils.losses import cross_entropy
+from utils.networks import ConvNetPlan
+
+BACKENDS = ("auto", "plain", "eager", "compile", "graph")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+
+# Activations of a micro-batch on a CPU: what its cache still serves, and what autograd's larger kernels want.
+CACHED_BYTES = 24 << 20
+PLAIN_BYTES = 128 << 20
+SHARE_OF_MEMORY = 0.7  # of a GPU's free memory, that a micro-batch may take
+ADJOINT_FACTOR = 6.0  # an adjoint's peak memory over its activations, at most (measured: 5)
+COMPILING_PAYS = 600.0  # seconds of uncompiled work from which compiling, a minute or two, pays
+ACTIVATIONS_PER_SECOND = 0.19e9  # bytes of them through gradient and adjoint on one CPU core, for that estimate
+
+
+GRADIENT_ALONE = 1 / 3  # of the work of a gradient and an adjoint together
+
+
+class Adjoint(NamedTuple):
+    """s = ⟨∇L, λ⟩ and its gradients; `labels` is None for hard labels."""
+
+    s: Tensor
+    theta: Tensor
+    images: Tensor
+    labels: Tensor | None
+
+
+class Engine(Protocol):
+    """Shapes: θ, λ [P]; x [B, C, H, W]; y label logits [B, K] or classes [B]. Everything returned is detached."""
+
+    name: str
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint: ...
+
+
+def equal_parts(batch: int, most: int | None) -> list[int]:
+    """Sizes of micro-batches of at most `most`: equal ones where that needs fewer than twice as many, which spares
+    compiled and captured code a second shape; else sizes that differ by one."""
+    fewest = 1 if most is None else math.ceil(batch / most)
+    for number in range(fewest, 2 * fewest):
+        if batch % number == 0:
+            return [batch // number] * number
+    return [batch // fewest + (part < batch % fewest) for part in range(fewest)]
+
+
+class Autograd:
+    """Every network: autograd, and reverse over reverse for the adjoint.
+
+    Args:
+        forward: (θ, x) → logits.
+        micro_batch: samples at a time; None: all.
+        dtype: run the network in this type by autocast.
+    """
+
+    name = "autograd"
+
+    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], micro_batch: int | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        self.forward, self.micro_batch, self.dtype = forward, micro_batch, dtype
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = equal_parts(len(x), self.micro_batch)
+        total, logits = None, []
+        for x_part, y_part in zip(x.detach().split(sizes), y.detach().split(sizes)):
+            leaf = theta.detach().requires_grad_()
+            found, loss = self._loss(leaf, x_part, y_part)
+            (of_theta,) = torch.autograd.grad(loss, leaf)
+            total = _add(total, (loss.detach(), of_theta), len(x_part) / len(x))
+            logits.append(found.detach())
+        return total[0], torch.cat(logits), total[1]
+
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+        soft = y.is_floating_point()
+        sizes = equal_parts(len(x), self.micro_batch)
+        total, of_x, of_y = None, [], []
+        for x_part, y_part in zip(x.detach().split(sizes), y.detach().split(sizes)):
+            share = len(x_part) / len(x)
+            leaves = [theta.detach().requires_grad_(), x_part.detach().requires_grad_()]
+            if soft:
+                leaves.append(y_part.detach().requires_grad_())
+            _, loss = self._loss(*leaves[:2], leaves[2] if soft else y_part)
+            (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+            s = torch.dot(gradient, co_state)
+            s_theta, s_x, *s_y = torch.autograd.grad(s, leaves)
+            total = _add(total, (s.detach(), s_theta), share)
+            of_x.append(s_x * share)
+            of_y += [each * share for each in s_y]
+        return Adjoint(*total, torch.cat(of_x), torch.cat(of_y) if soft else None)
+
+    def _loss(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, self.dtype) if self.dtype else contextlib.nullcontext():
+            logits = self.forward(theta, x)
+        logits = logits.to(x.dtype)
+        return logits, cross_entropy(logits, y)
+
+
+class HandWritten:
+    """The ConvNet family, by `ConvNetPass`.
+
+    Args:
+        network_pass: the pass; its `gradient` and `adjoint` are pure functions, which `compiled` hands to the compiler.
+        unflatten: θ [P] → tensors in `parameters()` order.
+        micro_batch: samples at a time; None: all.
+    """
+
+    def __init__(self, network_pass: ConvNetPass, unflatten: Callable[[Tensor], list[Tensor]],
+                 micro_batch: int | None = None, compiled: bool = False) -> None:
+        self.network_pass, self.unflatten, self.micro_batch = network_pass, unflatten, micro_batch
+        self.name = "hand-written, compiled" if compiled else "hand-written"
+        self._gradient, self._adjoint = network_pass.gradient, network_pass.adjoint
+        if compiled:
+            self._gradient, self._adjoint = _compiled(network_pass)
+
+    @torch.no_grad()
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights = self._lift(theta)
+        sizes = equal_parts(len(x), self.micro_batch)
+        total, logits = None, []
+        for x_part, y_part in zip(x.split(sizes), y.split(sizes)):
+            loss, found, of_weights = self._gradient(weights, x_part, y_part)
+            total = _add(total, (loss, of_weights), len(x_part) / len(x))
+            logits.append(found)
+        return total[0], torch.cat(logits), self.network_pass.lower(total[1])
+
+    @torch.no_grad()
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+        weights, tangents = self._lift(theta), self._lift(co_state)
+        sizes = equal_parts(len(x), self.micro_batch)
+        total, of_x, of_y = None, [], []
+        for x_part, y_part in zip(x.split(sizes), y.split(sizes)):
+            share = len(x_part) / len(x)
+            s, of_weights, s_x, s_y = self._adjoint(weights, tangents, x_part, y_part)
+            total = _add(total, (s, of_weights), share)
+            of_x.append(s_x * share)
+            of_y.append(None if s_y is None else s_y * share)
+        soft = y.is_floating_point()
+        return Adjoint(total[0], self.network_pass.lower(total[1]), torch.cat(of_x), torch.cat(of_y) if soft else None)
+
+    def _lift(self, theta: Tensor) -> Weights:
+        return self.network_pass.lift(self.unflatten(theta))
+
+
+@cache
+def _compiled(network_pass: ConvNetPass) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both derivatives compiled, once a pass; for fixed shapes, of which a run has few, since that is faster."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns wherever there is no GPU
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # networks times shapes
+    return tuple(torch.compile(each, fullgraph=True, dynamic=False)
+                 for each in (network_pass.gradient, network_pass.adjoint))
+
+
+@cache
+def _shared_pass(plan: ConvNetPlan, image_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None,
+                 compiled: bool) -> ConvNetPass:
+    """One pass for all networks of a plan, so that the tenth network of an evaluation is not compiled again."""
+    return ConvNetPass(plan, image_shape, device, dtype, compiled)
+
+
+class EagerHandWritten(HandWritten):
+    """Without a compiler the library's fused kernels win at the gradient, and the hand-written pass at the adjoint."""
+
+    def __init__(self, network_pass: ConvNetPass, unflatten: Callable[[Tensor], list[Tensor]],
+                 micro_batch: int | None, reference: Autograd) -> None:
+        super().__init__(network_pass, unflatten, micro_batch)
+        self.gradient = reference.gradient
+
+
+class Captured:
+    """Replays an engine's calls from CUDA graphs, one for each kind of call and shape of its inputs.
+
+    A replay launches the whole call at once, whatever the number of its kernels. Results are copied out of the graph's
+    own memory, so that they stay valid after the next call.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.name = f"{engine.name}, captured"
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+        self._pool: Any = None
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._replay(self.engine.gradient, theta, x, y)
+
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+        return self._replay(self.engine.adjoint, theta, co_state, x, y)
+
+    def _replay(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        key = (function.__name__, *((each.shape, each.dtype) for each in inputs))
+        if key not in self._graphs:
+            with torch.cuda.device(inputs[0].device):
+                self._graphs[key] = self._capture(function, inputs)
+        graph, held, outputs = self._graphs[key]
+        for own, given in zip(held, inputs):
+            own.copy_(given.detach())
+        graph.replay()
+        return pytree.tree_map_only(Tensor, Tensor.clone, outputs)
+
+    def _capture(self, function: Callable[..., Any], inputs: Sequence[Tensor]
+                 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+        held = [each.detach().clone() for each in inputs]
+        # The first calls choose algorithms, compile and allocate, none of which can be captured.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                function(*held)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, which evaluate on other GPUs, may go on as they please.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = function(*held)
+        self._pool = graph.pool()
+        return graph, held, outputs
+
+
+def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor],
+                  unflatten: Callable[[Tensor], list[Tensor]], backend: str = "auto", precision: str = "auto",
+                  micro_batch: int | None = None, work: float = 0.0) -> Engine:
+    """The engine for a network on the device it is on.
+
+    Args:
+        backend: `plain`: autograd, the reference. `eager`: the hand-written pass where it covers the network.
+            `compile`: that pass compiled. `graph`: as eager, replayed from CUDA graphs. `auto`: on a GPU, graph; on a
+            CPU, compile if `work` repays it and there is a compiler, else eager. What cannot be had is left out.
+        micro_batch: samples at a time; None: chosen by `micro_batch_for`.
+        work: samples times steps that are to come.
+
+    Raises:
+        UserError: a backend that cannot be had here, or micro-batches of a network with batch norm.
+    """
+    device = next(network.parameters()).device
+    if backend == "graph" and device.type != "cuda":
+        raise UserError("--backend graph captures CUDA graphs, and this runs on the CPU; give auto, eager or compile")
+    if micro_batch is not None and not can_split(network):
+        raise UserError(f"--micro_batch {micro_batch}: batch norm ties the samples of a batch together, so that it "
+                        "cannot be split; leave --micro_batch out, or take a network without batch norm")
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    fast = backend != "plain" and covers(network)
+    worthwhile = fast and backend == "auto" and device.type == "cpu" and _compiler() and repays(network, work)
+    compiled = fast and bool(backend == "compile" or worthwhile)
+    if compiled and not _compiler():
+        raise UserError("--backend compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one "
+                        "or give --backend eager")
+    engine: Engine
+    engine = plain = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype)
+    if fast:
+        network_pass = _shared_pass(network.plan, network.image_shape, device, dtype, compiled)
+        size = micro_batch or micro_batch_for(network, CACHED_BYTES)
+        engine = (HandWritten(network_pass, unflatten, size, compiled=True) if compiled
+                  else EagerHandWritten(network_pass, unflatten, size, plain))
+    # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
+    captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and can_split(network)
+    return Captured(engine) if captured else engine
+
+
+def can_split(network: nn.Module) -> bool:
+    """Whether a batch may be taken in parts: not where batch norm mixes its samples."""
+    return not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
+def activation_bytes(network: nn.Module) -> int:
+    """What the outputs of all layers take for one image, in float32.
+
+    The network must come from `build_network`, which notes the shape of its images.
+    """
+    network_copy = copy.deepcopy(network).to("meta").eval()
+    elements = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal elements
+        elements += output.numel()
+
+    for module in network_copy.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    network_copy(torch.empty(1, *network.image_shape, device="meta", dtype=next(network_copy.parameters()).dtype))
+    return 4 * elements
+
+
+def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:
+    """Samples at a time: on a CPU what takes `cpu_bytes` of activations; on a GPU what fits its free memory.
+
+    None where a batch cannot be split, or where nothing is known of the network's images.
+    """
+    if not can_split(network) or not hasattr(network, "image_shape"):
+        return None
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        cpu_bytes = int(SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0] / ADJOINT_FACTOR)
+    return max(1, cpu_bytes // activation_bytes(network))
+
+
+def repays(network: nn.Module, work: float) -> bool:
+    """Whether so many samples times steps take long enough, uncompiled, to repay compiling.
+
+    An estimate from the network and the number of threads, not a measurement: the same run always gets the same answer.
+    """
+    seconds = work * activation_bytes(network) / (ACTIVATIONS_PER_SECOND * torch.get_num_threads())
+    return seconds > COMPILING_PAYS
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Sets the arithmetic of float32 products for the whole process; bf16 is the engines' own affair.
+
+    Raises:
+        UserError: TF32 without a GPU.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is for NVIDIA GPUs, and this runs on the CPU; give auto, fp32 or bf16")
+    if precision in ("fp32", "tf32"):
+        leaf = "ieee" if precision == "fp32" else "tf32"
+        torch.backends.cuda.matmul.fp32_precision = leaf
+        torch.backends.cudnn.conv.fp32_precision = leaf
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
+
+
+def _add(total: Any, part: Any, share: float) -> Any:
+    """total + share · part, over trees of tensors; a total of None is zero."""
+    if total is None:
+        return pytree.tree_map_only(Tensor, lambda each: each * share, part)
+    return pytree.tree_map(lambda old, new: None if old is None else old.add_(new, alpha=share), total, part)

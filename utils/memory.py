@@ -1,0 +1,41 @@
+"""How much memory a computation takes at its peak: of the GPU it runs on, else of the process."""
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def reset_peak(device: torch.device) -> float:
+    """Gives back what was freed but kept, starts a new count of the peak, and returns the bytes taken now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
+        return _status("VmRSS")
+    return peak(device)
+
+
+def peak(device: torch.device) -> float:
+    """The most bytes taken since `reset_peak`; where the system cannot start a new count, since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        return _status("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _status(key: str) -> float:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024 * float(line.split()[1])
+    raise AssertionError(key)
