@@ -1,0 +1,115 @@
+"""What the published configs should cost on GPUs, projected from what was measured on a CPU; on paper, not run.
+
+    python scripts/projection.py [--benchmark results/benchmark_cpu.json]
+
+The model: an image takes 12 F / (ρ R) + c A / W seconds an inner step. F: floating-point operations of its forward pass
+(3 F for the gradient, 9 F for the adjoint, which repeats the forward pass); A: bytes of its activations; R, W: rates of
+the machine's matrix product and copy. The two constants that say how well the program uses them, ρ and c, are fitted to
+the benchmark's `exact` of the shapes cpu_w32 and cpu. A GPU's R and W are its vendor's (TF32, dense); launching kernels
+is not in the model, so small batches will take longer.
+
+Memory: θ₀ … θ_T, six times the synthetic set (with gradients, momenta, augmentation), the data, and one micro-batch of
+adjoint.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.estimate import duration
+from utils.config import DistillConfig, make
+from utils.engine import ADJOINT_FACTOR, activation_bytes
+from utils.errors import UserError
+from utils.files import REPOSITORY
+from utils.networks import build_network
+from utils.run import entry
+
+MICRO_BATCH = 100  # in the memory column
+GPUS = {  # name → TF32 TFLOP/s, GB/s
+    "8 GB (RTX 3070)": (20.3, 448), "24 GB (RTX 3090)": (35.6, 936), "80 GB (A100)": (156, 2039)}
+IMAGES = {  # dataset → C, H, W, classes, images
+    "CIFAR10": (3, 32, 32, 10, 60_000), "CIFAR100": (3, 32, 32, 100, 60_000), "Tiny": (3, 64, 64, 200, 110_000),
+    "ImageNet1K": (3, 64, 64, 1000, 1_330_000)}
+
+
+class Costs(NamedTuple):
+    """Of one image: forward operations, bytes of activations; of the network: bytes of θ."""
+
+    flops: int
+    activations: int
+    theta: int
+
+
+def costs(network: str, channels: int, height: int, width: int, classes: int) -> Costs:
+    with torch.device("meta"):
+        built = build_network(network, channels, classes, (height, width))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            built(torch.empty(1, channels, height, width))
+    parameters = sum(each.numel() for each in built.parameters())
+    return Costs(counter.get_total_flops(), activation_bytes(built), 4 * parameters)
+
+
+def fit(path: Path) -> tuple[float, float]:
+    """ρ and c, from two shapes."""
+    try:
+        report = json.loads(path.read_text())
+        measured = {each["shape"]["name"]: each for each in report["matching"]}
+        rows = []
+        for name in ("cpu_w32", "cpu"):
+            shape = measured[name]["shape"]
+            (exact,) = (row for row in measured[name]["methods"] if row["method"] == "exact")
+            cost = costs(shape["network"], *shape["image"], shape["classes"])
+            rows.append((12 * cost.flops / (1e9 * report["rates"]["product_gflops"]),
+                         cost.activations / (1e9 * report["rates"]["copy_gb_per_s"]),
+                         exact["median"] / shape["steps"] / shape["batch"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--benchmark {path}: not a benchmark of cpu_w32 and cpu ({error}); make one with "
+                        "scripts/benchmark.py --part matching --shape cpu_w32 cpu --json FILE") from error
+    (a, b, t), (d, e, u) = rows
+    determinant = a * e - b * d
+    return determinant / (t * e - b * u), (a * u - d * t) / determinant
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", type=Path, default=REPOSITORY / "results" / "benchmark_cpu.json")
+    rho, crossings = fit(parser.parse_args().benchmark)
+    print(f"fitted: ρ {rho:.2f} of the matrix product rate, c {crossings:.0f} times through the activations\n")
+    settings = []
+    for folder in ("CIFAR-10", "CIFAR-100", "TinyImageNet"):
+        paths = (REPOSITORY / "configs" / folder / "ConvIN").glob("*.yaml")
+        for path in sorted(paths, key=lambda each: len(each.name)):
+            config = make(DistillConfig, **yaml.safe_load(path.read_text()))
+            settings.append((f"{folder} ipc {config.ipc}", config))
+    # Not published: Tiny's network, steps and batch at 64×64, for 1,000 classes.
+    settings += [(f"ImageNet-1K 64×64 ipc {ipc}", make(
+        DistillConfig, dataset="ImageNet1K", model="ConvNetD4", ipc=ipc, syn_steps=20, batch_syn=1000, Iteration=10000))
+        for ipc in (10, 50)]
+    print("| config | T × B | memory | " + " | ".join(GPUS) + " |")
+    print("|---" * (3 + len(GPUS)) + "|")
+    for name, config in settings:
+        channels, height, width, classes, real = IMAGES[config.dataset]
+        images = config.ipc * classes
+        batch = min(config.batch_syn or images, images)
+        cost = costs(config.model, channels, height, width, classes)
+        pixels = 4 * channels * height * width
+        memory = (cost.theta * (config.syn_steps + 6) + 6 * images * (pixels + 4 * classes) + real * pixels
+                  + ADJOINT_FACTOR * cost.activations * min(batch, MICRO_BATCH))
+        cells = []
+        for tflops, bandwidth in GPUS.values():
+            second = config.syn_steps * batch * (12 * cost.flops / (rho * 1e12 * tflops)
+                                                 + crossings * cost.activations / (1e9 * bandwidth))
+            cells.append(f"{duration(second)}, {duration(second * config.Iteration)}")
+        print(f"| {name} | {config.syn_steps} × {batch} | {memory / 1e9:.1f} GB | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    entry(main)
