@@ -21,7 +21,7 @@ from buffer.trajectories import (
 from utils import augment
 from utils.config import BufferConfig
 from utils.datasets import Dataset, load_configured
-from utils.engine import GRADIENT_ALONE
+from utils.engine import GRADIENT_ALONE, describe_engine
 from utils.errors import UserError
 from utils.files import save
 from utils.metrics import accuracy, count_correct
@@ -68,9 +68,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
     """
     with seeded(config.seed, "expert", number):
         network = network_for(config.model, dataset)
-    passes = 2 if config.rho_max else 1
-    work = GRADIENT_ALONE * passes * len(dataset.train_labels) * config.train_epochs * config.num_experts
-    model = flat_model(config, network.to(device), work, config.micro_batch)
+    model = flat_model(config, network.to(device), _work(config, dataset), config.micro_batch)
     draw = drawer(config, dataset, augment.OLDER_FOR_EXPERTS)
 
     theta = model.flatten()
@@ -103,6 +101,12 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
     return model, snapshots
 
 
+def _work(config: BufferConfig, dataset: Dataset) -> float:
+    """What one expert takes, as engines count it; not all of them, so that their number changes none."""
+    passes = 2 if config.rho_max else 1
+    return GRADIENT_ALONE * passes * len(dataset.train_labels) * config.train_epochs
+
+
 def train_buffer(config: BufferConfig) -> None:
     """The whole of `buffer/buffer_FTD.py`: trains `num_experts` experts and writes them, `save_interval` to a file.
 
@@ -122,11 +126,14 @@ def train_buffer(config: BufferConfig) -> None:
     dataset = load_configured(config, device)
     check_same_images(folder, dataset)
     first = count_experts(folder)  # a second run goes on counting, so that it trains other experts
-    network_for(config.model, dataset)  # refuses what cannot be built before anything is printed or written
+    # Refuses what cannot be built before anything is printed or written.
+    model = flat_model(config, network_for(config.model, dataset).to(device), _work(config, dataset),
+                       config.micro_batch)
     path = next_file(folder)
     save_config(path.with_suffix(".yaml"), influential(config) | {"fingerprint": dataset.fingerprint})
     print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
-          f"({len(dataset.train_labels)} images) · {describe(device)} · {shown(folder)}")
+          f"({len(dataset.train_labels)} images) · {describe(device)}, "
+          f"{describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels)))} · {shown(folder)}")
     announce(config)
 
     curriculum = Curriculum(config, dataset, grand_scores(config, dataset, device)) if config.pad else None

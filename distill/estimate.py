@@ -13,6 +13,7 @@ from distill.matching import match_trajectory
 from utils import augment
 from utils.config import DistillConfig
 from utils.datasets import Dataset
+from utils.engine import describe_engine
 from utils.memory import peak, reset_peak
 from utils.metrics import accuracy
 from utils.networks import evaluation_pool
@@ -49,7 +50,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     """Measures a few inner steps, one epoch of an evaluation and one test pass; compiling is not counted."""
     device = dataset.train_images.device
     num_images = config.ipc * dataset.num_classes
-    batch = min(config.batch_syn or num_images, num_images)
+    batch = batch_size(config, dataset)
     random = generator(config.seed, "estimate")
     rows = torch.arange(num_images, device=device) % len(dataset.train_images)
     images = dataset.train_images[rows]
@@ -66,7 +67,9 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
         return lambda: match_trajectory(model, theta, target, images, labels, lr, batches, draws, config.matching)
 
     few, more = match(FEW), match(MORE)
+    before = reset_peak(device)
     few()  # the first call allocates, and compiles or captures where that is asked for
+    captured = torch.cuda.memory_reserved(device) - before if device.type == "cuda" else 0  # and kept
     (_, few_bytes), (more_seconds, more_bytes) = (_measured(each, device) for each in (few, more))
     # Of the exact gradient each further step keeps a θ; of the unrolled one, its graph.
     step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
@@ -77,21 +80,30 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     seconds_test, _ = _measured(lambda: accuracy(lambda x: model(theta, x), dataset.test_images, dataset.test_labels),
                                 device)
     networks = config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
-    evaluations = config.Iteration // config.eval_it + (config.Iteration % config.eval_it > 0) + (
-        not config.skip_first_eva)
+    evaluations = max(1, config.Iteration // config.eval_it + (config.Iteration % config.eval_it > 0)
+                      + (not config.skip_first_eva))
     state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
     return Estimate(more_seconds / MORE * config.syn_steps, config.Iteration,
                     networks * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test), evaluations,
-                    more_bytes + (config.syn_steps - MORE) * step_bytes + state,
+                    captured + more_bytes + (config.syn_steps - MORE) * step_bytes + state,
                     sum(each.nbytes for each in (dataset.train_images, dataset.test_images)))
 
 
+def batch_size(config: DistillConfig, dataset: Dataset) -> int:
+    """Samples of an inner step."""
+    num_images = config.ipc * dataset.num_classes
+    return min(config.batch_syn or num_images, num_images)
+
+
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
-    """`DATM.py --dry_run`: prints the estimate and leaves nothing behind."""
+    """`DATM.py --dry_run`: prints the estimate."""
     print(f"estimate for {config.dataset}, {config.model}, ipc {config.ipc}, {config.matching} gradient "
-          f"({model.engine.name}), T {config.syn_steps}, on {describe(dataset.train_images.device)}:")
+          f"({describe_engine(model.engine, batch_size(config, dataset))}), T {config.syn_steps}, on "
+          f"{describe(dataset.train_images.device)}:")
     print(estimate(config, dataset, model))
-    print("nothing was distilled or written; leave --dry_run out to begin")
+    if "compiled" in model.engine.name:
+        print("compiling comes on top of that, a minute or two the first time")
+    print("nothing was distilled; leave --dry_run out to begin")
 
 
 def duration(seconds: float) -> str:

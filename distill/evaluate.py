@@ -125,7 +125,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
             networks.append(network_for(name, dataset))
 
     devices = _devices(config, distilled.images.device)
-    work = GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1) * config.num_eval
+    work = GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1)
     stop = threading.Event()
 
     def tested(device: torch.device, share: range) -> list[float]:
@@ -237,6 +237,7 @@ def evaluate_files(config: EvaluationConfig) -> None:
     _note_other_space(config, distilled)
     dataset = load_configured(config, device)
     distilled = checked_set(distilled, dataset).to(device)
+    check_pool(config, dataset)
     if config.save:
         distilled.save_whole(Path(config.save), dataset, influential(config))
     evaluate_and_report(config, dataset, distilled, "distilled images")

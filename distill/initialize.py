@@ -78,7 +78,7 @@ def random_real(dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
     Raises:
         UserError: a class has fewer images.
     """
-    _check_ipc(dataset, ipc)
+    check_ipc(dataset, ipc)
     return torch.cat([_shuffled(dataset, label, random)[:ipc] for label in range(dataset.num_classes)])
 
 
@@ -99,7 +99,7 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
     Raises:
         UserError: a class has fewer than `ipc` images.
     """
-    _check_ipc(dataset, ipc)
+    check_ipc(dataset, ipc)
     chosen, notes = [], []
     for label in range(dataset.num_classes):
         found: list[int] = []
@@ -173,7 +173,12 @@ def _shuffled(dataset: Dataset, label: int, random: torch.Generator) -> Tensor:
     return indices[torch.randperm(len(indices), generator=random)]
 
 
-def _check_ipc(dataset: Dataset, ipc: int) -> None:
+def check_ipc(dataset: Dataset, ipc: int) -> None:
+    """Refuses more images than a class has.
+
+    Raises:
+        UserError
+    """
     sizes = [len(dataset.class_indices(label)) for label in range(dataset.num_classes)]
     smallest = min(range(dataset.num_classes), key=sizes.__getitem__)
     if ipc > sizes[smallest]:

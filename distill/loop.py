@@ -14,14 +14,16 @@ from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_sa
 from distill import estimate
 from distill.distilled_set import DistilledSet
 from distill.evaluate import Score, check_evaluation, check_pool, evaluate
-from distill.initialize import expert_logits, initial_set
+from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
 from utils import augment, figures
 from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
+from utils.engine import describe_engine
 from utils.errors import UserError
 from utils.networks import network_for
+from utils.parameters import FlatModel
 from utils.run import (
     Progress,
     RunFolder,
@@ -202,6 +204,20 @@ class Distillation:
         return theta_start, theta_target
 
 
+def check_unrolled(config: DistillConfig) -> None:
+    """Refuses options of the engines for the unrolled gradient, which is autograd's and takes none.
+
+    Raises:
+        UserError
+    """
+    given = [f"--backend {config.backend}"] if config.backend not in ("auto", "plain") else []
+    given += [f"--micro_batch {config.micro_batch}"] if config.micro_batch else []
+    given += ["--precision bf16"] if config.precision == "bf16" else []
+    if config.matching == "unroll" and given:
+        raise UserError(f"--matching unroll {' '.join(given)}: the unrolled gradient is plain autograd, whole batches "
+                        "in float32; leave that out, or give --matching exact, which has the same gradient")
+
+
 def matched_part(config: DistillConfig) -> Part | None:
     """PAD's part of the parameters, or None for all.
 
@@ -239,8 +255,7 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
 
 def inner_samples(config: DistillConfig, dataset: Dataset) -> int:
     """Synthetic samples that all inner steps of a run see together."""
-    num_images = config.ipc * dataset.num_classes
-    return config.Iteration * config.syn_steps * min(config.batch_syn or num_images, num_images)
+    return config.Iteration * config.syn_steps * estimate.batch_size(config, dataset)
 
 
 def run_folder(config: DistillConfig) -> Path:
@@ -257,20 +272,24 @@ def distill(config: DistillConfig) -> None:
     """
     check_evaluation(config)
     matched_part(config)
+    check_unrolled(config)
     if not config.dry_run:
         require_experts(buffer_folder(config))
         check_same_data(buffer_folder(config), config)
     device = start_device(config)
     dataset = load_configured(config, device)
-    model = flat_model(config, network_for(config.model, dataset).to(device), inner_samples(config, dataset),
-                       config.micro_batch)
+    check_pool(config, dataset)
+    network = network_for(config.model, dataset).to(device)
+    model = (FlatModel(network, "plain") if config.matching == "unroll" else
+             flat_model(config, network, inner_samples(config, dataset), config.micro_batch))
     if config.dry_run:
+        if config.pix_init != "noise":
+            check_ipc(dataset, config.ipc)
         estimate.report(config, dataset, model)
         return
     buffer = Buffer(buffer_folder(config), model, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
     check_window(config, buffer)
-    check_pool(config, dataset)
     folder = RunFolder(run_folder(config), config)
     if folder.result is not None:
         print(f"{shown(folder.path)} is finished ({folder.result['summary']}); give another --run_name or --seed to "
@@ -281,7 +300,7 @@ def distill(config: DistillConfig) -> None:
     tracker = Tracker(config.wandb, config.project, folder.path.name, as_dict(config), folder.path)
     print(f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
           f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}, "
-          f"{model.engine.name}")
+          f"{describe_engine(model.engine, estimate.batch_size(config, dataset))}")
     announce(config)
     for note in notes:
         print(f"note: {note}")

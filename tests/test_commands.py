@@ -645,3 +645,34 @@ def test_help_shows_every_option(call, script, config_type):
     assert ("cfg" in shown) == ("DATM" in script)
     assert f"python {script}" in re.sub(r"\s+", " ", done.stdout)  # the example of its docstring
 
+
+# --- speed and memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["--backend=plain"], ["--backend=eager", "--micro_batch=2"]])
+def test_backends_and_micro_batches_distil_the_same(distil, toy_run, options):
+    """But for rounding."""
+    for here, there in zip(final(distil(*options) / "Normal"), final(toy_run)):
+        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_distils_nearly_the_same(distil, toy_run):
+    here, there = (final(each)[0] for each in (distil("--precision=bf16") / "Normal", toy_run))
+    assert not torch.equal(here, there)
+    torch.testing.assert_close(here, there, rtol=0.1, atol=0.1)
+
+
+def test_micro_batches_train_the_same_experts(call, toy, toy_experts, tmp_path):
+    call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--num_experts=1", "--micro_batch=5")
+    ours, usual = (torch.load(next(folder.rglob("replay_buffer_0.pt")), weights_only=True)[0]
+                   for folder in (tmp_path, toy_experts))
+    for here, there in zip(ours[-1], usual[-1]):
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("matching", ["exact", "unroll"])
+def test_a_dry_run_estimates_without_experts_and_leaves_nothing(call, toy, tmp_path, matching):
+    done = call("distill/DATM.py", *toy.distil, f"--buffer_path={tmp_path / 'none'}", f"--log_path={tmp_path / 'out'}",
+                f"--matching={matching}", "--dry_run")
+    assert "an iteration takes about" in done.stdout and "GB of data" in done.stdout
+    assert not list(tmp_path.iterdir())

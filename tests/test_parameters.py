@@ -1,5 +1,8 @@
 """θ and back, and the losses."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -46,3 +49,15 @@ def test_confident_soft_labels_become_hard_ones():
     logits, classes = torch.randn(5, 4), torch.tensor([0, 3, 2, 1, 0])
     soft = 1000.0 * torch.nn.functional.one_hot(classes, 4)
     torch.testing.assert_close(cross_entropy(logits, soft), cross_entropy(logits, classes))
+
+
+def test_nothing_keeps_a_network_alive_but_its_model():
+    """An evaluation goes through many; what they leave on a GPU until garbage is collected is missing for the next."""
+    model = FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)))
+    network = weakref.ref(model.network)
+    gc.disable()
+    try:
+        del model
+        assert network() is None
+    finally:
+        gc.enable()

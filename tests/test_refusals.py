@@ -53,6 +53,10 @@ COMMON = {
     "a device of another kind": (["--device=meta"], ["--device meta", "allowed are auto, cpu, cuda"]),
     "val_fraction": (["--val_fraction=1.5"], ["--val_fraction 1.5: it must be less than 1"]),
     "val_fraction of a whole class": (["--val_fraction=0.99"], ["val_fraction 0.99", "all 24", "give a smaller one"]),
+    "backend": (["--backend=fast"], ["--backend fast", "'plain', 'eager', 'compile' or 'graph'"]),
+    "CUDA graphs on a CPU": (["--backend=graph"], ["--backend graph", "runs on the CPU", "give auto, eager"]),
+    "precision": (["--precision=fp16"], ["--precision fp16", "'fp32', 'tf32' or 'bf16'"]),
+    "TF32 on a CPU": (["--precision=tf32"], ["--precision tf32", "runs on the CPU"]),
     "type": (["--batch_train=many"], ["--batch_train many: it must be a valid integer"]),
     "seed": (["--seed=1.5"], ["--seed 1.5: it must be a valid integer"]),
     "no data": (["--data_path=/nowhere"], ["ImageFolder", "/nowhere", "train/<class>"]),
@@ -83,6 +87,8 @@ def test_a_gpu_that_is_not_there_is_refused(refused, script):
     (["--rho_max=-1", "--rho_min=-1"], ["--rho_max -1: it must be greater than or equal to 0"]),
     (["--save_interval=0"], ["--save_interval 0: it must be greater than or equal to 1"]),
     (["--num_experts=0"], ["--num_experts 0"]),
+    (["--micro_batch=0"], ["--micro_batch 0: it must be greater than or equal to 1"]),
+    (["--micro_batch=2", "--model=ConvNetD1W4BN"], ["--micro_batch 2", "batch norm", "cannot be split"]),
     (["--cfg=x.yaml"], ["unknown option '--cfg'"])])
 def test_what_the_experts_refuse(refused, options, phrases):
     refused(BUFFER, options, phrases)
@@ -96,6 +102,9 @@ def test_what_the_experts_refuse(refused, options, phrases):
      ["--min_start_epoch 1 --current_max_start_epoch 1", "must be larger"]),
     (["--threshold=nan"], ["--threshold nan"]),
     (["--pix_init=zeros"], ["--pix_init zeros", "'samples_predicted_correctly', 'real' or 'noise'"]),
+    (["--matching=unroll", "--micro_batch=2", "--backend=compile"],
+     ["--matching unroll --backend compile --micro_batch 2", "plain autograd", "--matching exact"]),
+    (["--micro_batch=2", "--model=ConvNetD1W4BN", "--dry_run"], ["--micro_batch 2", "batch norm"]),
     (["--matching=fast"], ["--matching fast", "'exact', 'unroll' or 'tesla'"]),
     (["--ipc=None"], ["--ipc None: it must be a valid integer"]),
     (["--model=MLP"], ["no replay_buffer_*.pt in", "ImageFolder/MLP", "buffer/buffer_FTD.py", "--buffer_path"]),

@@ -127,8 +127,9 @@ class Winograd:
                             for dtype in (torch.float32, torch.float64)}
 
     def lift_kernel(self, w: Tensor) -> Tensor:
-        _, kernel, _ = self._transforms[w.dtype]
-        return (kernel @ w.permute(2, 3, 1, 0).reshape(9, -1)).view(36, self.channels, self.width)
+        _, kernel, _ = self._transforms[torch.float64]  # small, so it may be exact
+        lifted = kernel @ w.double().permute(2, 3, 1, 0).reshape(9, -1)
+        return lifted.to(w.dtype).view(36, self.channels, self.width)
 
     def lower_kernel(self, product: Tensor) -> Tensor:
         _, kernel, _ = self._transforms[product.dtype]

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -27,10 +28,7 @@ from torch.utils import _pytree as pytree
 from utils.convnet_pass import ConvNetPass, Weights, covers
 from utils.errors import UserError
 from utils.losses import cross_entropy
-from utils.networks import ConvNetPlan
-
-BACKENDS = ("auto", "plain", "eager", "compile", "graph")
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+from utils.networks import ConvNetPlan, has_batch_norm
 
 # Activations of a micro-batch on a CPU: what its cache still serves, and what autograd's larger kernels want.
 CACHED_BYTES = 24 << 20
@@ -39,8 +37,6 @@ SHARE_OF_MEMORY = 0.7  # of a GPU's free memory, that a micro-batch may take
 ADJOINT_FACTOR = 6.0  # an adjoint's peak memory over its activations, at most (measured: 5)
 COMPILING_PAYS = 600.0  # seconds of uncompiled work from which compiling, a minute or two, pays
 ACTIVATIONS_PER_SECOND = 0.19e9  # bytes of them through gradient and adjoint on one CPU core, for that estimate
-
-
 GRADIENT_ALONE = 1 / 3  # of the work of a gradient and an adjoint together
 
 
@@ -57,9 +53,16 @@ class Engine(Protocol):
     """Shapes: θ, λ [P]; x [B, C, H, W]; y label logits [B, K] or classes [B]. Everything returned is detached."""
 
     name: str
+    micro_batch: int | None  # samples at a time in the adjoint
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint: ...
+
+
+def describe_engine(engine: Engine, batch: int) -> str:
+    """The engine in words, for steps on so many samples."""
+    most = max(equal_parts(batch, engine.micro_batch))
+    return f"{engine.name}, {f'micro-batch {most} of {batch}' if most < batch else f'batch {batch}'}"
 
 
 def equal_parts(batch: int, most: int | None) -> list[int]:
@@ -138,6 +141,8 @@ class HandWritten:
         self.name = "hand-written, compiled" if compiled else "hand-written"
         self._gradient, self._adjoint = network_pass.gradient, network_pass.adjoint
         if compiled:
+            # Networks times shapes; torch keeps the setting for each thread.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._gradient, self._adjoint = _compiled(network_pass)
 
     @torch.no_grad()
@@ -173,7 +178,6 @@ class HandWritten:
 def _compiled(network_pass: ConvNetPass) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Both derivatives compiled, once a pass; for fixed shapes, of which a run has few, since that is faster."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns wherever there is no GPU
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # networks times shapes
     return tuple(torch.compile(each, fullgraph=True, dynamic=False)
                  for each in (network_pass.gradient, network_pass.adjoint))
 
@@ -185,13 +189,20 @@ def _shared_pass(plan: ConvNetPlan, image_shape: tuple[int, ...], device: torch.
     return ConvNetPass(plan, image_shape, device, dtype, compiled)
 
 
-class EagerHandWritten(HandWritten):
+class Mixed(HandWritten):
     """Without a compiler the library's fused kernels win at the gradient, and the hand-written pass at the adjoint."""
 
     def __init__(self, network_pass: ConvNetPass, unflatten: Callable[[Tensor], list[Tensor]],
                  micro_batch: int | None, reference: Autograd) -> None:
         super().__init__(network_pass, unflatten, micro_batch)
-        self.gradient = reference.gradient
+        self.reference = reference
+        self.name = "autograd, hand-written adjoint"
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.reference.gradient(theta, x, y)
+
+
+_CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
 
 
 class Captured:
@@ -203,9 +214,10 @@ class Captured:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.name = f"{engine.name}, captured"
+        self.name, self.micro_batch = f"{engine.name}, captured", engine.micro_batch
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
+        self._stream: Any = None
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._replay(self.engine.gradient, theta, x, y)
@@ -227,23 +239,25 @@ class Captured:
     def _capture(self, function: Callable[..., Any], inputs: Sequence[Tensor]
                  ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         held = [each.detach().clone() for each in inputs]
-        # The first calls choose algorithms, compile and allocate, none of which can be captured.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                function(*held)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which evaluate on other GPUs, may go on as they please.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = function(*held)
+        with _CAPTURING:
+            # torch's default stream for captures belongs to the GPU that captured first.
+            self._stream = self._stream or torch.cuda.Stream()
+            # The first calls choose algorithms, compile and allocate, none of which can be captured.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(3):
+                    function(*held)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, which evaluate on other GPUs, may go on as they please.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = function(*held)
         self._pool = graph.pool()
         return graph, held, outputs
 
 
 def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor],
-                  unflatten: Callable[[Tensor], list[Tensor]], backend: str = "auto", precision: str = "auto",
+                  unflatten: Callable[[Tensor], list[Tensor]], backend: str, precision: str = "auto",
                   micro_batch: int | None = None, work: float = 0.0) -> Engine:
     """The engine for a network on the device it is on.
 
@@ -258,33 +272,25 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
         UserError: a backend that cannot be had here, or micro-batches of a network with batch norm.
     """
     device = next(network.parameters()).device
-    if backend == "graph" and device.type != "cuda":
-        raise UserError("--backend graph captures CUDA graphs, and this runs on the CPU; give auto, eager or compile")
-    if micro_batch is not None and not can_split(network):
+    check_backend(backend, device)
+    if micro_batch is not None and has_batch_norm(network):
         raise UserError(f"--micro_batch {micro_batch}: batch norm ties the samples of a batch together, so that it "
                         "cannot be split; leave --micro_batch out, or take a network without batch norm")
     dtype = torch.bfloat16 if precision == "bf16" else None
     fast = backend != "plain" and covers(network)
     worthwhile = fast and backend == "auto" and device.type == "cpu" and _compiler() and repays(network, work)
     compiled = fast and bool(backend == "compile" or worthwhile)
-    if compiled and not _compiler():
-        raise UserError("--backend compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one "
-                        "or give --backend eager")
     engine: Engine
     engine = plain = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype)
     if fast:
         network_pass = _shared_pass(network.plan, network.image_shape, device, dtype, compiled)
         size = micro_batch or micro_batch_for(network, CACHED_BYTES)
-        engine = (HandWritten(network_pass, unflatten, size, compiled=True) if compiled
-                  else EagerHandWritten(network_pass, unflatten, size, plain))
+        # In bf16 both derivatives are taken by one engine, since the two round differently.
+        engine = (HandWritten(network_pass, unflatten, size, compiled) if compiled or dtype is not None
+                  else Mixed(network_pass, unflatten, size, plain))
     # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
-    captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and can_split(network)
+    captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)
     return Captured(engine) if captured else engine
-
-
-def can_split(network: nn.Module) -> bool:
-    """Whether a batch may be taken in parts: not where batch norm mixes its samples."""
-    return not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def activation_bytes(network: nn.Module) -> int:
@@ -311,12 +317,15 @@ def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:
 
     None where a batch cannot be split, or where nothing is known of the network's images.
     """
-    if not can_split(network) or not hasattr(network, "image_shape"):
+    if has_batch_norm(network) or not hasattr(network, "image_shape"):
         return None
     device = next(network.parameters()).device
-    if device.type == "cuda":
-        cpu_bytes = int(SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0] / ADJOINT_FACTOR)
-    return max(1, cpu_bytes // activation_bytes(network))
+    if device.type != "cuda":
+        return max(1, cpu_bytes // activation_bytes(network))
+    # What torch holds and does not use is free too; a power of two changes less from run to run.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = SHARE_OF_MEMORY * (torch.cuda.mem_get_info(device)[0] + unused) / ADJOINT_FACTOR
+    return 1 << max(0, int(free // activation_bytes(network)).bit_length() - 1)
 
 
 def repays(network: nn.Module, work: float) -> bool:
@@ -326,6 +335,19 @@ def repays(network: nn.Module, work: float) -> bool:
     """
     seconds = work * activation_bytes(network) / (ACTIVATIONS_PER_SECOND * torch.get_num_threads())
     return seconds > COMPILING_PAYS
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Refuses a backend that nothing here can run.
+
+    Raises:
+        UserError: CUDA graphs on a CPU, or compiling without a compiler.
+    """
+    if backend == "graph" and device.type != "cuda":
+        raise UserError("--backend graph captures CUDA graphs, and this runs on the CPU; give auto, eager or compile")
+    if backend == "compile" and not _compiler():
+        raise UserError("--backend compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one "
+                        "or give --backend eager")
 
 
 def set_precision(precision: str, device: torch.device) -> None:

@@ -14,5 +14,5 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: label *logits* [B, K] of a floating dtype (soft), or classes [B] of an integer dtype (hard).
     """
     if not labels.is_floating_point():
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels.long())
     return -(labels.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()

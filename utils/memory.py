@@ -13,7 +13,7 @@ def reset_peak(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_reserved(device)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -26,7 +26,7 @@ def reset_peak(device: torch.device) -> float:
 def peak(device: torch.device) -> float:
     """The most bytes taken since `reset_peak`; where the system cannot start a new count, since the process began."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)  # captured graphs hold theirs without allocating
     if sys.platform == "linux":
         return _status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024

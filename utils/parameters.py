@@ -1,6 +1,7 @@
 """A network as a function of one flat parameter vector θ."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ class FlatModel:
         self.network = network
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]
-        self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.num_parameters = sum(self.sizes)
-        self.engine: Engine = select_engine(network, self, self.unflatten, backend, precision, micro_batch, work)
+        self.num_parameters = sum(map(math.prod, self.shapes))
+        # Not this object's own methods: an engine that held it would keep both alive until garbage is collected.
+        self.engine: Engine = select_engine(network, partial(_forward, network, self.names, self.shapes),
+                                            partial(_unflatten, self.shapes), backend, precision, micro_batch, work)
 
     def flatten(self) -> Tensor:
         """The network's own parameters as a new vector [P], detached."""
@@ -38,11 +40,11 @@ class FlatModel:
 
     def unflatten(self, theta: Tensor) -> list[Tensor]:
         """Views of θ [P] in the parameters' shapes, in `parameters()` order."""
-        return [part.view(shape) for part, shape in zip(theta.split(self.sizes), self.shapes)]
+        return _unflatten(self.shapes, theta)
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
         """x [B, C, H, W] → logits [B, K], differentiable in θ and x to any order."""
-        return functional_call(self.network, dict(zip(self.names, self.unflatten(theta))), (x,))
+        return _forward(self.network, self.names, self.shapes, theta, x)
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mean cross entropy L(θ; x, y), the logits [B, K] and ∇L [P], all detached.
@@ -60,3 +62,11 @@ class FlatModel:
 def flatten(parameters: list[Tensor]) -> Tensor:
     """Tensors of any shapes → one new vector [P]."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+
+
+def _unflatten(shapes: list[torch.Size], theta: Tensor) -> list[Tensor]:
+    return [part.view(shape) for part, shape in zip(theta.split([math.prod(shape) for shape in shapes]), shapes)]
+
+
+def _forward(network: nn.Module, names: list[str], shapes: list[torch.Size], theta: Tensor, x: Tensor) -> Tensor:
+    return functional_call(network, dict(zip(names, _unflatten(shapes, theta))), (x,))

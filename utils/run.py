@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils import augment
 from utils.config import DataConfig, as_dict, has_effect, make
 from utils.datasets import Dataset
-from utils.engine import set_precision
+from utils.engine import check_backend, set_precision
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
 from utils.parameters import FlatModel
@@ -96,12 +96,13 @@ def select_device(device: str | list[int]) -> torch.device:
 
 
 def start_device(config: DataConfig) -> torch.device:
-    """The device a config asks for, set to its precision.
+    """The device a config asks for, set to its precision and fit for its backend.
 
     Raises:
-        UserError: see `select_device` and `set_precision`.
+        UserError: see `select_device`, `check_backend` and `set_precision`.
     """
     device = select_device(config.device)
+    check_backend(config.backend, device)
     set_precision(config.precision, device)
     return device
 
@@ -186,9 +187,11 @@ class RunFolder:
         self._config = influential(config)
         self._metrics = path / "metrics.jsonl"
         saved = path / "config.yaml"
-        before = read_config(saved) if saved.exists() else self._config
-        different = [f"{name} ({before.get(name)} there, {value} here)"
-                     for name, value in self._config.items() if before.get(name) != value]
+        # An option that is younger than the run had no other value than its default.
+        default = as_dict(make(type(config)))
+        before = default | read_config(saved) if saved.exists() else self._config
+        different = [f"{name} ({before[name]} there, {value} here)"
+                     for name, value in self._config.items() if before[name] != value]
         if different:
             raise UserError(f"{path} holds a run of other options: {', '.join(different)}; give another --run_name")
 
