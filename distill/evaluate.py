@@ -190,22 +190,19 @@ def check_evaluation(config: TrainConfig) -> None:
     evaluation_pool(config.eval_mode, config.model)
 
 
-def check_pool(config: TrainConfig, dataset: Dataset) -> list[str]:
-    """The networks that will be evaluated, each built once so that what cannot be is refused at the start.
+def check_pool(config: TrainConfig, dataset: Dataset) -> None:
+    """Builds each network that will be evaluated once, so that what cannot be is refused at the start.
 
     Raises:
         UserError: a network that cannot read these images.
     """
-    pool = evaluation_pool(config.eval_mode, config.model)
-    for name in pool:
+    for name in evaluation_pool(config.eval_mode, config.model):
         network_for(name, dataset)
-    return pool
 
 
 def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Dataset, distilled: DistilledSet,
                         what: str) -> None:
     """Evaluates with a progress bar, prints the scores and writes them to `--json`."""
-    pool = check_pool(config, dataset)
     if config.json:
         check_writable(config.json)
     device = distilled.images.device
@@ -213,7 +210,8 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
           f"· {describe(device)}")
     announce(config)
     began = perf_counter()
-    with Progress(len(pool) * config.num_eval * (config.epoch_eval_train + 1), "evaluate") as bar:
+    networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval
+    with Progress(networks * (config.epoch_eval_train + 1), "evaluate") as bar:
         # The same networks and the same order of samples for every set, so that sets are compared like with like.
         scores = evaluate(config, dataset, distilled, augmented=not config.no_aug, on_epoch=bar.update)
     for score in scores:

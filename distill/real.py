@@ -4,7 +4,7 @@ import torch
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill.distilled_set import DistilledSet
-from distill.evaluate import check_evaluation, evaluate_and_report
+from distill.evaluate import check_evaluation, check_pool, evaluate_and_report
 from distill.initialize import expert_labels, random_real
 from utils.config import BaselineConfig
 from utils.datasets import load_configured
@@ -29,6 +29,7 @@ def evaluate_real(config: BaselineConfig) -> None:
         check_same_data(buffer_folder(config), config)
     device = start_device(config)
     dataset = load_configured(config, device)
+    check_pool(config, dataset)
     images, labels, what = dataset.train_images, dataset.train_labels, "the whole training set"
     if config.ipc is not None:
         chosen = random_real(dataset, config.ipc, generator(config.seed, "baseline")).to(device)

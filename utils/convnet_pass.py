@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.convolution import Columns, Convolution, Direct, Winograd
-from utils.networks import ConvNet, ConvNetPlan
+from utils.networks import GROUPS, LEAK, ConvNet, ConvNetPlan
 
 # Where which form of the convolution wins on a CPU, as measured.
 FEW_CHANNELS = 4  # of a first layer, up to which `Columns` does
 MANY_CHANNELS = 64  # in and out, from which compiled `Winograd` does
 EPSILON = 1e-5  # of every norm, the library's default
-GROUPS = 4  # of group norm
 PIXELS = (1, 2, 3, 4)  # the axes of a window view that hold one image's pixels
 
 
@@ -83,7 +82,7 @@ class Block:
         if self.plan.activation == "relu":
             return h.relu(), (h > 0).to(h.dtype), None
         if self.plan.activation == "leaky":
-            slope = torch.full_like(h, 0.01).masked_fill(h > 0, 1.0)
+            slope = torch.full_like(h, LEAK).masked_fill(h > 0, 1.0)
             return h * slope, slope, None
         f = h.sigmoid()
         slope = f * (1 - f)

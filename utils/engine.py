@@ -75,6 +75,22 @@ def equal_parts(batch: int, most: int | None) -> list[int]:
     return [batch // fewest + (part < batch % fewest) for part in range(fewest)]
 
 
+Part = tuple[Any, Sequence[Tensor]]
+"""Of one micro-batch: a tree of tensors that are means over its samples, and tensors with a row for each of them."""
+
+
+def _in_parts(part: Callable[[Tensor, Tensor], Part], x: Tensor, y: Tensor, most: int | None
+              ) -> tuple[Any, list[tuple[Tensor, ...]]]:
+    """Walks through a batch: the means over all of it, and for each kind of rows the pieces, in order."""
+    sizes = equal_parts(len(x), most)
+    total, rows = None, []
+    for x_part, y_part in zip(x.split(sizes), y.split(sizes)):
+        means, of_samples = part(x_part, y_part)
+        total = _add(total, means, len(x_part) / len(x))
+        rows.append(of_samples)
+    return total, list(zip(*rows))
+
+
 class Autograd:
     """Every network: autograd, and reverse over reverse for the adjoint.
 
@@ -91,33 +107,31 @@ class Autograd:
         self.forward, self.micro_batch, self.dtype = forward, micro_batch, dtype
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sizes = equal_parts(len(x), self.micro_batch)
-        total, logits = None, []
-        for x_part, y_part in zip(x.detach().split(sizes), y.detach().split(sizes)):
+        def part(x: Tensor, y: Tensor) -> Part:
             leaf = theta.detach().requires_grad_()
-            found, loss = self._loss(leaf, x_part, y_part)
+            logits, loss = self._loss(leaf, x, y)
             (of_theta,) = torch.autograd.grad(loss, leaf)
-            total = _add(total, (loss.detach(), of_theta), len(x_part) / len(x))
-            logits.append(found.detach())
-        return total[0], torch.cat(logits), total[1]
+            return (loss.detach(), of_theta), (logits.detach(),)
+
+        (loss, of_theta), (logits,) = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
+        return loss, torch.cat(logits), of_theta
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         soft = y.is_floating_point()
-        sizes = equal_parts(len(x), self.micro_batch)
-        total, of_x, of_y = None, [], []
-        for x_part, y_part in zip(x.detach().split(sizes), y.detach().split(sizes)):
-            share = len(x_part) / len(x)
+
+        def part(x_part: Tensor, y_part: Tensor) -> Part:
             leaves = [theta.detach().requires_grad_(), x_part.detach().requires_grad_()]
             if soft:
                 leaves.append(y_part.detach().requires_grad_())
             _, loss = self._loss(*leaves[:2], leaves[2] if soft else y_part)
             (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
             s = torch.dot(gradient, co_state)
-            s_theta, s_x, *s_y = torch.autograd.grad(s, leaves)
-            total = _add(total, (s.detach(), s_theta), share)
-            of_x.append(s_x * share)
-            of_y += [each * share for each in s_y]
-        return Adjoint(*total, torch.cat(of_x), torch.cat(of_y) if soft else None)
+            s_theta, *of_samples = torch.autograd.grad(s, leaves)
+            return (s.detach(), s_theta), [each * (len(x_part) / len(x)) for each in of_samples]
+
+        sums, of_samples = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
+        s_x, *s_y = map(torch.cat, of_samples)
+        return Adjoint(*sums, s_x, s_y[0] if soft else None)
 
     def _loss(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, self.dtype) if self.dtype else contextlib.nullcontext():
@@ -148,27 +162,25 @@ class HandWritten:
     @torch.no_grad()
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights = self._lift(theta)
-        sizes = equal_parts(len(x), self.micro_batch)
-        total, logits = None, []
-        for x_part, y_part in zip(x.split(sizes), y.split(sizes)):
-            loss, found, of_weights = self._gradient(weights, x_part, y_part)
-            total = _add(total, (loss, of_weights), len(x_part) / len(x))
-            logits.append(found)
-        return total[0], torch.cat(logits), self.network_pass.lower(total[1])
+
+        def part(x: Tensor, y: Tensor) -> Part:
+            loss, logits, of_weights = self._gradient(weights, x, y)
+            return (loss, of_weights), (logits,)
+
+        (loss, of_weights), (logits,) = _in_parts(part, x, y, self.micro_batch)
+        return loss, torch.cat(logits), self.network_pass.lower(of_weights)
 
     @torch.no_grad()
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         weights, tangents = self._lift(theta), self._lift(co_state)
-        sizes = equal_parts(len(x), self.micro_batch)
-        total, of_x, of_y = None, [], []
-        for x_part, y_part in zip(x.split(sizes), y.split(sizes)):
-            share = len(x_part) / len(x)
-            s, of_weights, s_x, s_y = self._adjoint(weights, tangents, x_part, y_part)
-            total = _add(total, (s, of_weights), share)
-            of_x.append(s_x * share)
-            of_y.append(None if s_y is None else s_y * share)
-        soft = y.is_floating_point()
-        return Adjoint(total[0], self.network_pass.lower(total[1]), torch.cat(of_x), torch.cat(of_y) if soft else None)
+
+        def part(x_part: Tensor, y_part: Tensor) -> Part:
+            s, of_weights, *of_samples = self._adjoint(weights, tangents, x_part, y_part)
+            return (s, of_weights), [each * (len(x_part) / len(x)) for each in of_samples if each is not None]
+
+        (s, of_weights), of_samples = _in_parts(part, x, y, self.micro_batch)
+        s_x, *s_y = map(torch.cat, of_samples)
+        return Adjoint(s, self.network_pass.lower(of_weights), s_x, s_y[0] if s_y else None)
 
     def _lift(self, theta: Tensor) -> Weights:
         return self.network_pass.lift(self.unflatten(theta))

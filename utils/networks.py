@@ -15,10 +15,13 @@ from torch.nn.functional import relu
 from utils.datasets import Dataset
 from utils.errors import UserError, unknown_name
 
+LEAK = 0.01  # slope of leaky ReLU below zero
+GROUPS = 4  # of group norm
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "relu": nn.ReLU,
-    "leaky": partial(nn.LeakyReLU, negative_slope=0.01),
+    "leaky": partial(nn.LeakyReLU, negative_slope=LEAK),
 }
 
 # (channels, height, width) → layer; only layer norm needs height and width. Instance norm, as published, is a group
@@ -28,7 +31,7 @@ NORMS: dict[str, Callable[..., nn.Module | None]] = {
     "batch": lambda channels, *size: nn.BatchNorm2d(channels),
     "layer": lambda channels, *size: nn.LayerNorm([channels, *size]),
     "instance": lambda channels, *size: nn.GroupNorm(channels, channels),
-    "group": lambda channels, *size: nn.GroupNorm(4, channels),
+    "group": lambda channels, *size: nn.GroupNorm(GROUPS, channels),
 }
 
 POOLINGS: dict[str, Callable[[], nn.Module | None]] = {
@@ -94,7 +97,7 @@ class ConvNet(nn.Module):
     def __init__(self, plan: ConvNetPlan, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.plan, self.image_shape = plan, (channels, *image_size)
-        if plan.norm == "group" and plan.width % 4:
+        if plan.norm == "group" and plan.width % GROUPS:
             raise UserError(f"group norm (GN) has four groups; got width {plan.width}, give a multiple of 4")
 
         paddings = plan.paddings(channels)
