@@ -1,9 +1,10 @@
 """Train a fresh network on a set, test it on real images; several times, mean and standard deviation."""
 
 import contextlib
+import dataclasses
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,12 @@ from distill.distilled_set import DistilledSet, checked_set, read_set
 from utils import augment
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset, check_dataset_name, load_configured
-from utils.engine import GRADIENT_ALONE
+from utils.engine import GRADIENT_ALONE, seconds_uncompiled
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.metrics import accuracy
 from utils.networks import check_network_name, evaluation_pool, network_for
+from utils.parallel import in_processes
 from utils.parameters import FlatModel
 from utils.run import (
     Drawer,
@@ -44,6 +46,11 @@ from utils.run import (
 # The published evaluation's optimiser.
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
+
+# Processes win at steps too short to keep all threads busy, and take a few seconds to start (on two cores they won 40 %
+# at 5 ms a step, 18 % at 24 ms and 7 % at 98 ms).
+SHORT_STEP = 0.03  # seconds
+PROCESSES_PAY = 60.0  # seconds of training
 
 
 class Score(NamedTuple):
@@ -108,8 +115,9 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
              augmented: bool = True, on_epoch: Callable[[], None] = lambda: None) -> list[Score]:
     """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
 
-    With `parall_eva` the networks are spread over all GPUs, a thread each; every network has its own random numbers,
-    so where it is trained does not matter.
+    Several are trained at once where that wins: on a CPU small ones in processes that divide its threads, which
+    changes rounding; with `parall_eva` on all GPUs, in a thread each. Every network has its own random numbers, so
+    where it is trained does not matter.
 
     Args:
         dataset, distilled: on one device; the images of both in the same space.
@@ -117,56 +125,88 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         augmented: False trains on the images as they are.
         on_epoch: called after each epoch of each network.
     """
-    jobs = [(name, number) for name in evaluation_pool(config.eval_mode, config.model)
+    jobs = [Job(name, number) for name in evaluation_pool(config.eval_mode, config.model)
             for number in range(config.num_eval)]
-    networks = []
-    for name, number in jobs:
-        with seeded(config.seed, "evaluation", *address, name, number):
-            networks.append(network_for(name, dataset))
-
-    devices = _devices(config, distilled.images.device)
+    test = dataclasses.replace(dataset, train_images=dataset.train_images[:0], train_labels=dataset.train_labels[:0],
+                               whitening=None)
     work = GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1)
+    train = partial(_tested, config, test, distilled, address, augmented, work)
+    devices = _devices(config, distilled.images.device)
+    at_once = min(len(jobs), torch.get_num_threads())
+    if len(devices) > 1:
+        accuracies = _on_devices(train, jobs, devices, on_epoch)
+    elif devices[0].type == "cpu" and at_once > 1 and _processes_pay(config, jobs, dataset, len(distilled), work):
+        # What is left when no full round remains has all threads to itself.
+        full_rounds = len(jobs) - len(jobs) % at_once
+        accuracies = in_processes(train, jobs[:full_rounds], at_once, on_epoch)
+        accuracies += [train(job, on_epoch) for job in jobs[full_rounds:]]
+    else:
+        accuracies = [train(job, on_epoch) for job in jobs]
+    return [Score(jobs[first].network, accuracies[first:first + config.num_eval])
+            for first in range(0, len(jobs), config.num_eval)]
+
+
+class Job(NamedTuple):
+    """One network of an evaluation."""
+
+    network: str
+    number: int
+
+
+_INITIALISING = threading.Lock()  # layers draw from torch's one global generator
+
+
+def _tested(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, address: tuple[int | str, ...],
+            augmented: bool, work: float, job: Job, on_epoch: Callable[[], None],
+            device: torch.device | None = None) -> float:
+    """Trains one network and returns its accuracy on the test images.
+
+    Args:
+        device: where; None: where the set is.
+    """
+    device = device or distilled.images.device
+    dataset, distilled = dataset.to(device), distilled.to(device)
+    with _INITIALISING, seeded(config.seed, "evaluation", *address, *job):
+        network = network_for(job.network, dataset)
+    model = flat_model(config, network.to(device), work)
+    older = augment.older_operations(dataset.name, job.network)
+    draw = drawer(config, dataset, older) if augmented else lambda batch, random: None
+    theta = train_network(model, model.flatten(), distilled.images, distilled.labels, float(distilled.lr),
+                          epochs=config.epoch_eval_train, batch_size=config.batch_train, draw=draw,
+                          random=generator(config.seed, "evaluation", *address, *job, "order"), on_epoch=on_epoch)
+    model.network.eval()
+    return accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
+
+
+def _processes_pay(config: TrainConfig, jobs: Sequence[Job], dataset: Dataset, samples: int, work: float) -> bool:
+    """Whether these networks are small enough, and train for long enough, to be trained in processes of their own."""
+    networks = [network_for(job.network, dataset) for job in jobs]
+    step = GRADIENT_ALONE * min(config.batch_train, samples)
+    return (max(seconds_uncompiled(network, step) for network in networks) < SHORT_STEP
+            and sum(seconds_uncompiled(network, work) for network in networks) > PROCESSES_PAY)
+
+
+def _on_devices(train: Callable[..., float], jobs: Sequence[Job], devices: Sequence[torch.device],
+                on_epoch: Callable[[], None]) -> list[float]:
+    """The accuracies of all jobs, spread over several devices, a thread each."""
     stop = threading.Event()
 
-    def tested(device: torch.device, share: range) -> list[float]:
-        """The accuracies of a device's share of the networks."""
-        here = distilled.to(device)
-        test_images, test_labels = dataset.test_images.to(device), dataset.test_labels.to(device)
-        accuracies = []
-        for job in share:
-            name, number = jobs[job]
-            model = flat_model(config, networks[job].to(device), work)
-            networks[job] = None  # so that it is freed when it has been tested
+    def after_epoch() -> None:
+        if stop.is_set():
+            raise InterruptedError
+        on_epoch()
 
-            def after_epoch() -> None:
-                if stop.is_set():
-                    raise InterruptedError
-                on_epoch()
+    def share(first: int) -> list[float]:
+        return [train(job, after_epoch, devices[first]) for job in jobs[first::len(devices)]]
 
-            older = augment.older_operations(dataset.name, name)
-            draw = drawer(config, dataset, older) if augmented else lambda batch, random: None
-            theta = train_network(model, model.flatten(), here.images, here.labels, float(here.lr),
-                                  epochs=config.epoch_eval_train, batch_size=config.batch_train, draw=draw,
-                                  random=generator(config.seed, "evaluation", *address, name, number, "order"),
-                                  on_epoch=after_epoch)
-            model.network.eval()
-            accuracies.append(accuracy(partial(model, theta), test_images, test_labels))
-        return accuracies
-
-    shares = [range(first, len(jobs), len(devices)) for first in range(len(devices))]
-    if len(devices) == 1:
-        found = [tested(devices[0], shares[0])]  # in this thread, which an interrupt reaches
-    else:
-        with ThreadPoolExecutor(len(devices)) as pool:
-            futures = [pool.submit(tested, *work) for work in zip(devices, shares)]
-            try:
-                found = [future.result() for future in futures]
-            except BaseException:
-                stop.set()
-                raise
-    accuracies = [found[job % len(devices)][job // len(devices)] for job in range(len(jobs))]
-    return [Score(jobs[first][0], accuracies[first:first + config.num_eval])
-            for first in range(0, len(jobs), config.num_eval)]
+    with ThreadPoolExecutor(len(devices)) as pool:
+        futures = [pool.submit(share, first) for first in range(len(devices))]
+        try:
+            found = [future.result() for future in futures]
+        except BaseException:
+            stop.set()
+            raise
+    return [found[number % len(devices)][number // len(devices)] for number in range(len(jobs))]
 
 
 def _devices(config: TrainConfig, device: torch.device) -> list[torch.device]:

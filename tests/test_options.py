@@ -1,7 +1,9 @@
 """Options beyond the published ones: each changes what it should, and nothing when it is off."""
 
 import json
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.metrics import accuracy
 from utils.networks import network_for
+from utils.parallel import in_processes
 from utils.parameters import FlatModel
 from utils.run import drawer
 
@@ -335,6 +338,42 @@ def test_evaluation_on_several_devices_is_the_same(toy_data, monkeypatch):
     monkeypatch.setattr("distill.evaluate._devices", lambda config, device: [device, device])
     assert evaluate(config, toy_data, few) == one
     assert [score.network for score in one] == ["ConvNetD1W4", "ConvNet"] and len(one[0].accuracies) == 3
+
+
+def test_evaluation_in_processes_is_the_same(toy_data, monkeypatch):
+    """Two processes of one thread train what one process of one thread does, and the odd network comes last."""
+    config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=3, epoch_eval_train=2, zca=True)
+    few = DistilledSet(toy_data.train_images[::6], toy_data.train_labels[::6], torch.tensor(0.05))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = evaluate(config, toy_data, few)
+        torch.set_num_threads(2)
+        monkeypatch.setattr("distill.evaluate.PROCESSES_PAY", 0)
+        in_other_processes = []
+        monkeypatch.setattr("distill.evaluate.in_processes", lambda function, jobs, processes, on_tick:
+                            in_other_processes.extend(jobs) or in_processes(function, jobs, processes, on_tick))
+        epochs = []
+        assert evaluate(config, toy_data, few, on_epoch=lambda: epochs.append(1))[0].accuracies[:2] == \
+            one[0].accuracies[:2]
+        assert len(in_other_processes) == 2 and len(epochs) == 9
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _ended_from_outside(job, tick):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _refused(job, tick):
+    raise UserError(f"no {job}")
+
+
+def test_a_process_that_is_ended_or_refuses_is_one_line():
+    with pytest.raises(UserError, match="ended from outside.*OMP_NUM_THREADS=1"):
+        in_processes(_ended_from_outside, ["a", "b"], 2, lambda: None)
+    with pytest.raises(UserError, match="no a"):
+        in_processes(_refused, ["a", "a"], 2, lambda: None)
 
 
 # --- the self-describing file --------------------------------------------------------------------------------

@@ -340,13 +340,17 @@ def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:
     return 1 << max(0, int(free // activation_bytes(network)).bit_length() - 1)
 
 
-def repays(network: nn.Module, work: float) -> bool:
-    """Whether so many samples times steps take long enough, uncompiled, to repay compiling.
+def seconds_uncompiled(network: nn.Module, work: float) -> float:
+    """About how long so many samples times steps take on this machine's CPU.
 
     An estimate from the network and the number of threads, not a measurement: the same run always gets the same answer.
     """
-    seconds = work * activation_bytes(network) / (ACTIVATIONS_PER_SECOND * torch.get_num_threads())
-    return seconds > COMPILING_PAYS
+    return work * activation_bytes(network) / (ACTIVATIONS_PER_SECOND * torch.get_num_threads())
+
+
+def repays(network: nn.Module, work: float) -> bool:
+    """Whether so many samples times steps take long enough, uncompiled, to repay compiling."""
+    return seconds_uncompiled(network, work) > COMPILING_PAYS
 
 
 def check_backend(backend: str, device: torch.device) -> None:
