@@ -1,11 +1,14 @@
 """Train experts and keep the whole trajectory of their parameters (MTT, section 3.1; FTD, section 3.3)."""
 
+import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.gsam import gsam_gradient
@@ -15,33 +18,43 @@ from buffer.trajectories import (
     buffer_folder,
     check_same_data,
     check_same_images,
+    check_same_kind,
     count_experts,
     next_file,
+    write_experts,
 )
-from utils import augment
+from utils import augment, files, interrupt
 from utils.config import BufferConfig
 from utils.datasets import Dataset, load_configured
 from utils.engine import GRADIENT_ALONE, describe_engine
 from utils.errors import UserError
-from utils.files import save
+from utils.memory import available
 from utils.metrics import accuracy, count_correct
 from utils.networks import network_for
 from utils.parameters import FlatModel
 from utils.run import (
     Progress,
     announce,
-    append_json,
     describe,
+    differences,
     drawer,
     dsa_groups,
     flat_model,
     generator,
     influential,
+    read_config,
     save_config,
     seeded,
     shown,
     start_device,
 )
+
+AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
+MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
+
+
+class DivergedError(UserError):
+    """An expert's parameters are no longer finite."""
 
 
 class Epoch(NamedTuple):
@@ -53,18 +66,58 @@ class Epoch(NamedTuple):
     test_accuracy: float
 
 
+class SavedEpochs:
+    """The epochs of one expert while it is in training: a file each, from which training goes on.
+
+    Epoch 0 is the initialisation. A file holds θ and whatever else the next epoch needs: the momentum, and batch norm's
+    running statistics.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __len__(self) -> int:
+        """How many follow each other without a gap, the initialisation included."""
+        number = 0
+        while self._path(number).exists():
+            number += 1
+        return number
+
+    def __getitem__(self, epoch: int) -> dict[str, Any]:
+        return files.load(self._path(epoch), "file of an unfinished expert", mmap=True)
+
+    def save(self, epoch: int, theta: Tensor, optimiser: torch.optim.Optimizer, network: nn.Module,
+             reached: Epoch | None) -> None:
+        momentum = optimiser.state.get(theta, {}).get("momentum_buffer")
+        files.save({"theta": theta.detach().cpu(), "momentum": None if momentum is None else momentum.cpu(),
+                    "buffers": {name: each.cpu() for name, each in network.named_buffers()},
+                    "reached": reached and reached._asdict()}, self._path(epoch))
+
+    def reached(self) -> list[dict[str, Any]]:
+        """What each epoch reached, from the first."""
+        return [self[epoch]["reached"] for epoch in range(1, len(self))]
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"epoch_{epoch}.pt"
+
+
 def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: torch.device,
-                 report: Callable[[Epoch], None] = lambda epoch: None,
-                 curriculum: Curriculum | None = None) -> tuple[FlatModel, Tensor]:
+                 report: Callable[[Epoch], None] = lambda epoch: None, curriculum: Curriculum | None = None,
+                 saved: SavedEpochs | None = None) -> tuple[FlatModel, Tensor]:
     """Trains the expert of that number; the same seed and number give the same expert.
 
     Args:
         dataset: on `device`.
         report: called after every epoch.
         curriculum: PAD's choice of each epoch's images; None: all of them.
+        saved: where every epoch is saved, and from where training goes on; None: nowhere.
 
     Returns:
         The network, and the snapshots [train_epochs + 1, P] on the CPU, the first at initialisation.
+
+    Raises:
+        DivergedError
+        Stopped: a signal came; the finished epochs are saved.
     """
     with seeded(config.seed, "expert", number):
         network = network_for(config.model, dataset)
@@ -75,7 +128,10 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
     optimiser = torch.optim.SGD([theta], config.lr_teacher, momentum=config.mom, weight_decay=config.l2)
     snapshots = torch.empty(config.train_epochs + 1, model.num_parameters)
     snapshots[0] = theta
-    for epoch in range(config.train_epochs):
+    first = _restore(saved, snapshots, theta, optimiser, network, report) if saved is not None else 0
+    if saved is not None and not len(saved):
+        saved.save(0, theta, optimiser, network, None)
+    for epoch in range(first, config.train_epochs):
         random = generator(config.seed, "expert", number, "epoch", epoch)
         network.train()
         total_loss = torch.zeros((), device=device)
@@ -83,6 +139,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
         images = torch.arange(len(dataset.train_labels)) if curriculum is None else curriculum.indices(epoch)
         order = images[torch.randperm(len(images), generator=random)].to(device)
         for batch in order.split(config.batch_train):
+            interrupt.check()
             drawn = draw(len(batch), random)
             x = augment.apply(dataset.train_images[batch], drawn and drawn.to(device))
             y = dataset.train_labels[batch]
@@ -95,10 +152,33 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
         network.eval()
         tested = accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
         if not theta.isfinite().all():
-            raise UserError(f"expert {number} diverged in epoch {epoch + 1}: its parameters are no longer finite; "
+            raise DivergedError(f"expert {number} diverged in epoch {epoch + 1}: its parameters are no longer finite; "
                             f"lower --lr_teacher (now {config.lr_teacher:g}) or --rho_max (now {config.rho_max:g})")
-        report(Epoch(epoch + 1, float(total_loss) / len(order), float(correct) / len(order), tested))
+        reached = Epoch(epoch + 1, float(total_loss) / len(order), float(correct) / len(order), tested)
+        if saved is not None:
+            saved.save(epoch + 1, theta, optimiser, network, reached)
+        report(reached)
     return model, snapshots
+
+
+def _restore(saved: SavedEpochs, snapshots: Tensor, theta: Tensor, optimiser: torch.optim.Optimizer,
+             network: nn.Module, report: Callable[[Epoch], None]) -> int:
+    """Takes up the saved epochs; returns how many there are, the initialisation not counted."""
+    for epoch in range(len(saved)):
+        state = saved[epoch]
+        if state["theta"].shape != snapshots[epoch].shape:
+            raise UserError(f"{saved.folder} holds another network; give --resume never to start over")
+        snapshots[epoch] = state["theta"]
+        if state["reached"]:
+            report(Epoch(**state["reached"]))
+    if not len(saved):
+        return 0
+    theta.copy_(snapshots[len(saved) - 1])
+    if state["momentum"] is not None:
+        optimiser.state[theta]["momentum_buffer"] = state["momentum"].clone().to(theta)
+    for name, each in network.named_buffers():
+        each.copy_(state["buffers"][name])
+    return len(saved) - 1
 
 
 def _work(config: BufferConfig, dataset: Dataset) -> float:
@@ -122,47 +202,151 @@ def train_buffer(config: BufferConfig) -> None:
                         f"--rm_epoch_second {config.rm_epoch_second}: give them in rising order")
     folder = buffer_folder(config)
     check_same_data(folder, config)
+    check_same_kind(folder, config)
     device = start_device(config)
     dataset = load_configured(config, device)
     check_same_images(folder, dataset)
-    first = count_experts(folder)  # a second run goes on counting, so that it trains other experts
     # Refuses what cannot be built before anything is printed or written.
     model = flat_model(config, network_for(config.model, dataset).to(device), _work(config, dataset),
                        config.micro_batch)
-    path = next_file(folder)
-    save_config(path.with_suffix(".yaml"), influential(config) | {"fingerprint": dataset.fingerprint})
-    print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
-          f"({len(dataset.train_labels)} images) · {describe(device)}, "
-          f"{describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels)))} · {shown(folder)}")
-    announce(config)
+    with files.locked(folder, "give another --buffer_path"):
+        run = Run(config, dataset, folder)
+        _check_room(config, folder, model, run.left)
+        run.start()
+        if run.resumes:
+            print(f"going on with an unfinished run: {run.written - run.first} of {config.num_experts} experts are "
+                  "in files")
+        print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
+              f"({len(dataset.train_labels)} images) · {describe(device)}, "
+              f"{describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels)))} · {shown(folder)}")
+        announce(config)
+        curriculum = Curriculum(config, dataset, grand_scores(config, dataset, device)) if config.pad else None
+        with interrupt.deferred():
+            run.train(curriculum, device)
 
-    curriculum = Curriculum(config, dataset, grand_scores(config, dataset, device)) if config.pad else None
-    epochs_path = path.with_suffix(".jsonl")
-    waiting: list[Expert] = []
 
-    def write_waiting() -> None:
-        if waiting:
-            path = next_file(folder)
-            save(waiting, path)
-            print(f"{len(waiting)} experts in {shown(path)}")
-            waiting.clear()
+class Run:
+    """The experts of one command, in `unfinished/` until they are written, `save_interval` to a file.
 
-    def train(number: int) -> Expert:
-        with Progress(config.train_epochs, f"expert {number}") as bar:
+    `unfinished/run.yaml` holds the run's options and the number of its first expert, `unfinished/expert_{n}/` the
+    epochs of expert n. A run that was stopped or killed goes on from there.
+
+    Raises:
+        UserError: the folder holds an unfinished run of other options.
+    """
+
+    def __init__(self, config: BufferConfig, dataset: Dataset, folder: Path):
+        self.config, self.dataset, self.folder = config, dataset, folder
+        self.unfinished = folder / "unfinished"
+        self.options = influential(config) | {"fingerprint": dataset.fingerprint}
+        self.written = count_experts(folder)
+        # A run after a finished one goes on counting, so that it trains other experts.
+        self.first = self.written
+        self.resumes = (self.unfinished / "run.yaml").exists() and config.resume == "auto"
+        if self.resumes:
+            before = read_config(self.unfinished / "run.yaml")
+            self.first = before.pop("first_expert", self.written)
+            now = {name: value for name, value in self.options.items() if name not in ("num_experts", "save_interval")}
+            different = differences(before, now)
+            if different:
+                raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
+                                "with it, --resume never to discard it, or another --buffer_path")
+
+    @property
+    def end(self) -> int:
+        return self.first + self.config.num_experts
+
+    @property
+    def left(self) -> int:
+        """How many experts are not in a file yet."""
+        return max(0, self.end - self.written)
+
+    def start(self) -> None:
+        if not self.resumes:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        save_config(self.unfinished / "run.yaml", self.options | {"first_expert": self.first})
+
+    def train(self, curriculum: Curriculum | None, device: torch.device) -> None:
+        """Trains what is missing and writes the files.
+
+        Raises:
+            DivergedError: those experts before it are written.
+            UserError: several in a row did not learn, or a file cannot be written.
+            Stopped: a signal came; what was finished is saved.
+        """
+        for number in range(self.written):  # what a kill after a file was written left
+            shutil.rmtree(self._saved(number).folder, ignore_errors=True)
+        waiting: list[Expert] = []
+        at_chance = 0
+        for number in range(self.written, self.end):
+            try:
+                waiting.append(self._train_one(number, curriculum, device))
+            except DivergedError:  # it would again, so there is nothing to go on from
+                self._write(waiting)
+                self._clear()
+                raise
+            learned = self._saved(number).reached()[-1]["train_accuracy"]
+            chance = 1 / self.dataset.num_classes
+            at_chance = at_chance + 1 if learned <= AT_CHANCE * chance else 0
+            if at_chance:
+                print(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, "
+                      f"guessing {100 * chance:.1f} %", file=sys.stderr)
+            if at_chance == MOST_AT_CHANCE:
+                raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give another --lr_teacher (now "
+                                f"{self.config.lr_teacher:g}), a smaller --rho_max (now {self.config.rho_max:g}) or "
+                                "more --train_epochs, with --resume never")
+            if len(waiting) == self.config.save_interval:
+                self._write(waiting)
+        self._write(waiting)
+        self._clear()
+
+    def _train_one(self, number: int, curriculum: Curriculum | None, device: torch.device) -> Expert:
+        saved = self._saved(number)
+        with Progress(self.config.train_epochs, f"expert {number}", initial=max(0, len(saved) - 1)) as bar:
             def report(epoch: Epoch) -> None:
-                append_json(epochs_path, {"expert": number, **epoch._asdict()})
                 bar.set_postfix_str(f"loss {epoch.loss:.3f}, train {100 * epoch.train_accuracy:.1f} %, "
                                     f"test {100 * epoch.test_accuracy:.1f} %", refresh=False)
-                bar.update()
-            return as_expert(*train_expert(config, dataset, number, device, report, curriculum))
+                bar.update(max(0, epoch.epoch - bar.n))
+            return as_expert(*train_expert(self.config, self.dataset, number, device, report, curriculum, saved))
 
-    try:
-        for number in range(first, first + config.num_experts):
-            waiting.append(train(number))
-            if len(waiting) == config.save_interval:
-                write_waiting()
-    finally:
-        write_waiting()  # the last ones; also when a later one was interrupted or diverged
-        if not path.exists():
-            path.with_suffix(".yaml").unlink()
-            epochs_path.unlink(missing_ok=True)
+    def _write(self, waiting: list[Expert]) -> None:
+        if not waiting:
+            return
+        numbers = range(self.written, self.written + len(waiting))
+        epochs = [{"expert": number, **epoch} for number in numbers for epoch in self._saved(number).reached()]
+        last = {epoch["expert"]: epoch for epoch in epochs}
+        experts = [{"number": number, "train_accuracy": last[number]["train_accuracy"],
+                    "test_accuracy": last[number]["test_accuracy"]} for number in numbers]
+        path = next_file(self.folder)
+        write_experts(path, waiting, self.options | {"experts": experts}, epochs)
+        print(f"{len(waiting)} experts in {shown(path)}")
+        self.written += len(waiting)
+        waiting.clear()
+        for number in numbers:
+            shutil.rmtree(self._saved(number).folder)
+
+    def _saved(self, number: int) -> SavedEpochs:
+        return SavedEpochs(self.unfinished / f"expert_{number}")
+
+    def _clear(self) -> None:
+        # The run file first: without it nothing here counts.
+        (self.unfinished / "run.yaml").unlink()
+        shutil.rmtree(self.unfinished)
+
+
+def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int) -> None:
+    """Refuses a run whose files cannot fit the disk, or whose experts of one file cannot fit the memory.
+
+    Raises:
+        UserError
+    """
+    expert = 4 * model.num_parameters * (config.train_epochs + 1)
+    at_once = min(config.save_interval, left)
+    disk, memory = shutil.disk_usage(folder).free, available()
+    if expert * (left + at_once) > disk:  # the epochs of a file's experts lie beside it until it is written
+        raise UserError(f"{left} experts of {config.train_epochs} epochs need {expert * (left + at_once) / 1e9:.1f} GB "
+                        f"on the disk of {folder}, which has {disk / 1e9:.1f} GB free; give a smaller --num_experts or "
+                        "another --buffer_path")
+    if expert * at_once > memory:
+        raise UserError(f"a file of {at_once} experts needs {expert * at_once / 1e9:.1f} GB of memory while it is "
+                        f"written, and {memory / 1e9:.1f} GB are free; give a smaller --save_interval")

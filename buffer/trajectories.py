@@ -4,8 +4,11 @@ A file is a list of experts; an expert is a list of snapshots; a snapshot is a l
 `parameters()` order.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig
 from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.parameters import FlatModel, flatten
-from utils.run import read_config
+from utils.run import differences, influential, read_config, save_config
 
 Expert = list[list[Tensor]]
 
@@ -60,23 +63,57 @@ def count_experts(folder: Path) -> int:
     return sum(len(_load(path)) for path in paths)
 
 
-# The options that decide which images an expert saw, and how, without changing the shapes of its parameters.
+# Options in which experts of one folder may differ: how many there are, from which seed and for how long.
+_MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs")
+# What a manifest holds beside the options of the run.
+_FACTS = ("fingerprint", "experts", "sha256")
+# The options that decide which images an expert saw.
 _DATA = ("dataset", "zca", "val_fraction")
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the options, the dataset's fingerprint, the experts' accuracies and the checksum of an expert file are."""
+    return path.with_suffix(".yaml")
+
+
+def _manifests(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Those of the expert files that have one; published files have none."""
+    paths = map(manifest_path, expert_files(folder))
+    return {path: read_config(path) for path in paths if path.exists()}
 
 
 def check_same_data(folder: Path, config: DataConfig) -> None:
     """Refuses experts that were trained on other data, by the options saved beside them; published ones have none.
 
     Raises:
+        UserError: that, or experts of several kinds in the folder.
+    """
+    manifests = _manifests(folder)
+    for path, saved in manifests.items():
+        different = differences(saved, {name: getattr(config, name) for name in _DATA})
+        if different:
+            raise UserError(f"the experts of {path} were trained on other data: {different}; give the same options, or "
+                            "another --buffer_path")
+    for path, saved in manifests.items():
+        _check_same_kind(path, saved, next(iter(manifests.values())))
+
+
+def check_same_kind(folder: Path, config: BufferConfig) -> None:
+    """Refuses to add experts to others that were trained in another way.
+
+    Raises:
         UserError
     """
-    for path in sorted(folder.glob("replay_buffer_*.yaml")):
-        saved = read_config(path)
-        different = [f"{name} ({saved[name]} there, {getattr(config, name)} here)" for name in _DATA
-                     if name in saved and saved[name] != getattr(config, name)]
-        if different:
-            raise UserError(f"the experts of {path} were trained on other data: {', '.join(different)}; give the same "
-                            "options, or another --buffer_path")
+    for path, saved in _manifests(folder).items():
+        _check_same_kind(path, saved, influential(config))
+
+
+def _check_same_kind(path: Path, saved: dict[str, Any], options: dict[str, Any]) -> None:
+    fixed = {name: value for name, value in options.items() if name not in _MAY_DIFFER + _FACTS}
+    different = differences(saved, fixed)
+    if different:
+        raise UserError(f"{path.parent} holds experts of another kind ({path.name}): {different}; give the same "
+                        "options, or another --buffer_path")
 
 
 def check_same_images(folder: Path, dataset: Dataset) -> None:
@@ -85,10 +122,25 @@ def check_same_images(folder: Path, dataset: Dataset) -> None:
     Raises:
         UserError
     """
-    for path in sorted(folder.glob("replay_buffer_*.yaml")):
-        if read_config(path).get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+    for path, saved in _manifests(folder).items():
+        if saved.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
             raise UserError(f"the experts of {path} were trained on other images than those of {dataset.name} here; "
                             "give the same --data_path and options, or another --buffer_path")
+
+
+def write_experts(path: Path, experts: Sequence[Expert], manifest: dict[str, Any],
+                  epochs: Sequence[dict[str, Any]]) -> None:
+    """Writes an expert file, and beside it first its manifest and what each epoch reached (`.jsonl`).
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with files.atomic_write(path) as aside:
+        with aside.open("wb") as file:
+            torch.save(list(experts), file)
+        with files.atomic_write(path.with_suffix(".jsonl")) as log:
+            log.write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+        save_config(manifest_path(path), manifest | {"sha256": files.sha256(aside)})
 
 
 def require_experts(folder: Path) -> None:
@@ -135,11 +187,27 @@ class Buffer:
         require_experts(folder)
         self.folder = folder
         self.model = model
+        self._paths = expert_files(folder)[:max_files]
         self._files: list[list[Expert]] = []
-        for path in expert_files(folder)[:max_files]:
+        for path in self._paths:
             experts = _load(path)
             _check(path, experts, model)
             self._files.append(experts[:max_experts])
+
+    def verify(self) -> None:
+        """Reads every file once, against its manifest's checksum or, without one, for values that are not finite.
+
+        Raises:
+            UserError: a file was changed or damaged, or an expert diverged.
+        """
+        manifests = _manifests(self.folder)
+        for path, experts in zip(self._paths, self._files):
+            expected = manifests.get(manifest_path(path), {}).get("sha256")
+            if expected is None:
+                _check_finite(path, experts)
+            elif files.sha256(path) != expected:
+                raise UserError(f"expert file {path} is damaged: it is not the file that {manifest_path(path).name} "
+                                "was written for; copy it again, or move both away and train the experts again")
 
     def __len__(self) -> int:
         """The number of experts."""
@@ -183,3 +251,15 @@ def _check(path: Path, experts: list[Expert], model: FlatModel) -> None:
                                 f"last {shapes[-1:]}; this one has {len(model.shapes)}, first "
                                 f"{[tuple(model.shapes[0])]}, last {[tuple(model.shapes[-1])]}; give the --model, "
                                 "--dataset and --buffer_path that trained them")
+            other = {str(tensor.dtype) for tensor in snapshot} - {"torch.float32"}
+            if other:
+                raise UserError(f"{path} holds parameters in {', '.join(sorted(other))}; float32 is needed: save them "
+                                "with .float()")
+
+
+def _check_finite(path: Path, experts: list[Expert]) -> None:
+    for number, expert in enumerate(experts):
+        for epoch, snapshot in enumerate(expert):
+            if not all(bool(tensor.isfinite().all()) for tensor in snapshot):
+                raise UserError(f"expert {number} of {path} is not finite after epoch {epoch}: it diverged, or the "
+                                "file is damaged; move it away, or train the experts again with a lower --lr_teacher")

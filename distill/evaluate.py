@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -112,7 +114,8 @@ def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tenso
 
 
 def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *address: int | str,
-             augmented: bool = True, on_epoch: Callable[[], None] = lambda: None) -> list[Score]:
+             augmented: bool = True, on_epoch: Callable[[], None] = lambda: None,
+             known: "Known | None" = None) -> list[Score]:
     """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
 
     Several are trained at once where that wins: on a CPU small ones in processes that divide its threads, which
@@ -124,7 +127,9 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         address: tells this evaluation's random numbers from those of others with the same seed.
         augmented: False trains on the images as they are.
         on_epoch: called after each epoch of each network.
+        known: accuracies found before, and where to put those found now.
     """
+    known = Known() if known is None else known
     jobs = [Job(name, number) for name in evaluation_pool(config.eval_mode, config.model)
             for number in range(config.num_eval)]
     test = dataclasses.replace(dataset, train_images=dataset.train_images[:0], train_labels=dataset.train_labels[:0],
@@ -133,17 +138,18 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
     train = partial(_tested, config, test, distilled, address, augmented, work)
     devices = _devices(config, distilled.images.device)
     at_once = min(len(jobs), torch.get_num_threads())
+    alone = jobs
     if len(devices) > 1:
-        accuracies = _on_devices(train, jobs, devices, on_epoch)
+        _on_devices(train, known.missing(jobs), devices, on_epoch, known.add)
     elif devices[0].type == "cpu" and at_once > 1 and _processes_pay(config, jobs, dataset, len(distilled), work):
         # What is left when no full round remains has all threads to itself.
         full_rounds = len(jobs) - len(jobs) % at_once
-        accuracies = in_processes(train, jobs[:full_rounds], at_once, on_epoch)
-        accuracies += [train(job, on_epoch) for job in jobs[full_rounds:]]
-    else:
-        accuracies = [train(job, on_epoch) for job in jobs]
-    return [Score(jobs[first].network, accuracies[first:first + config.num_eval])
-            for first in range(0, len(jobs), config.num_eval)]
+        in_processes(train, known.missing(jobs[:full_rounds]), at_once, on_epoch, known.add)
+        alone = jobs[full_rounds:]
+    for job in known.missing(alone):
+        known.add(job, train(job, on_epoch))
+    return [Score(name, [known[Job(name, number)] for number in range(config.num_eval)])
+            for name in dict.fromkeys(job.network for job in jobs)]
 
 
 class Job(NamedTuple):
@@ -151,6 +157,41 @@ class Job(NamedTuple):
 
     network: str
     number: int
+
+
+class Known:
+    """The accuracies of an evaluation's networks, as they are found.
+
+    Args:
+        path: a JSON file that holds them until they are all found, so that an evaluation that was stopped goes on.
+        key: what they depend on; those found for another key do not count.
+    """
+
+    def __init__(self, path: Path | None = None, key: str = ""):
+        self._path, self._key = path, key
+        self._accuracies: dict[str, float] = {}
+        if path is not None and path.is_file():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # whatever it is, it can be found again
+                saved = json.loads(path.read_text())
+                self._accuracies = dict(saved["accuracies"]) if saved["key"] == key else {}
+
+    def __len__(self) -> int:
+        return len(self._accuracies)
+
+    def __getitem__(self, job: Job) -> float:
+        return self._accuracies[self._name(job)]
+
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
+        return [job for job in jobs if self._name(job) not in self._accuracies]
+
+    def add(self, job: Job, accuracy: float) -> None:
+        self._accuracies[self._name(job)] = accuracy
+        if self._path is not None:
+            write_json(self._path, {"key": self._key, "accuracies": self._accuracies})
+
+    @staticmethod
+    def _name(job: Job) -> str:
+        return f"{job.network}/{job.number}"
 
 
 _INITIALISING = threading.Lock()  # layers draw from torch's one global generator
@@ -187,26 +228,31 @@ def _processes_pay(config: TrainConfig, jobs: Sequence[Job], dataset: Dataset, s
 
 
 def _on_devices(train: Callable[..., float], jobs: Sequence[Job], devices: Sequence[torch.device],
-                on_epoch: Callable[[], None]) -> list[float]:
-    """The accuracies of all jobs, spread over several devices, a thread each."""
+                on_epoch: Callable[[], None], on_result: Callable[[Job, float], None]) -> None:
+    """All jobs, spread over several devices, a thread each."""
     stop = threading.Event()
+    reporting = threading.Lock()
 
     def after_epoch() -> None:
         if stop.is_set():
             raise InterruptedError
-        on_epoch()
+        with reporting:
+            on_epoch()
 
-    def share(first: int) -> list[float]:
-        return [train(job, after_epoch, devices[first]) for job in jobs[first::len(devices)]]
+    def share(first: int) -> None:
+        for job in jobs[first::len(devices)]:
+            found = train(job, after_epoch, devices[first])
+            with reporting:
+                on_result(job, found)
 
     with ThreadPoolExecutor(len(devices)) as pool:
         futures = [pool.submit(share, first) for first in range(len(devices))]
         try:
-            found = [future.result() for future in futures]
+            for future in futures:
+                future.result()
         except BaseException:
             stop.set()
             raise
-    return [found[number % len(devices)][number // len(devices)] for number in range(len(jobs))]
 
 
 def _devices(config: TrainConfig, device: torch.device) -> list[torch.device]:
@@ -251,9 +297,14 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
     announce(config)
     began = perf_counter()
     networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval
-    with Progress(networks * (config.epoch_eval_train + 1), "evaluate") as bar:
+    beside = Path(f"{config.json}.unfinished") if config.json else None
+    known = Known(beside, _key(config, dataset, distilled))
+    if len(known):
+        print(f"going on with an evaluation that was stopped: {len(known)} of {networks} networks were tested")
+    epochs = config.epoch_eval_train + 1
+    with Progress(networks * epochs, "evaluate", initial=len(known) * epochs) as bar:
         # The same networks and the same order of samples for every set, so that sets are compared like with like.
-        scores = evaluate(config, dataset, distilled, augmented=not config.no_aug, on_epoch=bar.update)
+        scores = evaluate(config, dataset, distilled, augmented=not config.no_aug, on_epoch=bar.update, known=known)
     for score in scores:
         print(score)
     if config.json:
@@ -261,6 +312,17 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
             "what": what, "images": len(distilled), "scores": [score.as_dict() for score in scores],
             "tested_on": "validation" if config.val_fraction else "test", "seconds": perf_counter() - began,
             "config": influential(config), "environment": environment(device)})
+        beside.unlink(missing_ok=True)
+
+
+def _key(config: TrainConfig, dataset: Dataset, distilled: DistilledSet) -> str:
+    """The same for the same options, dataset and set, on the same kind of machine."""
+    here = environment(distilled.images.device)
+    key = hashlib.sha256(json.dumps([influential(config), config.backend, here["torch"], here["device"],
+                                     dataset.fingerprint]).encode())
+    for tensor in (distilled.images, distilled.labels, distilled.lr):
+        key.update(tensor.cpu().numpy().tobytes())
+    return key.hexdigest()
 
 
 def evaluate_files(config: EvaluationConfig) -> None:

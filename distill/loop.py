@@ -1,6 +1,7 @@
 """The distillation: draw a segment of an expert's trajectory, match it, update images, labels and α; repeat."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from distill.evaluate import Score, check_evaluation, check_pool, evaluate
 from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
-from utils import augment, figures
+from utils import augment, figures, interrupt
 from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
-from utils.engine import describe_engine
+from utils.engine import activation_bytes, describe_engine
 from utils.errors import UserError
+from utils.files import locked
+from utils.memory import available
 from utils.networks import network_for
 from utils.parameters import FlatModel
 from utils.run import (
@@ -88,6 +91,8 @@ class Distillation:
     Everything random in iteration `it` comes from a generator addressed (seed, "iteration", it), so an iteration
     can be repeated without the ones before it.
     """
+
+    _COUNTS = ("skipped", "held", "held_in_a_row", "lost_in_a_row")
 
     def __init__(self, config: DistillConfig, dataset: Dataset, buffer: Buffer, start: DistilledSet):
         self.config, self.buffer, self.image_size = config, buffer, dataset.image_size
@@ -169,6 +174,21 @@ class Distillation:
         self.set.lr.fill_(lr)
         self.rate.copy_(self.set.lr.log() if self.config.lr_param == "log" else self.set.lr)
         self.optimiser.state[self.rate].pop("momentum_buffer", None)
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on, beside the config; for `restore`."""
+        return {"images": self.set.images, "labels": self.set.labels, "lr": self.set.lr, "rate": self.rate,
+                "ema": self.ema, "optimiser": self.optimiser.state_dict(),
+                "counts": {name: getattr(self, name) for name in self._COUNTS}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for own, saved in ((self.set.images, "images"), (self.set.labels, "labels"), (self.set.lr, "lr"),
+                           (self.rate, "rate"), (self.ema, "ema")):
+            if own is not None:
+                own.copy_(state[saved])
+        self.optimiser.load_state_dict(state["optimiser"])
+        for name, count in state["counts"].items():
+            setattr(self, name, count)
 
     def versions(self) -> dict[str, DistilledSet]:
         """What is evaluated and saved, by the name of its folder: the set, and the one of averaged images."""
@@ -253,6 +273,26 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
                         f"start epoch; --{name} is exclusive and must be larger")
 
 
+def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
+    """Refuses a run that cannot fit the memory: by what it must hold at the least, not by what it may take.
+
+    Raises:
+        UserError
+    """
+    device = dataset.train_images.device
+    num_images = config.ipc * dataset.num_classes
+    batch = estimate.batch_size(config, dataset)
+    state = 4 * 4 * num_images * dataset.test_images[0].numel()  # images, their gradient and momentum, the start
+    samples = batch * config.syn_steps if config.matching == "unroll" else min(batch, model.engine.micro_batch or batch)
+    steps = 4 * model.num_parameters * (config.syn_steps + 1) + samples * activation_bytes(model.network)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
+    if state + steps > free:
+        advice = ("give --matching exact, which has the same gradient in far less" if config.matching == "unroll" else
+                  "give a smaller --micro_batch, --syn_steps or --ipc")
+        raise UserError(f"this distillation needs at least {(state + steps) / 1e9:.1f} GB of memory, and "
+                        f"{free / 1e9:.1f} GB are free on {device}; {advice}")
+
+
 def inner_samples(config: DistillConfig, dataset: Dataset) -> int:
     """Synthetic samples that all inner steps of a run see together."""
     return config.Iteration * config.syn_steps * estimate.batch_size(config, dataset)
@@ -295,18 +335,50 @@ def distill(config: DistillConfig) -> None:
         print(f"{shown(folder.path)} is finished ({folder.result['summary']}); give another --run_name or --seed to "
               "run it again")
         return
-    start, notes = initial_set(config, dataset, buffer)
-    folder.start()
-    tracker = Tracker(config.wandb, config.project, folder.path.name, as_dict(config), folder.path)
+    check_memory(config, dataset, model)
+    with locked(folder.path, "give another --run_name"):
+        buffer.verify()
+        _run(config, dataset, buffer, folder)
+
+
+def _run(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
+    """Distils, from the beginning or from where a run was stopped, into a folder that is locked."""
+    device, model = dataset.train_images.device, buffer.model
+    saved = folder.unfinished if config.resume == "auto" else None
+    if saved:
+        if saved["experts"] != buffer.experts_per_file:
+            raise UserError(f"{shown(folder.path)} was begun with {sum(saved['experts'])} experts, and {buffer.folder} "
+                            f"has {len(buffer)} now; put back what it had (--max_files, --max_experts), or give "
+                            "--resume never to start over")
+        start, notes = _as_set(saved["start"], device), saved["notes"]
+    else:
+        start, notes = initial_set(config, dataset, buffer)
+    folder.start(saved["metrics_bytes"] if saved else 0)
+    engine = f"{describe_engine(model.engine, estimate.batch_size(config, dataset))}"
     print(f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
-          f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}, "
-          f"{describe_engine(model.engine, estimate.batch_size(config, dataset))}")
+          f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}, {engine}")
     announce(config)
     for note in notes:
         print(f"note: {note}")
 
-    distillation = Distillation(config, dataset, buffer, start)
-    best, seconds = _iterate(config, dataset, distillation, folder, tracker)
+    state = Progression(config, dataset, Distillation(config, dataset, buffer, start), start, notes, engine)
+    if saved:
+        state.restore(saved)
+        print(f"going on at iteration {state.iteration}, where the run was saved")
+        if saved["engine"] != engine or saved["environment"] != _rounding(device):
+            print(f"note: it was begun with {saved['engine']} on {', '.join(saved['environment'].values())}; what "
+                  "follows may be rounded otherwise", file=sys.stderr)
+    tracker = Tracker(config.wandb, config.project, folder.path.name, as_dict(config), folder.path,
+                      saved["tracker"] if saved else None)
+    with interrupt.deferred():
+        _iterate(state, folder, tracker)
+    _conclude(state, folder, tracker)
+
+
+def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None:
+    """Writes what a finished run leaves, and says where."""
+    config, dataset, best = state.config, state.dataset, state.best
+    distillation, start = state.distillation, state.start
     before, after = (distillation.fixed_loss(each) for each in (start, distillation.set))
     chosen_on = "validation" if config.val_fraction else "test"
     for name, each in best.items():
@@ -318,12 +390,11 @@ def distill(config: DistillConfig) -> None:
     summary = "; ".join(f"{'' if name == 'Normal' else name + ' '}best on the {chosen_on} images "
                         f"{100 * each.scores[0].mean:.2f} ± {100 * each.scores[0].std:.2f} % at iteration "
                         f"{each.iteration}" for name, each in best.items())
-    # Last of all: with this file the run counts as finished.
     folder.finish(summary=summary, best=best["Normal"].as_dict(),
                   best_ema=best["EMA"].as_dict() if "EMA" in best else None, chosen_on=chosen_on,
-                  skipped=distillation.skipped, held=distillation.held, seconds=seconds,
+                  skipped=distillation.skipped, held=distillation.held, seconds=state.seconds,
                   fixed_loss={"before": finite(before), "after": finite(after), "segments": FIXED_SEGMENTS},
-                  environment=environment(device))
+                  environment=environment(start.images.device))
     tracker.finish()
     print(f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     print(f"{summary}; {distillation.skipped} of {config.Iteration} updates skipped, α held back "
@@ -333,6 +404,20 @@ def distill(config: DistillConfig) -> None:
               f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
     print(f"in {shown(folder.path)}: {' and '.join(best)}/ with images_best.pt, labels_best.pt, lr_best.pt, "
           "distilled.safetensors · images.png · curves.png · metrics.jsonl · result.json")
+
+
+def _rounding(device: torch.device) -> dict[str, str]:
+    """What, beside the engine, decides how results are rounded."""
+    here = environment(device)
+    return {name: here[name] for name in ("torch", "device")}
+
+
+def _as_dict(distilled: DistilledSet) -> dict[str, Tensor]:
+    return {"images": distilled.images, "labels": distilled.labels, "lr": distilled.lr}
+
+
+def _as_set(tensors: dict[str, Tensor], device: torch.device) -> DistilledSet:
+    return DistilledSet(**tensors).to(device)
 
 
 class Evaluated(NamedTuple):
@@ -347,41 +432,102 @@ class Evaluated(NamedTuple):
                 "scores": [score.as_dict() for score in self.scores]}
 
 
-def _iterate(config: DistillConfig, dataset: Dataset, distillation: Distillation, folder: RunFolder,
-             tracker: Tracker) -> tuple[dict[str, Evaluated], float]:
-    """Runs all iterations, evaluating and saving on the way; returns the best sets and the seconds it took."""
-    best: dict[str, Evaluated] = {}
-    began = perf_counter()
-    with Progress(config.Iteration, "distil") as bar:
-        for iteration in range(config.Iteration + 1):
-            last = iteration == config.Iteration
-            due = last or iteration % SAVE_INTERVAL == 0  # saved whatever it scores
-            if last or (iteration % config.eval_it == 0 and not (iteration == 0 and config.skip_first_eva)):
-                for name, distilled in distillation.versions().items():
-                    now = Evaluated(iteration, distilled, evaluate(config, dataset, distilled, "iteration", iteration))
-                    improved = name not in best or now.scores[0].mean > best[name].scores[0].mean
-                    if improved:
-                        best[name] = now
-                        distilled.save(folder.path / name, "best", dataset)
-                        if not due:
-                            distilled.save(folder.path / name, iteration, dataset)
-                    folder.log(iteration=iteration, set=name, scores=[score.as_dict() for score in now.scores])
-                    bar.write(f"iteration {iteration}{'' if name == 'Normal' else ', ' + name}: "
-                              f"{', '.join(map(str, now.scores))}")
-                    if name == "Normal":
-                        tracker.log_scores(iteration, now.scores)
-                        tracker.log_set(iteration, distilled.images, float(distilled.lr), dataset, config.ipc,
-                                        config.force_save)
-            if due:
-                for name, distilled in distillation.versions().items():
-                    distilled.save(folder.path / name, iteration, dataset)
-            if last:
-                break  # nobody would see an update after the last evaluation
-            record = distillation.step(iteration)
-            folder.log(**record)
-            tracker.log_step(record)
-            loss = math.nan if record["loss"] is None else record["loss"]
-            bar.set_postfix_str(f"loss {loss:.3f}, α {record['lr']:.3g}, start {record['start_epoch']}, "
-                                f"skipped {distillation.skipped}", refresh=False)
-            bar.update()
-    return best, perf_counter() - began
+class Progression:
+    """A distillation on its way: the iteration it is at, the best sets so far, and how long it took.
+
+    Args:
+        start: the set it began with.
+        notes: what there was to say of that.
+        engine: how derivatives are computed, in words.
+    """
+
+    def __init__(self, config: DistillConfig, dataset: Dataset, distillation: Distillation, start: DistilledSet,
+                 notes: list[str], engine: str):
+        self.config, self.dataset, self.distillation = config, dataset, distillation
+        self.start, self.notes, self.engine = start, notes, engine
+        self.iteration = 0
+        self.evaluated = False  # whether this iteration's evaluation is done
+        self.best: dict[str, Evaluated] = {}
+        self._seconds_before, self._began = 0.0, perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + perf_counter() - self._began
+
+    def state(self) -> dict[str, Any]:
+        """For `restore`, and to begin with."""
+        best = {name: {"iteration": each.iteration, "set": _as_dict(each.set),
+                       "scores": [[score.network, score.accuracies] for score in each.scores]}
+                for name, each in self.best.items()}
+        return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
+                "start": _as_dict(self.start), "notes": self.notes, "engine": self.engine,
+                "experts": self.distillation.buffer.experts_per_file,
+                "environment": _rounding(self.start.images.device), "distillation": self.distillation.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        device = self.start.images.device
+        self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
+        self.best = {name: Evaluated(each["iteration"], _as_set(each["set"], device),
+                                     [Score(*score) for score in each["scores"]])
+                     for name, each in state["best"].items()}
+        self.distillation.restore(state["distillation"])
+
+
+def _iterate(progression: Progression, folder: RunFolder, tracker: Tracker) -> None:
+    """Runs all iterations that are left, evaluating and saving on the way.
+
+    Raises:
+        Stopped: a signal came; the state is saved.
+    """
+    config, dataset, distillation = progression.config, progression.dataset, progression.distillation
+    best = progression.best
+
+    def save(at_once: bool = False) -> None:
+        folder.save_state(lambda: progression.state() | {"tracker": tracker.state()}, at_once)
+
+    def evaluate_all(iteration: int) -> None:
+        versions = distillation.versions()
+        # All of them before any is recorded, so that a signal finds the state as it was before.
+        scores = [evaluate(config, dataset, distilled, "iteration", iteration, on_epoch=interrupt.check)
+                  for distilled in versions.values()]
+        for (name, distilled), found in zip(versions.items(), scores):
+            now = Evaluated(iteration, distilled, found)
+            if name not in best or now.scores[0].mean > best[name].scores[0].mean:
+                best[name] = now
+                distilled.save(folder.path / name, "best", dataset)
+                distilled.save(folder.path / name, iteration, dataset)
+            folder.log(iteration=iteration, set=name, scores=[score.as_dict() for score in found])
+            bar.write(f"iteration {iteration}{'' if name == 'Normal' else ', ' + name}: {', '.join(map(str, found))}")
+            if name == "Normal":
+                tracker.log_scores(iteration, found)
+                tracker.log_set(iteration, distilled.images, float(distilled.lr), dataset, config.ipc,
+                                config.force_save)
+        progression.evaluated = True
+
+    with Progress(config.Iteration, "distil", initial=progression.iteration) as bar:
+        try:
+            for iteration in range(progression.iteration, config.Iteration + 1):
+                interrupt.check()
+                save()
+                last = iteration == config.Iteration
+                due = iteration % config.eval_it == 0 and not (iteration == 0 and config.skip_first_eva)
+                if (due or last) and not progression.evaluated:
+                    evaluate_all(iteration)
+                    save()
+                if last or iteration % SAVE_INTERVAL == 0:  # saved whatever it scores
+                    for name, distilled in distillation.versions().items():
+                        distilled.save(folder.path / name, iteration, dataset)
+                if last:
+                    break  # nobody would see an update after the last evaluation
+                record = distillation.step(iteration)
+                folder.log(**record)
+                progression.iteration, progression.evaluated = iteration + 1, False
+                tracker.log_step(record)
+                loss = math.nan if record["loss"] is None else record["loss"]
+                bar.set_postfix_str(f"loss {loss:.3f}, α {record['lr']:.3g}, start {record['start_epoch']}, "
+                                    f"skipped {distillation.skipped}", refresh=False)
+                bar.update()
+        except interrupt.Stopped as stopped:
+            if stopped.waited:  # else it came in the middle of something
+                save(at_once=True)
+            raise

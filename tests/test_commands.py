@@ -1,6 +1,5 @@
 """The real command lines at tiny size, from the repository's root and from inside their folders."""
 
-import importlib
 import json
 import os
 import re
@@ -65,7 +64,7 @@ def lines(path):
 def test_expert_files_have_the_published_names_and_form(experts):
     folder = experts / "MiniFashion" / "ConvNetD1W4"
     assert names(folder) == ["replay_buffer_0.jsonl", "replay_buffer_0.pt", "replay_buffer_0.yaml",
-                             "replay_buffer_1.pt"]
+                             "replay_buffer_1.jsonl", "replay_buffer_1.pt", "replay_buffer_1.yaml"]
     shapes = [parameter.shape for parameter in build_network("ConvNetD1W4", 1, 10, (28, 28)).parameters()]
     for number, count in ((0, 2), (1, 1)):
         file = load(folder / f"replay_buffer_{number}.pt")
@@ -101,7 +100,7 @@ def test_buffer_from_inside_its_folder_with_relative_paths(run, toy, toy_experts
                "--buffer_path", os.path.relpath(tmp_path, inside), cwd=inside)
     folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
     assert names(folder) == ["replay_buffer_0.jsonl", "replay_buffer_0.pt", "replay_buffer_0.yaml",
-                             "replay_buffer_1.pt"]
+                             "replay_buffer_1.jsonl", "replay_buffer_1.pt", "replay_buffer_1.yaml"]
     assert equal_experts(thetas(folder), thetas(toy_experts / "ImageFolder" / "ConvNetD1W4"))
     assert "3 experts of 3 epochs: ConvNetD1W4 on ImageFolder" in done.stdout and "expert 2: 100%" in done.stderr
 
@@ -618,20 +617,6 @@ def test_without_zca_nothing_is_unwhitened(call, distil, toy, tmp_path):
 def test_a_name_is_made_of_the_options(distil):
     usual, again, other = distil("--Iteration=0"), distil("--Iteration=0"), distil("--Iteration=0", "--lr_y=3")
     assert usual.name == again.name != other.name and re.fullmatch(r"exact_seed0_[0-9a-f]{8}", usual.name)
-
-
-def test_an_interrupted_run_starts_anew(call, toy, toy_experts, tmp_path):
-    """A run without a result is not finished: it runs again, and its metrics hold one run."""
-    arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=x"]
-    loop = importlib.import_module("distill.loop")
-    with mock.patch.object(loop.Distillation, "fixed_loss", side_effect=KeyboardInterrupt):
-        done = call("distill/DATM.py", *arguments, expect=130)
-    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
-    folder = tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / "x"
-    before = (folder / "metrics.jsonl").read_text()
-    with mock.patch("utils.figures.save_images"), mock.patch("utils.figures.save_curves"):
-        call("distill/DATM.py", *arguments)
-    assert (folder / "metrics.jsonl").read_text() == before and (folder / "result.json").exists()
 
 
 # --- help ----------------------------------------------------------------------------------------------------

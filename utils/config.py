@@ -127,6 +127,8 @@ class BufferConfig(DataConfig):
     rm_easy_ratio_second: Fraction = option(METHOD, 0.2, "PAD: share left out from rm_epoch_second", effect="pad")
     micro_batch: Count | None = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: "
                                        "chosen by the memory at hand")
+    resume: Literal["auto", "never"] = option(FILES, "auto", "auto: go on with an unfinished run of the same options; "
+                                              "never: discard it and start over")
     save_interval: Count = option(FILES, 10, "experts per file")
     buffer_path: FolderPath = option(FILES, "buffers", "folder of the expert files")
 
@@ -191,6 +193,8 @@ class DistillConfig(TrainConfig):
     data_path: FolderPath = option(FILES, "../dataset/", "folder of the real data")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the expert files")
     log_path: FolderPath = option(FILES, "logged_files", "folder of the results")
+    resume: Literal["auto", "never"] = option(FILES, "auto", "auto: go on with an unfinished run of the same options; "
+                                              "never: discard it and start over")
     run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config")
     force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50 too")
     record_loss: bool = option(FILES, False, "record the loss; metrics.jsonl always does", effect=False)

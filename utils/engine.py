@@ -53,7 +53,11 @@ class Engine(Protocol):
     """Shapes: θ, λ [P]; x [B, C, H, W]; y label logits [B, K] or classes [B]. Everything returned is detached."""
 
     name: str
-    micro_batch: int | None  # samples at a time in the adjoint
+    micro_batch: int | None  # samples at a time in the adjoint; None: all
+
+    def halve(self, batch: int) -> bool:
+        """Takes half as many samples of such a batch at a time from now on; False if that cannot be."""
+        ...
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint: ...
@@ -98,13 +102,21 @@ class Autograd:
         forward: (θ, x) → logits.
         micro_batch: samples at a time; None: all.
         dtype: run the network in this type by autocast.
+        splits: whether a batch can be split, which batch norm forbids.
     """
 
     name = "autograd"
 
     def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], micro_batch: int | None = None,
-                 dtype: torch.dtype | None = None) -> None:
-        self.forward, self.micro_batch, self.dtype = forward, micro_batch, dtype
+                 dtype: torch.dtype | None = None, splits: bool = True) -> None:
+        self.forward, self.micro_batch, self.dtype, self.splits = forward, micro_batch, dtype, splits
+
+    def halve(self, batch: int) -> bool:
+        most = min(self.micro_batch or batch, batch)
+        if not self.splits or most == 1:
+            return False
+        self.micro_batch = math.ceil(most / 2)
+        return True
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         def part(x: Tensor, y: Tensor) -> Part:
@@ -158,6 +170,11 @@ class HandWritten:
             # Networks times shapes; torch keeps the setting for each thread.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._gradient, self._adjoint = _compiled(network_pass)
+
+    def halve(self, batch: int) -> bool:
+        most = min(self.micro_batch or batch, batch)
+        self.micro_batch = math.ceil(most / 2)
+        return most > 1
 
     @torch.no_grad()
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,6 +230,9 @@ class Mixed(HandWritten):
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.reference.gradient(theta, x, y)
 
+    def halve(self, batch: int) -> bool:
+        return super().halve(batch) | self.reference.halve(batch)
+
 
 _CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
 
@@ -226,7 +246,7 @@ class Captured:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.name, self.micro_batch = f"{engine.name}, captured", engine.micro_batch
+        self.name = f"{engine.name}, captured"
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
         self._stream: Any = None
@@ -236,6 +256,15 @@ class Captured:
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         return self._replay(self.engine.adjoint, theta, co_state, x, y)
+
+    @property
+    def micro_batch(self) -> int | None:
+        return self.engine.micro_batch
+
+    def halve(self, batch: int) -> bool:
+        self._graphs.clear()  # with the memory they hold
+        self._pool = None
+        return self.engine.halve(batch)
 
     def _replay(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
         key = (function.__name__, *((each.shape, each.dtype) for each in inputs))
@@ -293,7 +322,8 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     worthwhile = fast and backend == "auto" and device.type == "cpu" and _compiler() and repays(network, work)
     compiled = fast and bool(backend == "compile" or worthwhile)
     engine: Engine
-    engine = plain = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype)
+    engine = plain = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
+                              splits=not has_batch_norm(network))
     if fast:
         network_pass = _shared_pass(network.plan, network.image_shape, device, dtype, compiled)
         size = micro_batch or micro_batch_for(network, CACHED_BYTES)

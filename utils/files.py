@@ -1,13 +1,19 @@
 """Whole files only: written aside and renamed, read without running code."""
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import os
 import pickle
+import socket
+import sys
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -70,11 +76,70 @@ class _TrialError(Exception):
     """Ends a write that was only a trial."""
 
 
+@contextlib.contextmanager
+def locked(folder: Path, advice: str) -> Iterator[None]:
+    """Keeps every other process out of a folder; however this one ends, the system lets go of it.
+
+    Args:
+        advice: what whoever comes second can do.
+
+    Raises:
+        UserError: another process is in it, or the folder cannot be made or written.
+    """
+    path = folder / ".lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}; give a folder that can be written"
+                            ) from error
+        with file:
+            _lock(file, folder, advice)
+            if not _is_at(file, path):
+                continue  # whoever held the lock took the file away in between
+            with contextlib.suppress(OSError):  # a full disk; who holds the lock is only for the message
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
+
+
+def _lock(file: TextIO, folder: Path, advice: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"another run ({file.read().strip() or 'just started'}) is writing to {folder}; wait for it to "
+                        f"end, or {advice}") from error
+    except OSError as error:  # some network file systems have no locks
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        print(f"note: {folder} is on a file system without locks; see to it that only one run writes there",
+              file=sys.stderr)
+
+
 def save(value: object, path: str | os.PathLike) -> None:
     """`torch.save`, whole or not at all."""
     # Through a handle, for given a path torch writes its name into the file, and equal tensors make unequal files.
     with atomic_write(path) as aside, aside.open("wb") as file:
         torch.save(value, file)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """A file's SHA-256, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(path: str | os.PathLike, what: str = "file", mmap: bool = False):

@@ -1,6 +1,8 @@
 """How much memory a computation takes at its peak: of the GPU it runs on, else of the process."""
 
+import contextlib
 import ctypes
+import math
 import resource
 import sys
 from pathlib import Path
@@ -31,6 +33,19 @@ def peak(device: torch.device) -> float:
         return _status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def available() -> float:
+    """Bytes of host memory that this process can still have; infinite where the system does not say."""
+    found = [math.inf]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        found += [1024 * float(line.split()[1]) for line in meminfo.read_text().splitlines()
+                  if line.startswith("MemAvailable:")]
+    group = Path("/sys/fs/cgroup")  # a container's, or a batch job's
+    with contextlib.suppress(OSError, ValueError):  # no limit is written as a word
+        found.append(float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+    return min(found)
 
 
 def _status(key: str) -> float:

@@ -1,13 +1,18 @@
 """A network as a function of one flat parameter vector θ."""
 
 import math
+import sys
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from utils.engine import Adjoint, Engine, select_engine
+from utils.engine import Adjoint, Engine, describe_engine, select_engine
+
+Result = TypeVar("Result")
 
 
 class FlatModel:
@@ -52,11 +57,25 @@ class FlatModel:
         Args:
             x, y: images [B, C, H, W]; label logits [B, K] or classes [B].
         """
-        return self.engine.gradient(theta, x, y)
+        return self._fitted(len(x), lambda: self.engine.gradient(theta, x, y))
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         """s = ⟨∇L(θ; x, y), λ⟩ and its gradients in θ, x and y, all detached; `co_state` is λ [P]."""
-        return self.engine.adjoint(theta, co_state, x, y)
+        return self._fitted(len(x), lambda: self.engine.adjoint(theta, co_state, x, y))
+
+    def _fitted(self, batch: int, step: Callable[[], Result]) -> Result:
+        """The step, again with half the micro-batch as often as the GPU's memory is full."""
+        while True:
+            try:
+                return step()
+            except torch.OutOfMemoryError as error:
+                full = error.with_traceback(None)  # whose frames would keep the tensors of the step
+            if not self.engine.halve(batch):
+                raise full
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"note: the GPU's memory is full; from here on {describe_engine(self.engine, batch)}",
+                  file=sys.stderr)
 
 
 def flatten(parameters: list[Tensor]) -> Tensor:

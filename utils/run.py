@@ -6,10 +6,13 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,29 +20,42 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from utils import augment
+from utils import augment, interrupt
 from utils.config import DataConfig, as_dict, has_effect, make
 from utils.datasets import Dataset
 from utils.engine import check_backend, set_precision
 from utils.errors import UserError
-from utils.files import REPOSITORY, atomic_write
+from utils.files import REPOSITORY, atomic_write, load, save
 from utils.parameters import FlatModel
 
 
 def entry(main: Callable[[], None]) -> None:
-    """Runs an entry script; a user's mistake becomes one line on stderr and exit code 2."""
+    """Runs an entry script; a user's mistake becomes one line on stderr and exit code 2, a signal 128 + its number."""
     name = Path(sys.argv[0]).name
+    interrupt.install()
     try:
         main()
     except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; what was finished is saved, and every file is whole", file=sys.stderr)
-        sys.exit(130)
+        _last_line(f"{name}: error: {' '.join(str(error).split())}", 2)
+    except torch.OutOfMemoryError as error:
+        _last_line(f"{name}: error: the GPU's memory is full ({' '.join(str(error).split())[:120]}…); give "
+                   "--micro_batch, a smaller batch, or --device cpu", 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
+                   "--micro_batch, or use a machine with more", 2)
+    except interrupt.Stopped as stopped:
+        _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. This goes on from what is saved: "
+                   f"{shlex.join(['python', *sys.argv])}", 128 + stopped.signal)
     except BrokenPipeError:  # whoever read the output (head, say) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _last_line(text: str, code: int) -> typing.NoReturn:
+    print(text, file=sys.stderr)
+    sys.exit(code)
 
 
 # --- seeds: every draw has an address, so that any part of a run can be repeated alone -----------------------
@@ -126,8 +142,8 @@ def describe(device: torch.device) -> str:
 # --- a run's folder ------------------------------------------------------------------------------------------
 
 # What changes where a run happens and what it writes, but not its result.
-_WITHOUT_INFLUENCE = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "json",
-                      "save", "wandb", "project", "force_save"}
+_WITHOUT_INFLUENCE = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "resume",
+                      "json", "save", "wandb", "project", "force_save"}
 
 
 def influential(config: DataConfig) -> dict[str, Any]:
@@ -135,6 +151,12 @@ def influential(config: DataConfig) -> dict[str, Any]:
     return {name: value.removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str) else value
             for name, value in as_dict(config).items()
             if name not in _WITHOUT_INFLUENCE and has_effect(config, name)}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The options that have another value than before, in words; empty if there are none."""
+    return ", ".join(f"{name} ({before[name]} there, {value} here)"
+                     for name, value in now.items() if name in before and before[name] != value)
 
 
 def announce(config: DataConfig) -> None:
@@ -173,8 +195,15 @@ def config_name(config: DataConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+STATE_FORMAT = "datm-checkpoint-1"
+SAVE_SECONDS = 1.0  # at least, between two saves of a run's state
+SAVE_SHARE = 0.005  # of a run's time, at most, that goes into them
+
+
 class RunFolder:
     """One run's `config.yaml`, `metrics.jsonl` and `result.json`, and whatever the run puts beside them.
+
+    While it runs, `checkpoint.pt` holds what it needs to go on after it was stopped or killed.
 
     Making one writes nothing; `start` does.
 
@@ -186,14 +215,14 @@ class RunFolder:
         self.path = path
         self._config = influential(config)
         self._metrics = path / "metrics.jsonl"
+        self._state = path / "checkpoint.pt"
         saved = path / "config.yaml"
         # An option that is younger than the run had no other value than its default.
         default = as_dict(make(type(config)))
         before = default | read_config(saved) if saved.exists() else self._config
-        different = [f"{name} ({before[name]} there, {value} here)"
-                     for name, value in self._config.items() if before[name] != value]
+        different = differences(before, self._config)
         if different:
-            raise UserError(f"{path} holds a run of other options: {', '.join(different)}; give another --run_name")
+            raise UserError(f"{path} holds a run of other options: {different}; give another --run_name")
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -205,18 +234,41 @@ class RunFolder:
             raise UserError(f"{path} is damaged ({error}); delete it to run again, or give another "
                             "--run_name") from error
 
-    def start(self) -> None:
-        """Saves the config and begins an empty `metrics.jsonl`; what an unfinished run left is removed.
+    @property
+    def unfinished(self) -> dict[str, Any] | None:
+        """What a run that was stopped or killed last saved of itself (`save_state`), else None.
 
         Raises:
-            UserError: the folder cannot be made or written.
+            UserError: it is damaged.
         """
-        if self._metrics.exists():
-            print(f"note: {shown(self.path)} holds an unfinished run; starting over")
-            self._metrics.unlink()
+        if not self._state.exists():
+            return None
+        try:
+            state = load(self._state, "checkpoint")
+        except UserError as error:
+            raise UserError(f"{error}; or give --resume never to start over") from error
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            raise UserError(f"{self._state} is not a checkpoint of this version ({STATE_FORMAT}); give --resume never "
+                            "to start over, or another --run_name")
+        return state
+
+    def start(self, metrics_bytes: int = 0) -> None:
+        """Saves the config and begins `metrics.jsonl`, or goes on with its first so many bytes.
+
+        Raises:
+            UserError: the folder cannot be made or written, or its metrics are shorter than they were.
+        """
+        if not metrics_bytes:
             for made in ("Normal", "EMA"):
                 shutil.rmtree(self.path / made, ignore_errors=True)
+            self._state.unlink(missing_ok=True)
         save_config(self.path / "config.yaml", self._config)
+        self._metrics.touch()
+        if self._metrics.stat().st_size < metrics_bytes:
+            raise UserError(f"{self._metrics} is shorter than when the run was last saved; give --resume never to "
+                            "start over, or another --run_name")
+        os.truncate(self._metrics, metrics_bytes)
+        self._saved_at, self._save_seconds = -math.inf, 0.0
 
     def log(self, **metrics: Any) -> None:
         """One line of `metrics.jsonl`."""
@@ -225,8 +277,28 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
 
+    def save_state(self, state: Callable[[], dict[str, Any]], at_once: bool = False) -> None:
+        """Saves what the run needs to go on from here, if it is time to.
+
+        Args:
+            state: makes it, of tensors and plain containers.
+            at_once: whether it is time or not.
+        """
+        now = perf_counter()
+        due = max(SAVE_SECONDS, self._save_seconds / SAVE_SHARE)
+        if not at_once and now - self._saved_at < due:
+            return
+        with self._metrics.open("rb") as metrics:  # on the disk before the state that counts on them
+            os.fsync(metrics.fileno())
+            size = os.fstat(metrics.fileno()).st_size
+        save(state() | {"format": STATE_FORMAT, "metrics_bytes": size}, self._state)
+        self._saved_at = perf_counter()
+        self._save_seconds = self._saved_at - now
+
     def finish(self, **result: Any) -> None:
+        """Writes the result, with which the run counts as finished."""
         write_json(self.path / "result.json", result)
+        self._state.unlink(missing_ok=True)
 
 
 def append_json(path: Path, value: Any) -> None:
@@ -267,7 +339,7 @@ def finite(value: float) -> float | None:
 
 def environment(device: torch.device) -> dict[str, str]:
     """Versions and hardware, to stand beside a result."""
-    return {"torch": torch.__version__, "python": sys.version.split()[0], "device": describe(device),
+    return {"torch": str(torch.__version__), "python": sys.version.split()[0], "device": describe(device),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
 
 

@@ -6,6 +6,7 @@ Metrics always go to `metrics.jsonl` as well (`utils.run.RunFolder`), so nothing
 import netrc
 import os
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +30,15 @@ class Tracker:
         mode: `auto` goes online where an account is known and is silent elsewhere; `offline` writes files into
             `folder` for `wandb sync`; `disabled` never imports wandb. Whatever fails is said in one line, and the run
             goes on without.
+        resumed: the `state` of a tracker whose run goes on here.
     """
 
-    def __init__(self, mode: Mode, project: str, name: str, config: dict[str, Any], folder: Path):
+    def __init__(self, mode: Mode, project: str, name: str, config: dict[str, Any], folder: Path,
+                 resumed: dict[str, Any] | None = None):
         self._run = None
-        self._best: dict[str, Any] = {}  # network → its best score
+        self._id = resumed["id"] if resumed else uuid.uuid4().hex[:8]
+        # network → mean and standard deviation of its best score
+        self._best: dict[str, list[float]] = resumed["best"] if resumed else {}
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or "auto"  # wandb's own switch
         if mode == "disabled":
@@ -47,7 +52,7 @@ class Tracker:
 
             settings = wandb.Settings(init_timeout=CONNECT_SECONDS, console="off", silent=True)
             self._run = wandb.init(project=project, name=name, config=config, dir=str(folder), settings=settings,
-                                   mode="offline" if mode == "offline" else "online")
+                                   id=self._id, resume="allow", mode="offline" if mode == "offline" else "online")
         except Exception as error:  # wandb fails in many ways, and none of them may stop a distillation
             self._off(error)
 
@@ -62,15 +67,20 @@ class Tracker:
         """An evaluation's scores (`distill.evaluate.Score`), and each network's best so far."""
         values = {}
         for score in scores:
-            best = max(self._best.get(score.network, score), score, key=lambda each: each.mean)
-            self._best[score.network] = best
+            now = [score.mean, score.std]
+            best = max(self._best.get(score.network, now), now, key=lambda each: each[0])
+            mean, std = self._best[score.network] = best
             values |= {f"Accuracy/{score.network}": score.mean, f"Std/{score.network}": score.std,
-                       f"Max_Accuracy/{score.network}": best.mean, f"Max_Std/{score.network}": best.std}
+                       f"Max_Accuracy/{score.network}": mean, f"Max_Std/{score.network}": std}
         self._log(step, lambda: values)
 
     def log_set(self, step: int, images: Tensor, lr: float, dataset: Dataset, ipc: int, force: bool) -> None:
         """The published pictures and histograms of a set's images [N, C, H, W]."""
         self._log(step, lambda: _pictures(images.detach().cpu(), lr, dataset, ipc < PICTURES_UP_TO_IPC or force))
+
+    def state(self) -> dict[str, Any]:
+        """With which another `Tracker` goes on with the same run."""
+        return {"id": self._id, "best": self._best}
 
     def finish(self) -> None:
         self._guarded(lambda: self._run.finish())

@@ -1,0 +1,397 @@
+"""Nothing is lost: runs that were stopped go on, to the bit; two runs keep out of each other's way; signals."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from utils import files, interrupt
+from utils.errors import UserError
+from utils.files import REPOSITORY
+from utils.interrupt import Stopped
+from utils.networks import build_network
+from utils.parameters import FlatModel
+
+EXPERTS = ["ImageFolder", "ConvNetD1W4"]
+
+
+def stop_at(target, attribute, call_number):
+    """Patches a function so that its call of that number (from 1) is a Ctrl-C that waited for a safe point."""
+    original, calls = getattr(target, attribute), []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call_number:
+            raise Stopped(signal.SIGINT, waited=True)
+        return original(*arguments, **options)
+    return mock.patch.object(target, attribute, counted)
+
+
+def tensors_in(folder):
+    """Every tensor file and every line of metrics below a folder, by name."""
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
+    found = {name: path.read_bytes() for name, path in paths.items() if path.suffix in (".pt", ".jsonl")}
+    # Their metadata come in any order.
+    found |= {name: {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+              for name, path in paths.items() if path.suffix == ".safetensors"}
+    assert found
+    return found
+
+
+# --- experts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--mom=0.9", "--l2=0.01"], ["--model=ConvNetD1W4BN", "--mom=0.5"]])
+@pytest.mark.parametrize("step", [1, 3, 9, 17])
+def test_experts_go_on_to_the_bit(call, toy, tmp_path, options, step):
+    """18 steps: three epochs of two batches for each of three experts, two experts to a file."""
+    arguments = [*toy.train, "--batch_train=40", "--rho_max=0", "--rho_min=0", *options]
+    call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'whole'}")
+    experts = importlib.import_module("buffer.experts")
+    with stop_at(experts, "gsam_gradient", step):
+        done = call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'parts'}", expect=130)
+    assert "stopped by SIGINT" in done.stderr and "python buffer/buffer_FTD.py" in done.stderr
+    done = call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'parts'}")
+    assert "going on with an unfinished run" in done.stdout
+    assert tensors_in(tmp_path / "whole") == tensors_in(tmp_path / "parts")
+    assert not list(tmp_path.rglob("unfinished")) and not list(tmp_path.rglob(".*"))
+
+
+def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tmp_path):
+    arguments = [*toy.train, f"--buffer_path={tmp_path}"]
+    trajectories, experts = (importlib.import_module(f"buffer.{name}") for name in ("trajectories", "experts"))
+    with stop_at(trajectories, "save_config", 1):  # the manifest, before its expert file
+        call("buffer/buffer_FTD.py", *arguments, expect=130)
+    assert not list(tmp_path.rglob("replay_buffer_*.pt"))
+    with stop_at(experts.shutil, "rmtree", 1):  # the epochs, after it
+        call("buffer/buffer_FTD.py", *arguments, expect=130)
+    assert len(list(tmp_path.rglob("replay_buffer_*.pt"))) == 1
+    call("buffer/buffer_FTD.py", *arguments)
+    assert tensors_in(tmp_path) == tensors_in(toy_experts)
+
+
+@pytest.fixture
+def unfinished(call, toy, tmp_path):
+    """The arguments of an expert run that was stopped in its second epoch."""
+    arguments = [*toy.train, f"--buffer_path={tmp_path}"]
+    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 2):
+        call("buffer/buffer_FTD.py", *arguments, expect=130)
+    return arguments
+
+
+def test_an_unfinished_run_of_other_options_is_named(call, unfinished, tmp_path):
+    before = tensors_in(tmp_path)
+    done = call("buffer/buffer_FTD.py", *unfinished, "--lr_teacher=0.5", expect=2)
+    assert "lr_teacher (0.1 there, 0.5 here)" in done.stderr and "--resume never" in done.stderr
+    assert tensors_in(tmp_path) == before
+    done = call("buffer/buffer_FTD.py", *unfinished, "--lr_teacher=0.5", "--resume=never")
+    assert "going on" not in done.stdout and not list(tmp_path.rglob("unfinished"))
+
+
+def test_fewer_experts_end_an_unfinished_run(call, unfinished, tmp_path):
+    call("buffer/buffer_FTD.py", *unfinished, "--num_experts=1")
+    (path,) = tmp_path.rglob("replay_buffer_*.pt")
+    assert len(torch.load(path)) == 1
+
+
+def test_another_kind_of_experts_is_refused_by_name(call, toy, toy_experts, tmp_path):
+    shutil.copytree(toy_experts, tmp_path / "experts")
+    arguments = [*toy.train, f"--buffer_path={tmp_path / 'experts'}"]
+    done = call("buffer/buffer_FTD.py", *arguments, "--rho_max=0.5", "--rho_min=0.5", expect=2)
+    assert "experts of another kind" in done.stderr and "rho_max (0.01 there, 0.5 here)" in done.stderr
+    # Nor are they matched where someone copied them into one folder.
+    call("buffer/buffer_FTD.py", *toy.train, "--rho_max=0.5", "--rho_min=0.5", f"--buffer_path={tmp_path / 'other'}")
+    for path in (tmp_path / "other").rglob("replay_buffer_0.*"):
+        shutil.copy(path, tmp_path.joinpath("experts", *EXPERTS, f"replay_buffer_2{path.suffix}"))
+    done = call("distill/DATM.py", *toy.distil, f"--buffer_path={tmp_path / 'experts'}", f"--log_path={tmp_path}",
+                expect=2)
+    assert "experts of another kind (replay_buffer_2.yaml)" in done.stderr and "rho_max" in done.stderr
+
+
+def test_an_expert_that_did_not_learn_is_said_and_five_stop_the_run(call, toy, tmp_path):
+    arguments = [*toy.train, "--lr_teacher=1e-9", "--num_experts=6", "--train_epochs=1", f"--buffer_path={tmp_path}"]
+    experts = importlib.import_module("buffer.experts")
+    with mock.patch.object(experts, "AT_CHANCE", 3.0):  # three classes: always
+        done = call("buffer/buffer_FTD.py", *arguments, expect=2)
+    assert "note: expert 0 did not learn" in done.stderr and "5 experts in a row did not learn" in done.stderr
+
+
+def test_a_manifest_says_what_the_experts_are(toy_experts):
+    folder = toy_experts.joinpath(*EXPERTS)
+    manifest = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())
+    assert manifest["sha256"] == files.sha256(folder / "replay_buffer_0.pt")
+    assert [expert["number"] for expert in manifest["experts"]] == [0, 1]
+    assert all(0 <= expert["test_accuracy"] <= 1 for expert in manifest["experts"])
+    lines = [json.loads(line) for line in (folder / "replay_buffer_1.jsonl").read_text().splitlines()]
+    assert [(line["expert"], line["epoch"]) for line in lines] == [(2, 1), (2, 2), (2, 3)]
+
+
+def test_experts_that_cannot_fit_are_refused_at_once(call, toy, tmp_path):
+    arguments = [*toy.train, f"--buffer_path={tmp_path}"]
+    done = call("buffer/buffer_FTD.py", *arguments, "--num_experts=1000000000", expect=2)
+    assert "GB on the disk" in done.stderr and not list(tmp_path.rglob("*.pt"))
+    with mock.patch("buffer.experts.available", lambda: 1e3):
+        done = call("buffer/buffer_FTD.py", *arguments, expect=2)
+    assert "--save_interval" in done.stderr
+
+
+# --- distillation --------------------------------------------------------------------------------------------
+
+
+STATEFUL = ["--Iteration=6", "--eval_it=2", "--ema", "--lr_param=log", "--lr_lr=1e-3", "--run_name=run"]
+
+
+@pytest.fixture
+def distil_to(call, toy, toy_experts, tmp_path):
+    def distil_to(where, *options, expect=0):
+        arguments = [*toy.distil, f"--buffer_path={toy_experts}", *STATEFUL, f"--log_path={tmp_path / where}", *options]
+        done = call("distill/DATM.py", *arguments, expect=expect)
+        return done, tmp_path.joinpath(where, "ImageFolder", "2", "ConvNetD1W4", "run")
+    return distil_to
+
+
+def without_times(result):
+    return {name: value for name, value in json.loads(result.read_text()).items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("attribute, number", [("match_trajectory", 1), ("match_trajectory", 4), ("evaluate", 1),
+                                               ("evaluate", 4), ("evaluate", 6)])
+def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
+    _, whole = distil_to("whole")
+    loop = importlib.import_module("distill.loop")
+    with stop_at(loop, attribute, number):
+        done, parts = distil_to("parts", expect=130)
+    assert (parts / "checkpoint.pt").exists() and "python distill/DATM.py" in done.stderr
+    done, _ = distil_to("parts")
+    assert "going on at iteration" in done.stdout
+    assert tensors_in(whole) == tensors_in(parts)
+    assert without_times(whole / "result.json") == without_times(parts / "result.json")
+    assert not (parts / "checkpoint.pt").exists() and not (parts / ".lock").exists()
+
+
+def test_a_stop_at_the_very_end_loses_nothing(distil_to):
+    _, whole = distil_to("whole")
+    with stop_at(importlib.import_module("utils.figures"), "save_curves", 1):
+        distil_to("parts", expect=130)
+    _, parts = distil_to("parts")
+    assert tensors_in(whole) == tensors_in(parts)
+
+
+def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(distil_to):
+    _, whole = distil_to("whole")
+    loop = importlib.import_module("distill.loop")
+    update = loop.Distillation.update
+
+    def half(self, match):
+        update(self, match)
+        raise Stopped(signal.SIGTERM)
+    with mock.patch.object(loop.Distillation, "update", half):
+        distil_to("parts", expect=143)
+    _, parts = distil_to("parts")
+    assert tensors_in(whole) == tensors_in(parts)
+
+
+def test_resume_never_starts_over(distil_to):
+    _, whole = distil_to("whole")
+    with stop_at(importlib.import_module("distill.loop"), "match_trajectory", 4):
+        distil_to("parts", expect=130)
+    done, parts = distil_to("parts", "--resume=never")
+    assert "going on" not in done.stdout and tensors_in(whole) == tensors_in(parts)
+
+
+def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
+    with stop_at(importlib.import_module("distill.loop"), "match_trajectory", 4):
+        _, folder = distil_to("parts", expect=130)
+    done, _ = distil_to("parts", "--lr_y=3", expect=2)
+    assert "lr_y (1.0 there, 3.0 here)" in done.stderr
+    shutil.copytree(toy_experts, tmp_path / "more")
+    first = tmp_path.joinpath("more", *EXPERTS, "replay_buffer_0.pt")
+    shutil.copy(first, first.with_name("replay_buffer_2.pt"))
+    done, _ = distil_to("parts", f"--buffer_path={tmp_path / 'more'}", expect=2)
+    assert "buffer_path" in done.stderr or "was begun with 3 experts" in done.stderr
+
+    checkpoint = folder / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    for damaged, said in ((whole[:-100], "cannot be read"), (pickled_code(tmp_path), "would run code")):
+        checkpoint.write_bytes(damaged)
+        done, _ = distil_to("parts", expect=2)
+        assert said in done.stderr and "--resume never" in done.stderr
+    torch.save([1], checkpoint)
+    done, _ = distil_to("parts", expect=2)
+    assert "not a checkpoint" in done.stderr
+    checkpoint.write_bytes(whole)
+    (folder / "metrics.jsonl").write_text("")
+    done, _ = distil_to("parts", expect=2)
+    assert "shorter than" in done.stderr
+
+
+def pickled_code(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.system, ("false",)
+    torch.save(Code(), tmp_path / "code.pt")
+    return (tmp_path / "code.pt").read_bytes()
+
+
+def test_an_unroll_that_cannot_fit_is_refused_at_once(distil_to):
+    with mock.patch("distill.loop.available", lambda: 1e4):
+        done, _ = distil_to("small", "--matching=unroll", expect=2)
+    assert "GB are free on cpu" in done.stderr and "--matching exact" in done.stderr
+
+
+# --- expert files that are not what they were ---------------------------------------------------------------------
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def put_nan(path):
+    experts = torch.load(path)
+    experts[1][2][0].view(-1)[3] = torch.nan
+    torch.save(experts, path)
+
+
+@pytest.mark.parametrize("damage, manifest, said", [
+    (flip_a_bit, True, "is damaged"), (put_nan, True, "is damaged"),
+    (put_nan, False, "expert 1 of .* is not finite after epoch 2")])
+def test_changed_expert_files_are_refused(call, toy, toy_experts, tmp_path, damage, manifest, said):
+    kept = None if manifest else shutil.ignore_patterns("*.yaml")
+    shutil.copytree(toy_experts, tmp_path / "experts", ignore=kept)
+    damage(tmp_path.joinpath("experts", *EXPERTS, "replay_buffer_0.pt"))
+    done = call("distill/DATM.py", *toy.distil, f"--buffer_path={tmp_path / 'experts'}", f"--log_path={tmp_path}",
+                expect=2)
+    assert re.search(said, done.stderr)
+
+
+def test_experts_of_another_type_are_refused(call, toy, toy_experts, tmp_path):
+    shutil.copytree(toy_experts, tmp_path / "experts", ignore=shutil.ignore_patterns("*.yaml"))
+    path = tmp_path.joinpath("experts", *EXPERTS, "replay_buffer_0.pt")
+    torch.save([[[tensor.double() for tensor in snapshot] for snapshot in expert] for expert in torch.load(path)], path)
+    done = call("distill/DATM.py", *toy.distil, f"--buffer_path={tmp_path / 'experts'}", expect=2)
+    assert "torch.float64; float32 is needed" in done.stderr
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_goes_on_at_the_next_network(call, toy, tmp_path):
+    arguments = [argument for argument in toy.common if "num_eval" not in argument] + ["--num_eval=3", "--ipc=2"]
+    call("distill/baseline.py", *arguments, f"--json={tmp_path / 'whole.json'}")
+    evaluation = importlib.import_module("distill.evaluate")
+    with stop_at(evaluation, "train_network", 3):
+        call("distill/baseline.py", *arguments, f"--json={tmp_path / 'parts.json'}", expect=130)
+    assert (tmp_path / "parts.json.unfinished").exists() and not (tmp_path / "parts.json").exists()
+    with stop_at(evaluation, "train_network", 2):  # only one network is left
+        done = call("distill/baseline.py", *arguments, f"--json={tmp_path / 'parts.json'}")
+    assert "2 of 3 networks were tested" in done.stdout and not (tmp_path / "parts.json.unfinished").exists()
+    whole, parts = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "parts.json"))
+    assert whole["scores"] == parts["scores"]
+
+
+def test_what_another_evaluation_found_does_not_count(call, toy, tmp_path):
+    arguments = [argument for argument in toy.common if "num_eval" not in argument] + [
+        "--num_eval=3", f"--json={tmp_path / 'x.json'}"]
+    with stop_at(importlib.import_module("distill.evaluate"), "train_network", 3):
+        call("distill/baseline.py", *arguments, "--ipc=2", expect=130)
+    done = call("distill/baseline.py", *arguments, "--ipc=3")
+    assert "going on" not in done.stdout
+
+
+# --- two runs, and signals -----------------------------------------------------------------------------------
+
+
+def test_two_runs_keep_out_of_one_folder(call, toy, distil_to, toy_experts, tmp_path):
+    with files.locked(tmp_path.joinpath("experts", *EXPERTS), "-"):
+        done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path / 'experts'}", expect=2)
+    assert f"another run (process {os.getpid()}" in done.stderr and "another --buffer_path" in done.stderr
+    folder = tmp_path.joinpath("log", "ImageFolder", "2", "ConvNetD1W4", "run")
+    with files.locked(folder, "-"):
+        done, _ = distil_to("log", expect=2)
+    assert "another run" in done.stderr and "another --run_name" in done.stderr
+    distil_to("log")  # the lock is gone
+
+
+def test_a_lock_is_let_go_of_by_a_process_that_is_killed(tmp_path):
+    code = "import sys, time; from pathlib import Path; from utils.files import locked\n" \
+           "with locked(Path(sys.argv[1]), '-'): print('in', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"in\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} on"), files.locked(tmp_path, "-"):
+        pass
+    holder.kill()
+    holder.wait()
+    with files.locked(tmp_path, "-"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
+def test_the_first_signal_waits_and_the_second_does_not(number, capfd):
+    before = {each: signal.getsignal(each) for each in interrupt.SIGNALS}
+    try:
+        interrupt.install()
+        with pytest.raises(Stopped) as stopped, interrupt.deferred():
+            os.kill(os.getpid(), number)
+            reached = True
+            interrupt.check()
+        assert reached and stopped.value.waited and stopped.value.signal == number
+        assert "once more to stop at once" in capfd.readouterr().err
+        interrupt.install()
+        with pytest.raises(Stopped) as stopped, interrupt.deferred():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            pytest.fail("the second signal did not stop it")
+        assert not stopped.value.waited
+        interrupt.install()
+        with pytest.raises(Stopped):  # where nothing is lost, the first one stops at once
+            os.kill(os.getpid(), number)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def test_a_full_gpu_halves_the_micro_batch_and_the_step_is_done_again(capsys):
+    torch.manual_seed(0)
+    model = FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)).double(), "plain")
+    theta, x, y = model.flatten(), torch.randn(8, 1, 8, 8).double(), torch.randn(8, 3).double()
+    expected = model.gradient(theta, x, y)
+    forward, sizes = model.engine.forward, []
+
+    def small(theta, x):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("full")
+        return forward(theta, x)
+    model.engine.forward = small
+    for one, other in zip(model.gradient(theta, x, y), expected):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert sizes == [8, 4, 2, 2, 2, 2] and capsys.readouterr().err.count("the GPU's memory is full") == 2
+
+    def never(theta, x):
+        raise torch.OutOfMemoryError("full")
+    model.engine.forward = never
+    with pytest.raises(torch.OutOfMemoryError):
+        model.gradient(theta, x, y)
+
+
+def test_what_cannot_be_halved_is_one_line(call, toy, tmp_path):
+    with mock.patch("buffer.experts.gsam_gradient", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+        done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", expect=2)
+    assert "the GPU's memory is full" in done.stderr and "--micro_batch" in done.stderr
+    assert "Traceback" not in done.stderr
