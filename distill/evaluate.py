@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.distilled_set import DistilledSet, checked_set, read_set
 from utils import augment
@@ -53,6 +53,7 @@ WEIGHT_DECAY = 5e-4
 # at 5 ms a step, 18 % at 24 ms and 7 % at 98 ms).
 SHORT_STEP = 0.03  # seconds
 PROCESSES_PAY = 60.0  # seconds of training
+MOST_PROCESSES = 8  # at once, each of which imports torch
 
 
 class Score(NamedTuple):
@@ -132,19 +133,21 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
     known = Known() if known is None else known
     jobs = [Job(name, number) for name in evaluation_pool(config.eval_mode, config.model)
             for number in range(config.num_eval)]
-    test = dataclasses.replace(dataset, train_images=dataset.train_images[:0], train_labels=dataset.train_labels[:0],
-                               whitening=None)
+    test = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
+                               train_labels=dataset.train_labels[:0].clone(), whitening=None)
     work = GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1)
-    train = partial(_tested, config, test, distilled, address, augmented, work)
+    train = Training(config, test, distilled, address, augmented, work)
     devices = _devices(config, distilled.images.device)
-    at_once = min(len(jobs), torch.get_num_threads())
+    at_once = min(len(jobs), torch.get_num_threads(), MOST_PROCESSES)
     alone = jobs
     if len(devices) > 1:
         _on_devices(train, known.missing(jobs), devices, on_epoch, known.add)
-    elif devices[0].type == "cpu" and at_once > 1 and _processes_pay(config, jobs, dataset, len(distilled), work):
+    elif devices[0].type == "cpu" and at_once > 1 and _processes_pay(train, jobs):
         # What is left when no full round remains has all threads to itself.
         full_rounds = len(jobs) - len(jobs) % at_once
-        in_processes(train, known.missing(jobs[:full_rounds]), at_once, on_epoch, known.add)
+        # With a share of the threads and of the work, an engine is chosen as with all of both.
+        shared = dataclasses.replace(train, distilled=distilled.detach(), work=work / at_once)
+        in_processes(shared, known.missing(jobs[:full_rounds]), at_once, on_epoch, known.add)
         alone = jobs[full_rounds:]
     for job in known.missing(alone):
         known.add(job, train(job, on_epoch))
@@ -197,34 +200,47 @@ class Known:
 _INITIALISING = threading.Lock()  # layers draw from torch's one global generator
 
 
-def _tested(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, address: tuple[int | str, ...],
-            augmented: bool, work: float, job: Job, on_epoch: Callable[[], None],
-            device: torch.device | None = None) -> float:
-    """Trains one network and returns its accuracy on the test images.
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What all networks of an evaluation are trained and tested on; called with a job, one network's accuracy."""
 
-    Args:
-        device: where; None: where the set is.
-    """
-    device = device or distilled.images.device
-    dataset, distilled = dataset.to(device), distilled.to(device)
-    with _INITIALISING, seeded(config.seed, "evaluation", *address, *job):
-        network = network_for(job.network, dataset)
-    model = flat_model(config, network.to(device), work)
-    older = augment.older_operations(dataset.name, job.network)
-    draw = drawer(config, dataset, older) if augmented else lambda batch, random: None
-    theta = train_network(model, model.flatten(), distilled.images, distilled.labels, float(distilled.lr),
-                          epochs=config.epoch_eval_train, batch_size=config.batch_train, draw=draw,
-                          random=generator(config.seed, "evaluation", *address, *job, "order"), on_epoch=on_epoch)
-    model.network.eval()
-    return accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
+    config: TrainConfig
+    dataset: Dataset  # its test images
+    distilled: DistilledSet
+    address: tuple[int | str, ...]
+    augmented: bool
+    work: float  # of one network, as engines count it
+
+    def __call__(self, job: Job, on_epoch: Callable[[], None], device: torch.device | None = None) -> float:
+        """
+        Args:
+            device: where; None: where the set is.
+        """
+        config = self.config
+        device = device or self.distilled.images.device
+        dataset, distilled = self.dataset.to(device), self.distilled.to(device)
+        address = config.seed, "evaluation", *self.address, *job
+        model = flat_model(config, self.network(job).to(device), self.work)
+        older = augment.older_operations(dataset.name, job.network)
+        draw = drawer(config, dataset, older) if self.augmented else lambda batch, random: None
+        theta = train_network(model, model.flatten(), distilled.images, distilled.labels, float(distilled.lr),
+                              epochs=config.epoch_eval_train, batch_size=config.batch_train, draw=draw,
+                              random=generator(*address, "order"), on_epoch=on_epoch)
+        model.network.eval()
+        return accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
+
+    def network(self, job: Job) -> nn.Module:
+        """As it is before its training."""
+        with _INITIALISING, seeded(self.config.seed, "evaluation", *self.address, *job):
+            return network_for(job.network, self.dataset)
 
 
-def _processes_pay(config: TrainConfig, jobs: Sequence[Job], dataset: Dataset, samples: int, work: float) -> bool:
+def _processes_pay(train: Training, jobs: Sequence[Job]) -> bool:
     """Whether these networks are small enough, and train for long enough, to be trained in processes of their own."""
-    networks = [network_for(job.network, dataset) for job in jobs]
-    step = GRADIENT_ALONE * min(config.batch_train, samples)
-    return (max(seconds_uncompiled(network, step) for network in networks) < SHORT_STEP
-            and sum(seconds_uncompiled(network, work) for network in networks) > PROCESSES_PAY)
+    networks = [train.network(Job(name, 0)) for name in dict.fromkeys(job.network for job in jobs)]
+    step = GRADIENT_ALONE * min(train.config.batch_train, len(train.distilled))
+    seconds = sum(seconds_uncompiled(network, train.work) for network in networks) * train.config.num_eval
+    return max(seconds_uncompiled(network, step) for network in networks) < SHORT_STEP and seconds > PROCESSES_PAY
 
 
 def _on_devices(train: Callable[..., float], jobs: Sequence[Job], devices: Sequence[torch.device],
@@ -248,7 +264,7 @@ def _on_devices(train: Callable[..., float], jobs: Sequence[Job], devices: Seque
     with ThreadPoolExecutor(len(devices)) as pool:
         futures = [pool.submit(share, first) for first in range(len(devices))]
         try:
-            for future in futures:
+            for future in as_completed(futures):
                 future.result()
         except BaseException:
             stop.set()

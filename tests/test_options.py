@@ -1,9 +1,13 @@
 """Options beyond the published ones: each changes what it should, and nothing when it is off."""
 
+import dataclasses
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -351,8 +355,8 @@ def test_evaluation_in_processes_is_the_same(toy_data, monkeypatch):
         torch.set_num_threads(2)
         monkeypatch.setattr("distill.evaluate.PROCESSES_PAY", 0)
         in_other_processes = []
-        monkeypatch.setattr("distill.evaluate.in_processes", lambda function, jobs, processes, on_tick:
-                            in_other_processes.extend(jobs) or in_processes(function, jobs, processes, on_tick))
+        monkeypatch.setattr("distill.evaluate.in_processes", lambda function, jobs, processes, *rest:
+                            in_other_processes.extend(jobs) or in_processes(function, jobs, processes, *rest))
         epochs = []
         assert evaluate(config, toy_data, few, on_epoch=lambda: epochs.append(1))[0].accuracies[:2] == \
             one[0].accuracies[:2]
@@ -369,11 +373,54 @@ def _refused(job, tick):
     raise UserError(f"no {job}")
 
 
-def test_a_process_that_is_ended_or_refuses_is_one_line():
-    with pytest.raises(UserError, match="ended from outside.*OMP_NUM_THREADS=1"):
-        in_processes(_ended_from_outside, ["a", "b"], 2, lambda: None)
-    with pytest.raises(UserError, match="no a"):
-        in_processes(_refused, ["a", "a"], 2, lambda: None)
+class OddError(Exception):
+    def __init__(self, one, two):  # what comes back from another process has one argument
+        super().__init__(f"{one}{two}")
+
+
+def _failed(job, tick):
+    raise OddError("what", "ever")
+
+
+class KilledAtItsStart:
+    def __init__(self):
+        self.large = bytes(1 << 20)
+
+    def __setstate__(self, state):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def __call__(self, job, tick):
+        return None
+
+
+@pytest.mark.parametrize("function, error, said", [
+    (_ended_from_outside, UserError, "ended from outside.*OMP_NUM_THREADS=1"), (_refused, UserError, "^no a$"),
+    (KilledAtItsStart(), UserError, "ended from outside"),
+    (_failed, RuntimeError, "in _failed(.|\n)*OddError: whatever")])
+def test_a_process_that_fails_is_told_of_and_others_are_left_alone(function, error, said):
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
+    try:
+        with pytest.raises(error, match=said):
+            in_processes(function, ["a", "a"], 2)
+        assert other.is_alive() and multiprocessing.active_children() == [other]
+    finally:
+        other.kill()
+
+
+def test_processes_get_no_more_than_they_need(toy_data, monkeypatch):
+    config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=2, epoch_eval_train=1, zca=True)
+    larger = dataclasses.replace(toy_data, train_images=toy_data.train_images.repeat(100, 1, 1, 1))
+    monkeypatch.setattr("distill.evaluate._processes_pay", lambda *_: True)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    sizes = []
+
+    def measured(function, jobs, *rest):
+        sizes.append(len(pickle.dumps(function)))
+        return in_processes(function, jobs, *rest)
+    monkeypatch.setattr("distill.evaluate.in_processes", measured)
+    evaluate(config, larger, DistilledSet(larger.train_images[:3], torch.tensor([0, 1, 2]), torch.tensor(0.1)))
+    assert sizes[0] < 200_000
 
 
 # --- the self-describing file --------------------------------------------------------------------------------

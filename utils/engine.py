@@ -267,7 +267,7 @@ class Captured:
         return self.engine.halve(batch)
 
     def _replay(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
-        key = (function.__name__, *((each.shape, each.dtype) for each in inputs))
+        key = (function.__name__, *((each.shape, each.dtype, each.device) for each in inputs))
         if key not in self._graphs:
             with torch.cuda.device(inputs[0].device):
                 self._graphs[key] = self._capture(function, inputs)
@@ -303,9 +303,10 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     """The engine for a network on the device it is on.
 
     Args:
-        backend: `plain`: autograd, the reference. `eager`: the hand-written pass where it covers the network.
-            `compile`: that pass compiled. `graph`: as eager, replayed from CUDA graphs. `auto`: on a GPU, graph; on a
-            CPU, compile if `work` repays it and there is a compiler, else eager. What cannot be had is left out.
+        backend: `plain`: autograd, the reference. `eager`: where the hand-written pass covers the network, the adjoint
+            by it. `compile`: both derivatives by it, compiled; on a GPU captured too. `graph`: as eager, replayed from
+            CUDA graphs. `auto`: on a GPU, graph; on a CPU, compile if `work` repays it and there is a compiler, else
+            eager. What cannot be had is left out.
         micro_batch: samples at a time; None: chosen by `micro_batch_for`.
         work: samples times steps that are to come.
 

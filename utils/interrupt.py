@@ -37,10 +37,14 @@ def install() -> None:
         signal.signal(each, _receive)
 
 
-def ignore() -> None:
-    """In a helper process: the process that started it answers for both."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Inside, signals wait; processes that are started inside never get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(number: int, frame: object) -> None:

@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import pickle
+import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -25,7 +28,8 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
                  on_result: Callable[[Job, Result], None] = lambda job, result: None) -> list[Result]:
     """The results of `function(job, tick)`, in order, with the CPU's threads divided among so many processes.
 
-    The processes end with this one, however it ends.
+    The processes end with this one, however it ends. They import the program's main script, so whatever that does must
+    stand under `if __name__ == "__main__"`.
 
     Args:
         function: can be pickled; it may call `tick` as often as it likes.
@@ -34,34 +38,41 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
 
     Raises:
         UserError: a process was ended from outside, or the function raised one.
+        RuntimeError: the function raised something else; it shows where.
     """
     if not jobs:
         return []
     context = multiprocessing.get_context("spawn")  # a fork would inherit thread pools without their threads
+    others = set(multiprocessing.active_children())
     ticks = context.RawArray("q", len(jobs))
     shown = 0
-    # Pickled here, since torch would put the tensors into shared memory, of which containers have little.
-    threads = max(1, torch.get_num_threads() // processes)
-    with ProcessPoolExecutor(processes, context, _begin, (pickle.dumps(function), ticks, threads)) as pool:
-        try:
-            futures = {pool.submit(_run, number, job): job for number, job in enumerate(jobs)}
-            waiting: set = set(futures)
-            while waiting:
-                done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
-                for future in done:
-                    on_result(futures[future], future.result())
-                for _ in range(sum(ticks) - shown):
-                    on_tick()
-                    shown += 1
-            return [future.result() for future in futures]
-        except BaseException as error:
-            for process in multiprocessing.active_children():
-                process.kill()
-            if isinstance(error, BrokenProcessPool):
-                interrupt.check()  # a signal to all of them, before they could ignore it
-                raise UserError("a process that trained a network was ended from outside, perhaps for lack of memory; "
-                                "run it again with OMP_NUM_THREADS=1, which trains one network at a time") from error
-            raise
+    with tempfile.TemporaryDirectory() as folder:
+        # In a file: a process that dies while it starts would leave the other end of a long pipe waiting for ever; and
+        # torch would put the tensors into shared memory, of which containers have little.
+        path = Path(folder) / "function"
+        path.write_bytes(pickle.dumps(function))
+        threads = max(1, torch.get_num_threads() // processes)
+        with ProcessPoolExecutor(min(processes, len(jobs)), context, _begin, (path, ticks, threads)) as pool:
+            try:
+                with interrupt.blocked():  # for ever in the processes: Ctrl-C reaches all, and the first one answers
+                    futures = {pool.submit(_run, number, job): job for number, job in enumerate(jobs)}
+                waiting: set = set(futures)
+                while waiting:
+                    done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
+                    for future in done:
+                        on_result(futures[future], future.result())
+                    for _ in range(sum(ticks) - shown):
+                        on_tick()
+                        shown += 1
+                return [future.result() for future in futures]
+            except BaseException as error:
+                for process in set(multiprocessing.active_children()) - others:
+                    process.kill()
+                if isinstance(error, BrokenProcessPool):
+                    raise UserError("a process that computed a part was ended from outside, perhaps for lack of "
+                                    "memory; run it again with OMP_NUM_THREADS=1, which does one part at a time"
+                                    ) from error
+                raise
 
 
 # --- in such a process ---------------------------------------------------------------------------------------
@@ -70,12 +81,11 @@ _function: Callable = None
 _ticks: Sequence[int] = None
 
 
-def _begin(function: bytes, ticks: Sequence[int], threads: int) -> None:
+def _begin(path: Path, ticks: Sequence[int], threads: int) -> None:
     global _function, _ticks
-    interrupt.ignore()  # Ctrl-C reaches every process of a terminal; the first one answers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _function, _ticks = pickle.loads(function), ticks
+    _function, _ticks = pickle.loads(path.read_bytes()), ticks
 
 
 def _end_with_parent() -> None:
@@ -86,4 +96,9 @@ def _end_with_parent() -> None:
 def _run(number: int, job: object) -> object:
     def tick() -> None:
         _ticks[number] += 1
-    return _function(job, tick)
+    try:
+        return _function(job, tick)
+    except UserError:
+        raise
+    except Exception:  # not every exception survives the way back
+        raise RuntimeError(traceback.format_exc()) from None
