@@ -33,6 +33,7 @@ from utils.files import REPOSITORY
 from utils.networks import build_network
 from utils.run import entry
 
+BENCHMARKS = [REPOSITORY / "results" / "benchmark" / name for name in ("cpu_w32.json", "cpu.json")]
 MICRO_BATCH = 100  # in the column `matching`
 SMALLEST = 10  # samples at a time, below which a GPU has no work
 GPUS = {  # name → GB, TF32 TFLOP/s, GB/s
@@ -83,19 +84,33 @@ def fit(paths: list[Path]) -> tuple[float, float]:
     return determinant / (t * e - b * u), (a * u - d * t) / determinant
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results = REPOSITORY / "results" / "benchmark"
-    parser.add_argument("--benchmark", type=Path, nargs="+", metavar="FILE",
-                        default=[results / "cpu_w32.json", results / "cpu.json"])
-    rho, crossings = fit(parser.parse_args().benchmark)
-    print(f"fitted: ρ {rho:.2f} of the matrix product rate, c {crossings:.0f} times through the activations\n")
+def published() -> list[tuple[str, DistillConfig]]:
+    """DATM's published settings, by name."""
     settings = []
     for folder in ("CIFAR-10", "CIFAR-100", "TinyImageNet"):
         paths = (REPOSITORY / "configs" / folder / "ConvIN").glob("*.yaml")
         for path in sorted(paths, key=lambda each: len(each.name)):
             config = make(DistillConfig, **yaml.safe_load(path.read_text()))
             settings.append((f"{folder} ipc {config.ipc}", config))
+    return settings
+
+
+def seconds_per_iteration(config: DistillConfig, gpu: str, rho: float, crossings: float) -> float:
+    """On one of `GPUS`, by the model above."""
+    channels, height, width, classes, _ = IMAGES[config.dataset]
+    images = config.ipc * classes
+    cost = costs(config.model, channels, height, width, classes)
+    _, tflops, bandwidth = GPUS[gpu]
+    return config.syn_steps * min(config.batch_syn or images, images) * (
+        12 * cost.flops / (rho * 1e12 * tflops) + crossings * cost.activations / (1e9 * bandwidth))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", type=Path, nargs="+", metavar="FILE", default=BENCHMARKS)
+    rho, crossings = fit(parser.parse_args().benchmark)
+    print(f"fitted: ρ {rho:.2f} of the matrix product rate, c {crossings:.0f} times through the activations\n")
+    settings = published()
     # Not published: Tiny's network, steps and batch at 64×64, for 1,000 classes.
     settings += [(f"ImageNet-1K 64×64 ipc {ipc}", make(
         DistillConfig, dataset="ImageNet1K", model="ConvNetD4", ipc=ipc, syn_steps=20, batch_syn=1000, Iteration=10000))
@@ -112,9 +127,8 @@ def main() -> None:
         matching = cost.theta * (config.syn_steps + 6) + 6 * images * (pixels + 4 * classes)
         one = ADJOINT_FACTOR * cost.activations
         cells = []
-        for gigabytes, tflops, bandwidth in GPUS.values():
-            second = config.syn_steps * batch * (12 * cost.flops / (rho * 1e12 * tflops)
-                                                 + crossings * cost.activations / (1e9 * bandwidth))
+        for gpu, (gigabytes, _, _) in GPUS.items():
+            second = seconds_per_iteration(config, gpu, rho, crossings)
             fits = data + matching + one * SMALLEST < 1e9 * gigabytes
             cells.append(f"{duration(second)}, {duration(second * config.Iteration)}" if fits else "does not fit")
         matching += one * min(batch, MICRO_BATCH)

@@ -203,7 +203,8 @@ SAVE_SHARE = 0.005  # of a run's time, at most, that goes into them
 class RunFolder:
     """One run's `config.yaml`, `metrics.jsonl` and `result.json`, and whatever the run puts beside them.
 
-    While it runs, `checkpoint.pt` holds what it needs to go on after it was stopped or killed.
+    While it runs, `checkpoint.pt` holds what it needs to go on after it was stopped or killed; `save_seconds` is how
+    long it last took to save it.
 
     Making one writes nothing; `start` does.
 
@@ -268,7 +269,7 @@ class RunFolder:
             raise UserError(f"{self._metrics} is shorter than when the run was last saved; give --resume never to "
                             "start over, or another --run_name")
         os.truncate(self._metrics, metrics_bytes)
-        self._saved_at, self._save_seconds = -math.inf, 0.0
+        self._saved_at, self.save_seconds = -math.inf, 0.0
 
     def log(self, **metrics: Any) -> None:
         """One line of `metrics.jsonl`."""
@@ -285,7 +286,7 @@ class RunFolder:
             at_once: whether it is time or not.
         """
         now = perf_counter()
-        due = max(SAVE_SECONDS, self._save_seconds / SAVE_SHARE)
+        due = max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
         if not at_once and now - self._saved_at < due:
             return
         with self._metrics.open("rb") as metrics:  # on the disk before the state that counts on them
@@ -293,7 +294,7 @@ class RunFolder:
             size = os.fstat(metrics.fileno()).st_size
         save(state() | {"format": STATE_FORMAT, "metrics_bytes": size}, self._state)
         self._saved_at = perf_counter()
-        self._save_seconds = self._saved_at - now
+        self.save_seconds = self._saved_at - now
 
     def finish(self, **result: Any) -> None:
         """Writes the result, with which the run counts as finished."""
