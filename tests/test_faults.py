@@ -1,0 +1,25 @@
+"""What must not lose a result: full disks, damaged files, two runs at once. More, and for real: scripts/faults.py."""
+
+import resource
+
+import pytest
+import torch
+
+from distill.distilled_set import DistilledSet
+from utils.errors import UserError
+
+
+def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
+    """safetensors says it in an exception of its own; a limit on the size of files stands for the full disk."""
+    whole = DistilledSet(torch.randn(3, 3, 8, 8), torch.randn(3, 3), torch.tensor(0.01))
+    path = tmp_path / "distilled.safetensors"
+    whole.save_whole(path, toy_data, {"seed": 0})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*distilled\.safetensors: .*; free space"):
+            whole.save_whole(path, toy_data, {"seed": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [path.name]
