@@ -1,12 +1,15 @@
 """What must not lose a result: full disks, damaged files, two runs at once. More, and for real: scripts/faults.py."""
 
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from distill.distilled_set import DistilledSet
 from utils.errors import UserError
+from utils.files import REPOSITORY
 
 
 def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
@@ -23,3 +26,13 @@ def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_once_it_stops_a_further_signal_does_not_disturb_the_exit():
+    """Which would print a traceback after the line that says how to go on."""
+    code = ("import atexit, os, signal, sys, time\nfrom utils.run import entry\n"
+            "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)])\n"
+            "def main():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+            "entry(main)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and "Traceback" not in done.stderr

@@ -38,7 +38,7 @@ def install() -> None:
 
 
 def ignore() -> None:
-    """In a helper process: the process that started it answers for both."""
+    """In a helper process, for which the one that started it answers; and once a run has stopped."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
