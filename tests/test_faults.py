@@ -1,8 +1,10 @@
 """What must not lose a result: full disks, damaged files, two runs at once. More, and for real: scripts/faults.py."""
 
 import resource
+import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -36,3 +38,21 @@ def test_once_it_stops_a_further_signal_does_not_disturb_the_exit():
             "entry(main)\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+def test_experts_can_be_moved_and_put_together(call, toy, toy_experts, tmp_path):
+    """Half of them trained elsewhere; the data, too, may lie in another place now, as long as they are the same."""
+    data, here, there = tmp_path / "data", tmp_path / "here", tmp_path / "there"
+    shutil.copytree(toy.data, data)
+    shutil.copytree(toy_experts, here)
+    one = [*toy.train, "--num_experts=1", f"--data_path={data}"]
+    call("buffer/buffer_FTD.py", *one, f"--buffer_path={there}", "--seed=1")
+    folder, other = (each / "ImageFolder" / "ConvNetD1W4" for each in (here, there))
+    for suffix in (".pt", ".yaml", ".jsonl"):
+        (other / f"replay_buffer_0{suffix}").rename(folder / f"replay_buffer_2{suffix}")
+    call("distill/DATM.py", *toy.distil, f"--buffer_path={here}", f"--log_path={tmp_path}", "--Iteration=0")
+    with mock.patch("buffer.experts.gsam_gradient", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        call("buffer/buffer_FTD.py", *one, f"--buffer_path={here}")
+    here.rename(tmp_path / "moved")
+    call("buffer/buffer_FTD.py", *toy.train, "--num_experts=1", f"--buffer_path={tmp_path / 'moved'}")
+    assert not list(tmp_path.rglob("unfinished"))
