@@ -299,6 +299,10 @@ class RunFolder:
     def finish(self, **result: Any) -> None:
         """Writes the result, with which the run counts as finished."""
         write_json(self.path / "result.json", result)
+        self.forget_state()
+
+    def forget_state(self) -> None:
+        """Removes what `save_state` saved, which is of no use any more."""
         self._state.unlink(missing_ok=True)
 
 
