@@ -246,7 +246,8 @@ class Run:
         if self.resumes:
             before = read_config(self.unfinished / "run.yaml")
             self.first = before.pop("first_expert", self.written)
-            now = {name: value for name, value in self.options.items() if name not in ("num_experts", "save_interval")}
+            now = {name: value for name, value in self.options.items()
+                   if name not in ("num_experts", "save_interval", "buffer_path", "data_path")}
             different = differences(before, now)
             if different:
                 raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "

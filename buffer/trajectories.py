@@ -63,8 +63,9 @@ def count_experts(folder: Path) -> int:
     return sum(len(_load(path)) for path in paths)
 
 
-# Options in which experts of one folder may differ: how many there are, from which seed and for how long.
-_MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs")
+# Options in which experts of one folder may differ: how many there are, from which seed and for how long; and where the
+# folder and the data were, as both may have been moved.
+_MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs", "buffer_path", "data_path")
 # What a manifest holds beside the options of the run.
 _FACTS = ("fingerprint", "experts", "sha256")
 # The options that decide which images an expert saw.

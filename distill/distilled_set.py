@@ -85,7 +85,10 @@ class DistilledSet(torch.utils.data.Dataset):
         about = {"format": FORMAT, "dataset": dataset.name, "classes": json.dumps(dataset.classes),
                  "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(options)}
         with files.atomic_write(path) as aside:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=about)
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=about)
+            except SafetensorError as error:  # a full disk, in a class of its own
+                raise OSError(error) from error
 
     @classmethod
     def load(cls, path: str | Path) -> "DistilledSet":

@@ -332,6 +332,7 @@ def distill(config: DistillConfig) -> None:
     check_window(config, buffer)
     folder = RunFolder(run_folder(config), config)
     if folder.result is not None:
+        folder.forget_state()  # if the run was killed between the result and this
         print(f"{shown(folder.path)} is finished ({folder.result['summary']}); give another --run_name or --seed to "
               "run it again")
         return

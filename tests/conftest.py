@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils import interrupt
 from utils.datasets import load_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +83,7 @@ def call(environment):
     def call(script, *arguments, cwd=ROOT, expect=0):
         command = [str(script), *map(str, arguments)]
         out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
+        handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
         try:
             with (mock.patch.dict(os.environ, environment), mock.patch.object(sys, "argv", command),
@@ -91,6 +94,8 @@ def call(environment):
             code = stop.code or 0
         finally:
             torch.set_num_threads(threads)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return expected(subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue()), expect)
 
     return call

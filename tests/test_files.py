@@ -6,6 +6,7 @@ import resource
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import pytest
@@ -68,6 +69,35 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
               f"with atomic_write({str(path)!r}) as aside:\n    aside.write_text('half'); os._exit(9)\n")
     assert subprocess.run([sys.executable, "-c", script], cwd=files.REPOSITORY, check=False).returncode == 9
     assert path.read_text() == "old"
+
+
+def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    path = tmp_path / "x.pt"
+    left = [tmp_path / ".x.pt.abcd_123.pt", tmp_path / ".y.pt.abcd_123.pt", tmp_path / ".x.pt.notes.pt"]
+    for each in left:
+        each.write_text("half")
+    with files.atomic_write(path) as aside:
+        aside.write_text("first")
+        assert not left[0].exists() and left[1].exists() and left[2].exists()
+        with files.atomic_write(path) as other:  # as another process would at the same time
+            assert aside.exists()
+            other.write_text("second")
+    assert path.read_text() == "first" and listing(tmp_path) == [".x.pt.notes.pt", ".y.pt.abcd_123.pt", "x.pt"]
+
+
+def test_a_file_that_is_taken_for_abandoned_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    real, made = tempfile.mkstemp, []
+
+    def mkstemp(**options):
+        handle, name = real(**options)
+        made.append(name)
+        if len(made) == 1:
+            os.unlink(name)
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    files.save(torch.ones(2), tmp_path / "x.pt")
+    assert len(made) == 2 and files.load(tmp_path / "x.pt").tolist() == [1, 1] and listing(tmp_path) == ["x.pt"]
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])

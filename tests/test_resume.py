@@ -187,6 +187,13 @@ def test_a_stop_at_the_very_end_loses_nothing(distil_to):
     assert tensors_in(whole) == tensors_in(parts)
 
 
+def test_a_kill_after_the_result_leaves_a_finished_run(distil_to):
+    done, folder = distil_to("log")
+    (folder / "checkpoint.pt").write_bytes(b"")
+    done, _ = distil_to("log")
+    assert "is finished" in done.stdout and not (folder / "checkpoint.pt").exists()
+
+
 def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(distil_to):
     _, whole = distil_to("whole")
     loop = importlib.import_module("distill.loop")

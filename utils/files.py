@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import pickle
@@ -26,7 +27,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success flushes it to disk and renames it over `path`.
 
-    A reader sees the old file or the new one, never a part. If the block raises, nothing is left behind.
+    A reader sees the old file or the new one, never a part. If the block raises, nothing is left behind; what a killed
+    process left of the same file is removed.
 
     Raises:
         UserError: the folder cannot be made or written, the disk is full, or a folder, device or pipe is in the place.
@@ -37,11 +39,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             kind = "a folder" if path.is_dir() else "not a regular file"
             raise UserError(f"cannot write {path}, which is {kind}; give the path of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        _remove_abandoned(path)
+        handle, aside = _make_aside(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; give a folder that can be written") from error
-    os.close(handle)
-    aside = Path(aside)
     try:
         yield aside
         with open(aside, "rb") as written:
@@ -60,6 +61,32 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             reason = "the disk is full, or the file was cut" if torch_could_not else error
             raise UserError(f"cannot write {path}: {reason}; free space or give another folder") from error
         raise
+    finally:
+        os.close(handle)
+
+
+def _make_aside(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, locked through the handle, so that it can be told from one whose writer was killed."""
+    while True:
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        taken = False  # whether another process, quicker than the lock, takes it for abandoned
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:  # no locks here; then nothing is taken for abandoned either
+            pass
+        if not taken and os.path.exists(aside):
+            return handle, Path(aside)
+        os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what killed processes left of their writes of `path`: nobody holds the lock of those."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
+        with contextlib.suppress(OSError), left.open("rb") as file:  # gone meanwhile, another user's, or being written
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -37,6 +37,12 @@ def install() -> None:
         signal.signal(each, _receive)
 
 
+def ignore() -> None:
+    """Once a run has stopped, when a further signal would only disturb its exit."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
     """Inside, signals wait; processes that are started inside never get them."""

@@ -46,6 +46,7 @@ def entry(main: Callable[[], None]) -> None:
         _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
                    "--micro_batch, or use a machine with more", 2)
     except interrupt.Stopped as stopped:
+        interrupt.ignore()  # a further one finds nothing to stop, and would only disturb the exit
         _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. This goes on from what is saved: "
                    f"{shlex.join(['python', *sys.argv])}", 128 + stopped.signal)
     except BrokenPipeError:  # whoever read the output (head, say) has seen enough
@@ -299,6 +300,10 @@ class RunFolder:
     def finish(self, **result: Any) -> None:
         """Writes the result, with which the run counts as finished."""
         write_json(self.path / "result.json", result)
+        self.forget_state()
+
+    def forget_state(self) -> None:
+        """Removes what `save_state` saved, which is of no use any more."""
         self._state.unlink(missing_ok=True)
 
 

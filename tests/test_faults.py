@@ -1,0 +1,58 @@
+"""What must not lose a result: full disks, damaged files, two runs at once. More, and for real: scripts/faults.py."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from distill.distilled_set import DistilledSet
+from utils.errors import UserError
+from utils.files import REPOSITORY
+
+
+def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
+    """safetensors says it in an exception of its own; a limit on the size of files stands for the full disk."""
+    whole = DistilledSet(torch.randn(3, 3, 8, 8), torch.randn(3, 3), torch.tensor(0.01))
+    path = tmp_path / "distilled.safetensors"
+    whole.save_whole(path, toy_data, {"seed": 0})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*distilled\.safetensors: .*; free space"):
+            whole.save_whole(path, toy_data, {"seed": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_once_it_stops_a_further_signal_does_not_disturb_the_exit():
+    """Which would print a traceback after the line that says how to go on."""
+    code = ("import atexit, os, signal, sys, time\nfrom utils.run import entry\n"
+            "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)])\n"
+            "def main():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
+            "entry(main)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+def test_experts_can_be_moved_and_put_together(call, toy, toy_experts, tmp_path):
+    """Half of them trained elsewhere; the data, too, may lie in another place now, as long as they are the same."""
+    data, here, there = tmp_path / "data", tmp_path / "here", tmp_path / "there"
+    shutil.copytree(toy.data, data)
+    shutil.copytree(toy_experts, here)
+    one = [*toy.train, "--num_experts=1", f"--data_path={data}"]
+    call("buffer/buffer_FTD.py", *one, f"--buffer_path={there}", "--seed=1")
+    folder, other = (each / "ImageFolder" / "ConvNetD1W4" for each in (here, there))
+    for suffix in (".pt", ".yaml", ".jsonl"):
+        (other / f"replay_buffer_0{suffix}").rename(folder / f"replay_buffer_2{suffix}")
+    call("distill/DATM.py", *toy.distil, f"--buffer_path={here}", f"--log_path={tmp_path}", "--Iteration=0")
+    with mock.patch("buffer.experts.gsam_gradient", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        call("buffer/buffer_FTD.py", *one, f"--buffer_path={here}")
+    here.rename(tmp_path / "moved")
+    call("buffer/buffer_FTD.py", *toy.train, "--num_experts=1", f"--buffer_path={tmp_path / 'moved'}")
+    assert not list(tmp_path.rglob("unfinished"))
