@@ -114,6 +114,7 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
         UserError: another process is in it, or the folder cannot be made or written.
     """
     path = folder / ".lock"
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,9 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # nothing was put into the folders made for this: they go again
+                    for each in made:
+                        each.rmdir()
             return
 
 
