@@ -1,5 +1,6 @@
 """Train experts and keep the whole trajectory of their parameters (MTT, section 3.1; FTD, section 3.3)."""
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.gsam import gsam_gradient
 from buffer.trajectories import (
-    Expert,
     as_expert,
     buffer_folder,
     check_same_data,
@@ -23,7 +23,7 @@ from buffer.trajectories import (
     next_file,
     write_experts,
 )
-from utils import augment, files, interrupt
+from utils import augment, files, interrupt, parallel
 from utils.config import BufferConfig
 from utils.datasets import Dataset, load_configured
 from utils.engine import GRADIENT_ALONE, describe_engine
@@ -46,6 +46,7 @@ from utils.run import (
     save_config,
     seeded,
     shown,
+    spread,
     start_device,
 )
 
@@ -84,7 +85,8 @@ class SavedEpochs:
         return number
 
     def __getitem__(self, epoch: int) -> dict[str, Any]:
-        return files.load(self._path(epoch), "file of an unfinished expert", mmap=True)
+        return files.load(self._path(epoch), "file of an unfinished expert", mmap=True,
+                          advice="delete it, and training goes on from the epoch before")
 
     def save(self, epoch: int, theta: Tensor, optimiser: torch.optim.Optimizer, network: nn.Module,
              reached: Epoch | None) -> None:
@@ -92,6 +94,10 @@ class SavedEpochs:
         files.save({"theta": theta.detach().cpu(), "momentum": None if momentum is None else momentum.cpu(),
                     "buffers": {name: each.cpu() for name, each in network.named_buffers()},
                     "reached": reached and reached._asdict()}, self._path(epoch))
+
+    def snapshots(self) -> Tensor:
+        """θ after every epoch, [E+1, P]."""
+        return torch.stack([self[epoch]["theta"] for epoch in range(len(self))])
 
     def reached(self) -> list[dict[str, Any]]:
         """What each epoch reached, from the first."""
@@ -203,24 +209,28 @@ def train_buffer(config: BufferConfig) -> None:
     folder = buffer_folder(config)
     check_same_data(folder, config)
     check_same_kind(folder, config)
+    spread(config)
     device = start_device(config)
-    dataset = load_configured(config, device)
+    dataset = parallel.first_then_others(lambda: load_configured(config, device))
     check_same_images(folder, dataset)
     # Refuses what cannot be built before anything is printed or written.
     model = flat_model(config, network_for(config.model, dataset).to(device), _work(config, dataset),
                        config.micro_batch)
-    with files.locked(folder, "give another --buffer_path"):
-        run = Run(config, dataset, folder)
-        _check_room(config, folder, model, run.left)
-        run.start()
+    # The first rank keeps other runs out, for all ranks.
+    with files.locked(folder, "give another --buffer_path") if parallel.first() else contextlib.nullcontext():
+        run = parallel.first_then_others(lambda: Run(config, dataset, folder, model))
         if run.resumes:
-            print(f"going on with an unfinished run: {run.written - run.first} of {config.num_experts} experts are "
-                  "in files")
+            print(f"going on with an unfinished run: {run.trained} of {config.num_experts} experts are trained")
+        elif run.first:
+            print(f"{run.first} experts are there already; this trains others")
         print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
               f"({len(dataset.train_labels)} images) · {describe(device)}, "
               f"{describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels)))} · {shown(folder)}")
         announce(config)
-        curriculum = Curriculum(config, dataset, grand_scores(config, dataset, device)) if config.pad else None
+        curriculum = None
+        if config.pad:
+            curriculum = parallel.first_then_others(
+                lambda: Curriculum(config, dataset, grand_scores(config, dataset, device)))
         with interrupt.deferred():
             run.train(curriculum, device)
 
@@ -229,14 +239,18 @@ class Run:
     """The experts of one command, in `unfinished/` until they are written, `save_interval` to a file.
 
     `unfinished/run.yaml` holds the run's options and the number of its first expert, `unfinished/expert_{n}/` the
-    epochs of expert n. A run that was stopped or killed goes on from there.
+    epochs of expert n. A run that was stopped or killed goes on from there. Several ranks train different experts:
+    whoever holds the lock of an expert's folder trains it, and the first rank writes the files.
 
     Raises:
-        UserError: the folder holds an unfinished run of other options.
+        UserError: the folder holds an unfinished run of other options, or there is no room for the experts.
     """
 
-    def __init__(self, config: BufferConfig, dataset: Dataset, folder: Path):
-        self.config, self.dataset, self.folder = config, dataset, folder
+    def __init__(self, config: BufferConfig, dataset: Dataset, folder: Path, model: FlatModel):
+        self.config, self.dataset, self.folder, self.model = config, dataset, folder, model
+        # Once more, now that nobody else can write: the data took a while to load.
+        check_same_kind(folder, config)
+        check_same_images(folder, dataset)
         self.unfinished = folder / "unfinished"
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
         self.written = count_experts(folder)
@@ -252,20 +266,26 @@ class Run:
             if different:
                 raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
                                 "with it, --resume never to discard it, or another --buffer_path")
+        if parallel.first():
+            self._start()
 
     @property
     def end(self) -> int:
         return self.first + self.config.num_experts
 
     @property
-    def left(self) -> int:
-        """How many experts are not in a file yet."""
-        return max(0, self.end - self.written)
+    def trained(self) -> int:
+        """How many of the run's experts are, in files or not."""
+        return sum(number < self.written or len(self._saved(number)) > self.config.train_epochs
+                   for number in range(self.first, self.end))
 
-    def start(self) -> None:
+    def _start(self) -> None:
         if not self.resumes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
+        _check_room(self.config, self.folder, self.model, max(0, self.end - self.written), self.unfinished)
         save_config(self.unfinished / "run.yaml", self.options | {"first_expert": self.first})
+        for number in range(self.written):  # what a kill after a file was written left
+            shutil.rmtree(self._saved(number).folder, ignore_errors=True)
 
     def train(self, curriculum: Curriculum | None, device: torch.device) -> None:
         """Trains what is missing and writes the files.
@@ -275,56 +295,78 @@ class Run:
             UserError: several in a row did not learn, or a file cannot be written.
             Stopped: a signal came; what was finished is saved.
         """
-        for number in range(self.written):  # what a kill after a file was written left
-            shutil.rmtree(self._saved(number).folder, ignore_errors=True)
-        waiting: list[Expert] = []
         at_chance = 0
         for number in range(self.written, self.end):
-            try:
-                waiting.append(self._train_one(number, curriculum, device))
-            except DivergedError:  # it would again, so there is nothing to go on from
-                self._write(waiting)
-                self._clear()
-                raise
-            learned = self._saved(number).reached()[-1]["train_accuracy"]
-            chance = 1 / self.dataset.num_classes
-            at_chance = at_chance + 1 if learned <= AT_CHANCE * chance else 0
-            if at_chance:
-                print(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, "
-                      f"guessing {100 * chance:.1f} %", file=sys.stderr)
-            if at_chance == MOST_AT_CHANCE:
-                raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give another --lr_teacher (now "
-                                f"{self.config.lr_teacher:g}), a smaller --rho_max (now {self.config.rho_max:g}) or "
-                                "more --train_epochs, with --resume never")
-            if len(waiting) == self.config.save_interval:
-                self._write(waiting)
-        self._write(waiting)
-        self._clear()
+            saved = self._saved(number)
+            if len(saved) <= self.config.train_epochs:
+                try:
+                    with files.locked(saved.folder, "-"):
+                        if number < count_experts(self.folder):
+                            continue  # another rank trained it, and the first one wrote it meanwhile
+                        self._train_one(number, curriculum, device)
+                except files.LockedError:
+                    continue  # another rank trains it
+                except DivergedError:  # it would again, so there is nothing to go on from
+                    if parallel.size() == 1:
+                        self._write(number - self.written)
+                        self._clear()
+                    raise
+                at_chance = self._note_chance(number, at_chance)
+            if parallel.first():
+                self._write_complete()
+        parallel.barrier()
+        if parallel.first():
+            self._write_complete()
+            assert self.written >= self.end
+            self._clear()
 
-    def _train_one(self, number: int, curriculum: Curriculum | None, device: torch.device) -> Expert:
+    def _note_chance(self, number: int, before: int) -> int:
+        """Says so if an expert did not learn; how many in a row did not, of this rank's."""
+        learned = self._saved(number).reached()[-1]["train_accuracy"]
+        chance = 1 / self.dataset.num_classes
+        if learned > AT_CHANCE * chance:
+            return 0
+        print(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, guessing "
+              f"{100 * chance:.1f} %", file=sys.stderr)
+        if before + 1 == MOST_AT_CHANCE:
+            raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give another --lr_teacher (now "
+                            f"{self.config.lr_teacher:g}), a smaller --rho_max (now {self.config.rho_max:g}) or more "
+                            "--train_epochs, with --resume never")
+        return before + 1
+
+    def _train_one(self, number: int, curriculum: Curriculum | None, device: torch.device) -> None:
         saved = self._saved(number)
         with Progress(self.config.train_epochs, f"expert {number}", initial=max(0, len(saved) - 1)) as bar:
             def report(epoch: Epoch) -> None:
                 bar.set_postfix_str(f"loss {epoch.loss:.3f}, train {100 * epoch.train_accuracy:.1f} %, "
                                     f"test {100 * epoch.test_accuracy:.1f} %", refresh=False)
                 bar.update(max(0, epoch.epoch - bar.n))
-            return as_expert(*train_expert(self.config, self.dataset, number, device, report, curriculum, saved))
+            train_expert(self.config, self.dataset, number, device, report, curriculum, saved)
 
-    def _write(self, waiting: list[Expert]) -> None:
-        if not waiting:
+    def _write_complete(self) -> None:
+        """Writes the files whose experts are all trained."""
+        while self.written < self.end:
+            number = min(self.config.save_interval, self.end - self.written)
+            if any(len(self._saved(self.written + each)) <= self.config.train_epochs for each in range(number)):
+                return
+            self._write(number)
+
+    def _write(self, number: int) -> None:
+        """Writes a file of the next so many experts."""
+        if not number:
             return
-        numbers = range(self.written, self.written + len(waiting))
-        epochs = [{"expert": number, **epoch} for number in numbers for epoch in self._saved(number).reached()]
+        numbers = range(self.written, self.written + number)
+        waiting = [as_expert(self.model, self._saved(each).snapshots()) for each in numbers]
+        epochs = [{"expert": each, **epoch} for each in numbers for epoch in self._saved(each).reached()]
         last = {epoch["expert"]: epoch for epoch in epochs}
-        experts = [{"number": number, "train_accuracy": last[number]["train_accuracy"],
-                    "test_accuracy": last[number]["test_accuracy"]} for number in numbers]
+        experts = [{"number": each, "train_accuracy": last[each]["train_accuracy"],
+                    "test_accuracy": last[each]["test_accuracy"]} for each in numbers]
         path = next_file(self.folder)
         write_experts(path, waiting, self.options | {"experts": experts}, epochs)
-        print(f"{len(waiting)} experts in {shown(path)}")
-        self.written += len(waiting)
-        waiting.clear()
-        for number in numbers:
-            shutil.rmtree(self._saved(number).folder)
+        print(f"{number} experts in {shown(path)}")
+        self.written += number
+        for each in numbers:
+            shutil.rmtree(self._saved(each).folder)
 
     def _saved(self, number: int) -> SavedEpochs:
         return SavedEpochs(self.unfinished / f"expert_{number}")
@@ -335,8 +377,12 @@ class Run:
         shutil.rmtree(self.unfinished)
 
 
-def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int) -> None:
+def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int, unfinished: Path) -> None:
     """Refuses a run whose files cannot fit the disk, or whose experts of one file cannot fit the memory.
+
+    Args:
+        left: how many experts are to be written yet.
+        unfinished: holds what is there of them already.
 
     Raises:
         UserError
@@ -344,8 +390,11 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int)
     expert = 4 * model.num_parameters * (config.train_epochs + 1)
     at_once = min(config.save_interval, left)
     disk, memory = shutil.disk_usage(folder).free, available()
-    if expert * (left + at_once) > disk:  # the epochs of a file's experts lie beside it until it is written
-        raise UserError(f"{left} experts of {config.train_epochs} epochs need {expert * (left + at_once) / 1e9:.1f} GB "
+    # The epochs of a file's experts, with their momenta, lie beside it until it is written.
+    there = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
+    needed = expert * (left + at_once * (2 if config.mom else 1)) - there
+    if needed > disk:
+        raise UserError(f"{left} experts of {config.train_epochs} epochs need {needed / 1e9:.1f} GB "
                         f"on the disk of {folder}, which has {disk / 1e9:.1f} GB free; give a smaller --num_experts or "
                         "another --buffer_path")
     if expert * at_once > memory:

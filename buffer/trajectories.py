@@ -195,20 +195,25 @@ class Buffer:
             _check(path, experts, model)
             self._files.append(experts[:max_experts])
 
-    def verify(self) -> None:
-        """Reads every file once, against its manifest's checksum or, without one, for values that are not finite.
+    def verify(self) -> dict[str, str]:
+        """Reads every file, against its manifest's checksum or, without one, for values that are not finite.
+
+        Returns:
+            The SHA-256 of each file, by its name.
 
         Raises:
             UserError: a file was changed or damaged, or an expert diverged.
         """
-        manifests = _manifests(self.folder)
+        manifests, found = _manifests(self.folder), {}
         for path, experts in zip(self._paths, self._files):
+            found[path.name] = files.sha256(path)
             expected = manifests.get(manifest_path(path), {}).get("sha256")
             if expected is None:
                 _check_finite(path, experts)
-            elif files.sha256(path) != expected:
+            elif found[path.name] != expected:
                 raise UserError(f"expert file {path} is damaged: it is not the file that {manifest_path(path).name} "
                                 "was written for; copy it again, or move both away and train the experts again")
+        return found
 
     def __len__(self) -> int:
         """The number of experts."""

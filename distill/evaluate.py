@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.distilled_set import DistilledSet, checked_set, read_set
-from utils import augment
+from utils import augment, parallel
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset, check_dataset_name, load_configured
 from utils.engine import GRADIENT_ALONE, seconds_uncompiled
@@ -41,6 +41,8 @@ from utils.run import (
     influential,
     read_config,
     seeded,
+    shown,
+    spread,
     start_device,
     write_json,
 )
@@ -119,9 +121,9 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
              known: "Known | None" = None) -> list[Score]:
     """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
 
-    Several are trained at once where that wins: on a CPU small ones in processes that divide its threads, which
-    changes rounding; with `parall_eva` on all GPUs, in a thread each. Every network has its own random numbers, so
-    where it is trained does not matter.
+    Several ranks share them. Else several are trained at once where that wins: on a CPU small ones in processes that
+    divide its threads, which changes rounding; with `parall_eva` on all GPUs, in a thread each. Every network has its
+    own random numbers, so where it is trained does not matter.
 
     Args:
         dataset, distilled: on one device; the images of both in the same space.
@@ -140,7 +142,14 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
     devices = _devices(config, distilled.images.device)
     at_once = min(len(jobs), torch.get_num_threads(), MOST_PROCESSES)
     alone = jobs
-    if len(devices) > 1:
+    if parallel.size() > 1:
+        found = {}
+        for job in parallel.deal(known.missing(jobs)):
+            found[job] = train(job, on_epoch)
+            known.add(job, found[job])
+        for job, accuracy_ in parallel.gather(found).items():
+            known.add(job, accuracy_)
+    elif len(devices) > 1:
         _on_devices(train, known.missing(jobs), devices, on_epoch, known.add)
     elif devices[0].type == "cpu" and at_once > 1 and _processes_pay(train, jobs):
         # What is left when no full round remains has all threads to itself.
@@ -166,17 +175,28 @@ class Known:
     """The accuracies of an evaluation's networks, as they are found.
 
     Args:
-        path: a JSON file that holds them until they are all found, so that an evaluation that was stopped goes on.
+        path: a JSON file that holds them, and the seconds that they took, until they are all found, so that an
+            evaluation that was stopped goes on.
         key: what they depend on; those found for another key do not count.
     """
 
     def __init__(self, path: Path | None = None, key: str = ""):
         self._path, self._key = path, key
         self._accuracies: dict[str, float] = {}
+        self._seconds_before, self._began = 0.0, perf_counter()
         if path is not None and path.is_file():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # whatever it is, it can be found again
                 saved = json.loads(path.read_text())
-                self._accuracies = dict(saved["accuracies"]) if saved["key"] == key else {}
+                if saved["key"] == key:
+                    self._accuracies, self._seconds_before = dict(saved["accuracies"]), float(saved["seconds"])
+                else:
+                    print(f"note: {shown(path)} is of other options, another set or machine; starting over",
+                          file=sys.stderr)
+
+    @property
+    def seconds(self) -> float:
+        """How long it took to find them."""
+        return self._seconds_before + perf_counter() - self._began
 
     def __len__(self) -> int:
         return len(self._accuracies)
@@ -189,8 +209,13 @@ class Known:
 
     def add(self, job: Job, accuracy: float) -> None:
         self._accuracies[self._name(job)] = accuracy
-        if self._path is not None:
-            write_json(self._path, {"key": self._key, "accuracies": self._accuracies})
+        if self._path is not None and parallel.first():
+            write_json(self._path, {"key": self._key, "seconds": self.seconds, "accuracies": self._accuracies})
+
+    def forget(self) -> None:
+        """Removes the file, once what was found is kept elsewhere."""
+        if self._path is not None and parallel.first():
+            self._path.unlink(missing_ok=True)
 
     @staticmethod
     def _name(job: Job) -> str:
@@ -311,24 +336,24 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
     print(f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, {config.epoch_eval_train} epochs "
           f"· {describe(device)}")
     announce(config)
-    began = perf_counter()
     networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval
     beside = Path(f"{config.json}.unfinished") if config.json else None
-    known = Known(beside, _key(config, dataset, distilled))
+    known = parallel.from_first(lambda: Known(beside, _key(config, dataset, distilled)))
     if len(known):
         print(f"going on with an evaluation that was stopped: {len(known)} of {networks} networks were tested")
     epochs = config.epoch_eval_train + 1
-    with Progress(networks * epochs, "evaluate", initial=len(known) * epochs) as bar:
+    own = len(known) + len(parallel.deal(range(networks - len(known))))
+    with Progress(own * epochs, "evaluate", initial=len(known) * epochs) as bar:
         # The same networks and the same order of samples for every set, so that sets are compared like with like.
         scores = evaluate(config, dataset, distilled, augmented=not config.no_aug, on_epoch=bar.update, known=known)
     for score in scores:
         print(score)
-    if config.json:
+    if config.json and parallel.first():
         write_json(config.json, {
             "what": what, "images": len(distilled), "scores": [score.as_dict() for score in scores],
-            "tested_on": "validation" if config.val_fraction else "test", "seconds": perf_counter() - began,
+            "tested_on": "validation" if config.val_fraction else "test", "seconds": known.seconds,
             "config": influential(config), "environment": environment(device)})
-        beside.unlink(missing_ok=True)
+        known.forget()
 
 
 def _key(config: TrainConfig, dataset: Dataset, distilled: DistilledSet) -> str:
@@ -348,13 +373,14 @@ def evaluate_files(config: EvaluationConfig) -> None:
         UserError: files or options that do not fit the dataset.
     """
     check_evaluation(config)
+    spread(config)
     device = start_device(config)
     distilled = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
     _note_other_space(config, distilled)
-    dataset = load_configured(config, device)
+    dataset = parallel.first_then_others(lambda: load_configured(config, device))
     distilled = checked_set(distilled, dataset).to(device)
     check_pool(config, dataset)
-    if config.save:
+    if config.save and parallel.first():
         distilled.save_whole(Path(config.save), dataset, influential(config))
     evaluate_and_report(config, dataset, distilled, "distilled images")
 

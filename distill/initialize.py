@@ -38,8 +38,10 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
                             "that network's replay_buffer_*.pt")
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
         check_same_data(buffer.folder, config)
+        buffer.verify()
     elif config.max_files or config.max_experts:
         buffer = Buffer(buffer.folder, buffer.model)  # all experts label, whichever are matched
+        buffer.verify()
     model, timestamp = buffer.model, config.Label_Model_Timestamp
     if not -1 <= timestamp <= buffer.epochs:
         raise UserError(f"--Label_Model_Timestamp {timestamp}: the experts in {buffer.folder} have snapshots 0 … "

@@ -1,31 +1,33 @@
 """The distillation: draw a segment of an expert's trajectory, match it, update images, labels and α; repeat."""
 
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill import estimate
 from distill.distilled_set import DistilledSet
-from distill.evaluate import Score, check_evaluation, check_pool, evaluate
+from distill.evaluate import Known, Score, check_evaluation, check_pool, evaluate
 from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
-from utils import augment, figures, interrupt
+from utils import augment, figures, interrupt, parallel
 from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.engine import activation_bytes, describe_engine
 from utils.errors import UserError
 from utils.files import locked
 from utils.memory import available
-from utils.networks import network_for
+from utils.networks import has_batch_norm, network_for
 from utils.parameters import FlatModel
 from utils.run import (
     Progress,
@@ -40,11 +42,13 @@ from utils.run import (
     generator,
     influential,
     shown,
+    spread,
     start_device,
 )
 from utils.tracking import Tracker
 
 MOMENTUM = 0.5  # of images and α, as published
+VERSIONS = ("Normal", "EMA")  # the folders of the sets, as published, and of those with averaged images
 SAVE_INTERVAL = 1000  # an iteration divisible by this is always saved, as published
 MOST_LOST = 100  # losses in a row that are not finite, after which a run stops
 MOST_HELD = 100  # updates in a row that would make α useless, after which a run stops
@@ -59,6 +63,12 @@ class Segment:
     start_epoch: int
     batches: Sequence[Tensor]
     augment: Sequence[augment.Draw | None]
+
+    def own(self) -> "Segment":
+        """What is left of it for this rank: of each batch the samples that it owns."""
+        rows = [parallel.own_rows(batch) for batch in self.batches]
+        return replace(self, batches=[batch[mine] for batch, mine in zip(self.batches, rows)],
+                       augment=[draw and draw.of(mine) for draw, mine in zip(self.augment, rows)])
 
 
 def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, int], num_images: int,
@@ -88,6 +98,9 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
 class Distillation:
     """The state of a distillation and its two moves: `step` and `fixed_loss`.
 
+    Several ranks share the work: each one's rows of images and labels are its own, and up to date there only, until
+    `merge`; α is the same on all.
+
     Everything random in iteration `it` comes from a generator addressed (seed, "iteration", it), so an iteration
     can be repeated without the ones before it.
     """
@@ -100,6 +113,7 @@ class Distillation:
         self.set = start.detach()
         self.ema = self.set.images.clone() if config.ema else None
         self.part = matched_part(config)
+        self.model = buffer.model if parallel.size() == 1 else parallel.SharedModel(buffer.model)
         self.skipped = self.held = self.held_in_a_row = self.lost_in_a_row = 0
         # What SGD moves in α's stead: α itself, or log α.
         log = config.lr_param == "log"
@@ -126,12 +140,12 @@ class Distillation:
                                   config.expansion_end_epoch, config.Sequential_Generation)
         segment = draw_segment(config, self.buffer, self.image_size, len(self.set), self.device,
                                None if config.load_all else self._walk(iteration), bound,
-                               generator(config.seed, "iteration", iteration))
+                               generator(config.seed, "iteration", iteration)).own()
         theta_start, theta_target = self._ends(segment)
         if config.labels == "target":
             self.set.labels.copy_(self._labels(self.set, theta_target))
-        match = match_trajectory(self.buffer.model, theta_start, theta_target, self.set.images, self.set.labels,
-                                 self.set.lr, segment.batches, segment.augment, config.matching, self.part)
+        match = match_trajectory(self.model, theta_start, theta_target, self.set.images, self.set.labels, self.set.lr,
+                                 segment.batches, segment.augment, config.matching, self.part)
 
         loss, lr = float(match.loss), float(self.set.lr)  # waits for the device
         update = math.isfinite(loss) and loss <= config.threshold
@@ -175,8 +189,15 @@ class Distillation:
         self.rate.copy_(self.set.lr.log() if self.config.lr_param == "log" else self.set.lr)
         self.optimiser.state[self.rate].pop("momentum_buffer", None)
 
+    def merge(self) -> None:
+        """Brings every rank's rows to all of them."""
+        momenta = [self.optimiser.state[tensor].get("momentum_buffer") for tensor in (self.set.images, self.set.labels)]
+        for tensor in (self.set.images, self.set.labels, self.ema, *momenta):
+            if tensor is not None:
+                parallel.merge_rows(tensor)
+
     def state(self) -> dict[str, Any]:
-        """What the next steps depend on, beside the config; for `restore`."""
+        """What the next steps depend on, beside the config; for `restore`. Of several ranks, after `merge`."""
         return {"images": self.set.images, "labels": self.set.labels, "lr": self.set.lr, "rate": self.rate,
                 "ema": self.ema, "optimiser": self.optimiser.state_dict(),
                 "counts": {name: getattr(self, name) for name in self._COUNTS}}
@@ -193,16 +214,17 @@ class Distillation:
     def versions(self) -> dict[str, DistilledSet]:
         """What is evaluated and saved, by the name of its folder: the set, and the one of averaged images."""
         now = self.set.detach()
-        return {"Normal": now} | ({} if self.ema is None else {"EMA": replace(now, images=self.ema.clone())})
+        normal, averaged = VERSIONS
+        return {normal: now} | ({} if self.ema is None else {averaged: replace(now, images=self.ema.clone())})
 
     def fixed_loss(self, distilled: DistilledSet) -> float:
         """The mean matching loss over segments that are the same whenever it is called with the same config."""
         config, total = self.config, torch.zeros((), device=self.device)
         for number in range(FIXED_SEGMENTS):
             segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
-                                   config.max_start_epoch, generator(config.seed, "fixed segment", number))
+                                   config.max_start_epoch, generator(config.seed, "fixed segment", number)).own()
             theta_start, theta_target = self._ends(segment)
-            total += matching_loss(self.buffer.model, theta_start, theta_target, distilled.images,
+            total += matching_loss(self.model, theta_start, theta_target, distilled.images,
                                    self._labels(distilled, theta_target), distilled.lr, segment.batches,
                                    segment.augment, self.part)
         return float(total) / FIXED_SEGMENTS
@@ -210,7 +232,11 @@ class Distillation:
     def _labels(self, distilled: DistilledSet, theta_target: Tensor) -> Tensor:
         """The labels of one segment: the set's own, or with `labels: target` what the target expert says."""
         if self.config.labels == "target":
-            return expert_logits(self.buffer.model, theta_target, distilled.images)
+            labels = distilled.labels.clone()
+            mine = parallel.own_rows(torch.arange(len(labels), device=labels.device))
+            if mine.any():
+                labels[mine] = expert_logits(self.buffer.model, theta_target, distilled.images[mine])
+            return labels
         return distilled.labels
 
     def _walk(self, iteration: int) -> int:
@@ -236,6 +262,26 @@ def check_unrolled(config: DistillConfig) -> None:
     if config.matching == "unroll" and given:
         raise UserError(f"--matching unroll {' '.join(given)}: the unrolled gradient is plain autograd, whole batches "
                         "in float32; leave that out, or give --matching exact, which has the same gradient")
+
+
+def check_ranks(config: DistillConfig, network: nn.Module) -> None:
+    """Refuses what several ranks cannot share.
+
+    Raises:
+        UserError
+    """
+    if parallel.size() == 1:
+        return
+    if config.matching == "unroll":
+        raise UserError("--matching unroll runs in one process only; give --matching exact, which has the same "
+                        "gradient")
+    if has_batch_norm(network):
+        raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
+                        "cannot share one; start a single process, or take a network without batch norm")
+    if next(network.parameters()).device.type == "cuda" and parallel.ranks_here() > torch.cuda.device_count():
+        raise UserError(f"{parallel.ranks_here()} ranks on this machine of {torch.cuda.device_count()} GPU(s); a "
+                        "distillation takes one for each rank: give torchrun --nproc_per_node="
+                        f"{torch.cuda.device_count()}")
 
 
 def matched_part(config: DistillConfig) -> Part | None:
@@ -285,7 +331,7 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
     state = 4 * 4 * num_images * dataset.test_images[0].numel()  # images, their gradient and momentum, the start
     samples = batch * config.syn_steps if config.matching == "unroll" else min(batch, model.engine.micro_batch or batch)
     steps = 4 * model.num_parameters * (config.syn_steps + 1) + samples * activation_bytes(model.network)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
+    free = available(device)
     if state + steps > free:
         advice = ("give --matching exact, which has the same gradient in far less" if config.matching == "unroll" else
                   "give a smaller --micro_batch, --syn_steps or --ipc")
@@ -316,10 +362,13 @@ def distill(config: DistillConfig) -> None:
     if not config.dry_run:
         require_experts(buffer_folder(config))
         check_same_data(buffer_folder(config), config)
+    if not config.dry_run:
+        spread(config)
     device = start_device(config)
-    dataset = load_configured(config, device)
+    dataset = parallel.first_then_others(lambda: load_configured(config, device))
     check_pool(config, dataset)
     network = network_for(config.model, dataset).to(device)
+    check_ranks(config, network)
     model = (FlatModel(network, "plain") if config.matching == "unroll" else
              flat_model(config, network, inner_samples(config, dataset), config.micro_batch))
     if config.dry_run:
@@ -330,47 +379,55 @@ def distill(config: DistillConfig) -> None:
     buffer = Buffer(buffer_folder(config), model, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
     check_window(config, buffer)
-    folder = RunFolder(run_folder(config), config)
-    if folder.result is not None:
-        folder.forget_state()  # if the run was killed between the result and this
-        print(f"{shown(folder.path)} is finished ({folder.result['summary']}); give another --run_name or --seed to "
-              "run it again")
-        return
-    check_memory(config, dataset, model)
-    with locked(folder.path, "give another --run_name"):
-        buffer.verify()
+    path = run_folder(config)
+    # The first rank keeps other runs out, for all ranks.
+    with locked(path, "give another --run_name") if parallel.first() else contextlib.nullcontext():
+        folder = RunFolder(path, config)
+        if folder.result is not None:
+            folder.forget_state()  # if the run was killed between the result and this
+            print(f"{shown(path)} is finished ({folder.result['summary']}); give another --run_name or --seed to run "
+                  "it again")
+            return
+        check_memory(config, dataset, model)
         _run(config, dataset, buffer, folder)
 
 
 def _run(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
     """Distils, from the beginning or from where a run was stopped, into a folder that is locked."""
     device, model = dataset.train_images.device, buffer.model
-    saved = folder.unfinished if config.resume == "auto" else None
+    saved = parallel.from_first(lambda: folder.unfinished if config.resume == "auto" else None)
+    data = parallel.from_first(lambda: {"images": dataset.fingerprint, **buffer.verify()})
     if saved:
-        if saved["experts"] != buffer.experts_per_file:
-            raise UserError(f"{shown(folder.path)} was begun with {sum(saved['experts'])} experts, and {buffer.folder} "
-                            f"has {len(buffer)} now; put back what it had (--max_files, --max_experts), or give "
-                            "--resume never to start over")
-        start, notes = _as_set(saved["start"], device), saved["notes"]
+        if saved["data"] != data:
+            different = [name for name in {**saved["data"], **data} if saved["data"].get(name) != data.get(name)]
+            raise UserError(f"{shown(folder.path)} was begun with other data: {', '.join(sorted(different))} differ "
+                            f"(experts in {buffer.folder}); put back what it had, or give --resume never to start over")
+        begun = saved
     else:
-        start, notes = initial_set(config, dataset, buffer)
-    folder.start(saved["metrics_bytes"] if saved else 0)
-    engine = f"{describe_engine(model.engine, estimate.batch_size(config, dataset))}"
+        def begin() -> dict[str, Any]:
+            start, notes = initial_set(config, dataset, buffer)
+            return {"start": _as_dict(start.to("cpu")), "notes": notes}
+        begun = parallel.from_first(begin)
+    start, notes = _as_set(begun["start"], device), begun["notes"]
+    folder.start(saved["metrics_bytes"] if saved else None, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)])
+    engine = describe_engine(model.engine, estimate.batch_size(config, dataset))
+    if parallel.size() > 1:
+        engine += f", {parallel.size()} ranks"
     print(f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
           f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}, {engine}")
     announce(config)
     for note in notes:
         print(f"note: {note}")
 
-    state = Progression(config, dataset, Distillation(config, dataset, buffer, start), start, notes, engine)
+    state = Progression(config, dataset, Distillation(config, dataset, buffer, start), start, notes, engine, data)
     if saved:
         state.restore(saved)
         print(f"going on at iteration {state.iteration}, where the run was saved")
         if saved["engine"] != engine or saved["environment"] != _rounding(device):
             print(f"note: it was begun with {saved['engine']} on {', '.join(saved['environment'].values())}; what "
                   "follows may be rounded otherwise", file=sys.stderr)
-    tracker = Tracker(config.wandb, config.project, folder.path.name, as_dict(config), folder.path,
-                      saved["tracker"] if saved else None)
+    tracker = Tracker(config.wandb if parallel.first() else "disabled", config.project, folder.path.name,
+                      as_dict(config), folder.path, saved["tracker"] if saved else None)
     with interrupt.deferred():
         _iterate(state, folder, tracker)
     _conclude(state, folder, tracker)
@@ -381,8 +438,12 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
     config, dataset, best = state.config, state.dataset, state.best
     distillation, start = state.distillation, state.start
     before, after = (distillation.fixed_loss(each) for each in (start, distillation.set))
+    if not parallel.first():
+        return
     chosen_on = "validation" if config.val_fraction else "test"
     for name, each in best.items():
+        # Once more: a run that was killed just after it wrote them may have gone on to another best set.
+        each.set.save(folder.path / name, "best", dataset)
         each.set.save_whole(folder.path / name / "distilled.safetensors", dataset, influential(config))
     overall = max(best.values(), key=lambda each: each.scores[0].mean)
     figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images),
@@ -440,12 +501,13 @@ class Progression:
         start: the set it began with.
         notes: what there was to say of that.
         engine: how derivatives are computed, in words.
+        data: checksums of the images and the expert files.
     """
 
     def __init__(self, config: DistillConfig, dataset: Dataset, distillation: Distillation, start: DistilledSet,
-                 notes: list[str], engine: str):
+                 notes: list[str], engine: str, data: dict[str, str]):
         self.config, self.dataset, self.distillation = config, dataset, distillation
-        self.start, self.notes, self.engine = start, notes, engine
+        self.start, self.notes, self.engine, self.data = start, notes, engine, data
         self.iteration = 0
         self.evaluated = False  # whether this iteration's evaluation is done
         self.best: dict[str, Evaluated] = {}
@@ -456,13 +518,13 @@ class Progression:
         return self._seconds_before + perf_counter() - self._began
 
     def state(self) -> dict[str, Any]:
-        """For `restore`, and to begin with."""
+        """For `restore`, and to begin with; it shares its tensors, so it must be saved before the next step."""
         best = {name: {"iteration": each.iteration, "set": _as_dict(each.set),
                        "scores": [[score.network, score.accuracies] for score in each.scores]}
                 for name, each in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
                 "start": _as_dict(self.start), "notes": self.notes, "engine": self.engine,
-                "experts": self.distillation.buffer.experts_per_file,
+                "data": self.data, "halved": self.distillation.buffer.model.halved,
                 "environment": _rounding(self.start.images.device), "distillation": self.distillation.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -471,6 +533,8 @@ class Progression:
         self.best = {name: Evaluated(each["iteration"], _as_set(each["set"], device),
                                      [Score(*score) for score in each["scores"]])
                      for name, each in state["best"].items()}
+        for batch in state["halved"]:
+            self.distillation.buffer.model.halve(batch)
         self.distillation.restore(state["distillation"])
 
 
@@ -483,52 +547,65 @@ def _iterate(progression: Progression, folder: RunFolder, tracker: Tracker) -> N
     config, dataset, distillation = progression.config, progression.dataset, progression.distillation
     best = progression.best
 
-    def save(at_once: bool = False) -> None:
-        folder.save_state(lambda: progression.state() | {"tracker": tracker.state()}, at_once)
+    def write_state() -> None:
+        folder.save_state(lambda: progression.state() | {"tracker": tracker.state()})
 
     def evaluate_all(iteration: int) -> None:
+        distillation.merge()
         versions = distillation.versions()
-        # All of them before any is recorded, so that a signal finds the state as it was before.
-        scores = [evaluate(config, dataset, distilled, "iteration", iteration, on_epoch=interrupt.check)
-                  for distilled in versions.values()]
+        known = [parallel.from_first(partial(Known, folder.path / f"{name}.unfinished", f"iteration {iteration}"))
+                 for name in versions]
+        try:  # all of them before any is recorded, so that a signal finds the state as it was before
+            scores = [evaluate(config, dataset, distilled, "iteration", iteration, on_epoch=interrupt.check,
+                               known=found) for distilled, found in zip(versions.values(), known)]
+        except interrupt.Stopped as stopped:
+            if stopped.waited:
+                write_state()
+            raise
         for (name, distilled), found in zip(versions.items(), scores):
             now = Evaluated(iteration, distilled, found)
             if name not in best or now.scores[0].mean > best[name].scores[0].mean:
                 best[name] = now
-                distilled.save(folder.path / name, "best", dataset)
-                distilled.save(folder.path / name, iteration, dataset)
+                save_set(name, distilled, "best", iteration)
             folder.log(iteration=iteration, set=name, scores=[score.as_dict() for score in found])
-            bar.write(f"iteration {iteration}{'' if name == 'Normal' else ', ' + name}: {', '.join(map(str, found))}")
+            bar.say(f"iteration {iteration}{'' if name == 'Normal' else ', ' + name}: {', '.join(map(str, found))}")
             if name == "Normal":
                 tracker.log_scores(iteration, found)
                 tracker.log_set(iteration, distilled.images, float(distilled.lr), dataset, config.ipc,
                                 config.force_save)
         progression.evaluated = True
+        write_state()
+        for found in known:
+            found.forget()
+
+    def save_set(name: str, distilled: DistilledSet, *tags: str | int) -> None:
+        for tag in tags if parallel.first() else ():
+            distilled.save(folder.path / name, tag, dataset)
 
     with Progress(config.Iteration, "distil", initial=progression.iteration) as bar:
-        try:
-            for iteration in range(progression.iteration, config.Iteration + 1):
-                interrupt.check()
-                save()
-                last = iteration == config.Iteration
-                due = iteration % config.eval_it == 0 and not (iteration == 0 and config.skip_first_eva)
-                if (due or last) and not progression.evaluated:
-                    evaluate_all(iteration)
-                    save()
-                if last or iteration % SAVE_INTERVAL == 0:  # saved whatever it scores
-                    for name, distilled in distillation.versions().items():
-                        distilled.save(folder.path / name, iteration, dataset)
-                if last:
-                    break  # nobody would see an update after the last evaluation
-                record = distillation.step(iteration)
-                folder.log(**record)
-                progression.iteration, progression.evaluated = iteration + 1, False
-                tracker.log_step(record)
-                loss = math.nan if record["loss"] is None else record["loss"]
-                bar.set_postfix_str(f"loss {loss:.3f}, α {record['lr']:.3g}, start {record['start_epoch']}, "
-                                    f"skipped {distillation.skipped}", refresh=False)
-                bar.update()
-        except interrupt.Stopped as stopped:
-            if stopped.waited:  # else it came in the middle of something
-                save(at_once=True)
-            raise
+        for iteration in range(progression.iteration, config.Iteration + 1):
+            stop, due = parallel.any_of(interrupt.requested(), folder.save_due())
+            if stop or due:
+                distillation.merge()
+                write_state()
+            if stop:
+                interrupt.stop()
+            last = iteration == config.Iteration
+            evaluation = last or (iteration % config.eval_it == 0 and not (iteration == 0 and config.skip_first_eva))
+            if evaluation and not progression.evaluated:
+                evaluate_all(iteration)
+            if last or iteration % SAVE_INTERVAL == 0:  # saved whatever it scores
+                distillation.merge()
+                for name, distilled in distillation.versions().items():
+                    save_set(name, distilled, iteration)
+            if last:
+                write_state()
+                break  # nobody would see an update after the last evaluation
+            record = distillation.step(iteration)
+            folder.log(**record)
+            progression.iteration, progression.evaluated = iteration + 1, False
+            tracker.log_step(record)
+            loss = math.nan if record["loss"] is None else record["loss"]
+            bar.set_postfix_str(f"loss {loss:.3f}, α {record['lr']:.3g}, start {record['start_epoch']}, "
+                                f"skipped {distillation.skipped}", refresh=False)
+            bar.update()

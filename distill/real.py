@@ -6,12 +6,13 @@ from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_sa
 from distill.distilled_set import DistilledSet
 from distill.evaluate import check_evaluation, check_pool, evaluate_and_report
 from distill.initialize import expert_labels, random_real
+from utils import parallel
 from utils.config import BaselineConfig
 from utils.datasets import load_configured
 from utils.errors import UserError
 from utils.networks import network_for
 from utils.parameters import FlatModel
-from utils.run import generator, start_device
+from utils.run import generator, spread, start_device
 
 
 def evaluate_real(config: BaselineConfig) -> None:
@@ -27,8 +28,9 @@ def evaluate_real(config: BaselineConfig) -> None:
                             "number")
         require_experts(buffer_folder(config))
         check_same_data(buffer_folder(config), config)
+    spread(config)
     device = start_device(config)
-    dataset = load_configured(config, device)
+    dataset = parallel.first_then_others(lambda: load_configured(config, device))
     check_pool(config, dataset)
     images, labels, what = dataset.train_images, dataset.train_labels, "the whole training set"
     if config.ipc is not None:
@@ -38,6 +40,7 @@ def evaluate_real(config: BaselineConfig) -> None:
         model = FlatModel(network_for(config.model, dataset).to(device))
         check_same_images(buffer_folder(config), dataset)
         buffer = Buffer(buffer_folder(config), model)
+        buffer.verify()
         thetas = (buffer.snapshot(number, -1).to(device) for number in range(len(buffer)))
         labels, _ = expert_labels(model, thetas, images, labels)
         what += " with expert labels"

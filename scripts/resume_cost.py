@@ -51,7 +51,8 @@ def measure(config: DistillConfig, iteration: float, seconds: float, folder: Pat
         sleep(iteration)
         before = perf_counter()
         interrupt.check()
-        run.save_state(lambda: state)
+        if run.save_due():
+            run.save_state(lambda: state)
         asking += perf_counter() - before
         iterations += 1
     size = (folder / "checkpoint.pt").stat().st_size

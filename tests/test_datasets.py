@@ -460,7 +460,7 @@ def test_wrong_image_folders(tmp_path):
 
 def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
     write_tiny(tmp_path)
-    monkeypatch.setattr(datasets, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(datasets, "available", lambda: 100_000)
     refused(r"6 images of 3×64×64.*GiB is available", "Tiny", tmp_path)
 
 

@@ -58,7 +58,7 @@ def test_the_bytes_are_on_disk_before_the_name(tmp_path, monkeypatch):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
     files.save(torch.zeros(3), tmp_path / "x.pt")
-    assert calls == ["fsync", "replace"] and torch.equal(files.load(tmp_path / "x.pt"), torch.zeros(3))
+    assert calls == ["fsync", "replace", "fsync"] and torch.equal(files.load(tmp_path / "x.pt"), torch.zeros(3))
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path):

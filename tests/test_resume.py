@@ -25,14 +25,18 @@ from utils.parameters import FlatModel
 EXPERTS = ["ImageFolder", "ConvNetD1W4"]
 
 
-def stop_at(target, attribute, call_number):
-    """Patches a function so that its call of that number (from 1) is a Ctrl-C that waited for a safe point."""
+def stop_at(target, attribute, call_number, at_once=False):
+    """Patches a function so that at its call of that number (from 1) there comes a Ctrl-C.
+
+    Args:
+        at_once: a second one too, which does not wait.
+    """
     original, calls = getattr(target, attribute), []
 
     def counted(*arguments, **options):
         calls.append(1)
-        if len(calls) == call_number:
-            raise Stopped(signal.SIGINT, waited=True)
+        for _ in range((1 + at_once) if len(calls) == call_number else 0):
+            os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments, **options)
     return mock.patch.object(target, attribute, counted)
 
@@ -70,10 +74,10 @@ def test_experts_go_on_to_the_bit(call, toy, tmp_path, options, step):
 def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tmp_path):
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
     trajectories, experts = (importlib.import_module(f"buffer.{name}") for name in ("trajectories", "experts"))
-    with stop_at(trajectories, "save_config", 1):  # the manifest, before its expert file
+    with stop_at(trajectories, "save_config", 1, at_once=True):  # the manifest, before its expert file
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     assert not list(tmp_path.rglob("replay_buffer_*.pt"))
-    with stop_at(experts.shutil, "rmtree", 1):  # the epochs, after it
+    with stop_at(experts.shutil, "rmtree", 1, at_once=True):  # the epochs, after it
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     assert len(list(tmp_path.rglob("replay_buffer_*.pt"))) == 1
     call("buffer/buffer_FTD.py", *arguments)
@@ -140,7 +144,7 @@ def test_experts_that_cannot_fit_are_refused_at_once(call, toy, tmp_path):
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
     done = call("buffer/buffer_FTD.py", *arguments, "--num_experts=1000000000", expect=2)
     assert "GB on the disk" in done.stderr and not list(tmp_path.rglob("*.pt"))
-    with mock.patch("buffer.experts.available", lambda: 1e3):
+    with mock.patch("buffer.experts.available", lambda *_: 1e3):
         done = call("buffer/buffer_FTD.py", *arguments, expect=2)
     assert "--save_interval" in done.stderr
 
@@ -221,11 +225,13 @@ def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
         _, folder = distil_to("parts", expect=130)
     done, _ = distil_to("parts", "--lr_y=3", expect=2)
     assert "lr_y (1.0 there, 3.0 here)" in done.stderr
-    shutil.copytree(toy_experts, tmp_path / "more")
-    first = tmp_path.joinpath("more", *EXPERTS, "replay_buffer_0.pt")
-    shutil.copy(first, first.with_name("replay_buffer_2.pt"))
-    done, _ = distil_to("parts", f"--buffer_path={tmp_path / 'more'}", expect=2)
-    assert "buffer_path" in done.stderr or "was begun with 3 experts" in done.stderr
+    added = toy_experts.joinpath(*EXPERTS, "replay_buffer_2.pt")
+    try:
+        shutil.copy(added.with_name("replay_buffer_0.pt"), added)
+        done, _ = distil_to("parts", expect=2)
+    finally:
+        added.unlink()
+    assert "was begun with other data: replay_buffer_2.pt differ" in done.stderr
 
     checkpoint = folder / "checkpoint.pt"
     whole = checkpoint.read_bytes()
@@ -239,7 +245,7 @@ def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
     checkpoint.write_bytes(whole)
     (folder / "metrics.jsonl").write_text("")
     done, _ = distil_to("parts", expect=2)
-    assert "shorter than" in done.stderr
+    assert "is gone, or shorter" in done.stderr
 
 
 def pickled_code(tmp_path):
@@ -251,7 +257,7 @@ def pickled_code(tmp_path):
 
 
 def test_an_unroll_that_cannot_fit_is_refused_at_once(distil_to):
-    with mock.patch("distill.loop.available", lambda: 1e4):
+    with mock.patch("distill.loop.available", lambda *_: 1e4):
         done, _ = distil_to("small", "--matching=unroll", expect=2)
     assert "GB are free on cpu" in done.stderr and "--matching exact" in done.stderr
 

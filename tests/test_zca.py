@@ -2,12 +2,14 @@
 
 import builtins
 import importlib.metadata
+import math
 
 import pytest
 import torch
 
 from utils import zca
 from utils.errors import UserError
+from utils.memory import available
 
 
 @pytest.fixture
@@ -134,13 +136,13 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 
 def test_too_large_is_refused_and_large_is_announced(monkeypatch, capsys):
-    monkeypatch.setattr(zca, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(zca, "available", lambda: 2**30)
     with pytest.raises(UserError, match=r"12288 values needs about .* GiB"):
         zca._refuse_or_announce(100, 12288)
-    monkeypatch.setattr(zca, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(zca, "available", lambda: 2**40)
     zca._refuse_or_announce(100, 12288)
     assert "12288 dimensions" in capsys.readouterr().err
-    monkeypatch.setattr(zca, "available_memory", lambda: None)
+    monkeypatch.setattr(zca, "available", lambda: math.inf)
     zca._refuse_or_announce(10, 784)
     assert capsys.readouterr().err == ""
 
@@ -151,7 +153,7 @@ def test_one_image_is_refused(images):
 
 
 def test_available_memory_is_plausible():
-    assert zca.available_memory() is None or 2**20 < zca.available_memory() < 2**50
+    assert 2**20 < available() < 2**50 or available() == math.inf
 
 
 @pytest.mark.cuda

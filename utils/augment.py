@@ -44,6 +44,11 @@ class Draw:
                  for name, values in self.parameters.items()}
         return Draw(self.group, moved)
 
+    def of(self, rows: Tensor) -> "Draw":
+        """The draw of some of the batch's images; `rows` as it would index a tensor [B]."""
+        return Draw(self.group, {name: tuple(value[rows] for value in values)
+                                 for name, values in self.parameters.items()})
+
 
 def parse_strategy(strategy: str) -> tuple[str, ...]:
     """`color_crop_…` → its groups; `none` or an empty string → no group.
@@ -112,8 +117,8 @@ def older_operations(dataset: str, network: str) -> tuple[str, ...]:
 
 
 def apply(x: Tensor, drawn: Draw | None) -> Tensor:
-    """The drawn operations on x [B, C, H, W], in their order; x itself when nothing was drawn."""
-    if drawn is None:
+    """The drawn operations on x [B, C, H, W], in their order; x itself when nothing was drawn, or it has no images."""
+    if drawn is None or not len(x):
         return x
     for name, values in drawn.parameters.items():
         x = OPERATIONS[name].apply(x, *values)

@@ -29,7 +29,8 @@ from torch import Tensor
 from utils.config import DataConfig
 from utils.errors import UserError, unknown_name
 from utils.files import REPOSITORY, load
-from utils.zca import Whitening, available_memory, fit, to_unit
+from utils.memory import available
+from utils.zca import Whitening, fit, to_unit
 
 HOLD_OUT_SEED = 0  # of the generator that chooses held-out images: the same choice in every run
 PUBLISHED_RES = 32  # stands in published configs whatever the dataset, and means nothing there
@@ -588,8 +589,8 @@ def _read_files(files: dict[str, list[Path]], classes: Sequence[str], side: int,
     """All files, class by class, with a few threads: decoding releases Python's lock."""
     paths = [path for c in classes for path in files[c]]
     need = len(paths) * 3 * side * side * (4 + dtype.itemsize)  # as read, and as float32 beside it
-    free = available_memory()
-    if free is not None and need > free:
+    free = available()
+    if need > free:
         raise UserError(f"{len(paths)} images of 3×{side}×{side}, {paths[0]} the first, need {need / 2**30:.1f} GiB of "
                         f"memory, {free / 2**30:.1f} GiB is available; use a machine with more, or fewer images")
     images = torch.empty(len(paths), 3, side, side, dtype=dtype)

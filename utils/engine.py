@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from utils.convnet_pass import ConvNetPass, Weights, covers
 from utils.errors import UserError
 from utils.losses import cross_entropy
+from utils.memory import available
 from utils.networks import ConvNetPlan, has_batch_norm
 
 # Activations of a micro-batch on a CPU: what its cache still serves, and what autograd's larger kernels want.
@@ -365,9 +366,8 @@ def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:
     device = next(network.parameters()).device
     if device.type != "cuda":
         return max(1, cpu_bytes // activation_bytes(network))
-    # What torch holds and does not use is free too; a power of two changes less from run to run.
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = SHARE_OF_MEMORY * (torch.cuda.mem_get_info(device)[0] + unused) / ADJOINT_FACTOR
+    free = SHARE_OF_MEMORY * available(device) / ADJOINT_FACTOR
+    # A power of two changes less from run to run.
     return 1 << max(0, int(free // activation_bytes(network)).bit_length() - 1)
 
 

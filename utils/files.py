@@ -52,6 +52,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.umask(umask)
         aside.chmod(0o666 & ~umask)
         os.replace(aside, path)
+        with contextlib.suppress(OSError):  # not every file system flushes folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         # torch's zip writer reports a full disk as a RuntimeError of its own.
@@ -103,6 +109,10 @@ class _TrialError(Exception):
     """Ends a write that was only a trial."""
 
 
+class LockedError(UserError):
+    """Another process writes to the folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, advice: str) -> Iterator[None]:
     """Keeps every other process out of a folder; however this one ends, the system lets go of it.
@@ -111,7 +121,8 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
         advice: what whoever comes second can do.
 
     Raises:
-        UserError: another process is in it, or the folder cannot be made or written.
+        LockedError: another process is in it.
+        UserError: the folder cannot be made or written.
     """
     path = folder / ".lock"
     made = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -151,8 +162,8 @@ def _lock(file: TextIO, folder: Path, advice: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        raise UserError(f"another run ({file.read().strip() or 'just started'}) is writing to {folder}; wait for it to "
-                        f"end, or {advice}") from error
+        holder = file.read().strip() or "just started"
+        raise LockedError(f"another run ({holder}) is writing to {folder}; wait for it to end, or {advice}") from error
     except OSError as error:  # some network file systems have no locks
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
             raise
@@ -173,12 +184,13 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load(path: str | os.PathLike, what: str = "file", mmap: bool = False):
+def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None):
     """`torch.load` of tensors and plain containers on the CPU; code in the file is never run.
 
     Args:
         what: what the file should be, for the message ("image file", "buffer", …).
         mmap: leave the tensors' bytes on disk until they are touched.
+        advice: what to do about one that is damaged or refused; None: write it again.
 
     Raises:
         UserError: missing, truncated, not a torch file, or holding more than tensors.
@@ -195,9 +207,9 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False):
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
             raise UserError(f"{what} {path} holds more than tensors (it would run code when loaded) and was refused; "
-                            "save plain tensors with torch.save") from error
-        raise UserError(f"{what} {path} is damaged or not a torch file; write it again") from error
+                            f"{advice or 'save plain tensors with torch.save'}") from error
+        raise UserError(f"{what} {path} is damaged or not a torch file; {advice or 'write it again'}") from error
     except Exception as error:  # damaged bytes make the readers fail in every way there is
-        reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        raise UserError(f"{what} {path} cannot be read (truncated, or not a torch file): {reason}; write or copy it "
-                        "again") from error
+        reason = " ".join((str(error) or type(error).__name__).split()).split(". ")[0][:160]
+        raise UserError(f"{what} {path} cannot be read (truncated, or not a torch file): {reason}; "
+                        f"{advice or 'write or copy it again'}") from error

@@ -1,4 +1,4 @@
-"""Signals that stop a run: Ctrl-C (SIGINT), a scheduler's SIGTERM, and SIGUSR1, its warning before the time limit.
+"""Signals that stop a run: Ctrl-C (SIGINT), a lost terminal (SIGHUP), a scheduler's SIGTERM and its warning, SIGUSR1.
 
 A signal stops a run at once. Where that would lose work (`deferred`), the first one only asks, and the run stops at its
 next safe point, with everything saved; a second one does not wait.
@@ -7,10 +7,10 @@ next safe point, with everything saved; a second one does not wait.
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,11 +30,12 @@ _deferring = False
 
 
 def install() -> None:
-    """Lets the signals raise `Stopped` in the main thread."""
+    """Lets the signals raise `Stopped` in the main thread, but for those that whoever started this wants ignored."""
     global _received
     _received = None
     for each in SIGNALS:
-        signal.signal(each, _receive)
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, _receive)
 
 
 def ignore() -> None:
@@ -45,7 +46,7 @@ def ignore() -> None:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Inside, signals wait; processes that are started inside never get them."""
+    """Inside, the thread's signals wait; processes that it starts inside never get them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -58,9 +59,12 @@ def _receive(number: int, frame: object) -> None:
     first, _received = _received is None, number
     if not (first and _deferring):
         raise Stopped(number)
+    if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all
+        return
     # Not print: the signal may have come while the main program was printing.
-    os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: finishing this step and saving; once more to stop "
-             "at once\n".encode())
+    name = signal.Signals(number).name
+    with contextlib.suppress(OSError):  # a pipe whose reader was interrupted too
+        os.write(2, f"\n{name}: finishing this step and saving; once more to stop at once\n".encode())
 
 
 @contextlib.contextmanager
@@ -75,11 +79,21 @@ def deferred() -> Iterator[None]:
         _deferring = False
 
 
+def requested() -> bool:
+    """Whether a signal waits."""
+    return _received is not None
+
+
+def stop() -> NoReturn:
+    """Stops at a safe point, for this process's signal or another rank's."""
+    raise Stopped(_received or signal.SIGTERM, waited=True)
+
+
 def check() -> None:
     """A safe point.
 
     Raises:
         Stopped: a signal waits.
     """
-    if _received is not None:
-        raise Stopped(_received, waited=True)
+    if requested():
+        stop()

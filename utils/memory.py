@@ -35,16 +35,22 @@ def peak(device: torch.device) -> float:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def available() -> float:
-    """Bytes of host memory that this process can still have; infinite where the system does not say."""
+def available(device: torch.device | None = None) -> float:
+    """Bytes of a GPU's memory, or of the host's, that this process can still have; infinite where nothing says."""
+    if device is not None and device.type == "cuda":  # what torch holds and does not use is free too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     found = [math.inf]
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         found += [1024 * float(line.split()[1]) for line in meminfo.read_text().splitlines()
                   if line.startswith("MemAvailable:")]
-    group = Path("/sys/fs/cgroup")  # a container's, or a batch job's
+    group = Path("/sys/fs/cgroup")  # a container's
     with contextlib.suppress(OSError, ValueError):  # no limit is written as a word
-        found.append(float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+        taken = float((group / "memory.current").read_text())
+        taken -= sum(float(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines()
+                     if line.startswith("inactive_file "))  # of which the system would let go
+        found.append(float((group / "memory.max").read_text()) - taken)
     return min(found)
 
 

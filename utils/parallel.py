@@ -1,24 +1,213 @@
-"""Several processes of this machine at once."""
+"""Several processes at once: the ranks that torchrun starts, and helpers on this machine's CPU.
 
+Every rank runs the same program on the same data. What they share is as small as can be: experts are taken from one
+queue (`buffer/experts.py`); networks of an evaluation are dealt out (`deal`, `gather`); of a distillation each rank
+owns the synthetic images whose index is its own modulo the number of ranks, and only vectors as long as θ are summed
+(`SharedModel`, `own_rows`). Without torchrun there is one rank, and all of this does nothing.
+"""
+
+import datetime
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from utils import interrupt
+from utils.engine import Adjoint
 from utils.errors import UserError
+from utils.parameters import FlatModel
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+# --- ranks ---------------------------------------------------------------------------------------------------
+
+PATIENCE = datetime.timedelta(days=30)  # a rank may train experts while another waits; torchrun sees to dead ones
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0)) if size() > 1 else 0
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def ranks_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+
+
+def first() -> bool:
+    """Whether this is the rank that writes and speaks."""
+    return rank() == 0
+
+
+def start(device: torch.device) -> None:
+    """Meets the other ranks, if there are any; all of them must call this.
+
+    Raises:
+        UserError: torchrun's variables without torchrun.
+    """
+    if size() == 1 or dist.is_initialized():
+        return
+    try:
+        # Small things go over the CPU, wherever the tensors are.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"WORLD_SIZE is {size()}, but the other ranks cannot be met ({reason}); start with torchrun "
+                        "--nproc_per_node=N, or unset WORLD_SIZE") from error
+
+
+def own_gpu(gpus: Sequence[int]) -> torch.device:
+    """This rank's among the GPUs of its machine; ranks share them where there are more of them."""
+    return torch.device("cuda", gpus[int(os.environ.get("LOCAL_RANK", rank())) % len(gpus)])
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether a rank's error is that another one is gone."""
+    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(each in str(error) for each in said))
+
+
+def end() -> None:
+    """Takes leave of the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def deal(jobs: Sequence[Job]) -> Sequence[Job]:
+    """This rank's share of a list that is the same on all."""
+    return jobs[rank()::size()]
+
+
+def gather(found: dict[Any, Any]) -> dict[Any, Any]:
+    """The union of what all ranks found, on all of them."""
+    if size() == 1:
+        return found
+    all_found: list[Any] = [None] * size()
+    dist.all_gather_object(all_found, found)
+    return {key: value for each in all_found for key, value in each.items()}
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What the first rank makes, on all of them; the others wait. Tensors should be on the CPU."""
+    if size() == 1:
+        return make()
+    held = [make() if first() else None]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def first_then_others(make: Callable[[], Result]) -> Result:
+    """What each rank makes for itself, once the first one has: what that leaves in a cache or a folder serves all."""
+    if first():
+        made = make()
+        barrier()
+        return made
+    barrier()
+    return make()
+
+
+def barrier() -> None:
+    """Waits until all ranks are here."""
+    gather({})
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """For each of several flags whether it is set on any rank."""
+    if size() == 1:
+        return list(flags)
+    held = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return held.bool().tolist()
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place; the same bits on all of them."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def own_rows(indices: Tensor) -> Tensor:
+    """Which of some rows of the synthetic set are this rank's: booleans, shaped as the indices."""
+    return indices % size() == rank()
+
+
+def merge_rows(tensor: Tensor) -> None:
+    """Gives every rank every other's rows of a tensor [N, …], in place."""
+    if size() > 1:
+        mine = own_rows(torch.arange(len(tensor), device=tensor.device))
+        tensor[~mine] = 0
+        sum_(tensor)
+
+
+class SharedModel:
+    """A `FlatModel` whose batches are spread over the ranks: each gives its own samples and gets the whole's gradient.
+
+    A rank without samples in a batch gives an empty one. One vector of P + 2 numbers is summed for each call; images
+    and labels stay where they are.
+    """
+
+    def __init__(self, model: FlatModel) -> None:
+        self.model = model
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `FlatModel.gradient`; the logits are those of this rank's samples, None without any."""
+        loss, logits, of_theta = self.model.gradient(theta, x, y) if len(x) else (theta.new_zeros(()), None, 0 * theta)
+        loss, of_theta, _ = self._mean(len(x), loss, of_theta)
+        return loss, logits, of_theta
+
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+        """As `FlatModel.adjoint`; the gradients of the whole batch's s in x and y are those of this rank's samples."""
+        if len(x):
+            here = self.model.adjoint(theta, co_state, x, y)
+        else:
+            of_labels = torch.zeros_like(y) if y.is_floating_point() else None
+            here = Adjoint(theta.new_zeros(()), 0 * theta, torch.zeros_like(x), of_labels)
+        s, of_theta, samples = self._mean(len(x), here.s, here.theta)
+        share = len(x) / samples
+        return Adjoint(s, of_theta, here.images * share, None if here.labels is None else here.labels * share)
+
+    @staticmethod
+    def _mean(samples: int, scalar: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means over the batches of all ranks, weighted by their samples, and how many those are together."""
+        weighted = torch.cat([vector * samples, (scalar * samples).reshape(1), vector.new_full((1,), samples)])
+        sum_(weighted)
+        total = weighted[-1]
+        return weighted[-2] / total, weighted[:-2] / total, total
+
+
+def launch(processes: int) -> NoReturn:
+    """Starts this very command again as so many ranks on this machine, as torchrun would, and ends with them."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    settings = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
+                            rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.1)
+    try:
+        elastic_launch(settings, sys.executable)("-u", *sys.argv)
+    except ChildFailedError as error:  # which said why itself
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    sys.exit(0)
+
+
+# --- helpers on this machine's CPU ---------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.2  # between two looks at how far the processes are
 

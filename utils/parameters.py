@@ -38,6 +38,7 @@ class FlatModel:
         # Not this object's own methods: an engine that held it would keep both alive until garbage is collected.
         self.engine: Engine = select_engine(network, partial(_forward, network, self.names, self.shapes),
                                             partial(_unflatten, self.shapes), backend, precision, micro_batch, work)
+        self.halved: list[int] = []  # the batches for which the memory was full, and the micro-batch was halved
 
     def flatten(self) -> Tensor:
         """The network's own parameters as a new vector [P], detached."""
@@ -63,6 +64,12 @@ class FlatModel:
         """s = ⟨∇L(θ; x, y), λ⟩ and its gradients in θ, x and y, all detached; `co_state` is λ [P]."""
         return self._fitted(len(x), lambda: self.engine.adjoint(theta, co_state, x, y))
 
+    def halve(self, batch: int) -> bool:
+        """Takes half as many samples of such a batch at a time from now on; False if that cannot be."""
+        done = self.engine.halve(batch)
+        self.halved += [batch] * done
+        return done
+
     def _fitted(self, batch: int, step: Callable[[], Result]) -> Result:
         """The step, again with half the micro-batch as often as the GPU's memory is full."""
         while True:
@@ -70,7 +77,7 @@ class FlatModel:
                 return step()
             except torch.OutOfMemoryError as error:
                 full = error.with_traceback(None)  # whose frames would keep the tensors of the step
-            if not self.engine.halve(batch):
+            if not self.halve(batch):
                 raise full
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -9,8 +9,10 @@ import os
 import shlex
 import shutil
 import sys
+import time
+import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +22,7 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from utils import augment, interrupt
+from utils import augment, interrupt, parallel
 from utils.config import DataConfig, as_dict, has_effect, make
 from utils.datasets import Dataset
 from utils.engine import check_backend, set_precision
@@ -28,35 +30,71 @@ from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write, load, save
 from utils.parameters import FlatModel
 
+RANK_WAITS = 3.0  # seconds for the first rank to speak
+
 
 def entry(main: Callable[[], None]) -> None:
     """Runs an entry script; a user's mistake becomes one line on stderr and exit code 2, a signal 128 + its number."""
     name = Path(sys.argv[0]).name
     interrupt.install()
+    if not parallel.first():  # the first rank speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
     try:
         main()
+        interrupt.ignore()  # nothing is left to be stopped
+        parallel.end()
     except UserError as error:
         _last_line(f"{name}: error: {' '.join(str(error).split())}", 2)
     except torch.OutOfMemoryError as error:
         _last_line(f"{name}: error: the GPU's memory is full ({' '.join(str(error).split())[:120]}…); give "
                    "--micro_batch, a smaller batch, or --device cpu", 2)
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and parallel.lost_contact(error):
+            _last_line(f"{name}: error: contact with another rank was lost ({' '.join(str(error).split())[:120]}…); "
+                       "start again, which goes on from what is saved", 1)
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
         _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
                    "--micro_batch, or use a machine with more", 2)
     except interrupt.Stopped as stopped:
-        interrupt.ignore()  # a further one finds nothing to stop, and would only disturb the exit
-        _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. This goes on from what is saved: "
-                   f"{shlex.join(['python', *sys.argv])}", 128 + stopped.signal)
+        _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. The same command goes on from "
+                   f"what is saved, if anything: {_to_go_on()}", 128 + stopped.signal)
     except BrokenPipeError:  # whoever read the output (head, say) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_pipes()
         sys.exit(141)
 
 
+def _to_go_on() -> str:
+    """The command that was given, without a `--resume`, which may discard what is saved."""
+    kept: list[str] = []
+    for argument in sys.argv:
+        if kept and kept[-1] == "--resume":
+            kept.pop()
+        elif not argument.startswith("--resume="):
+            kept.append(argument)
+    return shlex.join(["python", *kept])
+
+
 def _last_line(text: str, code: int) -> typing.NoReturn:
-    print(text, file=sys.stderr)
+    interrupt.ignore()  # a further signal finds nothing to stop, and would only disturb the exit
+    if not parallel.first():
+        # What concerns all ranks the first one says, and torchrun then ends the others; this is what it did not say.
+        time.sleep(RANK_WAITS)
+        text = f"rank {parallel.rank()}: {text.strip()}"
+        sys.stderr = sys.__stderr__
+    try:
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads them may have been interrupted too
+        _close_pipes()
     sys.exit(code)
+
+
+def _close_pipes() -> None:
+    """So that the interpreter does not complain of them at its exit."""
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 # --- seeds: every draw has an address, so that any part of a run can be repeated alone -----------------------
@@ -82,6 +120,13 @@ def seeded(*address: int | str) -> Iterator[None]:
 
 
 # --- device --------------------------------------------------------------------------------------------------
+
+
+def listed_gpus(device: str | list[int]) -> list[int]:
+    """The GPUs of this machine that a list names; all of them if it names none."""
+    present = range(torch.cuda.device_count())
+    listed = [index for index in device if index in present] if isinstance(device, list) else []
+    return listed or list(present)
 
 
 def select_device(device: str | list[int]) -> torch.device:
@@ -112,13 +157,26 @@ def select_device(device: str | list[int]) -> torch.device:
     return chosen
 
 
+def spread(config: DataConfig) -> None:
+    """Starts this command again as a rank for each of the GPUs that `device` lists, if they are several, and ends with
+    them; published configs list up to four."""
+    if parallel.size() == 1 and isinstance(config.device, list):
+        present = set(config.device) & set(range(torch.cuda.device_count()))
+        if len(present) > 1:
+            parallel.launch(len(present))
+
+
 def start_device(config: DataConfig) -> torch.device:
-    """The device a config asks for, set to its precision and fit for its backend.
+    """The device a config asks for, set to its precision and fit for its backend; of several ranks, this one's.
 
     Raises:
-        UserError: see `select_device`, `check_backend` and `set_precision`.
+        UserError: see `select_device`, `check_backend`, `set_precision` and `parallel.start`.
     """
     device = select_device(config.device)
+    if device.type == "cuda" and parallel.size() > 1:
+        device = parallel.own_gpu(listed_gpus(config.device))
+        torch.cuda.set_device(device)
+    parallel.start(device)
     check_backend(config.backend, device)
     set_precision(config.precision, device)
     return device
@@ -205,7 +263,7 @@ class RunFolder:
     """One run's `config.yaml`, `metrics.jsonl` and `result.json`, and whatever the run puts beside them.
 
     While it runs, `checkpoint.pt` holds what it needs to go on after it was stopped or killed; `save_seconds` is how
-    long it last took to save it.
+    long it last took to save it. Of several ranks only the first one writes.
 
     Making one writes nothing; `start` does.
 
@@ -218,13 +276,16 @@ class RunFolder:
         self._config = influential(config)
         self._metrics = path / "metrics.jsonl"
         self._state = path / "checkpoint.pt"
+        self._saved_at, self.save_seconds = -math.inf, 0.0
         saved = path / "config.yaml"
         # An option that is younger than the run had no other value than its default.
         default = as_dict(make(type(config)))
         before = default | read_config(saved) if saved.exists() else self._config
         different = differences(before, self._config)
-        if different:
-            raise UserError(f"{path} holds a run of other options: {different}; give another --run_name")
+        discarded = getattr(config, "resume", None) == "never" and not (path / "result.json").exists()
+        if different and not discarded:
+            raise UserError(f"{path} holds a run of other options: {different}; give those to go on with it, another "
+                            "--run_name, or --resume never to discard it unless it is finished")
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -245,57 +306,63 @@ class RunFolder:
         """
         if not self._state.exists():
             return None
-        try:
-            state = load(self._state, "checkpoint")
-        except UserError as error:
-            raise UserError(f"{error}; or give --resume never to start over") from error
+        state = load(self._state, "checkpoint", advice="give --resume never to start over")
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise UserError(f"{self._state} is not a checkpoint of this version ({STATE_FORMAT}); give --resume never "
                             "to start over, or another --run_name")
         return state
 
-    def start(self, metrics_bytes: int = 0) -> None:
+    def start(self, metrics_bytes: int | None = None, made: Sequence[str] = ()) -> None:
         """Saves the config and begins `metrics.jsonl`, or goes on with its first so many bytes.
+
+        Args:
+            made: what an unfinished run may have put beside them, removed at a new beginning.
 
         Raises:
             UserError: the folder cannot be made or written, or its metrics are shorter than they were.
         """
-        if not metrics_bytes:
-            for made in ("Normal", "EMA"):
-                shutil.rmtree(self.path / made, ignore_errors=True)
-            self._state.unlink(missing_ok=True)
+        if not parallel.first():
+            return
+        if metrics_bytes is None:
+            if self._metrics.exists():
+                print(f"note: {shown(self.path)} holds an unfinished run; starting over", file=sys.stderr)
+            self._state.unlink(missing_ok=True)  # first, for it counts on the others
+            for each in made:
+                if (self.path / each).is_dir():
+                    shutil.rmtree(self.path / each)
+                else:
+                    (self.path / each).unlink(missing_ok=True)
         save_config(self.path / "config.yaml", self._config)
+        if metrics_bytes and not (self._metrics.exists() and self._metrics.stat().st_size >= metrics_bytes):
+            raise UserError(f"{self._metrics} is gone, or shorter than when the run was last saved; put it back, or "
+                            "give --resume never to start over, or another --run_name")
         self._metrics.touch()
-        if self._metrics.stat().st_size < metrics_bytes:
-            raise UserError(f"{self._metrics} is shorter than when the run was last saved; give --resume never to "
-                            "start over, or another --run_name")
-        os.truncate(self._metrics, metrics_bytes)
-        self._saved_at, self.save_seconds = -math.inf, 0.0
+        os.truncate(self._metrics, metrics_bytes or 0)
 
     def log(self, **metrics: Any) -> None:
         """One line of `metrics.jsonl`."""
-        append_json(self._metrics, metrics)
+        if parallel.first():
+            append_json(self._metrics, metrics)
 
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
 
-    def save_state(self, state: Callable[[], dict[str, Any]], at_once: bool = False) -> None:
-        """Saves what the run needs to go on from here, if it is time to.
+    def save_due(self) -> bool:
+        """Whether it is time to save the run's state again: so seldom that it takes `SAVE_SHARE` of the time."""
+        since = perf_counter() - self._saved_at
+        return parallel.first() and since >= max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
 
-        Args:
-            state: makes it, of tensors and plain containers.
-            at_once: whether it is time or not.
-        """
-        now = perf_counter()
-        due = max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
-        if not at_once and now - self._saved_at < due:
+    def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Saves what the run needs to go on from here, which `state` makes of tensors and plain containers."""
+        if not parallel.first():
             return
+        began = perf_counter()
         with self._metrics.open("rb") as metrics:  # on the disk before the state that counts on them
             os.fsync(metrics.fileno())
             size = os.fstat(metrics.fileno()).st_size
         save(state() | {"format": STATE_FORMAT, "metrics_bytes": size}, self._state)
         self._saved_at = perf_counter()
-        self.save_seconds = self._saved_at - now
+        self.save_seconds = self._saved_at - began
 
     def finish(self, **result: Any) -> None:
         """Writes the result, with which the run counts as finished."""
@@ -324,7 +391,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         options = None
     if not isinstance(options, dict):
-        raise UserError(f"{path} is damaged; it held the options of what lies beside it. Delete it if you know them")
+        raise UserError(f"{path} is damaged; it held the options of what lies beside it: put it back, or move what "
+                        "lies beside it away")
     return options
 
 
@@ -355,17 +423,38 @@ def shown(path: Path | str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+@contextlib.contextmanager
+def _unless_stopping() -> Iterator[None]:
+    """A broken pipe matters, but not to a run that is about to stop: what reads it may have been interrupted too."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not interrupt.requested():
+            raise
+
+
 class Progress(tqdm):
     """A bar on a terminal; elsewhere one plain line every half minute."""
 
     def __init__(self, total: int, description: str, **kwargs: Any):
         self._terminal = sys.stderr.isatty()
         self._last_shown = 0
-        super().__init__(total=total, desc=description, file=sys.stderr, dynamic_ncols=self._terminal,
+        super().__init__(total=total, desc=description, disable=not parallel.first(), file=sys.stderr,
+                         dynamic_ncols=self._terminal,
                          mininterval=0.2 if self._terminal else 30, ncols=None if self._terminal else 100,
                          leave=True, **kwargs)
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        with _unless_stopping():
+            self.write(text)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        with _unless_stopping():
+            return self._display(msg, pos)
+        return False
+
+    def _display(self, msg: str | None, pos: int | None) -> bool:
         if self._terminal:
             return super().display(msg, pos)
         if self.n != self._last_shown:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import load, save
+from utils.memory import available
 
 EPS = 0.1  # the published ridge, added to the eigenvalues of the covariance
 CHUNK = 4096  # images whitened at a time: bounds the extra memory of `apply`, large enough for full matmul speed
@@ -114,25 +115,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "datm"
 
 
-def available_memory() -> int | None:
-    """Bytes that this process can still take, from the kernel and the container's limit; None where neither tells."""
-    limits = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        # Pages of files read lately count as used, but are given up when asked for.
-        used -= int(dict(line.split() for line in (group / "memory.stat").open())["inactive_file"])
-        limits.append(int((group / "memory.max").read_text()) - used)
-    except (OSError, ValueError, KeyError):  # no such file, or "max": no limit
-        pass
-    return min(limits, default=None)
-
-
 @contextlib.contextmanager
 def _one_thread(wanted: bool) -> Iterator[None]:
     """The SVD's many short parallel sections wait for each other: in 784 dimensions it takes 0.3 s on one thread, and
@@ -176,8 +158,8 @@ def _read(path: Path, dimension: int, version: str | None) -> Whitening | None:
 def _refuse_or_announce(count: int, dimension: int) -> None:
     """Peak memory of kornia's fit: a centred copy of the images, and a float64 SVD of the [D, D] covariance."""
     need = 4 * count * dimension + 64 * dimension**2  # 64 bytes: measured at D = 3072, mostly the SVD's work space
-    free = available_memory()
-    if free is not None and need > free:
+    free = available()
+    if need > free:
         raise UserError(f"zca of {count} images of {dimension} values needs about {need / 2**30:.1f} GiB of memory, "
                         f"{free / 2**30:.1f} GiB is available; use a machine with more, smaller images (res), "
                         "or run without zca")

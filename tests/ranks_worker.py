@@ -1,0 +1,62 @@
+"""Twenty iterations of a distillation in float64 on made-up experts, alone or as a rank of torchrun.
+
+    [torchrun --nproc_per_node=N] tests/ranks_worker.py FILE IMAGES MATCHING
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from distill.distilled_set import DistilledSet
+from distill.loop import Distillation
+from utils import parallel
+from utils.config import DistillConfig, make
+from utils.networks import build_network
+from utils.parameters import FlatModel
+
+
+class MadeUpBuffer:
+    """Three experts whose trajectories are straight lines."""
+
+    def __init__(self) -> None:
+        self.model = FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)).double(), "eager")
+        random = torch.Generator().manual_seed(0)
+        shape = 3, self.model.num_parameters
+        self.starts, self.ways = (size * torch.randn(shape, generator=random, dtype=torch.float64)
+                                  for size in (0.1, 0.02))
+
+    def __len__(self) -> int:
+        return 3
+
+    def snapshot(self, number: int, epoch: int) -> torch.Tensor:
+        return self.starts[number] + epoch * self.ways[number]
+
+    def walk_order(self, random: torch.Generator) -> list[int]:
+        return torch.randperm(3, generator=random).tolist()
+
+
+def main(path: str, images: str, matching: str) -> None:
+    parallel.start(torch.device("cpu"))
+    random = torch.Generator().manual_seed(1)
+    start = DistilledSet(torch.randn(int(images), 1, 8, 8, generator=random, dtype=torch.float64),
+                         torch.randn(int(images), 3, generator=random, dtype=torch.float64),
+                         torch.tensor(0.05, dtype=torch.float64))
+    config = make(DistillConfig, matching=matching, syn_steps=5, batch_syn=4, max_start_epoch=4, threshold="inf",
+                  Sequential_Generation=False, lr_img=10.0, lr_lr=1e-4, ema=True)
+    state = Distillation(config, SimpleNamespace(image_size=(8, 8)), MadeUpBuffer(), start)
+    losses = [state.step(iteration)["loss"] for iteration in range(20)]
+    state.merge()
+    fixed = state.fixed_loss(state.set)
+    if parallel.first():
+        torch.save({"images": state.set.images, "labels": state.set.labels, "lr": state.set.lr, "ema": state.ema,
+                    "momentum": state.optimiser.state[state.set.images]["momentum_buffer"],
+                    "losses": torch.tensor(losses), "fixed": torch.tensor(fixed)}, path)
+    parallel.end()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,161 @@
+"""Several processes, started by torchrun over gloo, give what one gives; a rank that dies loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from utils import parallel
+from utils.files import REPOSITORY
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def start(environment):
+    """torchrun with so many ranks; returns the process."""
+    def start(ranks, *command):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                    "--monitor_interval=0.1"]
+        return subprocess.Popen([*(launcher if ranks else [sys.executable]), *map(str, command)], cwd=REPOSITORY,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=os.environ | environment | ONE_THREAD)
+    return start
+
+
+@pytest.fixture(scope="module")
+def ranks(start):
+    """As `start`, to the end; returns what it printed."""
+    def ranks(number, *command, expect=0):
+        process = start(number, *command)
+        out, err = process.communicate(timeout=300)
+        assert (process.returncode == 0) == (expect == 0), f"{command} → {process.returncode}\n{out}\n{err}"
+        return out, err
+    return ranks
+
+
+def bytes_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.pt")}
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_experts_are_those_of_one_process(ranks, toy, toy_experts, tmp_path, number):
+    out, _ = ranks(number, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
+    assert bytes_in(tmp_path) == bytes_in(toy_experts) and not list(tmp_path.rglob("unfinished"))
+    assert out.count("3 experts of 3 epochs") == 1  # only the first rank speaks
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, tmp_path_factory):
+    """What one process computes: (images, matching) → tensors."""
+    found = {}
+
+    def alone(*setting):
+        if setting not in found:
+            path = tmp_path_factory.mktemp("alone") / "x.pt"
+            ranks(0, "tests/ranks_worker.py", path, *setting)
+            found[setting] = torch.load(path)
+        return found[setting]
+    return alone
+
+
+@pytest.mark.parametrize("number, images, matching", [(2, 9, "exact"), (4, 9, "exact"), (4, 3, "exact"),
+                                                      (2, 9, "tesla")])
+def test_twenty_iterations_equal_one_process_in_float64(ranks, alone, tmp_path, number, images, matching):
+    """Nine images and batches of four are shared unevenly; of three images a fourth rank has none."""
+    ranks(number, "tests/ranks_worker.py", tmp_path / "x.pt", images, matching)
+    together = torch.load(tmp_path / "x.pt")
+    for name, expected in alone(images, matching).items():
+        torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-10, msg=name)
+    assert len(set(together["losses"].tolist())) == 20
+
+
+@pytest.fixture
+def distil(toy, toy_experts, tmp_path):
+    def arguments(where, *options):
+        return ["distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", "--run_name=run", "--Iteration=20",
+                "--eval_it=10", "--ema", f"--log_path={tmp_path / where}", *options]
+    return arguments
+
+
+def tensors_of(tmp_path, where):
+    folder = tmp_path.joinpath(where, "ImageFolder", "2", "ConvNetD1W4", "run")
+    names = [f"Normal/{kind}_20.pt" for kind in ("images", "labels", "lr")] + ["EMA/images_20.pt"]
+    return {name: torch.load(folder / name) for name in names}
+
+
+def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(ranks, start, distil, tmp_path):
+    for number, where in ((0, "one"), (2, "two")):
+        ranks(number, *distil(where))
+    one, two = tensors_of(tmp_path, "one"), tensors_of(tmp_path, "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=name)
+
+    process = start(2, *distil("killed"))
+    checkpoint = tmp_path.joinpath("killed", "ImageFolder", "2", "ConvNetD1W4", "run", "checkpoint.pt")
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and time.monotonic() - began < 30
+    assert "Signal 9 (SIGKILL) received" in err  # torchrun's words
+    out, _ = ranks(2, *distil("killed"))
+    assert "going on at iteration" in out
+    for name, tensor in tensors_of(tmp_path, "killed").items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_networks_of_an_evaluation_are_dealt_out(ranks, toy, tmp_path):
+    arguments = [argument for argument in toy.common if "num_eval" not in argument] + ["--num_eval=3", "--ipc=2"]
+    for number in (0, 2, 4):
+        ranks(number, "distill/baseline.py", *arguments, f"--json={tmp_path / str(number)}.json")
+    scores = [json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in (0, 2, 4)]
+    assert scores[0] == scores[1] == scores[2] and len(scores[0][0]["accuracies"]) == 3
+
+
+def test_a_mistake_is_said_once(ranks, distil):
+    _, err = ranks(2, *distil("x", "--model=ConvNetD1W4BN"), expect=2)
+    assert err.count("DATM.py: error:") == 1
+
+
+@pytest.mark.parametrize("options, said", [(["--matching=unroll"], "--matching exact"),
+                                           (["--model=ConvNetD1W4BN"], "batch norm ties|no replay_buffer")])
+def test_what_ranks_cannot_share_is_refused(call, distil, monkeypatch, options, said):
+    import re
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "start", lambda device: None)
+    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    done = call(*distil("x", *options), expect=2)
+    assert re.search(said, done.stderr)
+
+
+def test_a_command_starts_its_own_ranks(ranks, toy, toy_experts, tmp_path):
+    """What `device: [0, 1]` does on a machine of two GPUs, here on a CPU."""
+    code = ("import sys; sys.argv = sys.argv[1:]; from unittest import mock; from utils import parallel, run\n"
+            "from utils.parallel import launch\nlaunch(2)")
+    ranks(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
+    assert bytes_in(tmp_path) == bytes_in(toy_experts)
+    _, err = ranks(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--rho_max=1", f"--buffer_path={tmp_path}",
+                   expect=2)
+    assert err.count("buffer_FTD.py: error: --rho_max 1 --rho_min 0.01") == 1 and "Traceback" not in err
+
+
+def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
+    from utils.config import DistillConfig, make
+    from utils.run import spread
+
+    started = []
+    monkeypatch.setattr(parallel, "launch", started.append)
+    for present, listed in ((4, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 3]), (4, [2]),
+                            (4, "auto")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)
+        spread(make(DistillConfig, device=listed))
+    assert started == [4, 2]
