@@ -38,6 +38,12 @@ def install() -> None:
             signal.signal(each, _receive)
 
 
+def restore() -> None:
+    """Once a rank has nothing more to do, when a signal may simply end it."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+
+
 def ignore() -> None:
     """Once a run has stopped, when a further signal would only disturb its exit."""
     for each in SIGNALS:

@@ -80,6 +80,7 @@ def _last_line(text: str, code: int) -> typing.NoReturn:
     interrupt.ignore()  # a further signal finds nothing to stop, and would only disturb the exit
     if not parallel.first():
         # What concerns all ranks the first one says, and torchrun then ends the others; this is what it did not say.
+        interrupt.restore()
         time.sleep(RANK_WAITS)
         text = f"rank {parallel.rank()}: {text.strip()}"
         sys.stderr = sys.__stderr__
