@@ -84,7 +84,10 @@ class SavedEpochs:
         return number
 
     def __getitem__(self, epoch: int) -> dict[str, Any]:
-        return files.load(self._path(epoch), "file of an unfinished expert", mmap=True)
+        try:
+            return files.load(self._path(epoch), "file of an unfinished expert", mmap=True)
+        except UserError as error:
+            raise UserError(f"{error}; or give --resume never to start over") from error
 
     def save(self, epoch: int, theta: Tensor, optimiser: torch.optim.Optimizer, network: nn.Module,
              reached: Epoch | None) -> None:

@@ -198,6 +198,6 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False):
                             "save plain tensors with torch.save") from error
         raise UserError(f"{what} {path} is damaged or not a torch file; write it again") from error
     except Exception as error:  # damaged bytes make the readers fail in every way there is
-        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        reason = " ".join((str(error) or type(error).__name__).split()).split(". ")[0][:160]
         raise UserError(f"{what} {path} cannot be read (truncated, or not a torch file): {reason}; write or copy it "
                         "again") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ def entry(main: Callable[[], None]) -> None:
     interrupt.install()
     try:
         main()
+        interrupt.ignore()  # from here on a signal finds nothing to stop, and would only disturb the exit
     except UserError as error:
         _last_line(f"{name}: error: {' '.join(str(error).split())}", 2)
     except torch.OutOfMemoryError as error:
@@ -46,7 +48,6 @@ def entry(main: Callable[[], None]) -> None:
         _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
                    "--micro_batch, or use a machine with more", 2)
     except interrupt.Stopped as stopped:
-        interrupt.ignore()  # a further one finds nothing to stop, and would only disturb the exit
         _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. This goes on from what is saved: "
                    f"{shlex.join(['python', *sys.argv])}", 128 + stopped.signal)
     except BrokenPipeError:  # whoever read the output (head, say) has seen enough
@@ -55,6 +56,7 @@ def entry(main: Callable[[], None]) -> None:
 
 
 def _last_line(text: str, code: int) -> typing.NoReturn:
+    interrupt.ignore()
     print(text, file=sys.stderr)
     sys.exit(code)
 
@@ -308,9 +310,22 @@ class RunFolder:
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Adds one line to a JSONL file."""
-    with path.open("a") as file:
-        file.write(json.dumps(value) + "\n")
+    """Adds one line to a JSONL file.
+
+    Raises:
+        UserError: it cannot be written; the file is as it was.
+    """
+    before = None
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            line = (json.dumps(value) + "\n").encode()
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if before is not None:
+            os.truncate(path, before)  # half a line may have found room
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or give another folder") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
