@@ -12,6 +12,7 @@ import torch
 from distill.distilled_set import DistilledSet
 from utils.errors import UserError
 from utils.files import REPOSITORY
+from utils.run import append_json
 
 
 def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
@@ -56,3 +57,32 @@ def test_experts_can_be_moved_and_put_together(call, toy, toy_experts, tmp_path)
     here.rename(tmp_path / "moved")
     call("buffer/buffer_FTD.py", *toy.train, "--num_experts=1", f"--buffer_path={tmp_path / 'moved'}")
     assert not list(tmp_path.rglob("unfinished"))
+
+
+def test_a_line_that_cannot_be_written_whole_is_not_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_json(path, {"iteration": 0})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+    try:
+        for _ in range(2):  # half of it fits; then nothing
+            with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*; free space"):
+                append_json(path, {"note": "a line that is longer"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_epoch_of_an_unfinished_expert_names_the_way_out(call, toy, toy_experts, tmp_path):
+    arguments = [*toy.train, f"--buffer_path={tmp_path}"]
+    folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
+    with mock.patch("buffer.experts.write_experts", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        call("buffer/buffer_FTD.py", *arguments)
+    epoch = folder / "unfinished" / "expert_1" / "epoch_2.pt"
+    epoch.write_bytes(epoch.read_bytes()[:2000])
+    said = call("buffer/buffer_FTD.py", *arguments, expect=2).stderr
+    assert "epoch_2.pt cannot be read" in said and "--resume never" in said
+    call("buffer/buffer_FTD.py", *arguments, "--resume=never")
+    name = "replay_buffer_0.pt"
+    assert (folder / name).read_bytes() == (toy_experts / "ImageFolder" / "ConvNetD1W4" / name).read_bytes()

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -376,9 +377,22 @@ class RunFolder:
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Adds one line to a JSONL file."""
-    with path.open("a") as file:
-        file.write(json.dumps(value) + "\n")
+    """Adds one line to a JSONL file.
+
+    Raises:
+        UserError: it cannot be written; the file is as it was.
+    """
+    before = None
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            line = (json.dumps(value) + "\n").encode()
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if before is not None:
+            os.truncate(path, before)  # half a line may have found room
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or give another folder") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
