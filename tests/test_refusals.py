@@ -177,6 +177,17 @@ def test_what_the_baseline_refuses(refused, options, phrases):
     refused(BASELINE, options, phrases)
 
 
+@pytest.mark.parametrize("options, phrases", [
+    (["--seed=\x1b[31mred"], ["--seed \\x1b[31mred: it must be a valid integer"]),
+    (["--seed=a\u202eb\udcff"], ["--seed a\\u202eb\\udcff: it must be"]),
+    (["--seed=" + "9" * 100000 + "x"], ["--seed 999", "9x: "]),
+    (["--" + "x" * 10000], ["unknown option '--xxx", "allowed"])])
+def test_a_refusal_is_a_line_that_a_terminal_can_show(call, options, phrases):
+    done = call(BUFFER, *options, expect=2)
+    check_refusal(done, *phrases)
+    assert done.stderr.rstrip("\n").isprintable() and len(done.stderr) <= 1000
+
+
 # --- configs -------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from utils.errors import UserError, unknown_name
+from utils.errors import UserError, shortened, unknown_name
 from utils.files import REPOSITORY
 
 FilePath = Annotated[str, "path"]
@@ -284,7 +284,7 @@ def make(config_type: type[Config], **values: Any) -> Config:
         name = str(problem["loc"][0]) if problem["loc"] else "config"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         message = message.split(", unable")[0].replace("String should have", "it must have")
-        raise UserError(f"--{name} {values.get(name)}: {message}") from None
+        raise UserError(f"--{name} {shortened(str(values.get(name)))}: {message}") from None
 
 
 def as_dict(config: DataConfig) -> dict[str, Any]:

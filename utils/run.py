@@ -21,7 +21,7 @@ from utils import augment
 from utils.config import DataConfig, as_dict, has_effect, make
 from utils.datasets import Dataset
 from utils.engine import check_backend, set_precision
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import REPOSITORY, atomic_write
 from utils.parameters import FlatModel
 
@@ -32,7 +32,7 @@ def entry(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; what was finished is saved, and every file is whole", file=sys.stderr)
