@@ -188,6 +188,14 @@ def test_a_refusal_is_a_line_that_a_terminal_can_show(call, options, phrases):
     assert done.stderr.rstrip("\n").isprintable() and len(done.stderr) <= 1000
 
 
+@pytest.mark.parametrize("script, options", [
+    (BUFFER, ["--buffer_path=" + "x" * 300]), (DATM, ["--log_path=" + "y/" * 3000]),
+    (DATM, ["--run_name=" + "x" * 300]), (EVALUATION, ["--data_dir=" + "x" * 300]),
+    (BASELINE, ["--json=" + "x" * 300])])
+def test_a_path_longer_than_a_path_can_be_is_refused(refused, script, options):
+    refused(script, options, [options[0].split("=")[0], "longer than a path can be"])
+
+
 # --- configs -------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +216,9 @@ def test_a_refusal_is_a_line_that_a_terminal_can_show(call, options, phrases):
     (b"ipc: many\n", ["--ipc many: it must be a valid integer"]),
     (b"ipc: {a: 1}\n", ["--ipc {'a': '1'}: it must be a valid integer"]),
     (b"zca:\n", ["--zca : it must be a valid boolean"]),
-    (b"ipc: !!python/object/apply:os.system ['true']\n", ["--ipc ['true']: it must be a valid integer"])])
+    (b"ipc: !!python/object/apply:os.system ['true']\n", ["--ipc ['true']: it must be a valid integer"]),
+    (b'log_path: "a\\0b"\n', ["--log_path", "a\\x00b: it must not hold a null character"]),
+    (b'run_name: "a\\0b"\n', ["--run_name a\\x00b: it must not hold a null character"])])
 def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
     path = tmp_path / "given.yaml"
     path.write_bytes(content)

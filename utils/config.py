@@ -11,6 +11,7 @@ repository's root, where the published `../dataset/` and `../buffer_storage/` me
 
 import argparse
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -28,10 +29,23 @@ from pydantic.dataclasses import dataclass
 from utils.errors import UserError, shortened, unknown_name
 from utils.files import REPOSITORY
 
-FilePath = Annotated[str, "path"]
+
+def _possible_path(value: str) -> str:
+    """Refuses what no file system can hold, for which the system calls have errors of their own."""
+    try:
+        os.lstat(value)
+    except ValueError:
+        raise ValueError("it must not hold a null character") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError("it is longer than a path can be; give a shorter one") from None
+    return value
+
+
+FilePath = Annotated[str, "path", AfterValidator(_possible_path)]
 """A path, or nothing; made absolute when the config is parsed."""
 
-FolderPath = Annotated[str, "path", Field(min_length=1)]
+FolderPath = Annotated[str, "path", Field(min_length=1), AfterValidator(_possible_path)]
 """A path that must be given."""
 
 Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if str(value).isdigit() else value)]
@@ -39,6 +53,7 @@ Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] i
 
 
 def _folder_name(value: str) -> str:
+    _possible_path(value)
     if "/" in value or "\\" in value or not value.strip("."):
         raise ValueError("it must be the name of a folder, without / and more than dots")
     return value
