@@ -227,6 +227,17 @@ def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
     assert str(path) in done.stderr or "--" in phrases[0]
 
 
+@pytest.mark.parametrize("name", ["ipc", "device", "data_path"])
+def test_a_value_that_aliases_make_huge_is_refused_at_once(call, tmp_path, name):
+    """Twelve short lists, each of nine times the one before: written out, the last would fill the memory."""
+    layers = "[" + ", ".join("x" * 9) + "]"
+    for level in range(12):
+        layers = f"[&a{level} {layers}" + f", *a{level}" * 8 + "]"
+    path = tmp_path / "given.yaml"
+    path.write_text(f"{name}: {layers}\n")
+    check_refusal(call(DATM, "--cfg", path, expect=2), f"--{name} [[[")
+
+
 def test_a_config_that_is_not_there_is_refused(call, tmp_path):
     check_refusal(call(DATM, "--cfg", tmp_path / "none.yaml", expect=2), "none.yaml: No such file", "path of a YAML")
     check_refusal(call(DATM, "--cfg", tmp_path, expect=2), "Is a directory", "path of a YAML")

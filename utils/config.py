@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import errno
 import os
+import reprlib
 import shutil
 import sys
 import typing
@@ -48,8 +49,12 @@ FilePath = Annotated[str, "path", AfterValidator(_possible_path)]
 FolderPath = Annotated[str, "path", Field(min_length=1), AfterValidator(_possible_path)]
 """A path that must be given."""
 
-Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if str(value).isdigit() else value)]
+Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if _is_digits(value) else value)]
 """`auto`, `cpu`, `cuda`, `cuda:1`, or a list of GPU indices such as `[0, 1]`."""
+
+
+def _is_digits(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, str) and value.isdecimal() and len(value) < 10)
 
 
 def _folder_name(value: str) -> str:
@@ -299,7 +304,9 @@ def make(config_type: type[Config], **values: Any) -> Config:
         name = str(problem["loc"][0]) if problem["loc"] else "config"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         message = message.split(", unable")[0].replace("String should have", "it must have")
-        raise UserError(f"--{name} {shortened(str(values.get(name)))}: {message}") from None
+        # A YAML's aliases can make of a few lines a value that is too large to be written out.
+        value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))
+        raise UserError(f"--{name} {shortened(value)}: {message}") from None
 
 
 def as_dict(config: DataConfig) -> dict[str, Any]:
