@@ -344,6 +344,12 @@ def test_the_set_is_good_before_it_is_spoilt(call, toy, sets):
     call(EVALUATION, *toy.evaluate, *sets.options())
 
 
+def test_a_set_is_not_saved_where_the_result_cannot_be_written(refused, sets, tmp_path):
+    (tmp_path / "file").touch()
+    refused(EVALUATION, [*sets.options(), f"--save={tmp_path / 'out' / 'set.safetensors'}",
+                         f"--json={tmp_path / 'file' / 'x.json'}"], ["cannot write", "file/x.json"])
+
+
 NAN = torch.full((6, 3, 8, 8), torch.nan)
 
 
