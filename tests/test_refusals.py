@@ -87,6 +87,8 @@ def test_a_gpu_that_is_not_there_is_refused(refused, script):
     (["--rho_max=-1", "--rho_min=-1"], ["--rho_max -1: it must be greater than or equal to 0"]),
     (["--save_interval=0"], ["--save_interval 0: it must be greater than or equal to 1"]),
     (["--num_experts=0"], ["--num_experts 0"]),
+    (["--lr_teacher=1e300"], ["--lr_teacher 1e300: it must be less than or equal to"]),
+    (["--alpha=1e39"], ["--alpha 1e39: it must be less than or equal to"]),
     (["--micro_batch=0"], ["--micro_batch 0: it must be greater than or equal to 1"]),
     (["--micro_batch=2", "--model=ConvNetD1W4BN"], ["--micro_batch 2", "batch norm", "cannot be split"]),
     (["--cfg=x.yaml"], ["unknown option '--cfg'"])])
@@ -101,6 +103,8 @@ def test_what_the_experts_refuse(refused, options, phrases):
     (["--Sequential_Generation", "--current_max_start_epoch=1", "--min_start_epoch=1"],
      ["--min_start_epoch 1 --current_max_start_epoch 1", "must be larger"]),
     (["--threshold=nan"], ["--threshold nan"]),
+    (["--lr_img=1e300"], ["--lr_img 1e300: it must be less than or equal to"]),
+    (["--lr_teacher=1e-200", "--lr_param=log"], ["--lr_teacher 1e-200: it must be greater than or equal to 0.0000"]),
     (["--pix_init=zeros"], ["--pix_init zeros", "'samples_predicted_correctly', 'real' or 'noise'"]),
     (["--matching=unroll", "--micro_batch=2", "--backend=compile"],
      ["--matching unroll --backend compile --micro_batch 2", "plain autograd", "--matching exact"]),

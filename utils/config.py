@@ -69,8 +69,10 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
-LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Inside float32; a learning rate's own rate even over the square of a learning rate, which `lr_param: log` makes of it.
+LearningRate = Annotated[float, Field(ge=1e-10, le=3e38, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
+RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
 _YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
 
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -184,7 +186,7 @@ class DistillConfig(TrainConfig):
     loss_ratio: Fraction = option(METHOD, 0.0, "PAD (its code): match without this share of the parameters, those "
                                   "nearest to the target")
     lr_img: Rate = option(METHOD, 1000.0, "SGD rate of the images")
-    lr_lr: Rate = option(METHOD, 1e-5, "SGD rate of the learning rate")
+    lr_lr: RateOfRate = option(METHOD, 1e-5, "SGD rate of the learning rate")
     lr_y: Rate = option(METHOD, 2.0, "SGD rate of the label logits")
     Momentum_y: Annotated[float, Field(ge=0, lt=1)] = option(METHOD, 0.9, "momentum of the label logits")
     batch_syn: Count | None = option(METHOD, None, "synthetic batch of an inner step; unset: the whole set")
