@@ -42,6 +42,7 @@ from utils.run import (
     shown,
     start_device,
 )
+from utils.zca import available_memory
 
 
 class Epoch(NamedTuple):
@@ -107,6 +108,20 @@ def _work(config: BufferConfig, dataset: Dataset) -> float:
     return GRADIENT_ALONE * passes * len(dataset.train_labels) * config.train_epochs
 
 
+def _check_memory(config: BufferConfig, model: FlatModel) -> None:
+    """Refuses trajectories that cannot be held until their file is written.
+
+    Raises:
+        UserError
+    """
+    held = min(config.num_experts, config.save_interval)
+    need, free = 4 * held * (config.train_epochs + 1) * model.num_parameters, available_memory()
+    if free is not None and need > free:
+        raise UserError(f"--train_epochs {config.train_epochs} --save_interval {config.save_interval}: {held} experts "
+                        f"of {model.num_parameters} parameters are held at a time, which takes {need >> 30} GiB "
+                        f"of memory, {free >> 30} GiB is available; give smaller ones")
+
+
 def train_buffer(config: BufferConfig) -> None:
     """The whole of `buffer/buffer_FTD.py`: trains `num_experts` experts and writes them, `save_interval` to a file.
 
@@ -129,6 +144,7 @@ def train_buffer(config: BufferConfig) -> None:
     # Refuses what cannot be built before anything is printed or written.
     model = flat_model(config, network_for(config.model, dataset).to(device), _work(config, dataset),
                        config.micro_batch)
+    _check_memory(config, model)
     path = next_file(folder)
     save_config(path.with_suffix(".yaml"), influential(config) | {"fingerprint": dataset.fingerprint})
     print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "

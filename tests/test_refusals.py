@@ -87,6 +87,8 @@ def test_a_gpu_that_is_not_there_is_refused(refused, script):
     (["--rho_max=-1", "--rho_min=-1"], ["--rho_max -1: it must be greater than or equal to 0"]),
     (["--save_interval=0"], ["--save_interval 0: it must be greater than or equal to 1"]),
     (["--num_experts=0"], ["--num_experts 0"]),
+    (["--train_epochs=99999999999999999999"], ["--train_epochs 99999999999999999999 --save_interval 2: 2 experts",
+                                               "GiB is available", "give smaller ones"]),
     (["--lr_teacher=1e300"], ["--lr_teacher 1e300: it must be less than or equal to"]),
     (["--alpha=1e39"], ["--alpha 1e39: it must be less than or equal to"]),
     (["--micro_batch=0"], ["--micro_batch 0: it must be greater than or equal to 1"]),
