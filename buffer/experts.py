@@ -280,9 +280,9 @@ class Run:
                    for number in range(self.first, self.end))
 
     def _start(self) -> None:
+        _check_room(self.config, self.folder, self.model, max(0, self.end - self.written), self.unfinished)
         if not self.resumes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        _check_room(self.config, self.folder, self.model, max(0, self.end - self.written), self.unfinished)
         save_config(self.unfinished / "run.yaml", self.options | {"first_expert": self.first})
         for number in range(self.written):  # what a kill after a file was written left
             shutil.rmtree(self._saved(number).folder, ignore_errors=True)
@@ -396,7 +396,7 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
     if needed > disk:
         raise UserError(f"{left} experts of {config.train_epochs} epochs need {needed / 1e9:.1f} GB "
                         f"on the disk of {folder}, which has {disk / 1e9:.1f} GB free; give a smaller --num_experts or "
-                        "another --buffer_path")
+                        "--train_epochs, or another --buffer_path")
     if expert * at_once > memory:
         raise UserError(f"a file of {at_once} experts needs {expert * at_once / 1e9:.1f} GB of memory while it is "
                         f"written, and {memory / 1e9:.1f} GB are free; give a smaller --save_interval")

@@ -381,6 +381,8 @@ def evaluate_files(config: EvaluationConfig) -> None:
     distilled = checked_set(distilled, dataset).to(device)
     check_pool(config, dataset)
     if config.save and parallel.first():
+        if config.json:
+            check_writable(config.json)  # a refusal comes before anything is written
         distilled.save_whole(Path(config.save), dataset, influential(config))
     evaluate_and_report(config, dataset, distilled, "distilled images")
 

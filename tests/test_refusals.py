@@ -87,6 +87,9 @@ def test_a_gpu_that_is_not_there_is_refused(refused, script):
     (["--rho_max=-1", "--rho_min=-1"], ["--rho_max -1: it must be greater than or equal to 0"]),
     (["--save_interval=0"], ["--save_interval 0: it must be greater than or equal to 1"]),
     (["--num_experts=0"], ["--num_experts 0"]),
+    (["--train_epochs=99999999999999999999"], ["GB on the disk of", "--train_epochs"]),
+    (["--lr_teacher=1e300"], ["--lr_teacher 1e300: it must be less than or equal to"]),
+    (["--alpha=1e39"], ["--alpha 1e39: it must be less than or equal to"]),
     (["--micro_batch=0"], ["--micro_batch 0: it must be greater than or equal to 1"]),
     (["--micro_batch=2", "--model=ConvNetD1W4BN"], ["--micro_batch 2", "batch norm", "cannot be split"]),
     (["--cfg=x.yaml"], ["unknown option '--cfg'"])])
@@ -101,6 +104,8 @@ def test_what_the_experts_refuse(refused, options, phrases):
     (["--Sequential_Generation", "--current_max_start_epoch=1", "--min_start_epoch=1"],
      ["--min_start_epoch 1 --current_max_start_epoch 1", "must be larger"]),
     (["--threshold=nan"], ["--threshold nan"]),
+    (["--lr_img=1e300"], ["--lr_img 1e300: it must be less than or equal to"]),
+    (["--lr_teacher=1e-200", "--lr_param=log"], ["--lr_teacher 1e-200: it must be greater than or equal to 0.0000"]),
     (["--pix_init=zeros"], ["--pix_init zeros", "'samples_predicted_correctly', 'real' or 'noise'"]),
     (["--matching=unroll", "--micro_batch=2", "--backend=compile"],
      ["--matching unroll --backend compile --micro_batch 2", "plain autograd", "--matching exact"]),
@@ -177,6 +182,25 @@ def test_what_the_baseline_refuses(refused, options, phrases):
     refused(BASELINE, options, phrases)
 
 
+@pytest.mark.parametrize("options, phrases", [
+    (["--seed=\x1b[31mred"], ["--seed \\x1b[31mred: it must be a valid integer"]),
+    (["--seed=a\u202eb\udcff"], ["--seed a\\u202eb\\udcff: it must be"]),
+    (["--seed=" + "9" * 100000 + "x"], ["--seed 999", "9x: "]),
+    (["--" + "x" * 10000], ["unknown option '--xxx", "allowed"])])
+def test_a_refusal_is_a_line_that_a_terminal_can_show(call, options, phrases):
+    done = call(BUFFER, *options, expect=2)
+    check_refusal(done, *phrases)
+    assert done.stderr.rstrip("\n").isprintable() and len(done.stderr) <= 1000
+
+
+@pytest.mark.parametrize("script, options", [
+    (BUFFER, ["--buffer_path=" + "x" * 300]), (DATM, ["--log_path=" + "y/" * 3000]),
+    (DATM, ["--run_name=" + "x" * 300]), (EVALUATION, ["--data_dir=" + "x" * 300]),
+    (BASELINE, ["--json=" + "x" * 300])])
+def test_a_path_longer_than_a_path_can_be_is_refused(refused, script, options):
+    refused(script, options, [options[0].split("=")[0], "longer than a path can be"])
+
+
 # --- configs -------------------------------------------------------------------------------------------------
 
 
@@ -197,13 +221,26 @@ def test_what_the_baseline_refuses(refused, options, phrases):
     (b"ipc: many\n", ["--ipc many: it must be a valid integer"]),
     (b"ipc: {a: 1}\n", ["--ipc {'a': '1'}: it must be a valid integer"]),
     (b"zca:\n", ["--zca : it must be a valid boolean"]),
-    (b"ipc: !!python/object/apply:os.system ['true']\n", ["--ipc ['true']: it must be a valid integer"])])
+    (b"ipc: !!python/object/apply:os.system ['true']\n", ["--ipc ['true']: it must be a valid integer"]),
+    (b'log_path: "a\\0b"\n', ["--log_path", "a\\x00b: it must not hold a null character"]),
+    (b'run_name: "a\\0b"\n', ["--run_name a\\x00b: it must not hold a null character"])])
 def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
     path = tmp_path / "given.yaml"
     path.write_bytes(content)
     done = call(DATM, "--cfg", path, expect=2)
     check_refusal(done, *phrases)
     assert str(path) in done.stderr or "--" in phrases[0]
+
+
+@pytest.mark.parametrize("name", ["ipc", "device", "data_path"])
+def test_a_value_that_aliases_make_huge_is_refused_at_once(call, tmp_path, name):
+    """Twelve short lists, each of nine times the one before: written out, the last would fill the memory."""
+    layers = "[" + ", ".join("x" * 9) + "]"
+    for level in range(12):
+        layers = f"[&a{level} {layers}" + f", *a{level}" * 8 + "]"
+    path = tmp_path / "given.yaml"
+    path.write_text(f"{name}: {layers}\n")
+    check_refusal(call(DATM, "--cfg", path, expect=2), f"--{name} [[[")
 
 
 def test_a_config_that_is_not_there_is_refused(call, tmp_path):
@@ -310,6 +347,12 @@ def test_the_set_is_good_before_it_is_spoilt(call, toy, sets):
     call(EVALUATION, *toy.evaluate, *sets.options())
     sets.write(images=torch.randn(6, 3, 8, 8, dtype=torch.float64), labels=torch.tensor([0, 1, 2, 0, 1, 2]), lr=0.01)
     call(EVALUATION, *toy.evaluate, *sets.options())
+
+
+def test_a_set_is_not_saved_where_the_result_cannot_be_written(refused, sets, tmp_path):
+    (tmp_path / "file").touch()
+    refused(EVALUATION, [*sets.options(), f"--save={tmp_path / 'out' / 'set.safetensors'}",
+                         f"--json={tmp_path / 'file' / 'x.json'}"], ["cannot write", "file/x.json"])
 
 
 NAN = torch.full((6, 3, 8, 8), torch.nan)

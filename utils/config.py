@@ -11,7 +11,9 @@ repository's root, where the published `../dataset/` and `../buffer_storage/` me
 
 import argparse
 import contextlib
+import errno
 import os
+import reprlib
 import shutil
 import sys
 import typing
@@ -25,20 +27,38 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from utils.errors import UserError, unknown_name
+from utils.errors import UserError, shortened, unknown_name
 from utils.files import REPOSITORY
 
-FilePath = Annotated[str, "path"]
+
+def _possible_path(value: str) -> str:
+    """Refuses what no file system can hold, for which the system calls have errors of their own."""
+    try:
+        os.lstat(value)
+    except ValueError:
+        raise ValueError("it must not hold a null character") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError("it is longer than a path can be; give a shorter one") from None
+    return value
+
+
+FilePath = Annotated[str, "path", AfterValidator(_possible_path)]
 """A path, or nothing; made absolute when the config is parsed."""
 
-FolderPath = Annotated[str, "path", Field(min_length=1)]
+FolderPath = Annotated[str, "path", Field(min_length=1), AfterValidator(_possible_path)]
 """A path that must be given."""
 
-Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if str(value).isdigit() else value)]
+Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if _is_digits(value) else value)]
 """`auto`, `cpu`, `cuda`, `cuda:1`, or a list of GPU indices such as `[0, 1]`."""
 
 
+def _is_digits(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, str) and value.isdecimal() and len(value) < 10)
+
+
 def _folder_name(value: str) -> str:
+    _possible_path(value)
     if "/" in value or "\\" in value or not value.strip("."):
         raise ValueError("it must be the name of a folder, without / and more than dots")
     return value
@@ -49,8 +69,10 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
-LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Inside float32; a learning rate's own rate even over the square of a learning rate, which `lr_param: log` makes of it.
+LearningRate = Annotated[float, Field(ge=1e-10, le=3e38, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
+RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
 _YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
 
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -166,7 +188,7 @@ class DistillConfig(TrainConfig):
     loss_ratio: Fraction = option(METHOD, 0.0, "PAD (its code): match without this share of the parameters, those "
                                   "nearest to the target")
     lr_img: Rate = option(METHOD, 1000.0, "SGD rate of the images")
-    lr_lr: Rate = option(METHOD, 1e-5, "SGD rate of the learning rate")
+    lr_lr: RateOfRate = option(METHOD, 1e-5, "SGD rate of the learning rate")
     lr_y: Rate = option(METHOD, 2.0, "SGD rate of the label logits")
     Momentum_y: Annotated[float, Field(ge=0, lt=1)] = option(METHOD, 0.9, "momentum of the label logits")
     batch_syn: Count | None = option(METHOD, None, "synthetic batch of an inner step; unset: the whole set")
@@ -288,7 +310,9 @@ def make(config_type: type[Config], **values: Any) -> Config:
         name = str(problem["loc"][0]) if problem["loc"] else "config"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         message = message.split(", unable")[0].replace("String should have", "it must have")
-        raise UserError(f"--{name} {values.get(name)}: {message}") from None
+        # A YAML's aliases can make of a few lines a value that is too large to be written out.
+        value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))
+        raise UserError(f"--{name} {shortened(value)}: {message}") from None
 
 
 def as_dict(config: DataConfig) -> dict[str, Any]:

@@ -3,12 +3,30 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 900  # characters of a refusal
+LONGEST_GIVEN = 200  # of what was given, in a refusal
+
 
 class UserError(Exception):
     """Says what was given, what is allowed and what to do, in one line.
 
     Entry scripts print it on stderr and exit with code 2 (`utils.run.entry`).
     """
+
+
+def one_line(error: Exception) -> str:
+    """A message as one line that a terminal can show: no line ends, no control characters, its middle left out if long.
+
+    What was given is part of it, and may hold anything.
+    """
+    words = " ".join(str(error).split())
+    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in words)
+    return shortened(text, LONGEST)
+
+
+def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
+    """The text, its middle left out if it is longer than so many characters."""
+    return text if len(text) <= most else f"{text[:most * 2 // 3]} … {text[-most // 4:]}"
 
 
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> UserError:
@@ -19,4 +37,4 @@ def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> UserError:
     guess = f"did you mean {by_lower[near[0]]!r}? " if near else ""
     # A long list after a good guess buries it.
     rest = "(--help lists all)" if guess and len(allowed) > 40 else f"allowed: {', '.join(allowed)}"
-    return UserError(f"unknown {kind} {str(given)!r}; {guess}{rest}")
+    return UserError(f"unknown {kind} {shortened(str(given))!r}; {guess}{rest}")

@@ -27,7 +27,7 @@ from utils import augment, interrupt, parallel
 from utils.config import DataConfig, as_dict, has_effect, make
 from utils.datasets import Dataset
 from utils.engine import check_backend, set_precision
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import REPOSITORY, atomic_write, load, save
 from utils.parameters import FlatModel
 
@@ -46,7 +46,7 @@ def entry(main: Callable[[], None]) -> None:
         interrupt.ignore()  # nothing is left to be stopped
         parallel.end()
     except UserError as error:
-        _last_line(f"{name}: error: {' '.join(str(error).split())}", 2)
+        _last_line(f"{name}: error: {one_line(error)}", 2)
     except torch.OutOfMemoryError as error:
         _last_line(f"{name}: error: the GPU's memory is full ({' '.join(str(error).split())[:120]}…); give "
                    "--micro_batch, a smaller batch, or --device cpu", 2)
