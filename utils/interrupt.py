@@ -7,6 +7,7 @@ next safe point, with everything saved; a second one does not wait.
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -25,7 +26,11 @@ class Stopped(KeyboardInterrupt):
         self.signal, self.waited = signal.Signals(number), waited
 
 
+# Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which hands it on.
+TWICE_SECONDS = 2.0 if "LOCAL_RANK" in os.environ else 0.0
+
 _received: int | None = None
+_received_at = 0.0
 _deferring = False
 
 
@@ -61,8 +66,10 @@ def blocked() -> Iterator[None]:
 
 
 def _receive(number: int, frame: object) -> None:
-    global _received
-    first, _received = _received is None, number
+    global _received, _received_at
+    if _received is not None and time.monotonic() - _received_at < TWICE_SECONDS:
+        return
+    first, _received, _received_at = _received is None, number, time.monotonic()
     if not (first and _deferring):
         raise Stopped(number)
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all

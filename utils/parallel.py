@@ -195,6 +195,7 @@ class SharedModel:
 
 def launch(processes: int) -> NoReturn:
     """Starts this very command again as so many ranks on this machine, as torchrun would, and ends with them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -204,6 +205,8 @@ def launch(processes: int) -> NoReturn:
         elastic_launch(settings, sys.executable)("-u", *sys.argv)
     except ChildFailedError as error:  # which said why itself
         sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    except SignalException as stopped:  # the ranks were told, and saved what they had
+        sys.exit(128 + stopped.sigval)
     sys.exit(0)
 
 

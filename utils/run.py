@@ -59,22 +59,27 @@ def entry(main: Callable[[], None]) -> None:
         _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
                    "--micro_batch, or use a machine with more", 2)
     except interrupt.Stopped as stopped:
+        code = 128 + stopped.signal
+        if not parallel.first():
+            sys.exit(code)
         _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. The same command goes on from "
-                   f"what is saved, if anything: {_to_go_on()}", 128 + stopped.signal)
+                   f"what is saved, if anything{_to_go_on()}", code)
     except BrokenPipeError:  # whoever read the output (head, say) has seen enough
         _close_pipes()
         sys.exit(141)
 
 
 def _to_go_on() -> str:
-    """The command that was given, without a `--resume`, which may discard what is saved."""
+    """The command that was given, without a `--resume`, which may discard what is saved; torchrun's nobody knows."""
+    if parallel.size() > 1:
+        return ""
     kept: list[str] = []
     for argument in sys.argv:
         if kept and kept[-1] == "--resume":
             kept.pop()
         elif not argument.startswith("--resume="):
             kept.append(argument)
-    return shlex.join(["python", *kept])
+    return f": {shlex.join(['python', *kept])}"
 
 
 def _last_line(text: str, code: int) -> typing.NoReturn:

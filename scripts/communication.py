@@ -1,0 +1,123 @@
+"""What several ranks say to each other in a step of a distillation: bytes, and their share of the time.
+
+    torchrun --standalone --nproc_per_node=2 scripts/communication.py [--model ConvNetW32 --batch 50 --json FILE]
+    python scripts/communication.py --project
+
+The first measures, over gloo on CPUs: each inner step sums one vector of P + 2 numbers going forward (the gradient, the
+loss, the number of samples) and one going back (the co-state's). Ranks that only sum, and ranks that only compute their
+share, take turns, `--rounds` times; medians.
+
+The second projects the published configs, on paper, for GPUs: the step's arithmetic by `scripts/projection.py` for one
+A100, divided by the number of ranks; for each vector a ring's time, 2 (n − 1)/n · bytes / bandwidth and 2 (n − 1)
+messages. More ranks stop paying where the next doubling takes longer than what there is.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from scripts.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
+from utils import parallel
+from utils.networks import build_network
+from utils.parameters import FlatModel
+from utils.run import entry, environment, write_json
+
+GPU = list(GPUS)[-1]
+LINKS = {  # name → bytes a second between neighbours of the ring, seconds for a message, ranks
+    "8 GPUs, NVLink": (300e9, 5e-6, 8), "4 nodes of one GPU, 100 Gb/s": (12.5e9, 20e-6, 4)}
+MOST_RANKS = 64
+
+
+def measure(model_name: str, batch: int, rounds: int) -> dict[str, float]:
+    """Seconds of a step's arithmetic on this rank's share of the batch, and of its two sums."""
+    torch.manual_seed(parallel.rank())
+    model = FlatModel(build_network(model_name, 1, 10, (28, 28)))
+    theta = model.flatten()
+    share = len(range(parallel.rank(), batch, parallel.size()))
+    x, y = torch.randn(share, 1, 28, 28), torch.randn(share, 10)
+    vector = torch.zeros(model.num_parameters + 2)
+
+    def compute() -> None:
+        model.gradient(theta, x, y)
+        model.adjoint(theta, theta, x, y)
+
+    def communicate() -> None:
+        parallel.sum_(vector)
+        parallel.sum_(vector)
+
+    computing, communicating = [], []
+    for _ in range(rounds + 1):  # the first one warms up
+        computing.append(_timed(compute))
+        communicating.append(_timed(communicate))
+    here = median(computing[1:]), median(communicating[1:])
+    slowest = [max(each) for each in zip(*parallel.gather({parallel.rank(): here}).values())]
+    return {"ranks": parallel.size(), "parameters": model.num_parameters, "bytes_per_step": 2 * 4 * len(vector),
+            "compute_seconds": slowest[0], "communicate_seconds": slowest[1],
+            "share": slowest[1] / sum(slowest)}
+
+
+def _timed(work: Callable[[], None]) -> float:
+    parallel.barrier()
+    began = perf_counter()
+    work()
+    return perf_counter() - began
+
+
+def ring(size: int, bandwidth: float, latency: float, ranks: int) -> float:
+    """Seconds to sum a vector of so many bytes over a ring of ranks (Patarasuk & Yuan, 2009)."""
+    return 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * latency
+
+
+def project() -> None:
+    rho, crossings = fit(BENCHMARKS)
+    print(f"a step on {GPU}, divided among ranks, and the sums of its two vectors; on paper\n")
+    print("| config | bytes a step | " + " | ".join(f"{name}: share | stops paying beyond" for name in LINKS) + " |")
+    print("|---" * (2 + 2 * len(LINKS)) + "|")
+    for name, config in published():
+        alone = seconds_per_iteration(config, GPU, rho, crossings) / config.syn_steps
+        channels, height, width, classes, _ = IMAGES[config.dataset]
+        size = costs(config.model, channels, height, width, classes).theta
+        cells = []
+        for bandwidth, latency, ranks in LINKS.values():
+            sums = {count: 2 * ring(size, bandwidth, latency, count) for count in range(1, MOST_RANKS + 1)}
+            step = {count: alone / count + sums[count] for count in sums}
+            most = 1
+            while most < MOST_RANKS and step[2 * most] < step[most]:
+                most *= 2
+            share = sums[ranks] / step[ranks]
+            limit = f"{MOST_RANKS} or more" if most == MOST_RANKS else f"{most}"
+            cells.append(f"{100 * share:.0f} %, {alone / step[ranks]:.1f} times as fast | {limit}")
+        print(f"| {name} | {2 * size / 1e6:.1f} MB | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--project", action="store_true", help="project instead of measuring")
+    parser.add_argument("--model", default="ConvNetW32")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", help="write what was measured to this file")
+    arguments = parser.parse_args()
+    if arguments.project:
+        return project()
+    parallel.start(torch.device("cpu"))
+    found = measure(arguments.model, arguments.batch, arguments.rounds)
+    print(f"{found['ranks']} ranks, {arguments.model} ({found['parameters']} parameters), batch {arguments.batch}: "
+          f"{found['bytes_per_step'] / 1e6:.2f} MB a step; computing {1000 * found['compute_seconds']:.1f} ms, summing "
+          f"{1000 * found['communicate_seconds']:.1f} ms, {100 * found['share']:.0f} % of the time")
+    if arguments.json and parallel.first():
+        write_json(arguments.json, {
+            "command": f"torchrun --standalone --nproc_per_node={found['ranks']} scripts/communication.py --model "
+                       f"{arguments.model} --batch {arguments.batch} --rounds {arguments.rounds}",
+            **found, "environment": environment(torch.device("cpu"))})
+
+
+if __name__ == "__main__":
+    entry(main)
