@@ -113,7 +113,6 @@ class Distillation:
         self.set = start.detach()
         self.ema = self.set.images.clone() if config.ema else None
         self.part = matched_part(config)
-        self.model = buffer.model if parallel.size() == 1 else parallel.SharedModel(buffer.model)
         self.skipped = self.held = self.held_in_a_row = self.lost_in_a_row = 0
         # What SGD moves in α's stead: α itself, or log α.
         log = config.lr_param == "log"
@@ -126,6 +125,11 @@ class Distillation:
         if config.labels == "learned":
             self.optimiser.add_param_group({"params": [self.set.labels], "lr": config.lr_y,
                                             "momentum": config.Momentum_y})
+
+    @property
+    def model(self) -> FlatModel | parallel.SharedModel:
+        """The student."""
+        return self.buffer.model if parallel.size() == 1 else parallel.SharedModel(self.buffer.model)
 
     def step(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns what to record of it.
@@ -191,7 +195,8 @@ class Distillation:
 
     def merge(self) -> None:
         """Brings every rank's rows to all of them."""
-        momenta = [self.optimiser.state[tensor].get("momentum_buffer") for tensor in (self.set.images, self.set.labels)]
+        momenta = [self.optimiser.state.get(tensor, {}).get("momentum_buffer")
+                   for tensor in (self.set.images, self.set.labels)]
         for tensor in (self.set.images, self.set.labels, self.ema, *momenta):
             if tensor is not None:
                 parallel.merge_rows(tensor)
