@@ -25,12 +25,12 @@ from buffer.trajectories import (
 )
 from utils import augment, files, interrupt, parallel
 from utils.config import BufferConfig
-from utils.datasets import Dataset, load_configured
+from utils.datasets import Dataset, check_dataset_name, load_configured
 from utils.engine import GRADIENT_ALONE, describe_engine
 from utils.errors import UserError
 from utils.memory import available
 from utils.metrics import accuracy, count_correct
-from utils.networks import network_for
+from utils.networks import check_network_name, network_for
 from utils.parameters import FlatModel
 from utils.run import (
     Progress,
@@ -202,6 +202,8 @@ def train_buffer(config: BufferConfig) -> None:
     if config.rho_max != config.rho_min:
         raise UserError(f"--rho_max {config.rho_max:g} --rho_min {config.rho_min:g}: rho follows the learning rate, "
                         "which is constant here; give both the same value")
+    check_dataset_name(config.dataset)  # these two become folders
+    check_network_name(config.model)
     dsa_groups(config)
     if config.pad and not config.add_end_epoch <= config.rm_epoch_first <= config.rm_epoch_second:
         raise UserError(f"--add_end_epoch {config.add_end_epoch} --rm_epoch_first {config.rm_epoch_first} "

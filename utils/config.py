@@ -101,8 +101,8 @@ class DataConfig:
 
     dataset: str = option(MAIN, "CIFAR10", "MiniFashion, FashionMNIST, MNIST, CIFAR10, CIFAR100, SVHN, Tiny, ImageNet, "
                           "ImageNet1K or ImageFolder (your own)")
-    subset: str = option(MAIN, "imagenette", "which ten classes, for ImageNet: imagenette, imagewoof, imagemeow, "
-                         "imagesquawk, imagefruit or imageyellow")
+    subset: FolderName = option(MAIN, "imagenette", "which ten classes, for ImageNet: imagenette, imagewoof, "
+                                "imagemeow, imagesquawk, imagefruit or imageyellow")
     model: str = option(MAIN, "ConvNet", "ConvNet with any of D1-D8, W1-W4096, AS AR AL, NN BN LN IN GN, NP MP AP; "
                         "MLP, LeNet, AlexNet, VGG11, VGG11BN, ResNet18, ResNet18BN, ResNet18_AP, ResNet18BN_AP, each "
                         "also _Tiny")
