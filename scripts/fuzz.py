@@ -287,8 +287,8 @@ class MeaninglessError(Exception):
 PATHS = {"data_path", "buffer_path", "log_path", "Initialize_Label_Model_Dir", "data_dir", "label_dir", "lr_dir",
          "json", "save"}
 SIGNED = {"seed", "Label_Model_Timestamp", "lr_init", "canvas_size", "canvas_samples"}
-NOT_SAVED = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "json", "save",
-             "wandb", "project", "force_save"}
+NOT_SAVED = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "resume", "json",
+             "save", "wandb", "project", "force_save"}
 NOTHING = ("none", "null", "~", "")
 YES, NO = {"1", "true", "on", "yes", "t", "y"}, {"0", "false", "off", "no", "f", "n"}
 
@@ -488,7 +488,9 @@ def _check_experts(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     assert len(paths) == math.ceil(len(experts) / values["save_interval"]), f"{len(paths)} files"
     assert all(len(expert) == values["train_epochs"] + 1 for expert in experts), "epochs"
     saved = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())
-    del saved["fingerprint"]
+    assert [expert["number"] for expert in saved["experts"]] == list(range(len(torch.load(paths[0]))))
+    for fact in ("fingerprint", "experts", "sha256"):
+        del saved[fact]
     return saved
 
 
