@@ -5,8 +5,10 @@ A file is a list of experts; an expert is a list of snapshots; a snapshot is a l
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +206,10 @@ class Buffer:
         Raises:
             UserError: a file was changed or damaged, or an expert diverged.
         """
-        manifests, found = _manifests(self.folder), {}
+        manifests = _manifests(self.folder)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+            found = dict(zip([path.name for path in self._paths], pool.map(files.sha256, self._paths)))
         for path, experts in zip(self._paths, self._files):
-            found[path.name] = files.sha256(path)
             expected = manifests.get(manifest_path(path), {}).get("sha256")
             if expected is None:
                 _check_finite(path, experts)

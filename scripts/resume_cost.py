@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -27,7 +28,7 @@ from utils.files import sha256
 from utils.run import RunFolder, entry, environment, write_json
 
 GPU = list(GPUS)[-1]
-EXPERTS, EPOCHS = 100, 100
+EXPERTS, EPOCHS, FILES = 100, 100, 8
 
 
 def state_of(config: DistillConfig) -> dict[str, Any]:
@@ -61,11 +62,13 @@ def measure(config: DistillConfig, iteration: float, seconds: float, folder: Pat
 
 
 def verification(folder: Path, size: int = 1 << 30) -> float:
-    """Bytes a second, of a file that was just written (so not read from a disk)."""
-    path = folder / "replay_buffer_0.pt"
-    path.write_bytes(os.urandom(1 << 24) * (size >> 24))
+    """Bytes a second, of files that were just written (so not read from a disk), as `Buffer.verify` reads them."""
+    paths = [folder / f"replay_buffer_{number}.pt" for number in range(FILES)]
+    for path in paths:
+        path.write_bytes(os.urandom(1 << 24) * (size // FILES >> 24))
     began = perf_counter()
-    sha256(path)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(sha256, paths))
     return size / (perf_counter() - began)
 
 
