@@ -1,6 +1,7 @@
 """Train experts and keep the whole trajectory of their parameters (MTT, section 3.1; FTD, section 3.3)."""
 
 import contextlib
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -48,6 +49,7 @@ from utils.run import (
     shown,
     spread,
     start_device,
+    write_json,
 )
 
 AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
@@ -255,7 +257,8 @@ class Run:
         check_same_images(folder, dataset)
         self.unfinished = folder / "unfinished"
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
-        self.written = count_experts(folder)
+        self.written = self._judged = count_experts(folder)  # experts before these are in files, and judged
+        self._at_chance = 0
         # A run after a finished one goes on counting, so that it trains other experts.
         self.first = self.written
         self.resumes = (self.unfinished / "run.yaml").exists() and config.resume == "auto"
@@ -278,8 +281,7 @@ class Run:
     @property
     def trained(self) -> int:
         """How many of the run's experts are, in files or not."""
-        return sum(number < self.written or len(self._saved(number)) > self.config.train_epochs
-                   for number in range(self.first, self.end))
+        return sum(number < self.written or self._is_trained(number) for number in range(self.first, self.end))
 
     def _start(self) -> None:
         _check_room(self.config, self.folder, self.model, max(0, self.end - self.written), self.unfinished)
@@ -297,44 +299,54 @@ class Run:
             UserError: several in a row did not learn, or a file cannot be written.
             Stopped: a signal came; what was finished is saved.
         """
-        at_chance = 0
         for number in range(self.written, self.end):
-            saved = self._saved(number)
-            if len(saved) <= self.config.train_epochs:
-                try:
-                    with files.locked(saved.folder, "-"):
-                        if number < count_experts(self.folder):
-                            continue  # another rank trained it, and the first one wrote it meanwhile
+            if self._diverged.exists():
+                break
+            try:
+                with files.locked(self.unfinished / f"lock_{number}", "-"):
+                    # Another rank may have trained it meanwhile, and the first one written it.
+                    if number >= count_experts(self.folder) and not self._is_trained(number):
                         self._train_one(number, curriculum, device)
-                except files.LockedError:
-                    continue  # another rank trains it
-                except DivergedError:  # it would again, so there is nothing to go on from
-                    if parallel.size() == 1:
-                        self._write(number - self.written)
-                        self._clear()
-                    raise
-                at_chance = self._note_chance(number, at_chance)
+            except files.LockedError:
+                continue  # another rank trains it
+            except DivergedError as error:
+                write_json(self._diverged, str(error))
             if parallel.first():
                 self._write_complete()
         parallel.barrier()
+        diverged = json.loads(self._diverged.read_text()) if self._diverged.exists() else None
+        parallel.barrier()
         if parallel.first():
-            self._write_complete()
-            assert self.written >= self.end
+            self._write_complete(partly=diverged is not None)
             self._clear()
+        if diverged:  # it would again, so there was nothing to go on from
+            raise DivergedError(diverged)
 
-    def _note_chance(self, number: int, before: int) -> int:
-        """Says so if an expert did not learn; how many in a row did not, of this rank's."""
-        learned = self._saved(number).reached()[-1]["train_accuracy"]
+    @property
+    def _diverged(self) -> Path:
+        """Where a rank leaves word that one of its experts diverged."""
+        return self.unfinished / "diverged.json"
+
+    def _is_trained(self, number: int) -> bool:
+        return len(self._saved(number)) > self.config.train_epochs
+
+    def _judge(self, number: int, learned: float) -> None:
+        """Says so if an expert did not learn.
+
+        Raises:
+            UserError: nor did those before it.
+        """
         chance = 1 / self.dataset.num_classes
         if learned > AT_CHANCE * chance:
-            return 0
+            self._at_chance = 0
+            return
+        self._at_chance += 1
         print(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, guessing "
               f"{100 * chance:.1f} %", file=sys.stderr)
-        if before + 1 == MOST_AT_CHANCE:
+        if self._at_chance == MOST_AT_CHANCE:
             raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give another --lr_teacher (now "
                             f"{self.config.lr_teacher:g}), a smaller --rho_max (now {self.config.rho_max:g}) or more "
                             "--train_epochs, with --resume never")
-        return before + 1
 
     def _train_one(self, number: int, curriculum: Curriculum | None, device: torch.device) -> None:
         saved = self._saved(number)
@@ -345,18 +357,23 @@ class Run:
                 bar.update(max(0, epoch.epoch - bar.n))
             train_expert(self.config, self.dataset, number, device, report, curriculum, saved)
 
-    def _write_complete(self) -> None:
-        """Writes the files whose experts are all trained."""
-        while self.written < self.end:
-            number = min(self.config.save_interval, self.end - self.written)
-            if any(len(self._saved(self.written + each)) <= self.config.train_epochs for each in range(number)):
+    def _write_complete(self, partly: bool = False) -> None:
+        """Judges the experts that are trained, and writes the files that are complete with them.
+
+        Args:
+            partly: write a last file of fewer, too.
+        """
+        while self._judged < self.end and self._is_trained(self._judged):
+            self._judge(self._judged, self._saved(self._judged).reached()[-1]["train_accuracy"])
+            self._judged += 1
+        while self.written < self._judged:
+            number = min(self.config.save_interval, (self._judged if partly else self.end) - self.written)
+            if self.written + number > self._judged:
                 return
             self._write(number)
 
     def _write(self, number: int) -> None:
         """Writes a file of the next so many experts."""
-        if not number:
-            return
         numbers = range(self.written, self.written + number)
         waiting = [as_expert(self.model, self._saved(each).snapshots()) for each in numbers]
         epochs = [{"expert": each, **epoch} for each in numbers for epoch in self._saved(each).reached()]

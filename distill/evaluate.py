@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import sys
@@ -184,13 +185,14 @@ class Known:
         self._path, self._key = path, key
         self._accuracies: dict[str, float] = {}
         self._seconds_before, self._began = 0.0, perf_counter()
-        if path is not None and path.is_file():
+        for each in self._files():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # whatever it is, it can be found again
-                saved = json.loads(path.read_text())
+                saved = json.loads(each.read_text())
                 if saved["key"] == key:
-                    self._accuracies, self._seconds_before = dict(saved["accuracies"]), float(saved["seconds"])
+                    self._accuracies |= saved["accuracies"]
+                    self._seconds_before = max(self._seconds_before, float(saved["seconds"]))
                 else:
-                    print(f"note: {shown(path)} is of other options, another set or machine; starting over",
+                    print(f"note: {shown(each)} is of other options, another set or machine; starting over",
                           file=sys.stderr)
 
     @property
@@ -209,13 +211,18 @@ class Known:
 
     def add(self, job: Job, accuracy: float) -> None:
         self._accuracies[self._name(job)] = accuracy
-        if self._path is not None and parallel.first():
-            write_json(self._path, {"key": self._key, "seconds": self.seconds, "accuracies": self._accuracies})
+        if self._path is not None:
+            path = self._path if parallel.first() else f"{self._path}.{parallel.rank()}"
+            write_json(path, {"key": self._key, "seconds": self.seconds, "accuracies": self._accuracies})
 
     def forget(self) -> None:
         """Removes the file, once what was found is kept elsewhere."""
-        if self._path is not None and parallel.first():
-            self._path.unlink(missing_ok=True)
+        for path in self._files() if parallel.first() else ():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """The file, and those of other ranks."""
+        return [] if self._path is None else sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}*"))
 
     @staticmethod
     def _name(job: Job) -> str:
@@ -360,10 +367,16 @@ def _key(config: TrainConfig, dataset: Dataset, distilled: DistilledSet) -> str:
     """The same for the same options, dataset and set, on the same kind of machine."""
     here = environment(distilled.images.device)
     key = hashlib.sha256(json.dumps([influential(config), config.backend, here["torch"], here["device"],
-                                     dataset.fingerprint]).encode())
-    for tensor in (distilled.images, distilled.labels, distilled.lr):
-        key.update(tensor.cpu().numpy().tobytes())
+                                     dataset.fingerprint, digest(distilled)]).encode())
     return key.hexdigest()
+
+
+def digest(distilled: DistilledSet) -> str:
+    """The same for the same set, to the bit."""
+    found = hashlib.sha256()
+    for tensor in (distilled.images, distilled.labels, distilled.lr):
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def evaluate_files(config: EvaluationConfig) -> None:

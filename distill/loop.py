@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill import estimate
 from distill.distilled_set import DistilledSet
-from distill.evaluate import Known, Score, check_evaluation, check_pool, evaluate
+from distill.evaluate import Known, Score, check_evaluation, check_pool, digest, evaluate
 from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
@@ -92,7 +92,11 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
 
     groups = dsa_groups(config, inner_loop=True)
     draws = [augment.draw(groups, len(batch), image_size, random) for batch in batches]
-    return Segment(expert, start, [batch.to(device) for batch in batches], [draw and draw.to(device) for draw in draws])
+    segment = Segment(expert, start, batches, draws)
+    if parallel.size() > 1:
+        segment = segment.own()
+    return replace(segment, batches=[batch.to(device) for batch in segment.batches],
+                   augment=[draw and draw.to(device) for draw in segment.augment])
 
 
 class Distillation:
@@ -144,14 +148,15 @@ class Distillation:
                                   config.expansion_end_epoch, config.Sequential_Generation)
         segment = draw_segment(config, self.buffer, self.image_size, len(self.set), self.device,
                                None if config.load_all else self._walk(iteration), bound,
-                               generator(config.seed, "iteration", iteration)).own()
+                               generator(config.seed, "iteration", iteration))
         theta_start, theta_target = self._ends(segment)
         if config.labels == "target":
             self.set.labels.copy_(self._labels(self.set, theta_target))
         match = match_trajectory(self.model, theta_start, theta_target, self.set.images, self.set.labels, self.set.lr,
                                  segment.batches, segment.augment, config.matching, self.part)
 
-        loss, lr = float(match.loss), float(self.set.lr)  # waits for the device
+        # Waits for the device. Where machines differ in the last bit, all ranks must still decide alike.
+        loss, lr = parallel.from_first(lambda: (float(match.loss), float(self.set.lr)))
         update = math.isfinite(loss) and loss <= config.threshold
         held = False
         if update:
@@ -227,7 +232,7 @@ class Distillation:
         config, total = self.config, torch.zeros((), device=self.device)
         for number in range(FIXED_SEGMENTS):
             segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
-                                   config.max_start_epoch, generator(config.seed, "fixed segment", number)).own()
+                                   config.max_start_epoch, generator(config.seed, "fixed segment", number))
             theta_start, theta_target = self._ends(segment)
             total += matching_loss(self.model, theta_start, theta_target, distilled.images,
                                    self._labels(distilled, theta_target), distilled.lr, segment.batches,
@@ -280,6 +285,9 @@ def check_ranks(config: DistillConfig, network: nn.Module) -> None:
     if config.matching == "unroll":
         raise UserError("--matching unroll runs in one process only; give --matching exact, which has the same "
                         "gradient")
+    if config.backend in ("compile", "graph"):
+        raise UserError(f"--backend {config.backend} is for batches of one size, and a rank's share of a batch changes "
+                        "in every step; leave it out")
     if has_batch_norm(network):
         raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
                         "cannot share one; start a single process, or take a network without batch norm")
@@ -375,7 +383,8 @@ def distill(config: DistillConfig) -> None:
     network = network_for(config.model, dataset).to(device)
     check_ranks(config, network)
     model = (FlatModel(network, "plain") if config.matching == "unroll" else
-             flat_model(config, network, inner_samples(config, dataset), config.micro_batch))
+             flat_model(config if parallel.size() == 1 else replace(config, backend="eager"), network,
+                        inner_samples(config, dataset), config.micro_batch))
     if config.dry_run:
         if config.pix_init != "noise":
             check_ipc(dataset, config.ipc)
@@ -389,7 +398,8 @@ def distill(config: DistillConfig) -> None:
     with locked(path, "give another --run_name") if parallel.first() else contextlib.nullcontext():
         folder = RunFolder(path, config)
         if folder.result is not None:
-            folder.forget_state()  # if the run was killed between the result and this
+            if parallel.first():
+                folder.forget_state()  # if the run was killed between the result and this
             print(f"{shown(path)} is finished ({folder.result['summary']}); give another --run_name or --seed to run "
                   "it again")
             return
@@ -416,8 +426,6 @@ def _run(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFol
     start, notes = _as_set(begun["start"], device), begun["notes"]
     folder.start(saved["metrics_bytes"] if saved else None, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)])
     engine = describe_engine(model.engine, estimate.batch_size(config, dataset))
-    if parallel.size() > 1:
-        engine += f", {parallel.size()} ranks"
     print(f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
           f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}, {engine}")
     announce(config)
@@ -429,7 +437,7 @@ def _run(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFol
         state.restore(saved)
         print(f"going on at iteration {state.iteration}, where the run was saved")
         if saved["engine"] != engine or saved["environment"] != _rounding(device):
-            print(f"note: it was begun with {saved['engine']} on {', '.join(saved['environment'].values())}; what "
+            print(f"note: it was last on {saved['engine']} on {', '.join(saved['environment'].values())}; what "
                   "follows may be rounded otherwise", file=sys.stderr)
     tracker = Tracker(config.wandb if parallel.first() else "disabled", config.project, folder.path.name,
                       as_dict(config), folder.path, saved["tracker"] if saved else None)
@@ -557,9 +565,11 @@ def _iterate(progression: Progression, folder: RunFolder, tracker: Tracker) -> N
 
     def evaluate_all(iteration: int) -> None:
         distillation.merge()
+        if parallel.size() > 1:  # a rank that waits for the others' networks cannot save when it is told to stop
+            write_state()
         versions = distillation.versions()
-        known = [parallel.from_first(partial(Known, folder.path / f"{name}.unfinished", f"iteration {iteration}"))
-                 for name in versions]
+        known = [parallel.from_first(partial(Known, folder.path / f"{name}.unfinished", digest(distilled)))
+                 for name, distilled in versions.items()]
         try:  # all of them before any is recorded, so that a signal finds the state as it was before
             scores = [evaluate(config, dataset, distilled, "iteration", iteration, on_epoch=interrupt.check,
                                known=found) for distilled, found in zip(versions.values(), known)]

@@ -55,7 +55,8 @@ def main(path: str, images: str, matching: str) -> None:
         torch.save({"images": state.set.images, "labels": state.set.labels, "lr": state.set.lr, "ema": state.ema,
                     "momentum": state.optimiser.state[state.set.images]["momentum_buffer"],
                     "losses": torch.tensor(losses), "fixed": torch.tensor(fixed)}, path)
-    parallel.end()
+    parallel.barrier()
+    parallel.leave(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from utils import parallel
+from utils.config import DistillConfig, make
 from utils.files import REPOSITORY
+from utils.run import spread
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -129,8 +132,8 @@ def test_a_mistake_is_said_once(ranks, distil):
 @pytest.mark.parametrize("options, said", [(["--matching=unroll"], "--matching exact"),
                                            (["--model=ConvNetD1W4BN"], "batch norm ties|no replay_buffer")])
 def test_what_ranks_cannot_share_is_refused(call, distil, monkeypatch, options, said):
-    import re
     monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
     monkeypatch.setattr(parallel, "start", lambda device: None)
     monkeypatch.setattr(parallel, "barrier", lambda: None)
     done = call(*distil("x", *options), expect=2)
@@ -148,10 +151,40 @@ def test_a_command_starts_its_own_ranks(ranks, toy, toy_experts, tmp_path):
     assert err.count("buffer_FTD.py: error: --rho_max 1 --rho_min 0.01") == 1 and "Traceback" not in err
 
 
-def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
-    from utils.config import DistillConfig, make
-    from utils.run import spread
+def test_a_diverged_expert_keeps_those_before_it(ranks, toy, tmp_path):
+    code = ("import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
+            "import runpy\n"
+            "import buffer.experts as experts\n"
+            "train = experts.train_expert\n"
+            "def bad(config, dataset, number, *rest):\n"
+            "    if number == 2: raise experts.DivergedError('expert 2 diverged in epoch 1')\n"
+            "    return train(config, dataset, number, *rest)\n"
+            "experts.train_expert = bad\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    (tmp_path / "worker.py").write_text(code)
+    for number in (0, 2):
+        folder = tmp_path / str(number)
+        _, err = ranks(number, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, "--save_interval=5",
+                       f"--buffer_path={folder}", expect=2)
+        assert "expert 2 diverged" in err and not list(folder.rglob("unfinished"))
+        (path,) = folder.rglob("replay_buffer_*.pt")
+        assert len(torch.load(path)) == 2
 
+
+def test_a_rank_that_is_killed_under_the_programs_own_launcher_is_named(start, toy, tmp_path):
+    code = "import sys; sys.argv = sys.argv[1:]\nfrom utils.parallel import launch\nlaunch(2)"
+    process = start(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--train_epochs=500",
+                    f"--buffer_path={tmp_path}")
+    while not list(tmp_path.rglob("epoch_1.pt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 137 and "was ended by SIGKILL; start again" in err
+
+
+def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
     started = []
     monkeypatch.setattr(parallel, "launch", started.append)
     for present, listed in ((4, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 3]), (4, [2]),

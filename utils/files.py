@@ -130,6 +130,8 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
+        except FileNotFoundError:  # whoever held the lock took the folder away in between
+            continue
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror or error}; give a folder that can be written"
                             ) from error

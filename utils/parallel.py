@@ -10,6 +10,7 @@ import datetime
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import threading
@@ -36,14 +37,18 @@ Result = TypeVar("Result")
 # --- ranks ---------------------------------------------------------------------------------------------------
 
 PATIENCE = datetime.timedelta(days=30)  # a rank may train experts while another waits; torchrun sees to dead ones
+SUM_PATIENCE = datetime.timedelta(minutes=10)  # between GPUs, where a dead rank is noticed by waiting only
+
+_gpus: dist.ProcessGroup | None = None  # the ranks' group for tensors on GPUs
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0)) if size() > 1 else 0
+    return int(os.environ["RANK"]) if size() > 1 else 0
 
 
 def size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """1 without torchrun, whatever else may have set its other variables."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
 def ranks_here() -> int:
@@ -57,20 +62,15 @@ def first() -> bool:
 
 
 def start(device: torch.device) -> None:
-    """Meets the other ranks, if there are any; all of them must call this.
-
-    Raises:
-        UserError: torchrun's variables without torchrun.
-    """
+    """Meets the other ranks, if there are any; all of them must call this."""
+    global _gpus
     if size() == 1 or dist.is_initialized():
         return
-    try:
-        # Small things go over the CPU, wherever the tensors are.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"WORLD_SIZE is {size()}, but the other ranks cannot be met ({reason}); start with torchrun "
-                        "--nproc_per_node=N, or unset WORLD_SIZE") from error
+    interrupt.restore()  # who waits for another cannot answer
+    dist.init_process_group("gloo", timeout=PATIENCE)  # small things go over the CPU, wherever the tensors are
+    if device.type == "cuda":
+        _gpus = dist.new_group(backend="nccl", timeout=SUM_PATIENCE)
+    interrupt.install()
 
 
 def own_gpu(gpus: Sequence[int]) -> torch.device:
@@ -84,10 +84,12 @@ def lost_contact(error: RuntimeError) -> bool:
     return dist.is_initialized() and (isinstance(error, dist.DistError) or any(each in str(error) for each in said))
 
 
-def end() -> None:
-    """Takes leave of the other ranks."""
+def leave(code: int) -> None:
+    """Ends this process, if it is a rank; else does nothing."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)  # torch's threads abort now and then when they are taken down in order
 
 
 def deal(jobs: Sequence[Job]) -> Sequence[Job]:
@@ -140,7 +142,7 @@ def any_of(*flags: bool) -> list[bool]:
 def sum_(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place; the same bits on all of them."""
     if size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_gpus if tensor.is_cuda else None)
     return tensor
 
 
@@ -199,12 +201,19 @@ def launch(processes: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     settings = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
                             rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.1)
     try:
         elastic_launch(settings, sys.executable)("-u", *sys.argv)
-    except ChildFailedError as error:  # which said why itself
-        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    except ChildFailedError as error:
+        failure = error.get_first_failure()[1]
+        if failure.exitcode > 0:
+            sys.exit(failure.exitcode)  # it said why itself
+        name, ended_by = Path(sys.argv[0]).name, signal.Signals(-failure.exitcode).name
+        print(f"{name}: error: rank {failure.local_rank} was ended by {ended_by}; start again, which goes on from what "
+              "is saved", file=sys.stderr)
+        sys.exit(128 - failure.exitcode)
     except SignalException as stopped:  # the ranks were told, and saved what they had
         sys.exit(128 + stopped.sigval)
     sys.exit(0)

@@ -44,7 +44,8 @@ def entry(main: Callable[[], None]) -> None:
     try:
         main()
         interrupt.ignore()  # nothing is left to be stopped
-        parallel.end()
+        parallel.barrier()
+        parallel.leave(0)
     except UserError as error:
         _last_line(f"{name}: error: {one_line(error)}", 2)
     except torch.OutOfMemoryError as error:
@@ -52,8 +53,10 @@ def entry(main: Callable[[], None]) -> None:
                    "--micro_batch, a smaller batch, or --device cpu", 2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and parallel.lost_contact(error):
+            if interrupt.requested():  # all ranks were told to stop, and another one was quicker
+                _last_line(f"{name}: stopped; every file is whole. The same command goes on from what is saved", 143)
             _last_line(f"{name}: error: contact with another rank was lost ({' '.join(str(error).split())[:120]}…); "
-                       "start again, which goes on from what is saved", 1)
+                       "start again, which goes on from what is saved", 1, wait=0.0)
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
         _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
@@ -61,7 +64,7 @@ def entry(main: Callable[[], None]) -> None:
     except interrupt.Stopped as stopped:
         code = 128 + stopped.signal
         if not parallel.first():
-            sys.exit(code)
+            parallel.leave(code)
         _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. The same command goes on from "
                    f"what is saved, if anything{_to_go_on()}", code)
     except BrokenPipeError:  # whoever read the output (head, say) has seen enough
@@ -82,12 +85,16 @@ def _to_go_on() -> str:
     return f": {shlex.join(['python', *kept])}"
 
 
-def _last_line(text: str, code: int) -> typing.NoReturn:
+def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoReturn:
+    """
+    Args:
+        wait: seconds in which the first rank may say it for all.
+    """
     interrupt.ignore()  # a further signal finds nothing to stop, and would only disturb the exit
     if not parallel.first():
         # What concerns all ranks the first one says, and torchrun then ends the others; this is what it did not say.
         interrupt.restore()
-        time.sleep(RANK_WAITS)
+        time.sleep(wait)
         text = f"rank {parallel.rank()}: {text.strip()}"
         sys.stderr = sys.__stderr__
     try:
@@ -95,6 +102,7 @@ def _last_line(text: str, code: int) -> typing.NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:  # who reads them may have been interrupted too
         _close_pipes()
+    parallel.leave(code)
     sys.exit(code)
 
 
@@ -167,7 +175,7 @@ def select_device(device: str | list[int]) -> torch.device:
 def spread(config: DataConfig) -> None:
     """Starts this command again as a rank for each of the GPUs that `device` lists, if they are several, and ends with
     them; published configs list up to four."""
-    if parallel.size() == 1 and isinstance(config.device, list):
+    if "LOCAL_RANK" not in os.environ and isinstance(config.device, list):
         present = set(config.device) & set(range(torch.cuda.device_count()))
         if len(present) > 1:
             parallel.launch(len(present))
@@ -200,9 +208,9 @@ def flat_model(config: DataConfig, network: nn.Module, work: float, micro_batch:
 
 def describe(device: torch.device) -> str:
     """The device in words."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    here = (f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else
+            f"cpu ({torch.get_num_threads()} threads)")
+    return here if parallel.size() == 1 else f"{parallel.size()} ranks, the first on {here}"
 
 
 # --- a run's folder ------------------------------------------------------------------------------------------
