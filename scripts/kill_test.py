@@ -3,11 +3,12 @@
     python scripts/kill_test.py [--kills 50] [--signals 6] [--seed 0] [--json FILE]
 
 Every case below is run once undisturbed. Then it is started again in a folder of its own and killed (`kill -9`, which
-no program can answer) at a moment drawn from the time that the undisturbed run took, importing included; for every
-second kill at the first change of a file after that moment. Started again it goes on, is killed again, and in the end
-left alone. After each kill every file in the folder is read; at the end every file must hold what that of the
-undisturbed run holds, each tensor to the bit, and nothing else may lie there. Left out of the comparison is what tells
-of the run and not of its result: dates, durations and the paths of folders.
+no program can answer), started again, killed again, and in the end left alone. Of every three kills one comes at a
+moment drawn from the whole time that a run takes, importing included; one at a moment of its work, from the first line
+that it prints; and one at the first change of a file after such a moment. After each kill every file in the folder is
+read; at the end every file must hold what that of the undisturbed run holds, each tensor to the bit, and nothing else
+may lie there. Left out of the comparison is what tells of the run and not of its result: dates, durations and the paths
+of folders.
 
 After that the signals that a program does answer (SIGINT, SIGTERM, SIGUSR1) are sent, its exit code is checked, and the
 command that it prints is run as printed.
@@ -46,6 +47,7 @@ from utils.run import Progress, entry, environment, write_json
 
 LOOK_SECONDS = 0.0005  # between two looks at a folder
 MOST_SECONDS = 300  # that a run may take
+QUICKER = 0.7  # the pace of a case after a run that ended before it was killed
 MOST_IN_A_ROW = 4  # kills of one run, so that there is time for it to end
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TEMPORARY = re.compile(r"\..+\.\w{8}(\.\w+)?")
@@ -124,14 +126,18 @@ def surroundings(out: Path) -> dict[str, str]:
                          "PATH": path, "COLUMNS": "100"}
 
 
-def finish(case: Case, out: Path, made: Path, printed: Path) -> float:
-    """Lets a case run to its end; the seconds it took."""
-    began = perf_counter()
+def finish(case: Case, out: Path, made: Path, printed: Path) -> "Pace":
+    """Lets a case run to its end."""
+    began = first_line = perf_counter()
     if not is_complete(case, out):
         with started(case, out, made, printed) as process:
+            size = printed.stat().st_size
+            while process.poll() is None and printed.stat().st_size == size:
+                sleep(0.01)
+            first_line = perf_counter()
             check_end(case, process.wait(MOST_SECONDS), printed)
     assert case.script != EXPERTS.script or is_complete(case, out), f"{case.name} ended, but is not complete"
-    return perf_counter() - began
+    return Pace(perf_counter() - began, perf_counter() - first_line)
 
 
 def check_end(case: Case, code: int, printed: Path, expected: int = 0) -> None:
@@ -231,35 +237,58 @@ def state(folder: Path) -> list[tuple[str, int, int]]:
 # --- kills and signals ---------------------------------------------------------------------------------------
 
 
-def kill(process: subprocess.Popen, out: Path, seconds: float, at_change: bool) -> bool:
-    """Kills a run after that time, or at the next change of a file then; False if it ended before."""
+def kill(process: subprocess.Popen, out: Path, how: str, seconds: float, printed: Path, size: int) -> bool:
+    """Kills a run after that time; False if it ended before.
+
+    Args:
+        how: from the start on (whole), from its first line on (work), or at the next change of a file then (change).
+        size: of what was printed before it was started.
+    """
+    while how != "whole" and process.poll() is None and printed.stat().st_size == size:
+        sleep(LOOK_SECONDS)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     before = state(out)
-    while at_change and process.poll() is None and state(out) == before:
+    while how == "change" and process.poll() is None and state(out) == before:
         sleep(LOOK_SECONDS)
     process.kill()
     return process.wait() == -signal.SIGKILL
 
 
-def killed(case: Case, work: Path, made: Path, number: int, kills: int, seconds: float,
-           chance: random.Random) -> Counter:
+@dataclass
+class Pace:
+    """The seconds that a run takes, from its start and from its first line, less when it is quicker than it was."""
+
+    whole: float
+    work: float
+
+    def draw(self, how: str, chance: random.Random) -> float:
+        return chance.uniform(0, self.whole if how == "whole" else self.work)
+
+    def quicker(self, how: str) -> None:
+        if how == "whole":
+            self.whole *= QUICKER
+        else:
+            self.work *= QUICKER
+
+
+def killed(case: Case, work: Path, made: Path, number: int, kills: int, pace: Pace, chance: random.Random) -> Counter:
     """One run, killed up to so many times and then left alone; counts what happened."""
     out, printed = work / f"{case.name} {number}", work / f"{case.name} {number}.txt"
     out.mkdir()
     counts = Counter(runs=1)
     while counts["kills"] < kills and not is_complete(case, out):
-        lines, began = printed.stat().st_size if printed.exists() else 0, perf_counter()
-        at_change = chance.random() < 0.5
+        size = printed.stat().st_size if printed.exists() else 0
+        how = chance.choice(("whole", "work", "change"))
         with started(case, out, made, printed) as process:
-            if not kill(process, out, chance.uniform(0, seconds), at_change):
+            if not kill(process, out, how, pace.draw(how, chance), printed, size):
                 check_end(case, process.returncode, printed)
+                pace.quicker(how)
                 break
         counts["kills"] += 1
-        counts["at a change of a file"] += at_change
+        counts["at a change of a file"] += how == "change"
         counts["in the middle of a write"] += bool(temporary(out))
-        counts["while starting"] += printed.stat().st_size == lines
-        counts["seconds"] += perf_counter() - began
+        counts["while starting"] += printed.stat().st_size == size
         counts["files read"] += len(contents(out))
     finish(case, out, made, printed)
     expected = contents(made / case.name)
@@ -269,7 +298,7 @@ def killed(case: Case, work: Path, made: Path, number: int, kills: int, seconds:
     return counts
 
 
-def signalled(case: Case, work: Path, made: Path, number: signal.Signals, times: int, seconds: float,
+def signalled(case: Case, work: Path, made: Path, number: signal.Signals, times: int, pace: Pace,
               chance: random.Random) -> dict[str, Any]:
     """Sends a signal to a run at work, checks how it ends, and runs the command that it prints."""
     for attempt in range(4):
@@ -279,14 +308,15 @@ def signalled(case: Case, work: Path, made: Path, number: signal.Signals, times:
         with started(case, out, made, printed) as process:
             while process.poll() is None and "options: " not in printed.read_text():
                 sleep(0.01)
-            sleep(chance.uniform(0, 0.3**(1 + attempt) * seconds))
+            sleep(0.5**attempt * pace.draw("work", chance))
             began = perf_counter()
             for _ in range(times):
                 process.send_signal(number)
                 sleep(0.002)
             code, took = process.wait(MOST_SECONDS), perf_counter() - began
         if code:
-            break  # else it was at its end already
+            break
+        pace.quicker("work")  # it was at its end already
     check_end(case, code, printed, 128 + number)
     assert "Traceback" not in printed.read_text(), f"{name} printed a traceback:\n{printed.read_text()}"
     contents(out)
@@ -328,6 +358,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.json:
         check_writable(args.json)
+    for number in SIGNALS:  # a shell in the background ignores some, which programs would inherit and heed
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     chance = random.Random(args.seed)
     cases = CASES[:3] if max(args.kills, args.signals) < len(CASES) else CASES
     failures: list[str] = []
@@ -335,29 +368,31 @@ def main() -> None:
     answers: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="kill_test_") as folder:
         work, made = Path(folder), Path(folder, "undisturbed")
-        seconds = {}
+        paces, seconds = {}, {}
         for case in cases:
             (made / case.name).mkdir(parents=True)
-            seconds[case] = finish(case, made / case.name, made, work / f"{case.name}.txt")
+            paces[case] = finish(case, made / case.name, made, work / f"{case.name}.txt")
+            seconds[case] = paces[case].whole
             assert not temporary(made / case.name), f"temporary files left: {temporary(made / case.name)}"
             print(f"{case.name}: {seconds[case]:.1f} s undisturbed", flush=True)
         with Progress(args.kills + args.signals, "kill") as bar:
             for index, case in enumerate(cases):
                 wanted = len(range(index, args.kills, len(cases)))
                 number = 0
-                while counts[case.name]["kills"] < wanted and number < 3 * wanted:
+                while counts[case.name]["kills"] < wanted and number < 5 * wanted:
                     most = min(chance.randint(1, MOST_IN_A_ROW), wanted - counts[case.name]["kills"])
                     before = counts[case.name]["kills"]
                     with noted(failures, f"{case.name}, run {number}"):
-                        counts[case.name] += killed(case, work, made, number, most, seconds[case], chance)
+                        counts[case.name] += killed(case, work, made, number, most, paces[case], chance)
                     bar.update(counts[case.name]["kills"] - before)
                     number += 1
             for number in range(args.signals):
                 # The last of them twice, which does not let the program finish its step.
                 times = 2 if number and number == args.signals - 1 else 1
+                case = cases[number % len(cases)]
                 with noted(failures, f"signal {number}"):
-                    answers.append(signalled(cases[number % len(cases)], work, made, SIGNALS[number % len(SIGNALS)],
-                                             times, seconds[cases[number % len(cases)]], chance))
+                    answers.append(signalled(case, work, made, SIGNALS[number % len(SIGNALS)], times, paces[case],
+                                             chance))
                 bar.update()
     print("\n| case | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (1 + len(COLUMNS)))
     total = sum(counts.values(), Counter())
