@@ -413,9 +413,9 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
     there = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     needed = expert * (left + at_once * (2 if config.mom else 1)) - there
     if needed > disk:
-        raise UserError(f"{left} experts of {config.train_epochs} epochs need {needed / 1e9:.1f} GB "
-                        f"on the disk of {folder}, which has {disk / 1e9:.1f} GB free; give a smaller --num_experts or "
+        raise UserError(f"{left} experts of {config.train_epochs} epochs need {needed / 1e9:.2g} GB "
+                        f"on the disk of {folder}, which has {disk / 1e9:.2g} GB free; give a smaller --num_experts or "
                         "--train_epochs, or another --buffer_path")
     if expert * at_once > memory:
-        raise UserError(f"a file of {at_once} experts needs {expert * at_once / 1e9:.1f} GB of memory while it is "
-                        f"written, and {memory / 1e9:.1f} GB are free; give a smaller --save_interval")
+        raise UserError(f"a file of {at_once} experts needs {expert * at_once / 1e9:.2g} GB of memory while it is "
+                        f"written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
