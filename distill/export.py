@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from distill.distilled_set import DistilledSet
+from distill.distilled_set import DistilledSet, class_indices
 from utils import files
 from utils.config import EvaluationConfig, as_dict, make
 from utils.errors import UserError
@@ -40,21 +40,6 @@ SOURCES = {
 UNKNOWN = Source("unknown", "unknown", "Unknown; find it out before you publish")
 
 
-def class_indices(distilled: DistilledSet) -> tuple[list[int], str]:
-    """The class of each image, and by what it is known.
-
-    A learned label need not be largest at the class that its image started from, so where a distillation made the set,
-    the order of its images says the class.
-    """
-    number = len(distilled.classes)
-    if not distilled.labels.is_floating_point():
-        return distilled.labels.tolist(), "the labels, which are classes"
-    ipc = distilled.config.get("ipc")
-    if isinstance(ipc, int) and len(distilled) == ipc * number:
-        return [index // ipc for index in range(len(distilled))], "the order of the images, those of a class together"
-    return distilled.labels.argmax(dim=1).tolist(), "the largest soft label"
-
-
 def folder_names(classes: tuple[str, ...]) -> list[str]:
     """A folder for each class: its name, less what not every file system takes."""
     names = [re.sub(r"[^\w .()+-]", "-", name).strip(" .") or "class" for name in classes]
@@ -76,10 +61,10 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     pixels = (255 * distilled.pixels().float().clamp(0, 1)).round().to(torch.uint8)
     if pixels.shape[1] not in (1, 3):
         raise UserError(f"images of {pixels.shape[1]} channels are no pictures; PNG takes 1 or 3")
-    indices, known_by = class_indices(distilled)
+    indices, known_by = class_indices(distilled, len(distilled.classes))
     folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
     soft = distilled.labels.is_floating_point()
-    for picture, label, index in zip(pixels, distilled.labels, indices):
+    for picture, label, index in zip(pixels, distilled.labels, indices.tolist()):
         name = f"{folders[index]}/{count[index]:02d}.png"
         count[index] += 1
         array = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
@@ -182,7 +167,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, dict[str, 
 ## Use
 
 ```python
-from distill.distilled_set import DistilledSet
+from distill.distilled_set import DistilledSet, class_indices
 
 distilled = DistilledSet.load("{name}")  # a torch dataset of (image, label)
 pictures = distilled.pixels()  # un-whitened, around [0, 1]

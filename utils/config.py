@@ -249,6 +249,7 @@ class EvaluationConfig(TrainConfig):
                                 "three")
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
+    hard_labels: bool = option(METHOD, False, "train on the images' classes instead of their soft labels")
     json: FilePath = option(FILES, "", "write the result to this file")
     save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors")
 
