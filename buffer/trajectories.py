@@ -62,7 +62,7 @@ def count_experts(folder: Path) -> int:
         if path.name != f"replay_buffer_{number}.pt":
             raise UserError(f"{folder} holds {path.name} but no replay_buffer_{number}.pt; put it back, or give "
                             "another --buffer_path")
-    return sum(len(_load(path)) for path in paths)
+    return sum(len(load_experts(path)) for path in paths)
 
 
 # Options in which experts of one folder may differ: how many there are, from which seed and for how long; and where the
@@ -157,11 +157,19 @@ def require_experts(folder: Path) -> None:
                         "(same --dataset, --model, --zca and --buffer_path), or give --buffer_path")
 
 
-def _load(path: Path) -> list[Expert]:
+def load_experts(path: Path) -> list[Expert]:
+    """The experts of a file, of whatever network, memory-mapped.
+
+    Raises:
+        UserError: it is missing or damaged, or no list of experts.
+    """
     experts = files.load(path, what="expert file", mmap=True)
     if not isinstance(experts, list) or not experts:
         raise UserError(f"expert file {path} is not a list of experts, or is empty; move it away and train the experts "
                         "again")
+    for number, expert in enumerate(experts):
+        if not isinstance(expert, list) or not expert or not all(isinstance(snapshot, list) for snapshot in expert):
+            raise UserError(f"expert {number} of {path} is not a list of snapshots; train the experts again")
     return experts
 
 
@@ -193,7 +201,7 @@ class Buffer:
         self._paths = expert_files(folder)[:max_files]
         self._files: list[list[Expert]] = []
         for path in self._paths:
-            experts = _load(path)
+            experts = load_experts(path)
             _check(path, experts, model)
             self._files.append(experts[:max_experts])
 
@@ -249,9 +257,7 @@ class Buffer:
 
 
 def _check(path: Path, experts: list[Expert], model: FlatModel) -> None:
-    for number, expert in enumerate(experts):
-        if not isinstance(expert, list) or not expert or not all(isinstance(snapshot, list) for snapshot in expert):
-            raise UserError(f"expert {number} of {path} is not a list of snapshots; train the experts again")
+    for expert in experts:
         # Shapes are known without touching the bytes, so looking at every snapshot costs nothing.
         for snapshot in expert:
             if [getattr(tensor, "shape", None) for tensor in snapshot] != model.shapes:

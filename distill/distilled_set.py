@@ -166,6 +166,21 @@ def checked_set(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
                    lr=lr.float().reshape(()))
 
 
+def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, str]:
+    """The class of each image [N] int64, and by what it is known.
+
+    A learned label need not be largest at the class that its image started from, so where a distillation made the set,
+    the order of its images says the class.
+    """
+    if not distilled.labels.is_floating_point():
+        return distilled.labels, "the labels, which are classes"
+    ipc = distilled.config.get("ipc")
+    if isinstance(ipc, int) and len(distilled) == ipc * num_classes:
+        classes = torch.arange(num_classes, device=distilled.labels.device).repeat_interleave(ipc)
+        return classes, "the order of the images, those of a class together"
+    return distilled.labels.argmax(dim=1), "the largest soft label"
+
+
 def _tensor(path: str, option: str, usual_name: str) -> Tensor:
     if not path:
         raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")

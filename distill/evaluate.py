@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.distilled_set import DistilledSet, checked_set, read_set
+from distill.distilled_set import DistilledSet, checked_set, class_indices, read_set
 from utils import augment, parallel
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset, check_dataset_name, load_configured
@@ -397,7 +397,12 @@ def evaluate_files(config: EvaluationConfig) -> None:
         if config.json:
             check_writable(config.json)  # a refusal comes before anything is written
         distilled.save_whole(Path(config.save), dataset, influential(config))
-    evaluate_and_report(config, dataset, distilled, "distilled images")
+    what = "distilled images"
+    if config.hard_labels:
+        classes, known_by = class_indices(distilled, dataset.num_classes)
+        print(f"the class of an image is known by {known_by}")
+        distilled, what = dataclasses.replace(distilled, labels=classes), f"{what} with hard labels"
+    evaluate_and_report(config, dataset, distilled, what)
 
 
 def _note_other_space(config: EvaluationConfig, distilled: DistilledSet) -> None:

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -52,7 +52,7 @@ from buffer.gsam import gsam_gradient
 from distill.evaluate import train_network
 from distill.matching import match_trajectory
 from utils import augment
-from utils.config import BufferConfig, DistillConfig, make
+from utils.config import BufferConfig, DistillConfig, Parser, make
 from utils.errors import UserError, unknown_name
 from utils.files import REPOSITORY, check_writable
 from utils.losses import cross_entropy
@@ -451,11 +451,6 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 # --- the program ---------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def parse() -> argparse.Namespace:

@@ -1,31 +1,41 @@
 """A table of results that `evaluation.py` and `baseline.py` wrote with --json.
 
-    python scripts/summary.py RESULT.json [RESULT.json …]
+    python scripts/summary.py RESULT.json [RESULT.json …] [--by_network]
+
+With --by_network each result is a row and each network a column: how a set serves other networks (--eval_mode M).
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.config import Parser
 from utils.errors import UserError
 from utils.run import entry
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
-    rows = [("set", "network", "images", "accuracy, %", "networks")]
-    for path in parser.parse_args().results:
+    parser.add_argument("--by_network", action="store_true", help="a row for each result, a column for each network")
+    options = parser.parse_args()
+    rows, scores = [("set", "network", "images", "accuracy, %", "networks")], []
+    for path in options.results:
         try:
             result = json.loads(path.read_text())
-            rows += [(result["what"], score["network"], str(result["images"]),
-                      f"{100 * score['mean']:.2f} ± {100 * score['std']:.2f}", str(len(score["accuracies"])))
-                     for score in result["scores"]]
+            here = {score["network"]: f"{100 * score['mean']:.2f} ± {100 * score['std']:.2f}"
+                    for score in result["scores"]}
+            rows += [(result["what"], score["network"], str(result["images"]), here[score["network"]],
+                      str(len(score["accuracies"]))) for score in result["scores"]]
+            scores.append((result["what"], str(result["images"]), here))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a result: {error}; give files written by --json") from error
+    if options.by_network:
+        networks = list(dict.fromkeys(name for _, _, here in scores for name in here))
+        rows = [("set", "images", *networks)]
+        rows += [(what, images, *(here.get(name, "-") for name in networks)) for what, images, here in scores]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows.insert(1, tuple("-" * width for width in widths))
     for row in rows:

@@ -249,6 +249,7 @@ class EvaluationConfig(TrainConfig):
                                 "three")
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
+    hard_labels: bool = option(METHOD, False, "train on the images' classes instead of their soft labels")
     json: FilePath = option(FILES, "", "write the result to this file")
     save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors")
 
@@ -400,17 +401,18 @@ def _warn_without_effect(config: DataConfig, given: dict[str, Any]) -> None:
         print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Whatever is wrong with a command line is a `UserError`."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.ArgumentParser:
     width = min(shutil.get_terminal_size().columns, 100)
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     usage="%(prog)s " + ("--cfg FILE " if yaml_file else "") + "[--key value …]",
-                     formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30,
-                                             width=width))
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    usage="%(prog)s " + ("--cfg FILE " if yaml_file else "") + "[--key value …]",
+                    formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width))
     if yaml_file:
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
     names = sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"])

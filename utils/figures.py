@@ -1,4 +1,4 @@
-"""Pictures: distilled images beside real ones, curves of a run."""
+"""Pictures: distilled images beside real ones, curves of a run, what is in a buffer."""
 
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,36 @@ def save_curves(path: Path, metrics: list[dict[str, Any]], threshold: float) -> 
     window.set(title="start epoch", xlabel="iteration")
     window.legend(fontsize=8)
     _save(figure, path)
+
+
+def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[str, np.ndarray]) -> None:
+    """A PNG of how experts learned: accuracy by epoch, and relative distances between snapshots by start epoch.
+
+    Args:
+        accuracies: what of → [experts, epochs 1…E] in [0, 1], NaN where unknown; may be empty.
+        distances: what of → [experts, start epochs 0…]; NaN where an expert has no such snapshot.
+    """
+    figure, (accuracy, distance) = _pyplot().subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for colour, (name, values) in zip(("C2", "C0"), accuracies.items()):
+        _mean_and_spread(accuracy, range(1, values.shape[1] + 1), 100 * values, colour, name)
+    if accuracies:
+        accuracy.legend(fontsize=8)
+    else:
+        accuracy.text(0.5, 0.5, "not recorded", transform=accuracy.transAxes, ha="center", va="center", color="0.5")
+    accuracy.set(title="accuracy of the experts, %", xlabel="epoch")
+    for colour, (name, values) in zip(("C1", "C4"), distances.items()):
+        _mean_and_spread(distance, range(values.shape[1]), values, colour, name)
+    distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
+    distance.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _mean_and_spread(axes, at: range, values: np.ndarray, colour: str, label: str) -> None:
+    """Mean over the rows, a line, and one standard deviation on each side."""
+    values = np.ma.masked_invalid(values)
+    mean, std = values.mean(axis=0), values.std(axis=0)
+    axes.plot(at, mean, marker="." if len(at) < 30 else None, color=colour, label=label)
+    axes.fill_between(at, mean - std, mean + std, alpha=0.2, color=colour, linewidth=0)
 
 
 def _as_picture(image: Tensor) -> np.ndarray:

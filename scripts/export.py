@@ -1,0 +1,48 @@
+"""A distilled set as PNG files in folders of classes, and a card that says what it is, for publishing it.
+
+    python scripts/export.py …/Normal/distilled.safetensors --png FOLDER
+    python scripts/export.py …/Normal/distilled.safetensors --card [--result RESULT.json …]
+
+--png writes FOLDER/<class>/00.png …, un-whitened and clipped to [0, 1], and FOLDER/labels.json: class names, learning
+rate, and each image's class and soft label (softmax and logits). --card writes README.md beside the set: dataset,
+images a class, options, licence of the source data, and the accuracy that the given results state, with its command.
+Published images_*.pt, labels_*.pt and lr_*.pt become one safetensors file by distill/evaluation.py --save FILE.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.distilled_set import DistilledSet
+from distill.export import check_new, save_card, save_pngs
+from utils.config import Parser
+from utils.errors import UserError
+from utils.run import entry, shown
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("set", type=Path, help="a distilled.safetensors")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write PNG files and labels.json; a new folder")
+    parser.add_argument("--card", action="store_true", help="write README.md beside the set")
+    parser.add_argument("--result", type=Path, nargs="+", default=[], metavar="RESULT.json",
+                        help="for the card's accuracy: files of evaluation.py --json, or the run's result.json")
+    options = parser.parse_args()
+    if not options.png and not options.card:
+        raise UserError("nothing to do; give --png FOLDER, --card or both")
+    if options.result and not options.card:
+        raise UserError("--result is for the card; give --card too")
+    distilled = DistilledSet.load(options.set)
+    if options.png:
+        check_new(options.png)  # a refusal comes before anything is written
+    if options.card:
+        print(f"card: {shown(save_card(distilled, options.set, options.result))}")
+    if options.png:
+        save_pngs(distilled, options.png)
+        print(f"{len(distilled)} images: {shown(options.png)}")
+
+
+if __name__ == "__main__":
+    entry(main)

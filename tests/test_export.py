@@ -1,0 +1,200 @@
+"""The use of a distilled set: README's example, PNG files, the card."""
+
+import contextlib
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from distill.distilled_set import DistilledSet, class_indices
+from distill.export import card, folder_names
+from utils.datasets import load_dataset
+from utils.files import REPOSITORY
+
+EXPORT, EVALUATION = "scripts/export.py", "distill/evaluation.py"
+
+
+@pytest.fixture(scope="module")
+def made(call, toy, toy_experts, tmp_path_factory):
+    """The folder of a finished run on the toy."""
+    folder = tmp_path_factory.mktemp("made")
+    call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={folder}", "--run_name=run")
+    return folder / "ImageFolder" / "2" / "ConvNetD1W4" / "run"
+
+
+@pytest.fixture
+def whole(made, tmp_path):
+    """A copy of its set."""
+    path = tmp_path / "hub" / "distilled.safetensors"
+    path.parent.mkdir()
+    path.write_bytes((made / "Normal" / "distilled.safetensors").read_bytes())
+    return path
+
+
+def test_the_example_of_the_readme_trains_a_network(tmp_path):
+    """On five real images a class, which are a set like any other."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (example,) = [block for block in blocks if "DistilledSet.load" in block]
+    data = load_dataset("MiniFashion", "")
+    chosen = torch.cat([data.class_indices(each)[:5] for each in range(10)])
+    real = DistilledSet(data.train_images[chosen], 5 * torch.eye(10)[data.train_labels[chosen]], torch.tensor(0.001))
+    real.save_whole(tmp_path / "distilled.safetensors", data, {})
+    names = {}
+    torch.manual_seed(0)
+    with contextlib.chdir(tmp_path):
+        exec(example, names)
+    right = (names["network"](data.test_images).argmax(dim=1) == data.test_labels).float().mean()
+    assert right > 0.5
+
+
+def test_pictures_are_those_of_the_set(call, whole, tmp_path):
+    done = call(EXPORT, whole, f"--png={tmp_path / 'png'}")
+    assert "6 images" in done.stdout
+    distilled = DistilledSet.load(whole)
+    labels = json.loads((tmp_path / "png" / "labels.json").read_text())
+    assert labels["classes"] == ["blue", "green", "red"] and labels["lr"] == pytest.approx(float(distilled.lr))
+    assert [each["file"] for each in labels["images"]] == [f"{name}/0{number}.png" for name in labels["classes"]
+                                                           for number in (0, 1)]
+    assert sorted(str(path.relative_to(tmp_path / "png")) for path in (tmp_path / "png").rglob("*.png")) == [
+        each["file"] for each in labels["images"]]
+    for each, pixels, label in zip(labels["images"], distilled.pixels().clamp(0, 1), distilled.labels):
+        picture = np.asarray(Image.open(tmp_path / "png" / each["file"])) / 255
+        assert picture.shape == (8, 8, 3) and np.abs(picture - pixels.permute(1, 2, 0).numpy()).max() < 0.5 / 255 + 1e-6
+        assert each["logits"] == label.tolist()
+        assert each["softmax"] == pytest.approx(label.softmax(dim=0).tolist())
+
+
+def test_published_tensors_become_one_file_and_pictures(call, toy, made, tmp_path):
+    """Grey or coloured, soft labels or classes: what evaluation.py reads, export.py writes."""
+    classes = torch.tensor([2, 0, 1, 1, 0, 2])
+    torch.save(classes, tmp_path / "labels.pt")
+    call(EVALUATION, *toy.evaluate, f"--data_dir={made / 'Normal' / 'images_best.pt'}",
+         f"--label_dir={tmp_path / 'labels.pt'}", f"--save={tmp_path / 'one.safetensors'}")
+    saved = DistilledSet.load(tmp_path / "one.safetensors")
+    torch.testing.assert_close(saved.images, torch.load(made / "Normal" / "images_best.pt", weights_only=True))
+    call(EXPORT, tmp_path / "one.safetensors", f"--png={tmp_path / 'png'}", "--card")
+    labels = json.loads((tmp_path / "png" / "labels.json").read_text())
+    assert [each["class"] for each in labels["images"]] == classes.tolist()
+    assert [each["file"] for each in labels["images"]][:2] == ["red/00.png", "blue/00.png"]
+    assert "softmax" not in labels["images"][0] and "classes as labels" in (tmp_path / "README.md").read_text()
+
+
+def test_where_nothing_says_the_order_the_largest_label_is_the_class(whole):
+    distilled = DistilledSet.load(whole)
+    mixed = dataclasses.replace(distilled, labels=distilled.labels.flip(1))
+    assert class_indices(mixed, 3)[0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert class_indices(dataclasses.replace(mixed, config={}), 3)[0].equal(mixed.labels.argmax(dim=1))
+
+
+def test_grey_pictures_have_one_channel(call, tmp_path):
+    from safetensors.torch import save_file
+
+    about = {"format": "datm-distilled-set-1", "classes": '["T-shirt/top", "Coat"]', "mean": "[0.5]", "std": "[0.5]",
+             "config": "{}"}
+    save_file({"images": torch.zeros(2, 1, 5, 4), "labels": torch.eye(2), "lr": torch.tensor(0.1)},
+              tmp_path / "set.safetensors", about)
+    call(EXPORT, tmp_path / "set.safetensors", f"--png={tmp_path / 'png'}", "--card")
+    picture = Image.open(tmp_path / "png" / "T-shirt-top" / "00.png")
+    assert picture.mode == "L" and picture.size == (4, 5) and picture.getpixel((0, 0)) == 128
+    text = (tmp_path / "README.md").read_text()
+    assert "Unknown; find it out before you publish" in text and "# not recorded" in text
+
+
+def test_folders_are_names_that_every_file_system_takes():
+    assert folder_names(("a/b", "..", "Cat", "cat", "n02 dog")) == ["a-b", "class", "Cat 2", "cat 3", "n02 dog"]
+
+
+# --- the card ------------------------------------------------------------------------------------------------
+
+
+def front(text):
+    """The lines that a hub reads."""
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, tmp_path):
+    call(EVALUATION, *toy.evaluate, f"--data_dir={whole}", f"--json={tmp_path / 'eval.json'}")
+    call(EXPORT, whole, "--card", "--result", tmp_path / "eval.json", made / "result.json")
+    text = (whole.parent / "README.md").read_text()
+    assert front(text)["license"] == "unknown" and "dataset-distillation" in front(text)["tags"]
+    mean = json.loads((tmp_path / "eval.json").read_text())["scores"][0]["mean"]
+    assert f"| ConvNetD1W4 | {100 * mean:.2f} ± 0.00 | 1 |" in text
+    assert ("python distill/evaluation.py --dataset=ImageFolder --model=ConvNetD1W4 --res=8 --zca=True --num_eval=1 "
+            "--epoch_eval_train=2 --data_dir=distilled.safetensors") in text
+    assert "chose it on these test images" in text and "6 synthetic images, 2 a class, 3×8×8" in text
+    assert "Classes in order: blue, green, red." in text and "syn_steps: 3" in text
+    for path in (str(tmp_path), str(toy.data), str(made.parent)):
+        assert path not in text
+
+
+def test_without_results_a_card_states_no_accuracy(call, whole):
+    call(EXPORT, whole, "--card")
+    text = (whole.parent / "README.md").read_text()
+    assert "Not stated" in text and "%" not in text
+
+
+@pytest.mark.parametrize("dataset, licence, words", [
+    ("MiniFashion", "mit", "MIT"), ("MNIST", "cc-by-sa-3.0", "CC BY-SA 3.0"), ("CIFAR10", "unknown", "be cited"),
+    ("SVHN", "other", "non-commercial"), ("Tiny", "other", "terms of access"), ("Mine", "unknown", "find it out")])
+def test_the_source_has_a_licence(whole, dataset, licence, words):
+    distilled = DistilledSet.load(whole)
+    text = card(dataclasses.replace(distilled, config=distilled.config | {"dataset": dataset}), "x.safetensors", [])
+    assert front(text)["license"] == licence and words in text
+
+
+def changed(text, **values):
+    return json.dumps(json.loads(text) | values)
+
+
+@pytest.mark.parametrize("change, phrase", [
+    (lambda text: "{", "is not a result"), (lambda text: "[]", "is not a result"),
+    (lambda text: changed(text, scores=[{}]), "is not a result"),
+    (lambda text: changed(text, scores=5), "is not a result"),
+    (lambda text: changed(text, images=7), "is of 7 images"),
+    (lambda text: changed(text, what="2 random real images a class"), "2 random real images"),
+    (lambda text: None, "No such file")])
+def test_a_result_of_something_else_is_refused(call, toy, whole, tmp_path, change, phrase):
+    path = tmp_path / "eval.json"
+    call(EVALUATION, *toy.evaluate, f"--data_dir={whole}", f"--json={path}")
+    text = change(path.read_text())
+    path.write_text(text) if text else path.unlink()
+    (line,) = call(EXPORT, whole, "--card", "--result", path, expect=2).stderr.splitlines()
+    assert line.startswith("export.py: error: --result") and phrase in line
+    assert not (whole.parent / "README.md").exists()
+
+
+@pytest.mark.parametrize("arguments, phrase", [
+    (["{set}"], "nothing to do"), (["{set}", "--result", "x.json", "--png", "x"], "give --card too"),
+    ([], "required: set"), (["/nowhere.safetensors", "--card"], "/nowhere.safetensors does not exist"),
+    (["{set}", "--png"], "--help"),
+    (["{set}", "--card", "--png={folder}"], "new or empty"), (["{set}", "--png={set}"], "new or empty")])
+def test_mistakes_are_one_line_and_nothing_is_written(call, whole, arguments, phrase):
+    arguments = [each.format(set=whole, folder=whole.parent) for each in arguments]
+    (line,) = call(EXPORT, *arguments, expect=2).stderr.splitlines()
+    assert line.startswith("export.py: error: ") and phrase in line
+    assert [path.name for path in whole.parent.iterdir()] == ["distilled.safetensors"]
+
+
+def test_a_card_that_may_have_been_edited_is_kept(call, whole):
+    (whole.parent / "README.md").write_text("mine")
+    (line,) = call(EXPORT, whole, "--card", expect=2).stderr.splitlines()
+    assert "README.md exists" in line and (whole.parent / "README.md").read_text() == "mine"
+
+
+def test_a_set_whose_tensors_do_not_fit_is_refused(call, tmp_path):
+    from safetensors.torch import save_file
+
+    about = {"format": "datm-distilled-set-1", "classes": '["a", "b"]', "mean": "[0.5]", "std": "[0.5]", "config": "{}"}
+    for tensors, phrase in (({"labels": torch.zeros(3, 2)}, "do not fit"),
+                            ({"labels": torch.zeros(2, 3)}, "do not fit"),
+                            ({"images": torch.full((2, 1, 4, 4), torch.nan)}, "not finite"),
+                            ({"images": torch.zeros(2, 5, 4, 4)}, "5 channels")):
+        whole = {"images": torch.zeros(2, 1, 4, 4), "labels": torch.eye(2), "lr": torch.tensor(0.1)} | tensors
+        save_file(whole, tmp_path / "set.safetensors", about)
+        (line,) = call(EXPORT, tmp_path / "set.safetensors", f"--png={tmp_path / 'png'}", expect=2).stderr.splitlines()
+        assert phrase in line and not (tmp_path / "png").exists()

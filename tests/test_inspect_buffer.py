@@ -1,0 +1,120 @@
+"""scripts/inspect_buffer.py: what is in a folder of experts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from buffer.experts import SavedEpochs
+from scripts.inspect_buffer import distances, table
+from utils.run import save_config
+
+INSPECT = "scripts/inspect_buffer.py"
+
+
+@pytest.fixture
+def folder(toy_experts, tmp_path):
+    """A copy of the toy's experts."""
+    return shutil.copytree(toy_experts / "ImageFolder" / "ConvNetD1W4", tmp_path / "ConvNetD1W4")
+
+
+def test_distances_are_those_of_the_formulas():
+    thetas = torch.tensor([[3.0, 4.0], [3.0, 5.0], [6.0, 8.0], [0.0, 0.0]])
+    step, segment = distances(thetas, 2)
+    assert step == pytest.approx([1 / 5, 18**0.5 / 34**0.5, 1])
+    assert segment == pytest.approx([1, 1])
+    assert distances(thetas, 9)[1] == [] and distances(thetas[:1], 1) == ([], [])
+
+
+def test_rows_of_different_lengths_make_a_table():
+    assert table([[1.0], [2.0, 3.0]]).tolist()[1] == [2, 3]
+    assert table([]).shape == (0, 0)
+
+
+def test_a_buffer_is_described_and_drawn(call, folder, tmp_path):
+    done = call(INSPECT, folder, f"--png={tmp_path / 'out.png'}", f"--json={tmp_path / 'out.json'}")
+    for phrase in ("ConvNetD1W4", "3 in 2 files", "epochs 0 … 3", "ImageFolder", "zca True", "--max_start_epoch 2 or",
+                   "segment of 2"):
+        assert phrase in done.stdout
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["experts"] == 3 and report["epochs"] == [3] and report["options"]["model"] == "ConvNetD1W4"
+    assert report["bytes"] == sum(path.stat().st_size for path in folder.glob("*.pt"))
+    first = torch.load(folder / "replay_buffer_0.pt", weights_only=True)[0]
+    start, after, end = (torch.cat([each.reshape(-1) for each in first[epoch]]) for epoch in (0, 1, 2))
+    assert report["trajectories"][0]["step"][0] == pytest.approx(float((after - start).norm() / start.norm()))
+    assert report["trajectories"][0]["segment"][0] == pytest.approx(float((end - start).norm() / start.norm()))
+    assert [len(report["by_start_epoch"][name]) for name in ("step", "segment")] == [3, 2]
+    lines = [json.loads(line) for line in (folder / "replay_buffer_1.jsonl").read_text().splitlines()]
+    assert report["trajectories"][2]["test_accuracy"] == [line["test_accuracy"] for line in lines]
+    assert len(report["by_epoch"]["train_accuracy"]) == 3
+
+
+def test_published_files_leave_open_what_is_not_in_them(call, folder, tmp_path):
+    for path in [*folder.glob("*.yaml"), *folder.glob("*.jsonl")]:
+        path.unlink()
+    done = call(INSPECT, folder, f"--png={tmp_path / 'out.png'}", f"--json={tmp_path / 'out.json'}")
+    assert "ConvNetD1W4, by the folder's name" in done.stdout and "options     unknown" in done.stdout
+    assert "accuracy    unknown" in done.stdout and "3 in 2 files" in done.stdout
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["options"] is None and report["trajectories"][0]["test_accuracy"] is None
+    assert (tmp_path / "out.png").stat().st_size
+
+
+def unfinished(folder, epochs):
+    """A run of two more experts, the first of which has been trained for so many epochs."""
+    save_config(folder / "unfinished" / "run.yaml",
+                {"model": "ConvNetD1W4", "num_experts": 2, "train_epochs": 3, "first_expert": 3})
+    saved = SavedEpochs(folder / "unfinished" / "expert_3")
+    theta = torch.cat([each.reshape(-1) for each in torch.load(folder / "replay_buffer_0.pt", weights_only=True)[0][0]])
+    for epoch in range(epochs + 1):
+        reached = {"epoch": epoch, "loss": 1.0, "train_accuracy": 0.5, "test_accuracy": 0.25}
+        torch.save({"theta": theta * 2**epoch, "momentum": None, "buffers": {}, "reached": reached if epoch else None},
+                   (saved.folder.mkdir(parents=True, exist_ok=True) or saved.folder) / f"epoch_{epoch}.pt")
+
+
+def test_an_unfinished_run_is_shown(call, folder, tmp_path):
+    unfinished(folder, epochs=2)
+    done = call(INSPECT, folder, f"--json={tmp_path / 'out.json'}", f"--png={tmp_path / 'out.png'}")
+    assert "a run of 2 experts of 3 epochs, from expert 3 on; epochs so far: expert 3: 2;" in done.stdout
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["experts"] == 3 and report["unfinished"]["experts"] == [{"expert": 3, "epochs": 2}]
+    assert report["trajectories"][3]["step"] == pytest.approx([1, 1])
+    for path in folder.glob("replay_buffer_*"):  # nothing finished yet
+        path.unlink()
+    save_config(folder / "unfinished" / "run.yaml", {"model": "ConvNetD1W4", "num_experts": 9, "train_epochs": 3})
+    assert "experts     0 in 0 files" in call(INSPECT, folder, f"--png={tmp_path / 'out.png'}").stdout
+
+
+def test_experts_that_diverged_are_named(call, folder, tmp_path):
+    path = folder / "replay_buffer_1.pt"
+    (expert,) = torch.load(path, weights_only=True)
+    expert[2][0][:] = torch.nan
+    torch.save([expert], path)
+    assert "not finite  experts 2:" in call(INSPECT, folder, f"--json={tmp_path / 'out.json'}").stdout
+    assert "NaN" not in (tmp_path / "out.json").read_text()
+
+
+
+@pytest.mark.parametrize("change, phrases", [
+    (lambda folder: (folder / "replay_buffer_1.pt").write_bytes(b"PK"), ["replay_buffer_1.pt", "not a torch file"]),
+    (lambda folder: torch.save([[torch.zeros(3)]], folder / "replay_buffer_1.pt"), ["is not a list of snapshots"]),
+    (lambda folder: torch.save([[[1, 2]]], folder / "replay_buffer_1.pt"), ["not all of one network"]),
+    (lambda folder: torch.save([[[torch.zeros(2)]]], folder / "replay_buffer_1.pt"), ["not all of one network"]),
+    (lambda folder: (folder / "replay_buffer_0.jsonl").write_text("{}\n"), ["replay_buffer_0.jsonl", "is damaged"]),
+    (lambda folder: (folder / "replay_buffer_0.yaml").write_text("["), ["replay_buffer_0.yaml", "is damaged"])])
+def test_damaged_files_are_refused(call, folder, change, phrases):
+    change(folder)
+    (line,) = call(INSPECT, folder, expect=2).stderr.splitlines()
+    assert line.startswith("inspect_buffer.py: error: ")
+    assert all(phrase in line for phrase in phrases), line
+
+
+@pytest.mark.parametrize("arguments, phrase", [
+    (["{folder}", "--expert_epochs=0"], "--expert_epochs 0"), (["{folder}", "--expert_epochs=x"], "invalid int"),
+    (["{folder}/.."], "give one of these"), (["/nowhere"], "no replay_buffer_*.pt in /nowhere"),
+    ([], "required: folder"), (["{folder}", "--png={folder}"], "which is a folder")])
+def test_mistakes_are_one_line(call, folder, arguments, phrase):
+    (line,) = call(INSPECT, *(each.format(folder=folder) for each in arguments), expect=2).stderr.splitlines()
+    assert line.startswith("inspect_buffer.py: error: ") and phrase in line

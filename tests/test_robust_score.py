@@ -1,0 +1,125 @@
+"""DD-Ranking's scores, hard labels, and the table of sets and networks."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from scripts.robust_score import augmentation_robust_score, label_robust_score, scaled
+
+SCORE, EVALUATION, BASELINE = "scripts/robust_score.py", "distill/evaluation.py", "distill/baseline.py"
+
+
+def test_the_formulas():
+    assert scaled(-1) == 0 and scaled(1) == 1
+    assert scaled(0) == pytest.approx(1 / (1 + math.e))  # the same: (1 − 1/e) / (e − 1/e)
+    # α = 0.5 · (0.7 − 0.5) − 0.5 · (0.9 − 0.6) = −0.05
+    assert label_robust_score(0.9, 0.6, 0.7, 0.5) == pytest.approx((math.exp(-0.05) - math.exp(-1)) / 2.3504023873)
+    assert label_robust_score(0.9, 0.6, 0.7, 0.5, weight=1) == scaled(0.7 - 0.5)
+    assert label_robust_score(0.9, 0.6, 0.7, 0.5, weight=0) == scaled(0.6 - 0.9)
+    assert label_robust_score(1, 0, 0, 1) == 0 and augmentation_robust_score(1, 0, 1, 0) == 1
+    # β = 0.25 · 0.2 + 0.75 · 0.4 = 0.35
+    assert augmentation_robust_score(0.7, 0.5, 0.6, 0.2, weight=0.25) == pytest.approx(scaled(0.35))
+
+
+@pytest.fixture(scope="module")
+def results(call, toy, toy_experts, tmp_path_factory):
+    """The six results for a set of two images a class."""
+    folder = tmp_path_factory.mktemp("results")
+    call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={folder}", "--run_name=run",
+         "--skip_first_eva")
+    distilled = folder / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal" / "distilled.safetensors"
+    evaluate = [*toy.evaluate, "--eval_mode=C", "--batch_train=128"]
+    syn = [EVALUATION, *evaluate, f"--data_dir={distilled}"]
+    random = [BASELINE, *evaluate, "--ipc=2", "--label_source=experts", f"--buffer_path={toy_experts}"]
+    for name, command in {"syn": syn, "syn_no_aug": [*syn, "--no_aug"], "syn_hard": [*syn, "--hard_labels"],
+                          "random": random, "random_no_aug": [*random, "--no_aug"],
+                          "real": [BASELINE, *evaluate, "--ipc=None", "--epoch_eval_train=1"]}.items():
+        call(*command, f"--json={folder / name}.json")
+    return folder
+
+
+@pytest.fixture
+def given(results, tmp_path):
+    """`given(name=change)`: the command line, with results changed or, by None, left out."""
+    def given(**changes):
+        options = []
+        for name in ("syn", "syn_hard", "random", "real", "syn_no_aug", "random_no_aug"):
+            change = changes.get(name, lambda result: result)
+            if change is not None:
+                path = tmp_path / f"{name}.json"
+                path.write_text(json.dumps(change(json.loads((results / f"{name}.json").read_text()))))
+                options += [f"--{name}", path]
+        return options
+    return given
+
+
+def with_means(mean, other=0.5):
+    return lambda result: result | {"scores": [score | {"mean": mean if score["network"] == "ConvNet" else other}
+                                               for score in result["scores"]]}
+
+
+def test_scores_are_those_of_the_results(call, given, tmp_path):
+    options = given(syn=with_means(0.7), syn_hard=with_means(0.6), random=with_means(0.5), real=with_means(0.9),
+                    syn_no_aug=with_means(0.6), random_no_aug=with_means(0.3))
+    done = call(SCORE, *options, f"--json={tmp_path / 'out' / 'scores.json'}")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
+    assert list(scores) == ["ConvNetD1W4", "ConvNet"]
+    assert scores["ConvNetD1W4"]["LRS"] == scores["ConvNetD1W4"]["ARS"] == pytest.approx(scaled(0))
+    assert scores["ConvNet"] == pytest.approx({"HLR": 0.3, "IOR": 0.2, "LRS": scaled(-0.05), "IOR_no_aug": 0.3,
+                                               "ARS": scaled(0.25)})
+    assert f"ConvNet: HLR 30.00 %, IOR 20.00 %, LRS {100 * scaled(-0.05):.2f} %" in done.stdout
+    assert "ARS" not in call(SCORE, *given(syn_no_aug=None, random_no_aug=None)).stdout
+
+
+def test_hard_labels_train_on_the_classes(results):
+    soft, hard = (json.loads((results / f"{name}.json").read_text()) for name in ("syn", "syn_hard"))
+    assert hard["what"] == "distilled images with hard labels" and hard["images"] == soft["images"] == 6
+    assert hard["config"]["hard_labels"] is True
+
+
+def test_hard_labels_are_those_that_were_said(call, toy, results, tmp_path):
+    """The same accuracies as from a file of these classes."""
+    folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
+    torch.save(torch.arange(3).repeat_interleave(2), tmp_path / "classes.pt")
+    call(EVALUATION, *toy.evaluate, "--eval_mode=C", f"--data_dir={folder / 'images_best.pt'}",
+         f"--label_dir={tmp_path / 'classes.pt'}", f"--lr_dir={folder / 'lr_best.pt'}", f"--json={tmp_path / 'x.json'}")
+    expected = json.loads((results / "syn_hard.json").read_text())["scores"]
+    assert json.loads((tmp_path / "x.json").read_text())["scores"] == expected
+
+
+def other(**config):
+    return lambda result: result | {"config": result["config"] | config}
+
+
+@pytest.mark.parametrize("changes, phrases", [
+    (dict(syn=lambda result: []), ["--syn ", "is not a result"]),
+    (dict(syn=lambda result: result | {"scores": [{}]}), ["--syn ", "is not a result"]),
+    (dict(syn=lambda result: result | {"config": 3}), ["--syn ", "its config is none"]),
+    (dict(syn_hard=lambda result: result | {"what": "distilled images"}), ["--syn_hard is a result of 'distilled"]),
+    (dict(random=lambda result: result | {"what": "x"}), ["--random is a result of 'x'"]),
+    (dict(random=lambda result: result | {"images": 3}), ["--random is of 3 images, --syn of 6"]),
+    (dict(real=lambda result: result | {"tested_on": "validation"}), ["--real was tested on the validation images"]),
+    (dict(random=other(epoch_eval_train=3)), ["--random was evaluated in another way", "epoch_eval_train"]),
+    (dict(real=other(zca=False)), ["--real was evaluated in another way", "zca"]),
+    (dict(random=other(no_aug=True)), ["--random: its no_aug is True"]),
+    (dict(syn_no_aug=other(no_aug=False)), ["--syn_no_aug: its no_aug is False"]),
+    (dict(syn_no_aug=None), ["give both or none"]), (dict(real=None), ["required: --real"]),
+    (dict(real=lambda result: result | {"scores": []}), ["no network is in all"])])
+def test_what_cannot_be_compared_is_refused(call, given, changes, phrases):
+    (line,) = call(SCORE, *given(**changes), expect=2).stderr.splitlines()
+    assert line.startswith("robust_score.py: error: ") and all(phrase in line for phrase in phrases), line
+
+
+def test_a_weight_is_a_share(call, given):
+    (line,) = call(SCORE, *given(), "--weight=2", expect=2).stderr.splitlines()
+    assert "--weight 2" in line
+
+
+def test_networks_are_columns(call, results):
+    text = call("scripts/summary.py", results / "syn.json", results / "real.json", "--by_network").stdout.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text]
+    assert cells[0] == ["set", "images", "ConvNetD1W4", "ConvNet"]
+    assert [row[:2] for row in cells[2:]] == [["distilled images", "6"], ["the whole training set", "72"]]
+    assert all("±" in cell for row in cells[2:] for cell in row[2:])
