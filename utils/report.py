@@ -397,7 +397,7 @@ def page(run: Run) -> str:
                 ("curves", "Curves", _curves(run)), ("options", "Options", _options(run)),
                 ("reproduce", "Reproduce", _reproduce(run)), ("machine", "Versions and hardware", _machine_table(run))]
     lead = " · ".join(escape(str(each)) for each in (
-        config.get("dataset"), config.get("model"), config and f"{config.get('ipc')} image(s) a class",
+        config.get("dataset"), config.get("model"), config and _images_a_class(config.get("ipc")),
         config and f"{config.get('matching')} gradient", run.result["environment"].get("date")) if each)
     return _document(title, f"Distillation run <b>{escape(run.name)}</b>", lead, sections)
 
@@ -480,18 +480,15 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     steps = len(run.steps)
     networks = "network" if run.best.count == 1 else "networks"
     facts = [(f"Best accuracy on the {on} images", f"{run.best}"),
-             ("measured on", f"{run.best.count} {networks} ({run.best.network})"),
-             ("reached at iteration", f"{run.best.iteration:,}")]
+             ("Measured on", f"{run.best.count} {networks} ({run.best.network})"),
+             ("Reached at iteration", f"{run.best.iteration:,}")]
     if isinstance(result.get("best_ema"), dict):
         facts.append(("Best accuracy of the averaged images (EMA)",
                       str(_accuracy(result["best_ema"]["iteration"], "EMA", result["best_ema"]["scores"][0]))))
-    segments = fixed.get("segments")
-    facts += [(f"Matching loss over {segments or 'the'} fixed segments, before", _number(fixed.get("before"))),
-              ("the same, after", _number(fixed.get("after"))),
+    loss = "not recorded" if not fixed else f"{_number(fixed.get('before'))} → {_number(fixed.get('after'))}"
+    facts += [(f"Matching loss before → after, over {fixed.get('segments', '')} fixed segments", loss),
               ("Learning rate α of the best set", _number(result["best"].get("lr"))),
-              ("Updates", f"{steps:,}" if steps else "not recorded"),
-              ("of them skipped (loss above the threshold, or not finite)",
-               _share(result.get("skipped"), steps)),
+              ("Skipped updates (loss above the threshold, or not finite)", _share(result.get("skipped"), steps)),
               ("α held back", "not recorded" if "held" not in result else _times(int(result["held"]))),
               ("Time", "not recorded" if "seconds" not in result else _duration(float(result["seconds"])))]
     return facts
@@ -501,10 +498,14 @@ def _times(count: int) -> str:
     return "never" if count == 0 else "once" if count == 1 else f"{count:,} times"
 
 
+def _images_a_class(ipc: Any) -> str:
+    return f"{ipc} image{'' if ipc == 1 else 's'} a class"
+
+
 def _share(count: Any, total: int) -> str:
     if count is None:
         return "not recorded"
-    return f"{int(count):,}" + (f" ({100 * int(count) / total:.1f} %)" if total and count else "")
+    return f"{int(count):,}" + (f" of {total:,} ({100 * int(count) / total:.1f} %)" if total else "")
 
 
 def _summary(run: Run) -> str:
@@ -543,7 +544,7 @@ def _images(run: Run) -> str:
         return found[0] + f'<div class="cards">\n{cards}</div>\n'
     for number, each in rows.items():
         cards = "".join(_card(pictures, row, shown <= OPEN_UP_TO, 4) for row in each)
-        found.append(f'<h3>{escape(pictures.classes[number])}</h3>\n<div class="cards">\n{cards}</div>\n')
+        found.append(f'<h3>{escape(pictures.classes[number])}</h3>\n<div class="cards many">\n{cards}</div>\n')
     return "".join(found)
 
 
@@ -563,7 +564,7 @@ def _card(pictures: Pictures, row: int, is_open: bool, level: int) -> str:
                   "start, noise" if pictures.noise else "real start"),
                  (pictures.change[row], f"change of class {name} from its start, root mean square {rms:.2f} of the "
                   "pixel range", f"change, RMS {rms:.2f}")]
-    top = f"<h{level}>{escape(name)}</h{level}>\n"
+    top = f"<h{level}>{f'Image {each + 1}' if level == 4 else escape(name)}</h{level}>\n"
     opened = " open" if is_open else ""
     words = "Start, change and label" if below else "Label"
     return (f'<article class="card">{top}{_pair(pair)}<details{opened}><summary>{words}'
@@ -602,25 +603,33 @@ def _compared_images(runs: Sequence[Run], names: list[str]) -> str:
     classes = list(dict.fromkeys(name for run in runs if run.pictures for name in run.pictures.classes))
     if not classes:
         return "<p>None of these folders holds pictures.</p>\n"
-    most = max(1, min(COMPARED_PER_CLASS, IMAGE_BYTES // (len(classes) * len(runs) * max(
-        run.pictures.distilled[0].numel() for run in runs if run.pictures))))
+    seen = [run.pictures for run in runs if run.pictures]
+    room = IMAGE_BYTES // (len(classes) * len(runs) * max(each.distilled[0].numel() for each in seen))
+    most = max(1, min(COMPARED_PER_CLASS, room, max(each.ipc for each in seen)))
 
-    def cell(run: Run, name: str, run_name: str) -> str:
+    def figures(run: Run, name: str, run_name: str) -> list[str]:
+        """The first images of a class, each with what its label says of it."""
         pictures = run.pictures
         if pictures is None or name not in pictures.classes:
-            return "none"
+            return []
         found = []
         for each, row in enumerate(pictures.rows().get(pictures.classes.index(name), [])[:most]):
             says = int(pictures.labels[row].argmax())
-            image = _image(pictures.distilled[row], f"{name}, image {each + 1} of {run_name}")
+            image = _image(pictures.distilled[row], f"distilled {name}, image {each + 1} of {run_name}")
             found.append(f"<figure>{image}<figcaption>{escape(pictures.classes[says])} "
                          f"{100 * float(pictures.labels[row, says]):.0f} %</figcaption></figure>")
-        return f'<div class="pair">{"".join(found)}</div>' if found else "not shown"
+        return found
 
-    rows = [[escape(name), *(cell(run, name, each) for run, each in zip(runs, names))] for name in classes]
-    note = (f"<p>At most {most} of each class, un-whitened, clipped at ±2.5 standard deviations; below each the class "
-            "that its soft label holds likeliest. More of them are in each run's own report.</p>\n")
-    return note + _table("Distilled images of each class, by run", ["class", *map(escape, names)], rows, "pictures")
+    cards = []
+    for name in classes:
+        body = "".join(f'<div class="of"><p>{escape(each)}</p><div class="pair">'
+                       f'{"".join(figures(run, name, each)) or "not shown"}</div></div>'
+                       for run, each in zip(runs, names))
+        cards.append(f'<article class="card"><h3>{escape(name)}</h3>\n<div class="side">{body}</div></article>\n')
+    first = "The first image" if most == 1 else f"The first {most} images"
+    note = (f"{first} of each class, un-whitened, clipped at ±2.5 standard deviations; below each the class that its "
+            "soft label holds likeliest. Each run's own report shows more.")
+    return f'<p>{note}</p>\n<div class="cards">\n{"".join(cards)}</div>\n'
 
 
 # --- curves --------------------------------------------------------------------------------------------------
@@ -663,7 +672,7 @@ def running_mean(steps: Sequence[Step]) -> tuple[int, list[tuple[float, float]]]
 def _loss_chart(runs: Sequence[Run], names: list[str]) -> str:
     """Every loss and its running mean; of several runs the means alone."""
     alone = len(runs) == 1
-    chart = Chart("Matching loss", "iteration", "loss, relative to the expert's own way")
+    chart = Chart("Matching loss", "iteration", "matching loss")
     spans = []
     for number, (run, name) in enumerate(zip(runs, names)):
         points = [(step.iteration, step.loss) for step in run.steps]
@@ -707,8 +716,8 @@ def _accuracy_chart(runs: Sequence[Run], names: list[str]) -> str:
     if chart.empty:
         return ""
     counts = sorted({score.count for run in runs for score in run.scores})
-    return chart.figure(f"Mean, and a band of ± one standard deviation, over {' or '.join(map(str, counts))} "
-                        f"network(s). {'; '.join(spoken)}.")
+    over = f"{' or '.join(map(str, counts))} network{'' if counts == [1] else 's'}"
+    return chart.figure(f"Mean, and a band of ± one standard deviation, over {over}. {'; '.join(spoken)}.")
 
 
 def _rate_chart(runs: Sequence[Run], names: list[str]) -> str:
@@ -901,14 +910,14 @@ h2:focus { outline: none; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 0; padding: 0; }
 nav a { display: inline-block; padding: .25rem 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .6rem; margin: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 44%), 1fr)); gap: .6rem; margin: 0; }
 .facts div { background: var(--card); border: 1px solid var(--edge); border-radius: .4rem; padding: .5rem .75rem;
   display: flex; flex-direction: column; justify-content: space-between; }
 dt { color: var(--soft); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; font-variant-numeric: tabular-nums; }
 .facts div:first-child dd { font-weight: 700; font-size: 1.3rem; }
 .note { border-left: 4px solid var(--bad); padding: .3rem 0 .3rem .9rem; margin: 1rem 0; }
 .note ul { margin: 0; padding-left: 1.2rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .8rem;
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13.4rem, 100%), 1fr)); gap: .8rem;
   align-items: start; }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: .4rem; padding: .6rem .75rem;
   min-width: 0; }
@@ -943,14 +952,19 @@ details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color:
 .window { --c: var(--window); } .band.window { fill-opacity: 1; }
 .scroll { overflow-x: auto; margin: .4rem 0 1rem; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); font-size: .85rem; padding: .2rem 0; }
+caption { text-align: left; white-space: nowrap; color: var(--soft); font-size: .85rem; padding: .2rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--edge);
   overflow-wrap: normal; } tbody th { font-weight: 400; } thead th { color: var(--soft); font-weight: 600; }
-.pictures figure { width: 5.5rem; flex: none; } .pictures td { min-width: 6rem; }
-.options td:last-child { min-width: 14rem; }
+.options td { min-width: 6.5rem; } .options td:last-child { min-width: 14rem; }
+.options td code { overflow-wrap: break-word; }
 code, pre { font-family: ui-monospace, monospace; font-size: .9em; } td code { overflow-wrap: anywhere; }
 pre { background: var(--code); border: 1px solid var(--edge); border-radius: .4rem; padding: .7rem .9rem;
   overflow-x: auto; margin: .2rem 0 1rem; }
 .commands { padding-left: 1.4rem; } .commands p { margin: .2rem 0; }
+.side { display: flex; flex-wrap: wrap; gap: .6rem; } .side .of { flex: 1 1 5rem; min-width: 0; }
+.side .of p { margin: 0 0 .2rem; font-size: .85rem; font-weight: 600; }
+@media (max-width: 40rem) { .many { grid-template-columns: 1fr 1fr; gap: .5rem; } .many .card { padding: .5rem; }
+  .many .pair { gap: .35rem; } .many .card:has(details[open]) { grid-column: 1 / -1; }
+  .chart svg text { font-size: 14px; } th, td { padding-right: .6rem; } }
 @media print { .skip, nav { display: none; } }
 """
