@@ -102,7 +102,7 @@ class Accuracy:
     count: int
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} ± {100 * self.std:.2f} %"
+        return f"{100 * self.mean:.2f} ± {100 * self.std:.2f}\N{NO-BREAK SPACE}%"
 
 
 @dataclass(frozen=True)
@@ -505,7 +505,8 @@ def _images_a_class(ipc: Any) -> str:
 def _share(count: Any, total: int) -> str:
     if count is None:
         return "not recorded"
-    return f"{int(count):,}" + (f" of {total:,} ({100 * int(count) / total:.1f} %)" if total else "")
+    return f"{int(count):,}" + (f" of {total:,}" if total else "") + (
+        f" ({100 * int(count) / total:.1f} %)" if total and count else "")
 
 
 def _summary(run: Run) -> str:
@@ -531,8 +532,9 @@ def _images(run: Run) -> str:
                      "nearest to it in pixels.")
     if pictures.start is not None:
         parts.append(f"Under each: the {'noise' if pictures.noise else 'real image'} that it started from, where it "
-                     "became brighter (white) or darker (black; mid grey is no change; one scale for all images), and "
-                     "its soft label, in which a mark on a bar is the value at the start.")
+                     "became brighter (white) or darker (black; mid grey is no change; one scale for all images) "
+                     "with the change's root mean square (1 is the whole range of pixels), and its soft label, in which a "
+                     "mark on a bar is the value at the start.")
     if shown < total:
         parts.append(f"Shown are {shown:,} of the set's {total:,} images: {len(next(iter(rows.values())))} of "
                      f"{pictures.ipc} a class, {len(rows)} of {len(pictures.classes)} classes.")
@@ -563,10 +565,10 @@ def _card(pictures: Pictures, row: int, is_open: bool, level: int) -> str:
         below = [(pictures.start[row], f"{kind} that the distilled image of class {name} started from",
                   "start, noise" if pictures.noise else "real start"),
                  (pictures.change[row], f"change of class {name} from its start, root mean square {rms:.2f} of the "
-                  "pixel range", f"change, RMS {rms:.2f}")]
+                  "pixel range", f"change {rms:.2f}")]
     top = f"<h{level}>{f'Image {each + 1}' if level == 4 else escape(name)}</h{level}>\n"
     opened = " open" if is_open else ""
-    words = "Start, change and label" if below else "Label"
+    words = "Start and label" if below else "Label"
     return (f'<article class="card">{top}{_pair(pair)}<details{opened}><summary>{words}'
             f'<span class="hidden"> of {escape(name)}</span></summary>\n{_pair(below) if below else ""}'
             f"{_bars(pictures, row, name)}</details></article>\n")
@@ -617,7 +619,7 @@ def _compared_images(runs: Sequence[Run], names: list[str]) -> str:
             says = int(pictures.labels[row].argmax())
             image = _image(pictures.distilled[row], f"distilled {name}, image {each + 1} of {run_name}")
             found.append(f"<figure>{image}<figcaption>{escape(pictures.classes[says])} "
-                         f"{100 * float(pictures.labels[row, says]):.0f} %</figcaption></figure>")
+                         f"{100 * float(pictures.labels[row, says]):.0f}\N{NO-BREAK SPACE}%</figcaption></figure>")
         return found
 
     cards = []
@@ -657,16 +659,20 @@ def _compared_curves(runs: Sequence[Run], names: list[str]) -> str:
 
 
 def running_mean(steps: Sequence[Step]) -> tuple[int, list[tuple[float, float]]]:
-    """Over how many iterations, and the mean of the finite losses around each iteration; nothing of a short run."""
+    """Over how many iterations, and the mean loss around each, without the skipped ones; nothing of a short run."""
     if len(steps) < 20:
         return 0, []
     span = max(len(steps) // 50, 5)
-    finite = [0.0 if math.isnan(step.loss) else step.loss for step in steps]
-    count = [0.0 if math.isnan(step.loss) else 1.0 for step in steps]
-    sums = [torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0) for values in (finite, count)]
+    losses = [step.loss if step.updated else 0.0 for step in steps]
+    updated = [float(step.updated) for step in steps]
+    sums = [torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0) for values in (losses, updated)]
     total, number = (each[span:] - each[:-span] for each in sums)
-    means = (total / number).tolist()  # NaN where none was finite, which is a gap in the line
+    means = (total / number).tolist()  # NaN where all were skipped, which is a gap in the line
     return span, [(steps[first + span // 2].iteration, mean) for first, mean in enumerate(means)]
+
+
+def _loss(step: Step, form: str = ".3g") -> str:
+    return "not finite" if math.isnan(step.loss) else f"{step.loss:{form}}"
 
 
 def _loss_chart(runs: Sequence[Run], names: list[str]) -> str:
@@ -675,13 +681,13 @@ def _loss_chart(runs: Sequence[Run], names: list[str]) -> str:
     chart = Chart("Matching loss", "iteration", "matching loss")
     spans = []
     for number, (run, name) in enumerate(zip(runs, names)):
-        points = [(step.iteration, step.loss) for step in run.steps]
+        points = [(step.iteration, step.loss if step.updated else math.nan) for step in run.steps]
         span, mean = running_mean(run.steps)
         spans.append(f"{span} iterations")
         if alone:
             chart.line(thinned(points), "raw", "each iteration")
         chart.line(thinned(mean if mean else points), f"s{number % 6}",
-                   (f"mean over {span}" if mean else "") if alone else name)
+                   ("" if not mean else f"mean over {span}") if alone else name)
         if alone and run.skipped:
             chart.crosses(thinned([(step.iteration, step.loss) for step in run.skipped]), "bad", "update skipped")
     if chart.empty:
@@ -689,11 +695,12 @@ def _loss_chart(runs: Sequence[Run], names: list[str]) -> str:
     first = runs[0]
     words = ""
     if alone and "threshold" in first.config and isinstance(first.config["threshold"], int | float):
-        words = f" Updates whose loss exceeds {first.config['threshold']:g} are skipped."
+        words = f" Updates whose loss exceeds {first.config['threshold']:g} are skipped"
+        words += ", and not in the mean; losses above the scale stand at its upper edge." if first.skipped else "."
     elif not alone:
         words = f" Running means over {', '.join(dict.fromkeys(spans))}."
     ends = [f"{name}: " if not alone else "" for name in names]
-    described = "; ".join(f"{end}from {run.steps[0].loss:.3g} to {run.steps[-1].loss:.3g}"
+    described = "; ".join(f"{end}from {_loss(run.steps[0])} to {_loss(run.steps[-1])}"
                           for end, run in zip(ends, runs) if run.steps)
     return chart.figure(f"From the first iteration to the last: {described}.{words}")
 
@@ -745,8 +752,8 @@ def _window_chart(run: Run, name: str = "") -> str:
     # Half an epoch wider on either side, so that dots lie inside; the bound itself is exclusive.
     chart.band(thinned([(step.iteration, lowest - 0.5, step.bound - 0.5) for step in run.steps]), "window",
                "allowed start epochs", steps=True)
-    chart.dots(thinned([(step.iteration, step.start_epoch) for step in run.steps if step.updated]), "s0", 1.8,
-               "drawn, updated")
+    chart.dots(thinned([(step.iteration, step.start_epoch) for step in run.steps if step.updated]), "s0",
+               1.2 if len(run.steps) > 500 else 2.0, "drawn, updated")
     chart.crosses(thinned([(step.iteration, step.start_epoch) for step in run.skipped]), "bad", "drawn, update skipped")
     first, last = run.steps[0].bound - 1, run.steps[-1].bound - 1
     grew = f"{lowest} to {first} at first, {lowest} to {last} at the end" if first != last else f"{lowest} to {last}"
@@ -780,7 +787,7 @@ def _numbers(run: Run) -> str:
     scores = [[f"{score.iteration:,}", escape(f"{score.set}, {score.network}"), escape(str(score)), str(score.count)]
               for score in run.scores]
     some = numbers_every(run.steps, TABLE_ROWS)
-    steps = [[f"{step.iteration:,}", "not finite" if math.isnan(step.loss) else f"{step.loss:.4g}", f"{step.lr:.4g}",
+    steps = [[f"{step.iteration:,}", _loss(step, ".4g"), f"{step.lr:.4g}",
               str(step.start_epoch), f"below {step.bound}", "yes" if step.updated else "skipped"] for step in some]
     found = ""
     if scores:
@@ -914,7 +921,7 @@ nav a { display: inline-block; padding: .25rem 0; }
 .facts div { background: var(--card); border: 1px solid var(--edge); border-radius: .4rem; padding: .5rem .75rem;
   display: flex; flex-direction: column; justify-content: space-between; }
 dt { color: var(--soft); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; font-variant-numeric: tabular-nums; }
-.facts div:first-child dd { font-weight: 700; font-size: 1.3rem; }
+.facts div:first-child dd { font-weight: 700; font-size: 1.2rem; white-space: nowrap; }
 .note { border-left: 4px solid var(--bad); padding: .3rem 0 .3rem .9rem; margin: 1rem 0; }
 .note ul { margin: 0; padding-left: 1.2rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13.4rem, 100%), 1fr)); gap: .8rem;
@@ -928,7 +935,7 @@ img { display: block; width: 100%; height: auto; image-rendering: pixelated; bor
 details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color: var(--link); }
 .card details { margin: .2rem 0 0; } .card summary { font-size: .9rem; }
 .bars { list-style: none; margin: .6rem 0 0; padding: 0; font-size: .85rem; }
-.bars li { display: grid; grid-template-columns: minmax(0, 5.5rem) 1fr 3rem; gap: .4rem; align-items: center; }
+.bars li { display: grid; grid-template-columns: minmax(0, 4.9rem) 1fr 2.5rem; gap: .4rem; align-items: center; }
 .bars li > :first-child { overflow-wrap: anywhere; line-height: 1.2; padding: .1rem 0; }
 .bars li > :last-child { text-align: right; font-variant-numeric: tabular-nums; position: relative; }
 .bars .own { font-weight: 700; }
@@ -964,7 +971,8 @@ pre { background: var(--code); border: 1px solid var(--edge); border-radius: .4r
 .side { display: flex; flex-wrap: wrap; gap: .6rem; } .side .of { flex: 1 1 5rem; min-width: 0; }
 .side .of p { margin: 0 0 .2rem; font-size: .85rem; font-weight: 600; }
 @media (max-width: 40rem) { .many { grid-template-columns: 1fr 1fr; gap: .5rem; } .many .card { padding: .5rem; }
-  .many .pair { gap: .35rem; } .many .card:has(details[open]) { grid-column: 1 / -1; }
+  .many .pair { gap: .35rem; } .many figcaption { font-size: .75rem; }
+  .many .card:has(details[open]) { grid-column: 1 / -1; }
   .chart svg text { font-size: 14px; } th, td { padding-right: .6rem; } }
 @media print { .skip, nav { display: none; } }
 """

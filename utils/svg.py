@@ -45,7 +45,7 @@ class Chart:
     """
 
     width, height = 440, 250
-    left, right, top, bottom = 52, 12, 10, 42
+    left, right, top, bottom = 52, 22, 10, 42
 
     def __init__(self, title: str, x_label: str, y_label: str, whole: bool = False):
         self.title, self.x_label, self.y_label, self.whole = title, x_label, y_label, whole
@@ -66,7 +66,7 @@ class Chart:
         self._add("dots", style, name, points, radius=radius)
 
     def crosses(self, points: Sequence[Point], style: str, name: str = "") -> None:
-        """Points whose value is not finite stand at the upper edge."""
+        """Exceptions, for which the scale makes no room: those above it, or not finite, stand at the upper edge."""
         self._add("crosses", style, name, points)
 
     def figure(self, words: str) -> str:
@@ -89,7 +89,8 @@ class Chart:
         return [point[0] for _, _, _, points, _ in self._marks for point in points]
 
     def _ys(self) -> list[float]:
-        return [y for _, _, _, points, _ in self._marks for point in points for y in point[1:] if math.isfinite(y)]
+        marks = [mark for mark in self._marks if mark[0] != "crosses"] or self._marks
+        return [y for _, _, _, points, _ in marks for point in points for y in point[1:] if math.isfinite(y)]
 
     def _log(self) -> bool:
         """Whether the values span so much that a linear scale would hide most of them."""
@@ -108,7 +109,7 @@ class Chart:
             return self.left + (value - x_low) / (x_high - x_low) * (self.width - self.left - self.right)
 
         def y(value: float) -> float:
-            share = (scale(value) - low) / (high - low) if math.isfinite(value) else 1
+            share = min((scale(value) - low) / (high - low), 1) if math.isfinite(value) else 1
             return self.height - self.bottom - share * (self.height - self.top - self.bottom)
 
         return self._axes(x, y, (x_low, x_high), (low, high), log) + "".join(
@@ -121,14 +122,12 @@ class Chart:
         if log:
             exponents = ticks(*y_range, 5)
             values = [10**each for each in exponents]
-            names = [f"{value:.2g}" for value in values]
         else:
             values = ticks(*y_range, 5, self.whole)
-            names = [_tick(value) for value in values]
         parts = [f'<path class="axis" d="M{self.left} {base}H{right}"/>']
-        for value, name in zip(values, names):
+        for value in values:
             parts.append(f'<path class="axis" d="M{self.left} {y(value):.1f}H{right}"/><text x="{self.left - 6}" '
-                         f'y="{y(value) + 4:.1f}" text-anchor="end">{name}</text>')
+                         f'y="{y(value) + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
         for value in ticks(*x_range, 5, whole=True):
             parts.append(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>')
         middle = (self.left + right) / 2
@@ -140,7 +139,7 @@ class Chart:
 
 
 def _tick(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}" if value >= 1e6 else f"{value:.6g}"
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
