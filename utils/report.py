@@ -102,7 +102,7 @@ class Accuracy:
     count: int
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} ± {100 * self.std:.2f}\N{NO-BREAK SPACE}%"
+        return f"{100 * self.mean:.2f} ± {100 * self.std:.2f} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 @dataclass(frozen=True)
@@ -533,8 +533,8 @@ def _images(run: Run) -> str:
     if pictures.start is not None:
         parts.append(f"Under each: the {'noise' if pictures.noise else 'real image'} that it started from, where it "
                      "became brighter (white) or darker (black; mid grey is no change; one scale for all images) "
-                     "with the change's root mean square (1 is the whole range of pixels), and its soft label, in which a "
-                     "mark on a bar is the value at the start.")
+                     "with the change's root mean square (1 is the whole range of pixels), and its soft label, "
+                     "in which a mark on a bar is the value at the start.")
     if shown < total:
         parts.append(f"Shown are {shown:,} of the set's {total:,} images: {len(next(iter(rows.values())))} of "
                      f"{pictures.ipc} a class, {len(rows)} of {len(pictures.classes)} classes.")
@@ -631,7 +631,7 @@ def _compared_images(runs: Sequence[Run], names: list[str]) -> str:
     first = "The first image" if most == 1 else f"The first {most} images"
     note = (f"{first} of each class, un-whitened, clipped at ±2.5 standard deviations; below each the class that its "
             "soft label holds likeliest. Each run's own report shows more.")
-    return f'<p>{note}</p>\n<div class="cards">\n{"".join(cards)}</div>\n'
+    return f'<p>{note}</p>\n<div class="cards{"" if most == 1 else " wide"}">\n{"".join(cards)}</div>\n'
 
 
 # --- curves --------------------------------------------------------------------------------------------------
@@ -808,7 +808,12 @@ def _numbers(run: Run) -> str:
 def _shown(value: Any) -> str:
     """An option's value, as HTML."""
     text = "unset" if value is None or value == "" else str(value)
-    return f"<code>{escape(text)}</code>"
+    return f"<code>{_breakable(text)}</code>"
+
+
+def _breakable(path: str) -> str:
+    """A long path as HTML that a browser may break after each folder."""
+    return escape(path).replace("/", "/<wbr>")
 
 
 def _options(run: Run) -> str:
@@ -868,7 +873,7 @@ def _compared_numbers(runs: Sequence[Run], names: list[str]) -> str:
     facts = [dict(_facts(run)) for run in runs]
     known = dict.fromkeys(name for each in facts for name in each)
     rows = [[escape(name), *(escape(each.get(name, "none")) for each in facts)] for name in known]
-    rows.append(["folder", *(f"<code>{escape(_from_repository(str(run.path)))}</code>" for run in runs)])
+    rows.append(["Folder", *(f"<code>{_breakable(_from_repository(str(run.path)))}</code>" for run in runs)])
     missing = "".join(f"<li>{escape(f'{name}: {each}')}</li>" for run, name in zip(runs, names) for each in run.missing)
     note = f'<div class="note"><p>Not in these folders:</p><ul>{missing}</ul></div>\n' if missing else ""
     return _table("What each run reached", ["what", *map(escape, names)], rows) + note
@@ -881,7 +886,7 @@ def _compared_options(runs: Sequence[Run], names: list[str]) -> str:
                  if any(run.config.get(name, absent) != runs[0].config.get(name, absent) for run in runs)]
     if not different:
         return "<p>All options are the same.</p>\n"
-    rows = [[f"<code>{escape(name)}</code>", *(_shown(run.config[name]) if name in run.config else "not recorded"
+    rows = [[f"<code>{escape(name)}</code>", *(_shown(run.config[name]) if name in run.config else "without effect"
                                                for run in runs)] for name in different]
     return _table("Options that differ between the runs", ["option", *map(escape, names)], rows)
 
@@ -963,12 +968,13 @@ caption { text-align: left; white-space: nowrap; color: var(--soft); font-size: 
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--edge);
   overflow-wrap: normal; } tbody th { font-weight: 400; } thead th { color: var(--soft); font-weight: 600; }
 .options td { min-width: 6.5rem; } .options td:last-child { min-width: 14rem; }
-.options td code { overflow-wrap: break-word; }
-code, pre { font-family: ui-monospace, monospace; font-size: .9em; } td code { overflow-wrap: anywhere; }
+code, pre { font-family: ui-monospace, monospace; font-size: .9em; } tbody th { min-width: 7rem; }
 pre { background: var(--code); border: 1px solid var(--edge); border-radius: .4rem; padding: .7rem .9rem;
   overflow-x: auto; margin: .2rem 0 1rem; }
 .commands { padding-left: 1.4rem; } .commands p { margin: .2rem 0; }
-.side { display: flex; flex-wrap: wrap; gap: .6rem; } .side .of { flex: 1 1 5rem; min-width: 0; }
+.side { display: flex; flex-wrap: wrap; gap: .6rem; } .side .of { flex: 0 1 auto; min-width: 0; }
+.side .pair { flex-wrap: wrap; } .side .pair figure { flex: 0 0 5rem; }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); }
 .side .of p { margin: 0 0 .2rem; font-size: .85rem; font-weight: 600; }
 @media (max-width: 40rem) { .many { grid-template-columns: 1fr 1fr; gap: .5rem; } .many .card { padding: .5rem; }
   .many .pair { gap: .35rem; } .many figcaption { font-size: .75rem; }
