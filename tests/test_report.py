@@ -6,17 +6,18 @@ import shutil
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from tests.browser import CHROMIUM, browser
-from tests.conftest import ROOT
 from utils import report, svg
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, parse
 from utils.run import influential
 
+ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "link", "img", "br", "wbr"}
 STRANGE = "<script>alert(1)</script>&\"'"
 

@@ -922,11 +922,11 @@ h2:focus { outline: none; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 0; padding: 0; }
 nav a { display: inline-block; padding: .25rem 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 44%), 1fr)); gap: .6rem; margin: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(16rem, 44%), 1fr)); gap: .6rem; margin: 0; }
 .facts div { background: var(--card); border: 1px solid var(--edge); border-radius: .4rem; padding: .5rem .75rem;
-  display: flex; flex-direction: column; justify-content: space-between; }
+  display: flex; flex-direction: column; }
 dt { color: var(--soft); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; font-variant-numeric: tabular-nums; }
-.facts div:first-child dd { font-weight: 700; font-size: 1.2rem; white-space: nowrap; }
+.facts div:first-child dd { font-weight: 700; font-size: 1.1rem; white-space: nowrap; }
 .note { border-left: 4px solid var(--bad); padding: .3rem 0 .3rem .9rem; margin: 1rem 0; }
 .note ul { margin: 0; padding-left: 1.2rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13.4rem, 100%), 1fr)); gap: .8rem;
@@ -940,7 +940,7 @@ img { display: block; width: 100%; height: auto; image-rendering: pixelated; bor
 details { margin: .5rem 0; } summary { cursor: pointer; padding: .3rem 0; color: var(--link); }
 .card details { margin: .2rem 0 0; } .card summary { font-size: .9rem; }
 .bars { list-style: none; margin: .6rem 0 0; padding: 0; font-size: .85rem; }
-.bars li { display: grid; grid-template-columns: minmax(0, 4.9rem) 1fr 2.5rem; gap: .4rem; align-items: center; }
+.bars li { display: grid; grid-template-columns: minmax(0, 5.4rem) 1fr 2.4rem; gap: .4rem; align-items: center; }
 .bars li > :first-child { overflow-wrap: anywhere; line-height: 1.2; padding: .1rem 0; }
 .bars li > :last-child { text-align: right; font-variant-numeric: tabular-nums; position: relative; }
 .bars .own { font-weight: 700; }
