@@ -85,6 +85,16 @@ def _manifests(folder: Path) -> dict[Path, dict[str, Any]]:
     return {path: read_config(path) for path in paths if path.exists()}
 
 
+def made_by(folder: Path) -> list[dict[str, Any]]:
+    """The different options by which the experts of a folder were made, as far as manifests tell."""
+    found: list[dict[str, Any]] = []
+    for saved in _manifests(folder).values():
+        options = {name: value for name, value in saved.items() if name not in _FACTS}
+        if options not in found:
+            found.append(options)
+    return found
+
+
 def check_same_data(folder: Path, config: DataConfig) -> None:
     """Refuses experts that were trained on other data, by the options saved beside them; published ones have none.
 

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
+from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, made_by, require_experts
 from distill import estimate
 from distill.distilled_set import DistilledSet
 from distill.evaluate import Known, Score, check_evaluation, check_pool, digest, evaluate
 from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
-from utils import augment, figures, interrupt, parallel
+from utils import augment, figures, interrupt, parallel, report
 from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.engine import activation_bytes, describe_engine
@@ -458,10 +458,13 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
         # Once more: a run that was killed just after it wrote them may have gone on to another best set.
         each.set.save(folder.path / name, "best", dataset)
         each.set.save_whole(folder.path / name / "distilled.safetensors", dataset, influential(config))
-    overall = max(best.values(), key=lambda each: each.scores[0].mean)
+    version, overall = max(best.items(), key=lambda each: each[1].scores[0].mean)
     figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images),
                         dataset.to_pixels(overall.set.images), dataset.classes)
     figures.save_curves(folder.path / "curves.png", folder.metrics(), config.threshold)
+    report.save_pictures(folder.path / report.PICTURES, dataset, (start.images, start.labels),
+                         (overall.set.images, overall.set.labels), version, config.pix_init == "noise",
+                         made_by(distillation.buffer.folder))
     summary = "; ".join(f"{'' if name == 'Normal' else name + ' '}best on the {chosen_on} images "
                         f"{100 * each.scores[0].mean:.2f} ± {100 * each.scores[0].std:.2f} % at iteration "
                         f"{each.iteration}" for name, each in best.items())
@@ -470,6 +473,7 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
                   skipped=distillation.skipped, held=distillation.held, seconds=state.seconds,
                   fixed_loss={"before": finite(before), "after": finite(after), "segments": FIXED_SEGMENTS},
                   environment=environment(start.images.device))
+    report.write(folder.path / report.PAGE, report.page(report.read_run(folder.path)))
     tracker.finish()
     print(f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     print(f"{summary}; {distillation.skipped} of {config.Iteration} updates skipped, α held back "
@@ -478,7 +482,7 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
         print(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
               f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
     print(f"in {shown(folder.path)}: {' and '.join(best)}/ with images_best.pt, labels_best.pt, lr_best.pt, "
-          "distilled.safetensors · images.png · curves.png · metrics.jsonl · result.json")
+          "distilled.safetensors · report.html · images.png · curves.png · metrics.jsonl · result.json")
 
 
 def _rounding(device: torch.device) -> dict[str, str]:

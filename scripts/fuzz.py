@@ -503,7 +503,7 @@ def _check_distillation(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     assert (result["best_ema"] is not None) == values["ema"]
     images = torch.load(folder / "Normal" / "images_best.pt", weights_only=True)
     assert len(images) == len(CLASSES) * values["ipc"], f"{len(images)} images"
-    assert all((folder / name).stat().st_size for name in ("images.png", "curves.png"))
+    assert all((folder / name).stat().st_size for name in ("images.png", "curves.png", "report.html"))
     return yaml.safe_load((folder / "config.yaml").read_text())
 
 

@@ -181,7 +181,8 @@ def distilled(run, experts, tmp_path_factory):
 
 def test_a_run_leaves_the_published_files(distilled):
     folder, _, done = distilled
-    assert names(folder) == ["Normal", "config.yaml", "curves.png", "images.png", "metrics.jsonl", "result.json"]
+    assert names(folder) == ["Normal", "config.yaml", "curves.png", "images.png", "metrics.jsonl", "report.html",
+                             "report.safetensors", "result.json"]
     kinds = {"images": (10, 1, 28, 28), "labels": (10, 10), "lr": (), "images_zca": (10, 1, 28, 28)}
     tags = {path.name.removeprefix("lr_").removesuffix(".pt") for path in (folder / "Normal").glob("lr_*.pt")}
     assert {"best", "4"} <= tags <= {"best", "0", "2", "4"}

@@ -1,0 +1,304 @@
+"""The report of a run: what is in it, that it can be made again, and what a browser makes of it."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.browser import CHROMIUM, browser
+from utils import report, svg
+from utils.config import BufferConfig, DistillConfig, EvaluationConfig, parse
+from utils.run import influential
+
+ROOT = Path(__file__).resolve().parent.parent
+VOID = {"meta", "link", "img", "br", "wbr"}
+STRANGE = "<script>alert(1)</script>&\"'"
+
+
+@dataclass
+class Element:
+    tag: str
+    attributes: dict
+    parents: list
+    text: str = ""
+
+
+@dataclass
+class Page(HTMLParser):
+    """A page as a list of elements; every tag that is opened must be closed in its turn."""
+
+    source: str
+    elements: list = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__init__()
+        self.open = []
+        self.feed(self.source)
+        self.close()
+        assert not self.open, f"not closed: {[each.tag for each in self.open]}"
+
+    def handle_starttag(self, tag, attrs):
+        assert len({name for name, _ in attrs}) == len(attrs)
+        element = Element(tag, dict(attrs), [each.tag for each in self.open])
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append(Element(tag, dict(attrs), [each.tag for each in self.open]))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop().tag == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        for each in self.open:
+            each.text += data
+
+    def all(self, *tags):
+        return [each for each in self.elements if each.tag in tags]
+
+
+def check(source):
+    """What holds of every page; the page."""
+    page = Page(source)
+    assert source.startswith("<!DOCTYPE html>") and len(source) < 10_000_000
+    assert page.all("html")[0].attributes["lang"] == "en" and page.all("title")[0].text
+    levels = [int(each.tag[1]) for each in page.all("h1", "h2", "h3", "h4")]
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), "a heading's level is left out"
+    assert not page.all("script", "iframe", "object")
+    for each in page.elements:
+        assert not [name for name in each.attributes if name.startswith("on")]
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert re.match(r"data:|#", each.attributes.get(name, "#")), "a page must not fetch anything"
+    assert "url(" not in source and "@import" not in source
+    ids = [each.attributes["id"] for each in page.elements if "id" in each.attributes]
+    assert len(set(ids)) == len(ids)
+    assert all(each.attributes["href"][1:] in ids for each in page.all("a"))
+    for image in page.all("img"):
+        assert image.attributes["alt"] and int(image.attributes["width"]) and "figure" in image.parents
+    for each in page.all("svg"):
+        spoken = each.attributes.get("role") == "img" and each.attributes["aria-label"]
+        assert spoken or each.attributes["aria-hidden"] == "true"
+    assert all(each.attributes["scope"] in ("row", "col") for each in page.all("th"))
+    assert len(page.all("table")) == len(page.all("caption")) and len(page.all("details")) == len(page.all("summary"))
+    assert "nan" not in re.findall(r"[a-z]+", "".join(each.attributes["d"] for each in page.all("path")))
+    return page
+
+
+@pytest.fixture(scope="module")
+def runs(call, toy, toy_experts, tmp_path_factory):
+    """The folders of two finished runs: exact and tesla, two images of three classes each."""
+    logs = tmp_path_factory.mktemp("logs")
+    for matching in ("exact", "tesla"):
+        call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={logs}",
+             f"--matching={matching}", f"--run_name={matching}")
+    return [logs / "ImageFolder" / "2" / "ConvNetD1W4" / name for name in ("exact", "tesla")]
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A copy of a run's folder, to be damaged."""
+    return shutil.copytree(runs[0], tmp_path / "run")
+
+
+def test_a_run_leaves_its_report(runs):
+    page = check((runs[0] / "report.html").read_text())
+    assert [each.text for each in page.all("h2")] == ["Summary", "Distilled images", "Curves", "Options", "Reproduce",
+                                                      "Versions and hardware"]
+    # Of each of six images: itself, its neighbour, its start, its change; a label of three classes.
+    assert len(page.all("img")) == 4 * 6 and len({each.attributes["alt"] for each in page.all("img")}) == 4 * 6
+    bars = [each for each in page.all("ul") if each.attributes.get("class") == "bars"]
+    assert len(bars) == 6 and all(re.findall("red|green|blue", each.text) == ["blue", "green", "red"] for each in bars)
+    titles = [each.text for each in page.all("h3") if "figure" in each.parents]
+    assert titles == ["Matching loss", "Accuracy", "Synthetic learning rate α", "Difficulty window", "Skipped updates"]
+    result = json.loads((runs[0] / "result.json").read_text())
+    assert f"{100 * result['best']['scores'][0]['mean']:.2f}" in page.all("dl")[0].text
+    table = page.all("table")[-1].text
+    assert torch.__version__ in table and "processor" in table
+
+
+def test_it_is_made_again_from_the_folder_alone(call, runs, copied):
+    before = (runs[0] / "report.html").read_text()
+    (runs[0] / "report.html").unlink()
+    assert "report.html (" in call("scripts/report.py", runs[0]).stdout
+    assert (runs[0] / "report.html").read_text() == before
+    call("scripts/report.py", runs[0], "--out", copied / "other.html")
+    assert (copied / "other.html").read_text() == before
+
+
+def test_neighbours_are_the_nearest_of_the_class(runs, toy_data):
+    pictures = report.read_run(runs[0]).pictures
+    best = torch.load(runs[0] / "Normal" / "images_zca_best.pt", weights_only=True)
+    low, high = best.mean() - 2.5 * best.std(), best.mean() + 2.5 * best.std()
+    real = toy_data.to_pixels(toy_data.train_images)
+    for row, position in enumerate(pictures.which):
+        distance = (real - best[position].clamp(low, high)).square().sum((1, 2, 3))
+        distance[toy_data.train_labels != position // 2] = torch.inf
+        nearest = report.scaled_bytes(real[distance.argmin()][None])[0]
+        assert (pictures.neighbour[row].int() - nearest.int()).abs().max() <= 1
+
+
+def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
+    """What the page says to type is read as the options that the run had, and its experts."""
+    run = report.read_run(runs[1])
+    (_, experts), (_, distil), (_, evaluation), (_, again) = report.commands(run)
+    text = re.search(r"<<'END'\n(.*)END\n", distil, re.DOTALL)[1]
+    (tmp_path / "again.yaml").write_text(text)
+    made = parse(DistillConfig, "", ["--cfg", str(tmp_path / "again.yaml")], yaml_file=True)
+    assert yaml.safe_load(yaml.safe_dump(influential(made))) == run.config
+    assert set(yaml.safe_load(text)) >= {"matching", "ipc", "threshold"} and "lr_lr" not in text
+    assert "distill/DATM.py --cfg=again.yaml --run_name=tesla_again --device=cpu" in distil
+    words = experts.replace("\\\n", " ").split()
+    assert words[:2] == ["python", "buffer/buffer_FTD.py"]
+    made = parse(BufferConfig, "", words[2:])
+    assert (made.num_experts, made.train_epochs, made.lr_teacher, made.zca) == (3, 3, 0.1, True)
+    words = evaluation.replace("\\\n", " ").split()
+    assert parse(EvaluationConfig, "", words[2:]).data_dir == str(runs[1] / "Normal" / "distilled.safetensors")
+    assert again == f"python scripts/report.py {runs[1]}"
+
+
+def test_infinity_survives_the_commands(copied, tmp_path):
+    config = yaml.safe_load((copied / "config.yaml").read_text()) | {"threshold": float("inf")}
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    text = re.search(r"<<'END'\n(.*)END\n", report.commands(report.read_run(copied))[1][1], re.DOTALL)[1]
+    (tmp_path / "again.yaml").write_text(text)
+    assert parse(DistillConfig, "", ["--cfg", str(tmp_path / "again.yaml")], yaml_file=True).threshold == float("inf")
+
+
+def test_runs_are_compared(call, runs, tmp_path):
+    call(ROOT / "scripts/report.py", *runs, cwd=tmp_path)
+    page = check((tmp_path / "comparison.html").read_text())
+    assert len(page.all("img")) == 2 * 2 * 3
+    different = page.all("table")[1].text
+    assert "matching" in different and "exact" in different and "tesla" in different and "ipc" not in different
+    assert [each.text for each in page.all("th")][:3] == ["what", "exact", "tesla"]
+
+
+def test_what_is_strange_is_escaped(copied):
+    """Whatever a folder, an option, a class or a machine is called, it is text."""
+    strange = copied.rename(copied.parent / STRANGE.replace("/", "_"))
+    config = yaml.safe_load((strange / "config.yaml").read_text())
+    (strange / "config.yaml").write_text(yaml.safe_dump(config | {"dataset": STRANGE, STRANGE: STRANGE}))
+    result = json.loads((strange / "result.json").read_text())
+    result["environment"]["device"] = STRANGE
+    result["best"]["scores"][0]["network"] = STRANGE
+    (strange / "result.json").write_text(json.dumps(result))
+    metrics = (strange / "metrics.jsonl").read_text().replace('"ConvNetD1W4"', json.dumps(STRANGE))
+    (strange / "metrics.jsonl").write_text(metrics)
+    run = report.read_run(strange)
+    object.__setattr__(run.pictures, "classes", (STRANGE, "b", "c"))
+    assert "<b>" in report.page(run) and "<script" not in report.page(run) + report.comparison([run, run])
+    page = check(report.page(run))
+    check(report.comparison([run, run]))
+    assert page.all("h3")[0].text == STRANGE
+
+
+def test_an_older_folder_says_what_it_lacks(call, copied):
+    (copied / "report.safetensors").unlink()
+    call("scripts/report.py", copied)
+    page = check((copied / "report.html").read_text())
+    assert "does not hold" in page.source and "starting images" in page.source
+    assert len(page.all("img")) == 6  # those of the set itself
+    for name in ("config.yaml", "metrics.jsonl", "Normal/distilled.safetensors"):
+        (copied / name).unlink()
+    call("scripts/report.py", copied)
+    assert not check((copied / "report.html").read_text()).all("img")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    (None, None, "is not a folder"),
+    ("result.json", None, "holds an unfinished run"),
+    ("result.json", b"{", "result.json is damaged"),
+    ("result.json", b"[]", "result.json is damaged"),
+    ("config.yaml", b"]", "config.yaml is damaged"),
+    ("metrics.jsonl", b'{"iteration": 0, "start_epoch": []}\n', "metrics.jsonl is damaged"),
+    ("metrics.jsonl", b"\xff\xfe", "metrics.jsonl is damaged"),
+    ("metrics.jsonl", b"7\n", "metrics.jsonl is damaged"),
+    ("report.safetensors", b"nothing", "report.safetensors is damaged"),
+])
+def test_bad_folders_are_one_line(call, copied, name, content, message):
+    folder = copied / "none" if name is None else copied
+    if content is None and name:
+        (copied / name).unlink()
+    elif name:
+        (copied / name).write_bytes(content)
+    done = call("scripts/report.py", folder, expect=2)
+    assert done.stderr.startswith("report.py: error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_is_no_run_folder_is_one_line(call, tmp_path):
+    assert "is not a run's folder" in call("scripts/report.py", tmp_path, expect=2).stderr
+
+
+@pytest.mark.parametrize(("num_classes", "ipc", "size"), [
+    (10, 1, 784), (10, 50, 3072), (100, 50, 3072), (200, 10, 12288), (10, 10, 3 * 128 * 128), (1000, 50, 12288)])
+def test_large_sets_are_thinned(num_classes, ipc, size):
+    which = report.chosen(num_classes, ipc, size)
+    assert len(set(which)) == len(which) > 0 and max(which) < num_classes * ipc
+    # As if nothing could be compressed: image, neighbour and start in full, the change in one colour.
+    assert len(which) * (3.4 * size * 4 / 3 + 3000) < 9_000_000
+    assert num_classes > 100 or len({each // ipc for each in which}) == num_classes
+
+
+def test_long_runs_are_thinned(copied):
+    lines = [{"iteration": number, "loss": None if number % 50 == 3 else 0.5, "updated": number % 50 != 3,
+              "held": False, "lr": 0.01, "start_epoch": number % 7, "bound": 8} for number in range(9000)]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = report.page(report.read_run(copied))
+    page = check(source)
+    assert "9,000 iterations, of which 2,000, evenly spaced, are drawn" in source
+    assert max(len(re.findall("[ML]", each.attributes["d"])) for each in page.all("path")) <= 4 * svg.MOST_POINTS
+    skipped = [each for each in page.all("path") if each.attributes["class"] == "crosses bad"]
+    assert len(re.findall("M", skipped[0].attributes["d"])) == 180
+
+
+@pytest.mark.parametrize("losses", [[], [0.5], [None] * 30, [0.0] * 30, [1e-9, 1e9, None] * 10, [-1.0, 2.0] * 20])
+def test_any_losses_can_be_drawn(copied, losses):
+    lines = [{"iteration": number, "loss": loss, "updated": loss is not None, "held": loss is None, "lr": 0.0,
+              "start_epoch": 0, "bound": 1} for number, loss in enumerate(losses)]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    check(report.page(report.read_run(copied)))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_a_browser_shows_it(call, runs, tmp_path):
+    """At both widths, light and dark: nothing wider than the screen, no complaint, no request; and by keyboard."""
+    call(ROOT / "scripts/report.py", *runs, cwd=tmp_path)
+    paper = set()
+    with browser() as tab:
+        for path in (runs[0] / "report.html", tmp_path / "comparison.html"):
+            for width, dark in ((1280, False), (390, False), (1280, True), (390, True)):
+                tab.open(path.as_uri(), width, dark=dark)
+                assert tab.run("document.documentElement.scrollWidth") <= width
+                assert tab.run("[...document.images].every(each => each.complete && each.naturalWidth > 0)")
+                paper.add((dark, tab.run("getComputedStyle(document.body).backgroundColor")))
+                requests = {event["params"]["request"]["url"] for event in tab.events
+                            if event["method"] == "Network.requestWillBeSent"}
+                assert {url for url in requests if not url.startswith("data:")} == {path.as_uri()}
+                complaints = [event for event in tab.events if event["method"] in
+                              ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")]
+                assert not complaints
+        assert len(paper) == 2  # one colour in light, one in dark
+
+        tab.open((runs[0] / "report.html").as_uri())
+        assert tab.run("document.images.length") == 4 * 6
+        tab.run("document.querySelectorAll('details').forEach(each => { each.open = false })")
+        seen = []
+        while "SUMMARY" not in seen:
+            tab.press("Tab")
+            seen.append(tab.run("document.activeElement.tagName"))
+            assert len(seen) < 30
+        assert seen[0] == "A" and tab.run("document.querySelectorAll('details[open]').length") == 0
+        tab.press("Enter")
+        assert tab.run("document.activeElement.parentElement.open") is True
+        names = [node["name"]["value"] for node in tab("Accessibility.getFullAXTree")["nodes"]
+                 if node.get("role", {}).get("value") in ("image", "img") and not node["ignored"]]
+        assert len(names) >= 2 * 6 + 4 and all(names)

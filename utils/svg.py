@@ -1,0 +1,178 @@
+"""Curves as inline SVG: axes, lines, bands, dots and crosses, coloured by the style sheet of the page."""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+MOST_POINTS = 2000
+LOG_FROM = 50.0  # times the least value is the greatest, from which a scale of positive values is logarithmic
+
+Item = TypeVar("Item")
+Point = tuple[float, ...]
+
+
+def thinned(items: Sequence[Item], most: int = MOST_POINTS) -> list[Item]:
+    """At most so many of them, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
+
+
+def numbers_every(items: Sequence[Item], most: int) -> list[Item]:
+    """As `thinned`, but at a whole step from the first, so that a table's iterations are round; and the last."""
+    if len(items) <= most:
+        return list(items)
+    every = math.ceil((len(items) - 1) / (most - 1))
+    return [*items[:-1:every], items[-1]]
+
+
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Round numbers from `low` to `high`, at most so many."""
+    step = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most)
+    if whole:
+        step = max(round(step), 1)
+    first = math.ceil(low / step - 1e-9)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+class Chart:
+    """A picture of curves over a number. Values that are not finite are gaps.
+
+    Args:
+        whole: the values are whole numbers, and so are the ticks.
+    """
+
+    width, height = 440, 250
+    left, right, top, bottom = 52, 22, 10, 42
+
+    def __init__(self, title: str, x_label: str, y_label: str, whole: bool = False):
+        self.title, self.x_label, self.y_label, self.whole = title, x_label, y_label, whole
+        self._marks: list[tuple[str, str, str, list[Point], dict[str, Any]]] = []
+
+    @property
+    def empty(self) -> bool:
+        return not self._xs() or not self._ys()
+
+    def line(self, points: Sequence[Point], style: str, name: str = "") -> None:
+        self._add("line", style, name, points)
+
+    def band(self, points: Sequence[Point], style: str, name: str = "", steps: bool = False) -> None:
+        """From (x, low, high); with `steps` each holds until the next x."""
+        self._add("band", style, name, points, steps=steps)
+
+    def dots(self, points: Sequence[Point], style: str, radius: float, name: str = "") -> None:
+        self._add("dots", style, name, points, radius=radius)
+
+    def crosses(self, points: Sequence[Point], style: str, name: str = "") -> None:
+        """Exceptions, for which the scale makes no room: those above it, or not finite, stand at the upper edge."""
+        self._add("crosses", style, name, points)
+
+    def figure(self, words: str) -> str:
+        """The chart as a `figure`; its words say what it shows, for those who do not see it too."""
+        names = [(kind, style, name) for kind, style, name, _, _ in self._marks if name]
+        legend = "".join(f'<li><svg viewBox="0 0 28 12" aria-hidden="true">{_swatch(kind, style)}</svg>'
+                         f"{html.escape(name)}</li>" for kind, style, name in names)
+        legend = f'<ul class="legend">{legend}</ul>' if legend else ""
+        log = " (logarithmic scale)" if self._log() else ""
+        label = html.escape(f"{self.title}{log}: {self.y_label} over {self.x_label}. {words}")
+        return (f'<figure class="chart"><h3>{html.escape(self.title)}{log}</h3>\n'
+                f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{label}">{self._drawn()}</svg>\n'
+                f"<figcaption>{legend}<p>{html.escape(words)}</p></figcaption></figure>\n")
+
+    def _add(self, kind: str, style: str, name: str, points: Sequence[Point], **how: Any) -> None:
+        if points:
+            self._marks.append((kind, style, name, list(points), how))
+
+    def _xs(self) -> list[float]:
+        return [point[0] for _, _, _, points, _ in self._marks for point in points]
+
+    def _ys(self) -> list[float]:
+        marks = [mark for mark in self._marks if mark[0] != "crosses"] or self._marks
+        return [y for _, _, _, points, _ in marks for point in points for y in point[1:] if math.isfinite(y)]
+
+    def _log(self) -> bool:
+        """Whether the values span so much that a linear scale would hide most of them."""
+        ys = self._ys()
+        return not self.whole and bool(ys) and min(ys) > 0 and max(ys) / min(ys) > LOG_FROM
+
+    def _drawn(self) -> str:
+        log, xs, ys = self._log(), self._xs(), self._ys()
+        scale = math.log10 if log else float
+        x_low, x_high = _apart(min(xs), max(xs))
+        low, high = _apart(scale(min(ys)), scale(max(ys)))
+        edge = 0.04 * (high - low)
+        low, high = low - edge, high + edge
+
+        def x(value: float) -> float:
+            return self.left + (value - x_low) / (x_high - x_low) * (self.width - self.left - self.right)
+
+        def y(value: float) -> float:
+            share = min((scale(value) - low) / (high - low), 1) if math.isfinite(value) else 1
+            return self.height - self.bottom - share * (self.height - self.top - self.bottom)
+
+        return self._axes(x, y, (x_low, x_high), (low, high), log) + "".join(
+            _mark(kind, style, [(x(point[0]), *(y(each) if math.isfinite(each) or kind == "crosses" else math.nan
+                                                for each in point[1:])) for point in points], **how)
+            for kind, style, _, points, how in self._marks)
+
+    def _axes(self, x: Any, y: Any, x_range: Point, y_range: Point, log: bool) -> str:
+        right, base = self.width - self.right, self.height - self.bottom
+        if log:
+            exponents = ticks(*y_range, 5)
+            values = [10**each for each in exponents]
+        else:
+            values = ticks(*y_range, 5, self.whole)
+        parts = [f'<path class="axis" d="M{self.left} {base}H{right}"/>']
+        for value in values:
+            parts.append(f'<path class="axis" d="M{self.left} {y(value):.1f}H{right}"/><text x="{self.left - 6}" '
+                         f'y="{y(value) + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
+        for value in ticks(*x_range, 5, whole=True):
+            parts.append(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>')
+        middle = (self.left + right) / 2
+        parts.append(f'<text x="{middle}" y="{self.height - 8}" text-anchor="middle">{html.escape(self.x_label)}'
+                     "</text>")
+        parts.append(f'<text transform="translate(11 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
+                     f"{html.escape(self.y_label)}</text>")
+        return "".join(parts)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}" if value >= 1e6 else f"{value:.6g}"
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """A range that is not empty."""
+    if high > low:
+        return low, high
+    half = abs(low) * 0.1 or 0.5
+    return low - half, high + half
+
+
+def _mark(kind: str, style: str, points: Sequence[Point], radius: float = 2.0, steps: bool = False) -> str:
+    if kind == "line":
+        path, begun = [], False
+        for x, y in points:
+            if math.isfinite(y):
+                path.append(f"{'L' if begun else 'M'}{x:.1f} {y:.1f}")
+            begun = math.isfinite(y)
+    elif kind == "band":
+        edges = [point for point in points if all(map(math.isfinite, point))]
+        if steps:
+            edges = [each for now, then in zip(edges, [*edges[1:], edges[-1]]) for each in (now, (then[0], *now[1:]))]
+        way = [(x, high) for x, _, high in edges] + [(x, low) for x, low, _ in reversed(edges)]
+        path = [f"{'L' if number else 'M'}{x:.1f} {y:.1f}" for number, (x, y) in enumerate(way)] + ["Z"] * bool(way)
+    elif kind == "dots":  # a circle of two arcs; one path for all keeps the page small
+        path = [f"M{x - radius:.1f} {y:.1f}a{radius} {radius} 0 1 0 {2 * radius} 0a{radius} {radius} 0 1 0 "
+                f"{-2 * radius} 0" for x, y in points if math.isfinite(y)]
+    else:
+        path = [f"M{x - 3:.1f} {y - 3:.1f}l6 6m0-6l-6 6" for x, y in points]
+    return f'<path class="{kind} {style}" d="{"".join(path)}"/>'
+
+
+def _swatch(kind: str, style: str) -> str:
+    if kind == "band":
+        return f'<path class="band {style}" d="M0 0H28V12H0Z"/>'
+    middle = [(2.0, 6.0), (26.0, 6.0)] if kind == "line" else [(14.0, 6.0)]
+    return _mark(kind, style, middle, 3.0)
