@@ -375,7 +375,6 @@ def distill(config: DistillConfig) -> None:
     if not config.dry_run:
         require_experts(buffer_folder(config))
         check_same_data(buffer_folder(config), config)
-    if not config.dry_run:
         spread(config)
     device = start_device(config)
     dataset = parallel.first_then_others(lambda: load_configured(config, device))
