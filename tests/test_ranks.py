@@ -42,6 +42,19 @@ def ranks(start):
     return ranks
 
 
+def kill_a_rank(process, folder, once_there):
+    """Kills the last of torchrun's ranks when a file is there; the job must end soon, and say why."""
+    while not list(folder.rglob(once_there)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and time.monotonic() - began < 30
+    assert "Signal 9 (SIGKILL) received" in err  # torchrun's words
+
+
 def bytes_in(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.pt")}
 
@@ -51,6 +64,14 @@ def test_experts_are_those_of_one_process(ranks, toy, toy_experts, tmp_path, num
     out, _ = ranks(number, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert bytes_in(tmp_path) == bytes_in(toy_experts) and not list(tmp_path.rglob("unfinished"))
     assert out.count("3 experts of 3 epochs") == 1  # only the first rank speaks
+
+
+def test_experts_go_on_after_a_killed_rank(ranks, start, toy, tmp_path):
+    arguments = ["buffer/buffer_FTD.py", *toy.train, "--train_epochs=60"]
+    ranks(0, *arguments, f"--buffer_path={tmp_path / 'one'}")
+    kill_a_rank(start(2, *arguments, f"--buffer_path={tmp_path / 'two'}"), tmp_path / "two", "epoch_2.pt")
+    out, _ = ranks(2, *arguments, f"--buffer_path={tmp_path / 'two'}")
+    assert "going on with an unfinished run" in out and bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +120,7 @@ def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(ranks
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=name)
 
-    process = start(2, *distil("killed"))
-    checkpoint = tmp_path.joinpath("killed", "ImageFolder", "2", "ConvNetD1W4", "run", "checkpoint.pt")
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    began = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode and time.monotonic() - began < 30
-    assert "Signal 9 (SIGKILL) received" in err  # torchrun's words
+    kill_a_rank(start(2, *distil("killed")), tmp_path / "killed", "checkpoint.pt")
     out, _ = ranks(2, *distil("killed"))
     assert "going on at iteration" in out
     for name, tensor in tensors_of(tmp_path, "killed").items():
@@ -122,6 +133,16 @@ def test_networks_of_an_evaluation_are_dealt_out(ranks, toy, tmp_path):
         ranks(number, "distill/baseline.py", *arguments, f"--json={tmp_path / str(number)}.json")
     scores = [json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in (0, 2, 4)]
     assert scores[0] == scores[1] == scores[2] and len(scores[0][0]["accuracies"]) == 3
+
+
+def test_an_evaluation_goes_on_after_a_killed_rank(ranks, start, toy, tmp_path):
+    arguments = ["distill/baseline.py", *(argument for argument in toy.common if "eval" not in argument), "--ipc=2",
+                 "--num_eval=5", "--epoch_eval_train=150"]
+    ranks(0, *arguments, f"--json={tmp_path / 'one.json'}")
+    kill_a_rank(start(2, *arguments, f"--json={tmp_path / 'two.json'}"), tmp_path, "two.json.unfinished*")
+    out, _ = ranks(2, *arguments, f"--json={tmp_path / 'two.json'}")
+    one, two = (json.loads((tmp_path / name).read_text())["scores"] for name in ("one.json", "two.json"))
+    assert "of 5 networks were tested" in out and one == two and not list(tmp_path.glob("*.unfinished*"))
 
 
 def test_a_mistake_is_said_once(ranks, distil):
