@@ -21,7 +21,7 @@ def per_image_error(actual, expected):
 
 @pytest.fixture(scope="module")
 def model():
-    """With two threads, whatever the machine has: rounded otherwise, one ReLU flips early and moves all images by 1e-3."""
+    """On two threads, whatever the machine has: rounded otherwise, a ReLU flips early and moves all images by 1e-3."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield FlatModel(build_network("ConvNetW32", 3, 10, (32, 32)))
