@@ -23,6 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# Whoever runs the tests in the background has SIGINT ignored, which the programs respect and these tests send.
+for _number in interrupt.SIGNALS:
+    signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def golden_ops():
     """Numbers of the published code for single operations; see golden/README.md."""
