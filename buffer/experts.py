@@ -1,6 +1,5 @@
 """Train experts and keep the whole trajectory of their parameters (MTT, section 3.1; FTD, section 3.3)."""
 
-import contextlib
 import json
 import shutil
 import sys
@@ -43,6 +42,7 @@ from utils.run import (
     flat_model,
     generator,
     influential,
+    kept_to_this_run,
     read_config,
     save_config,
     seeded,
@@ -220,8 +220,7 @@ def train_buffer(config: BufferConfig) -> None:
     # Refuses what cannot be built before anything is printed or written.
     model = flat_model(config, network_for(config.model, dataset).to(device), _work(config, dataset),
                        config.micro_batch)
-    # The first rank keeps other runs out, for all ranks.
-    with files.locked(folder, "give another --buffer_path") if parallel.first() else contextlib.nullcontext():
+    with kept_to_this_run(folder, "give another --buffer_path"):
         run = parallel.first_then_others(lambda: Run(config, dataset, folder, model))
         if run.resumes:
             print(f"going on with an unfinished run: {run.trained} of {config.num_experts} experts are trained")
@@ -244,7 +243,7 @@ class Run:
 
     `unfinished/run.yaml` holds the run's options and the number of its first expert, `unfinished/expert_{n}/` the
     epochs of expert n. A run that was stopped or killed goes on from there. Several ranks train different experts:
-    whoever holds the lock of an expert's folder trains it, and the first rank writes the files.
+    whoever holds the lock of an expert's number trains it, and the first rank writes the files.
 
     Raises:
         UserError: the folder holds an unfinished run of other options, or there is no room for the experts.
@@ -364,7 +363,7 @@ class Run:
             partly: write a last file of fewer, too.
         """
         while self._judged < self.end and self._is_trained(self._judged):
-            self._judge(self._judged, self._saved(self._judged).reached()[-1]["train_accuracy"])
+            self._judge(self._judged, self._saved(self._judged)[self.config.train_epochs]["reached"]["train_accuracy"])
             self._judged += 1
         while self.written < self._judged:
             number = min(self.config.save_interval, (self._judged if partly else self.end) - self.written)

@@ -1,6 +1,5 @@
 """The distillation: draw a segment of an expert's trajectory, match it, update images, labels and α; repeat."""
 
-import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.engine import activation_bytes, describe_engine
 from utils.errors import UserError
-from utils.files import locked
 from utils.memory import available
 from utils.networks import has_batch_norm, network_for
 from utils.parameters import FlatModel
@@ -41,6 +39,7 @@ from utils.run import (
     flat_model,
     generator,
     influential,
+    kept_to_this_run,
     shown,
     spread,
     start_device,
@@ -393,8 +392,7 @@ def distill(config: DistillConfig) -> None:
     check_same_images(buffer.folder, dataset)
     check_window(config, buffer)
     path = run_folder(config)
-    # The first rank keeps other runs out, for all ranks.
-    with locked(path, "give another --run_name") if parallel.first() else contextlib.nullcontext():
+    with kept_to_this_run(path, "give another --run_name"):
         folder = RunFolder(path, config)
         if folder.result is not None:
             if parallel.first():

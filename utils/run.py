@@ -28,7 +28,7 @@ from utils.config import DataConfig, as_dict, has_effect, make
 from utils.datasets import Dataset
 from utils.engine import check_backend, set_precision
 from utils.errors import UserError, one_line
-from utils.files import REPOSITORY, atomic_write, load, save
+from utils.files import REPOSITORY, atomic_write, load, locked, save
 from utils.parameters import FlatModel
 
 RANK_WAITS = 3.0  # seconds for the first rank to speak
@@ -214,6 +214,12 @@ def describe(device: torch.device) -> str:
 
 
 # --- a run's folder ------------------------------------------------------------------------------------------
+
+
+def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextManager[None]:
+    """As `utils.files.locked`; of several ranks the first one keeps other runs out, for all."""
+    return locked(folder, advice) if parallel.first() else contextlib.nullcontext()
+
 
 # What changes where a run happens and what it writes, but not its result.
 _WITHOUT_INFLUENCE = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "resume",
