@@ -1,0 +1,134 @@
+"""scripts/reproduce.sh: its commands are valid, and a tiny form of it runs, stops, goes on and fills its tables."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.reproduce import FULL, SMALL, Plan, Step
+from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, parse
+from utils.files import REPOSITORY
+
+CONFIGS = {"buffer_FTD": BufferConfig, "DATM": DistillConfig, "evaluation": EvaluationConfig,
+           "baseline": BaselineConfig}
+TINY = """
+import sys
+from pathlib import Path
+from scripts import reproduce
+root = Path(sys.argv.pop(1))
+reproduce.SMALL = reproduce.Form(
+    root / "out", "MiniFashion", "ConvNetD1W4", str(root), experts=2, epochs=3,
+    windows={"early": (0, 1), "late": (1, 2)}, at=2, cross=1, networks=1, epoch_eval={1: 2, 2: 2}, whole_epochs=1,
+    random_lr={1: 0.01, 2: 0.02}, whole_lr=0.01, backend="auto", threads=1)
+reproduce.entry(reproduce.main)
+"""
+
+
+@pytest.mark.parametrize("form", [SMALL, FULL], ids=["small", "full"])
+def test_every_command_is_one_of_the_programs(form, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    plan = Plan(form, 1)
+    runs, epochs = set(), {}
+    for step in plan.steps:
+        program, options = Path(step.command[1]).stem, list(step.command[2:])
+        config = parse(CONFIGS[program], "", options, yaml_file=program == "DATM")
+        assert config.zca and (config.dataset, config.model) == (form.dataset, form.model)
+        # Settings are chosen without the test images, which only the last evaluation sees.
+        assert config.val_fraction == (0.1 if program in ("buffer_FTD", "DATM") else 0)
+        if program == "buffer_FTD":
+            epochs[config.buffer_path] = config.train_epochs
+        if program == "DATM":
+            assert config.max_start_epoch - 1 + config.expert_epochs <= epochs[config.buffer_path]
+            path = Path(config.log_path) / config.dataset / str(config.ipc) / config.model / config.run_name
+            assert Path(step.result) == path.relative_to(REPOSITORY) / "result.json"
+            assert path not in runs
+            runs.add(path)
+    assert len({step.result for step in plan.steps}) == len({step.name for step in plan.steps}) == len(plan.steps)
+    assert len({row.name for row in plan.rows}) == len({row.evaluation for row in plan.rows})
+
+
+def test_a_step_waits_for_what_it_needs():
+    plan = Plan(SMALL, 2)
+    assert all(plan.steps.index(need) < plan.steps.index(step) for step in plan.steps for need in step.needs)
+    assert "--nproc_per_node=2" in plan.steps[0].command and "torchrun" not in Plan(SMALL, 1).steps[0].command
+    assert plan.steps[0].asked == Plan(SMALL, 1).steps[0].asked  # the number of ranks changes nothing
+
+
+@pytest.fixture
+def tiny(environment, tmp_path):
+    """`tiny(*options)`: the tiny form's command and surroundings, for subprocess."""
+    for ipc in (1, 2):
+        (tmp_path / f"IPC{ipc}.yaml").write_text(
+            f"dataset: MiniFashion\nmodel: ConvNetD1W4\nipc: {ipc}\nval_fraction: 0.1\nIteration: 3\neval_it: 2\n"
+            "syn_steps: 2\nexpert_epochs: 1\nmax_start_epoch: 2\ncurrent_max_start_epoch: 1\nexpansion_end_epoch: 2\n"
+            "num_eval: 1\nepoch_eval_train: 1\nskip_first_eva: True\nthreshold: 1000\ndevice: cpu\n"
+            f"buffer_path: {tmp_path}/out/experts/FTD\nlog_path: {tmp_path}/out/logged_files\n")
+
+    def command(*options):
+        return {"args": [sys.executable, "-c", TINY, str(tmp_path), "--small", *options], "cwd": REPOSITORY,
+                "env": os.environ | environment | {"PYTHONPATH": str(REPOSITORY)}, "text": True}
+    return command
+
+
+def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
+    only = ("--jobs=2", "--only=ipc1_window_*")
+    began = subprocess.Popen(**tiny(*only), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("out/logged_files/**/metrics.jsonl")):  # a distillation has begun
+        assert began.poll() is None, began.communicate()
+        time.sleep(0.05)
+    began.send_signal(signal.SIGTERM)
+    out, err = began.communicate(timeout=120)
+    assert began.returncode == 143 and "Traceback" not in out + err
+    experts = tmp_path / "out/experts/FTD/MiniFashion/ConvNetD1W4/replay_buffer_0.pt"
+    trained = experts.stat().st_mtime_ns
+
+    done = subprocess.run(**tiny(*only), capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "buffer_FTD.py" not in done.stdout.split("# MiniFashion")[0]  # the experts are there
+    assert experts.stat().st_mtime_ns == trained
+    results = tmp_path / "out" / "results"
+    score = json.loads((results / "ipc1_window_late.json").read_text())["scores"][0]
+    row = next(line for line in (results / "tables.md").read_text().splitlines() if line.startswith("| late"))
+    assert f"| {100 * score['mean']:.2f} ± {100 * score['std']:.2f} |" in row and "--run_name=window_late" in row
+    assert sum("start_epoch" in line for line in
+               (results / "ipc1_window_early.metrics.jsonl").read_text().splitlines()) == 3
+    assert all((results / f"{name}.png").stat().st_size > 5000 for name in ("accuracy", "windows", "gradients"))
+
+    again = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
+    assert again.returncode == 0 and "[1 of" not in again.stdout
+    assert again.stdout.split("\n| ")[1:] == done.stdout.split("\n| ")[1:]
+
+    config = tmp_path / "IPC1.yaml"
+    config.write_text(config.read_text().replace("Iteration: 3", "Iteration: three"))
+    (results / "ipc1_window_late.json").unlink()
+    (tmp_path / "out/logged_files/MiniFashion/1/ConvNetD1W4/window_late/result.json").unlink()
+    failed = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
+    assert failed.returncode == 2 and "Iteration" in failed.stderr and "output/ipc1_window_late.txt" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_odd_options(tiny, tmp_path):
+    for options, words in ((("--only=ipc7*",), "no row fits; the rows are ipc"), (("--jobs=0",), "--jobs 0"),
+                           (("--results", "x"), "--tables"), (("--tables", "--results", "nowhere"), "no folder")):
+        done = subprocess.run(**tiny(*options), capture_output=True, timeout=60)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_of_another_command_is_not_taken(tmp_path):
+    from scripts.reproduce import Ledger
+    from utils.errors import UserError
+
+    step = Step("name", tmp_path / "result", ("python", "program.py", "--a=1"))
+    ledger = Ledger(tmp_path / "commands.json")
+    assert not ledger.has(step)
+    step.result.write_text("")
+    ledger.add(step, 1.0)
+    assert Ledger(tmp_path / "commands.json").has(step)
+    with pytest.raises(UserError, match="--a=1"):
+        ledger.has(Step("name", tmp_path / "result", ("python", "program.py", "--a=2")))
