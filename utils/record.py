@@ -352,7 +352,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
 
     allowed = defaults(EvaluationConfig)
     shared = {name: value for name, value in run.config.items()
-              if name in allowed and name not in ("no_aug", "val_fraction", "lr_teacher", "precision")}
+              if name in allowed and name not in ("no_aug", "val_fraction", "lr_teacher", "precision", "buffer_path")}
     given = {name: shared[name] for name in ("dataset", "model") if name in shared} | changed(shared, EvaluationConfig)
     whole = from_repository(str(run.path / "Normal" / "distilled.safetensors"))
     found.append(("Evaluate the best set of this run on fresh networks",
