@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -236,6 +236,53 @@ def test_bad_folders_are_one_line(call, copied, name, content, message):
 
 def test_what_is_no_run_folder_is_one_line(call, tmp_path):
     assert "is not a run's folder" in call("scripts/report.py", tmp_path, expect=2).stderr
+
+
+def page_of(folder, **pictures):
+    """The page of a run, some of its pictures' fields being others."""
+    run = record.read_run(folder)
+    return check(report.page(replace(run, pictures=replace(run.pictures, **pictures))))
+
+
+def test_labels_that_are_classes_have_no_bars(runs):
+    classes = torch.eye(3).repeat_interleave(2, 0)
+    page = page_of(runs[0], labels=classes, start_labels=classes)
+    assert "Labels are the classes themselves" in page.source and not page.source.count('class="bars"')
+    assert {each.text.split(" of ")[0] for each in page.all("summary")[:6]} == {"Start"}
+    assert not page_of(runs[0], labels=classes, start=None, change=None).source.count("Start")
+
+
+def test_labels_that_stayed_have_no_marks(runs, copied):
+    labels = record.read_run(runs[0]).pictures.start_labels
+    assert 'style="left:' in page_of(runs[0]).source and "a mark on a bar" in page_of(runs[0]).source
+    config = yaml.safe_load((copied / "config.yaml").read_text()) | {"labels": "soft"}
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    page = page_of(copied, labels=labels)
+    assert "which was not learned" in page.source and page.source.count('class="bars"') == 6
+    assert 'style="left:' not in page.source and "a mark on a bar" not in page.source
+
+
+def test_a_run_that_learned_nothing_says_so(copied):
+    lines = [{"iteration": number, "loss": 2 + number, "updated": False, "held": False, "lr": 0.01,
+              "start_epoch": 0, "bound": 1} for number in range(3)]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = json.loads((copied / "result.json").read_text())
+    result["best"]["iteration"] = 0
+    (copied / "result.json").write_text(json.dumps(result))
+    page = check(report.page(record.read_run(copied)))
+    assert "Every update was skipped, so nothing was learned" in page.source
+    assert "iteration 0, before the first update" in page.source
+    (loss, *_) = [each for each in page.all("figure") if each.attributes.get("class") == "chart"]
+    assert "Matching loss" in loss.text and "update skipped" in loss.text and "each iteration" not in loss.text
+
+
+def test_numbers_at_an_axis_are_not_cut():
+    chart = svg.Chart("Rate", "iteration", "α")
+    chart.line([(0, 0.00985), (1, 0.01)], "s0")
+    ends = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', chart.figure(""))
+    assert any(text == "0.00995" for _, text in ends)
+    # At 12 pixels a digit is 7 wide; the axis' own label ends at 15.
+    assert all(float(x) - 7 * len(text) > 15 for x, text in ends)
 
 
 @pytest.mark.parametrize(("num_classes", "ipc", "size"), [

@@ -55,6 +55,11 @@ class Pictures:
     noise: bool = False  # whether the start was noise, not real images
     about: dict[str, Any] | None = None  # the experts' options, the machine
 
+    @property
+    def hard(self) -> bool:
+        """Whether every label is a class."""
+        return bool(((self.labels == 0) | (self.labels == 1)).all())
+
     def rows(self) -> dict[int, list[int]]:
         """Rows of these tensors, by class."""
         found: dict[int, list[int]] = {}

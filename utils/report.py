@@ -24,6 +24,7 @@ from utils.svg import Chart, numbers_every, thinned
 PAGE = "report.html"
 _STYLE = Path(__file__).with_name("report.css")
 MOST_BARS = 10  # of a soft label; of more classes the likeliest five are drawn
+LONG_NAME = 20  # characters of a class's name, from which a browser shows it whole on its own
 OPEN_UP_TO = 20  # images whose details are open from the beginning
 TABLE_ROWS = 20
 COMPARED_PER_CLASS = 3
@@ -163,6 +164,8 @@ def _summary(run: Run) -> str:
     facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n" for name, value in _facts(run))
     missing = "".join(f"<li>{escape(each)}</li>" for each in run.missing)
     note = f'<div class="note"><p>This folder does not hold:</p><ul>{missing}</ul></div>\n' if missing else ""
+    if run.steps and len(run.skipped) == len(run.steps):
+        note += '<div class="note"><p>Every update was skipped, so nothing was learned.</p></div>\n'
     return f'<dl class="facts">\n{facts}</dl>\n{note}'
 
 
@@ -183,21 +186,36 @@ def _images(run: Run) -> str:
     if pictures.start is not None:
         parts.append(f"Under each: the {'noise' if pictures.noise else 'real image'} that it started from, where it "
                      "became brighter (white) or darker (black; mid grey is no change; one scale for all images) "
-                     "with the change's root mean square (1 is the whole range of pixels), and its soft label, "
-                     "in which a mark on a bar is the value at the start.")
+                     "with the change's root mean square (1 is the whole range of pixels)"
+                     + (". " if pictures.hard else f", and its {_label_words(run, pictures)}."))
+    if pictures.hard:
+        parts.append("Labels are the classes themselves.")
     if shown < total:
         parts.append(f"Shown are {shown:,} of the set's {total:,} images: {len(next(iter(rows.values())))} of "
                      f"{pictures.ipc} a class, {len(rows)} of {len(pictures.classes)} classes.")
     if pictures.version != "Normal":
         parts.append(f"This is the set {pictures.version}, which scored best.")
+    best = run.best_ema if pictures.version == "EMA" and run.best_ema else run.best
+    if best.iteration == 0 and pictures.start is not None:
+        parts.append("The best set is that of iteration 0, before the first update: these images are those that it "
+                     "started from.")
     found = [f"<p>{escape(' '.join(parts))}</p>\n"]
     if pictures.ipc == 1 or max(map(len, rows.values())) == 1:
         cards = "".join(_card(pictures, row, shown <= OPEN_UP_TO, 3) for each in rows.values() for row in each)
-        return found[0] + f'<div class="cards">\n{cards}</div>\n'
+        return found[0] + f'<div class="cards{"" if shown <= OPEN_UP_TO else " many"}">\n{cards}</div>\n'
     for number, each in rows.items():
         cards = "".join(_card(pictures, row, shown <= OPEN_UP_TO, 4) for row in each)
-        found.append(f'<h3>{escape(pictures.classes[number])}</h3>\n<div class="cards many">\n{cards}</div>\n')
-    return "".join(found)
+        found.append(f'<div><h3>{escape(pictures.classes[number])}</h3>\n<div class="cards many">\n{cards}</div>'
+                     "</div>\n")
+    kind = "beside" if max(map(len, rows.values())) == 2 else "below"  # so few leave room for another class
+    return f'{found[0]}<div class="{kind}">\n{"".join(found[1:])}</div>\n'
+
+
+def _label_words(run: Run, pictures: Pictures) -> str:
+    words = {"soft": "soft label, which was not learned",
+             "target": "soft label as the last target expert gave it"}.get(run.config.get("labels"), "soft label")
+    moved = pictures.start_labels is not None and not pictures.start_labels.equal(pictures.labels)
+    return words + (", in which a mark on a bar is the value at the start" if moved else "")
 
 
 def _card(pictures: Pictures, row: int, is_open: bool, level: int) -> str:
@@ -218,10 +236,11 @@ def _card(pictures: Pictures, row: int, is_open: bool, level: int) -> str:
                   "pixel range", f"change {rms:.2f}")]
     top = f"<h{level}>{f'Image {each + 1}' if level == 4 else escape(name)}</h{level}>\n"
     opened = " open" if is_open else ""
-    words = "Start and label" if below else "Label"
-    return (f'<article class="card">{top}{_pair(pair)}<details{opened}><summary>{words}'
-            f'<span class="hidden"> of {escape(name)}</span></summary>\n{_pair(below) if below else ""}'
-            f"{_bars(pictures, row, name)}</details></article>\n")
+    bars = "" if pictures.hard else _bars(pictures, row, name)
+    words = " and ".join(["start"] * bool(below) + ["label"] * bool(bars)).capitalize()
+    details = (f'<details{opened}><summary>{words}<span class="hidden"> of {escape(name)}</span></summary>\n'
+               f'{_pair(below) if below else ""}{bars}</details>')
+    return f'<article class="card">{top}{_pair(pair)}{details if words else ""}</article>\n'
 
 
 def _pair(images: list[tuple[Tensor, str, str]]) -> str:
@@ -234,6 +253,8 @@ def _bars(pictures: Pictures, row: int, name: str) -> str:
     """A soft label as a list of bars: all classes, or of many the likeliest five."""
     label = pictures.labels[row]
     start = None if pictures.start_labels is None else pictures.start_labels[row]
+    if start is not None and start.equal(label):
+        start = None
     many = len(label) > MOST_BARS
     order = label.argsort(descending=True, stable=True)[:5].tolist() if many else range(len(label))
     items = []
@@ -242,10 +263,12 @@ def _bars(pictures: Pictures, row: int, name: str) -> str:
         mark, before = "", ""
         if start is not None:
             then = 100 * float(start[number])
-            mark, before = f'<i style="left:{then:.1f}%"></i>', f'<span class="hidden"> now, {then:.0f} % at the start'
-            before += "</span>"
+            mark = f'<i style="left:{then:.1f}%"></i>'
+            before = f'<span class="hidden"> now, {then:.0f} % at the start</span>'
         own = ' class="own"' if number == pictures.which[row] // pictures.ipc else ""
-        items.append(f'<li{own}><span>{escape(pictures.classes[number])}</span><span class="bar"><b '
+        title = pictures.classes[number]
+        whole = f' title="{escape(title)}"' if len(title) > LONG_NAME else ""
+        items.append(f'<li{own}><span{whole}>{escape(title)}</span><span class="bar"><b '
                      f'style="width:{now:.1f}%"></b>{mark}</span><span>{now:.0f} %{before}</span></li>\n')
     rest = f"<p>The other {len(label) - 5} classes: {100 * float(1 - label[order].sum()):.0f} %</p>\n" if many else ""
     return f'<ul class="bars" aria-label="Soft label of {escape(name)}">\n{"".join(items)}</ul>\n{rest}'
@@ -280,7 +303,7 @@ def _compared_images(runs: Sequence[Run], names: list[str]) -> str:
         cards.append(f'<article class="card"><h3>{escape(name)}</h3>\n<div class="side">{body}</div></article>\n')
     first = "The first image" if most == 1 else f"The first {most} images"
     note = (f"{first} of each class, un-whitened, clipped at ±2.5 standard deviations; below each the class that its "
-            "soft label holds likeliest. Each run's own report shows more.")
+            "label holds likeliest. Each run's own report shows more.")
     return f'<p>{note}</p>\n<div class="cards{"" if most == 1 else " wide"}">\n{"".join(cards)}</div>\n'
 
 
@@ -334,10 +357,10 @@ def _loss_chart(runs: Sequence[Run], names: list[str]) -> str:
         points = [(step.iteration, step.loss if step.updated else math.nan) for step in run.steps]
         span, mean = running_mean(run.steps)
         spans.append(f"{span} iterations")
-        if alone:
+        if alone and mean:
             chart.line(thinned(points), "raw", "each iteration")
         chart.line(thinned(mean if mean else points), f"s{number % 6}",
-                   ("" if not mean else f"mean over {span}") if alone else name)
+                   (f"mean over {span}" if mean else "each iteration") if alone else name)
         if alone and run.skipped:
             chart.crosses(thinned([(step.iteration, step.loss) for step in run.skipped]), "bad", "update skipped")
     if chart.empty:
