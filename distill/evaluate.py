@@ -1,6 +1,7 @@
 """Train a fresh network on a set, test it on real images; several times, mean and standard deviation."""
 
 import contextlib
+import copy
 import dataclasses
 import glob
 import hashlib
@@ -119,7 +120,7 @@ def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tenso
 
 def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *address: int | str,
              augmented: bool = True, on_epoch: Callable[[], None] = lambda: None,
-             known: "Known | None" = None) -> list[Score]:
+             known: "Known | None" = None, networks: Sequence[str] | None = None) -> list[Score]:
     """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
 
     Several ranks share them. Else several are trained at once where that wins: on a CPU small ones in processes that
@@ -132,9 +133,10 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         augmented: False trains on the images as they are.
         on_epoch: called after each epoch of each network.
         known: accuracies found before, and where to put those found now.
+        networks: these kinds, in the place of the pool.
     """
     known = Known() if known is None else known
-    jobs = [Job(name, number) for name in evaluation_pool(config.eval_mode, config.model)
+    jobs = [Job(name, number) for name in networks or evaluation_pool(config.eval_mode, config.model)
             for number in range(config.num_eval)]
     test = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
                                train_labels=dataset.train_labels[:0].clone(), whitening=None)
@@ -182,7 +184,7 @@ class Known:
     """
 
     def __init__(self, path: Path | None = None, key: str = ""):
-        self._path, self._key = path, key
+        self._path, self._key, self._prefix = path, key, ""
         self._accuracies: dict[str, float] = {}
         self._seconds_before, self._began = 0.0, perf_counter()
         for each in self._files():
@@ -194,6 +196,12 @@ class Known:
                 else:
                     print(f"note: {shown(each)} is of other options, another set or machine; starting over",
                           file=sys.stderr)
+
+    def part(self, prefix: str) -> "Known":
+        """Of several evaluations in one file, one."""
+        found = copy.copy(self)  # which shares the accuracies
+        found._prefix = prefix
+        return found
 
     @property
     def seconds(self) -> float:
@@ -224,9 +232,8 @@ class Known:
         """The file, and those of other ranks."""
         return [] if self._path is None else sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}*"))
 
-    @staticmethod
-    def _name(job: Job) -> str:
-        return f"{job.network}/{job.number}"
+    def _name(self, job: Job) -> str:
+        return f"{self._prefix}{job.network}/{job.number}"
 
 
 _INITIALISING = threading.Lock()  # layers draw from torch's one global generator
@@ -340,12 +347,11 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
     if config.json:
         check_writable(config.json)
     device = distilled.images.device
-    print(f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, {config.epoch_eval_train} epochs "
-          f"· {describe(device)}")
-    announce(config)
+    announce_evaluation(config, device, f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
+                        f"{config.epoch_eval_train} epochs")
     networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval
     beside = Path(f"{config.json}.unfinished") if config.json else None
-    known = parallel.from_first(lambda: Known(beside, _key(config, dataset, distilled)))
+    known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled)))
     if len(known):
         print(f"going on with an evaluation that was stopped: {len(known)} of {networks} networks were tested")
     epochs = config.epoch_eval_train + 1
@@ -363,11 +369,17 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
         known.forget()
 
 
-def _key(config: TrainConfig, dataset: Dataset, distilled: DistilledSet) -> str:
-    """The same for the same options, dataset and set, on the same kind of machine."""
-    here = environment(distilled.images.device)
+def announce_evaluation(config: TrainConfig, device: torch.device, what: str) -> None:
+    """Prints what is evaluated, where, and the options that differ from the defaults."""
+    print(f"{what} · {describe(device)}")
+    announce(config)
+
+
+def known_key(config: TrainConfig, dataset: Dataset, *sets: DistilledSet) -> str:
+    """The same for the same options, dataset and sets, on the same kind of machine."""
+    here = environment(sets[0].images.device)
     key = hashlib.sha256(json.dumps([influential(config), config.backend, here["torch"], here["device"],
-                                     dataset.fingerprint, digest(distilled)]).encode())
+                                     dataset.fingerprint, *map(digest, sets)]).encode())
     return key.hexdigest()
 
 
@@ -385,11 +397,35 @@ def evaluate_files(config: EvaluationConfig) -> None:
     Raises:
         UserError: files or options that do not fit the dataset.
     """
+    opened, device = begin(config)
+    dataset, distilled = with_dataset(config, opened, device)
+    what = "distilled images"
+    if config.hard_labels:
+        distilled, what = with_classes(distilled, dataset), f"{what} with hard labels"
+    evaluate_and_report(config, dataset, distilled, what)
+
+
+def begin(config: EvaluationConfig) -> tuple[DistilledSet, torch.device]:
+    """The set as it was saved, and the device to evaluate it on.
+
+    Raises:
+        UserError
+    """
     check_evaluation(config)
     spread(config)
     device = start_device(config)
     distilled = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
     _note_other_space(config, distilled)
+    return distilled, device
+
+
+def with_dataset(config: EvaluationConfig, distilled: DistilledSet,
+                 device: torch.device) -> tuple[Dataset, DistilledSet]:
+    """The dataset and, of the same kind, the set, both on the device; the set is saved whole where `save` says so.
+
+    Raises:
+        UserError
+    """
     dataset = parallel.first_then_others(lambda: load_configured(config, device))
     distilled = checked_set(distilled, dataset).to(device)
     check_pool(config, dataset)
@@ -397,12 +433,14 @@ def evaluate_files(config: EvaluationConfig) -> None:
         if config.json:
             check_writable(config.json)  # a refusal comes before anything is written
         distilled.save_whole(Path(config.save), dataset, influential(config))
-    what = "distilled images"
-    if config.hard_labels:
-        classes, known_by = class_indices(distilled, dataset.num_classes)
-        print(f"the class of an image is known by {known_by}")
-        distilled, what = dataclasses.replace(distilled, labels=classes), f"{what} with hard labels"
-    evaluate_and_report(config, dataset, distilled, what)
+    return dataset, distilled
+
+
+def with_classes(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
+    """The set with the images' classes in the place of soft labels; says by what they are known."""
+    classes, known_by = class_indices(distilled, dataset.num_classes)
+    print(f"the class of an image is known by {known_by}")
+    return dataclasses.replace(distilled, labels=classes)
 
 
 def _note_other_space(config: EvaluationConfig, distilled: DistilledSet) -> None:

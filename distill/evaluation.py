@@ -2,6 +2,14 @@
 
     python distill/evaluation.py --dataset MiniFashion --model ConvNetW32 --zca
         --data_dir …/Normal/images_best.pt --label_dir …/Normal/labels_best.pt --lr_dir …/Normal/lr_best.pt
+
+--robust_score prints DD-Ranking's label-robust score (LRS) and augmentation-robust score (ARS) of the set, with what
+they are made of (HLR, IOR), by network. It evaluates the set with its labels and with hard labels, as many random real
+images a class with labels by the experts of --buffer_path (for a set with hard labels: with their own), the set and the
+random images without augmentation, and the whole training set for --epoch_eval_real epochs at --lr_teacher; --num_eval
+networks of each. The learning rate for hard labels and for random images is the best of 0.001, 0.005, 0.01, 0.05 and
+0.1 for one network, on a tenth of the training images, without the random ones (DD-Ranking chooses it on the test
+images).
 """
 
 import sys
@@ -10,12 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.evaluate import evaluate_files
+from distill.robust import evaluate_robust
 from utils.config import EvaluationConfig, parse
 from utils.run import entry
 
 
 def main() -> None:
-    evaluate_files(parse(EvaluationConfig, __doc__))
+    config = parse(EvaluationConfig, __doc__)
+    evaluate_robust(config) if config.robust_score else evaluate_files(config)
 
 
 if __name__ == "__main__":

@@ -20,24 +20,33 @@ class Source(NamedTuple):
     """A dataset that images were distilled from, and under which terms it is given."""
 
     name: str
-    hub_licence: str  # as hubs write it in a card's first lines
+    hub_licence: str  # an identifier that hubs know, for a card's first lines
     terms: str
+    link: str = ""  # where its authors say so, or could have said it
+    hub_name: str = ""  # what a licence that is "other" is called there
 
 
-_IMAGENET = "Its terms of access (image-net.org) apply to what is derived from its images; read them before you publish"
-_KRIZHEVSKY = ("No licence is stated; its authors ask that Krizhevsky, Learning Multiple Layers of Features from Tiny "
-               "Images (2009) be cited")
+_FASHION = "https://github.com/zalandoresearch/fashion-mnist"
+_CIFAR = ("No licence is stated; its author asks that Krizhevsky, Learning Multiple Layers of Features from Tiny "
+          "Images (2009) be cited", "https://www.cs.toronto.edu/~kriz/cifar.html")
+_IMAGENET = ("ImageNet's terms of access: for non-commercial research and educational purposes only. Read them before "
+             "you publish what is derived from its images", "https://www.image-net.org/download.php",
+             "imagenet-terms-of-access")
 SOURCES = {
-    "MiniFashion": Source("Fashion-MNIST (600 training images a class)", "mit", "MIT, © 2017 Zalando SE"),
-    "FashionMNIST": Source("Fashion-MNIST", "mit", "MIT, © 2017 Zalando SE"),
-    "MNIST": Source("MNIST", "cc-by-sa-3.0", "CC BY-SA 3.0"),
-    "CIFAR10": Source("CIFAR-10", "unknown", _KRIZHEVSKY),
-    "CIFAR100": Source("CIFAR-100", "unknown", _KRIZHEVSKY),
-    "SVHN": Source("SVHN", "other", "For non-commercial use only"),
-    "Tiny": Source("Tiny ImageNet, a part of ImageNet", "other", _IMAGENET),
-    "ImageNet": Source("ImageNet (ten classes)", "other", _IMAGENET),
-    "ImageNet1K": Source("ImageNet-1K", "other", _IMAGENET)}
+    "MiniFashion": Source("Fashion-MNIST (600 training images a class)", "mit", "MIT, © 2017 Zalando SE", _FASHION),
+    "FashionMNIST": Source("Fashion-MNIST", "mit", "MIT, © 2017 Zalando SE", _FASHION),
+    "MNIST": Source("MNIST", "cc-by-sa-3.0", "CC BY-SA 3.0, as is commonly said of it (copyright Yann LeCun and "
+                    "Corinna Cortes)", "http://yann.lecun.com/exdb/mnist/"),
+    "CIFAR10": Source("CIFAR-10", "unknown", *_CIFAR),
+    "CIFAR100": Source("CIFAR-100", "unknown", *_CIFAR),
+    "SVHN": Source("SVHN", "other", "For non-commercial use only", "http://ufldl.stanford.edu/housenumbers/",
+                   "svhn-non-commercial"),
+    "Tiny": Source("Tiny ImageNet, a part of ImageNet", "other", *_IMAGENET),
+    "ImageNet": Source("ImageNet (ten classes)", "other", *_IMAGENET),
+    "ImageNet1K": Source("ImageNet-1K", "other", *_IMAGENET)}
 UNKNOWN = Source("unknown", "unknown", "Unknown; find it out before you publish")
+# The sizes that hubs sort sets by: each below this number of images.
+_SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000))
 
 
 def folder_names(classes: tuple[str, ...]) -> list[str]:
@@ -143,8 +152,12 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, dict[str, 
     channels, height, width = distilled.images.shape[1:]
     labels = "soft labels (logits)" if distilled.labels.is_floating_point() else "classes as labels"
     whitened = "ZCA-whitened" if distilled.space.whitening is not None else "normalised by mean and deviation"
-    head = {"license": source.hub_licence, "task_categories": ["image-classification"],
-            "tags": ["dataset-distillation"], "pretty_name": f"{dataset}, distilled to {count} images"}
+    head: dict[str, Any] = {"license": source.hub_licence}
+    if source.hub_name:
+        head |= {"license_name": source.hub_name, "license_link": source.link}
+    head |= {"task_categories": ["image-classification"], "tags": ["dataset-distillation"],
+             "size_categories": [next((name for name, above in _SIZES if count < above), "n>1M")],
+             "pretty_name": f"{dataset}, distilled to {count} images"}
     how = {key: value for key, value in made.items() if not key.endswith(("_path", "_dir", "_Dir"))}
     return f"""---
 {yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---
@@ -157,7 +170,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, dict[str, 
 | | |
 |---|---|
 | source data | {source.name if source is not UNKNOWN else dataset} |
-| its licence | {source.terms} |
+| its licence | {source.terms}{f"; see <{source.link}>" if source.link else ""} |
 | images in `{name}` | {whitened}, as networks see them; the file holds what turns them into pictures and back |
 
 ## Accuracy
@@ -173,13 +186,18 @@ distilled = DistilledSet.load("{name}")  # a torch dataset of (image, label)
 pictures = distilled.pixels()  # un-whitened, around [0, 1]
 ```
 
-Classes in order: {", ".join(distilled.classes)}.
+Classes in order: {", ".join(map(_markdown, distilled.classes))}.
 
 ## How it was made
 
 ```yaml
 {yaml.safe_dump(how, sort_keys=False, allow_unicode=True) if how else "# not recorded"}```
 """
+
+
+def _markdown(text: str) -> str:
+    """Text as Markdown shows it: what would be its marks, as characters."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", text)
 
 
 def _accuracy(results: list[tuple[str, dict[str, Any]]], name: str) -> str:

@@ -19,7 +19,7 @@ from distill.evaluate import Known, Score, check_evaluation, check_pool, digest,
 from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
-from utils import augment, figures, interrupt, parallel, report
+from utils import augment, figures, interrupt, parallel, record, report
 from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.engine import activation_bytes, describe_engine
@@ -459,7 +459,7 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
     figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images),
                         dataset.to_pixels(overall.set.images), dataset.classes)
     figures.save_curves(folder.path / "curves.png", folder.metrics(), config.threshold)
-    report.save_pictures(folder.path / report.PICTURES, dataset, (start.images, start.labels),
+    record.save_pictures(folder.path / record.PICTURES, dataset, (start.images, start.labels),
                          (overall.set.images, overall.set.labels), version, config.pix_init == "noise",
                          made_by(distillation.buffer.folder))
     summary = "; ".join(f"{'' if name == 'Normal' else name + ' '}best on the {chosen_on} images "
@@ -470,7 +470,7 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
                   skipped=distillation.skipped, held=distillation.held, seconds=state.seconds,
                   fixed_loss={"before": finite(before), "after": finite(after), "segments": FIXED_SEGMENTS},
                   environment=environment(start.images.device))
-    report.write(folder.path / report.PAGE, report.page(report.read_run(folder.path)))
+    report.write(folder.path / report.PAGE, report.page(record.read_run(folder.path)))
     tracker.finish()
     print(f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     print(f"{summary}; {distillation.skipped} of {config.Iteration} updates skipped, α held back "

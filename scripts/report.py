@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.distilled_set import DistilledSet
-from utils import report
+from utils import record, report
 from utils.errors import UserError
 from utils.figures import clip_outliers
 from utils.run import entry, shown
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to put the page")
     given = parser.parse_args()
-    runs = [with_pictures(report.read_run(path)) for path in given.runs]
+    runs = [with_pictures(record.read_run(path)) for path in given.runs]
     out = given.out or (runs[0].path / report.PAGE if len(runs) == 1 else Path("comparison.html"))
     pages = {out: report.page(runs[0])} if len(runs) == 1 else {
         **{run.path / report.PAGE: report.page(run) for run in runs}, out: report.comparison(runs)}
@@ -34,7 +34,7 @@ def main() -> None:
         print(f"{shown(path)} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
-def with_pictures(run: report.Run) -> report.Run:
+def with_pictures(run: record.Run) -> record.Run:
     """The run of an older version with what its distilled set shows: its images and labels."""
     path = run.path / "Normal" / "distilled.safetensors"
     if run.pictures is not None or not path.is_file():
@@ -44,10 +44,10 @@ def with_pictures(run: report.Run) -> report.Run:
     if not classes or not len(images) or len(images) % len(classes) or len(labels) != len(images):
         raise UserError(f"{path} does not hold a whole number of images a class; put back the run's own")
     ipc = len(images) // len(classes)
-    which = report.chosen(len(classes), ipc, images[0].numel())
-    return replace(run, pictures=report.Pictures(
-        classes, ipc, "Normal", which, report.scaled_bytes(clip_outliers(images)[which]),
-        report.probabilities(labels[which], len(classes))))
+    which = record.chosen(len(classes), ipc, images[0].numel())
+    return replace(run, pictures=record.Pictures(
+        classes, ipc, "Normal", which, record.scaled_bytes(clip_outliers(images)[which]),
+        record.probabilities(labels[which], len(classes))))
 
 
 if __name__ == "__main__":

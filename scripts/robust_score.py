@@ -7,31 +7,22 @@
     python scripts/robust_score.py --syn syn.json --syn_hard syn_hard.json --random random.json --real real.json
 
 with $data the same --dataset, --model, --zca, --epoch_eval_train and --batch_train (whose default differs between the
-two programs). The first and the third once more with --no_aug, as
---syn_no_aug and --random_no_aug, give the second score. By network, accuracies A in [0, 1] and means over the networks:
-
-    HLR = A(real, hard labels) − A(distilled, hard labels)              hard label recovery; less is better
-    IOR = A(distilled, its own labels) − A(random real, such labels)    improvement over random
-    LRS = scaled(w · IOR − (1 − w) · HLR)                               label-robust score
-    ARS = scaled(γ · IOR + (1 − γ) · IOR without augmentation)          augmentation-robust score
-    scaled(x) = (exp(x) − exp(−1)) / (e − exp(−1)), w = γ = 0.5
-
-(Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300, and its documentation.) It
-differs in this: DD-Ranking averages the scores of single runs, each with random images of its own, and for these and
-for hard labels takes the best of five learning rates; here a score is that of the means, the random images are those of
-the seed, and the rates are those of the results: the set's, and --lr_teacher for real images. Choose that one with
---val_fraction first, or the set looks better than it is.
+two programs). The first and the third once more with --no_aug, as --syn_no_aug and --random_no_aug, give the second
+score. `distill/evaluation.py --robust_score` does all this in one command; this is for results that there are already,
+as of the whole training set when several sets are compared. distill/robust.py has the formulas. The learning rates are
+those of the results, the set's and --lr_teacher for real images: choose the latter with --val_fraction first, or the
+set looks better than it is.
 """
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distill.robust import WEIGHT, in_words, robust_scores
 from utils.config import Parser
 from utils.errors import UserError
 from utils.run import differences, entry, write_json
@@ -41,22 +32,6 @@ _MAY_DIFFER = ("data_path", "buffer_path", "data_dir", "label_dir", "lr_dir", "l
 _OF_DATA = ("dataset", "subset", "res", "zca", "val_fraction")
 
 
-def scaled(x: float) -> float:
-    """[−1, 1] → [0, 1], growing faster where x is larger."""
-    return (math.exp(x) - math.exp(-1)) / (math.e - math.exp(-1))
-
-
-def label_robust_score(real_hard: float, syn_hard: float, syn: float, random: float, weight: float = 0.5) -> float:
-    """LRS in [0, 1] from accuracies in [0, 1]; see the top of this file."""
-    return scaled(weight * (syn - random) - (1 - weight) * (real_hard - syn_hard))
-
-
-def augmentation_robust_score(syn: float, random: float, syn_no_aug: float, random_no_aug: float,
-                              weight: float = 0.5) -> float:
-    """ARS in [0, 1] from accuracies in [0, 1]; see the top of this file."""
-    return scaled(weight * (syn - random) + (1 - weight) * (syn_no_aug - random_no_aug))
-
-
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name, what in (("syn", "distilled images with their labels"), ("syn_hard", "the same with --hard_labels"),
@@ -64,7 +39,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="JSON", help=what)
     for name in ("syn", "random"):
         parser.add_argument(f"--{name}_no_aug", type=Path, metavar="JSON", help=f"as --{name}, with --no_aug")
-    parser.add_argument("--weight", type=float, default=0.5, metavar="W", help="w and γ [0.5]")
+    parser.add_argument("--weight", type=float, default=WEIGHT, metavar="W", help=f"w and γ [{WEIGHT}]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores")
     options = vars(parser.parse_args())
     weight, target = options.pop("weight"), options.pop("json")
@@ -77,17 +52,12 @@ def main() -> None:
     scores = {}
     for network in set.intersection(*(set(result["by_network"]) for result in results.values())):
         at = {name: result["by_network"][network] for name, result in results.items()}
-        scores[network] = {"HLR": at["real"] - at["syn_hard"], "IOR": at["syn"] - at["random"],
-                           "LRS": label_robust_score(at["real"], at["syn_hard"], at["syn"], at["random"], weight)}
-        if "syn_no_aug" in at:
-            scores[network]["IOR_no_aug"] = at["syn_no_aug"] - at["random_no_aug"]
-            scores[network]["ARS"] = augmentation_robust_score(at["syn"], at["random"], at["syn_no_aug"],
-                                                               at["random_no_aug"], weight)
+        scores[network] = robust_scores(at, weight)
     if not scores:
         raise UserError("no network is in all of the results; evaluate all with the same --model and --eval_mode")
     scores = {name: scores[name] for name in results["syn"]["by_network"] if name in scores}
     for network, score in scores.items():
-        print(f"{network}: " + ", ".join(f"{name} {100 * value:.2f} %" for name, value in score.items()))
+        print(in_words(network, score))
     if target:
         write_json(target, {"weight": weight, "scores": scores,
                             "results": {name: str(path) for name, path in options.items() if path is not None}})

@@ -144,7 +144,19 @@ def test_without_results_a_card_states_no_accuracy(call, whole):
 def test_the_source_has_a_licence(whole, dataset, licence, words):
     distilled = DistilledSet.load(whole)
     text = card(dataclasses.replace(distilled, config=distilled.config | {"dataset": dataset}), "x.safetensors", [])
-    assert front(text)["license"] == licence and words in text
+    head = front(text)
+    assert head["license"] == licence and words in text
+    # What a hub takes: a licence that it does not know has a name of its own, in few characters, and an address.
+    assert (licence == "other") == ("license_name" in head) == ("license_link" in head)
+    assert re.fullmatch("[a-z0-9-.]+", head.get("license_name", "none"))
+    assert head.get("license_link", "https://").startswith(("https://", "http://"))
+    assert head["size_categories"] == ["n<1K"] and head["task_categories"] == ["image-classification"]
+    assert dataset == "Mine" or re.search(r"see <https?://[^ >]+> \|", text)
+
+
+def test_class_names_are_text_in_a_card(whole):
+    strange = dataclasses.replace(DistilledSet.load(whole), classes=("<b>", "a|b*", "n01_é"))
+    assert "Classes in order: \\<b\\>, a\\|b\\*, n01_é." in card(strange, "x.safetensors", [])
 
 
 def changed(text, **values):

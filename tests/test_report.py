@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from tests.browser import CHROMIUM, browser
-from utils import report, svg
+from utils import record, report, svg
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, parse
 from utils.run import influential
 
@@ -135,21 +135,21 @@ def test_it_is_made_again_from_the_folder_alone(call, runs, copied):
 
 
 def test_neighbours_are_the_nearest_of_the_class(runs, toy_data):
-    pictures = report.read_run(runs[0]).pictures
+    pictures = record.read_run(runs[0]).pictures
     best = torch.load(runs[0] / "Normal" / "images_zca_best.pt", weights_only=True)
     low, high = best.mean() - 2.5 * best.std(), best.mean() + 2.5 * best.std()
     real = toy_data.to_pixels(toy_data.train_images)
     for row, position in enumerate(pictures.which):
         distance = (real - best[position].clamp(low, high)).square().sum((1, 2, 3))
         distance[toy_data.train_labels != position // 2] = torch.inf
-        nearest = report.scaled_bytes(real[distance.argmin()][None])[0]
+        nearest = record.scaled_bytes(real[distance.argmin()][None])[0]
         assert (pictures.neighbour[row].int() - nearest.int()).abs().max() <= 1
 
 
 def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
     """What the page says to type is read as the options that the run had, and its experts."""
-    run = report.read_run(runs[1])
-    (_, experts), (_, distil), (_, evaluation), (_, again) = report.commands(run)
+    run = record.read_run(runs[1])
+    (_, experts), (_, distil), (_, evaluation), (_, again) = record.commands(run)
     text = re.search(r"<<'END'\n(.*)END\n", distil, re.DOTALL)[1]
     (tmp_path / "again.yaml").write_text(text)
     made = parse(DistillConfig, "", ["--cfg", str(tmp_path / "again.yaml")], yaml_file=True)
@@ -168,7 +168,7 @@ def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
 def test_infinity_survives_the_commands(copied, tmp_path):
     config = yaml.safe_load((copied / "config.yaml").read_text()) | {"threshold": float("inf")}
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
-    text = re.search(r"<<'END'\n(.*)END\n", report.commands(report.read_run(copied))[1][1], re.DOTALL)[1]
+    text = re.search(r"<<'END'\n(.*)END\n", record.commands(record.read_run(copied))[1][1], re.DOTALL)[1]
     (tmp_path / "again.yaml").write_text(text)
     assert parse(DistillConfig, "", ["--cfg", str(tmp_path / "again.yaml")], yaml_file=True).threshold == float("inf")
 
@@ -193,7 +193,7 @@ def test_what_is_strange_is_escaped(copied):
     (strange / "result.json").write_text(json.dumps(result))
     metrics = (strange / "metrics.jsonl").read_text().replace('"ConvNetD1W4"', json.dumps(STRANGE))
     (strange / "metrics.jsonl").write_text(metrics)
-    run = report.read_run(strange)
+    run = record.read_run(strange)
     object.__setattr__(run.pictures, "classes", (STRANGE, "b", "c"))
     assert "<b>" in report.page(run) and "<script" not in report.page(run) + report.comparison([run, run])
     page = check(report.page(run))
@@ -238,10 +238,57 @@ def test_what_is_no_run_folder_is_one_line(call, tmp_path):
     assert "is not a run's folder" in call("scripts/report.py", tmp_path, expect=2).stderr
 
 
+def page_of(folder, **pictures):
+    """The page of a run, some of its pictures' fields being others."""
+    run = record.read_run(folder)
+    return check(report.page(replace(run, pictures=replace(run.pictures, **pictures))))
+
+
+def test_labels_that_are_classes_have_no_bars(runs):
+    classes = torch.eye(3).repeat_interleave(2, 0)
+    page = page_of(runs[0], labels=classes, start_labels=classes)
+    assert "Labels are the classes themselves" in page.source and not page.source.count('class="bars"')
+    assert {each.text.split(" of ")[0] for each in page.all("summary")[:6]} == {"Start"}
+    assert not page_of(runs[0], labels=classes, start=None, change=None).source.count("Start")
+
+
+def test_labels_that_stayed_have_no_marks(runs, copied):
+    labels = record.read_run(runs[0]).pictures.start_labels
+    assert 'style="left:' in page_of(runs[0]).source and "a mark on a bar" in page_of(runs[0]).source
+    config = yaml.safe_load((copied / "config.yaml").read_text()) | {"labels": "soft"}
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    page = page_of(copied, labels=labels)
+    assert "which was not learned" in page.source and page.source.count('class="bars"') == 6
+    assert 'style="left:' not in page.source and "a mark on a bar" not in page.source
+
+
+def test_a_run_that_learned_nothing_says_so(copied):
+    lines = [{"iteration": number, "loss": 2 + number, "updated": False, "held": False, "lr": 0.01,
+              "start_epoch": 0, "bound": 1} for number in range(3)]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = json.loads((copied / "result.json").read_text())
+    result["best"]["iteration"] = 0
+    (copied / "result.json").write_text(json.dumps(result))
+    page = check(report.page(record.read_run(copied)))
+    assert "Every update was skipped, so nothing was learned" in page.source
+    assert "iteration 0, before the first update" in page.source
+    (loss, *_) = [each for each in page.all("figure") if each.attributes.get("class") == "chart"]
+    assert "Matching loss" in loss.text and "update skipped" in loss.text and "each iteration" not in loss.text
+
+
+def test_numbers_at_an_axis_are_not_cut():
+    chart = svg.Chart("Rate", "iteration", "α")
+    chart.line([(0, 0.00985), (1, 0.01)], "s0")
+    ends = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', chart.figure(""))
+    assert any(text == "0.00995" for _, text in ends)
+    # At 12 pixels a digit is 7 wide; the axis' own label ends at 15.
+    assert all(float(x) - 7 * len(text) > 15 for x, text in ends)
+
+
 @pytest.mark.parametrize(("num_classes", "ipc", "size"), [
     (10, 1, 784), (10, 50, 3072), (100, 50, 3072), (200, 10, 12288), (10, 10, 3 * 128 * 128), (1000, 50, 12288)])
 def test_large_sets_are_thinned(num_classes, ipc, size):
-    which = report.chosen(num_classes, ipc, size)
+    which = record.chosen(num_classes, ipc, size)
     assert len(set(which)) == len(which) > 0 and max(which) < num_classes * ipc
     # As if nothing could be compressed: image, neighbour and start in full, the change in one colour.
     assert len(which) * (3.4 * size * 4 / 3 + 3000) < 9_000_000
@@ -252,7 +299,7 @@ def test_long_runs_are_thinned(copied):
     lines = [{"iteration": number, "loss": None if number % 50 == 3 else 0.5, "updated": number % 50 != 3,
               "held": False, "lr": 0.01, "start_epoch": number % 7, "bound": 8} for number in range(9000)]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = report.page(report.read_run(copied))
+    source = report.page(record.read_run(copied))
     page = check(source)
     assert "9,000 iterations, of which 2,000, evenly spaced, are drawn" in source
     assert max(len(re.findall("[ML]", each.attributes["d"])) for each in page.all("path")) <= 4 * svg.MOST_POINTS
@@ -265,7 +312,7 @@ def test_any_losses_can_be_drawn(copied, losses):
     lines = [{"iteration": number, "loss": loss, "updated": loss is not None, "held": loss is None, "lr": 0.0,
               "start_epoch": 0, "bound": 1} for number, loss in enumerate(losses)]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    check(report.page(report.read_run(copied)))
+    check(report.page(record.read_run(copied)))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")

@@ -1,12 +1,15 @@
 """DD-Ranking's scores, hard labels, and the table of sets and networks."""
 
+import importlib
 import json
 import math
 
 import pytest
 import torch
 
-from scripts.robust_score import augmentation_robust_score, label_robust_score, scaled
+from distill.robust import HELD_OUT, RATES, augmentation_robust_score, held_out, label_robust_score, scaled
+from tests.test_refusals import check_refusal
+from tests.test_resume import stop_at
 
 SCORE, EVALUATION, BASELINE = "scripts/robust_score.py", "distill/evaluation.py", "distill/baseline.py"
 
@@ -123,3 +126,115 @@ def test_networks_are_columns(call, results):
     assert cells[0] == ["set", "images", "ConvNetD1W4", "ConvNet"]
     assert [row[:2] for row in cells[2:]] == [["distilled images", "6"], ["the whole training set", "72"]]
     assert all("±" in cell for row in cells[2:] for cell in row[2:])
+
+
+# --- all of it by one command --------------------------------------------------------------------------------
+
+WHICH = ("syn", "syn_hard", "random", "syn_no_aug", "random_no_aug", "real")
+
+
+@pytest.fixture
+def robust(toy, toy_experts, results, tmp_path):
+    """The command, on the set of `results`; what follows wins."""
+    distilled = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal" / "distilled.safetensors"
+    return [EVALUATION, *toy.evaluate, f"--data_dir={distilled}", "--robust_score", f"--buffer_path={toy_experts}",
+            "--epoch_eval_real=1", f"--json={tmp_path / 'robust.json'}"]
+
+
+def test_one_command_says_what_six_and_the_script_say(call, toy, toy_experts, results, robust, tmp_path):
+    done = call(*robust, "--eval_mode=C", "--num_eval=2")
+    found = json.loads((tmp_path / "robust.json").read_text())
+    assert tuple(found["results"]) == WHICH and list(found["scores"]) == ["ConvNetD1W4", "ConvNet"]
+    evaluate = [*toy.evaluate, "--batch_train=128", "--num_eval=2"]
+    folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
+    best = {name: part["lr"]["ConvNetD1W4"] for name, part in found["results"].items()}
+    # A set without its own learning rate is trained with --lr_teacher.
+    syn = [EVALUATION, *evaluate, f"--data_dir={folder / 'distilled.safetensors'}"]
+    hard = [EVALUATION, *evaluate, f"--data_dir={folder / 'images_best.pt'}", "--hard_labels",
+            f"--label_dir={tmp_path / 'classes.pt'}", f"--lr_teacher={best['syn_hard']}"]
+    torch.save(torch.arange(3).repeat_interleave(2), tmp_path / "classes.pt")
+    random = [BASELINE, *evaluate, "--ipc=2", "--label_source=experts", f"--buffer_path={toy_experts}"]
+    for name, command in {
+            "syn": syn, "syn_no_aug": [*syn, "--no_aug"], "syn_hard": hard,
+            "random": [*random, f"--lr_teacher={best['random']}"],
+            "random_no_aug": [*random, "--no_aug", f"--lr_teacher={best['random_no_aug']}"],
+            "real": [BASELINE, *evaluate, "--ipc=None", "--epoch_eval_train=1"]}.items():
+        call(*command, f"--json={tmp_path / name}.json")
+        (alone,) = json.loads((tmp_path / f"{name}.json").read_text())["scores"]
+        assert found["results"][name]["scores"][0] == alone, name
+        assert found["results"][name]["images"] == json.loads((tmp_path / f"{name}.json").read_text())["images"]
+    call(SCORE, *(f"--{name}={tmp_path / name}.json" for name in WHICH), f"--json={tmp_path / 'scores.json'}")
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]["ConvNetD1W4"]
+    assert scores == found["scores"]["ConvNetD1W4"] and set(scores) == {"HLR", "IOR", "LRS", "IOR_no_aug", "ARS"}
+    assert f"ConvNetD1W4: HLR {100 * scores['HLR']:.2f} %" in done.stdout
+
+
+def test_a_rate_is_the_best_on_images_held_out(call, robust, tmp_path, toy_data):
+    call(*robust)
+    results = json.loads((tmp_path / "robust.json").read_text())["results"]
+    searched = {name for name, part in results.items() if "held_out" in part}
+    assert searched == {"syn_hard", "random", "random_no_aug"}
+    for name in searched:
+        reached = results[name]["held_out"]["ConvNetD1W4"]
+        assert tuple(map(float, reached)) == RATES
+        assert float(max(reached, key=reached.get)) == results[name]["lr"]["ConvNetD1W4"]
+    assert results["real"]["lr"]["ConvNetD1W4"] == pytest.approx(0.01) and results["real"]["images"] == 72
+
+    used = torch.tensor([0, 5, 30, 70])
+    chosen = held_out(toy_data, used, torch.Generator().manual_seed(0))
+    assert chosen.test_labels.bincount().tolist() == 3 * [round(HELD_OUT * 24)]
+    same = (toy_data.train_images[:, None] == chosen.test_images[None]).flatten(2).all(2)
+    assert same.any(0).all() and not same[used].any()
+
+
+def test_it_goes_on_at_the_next_network(call, robust, tmp_path):
+    call(*robust)
+    whole = json.loads((tmp_path / "robust.json").read_text())
+    (tmp_path / "robust.json").unlink()
+    evaluation = importlib.import_module("distill.evaluate")
+    with stop_at(evaluation, "train_network", 5):
+        call(*robust, expect=130)
+    assert (tmp_path / "robust.json.unfinished").exists() and not (tmp_path / "robust.json").exists()
+    number = 6 + 3 * len(RATES)
+    with stop_at(evaluation, "train_network", number - 4 + 1):  # so many are left, and no more
+        done = call(*robust)
+    assert f"4 of {number} networks were tested" in done.stdout
+    assert not (tmp_path / "robust.json.unfinished").exists()
+    parts = json.loads((tmp_path / "robust.json").read_text())
+    assert parts["scores"] == whole["scores"] and parts["results"] == whole["results"]
+
+
+def test_a_set_of_hard_labels_is_compared_with_such(call, toy, results, tmp_path):
+    """Random images have their own labels then, and no experts are needed."""
+    folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
+    torch.save(torch.arange(3).repeat_interleave(2), tmp_path / "classes.pt")
+    call(EVALUATION, *toy.evaluate, f"--data_dir={folder / 'images_best.pt'}", f"--label_dir={tmp_path / 'classes.pt'}",
+         "--robust_score", "--epoch_eval_real=1", f"--buffer_path={tmp_path}",
+         f"--json={tmp_path / 'robust.json'}")
+    assert json.loads((tmp_path / "robust.json").read_text())["results"]["random"]["what"] == (
+        "2 random real images a class")
+
+
+@pytest.mark.parametrize("options, phrases", [
+    (["--hard_labels"], ["--robust_score beside --hard_labels", "leave it out"]),
+    (["--no_aug"], ["--robust_score beside --no_aug"]),
+    (["--buffer_path=nowhere"], ["no replay_buffer_*.pt in", "give --buffer_path"]),
+    (["--model=ConvNetD1W8"], ["no replay_buffer_*.pt in", "ConvNetD1W8"]),
+    (["another.safetensors"], ["unexpected argument 'another.safetensors'"]),
+    (["--epoch_eval_real=0"], ["--epoch_eval_real 0"])])
+def test_what_has_no_score_is_refused(call, robust, options, phrases):
+    check_refusal(call(*robust, *options, expect=2), *phrases)
+
+
+def test_a_set_of_unequal_classes_or_of_all_images_has_no_score(call, toy, toy_data, toy_experts, tmp_path):
+    for count, phrase in ((4, "4 images of 3 classes cannot be compared"), (72, "which leaves none"),
+                          (75, "--ipc 25: class 'blue' of ImageFolder has only 24")):
+        torch.save(torch.zeros(count, 3, 8, 8), tmp_path / "images.pt")
+        torch.save(torch.zeros(count, 3), tmp_path / "labels.pt")
+        done = call(EVALUATION, *toy.evaluate, f"--data_dir={tmp_path / 'images.pt'}", "--robust_score",
+                    f"--label_dir={tmp_path / 'labels.pt'}", f"--buffer_path={toy_experts}", expect=2)
+        check_refusal(done, phrase)
+
+
+def test_only_a_set_has_a_score(call, toy):
+    check_refusal(call(BASELINE, *toy.evaluate, "--robust_score", expect=2), "unknown option '--robust_score'")

@@ -250,6 +250,11 @@ class EvaluationConfig(TrainConfig):
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
     hard_labels: bool = option(METHOD, False, "train on the images' classes instead of their soft labels")
+    robust_score: bool = option(EVALUATION, False, "DD-Ranking's scores: evaluate also what the set is compared with")
+    epoch_eval_real: Count = option(EVALUATION, 50, "robust_score: epochs on the whole training set; as many as an "
+                                    "expert's, since as many as the set's would take days", effect="robust_score")
+    buffer_path: FolderPath = option(FILES, "../buffer_storage/", "robust_score: folder of the experts that label the "
+                                     "random images", effect="robust_score")
     json: FilePath = option(FILES, "", "write the result to this file")
     save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors")
 

@@ -45,7 +45,7 @@ class Chart:
     """
 
     width, height = 440, 250
-    left, right, top, bottom = 52, 22, 10, 42
+    right, top, bottom = 22, 10, 42
 
     def __init__(self, title: str, x_label: str, y_label: str, whole: bool = False):
         self.title, self.x_label, self.y_label, self.whole = title, x_label, y_label, whole
@@ -82,15 +82,17 @@ class Chart:
                 f"<figcaption>{legend}<p>{html.escape(words)}</p></figcaption></figure>\n")
 
     def _add(self, kind: str, style: str, name: str, points: Sequence[Point], **how: Any) -> None:
-        if points:
+        if kind == "crosses" or any(math.isfinite(y) for point in points for y in point[1:]):
             self._marks.append((kind, style, name, list(points), how))
 
     def _xs(self) -> list[float]:
         return [point[0] for _, _, _, points, _ in self._marks for point in points]
 
     def _ys(self) -> list[float]:
-        marks = [mark for mark in self._marks if mark[0] != "crosses"] or self._marks
-        return [y for _, _, _, points, _ in marks for point in points for y in point[1:] if math.isfinite(y)]
+        found: dict[bool, list[float]] = {True: [], False: []}
+        for kind, _, _, points, _ in self._marks:
+            found[kind == "crosses"] += [y for point in points for y in point[1:] if math.isfinite(y)]
+        return found[False] or found[True]
 
     def _log(self) -> bool:
         """Whether the values span so much that a linear scale would hide most of them."""
@@ -104,33 +106,30 @@ class Chart:
         low, high = _apart(scale(min(ys)), scale(max(ys)))
         edge = 0.04 * (high - low)
         low, high = low - edge, high + edge
+        values = [10**each for each in ticks(low, high, 5)] if log else ticks(low, high, 5, self.whole)
+        left = max(52, 28 + 8 * max((len(_tick(value)) for value in values), default=0))  # letters are 7 to 8 wide
 
         def x(value: float) -> float:
-            return self.left + (value - x_low) / (x_high - x_low) * (self.width - self.left - self.right)
+            return left + (value - x_low) / (x_high - x_low) * (self.width - left - self.right)
 
         def y(value: float) -> float:
             share = min((scale(value) - low) / (high - low), 1) if math.isfinite(value) else 1
             return self.height - self.bottom - share * (self.height - self.top - self.bottom)
 
-        return self._axes(x, y, (x_low, x_high), (low, high), log) + "".join(
+        return self._axes(x, y, left, (x_low, x_high), values) + "".join(
             _mark(kind, style, [(x(point[0]), *(y(each) if math.isfinite(each) or kind == "crosses" else math.nan
                                                 for each in point[1:])) for point in points], **how)
             for kind, style, _, points, how in self._marks)
 
-    def _axes(self, x: Any, y: Any, x_range: Point, y_range: Point, log: bool) -> str:
+    def _axes(self, x: Any, y: Any, left: float, x_range: Point, values: Sequence[float]) -> str:
         right, base = self.width - self.right, self.height - self.bottom
-        if log:
-            exponents = ticks(*y_range, 5)
-            values = [10**each for each in exponents]
-        else:
-            values = ticks(*y_range, 5, self.whole)
-        parts = [f'<path class="axis" d="M{self.left} {base}H{right}"/>']
+        parts = [f'<path class="axis" d="M{left} {base}H{right}"/>']
         for value in values:
-            parts.append(f'<path class="axis" d="M{self.left} {y(value):.1f}H{right}"/><text x="{self.left - 6}" '
+            parts.append(f'<path class="axis" d="M{left} {y(value):.1f}H{right}"/><text x="{left - 6}" '
                          f'y="{y(value) + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
         for value in ticks(*x_range, 5, whole=True):
             parts.append(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>')
-        middle = (self.left + right) / 2
+        middle = (left + right) / 2
         parts.append(f'<text x="{middle}" y="{self.height - 8}" text-anchor="middle">{html.escape(self.x_label)}'
                      "</text>")
         parts.append(f'<text transform="translate(11 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'

@@ -1,0 +1,224 @@
+"""DD-Ranking's scores of a distilled set: what of its accuracy is neither its labels' nor the evaluation's merit.
+
+By network, accuracies A in [0, 1] and means over the networks:
+
+    HLR = A(real, hard labels) − A(distilled, hard labels)              hard label recovery; less is better
+    IOR = A(distilled, its own labels) − A(random real, such labels)    improvement over random
+    LRS = scaled(w · IOR − (1 − w) · HLR)                               label-robust score
+    ARS = scaled(γ · IOR + (1 − γ) · IOR without augmentation)          augmentation-robust score
+    scaled(x) = (exp(x) − exp(−1)) / (e − exp(−1)), w = γ = 0.5
+
+(Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300, and its documentation.) It
+differs in this: DD-Ranking averages the scores of single runs, each with random images of its own; here a score is that
+of the means, and the random images are those of the seed. There and here the rates for hard labels and for random
+images are the best of five, which DD-Ranking finds on the test images, by the accuracy after the best epoch; here they
+are found on training images that are held out for it, and all accuracies are those after the last epoch.
+"""
+
+import math
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.distilled_set import DistilledSet
+from distill.evaluate import Job, Known, announce_evaluation, begin, evaluate, known_key, with_classes, with_dataset
+from distill.real import check_experts, drawn, real_set
+from utils import parallel
+from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
+from utils.datasets import Dataset
+from utils.errors import UserError
+from utils.files import check_writable
+from utils.networks import evaluation_pool
+from utils.run import Progress, environment, generator, influential, write_json
+
+WEIGHT = 0.5  # w and γ
+RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # DD-Ranking's
+HELD_OUT = 0.1  # of each class's training images, to choose a rate on
+
+
+# --- the scores ----------------------------------------------------------------------------------------------
+
+
+def scaled(x: float) -> float:
+    """[−1, 1] → [0, 1], growing faster where x is larger."""
+    return (math.exp(x) - math.exp(-1)) / (math.e - math.exp(-1))
+
+
+def label_robust_score(real_hard: float, syn_hard: float, syn: float, random: float, weight: float = WEIGHT) -> float:
+    """LRS in [0, 1] from accuracies in [0, 1]; see the top of this file."""
+    return scaled(weight * (syn - random) - (1 - weight) * (real_hard - syn_hard))
+
+
+def augmentation_robust_score(syn: float, random: float, syn_no_aug: float, random_no_aug: float,
+                              weight: float = WEIGHT) -> float:
+    """ARS in [0, 1] from accuracies in [0, 1]; see the top of this file."""
+    return scaled(weight * (syn - random) + (1 - weight) * (syn_no_aug - random_no_aug))
+
+
+def robust_scores(at: dict[str, float], weight: float = WEIGHT) -> dict[str, float]:
+    """One network's scores.
+
+    Args:
+        at: its mean accuracies in [0, 1]: syn, syn_hard, random, real; for ARS syn_no_aug and random_no_aug too.
+    """
+    scores = {"HLR": at["real"] - at["syn_hard"], "IOR": at["syn"] - at["random"],
+              "LRS": label_robust_score(at["real"], at["syn_hard"], at["syn"], at["random"], weight)}
+    if "syn_no_aug" in at:
+        scores["IOR_no_aug"] = at["syn_no_aug"] - at["random_no_aug"]
+        scores["ARS"] = augmentation_robust_score(at["syn"], at["random"], at["syn_no_aug"], at["random_no_aug"],
+                                                  weight)
+    return scores
+
+
+def in_words(network: str, scores: dict[str, float]) -> str:
+    return f"{network}: " + ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores.items())
+
+
+# --- their evaluations ---------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """One of the evaluations that the scores are made of."""
+
+    what: str
+    config: TrainConfig
+    set: DistilledSet
+    searched: bool  # whether its learning rate is chosen among RATES
+
+
+def evaluate_robust(config: EvaluationConfig) -> None:
+    """The whole of `distill/evaluation.py --robust_score`: saved tensors in, scores printed and written as JSON.
+
+    Raises:
+        UserError: files or options that do not fit the dataset, the experts or the scores.
+    """
+    for name in ("hard_labels", "no_aug"):
+        if getattr(config, name):
+            raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
+    opened, device = begin(config)
+    real_config = BaselineConfig(
+        **{field.name: getattr(config, field.name) for field in fields(TrainConfig)}, buffer_path=config.buffer_path,
+        label_source="experts" if opened.labels.is_floating_point() else "hard")
+    check_experts(real_config)
+    dataset, distilled = with_dataset(config, opened, device)
+    ipc, rest = divmod(len(distilled), dataset.num_classes)
+    if rest:
+        raise UserError(f"--robust_score: {len(distilled)} images of {dataset.num_classes} classes cannot be compared "
+                        "with as many random ones of each class; give a set with equally many of each")
+    if config.json:
+        check_writable(config.json)
+    real_config = replace(real_config, ipc=ipc)
+    random, of_random = real_set(real_config, dataset)
+    whole, of_whole = real_set(replace(real_config, ipc=None, label_source="hard"), dataset)
+    chosen_on = held_out(dataset, drawn(real_config, dataset), generator(config.seed, "robust", "rates"))
+    hard, what = with_classes(distilled, dataset), "distilled images"
+    bare = replace(config, no_aug=True)
+    parts = {"syn": Part(what, config, distilled, False),
+             "syn_hard": Part(f"{what} with hard labels", config, hard, True),
+             "random": Part(of_random, config, random, True),
+             "syn_no_aug": Part(f"{what}, without augmentation", bare, distilled, False),
+             "random_no_aug": Part(f"{of_random}, without augmentation", bare, random, True),
+             "real": Part(of_whole, replace(config, epoch_eval_train=config.epoch_eval_real), whole, False)}
+    announce_evaluation(config, device, f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
+                        f"{config.epoch_eval_train} epochs (the whole training set: {config.epoch_eval_real})")
+    beside = Path(f"{config.json}.unfinished") if config.json else None
+    known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled, random)))
+    results = _evaluate_parts(parts, dataset, chosen_on, known)
+    scores = {}
+    for network in networks_of(config):
+        scores[network] = robust_scores({name: next(score["mean"] for score in result["scores"]
+                                                    if score["network"] == network)
+                                         for name, result in results.items()})
+        print(in_words(network, scores[network]))
+    if config.json and parallel.first():
+        write_json(config.json, {
+            "what": "robust scores", "images": len(distilled), "weight": WEIGHT, "scores": scores, "results": results,
+            "tested_on": "validation" if config.val_fraction else "test", "seconds": known.seconds,
+            "config": influential(config), "environment": environment(device)})
+        known.forget()
+
+
+def networks_of(config: TrainConfig) -> list[str]:
+    return list(dict.fromkeys(evaluation_pool(config.eval_mode, config.model)))
+
+
+def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset:
+    """The dataset with a share of its training images, none of them used, in the place of the test images.
+
+    Raises:
+        UserError: all are used.
+    """
+    left = torch.ones(len(dataset.train_labels), dtype=torch.bool)
+    left[used.cpu()] = False
+    chosen = []
+    for label in range(dataset.num_classes):
+        members = dataset.class_indices(label).cpu()
+        count = max(1, round(HELD_OUT * len(members)))
+        members = members[left[members]]
+        chosen.append(members[torch.randperm(len(members), generator=random)[:count]])
+    indices = torch.cat(chosen).to(dataset.train_labels.device)
+    if not len(indices):
+        raise UserError("--robust_score: the set holds as many images as the training set, which leaves none to choose "
+                        "the learning rates of the comparison on; give a smaller set")
+    return replace(dataset, test_images=dataset.train_images[indices], test_labels=dataset.train_labels[indices])
+
+
+def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset, known: Known) -> dict[str, Any]:
+    """What each part reached: what a file of the single evaluation says, and the learning rates.
+
+    Args:
+        chosen_on: its test images are those on which learning rates are chosen.
+        known: of the parts together.
+    """
+    networks = networks_of(parts["syn"].config)
+
+    def known_of(name: str, rate: float | None = None) -> Known:
+        return known.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")
+
+    def runs(name: str, network: str) -> list[tuple[Known, list[Job]]]:
+        """The evaluations of a network for a part, and the networks of each."""
+        part = parts[name]
+        searched = [(known_of(name, rate), [Job(network, 0)]) for rate in RATES if part.searched]
+        return [*searched, (known_of(name), [Job(network, number) for number in range(part.config.num_eval)])]
+
+    # One bar over them all, in images, as an epoch of the training set takes far longer than one of the set.
+    total = done = found = number = 0
+    for name, part in parts.items():
+        images = len(part.set) * (part.config.epoch_eval_train + 1)
+        for each, jobs in (run for network in networks for run in runs(name, network)):
+            missing = each.missing(jobs)
+            before = len(jobs) - len(missing)
+            number, found = number + len(jobs), found + before
+            done += images * before
+            total += images * (before + len(parallel.deal(missing)))
+    if found:
+        print(f"going on with an evaluation that was stopped: {found} of {number} networks were tested")
+    results = {}
+    with Progress(total, "evaluate", initial=done, unit=" images", unit_scale=True) as bar:
+        for name, part in parts.items():
+            on_epoch = partial(bar.update, len(part.set))
+            run = partial(evaluate, augmented=not part.config.no_aug, on_epoch=on_epoch)
+            result: dict[str, Any] = {"what": part.what, "images": len(part.set), "augmented": not part.config.no_aug,
+                                      "epochs": part.config.epoch_eval_train, "lr": {}, "scores": []}
+            for network in networks:
+                rate = float(part.set.lr)
+                if part.searched:
+                    alone = replace(part.config, num_eval=1)
+                    reached = {rate: run(alone, chosen_on, _at(part.set, rate), networks=[network],
+                                         known=known_of(name, rate))[0].mean for rate in RATES}
+                    rate = max(reached, key=reached.__getitem__)
+                    result.setdefault("held_out", {})[network] = {f"{rate:g}": at for rate, at in reached.items()}
+                (score,) = run(part.config, dataset, _at(part.set, rate), networks=[network], known=known_of(name))
+                result["lr"][network] = rate
+                result["scores"].append(score.as_dict())
+                bar.say(f"{part.what}, learning rate {rate:.4g} · {score}")
+            results[name] = result
+    return results
+
+
+def _at(distilled: DistilledSet, rate: float) -> DistilledSet:
+    return replace(distilled, lr=torch.tensor(rate, device=distilled.lr.device))
