@@ -122,6 +122,7 @@ class DataConfig:
     batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)
     device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices")
     data_path: FolderPath = option(FILES, "data", "folder of the real data")
+    quiet: bool = option(FILES, False, "print the results, warnings and errors only")
 
 
 @config_class
