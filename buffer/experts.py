@@ -23,7 +23,7 @@ from buffer.trajectories import (
     next_file,
     write_experts,
 )
-from utils import augment, files, interrupt, parallel
+from utils import augment, commands, files, interrupt, parallel
 from utils.config import BufferConfig
 from utils.datasets import Dataset, check_dataset_name, load_configured
 from utils.engine import GRADIENT_ALONE, describe_engine
@@ -244,9 +244,14 @@ def train_buffer(config: BufferConfig) -> None:
 
 
 def _say_where(config: BufferConfig, folder: Path) -> None:
-    """Where the experts are."""
+    """Where the experts are, and what to type next."""
     print(wrapped(f"{config.num_experts} experts of {config.train_epochs} epochs are trained; {shown(folder)} holds "
                   f"{count_experts(folder)} in {', '.join(path.name for path in expert_files(folder))}"))
+    remark, options = commands.distillation(config)
+    commands.say_next(config, "next, to look at them:",
+                      commands.command("scripts/inspect_buffer.py", {}, argument=folder))
+    commands.say_next(config, f"and to distil them{remark and f' ({remark})'}:",
+                      commands.command("distill/DATM.py", options))
 
 
 class Run:

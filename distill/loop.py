@@ -19,7 +19,7 @@ from distill.evaluate import Known, Score, check_evaluation, check_pool, digest,
 from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
-from utils import augment, figures, interrupt, parallel, report
+from utils import augment, commands, figures, interrupt, parallel, report
 from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.engine import activation_bytes, describe_engine
@@ -478,16 +478,21 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
         note(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
              f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
     print(wrapped(summary))
-    _say_where(config, folder.path, best)
+    _say_where(config, folder.path, best, version)
 
 
-def _say_where(config: DistillConfig, path: Path, versions: Iterable[str]) -> None:
-    """What lies in a finished run's folder."""
+def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best: str) -> None:
+    """What lies in a finished run's folder, and what to type next."""
     print(f"in {shown(path)}{'' if config.quiet else ':'}")
     say(config, f"  {report.PAGE:<29} the run on one page, for a browser")
     for version in versions:
         say(config, f"  {version + '/distilled.safetensors':<29} the best set; beside it as images_best.pt, …")
     say(config, "  images.png, curves.png, metrics.jsonl, config.yaml, result.json")
+    whole = path / best / "distilled.safetensors"
+    options = commands.evaluation(influential(config), whole) | commands.device_given(config.device)
+    commands.say_next(config, "next, to test the set on fresh networks, and to have its images as PNG files:",
+                      commands.command("distill/evaluation.py", options),
+                      commands.command("scripts/export.py", {"png": path / best / "png"}, argument=whole))
 
 
 def _rounding(device: torch.device) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the programs show on a terminal of 80 columns, in a pipe and with --quiet."""
+"""What the programs show on a terminal of 80 columns, in a pipe and with --quiet; what they say to type next works."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ import torch
 from tqdm.utils import disp_len
 
 from distill import estimate
-from utils import progress
+from utils import commands, progress
 from utils.config import BufferConfig, DistillConfig, make
 from utils.files import REPOSITORY
 from utils.progress import Pace, Progress, duration, short_count
@@ -247,3 +247,57 @@ def test_quiet_changes_nothing_of_a_run(call, made, toy, toy_experts, tmp_path):
     again = call(DATM, *distil, f"--log_path={tmp_path}", "--Iteration=4", "--quiet=False")
     assert "is finished" in again.stdout
     assert influential(make(BufferConfig, quiet=True)) == influential(make(BufferConfig))
+
+
+# --- what to type next ---------------------------------------------------------------------------------------
+
+
+def typed(text):
+    """The commands that a program prints."""
+    return re.findall(r"^  (python (?:.*\\\n)*.*)$", text, re.MULTILINE)
+
+
+def type_in(command, environment, cwd=REPOSITORY):
+    done = subprocess.run(["bash", "-c", command], cwd=cwd, text=True, capture_output=True,
+                          env=os.environ | environment | {"PATH": f"{os.path.dirname(sys.executable)}:"
+                                                                  f"{os.environ['PATH']}"})
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("inside", [".", "distill"])
+def test_the_printed_commands_lead_from_experts_to_pictures(call, toy, environment, tmp_path, inside):
+    """As they are, but for smaller numbers; from the root and from a folder in it, with odd names."""
+    cwd = REPOSITORY / inside
+    folder = tmp_path / "my experts"
+    said = call(REPOSITORY / BUFFER, *toy.train, "--num_experts=1", "--train_epochs=2", f"--buffer_path={folder}",
+                cwd=cwd)
+    inspect, distil = typed(said.stdout)
+    assert "1 in 1 file" in type_in(inspect, environment, cwd)
+    assert "is for ImageFolder" in said.stdout and "--res=8" in distil
+    small = "--Iteration=2 --syn_steps=2 --eval_it=2 --epoch_eval_train=1 --num_eval=1"
+    evaluate, export = typed(type_in(f"{distil} {small} --threshold=inf --log_path='{tmp_path / 'my logs'}'",
+                                     environment, cwd))
+    assert "ConvNetD1W4: " in type_in(evaluate, environment, cwd) and "--epoch_eval_train=1" in evaluate
+    assert "3 images: " in type_in(export, environment, cwd)
+    assert len(list((tmp_path / "my logs").rglob("*.png"))) == 2 + 3  # the run's own, and the set's
+
+
+def test_experts_of_the_published_kind_are_distilled_by_a_published_config():
+    config = make(BufferConfig, dataset="CIFAR10", zca=True, train_epochs=100, data_path=f"{REPOSITORY}/dataset",
+                  buffer_path=f"{REPOSITORY}/buffer_storage")
+    assert commands.distillation(config) == ("", {"cfg": REPOSITORY / "configs/CIFAR-10/ConvIN/IPC1.yaml"})
+    assert commands.command("distill/DATM.py", commands.distillation(config)[1], commands.from_repository) == (
+        "python distill/DATM.py --cfg=configs/CIFAR-10/ConvIN/IPC1.yaml")
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 30])
+def test_a_short_training_gets_a_window_that_fits_it(epochs):
+    path = commands.distillation(make(BufferConfig, dataset="CIFAR10", train_epochs=epochs))[1]["cfg"]
+    config = make(BufferConfig, dataset="CIFAR10", train_epochs=epochs)
+    _, options = commands.distillation(config)
+    made = commands._read(path)
+    window = {name: options.get(name, getattr(made, name)) for name in ("min_start_epoch", "max_start_epoch",
+                                                                        "expert_epochs")}
+    assert 0 <= window["min_start_epoch"] < window["max_start_epoch"]
+    assert window["max_start_epoch"] - 1 + window["expert_epochs"] <= epochs
