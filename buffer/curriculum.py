@@ -17,7 +17,8 @@ from utils.errors import UserError
 from utils.files import load, save
 from utils.losses import cross_entropy
 from utils.networks import has_batch_norm, network_for
-from utils.run import Progress, generator, seeded
+from utils.progress import Progress
+from utils.run import generator, seeded
 from utils.zca import cache_folder
 
 NETWORKS = 10  # over which GraNd is averaged
@@ -73,7 +74,7 @@ def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -
     if path.is_file():
         return load(path, "GraNd cache file")
     scores = torch.zeros(len(dataset.train_labels))
-    with Progress(NETWORKS, "GraNd") as bar:
+    with Progress(NETWORKS, "GraNd", quiet=config.quiet) as bar:
         for number in range(NETWORKS):
             scores += _grand_of_one(config, dataset, number, device) / NETWORKS
             bar.update()

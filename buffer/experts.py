@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,11 @@ from buffer.trajectories import (
     check_same_images,
     check_same_kind,
     count_experts,
+    expert_files,
     next_file,
     write_experts,
 )
-from utils import augment, files, interrupt, parallel
+from utils import augment, commands, files, interrupt, parallel
 from utils.config import BufferConfig
 from utils.datasets import Dataset, check_dataset_name, load_configured
 from utils.engine import GRADIENT_ALONE, describe_engine
@@ -32,10 +32,9 @@ from utils.memory import available
 from utils.metrics import accuracy, count_correct
 from utils.networks import check_network_name, network_for
 from utils.parameters import FlatModel
+from utils.progress import Progress, note, wrapped
 from utils.run import (
-    Progress,
     announce,
-    describe,
     differences,
     drawer,
     dsa_groups,
@@ -45,6 +44,7 @@ from utils.run import (
     kept_to_this_run,
     read_config,
     save_config,
+    say,
     seeded,
     shown,
     spread,
@@ -111,7 +111,8 @@ class SavedEpochs:
 
 def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: torch.device,
                  report: Callable[[Epoch], None] = lambda epoch: None, curriculum: Curriculum | None = None,
-                 saved: SavedEpochs | None = None) -> tuple[FlatModel, Tensor]:
+                 saved: SavedEpochs | None = None, progress: Callable[[float], None] = lambda done: None,
+                 ) -> tuple[FlatModel, Tensor]:
     """Trains the expert of that number; the same seed and number give the same expert.
 
     Args:
@@ -119,6 +120,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
         report: called after every epoch.
         curriculum: PAD's choice of each epoch's images; None: all of them.
         saved: where every epoch is saved, and from where training goes on; None: nowhere.
+        progress: called after every batch with the epochs that are done, in parts of one.
 
     Returns:
         The network, and the snapshots [train_epochs + 1, P] on the CPU, the first at initialisation.
@@ -146,7 +148,8 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
         correct = torch.zeros((), dtype=torch.long, device=device)
         images = torch.arange(len(dataset.train_labels)) if curriculum is None else curriculum.indices(epoch)
         order = images[torch.randperm(len(images), generator=random)].to(device)
-        for batch in order.split(config.batch_train):
+        batches = order.split(config.batch_train)
+        for step, batch in enumerate(batches, start=1):
             interrupt.check()
             drawn = draw(len(batch), random)
             x = augment.apply(dataset.train_images[batch], drawn and drawn.to(device))
@@ -155,6 +158,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, device: to
             optimiser.step()
             total_loss += loss * len(batch)
             correct += count_correct(logits, y)
+            progress(epoch + step / len(batches))
 
         snapshots[epoch + 1] = theta
         network.eval()
@@ -222,20 +226,32 @@ def train_buffer(config: BufferConfig) -> None:
                        config.micro_batch)
     with kept_to_this_run(folder, "give another --buffer_path"):
         run = parallel.first_then_others(lambda: Run(config, dataset, folder, model))
+        announce(config, device, describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels))),
+                 f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
+                 f"({len(dataset.train_labels)} images) · {shown(folder)}")
         if run.resumes:
-            print(f"going on with an unfinished run: {run.trained} of {config.num_experts} experts are trained")
+            say(config, f"going on with an unfinished run: {run.trained} of {config.num_experts} experts are trained")
         elif run.first:
-            print(f"{run.first} experts are there already; this trains others")
-        print(f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
-              f"({len(dataset.train_labels)} images) · {describe(device)}, "
-              f"{describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels)))} · {shown(folder)}")
-        announce(config)
+            say(config, f"{run.first} experts are there already; this trains others")
         curriculum = None
         if config.pad:
             curriculum = parallel.first_then_others(
                 lambda: Curriculum(config, dataset, grand_scores(config, dataset, device)))
         with interrupt.deferred():
             run.train(curriculum, device)
+    if parallel.first():
+        _say_where(config, folder)
+
+
+def _say_where(config: BufferConfig, folder: Path) -> None:
+    """Where the experts are, and what to type next."""
+    print(wrapped(f"{config.num_experts} experts of {config.train_epochs} epochs are trained; {shown(folder)} holds "
+                  f"{count_experts(folder)} in {', '.join(path.name for path in expert_files(folder))}"))
+    remark, options = commands.distillation(config)
+    commands.say_next(config, "next, to look at them:",
+                      commands.command("scripts/inspect_buffer.py", {}, argument=folder))
+    commands.say_next(config, f"and to distil them{remark and f' ({remark})'}:",
+                      commands.command("distill/DATM.py", options))
 
 
 class Run:
@@ -298,6 +314,11 @@ class Run:
             UserError: several in a row did not learn, or a file cannot be written.
             Stopped: a signal came; what was finished is saved.
         """
+        with Progress(self.config.num_experts * self.config.train_epochs, "experts", initial=self._epochs_done,
+                      quiet=self.config.quiet, images=len(self.dataset.train_labels), device=device) as self._bar:
+            self._train(curriculum, device)
+
+    def _train(self, curriculum: Curriculum | None, device: torch.device) -> None:
         for number in range(self.written, self.end):
             if self._diverged.exists():
                 break
@@ -316,10 +337,18 @@ class Run:
         diverged = json.loads(self._diverged.read_text()) if self._diverged.exists() else None
         parallel.barrier()
         if parallel.first():
+            self._bar.reach(self._epochs_done)  # of all ranks
             self._write_complete(partly=diverged is not None)
             self._clear()
         if diverged:  # it would again, so there was nothing to go on from
             raise DivergedError(diverged)
+
+    @property
+    def _epochs_done(self) -> int:
+        """Of all the run's experts."""
+        epochs = self.config.train_epochs
+        return sum(epochs if number < self.written else max(0, len(self._saved(number)) - 1)
+                   for number in range(self.first, self.end))
 
     @property
     def _diverged(self) -> Path:
@@ -340,21 +369,32 @@ class Run:
             self._at_chance = 0
             return
         self._at_chance += 1
-        print(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, guessing "
-              f"{100 * chance:.1f} %", file=sys.stderr)
+        note(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, guessing "
+             f"{100 * chance:.1f} %")
         if self._at_chance == MOST_AT_CHANCE:
             raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give another --lr_teacher (now "
                             f"{self.config.lr_teacher:g}), a smaller --rho_max (now {self.config.rho_max:g}) or more "
                             "--train_epochs, with --resume never")
 
     def _train_one(self, number: int, curriculum: Curriculum | None, device: torch.device) -> None:
-        saved = self._saved(number)
-        with Progress(self.config.train_epochs, f"expert {number}", initial=max(0, len(saved) - 1)) as bar:
-            def report(epoch: Epoch) -> None:
-                bar.set_postfix_str(f"loss {epoch.loss:.3f}, train {100 * epoch.train_accuracy:.1f} %, "
-                                    f"test {100 * epoch.test_accuracy:.1f} %", refresh=False)
-                bar.update(max(0, epoch.epoch - bar.n))
-            train_expert(self.config, self.dataset, number, device, report, curriculum, saved)
+        bar, epochs, saved = self._bar, self.config.train_epochs, self._saved(number)
+        others = self._epochs_done - max(0, len(saved) - 1)
+        reached = ""
+        bar.set_description(f"expert {number}", refresh=False)
+
+        def after_batch(done: float) -> None:
+            bar.count = f"epoch {min(int(done) + 1, epochs)}/{epochs}"
+            bar.reach(others + done)
+
+        def after_epoch(epoch: Epoch) -> None:
+            nonlocal reached
+            numbers = (f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
+                       f"test {100 * epoch.test_accuracy:.1f} %")
+            reached = ", ".join(numbers)
+            bar.show(*numbers)
+
+        train_expert(self.config, self.dataset, number, device, after_epoch, curriculum, saved, after_batch)
+        bar.say(f"expert {number}: {reached}")
 
     def _write_complete(self, partly: bool = False) -> None:
         """Judges the experts that are trained, and writes the files that are complete with them.
@@ -381,7 +421,6 @@ class Run:
                     "test_accuracy": last[each]["test_accuracy"]} for each in numbers]
         path = next_file(self.folder)
         write_experts(path, waiting, self.options | {"experts": experts}, epochs)
-        print(f"{number} experts in {shown(path)}")
         self.written += number
         for each in numbers:
             shutil.rmtree(self._saved(each).folder)

@@ -1,6 +1,5 @@
 """What a distillation will take on this machine: measured on a few of its own steps, and extrapolated."""
 
-import datetime
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
@@ -13,11 +12,12 @@ from distill.matching import match_trajectory
 from utils import augment
 from utils.config import DistillConfig
 from utils.datasets import Dataset
-from utils.engine import describe_engine
+from utils.engine import GRADIENT_ALONE, describe_engine
 from utils.memory import peak, reset_peak
 from utils.metrics import accuracy
 from utils.networks import evaluation_pool
 from utils.parameters import FlatModel
+from utils.progress import duration
 from utils.run import describe, drawer, dsa_groups, generator
 
 FEW, MORE = 1, 3  # inner steps of the two measurements
@@ -79,12 +79,10 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
         draw=drawer(config, dataset, ()), random=random), device)
     seconds_test, _ = _measured(lambda: accuracy(lambda x: model(theta, x), dataset.test_images, dataset.test_labels),
                                 device)
-    networks = config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
-    evaluations = max(1, config.Iteration // config.eval_it + (config.Iteration % config.eval_it > 0)
-                      + (not config.skip_first_eva))
     state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
     return Estimate(more_seconds / MORE * config.syn_steps, config.Iteration,
-                    networks * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test), evaluations,
+                    _networks(config) * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test),
+                    evaluations(config),
                     captured + more_bytes + (config.syn_steps - MORE) * step_bytes + state,
                     sum(each.nbytes for each in (dataset.train_images, dataset.test_images)))
 
@@ -93,6 +91,33 @@ def batch_size(config: DistillConfig, dataset: Dataset) -> int:
     """Samples of an inner step."""
     num_images = config.ipc * dataset.num_classes
     return min(config.batch_syn or num_images, num_images)
+
+
+def is_evaluated(config: DistillConfig, iteration: int) -> bool:
+    """Whether the set is evaluated at this iteration, before its update."""
+    return iteration == config.Iteration or (iteration % config.eval_it == 0
+                                             and not (iteration == 0 and config.skip_first_eva))
+
+
+def evaluations(config: DistillConfig, begin: int = 0) -> int:
+    """How often a run is evaluated, from this iteration on."""
+    return sum(is_evaluated(config, iteration) for iteration in
+               {config.Iteration, *range(-(-begin // config.eval_it) * config.eval_it, config.Iteration,
+                                         config.eval_it)})
+
+
+def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
+    """About how many iterations take as long as an evaluation, by the work that engines count; for a run that has
+    had none yet, as compiling and measuring one would take its time."""
+    samples = (config.epoch_eval_train + 1) * config.ipc * dataset.num_classes
+    tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
+    return (GRADIENT_ALONE * _networks(config) * (samples + tested) /
+            (config.syn_steps * batch_size(config, dataset)))
+
+
+def _networks(config: DistillConfig) -> int:
+    """How many an evaluation trains."""
+    return config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
 
 
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
@@ -104,17 +129,6 @@ def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     if "compiled" in model.engine.name:
         print("compiling comes on top of that, a minute or two the first time")
     print("nothing was distilled; leave --dry_run out to begin")
-
-
-def duration(seconds: float) -> str:
-    """In words of a length that fits: 0.034 s, 3 min 20 s, 2 days 3 h."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    left = datetime.timedelta(seconds=round(seconds))
-    hours, minutes = divmod(left.seconds // 60, 60)
-    if left.days:
-        return f"{left.days} day{'s' * (left.days > 1)} {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left.seconds % 60} s"
 
 
 def _measured(call: Callable[[], object], device: torch.device) -> tuple[float, float]:

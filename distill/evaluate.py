@@ -23,18 +23,17 @@ from distill.distilled_set import DistilledSet, checked_set, class_indices, read
 from utils import augment, parallel
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset, check_dataset_name, load_configured
-from utils.engine import GRADIENT_ALONE, seconds_uncompiled
+from utils.engine import GRADIENT_ALONE, describe_engine, seconds_uncompiled
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.metrics import accuracy
 from utils.networks import check_network_name, evaluation_pool, network_for
 from utils.parallel import in_processes
 from utils.parameters import FlatModel
+from utils.progress import Progress
 from utils.run import (
     Drawer,
-    Progress,
     announce,
-    describe,
     drawer,
     dsa_groups,
     environment,
@@ -42,6 +41,7 @@ from utils.run import (
     generator,
     influential,
     read_config,
+    say,
     seeded,
     shown,
     spread,
@@ -140,7 +140,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
             for number in range(config.num_eval)]
     test = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
                                train_labels=dataset.train_labels[:0].clone(), whitening=None)
-    work = GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1)
+    work = _work(config, distilled)
     train = Training(config, test, distilled, address, augmented, work)
     devices = _devices(config, distilled.images.device)
     at_once = min(len(jobs), torch.get_num_threads(), MOST_PROCESSES)
@@ -165,6 +165,17 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         known.add(job, train(job, on_epoch))
     return [Score(name, [known[Job(name, number)] for number in range(config.num_eval)])
             for name in dict.fromkeys(job.network for job in jobs)]
+
+
+def _work(config: TrainConfig, distilled: DistilledSet) -> float:
+    """What one network takes, as engines count it."""
+    return GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1)
+
+
+def epochs_to_come(config: TrainConfig, known: "Known") -> int:
+    """How many epochs `evaluate` has yet to train here, of all networks; of several ranks, this one."""
+    networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval - len(known)
+    return len(parallel.deal(range(networks))) * (config.epoch_eval_train + 1)
 
 
 class Job(NamedTuple):
@@ -213,6 +224,15 @@ class Known:
 
     def __getitem__(self, job: Job) -> float:
         return self._accuracies[self._name(job)]
+
+    def so_far(self) -> list[str]:
+        """The mean accuracy of the network that was tested last, in words; nothing before the first."""
+        if not self._accuracies:
+            return []
+        kinds = [name.rsplit("/", 1)[0] for name in self._accuracies]
+        found = [accuracy for kind, accuracy in zip(kinds, self._accuracies.values()) if kind == kinds[-1]]
+        word = "accuracy" if len(set(kinds)) == 1 else kinds[-1]
+        return [f"{word} {100 * float(np.mean(found)):.1f} %"]
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         return [job for job in jobs if self._name(job) not in self._accuracies]
@@ -347,18 +367,28 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
     if config.json:
         check_writable(config.json)
     device = distilled.images.device
-    announce_evaluation(config, device, f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
-                        f"{config.epoch_eval_train} epochs")
-    networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval
+    names = evaluation_pool(config.eval_mode, config.model)
+    networks = len(names) * config.num_eval
+    announce_evaluation(config, dataset, distilled, names, f"{what}: {len(distilled)} images, learning rate "
+                        f"{float(distilled.lr):.4g}, {config.epoch_eval_train} epochs")
     beside = Path(f"{config.json}.unfinished") if config.json else None
     known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled)))
     if len(known):
-        print(f"going on with an evaluation that was stopped: {len(known)} of {networks} networks were tested")
-    epochs = config.epoch_eval_train + 1
-    own = len(known) + len(parallel.deal(range(networks - len(known))))
-    with Progress(own * epochs, "evaluate", initial=len(known) * epochs) as bar:
+        say(config, f"going on with an evaluation that was stopped: {len(known)} of {networks} networks were tested")
+    before = len(known) * (config.epoch_eval_train + 1)
+    with Progress(before + epochs_to_come(config, known), "evaluate", initial=before, quiet=config.quiet,
+                  images=len(distilled), device=device) as bar:
+        def show() -> None:
+            bar.show(f"{len(known)} of {networks} networks", *known.so_far())
+
+        def after_epoch() -> None:
+            show()
+            bar.update()
+
+        show()
         # The same networks and the same order of samples for every set, so that sets are compared like with like.
-        scores = evaluate(config, dataset, distilled, augmented=not config.no_aug, on_epoch=bar.update, known=known)
+        scores = evaluate(config, dataset, distilled, augmented=not config.no_aug, on_epoch=after_epoch, known=known)
+        show()
     for score in scores:
         print(score)
     if config.json and parallel.first():
@@ -367,12 +397,20 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
             "tested_on": "validation" if config.val_fraction else "test", "seconds": known.seconds,
             "config": influential(config), "environment": environment(device)})
         known.forget()
+        say(config, f"in {shown(config.json)}")
 
 
-def announce_evaluation(config: TrainConfig, device: torch.device, what: str) -> None:
-    """Prints what is evaluated, where, and the options that differ from the defaults."""
-    print(f"{what} · {describe(device)}")
-    announce(config)
+def _engine_in_words(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, name: str) -> str:
+    """The one that networks of that name get; made for this alone, which costs next to nothing."""
+    model = flat_model(config, network_for(name, dataset).to(distilled.images.device), _work(config, distilled))
+    return describe_engine(model.engine, min(config.batch_train, len(distilled)))
+
+
+def announce_evaluation(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, networks: Sequence[str],
+                        what: str) -> None:
+    """Says what is evaluated, how and where, and the options that differ from the defaults."""
+    announce(config, distilled.images.device, _engine_in_words(config, dataset, distilled, networks[0]),
+             f"{what} · {config.num_eval} × {' and '.join(networks)}")
 
 
 def known_key(config: TrainConfig, dataset: Dataset, *sets: DistilledSet) -> str:
@@ -401,7 +439,7 @@ def evaluate_files(config: EvaluationConfig) -> None:
     dataset, distilled = with_dataset(config, opened, device)
     what = "distilled images"
     if config.hard_labels:
-        distilled, what = with_classes(distilled, dataset), f"{what} with hard labels"
+        distilled, what = with_classes(config, distilled, dataset), f"{what} with hard labels"
     evaluate_and_report(config, dataset, distilled, what)
 
 
@@ -436,10 +474,10 @@ def with_dataset(config: EvaluationConfig, distilled: DistilledSet,
     return dataset, distilled
 
 
-def with_classes(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
+def with_classes(config: TrainConfig, distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
     """The set with the images' classes in the place of soft labels; says by what they are known."""
     classes, known_by = class_indices(distilled, dataset.num_classes)
-    print(f"the class of an image is known by {known_by}")
+    say(config, f"the class of an image is known by {known_by}")
     return dataclasses.replace(distilled, labels=classes)
 
 

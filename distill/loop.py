@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, made_by, require_experts
 from distill import estimate
 from distill.distilled_set import DistilledSet
-from distill.evaluate import Known, Score, check_evaluation, check_pool, digest, evaluate
+from distill.evaluate import Known, Score, check_evaluation, check_pool, digest, epochs_to_come, evaluate
 from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
-from utils import augment, figures, interrupt, parallel, record, report
+from utils import augment, commands, figures, interrupt, parallel, record, report
 from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.engine import activation_bytes, describe_engine
@@ -27,12 +27,11 @@ from utils.errors import UserError
 from utils.memory import available
 from utils.networks import has_batch_norm, network_for
 from utils.parameters import FlatModel
+from utils.progress import Progress, note, wrapped
 from utils.run import (
-    Progress,
     RunFolder,
     announce,
     config_name,
-    describe,
     dsa_groups,
     environment,
     finite,
@@ -40,6 +39,7 @@ from utils.run import (
     generator,
     influential,
     kept_to_this_run,
+    say,
     shown,
     spread,
     start_device,
@@ -397,8 +397,8 @@ def distill(config: DistillConfig) -> None:
         if folder.result is not None:
             if parallel.first():
                 folder.forget_state()  # if the run was killed between the result and this
-            print(f"{shown(path)} is finished ({folder.result['summary']}); give another --run_name or --seed to run "
-                  "it again")
+            print(wrapped(f"{shown(path)} is finished ({folder.result['summary']}); give another --run_name or --seed "
+                          "to run it again"))
             return
         check_memory(config, dataset, model)
         _run(config, dataset, buffer, folder)
@@ -423,21 +423,21 @@ def _run(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFol
     start, notes = _as_set(begun["start"], device), begun["notes"]
     folder.start(saved["metrics_bytes"] if saved else None, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)])
     engine = describe_engine(model.engine, estimate.batch_size(config, dataset))
-    print(f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
-          f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs} · {describe(device)}, {engine}")
-    announce(config)
-    for note in notes:
-        print(f"note: {note}")
+    announce(config, device, engine,
+             f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
+             f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs}")
+    for each in notes:
+        say(config, f"note: {each}")
 
     state = Progression(config, dataset, Distillation(config, dataset, buffer, start), start, notes, engine, data)
     if saved:
         state.restore(saved)
-        print(f"going on at iteration {state.iteration}, where the run was saved")
+        say(config, f"going on at iteration {state.iteration}, where the run was saved")
         if saved["engine"] != engine or saved["environment"] != _rounding(device):
             print(f"note: it was last on {saved['engine']} on {', '.join(saved['environment'].values())}; what "
                   "follows may be rounded otherwise", file=sys.stderr)
     tracker = Tracker(config.wandb if parallel.first() else "disabled", config.project, folder.path.name,
-                      as_dict(config), folder.path, saved["tracker"] if saved else None)
+                      as_dict(config), folder.path, saved["tracker"] if saved else None, config.quiet)
     with interrupt.deferred():
         _iterate(state, folder, tracker)
     _conclude(state, folder, tracker)
@@ -472,14 +472,27 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
                   environment=environment(start.images.device))
     report.write(folder.path / report.PAGE, report.page(record.read_run(folder.path)))
     tracker.finish()
-    print(f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
-    print(f"{summary}; {distillation.skipped} of {config.Iteration} updates skipped, α held back "
-          f"{distillation.held} times")
+    say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
+    say(config, f"{distillation.skipped} of {config.Iteration} updates skipped, α held back {distillation.held} times")
     if distillation.skipped == config.Iteration > 0:
-        print(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
-              f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
-    print(f"in {shown(folder.path)}: {' and '.join(best)}/ with images_best.pt, labels_best.pt, lr_best.pt, "
-          "distilled.safetensors · report.html · images.png · curves.png · metrics.jsonl · result.json")
+        note(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
+             f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
+    print(wrapped(summary))
+    _say_where(config, folder.path, best, version)
+
+
+def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best: str) -> None:
+    """What lies in a finished run's folder, and what to type next."""
+    print(f"in {shown(path)}{'' if config.quiet else ':'}")
+    say(config, f"  {report.PAGE:<29} the run on one page, for a browser")
+    for version in versions:
+        say(config, f"  {version + '/distilled.safetensors':<29} the best set; beside it as images_best.pt, …")
+    say(config, "  images.png, curves.png, metrics.jsonl, config.yaml, result.json")
+    whole = path / best / "distilled.safetensors"
+    options = commands.evaluation(influential(config), whole) | commands.device_given(config.device)
+    commands.say_next(config, "next, to test the set on fresh networks, and to have its images as PNG files:",
+                      commands.command("distill/evaluation.py", options),
+                      commands.command("scripts/export.py", {"png": path / best / "png"}, argument=whole))
 
 
 def _rounding(device: torch.device) -> dict[str, str]:
@@ -552,6 +565,51 @@ class Progression:
         self.distillation.restore(state["distillation"])
 
 
+class View(Progress):
+    """What a distillation shows while it runs."""
+
+    def __init__(self, progression: Progression, accuracy: float | None):
+        """
+        Args:
+            accuracy: the last one, in [0, 1], where a run goes on.
+        """
+        config, dataset = progression.config, progression.dataset
+        self._progression, self._accuracy = progression, accuracy
+        self._evaluation: float | None = None  # seconds of the last one
+        self._record: dict[str, Any] | None = None  # of the last iteration
+        self._in_iterations = estimate.evaluation_in_iterations(config, dataset)
+        super().__init__(config.Iteration, "distil", initial=progression.iteration, quiet=config.quiet,
+                         images=config.syn_steps * estimate.batch_size(config, dataset), later=self._evaluations_left,
+                         device=dataset.train_images.device)
+
+    def evaluated(self, scores: list[Score], seconds: float) -> None:
+        self._accuracy, self._evaluation = scores[0].mean, seconds
+        self._show()
+
+    def stepped(self, record: dict[str, Any]) -> None:
+        self._record = record
+        self._show()
+        self.update()
+
+    def _show(self) -> None:
+        accuracy = [] if self._accuracy is None else [f"accuracy {100 * self._accuracy:.1f} %"]
+        if self._record is None:
+            return self.show(*accuracy)
+        loss = math.nan if self._record["loss"] is None else self._record["loss"]
+        self.show(f"loss {loss:.3f}", *accuracy, f"α {self._record['lr']:.3g}",
+                  f"start epoch {self._record['start_epoch']}",
+                  f"skipped {self._progression.distillation.skipped}")
+
+    def _evaluations_left(self) -> float:
+        """Seconds; before the first evaluation by the pace of the iterations."""
+        progression = self._progression
+        each = self._evaluation or self._in_iterations * (self.pace.seconds or 0.0)
+        left = estimate.evaluations(progression.config, progression.iteration)
+        if progression.evaluated and estimate.is_evaluated(progression.config, progression.iteration):
+            left -= 1
+        return max(0.0, left * each - self.pace.paused_for)
+
+
 def _iterate(progression: Progression, folder: RunFolder, tracker: Tracker) -> None:
     """Runs all iterations that are left, evaluating and saving on the way.
 
@@ -571,13 +629,19 @@ def _iterate(progression: Progression, folder: RunFolder, tracker: Tracker) -> N
         versions = distillation.versions()
         known = [parallel.from_first(partial(Known, folder.path / f"{name}.unfinished", digest(distilled)))
                  for name, distilled in versions.items()]
+        def after_epoch() -> None:
+            tick()
+            interrupt.check()
+
         try:  # all of them before any is recorded, so that a signal finds the state as it was before
-            scores = [evaluate(config, dataset, distilled, "iteration", iteration, on_epoch=interrupt.check,
-                               known=found) for distilled, found in zip(versions.values(), known)]
+            with bar.aside("evaluating", sum(epochs_to_come(config, found) for found in known)) as tick:
+                scores = [evaluate(config, dataset, distilled, "iteration", iteration, on_epoch=after_epoch,
+                                   known=found) for distilled, found in zip(versions.values(), known)]
         except interrupt.Stopped as stopped:
             if stopped.waited:
                 write_state()
             raise
+        bar.evaluated(scores[0], max(found.seconds for found in known))
         for (name, distilled), found in zip(versions.items(), scores):
             now = Evaluated(iteration, distilled, found)
             if name not in best or now.scores[0].mean > best[name].scores[0].mean:
@@ -598,7 +662,7 @@ def _iterate(progression: Progression, folder: RunFolder, tracker: Tracker) -> N
         for tag in tags if parallel.first() else ():
             distilled.save(folder.path / name, tag, dataset)
 
-    with Progress(config.Iteration, "distil", initial=progression.iteration) as bar:
+    with View(progression, _last_accuracy(folder) if parallel.first() else None) as bar:
         for iteration in range(progression.iteration, config.Iteration + 1):
             stop, due = parallel.any_of(interrupt.requested(), folder.save_due())
             if stop or due:
@@ -607,8 +671,7 @@ def _iterate(progression: Progression, folder: RunFolder, tracker: Tracker) -> N
             if stop:
                 interrupt.stop()
             last = iteration == config.Iteration
-            evaluation = last or (iteration % config.eval_it == 0 and not (iteration == 0 and config.skip_first_eva))
-            if evaluation and not progression.evaluated:
+            if estimate.is_evaluated(config, iteration) and not progression.evaluated:
                 evaluate_all(iteration)
             if last or iteration % SAVE_INTERVAL == 0:  # saved whatever it scores
                 distillation.merge()
@@ -621,7 +684,10 @@ def _iterate(progression: Progression, folder: RunFolder, tracker: Tracker) -> N
             folder.log(**record)
             progression.iteration, progression.evaluated = iteration + 1, False
             tracker.log_step(record)
-            loss = math.nan if record["loss"] is None else record["loss"]
-            bar.set_postfix_str(f"loss {loss:.3f}, α {record['lr']:.3g}, start {record['start_epoch']}, "
-                                f"skipped {distillation.skipped}", refresh=False)
-            bar.update()
+            bar.stepped(record)
+
+
+def _last_accuracy(folder: RunFolder) -> float | None:
+    """What a run that goes on last reached, in [0, 1]."""
+    found = [line["scores"][0]["mean"] for line in folder.metrics() if line.get("set") == VERSIONS[0]]
+    return found[-1] if found else None

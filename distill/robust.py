@@ -33,7 +33,8 @@ from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.networks import evaluation_pool
-from utils.run import Progress, environment, generator, influential, write_json
+from utils.progress import Progress
+from utils.run import environment, generator, influential, say, shown, write_json
 
 WEIGHT = 0.5  # w and γ
 RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # DD-Ranking's
@@ -115,7 +116,7 @@ def evaluate_robust(config: EvaluationConfig) -> None:
     random, of_random = real_set(real_config, dataset)
     whole, of_whole = real_set(replace(real_config, ipc=None, label_source="hard"), dataset)
     chosen_on = held_out(dataset, drawn(real_config, dataset), generator(config.seed, "robust", "rates"))
-    hard, what = with_classes(distilled, dataset), "distilled images"
+    hard, what = with_classes(config, distilled, dataset), "distilled images"
     bare = replace(config, no_aug=True)
     parts = {"syn": Part(what, config, distilled, False),
              "syn_hard": Part(f"{what} with hard labels", config, hard, True),
@@ -123,7 +124,8 @@ def evaluate_robust(config: EvaluationConfig) -> None:
              "syn_no_aug": Part(f"{what}, without augmentation", bare, distilled, False),
              "random_no_aug": Part(f"{of_random}, without augmentation", bare, random, True),
              "real": Part(of_whole, replace(config, epoch_eval_train=config.epoch_eval_real), whole, False)}
-    announce_evaluation(config, device, f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
+    announce_evaluation(config, dataset, distilled, networks_of(config),
+                        f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
                         f"{config.epoch_eval_train} epochs (the whole training set: {config.epoch_eval_real})")
     beside = Path(f"{config.json}.unfinished") if config.json else None
     known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled, random)))
@@ -140,6 +142,7 @@ def evaluate_robust(config: EvaluationConfig) -> None:
             "tested_on": "validation" if config.val_fraction else "test", "seconds": known.seconds,
             "config": influential(config), "environment": environment(device)})
         known.forget()
+        say(config, f"in {shown(config.json)}")
 
 
 def networks_of(config: TrainConfig) -> list[str]:
@@ -174,7 +177,8 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
         chosen_on: its test images are those on which learning rates are chosen.
         known: of the parts together.
     """
-    networks = networks_of(parts["syn"].config)
+    config = parts["syn"].config
+    networks = networks_of(config)
 
     def known_of(name: str, rate: float | None = None) -> Known:
         return known.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")
@@ -196,10 +200,12 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
             done += images * before
             total += images * (before + len(parallel.deal(missing)))
     if found:
-        print(f"going on with an evaluation that was stopped: {found} of {number} networks were tested")
+        say(config, f"going on with an evaluation that was stopped: {found} of {number} networks were tested")
     results = {}
-    with Progress(total, "evaluate", initial=done, unit=" images", unit_scale=True) as bar:
-        for name, part in parts.items():
+    with Progress(total, "evaluate", initial=done, quiet=config.quiet, images=1,
+                  device=dataset.test_images.device) as bar:
+        for at, (name, part) in enumerate(parts.items(), start=1):
+            bar.count = f"set {at} of {len(parts)}"
             on_epoch = partial(bar.update, len(part.set))
             run = partial(evaluate, augmented=not part.config.no_aug, on_epoch=on_epoch)
             result: dict[str, Any] = {"what": part.what, "images": len(part.set), "augmented": not part.config.no_aug,

@@ -60,7 +60,8 @@ from utils.memory import peak, reset_peak
 from utils.metrics import count_correct
 from utils.networks import build_network
 from utils.parameters import FlatModel
-from utils.run import Progress, describe, dsa_groups, entry, environment, generator, seeded, select_device, write_json
+from utils.progress import Progress
+from utils.run import describe, dsa_groups, entry, environment, generator, seeded, select_device, write_json
 
 EXPERT = make(BufferConfig)
 EXPERT_STEPS = 3  # a call, in the experts' part

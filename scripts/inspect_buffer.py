@@ -33,7 +33,8 @@ from utils.errors import UserError
 from utils.figures import save_buffer
 from utils.files import check_writable
 from utils.parameters import flatten
-from utils.run import Progress, entry, finite, read_config, write_json
+from utils.progress import Progress
+from utils.run import entry, finite, read_config, write_json
 
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",

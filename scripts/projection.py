@@ -25,12 +25,12 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.estimate import duration
 from utils.config import DistillConfig, make
 from utils.engine import ADJOINT_FACTOR, activation_bytes
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import build_network
+from utils.progress import duration
 from utils.run import entry
 
 BENCHMARKS = [REPOSITORY / "results" / "benchmark" / name for name in ("cpu_w32.json", "cpu.json")]

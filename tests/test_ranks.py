@@ -63,7 +63,7 @@ def bytes_in(folder):
 def test_experts_are_those_of_one_process(ranks, toy, toy_experts, tmp_path, number):
     out, _ = ranks(number, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert bytes_in(tmp_path) == bytes_in(toy_experts) and not list(tmp_path.rglob("unfinished"))
-    assert out.count("3 experts of 3 epochs") == 1  # only the first rank speaks
+    assert out.count("3 experts of 3 epochs: ") == 1  # only the first rank speaks
 
 
 def test_experts_go_on_after_a_killed_rank(ranks, start, toy, tmp_path):

@@ -529,4 +529,4 @@ def test_losses_that_stay_not_finite_stop_the_run(call, toy, toy_experts, tmp_pa
 
 def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_path):
     done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--threshold=0")
-    assert "4 of 4 updates skipped" in done.stdout and "every update was skipped" in done.stdout
+    assert "4 of 4 updates skipped" in done.stdout and "every update was skipped" in done.stderr

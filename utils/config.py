@@ -122,6 +122,7 @@ class DataConfig:
     batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)
     device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices")
     data_path: FolderPath = option(FILES, "data", "folder of the real data")
+    quiet: bool = option(FILES, False, "print the results, warnings and errors only")
 
 
 @config_class
@@ -295,7 +296,7 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     paths = {field.name: field.default.default for field in fields(config_type) if _is_path(field.name, config_type)}
     root_values = paths | from_yaml
     for name in paths:
-        root_values[name] = _from_root(root_values[name])
+        root_values[name] = from_root(root_values[name])
         if options.get(name):
             options[name] = os.path.abspath(os.path.expanduser(options[name]))
     config = make(config_type, **root_values | options)
@@ -356,7 +357,7 @@ def _is_path(name: str, config_type: type) -> bool:
     return "path" in typing.get_args(typing.get_type_hints(config_type, include_extras=True)[name])
 
 
-def _from_root(value: Any) -> Any:
+def from_root(value: Any) -> Any:
     """A path of a YAML or a default: `../x` and `./x` mean `x` at the repository's root."""
     if not value or not isinstance(value, str):
         return value

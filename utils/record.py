@@ -10,22 +10,21 @@ import json
 import math
 import os
 import platform
-import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.config import BufferConfig, DistillConfig, EvaluationConfig, parse
+from utils.commands import again, changed, command, defaults, evaluation, from_repository
+from utils.config import BufferConfig
 from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.figures import clip_outliers
-from utils.files import REPOSITORY, atomic_write
+from utils.files import atomic_write
 from utils.run import environment, read_config
 
 FORMAT = "datm-report-1"
@@ -310,26 +309,8 @@ def _read_pictures(path: Path) -> Pictures:
 # --- the commands --------------------------------------------------------------------------------------------
 
 
-def from_repository(value: Any) -> Any:
-    """A path inside the repository relative to it, as saved configs have it."""
-    return value.removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str) else value
-
-
-def defaults(config_type: type) -> dict[str, Any]:
-    """What each option is when it is not given."""
-    config = parse(config_type, "", [])
-    return {field.name: from_repository(getattr(config, field.name)) for field in fields(config_type)}
-
-
 def helps(config_type: type) -> dict[str, str]:
     return {field.name: field.default.description for field in fields(config_type)}
-
-
-def changed(config: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """The options that differ from the defaults, in the order in which they are declared; unknown ones last."""
-    default = defaults(config_type)
-    names = [*(name for name in default if name in config), *(name for name in config if name not in default)]
-    return {name: config[name] for name in names if name not in default or config[name] != default[name]}
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
@@ -342,35 +323,13 @@ def commands(run: Run) -> list[tuple[str, str]]:
         known = {name: value for name, value in options.items() if name in defaults(BufferConfig)}
         given = {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, BufferConfig)
         what = "Train the experts" if number == 0 else "Add more experts to them"
-        found.append((what, _command("buffer/buffer_FTD.py", given)))
-    default = defaults(DistillConfig)
-    again = f"{run.name}_again"
-    always = {name: run.config[name] for name in ("dataset", "model", "ipc", "seed") if name in run.config}
-    options = always | {name: value for name, value in changed(run.config, DistillConfig).items() if name in default}
-    # A YAML's numbers are read as text, in which infinity is "inf".
-    text = yaml.safe_dump({name: str(value) if isinstance(value, float) and math.isinf(value) else value
-                           for name, value in options.items()}, sort_keys=False, allow_unicode=True)
-    device = str(run.result["environment"].get("device", ""))
-    placed = {"run_name": again} | ({"device": "cpu"} if device.startswith("cpu") else {})
-    distil = f"cat > again.yaml <<'END'\n{text}END\n{_command('distill/DATM.py', {'cfg': 'again.yaml'} | placed)}"
-    found.append(("Distil, with the options that differ from the defaults", distil))
-
-    allowed = defaults(EvaluationConfig)
-    shared = {name: value for name, value in run.config.items()
-              if name in allowed and name not in ("no_aug", "val_fraction", "lr_teacher", "precision", "buffer_path")}
-    given = {name: shared[name] for name in ("dataset", "model") if name in shared} | changed(shared, EvaluationConfig)
-    whole = from_repository(str(run.path / "Normal" / "distilled.safetensors"))
+        found.append((what, command("buffer/buffer_FTD.py", given, from_repository)))
+    on_cpu = str(run.result["environment"].get("device", "")).startswith("cpu")
+    found.append(("Distil, with the options that differ from the defaults",
+                  again(run.config, f"{run.name}_again", on_cpu)))
+    options = evaluation(run.config, run.path / "Normal" / "distilled.safetensors")
     found.append(("Evaluate the best set of this run on fresh networks",
-                  _command("distill/evaluation.py", given | {"data_dir": whole})))
-    found.append(("Make this page again", f"python scripts/report.py {shlex.quote(from_repository(str(run.path)))}"))
+                  command("distill/evaluation.py", options, from_repository)))
+    page_again = command("scripts/report.py", {}, from_repository, run.path)
+    found.append(("Make this page again", page_again))
     return found
-
-
-def _command(script: str, options: dict[str, Any]) -> str:
-    words = [f"--{name}" if value is True else shlex.quote(f"--{name}={value}") for name, value in options.items()]
-    lines, line = [], f"python {script}"
-    for word in words:
-        if len(line) + len(word) > 96:
-            lines, line = [*lines, line], "   "
-        line += f" {word}"
-    return " \\\n".join([*lines, line])

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.commands import changed, defaults, from_repository
 from utils.config import DistillConfig
 from utils.files import atomic_write
-from utils.record import IMAGE_BYTES, Pictures, Run, Step, changed, commands, defaults, from_repository, helps
+from utils.record import IMAGE_BYTES, Pictures, Run, Step, commands, helps
 from utils.svg import Chart, numbers_every, thinned
 
 PAGE = "report.html"

@@ -1,9 +1,10 @@
-"""What surrounds a computation: the entry's error line, device, seeds, run folder, metrics, progress."""
+"""What surrounds a computation: the entry's error line, device, seeds, run folder, metrics."""
 
 import contextlib
 import datetime
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from tqdm import tqdm
 
 from utils import augment, interrupt, parallel
 from utils.config import DataConfig, as_dict, has_effect, make
@@ -30,6 +30,7 @@ from utils.engine import check_backend, set_precision
 from utils.errors import UserError, one_line
 from utils.files import REPOSITORY, atomic_write, load, locked, save
 from utils.parameters import FlatModel
+from utils.progress import wrapped
 
 RANK_WAITS = 3.0  # seconds for the first rank to speak
 
@@ -38,6 +39,8 @@ def entry(main: Callable[[], None]) -> None:
     """Runs an entry script; a user's mistake becomes one line on stderr and exit code 2, a signal 128 + its number."""
     name = Path(sys.argv[0]).name
     interrupt.install()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in one file with stderr, lines come in the order they were said in
+        sys.stdout.reconfigure(line_buffering=True)
     if not parallel.first():  # the first rank speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
@@ -213,6 +216,13 @@ def describe(device: torch.device) -> str:
     return here if parallel.size() == 1 else f"{parallel.size()} ranks, the first on {here}"
 
 
+def describe_precision(precision: str, device: torch.device) -> str:
+    """The arithmetic of convolutions and matrix products in words."""
+    if precision == "auto":
+        return "float32, convolutions in TF32" if device.type == "cuda" else "float32"
+    return {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}[precision]
+
+
 # --- a run's folder ------------------------------------------------------------------------------------------
 
 
@@ -223,7 +233,7 @@ def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextMan
 
 # What changes where a run happens and what it writes, but not its result.
 _WITHOUT_INFLUENCE = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "resume",
-                      "json", "save", "wandb", "project", "force_save"}
+                      "json", "save", "wandb", "project", "force_save", "quiet"}
 
 
 def influential(config: DataConfig) -> dict[str, Any]:
@@ -239,11 +249,24 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
                      for name, value in now.items() if name in before and before[name] != value)
 
 
-def announce(config: DataConfig) -> None:
-    """Prints the options that differ from the defaults."""
+def say(config: DataConfig, text: str) -> None:
+    """Prints a line of routine, which `--quiet` leaves out."""
+    if not config.quiet:
+        print(wrapped(text))
+
+
+def announce(config: DataConfig, device: torch.device, engine: str, *lines: str) -> None:
+    """Says on what a run runs, what it is, and which of its options differ from the defaults.
+
+    Args:
+        engine: see `describe_engine`.
+    """
     default = as_dict(make(type(config)))
     changed = {name: value for name, value in influential(config).items() if getattr(config, name) != default[name]}
-    print(f"options: {', '.join(f'{name} {value}' for name, value in changed.items())}")
+    options = ", ".join(f"{name} {value}" for name, value in changed.items())
+    for line in (f"on {describe(device)}, {describe_precision(config.precision, device)}, {engine}", *lines,
+                 f"options: {options}"):
+        say(config, line)
 
 
 def dsa_groups(config: DataConfig, inner_loop: bool = False) -> tuple[str, ...]:
@@ -452,54 +475,10 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def shown(path: Path | str) -> str:
-    """A path as the user would type it: relative where it lies below the current folder."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-@contextlib.contextmanager
-def _unless_stopping() -> Iterator[None]:
-    """A broken pipe matters, but not to a run that is about to stop: what reads it may have been interrupted too."""
-    try:
-        yield
-    except BrokenPipeError:
-        if not interrupt.requested():
-            raise
-
-
-class Progress(tqdm):
-    """A bar on a terminal; elsewhere one plain line every half minute."""
-
-    def __init__(self, total: int, description: str, **kwargs: Any):
-        self._terminal = sys.stderr.isatty()
-        self._last_shown = 0
-        super().__init__(total=total, desc=description, disable=not parallel.first(), file=sys.stderr,
-                         dynamic_ncols=self._terminal,
-                         mininterval=0.2 if self._terminal else 30, ncols=None if self._terminal else 100,
-                         leave=True, **kwargs)
-
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        with _unless_stopping():
-            self.write(text)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        with _unless_stopping():
-            return self._display(msg, pos)
-        return False
-
-    def _display(self, msg: str | None, pos: int | None) -> bool:
-        if self._terminal:
-            return super().display(msg, pos)
-        if self.n != self._last_shown:
-            print(msg or str(self), file=self.fp, flush=True)
-            self._last_shown = self.n
-        return True
-
-    def close(self) -> None:
-        """On a terminal as ever; elsewhere the last line, unless it was just printed."""
-        if self._terminal or self.disable:
-            return super().close()
-        self.display()
-        self.disable = True
-        self._decr_instances(self)
+    """A path as the user would type it: relative to the current folder where both are in the repository, or it lies
+    below that folder."""
+    path, here = Path(path), Path.cwd()
+    if path.is_relative_to(here):
+        return str(path.relative_to(here))
+    together = path.is_relative_to(REPOSITORY) and here.is_relative_to(REPOSITORY)
+    return os.path.relpath(path) if together else str(path)

@@ -5,7 +5,6 @@ Metrics always go to `metrics.jsonl` as well (`utils.run.RunFolder`), so nothing
 
 import netrc
 import os
-import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from utils.datasets import Dataset
 from utils.figures import clip_outliers
+from utils.progress import note
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -31,10 +31,11 @@ class Tracker:
             `folder` for `wandb sync`; `disabled` never imports wandb. Whatever fails is said in one line, and the run
             goes on without.
         resumed: the `state` of a tracker whose run goes on here.
+        quiet: say nothing of a missing account.
     """
 
     def __init__(self, mode: Mode, project: str, name: str, config: dict[str, Any], folder: Path,
-                 resumed: dict[str, Any] | None = None):
+                 resumed: dict[str, Any] | None = None, quiet: bool = False):
         self._run = None
         self._id = resumed["id"] if resumed else uuid.uuid4().hex[:8]
         # network → mean and standard deviation of its best score
@@ -44,8 +45,8 @@ class Tracker:
         if mode == "disabled":
             return
         if mode == "auto" and not _has_account():
-            print("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb offline)",
-                  file=sys.stderr)
+            if not quiet:
+                note("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb offline)")
             return
         try:
             import wandb  # slow to import, so only where it is used
@@ -99,7 +100,7 @@ class Tracker:
     def _off(self, error: Exception) -> None:
         self._run = None
         reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        print(f"note: wandb is off ({reason}); metrics go to metrics.jsonl", file=sys.stderr)
+        note(f"note: wandb is off ({reason}); metrics go to metrics.jsonl")
 
 
 def _pictures(images: Tensor, lr: float, dataset: Dataset, show: bool) -> dict[str, Any]:

@@ -1,0 +1,287 @@
+"""What a program says while it runs: lines as wide as the terminal, a bar of the numbers that matter, the time left."""
+
+import contextlib
+import datetime
+import os
+import sys
+import textwrap
+from collections import deque
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from tqdm.utils import disp_len
+
+from utils import interrupt, parallel
+from utils.memory import peak
+
+PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
+MARKS, MARK_SECONDS = 60, 1.0  # the pace is that of the last so many marks, at least so far apart
+SURE_STEPS, SURE_SECONDS = 3, 5.0  # after which the pace is known well enough to say what is to be expected
+WORTH_SAYING = 60.0  # seconds, below which nobody needs to know
+SMALLEST_BAR = 8  # columns; less is not worth its place
+
+
+def duration(seconds: float) -> str:
+    """In words of a length that fits: 0.034 s, 3 min 20 s, 2 days 3 h."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    left = datetime.timedelta(seconds=round(seconds))
+    hours, minutes = divmod(left.seconds // 60, 60)
+    if left.days:
+        return f"{left.days} day{'s' * (left.days > 1)} {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left.seconds % 60} s"
+
+
+def short_count(number: float) -> str:
+    """Three digits or so: 0.42, 8.1, 812, 12.3k."""
+    if number < 99.5:
+        return f"{number:.2g}"
+    return f"{number:.0f}" if number < 999.5 else tqdm.format_sizeof(number)
+
+
+def wrapped(text: str, stream: Any = None) -> str:
+    """One line where nobody watches; on a terminal as many as it takes, those after the first indented.
+
+    Args:
+        stream: where it goes; None: stdout.
+    """
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return text
+    return textwrap.fill(text, max(20, _columns(stream)), subsequent_indent="  ", break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def note(text: str) -> None:
+    """A line on stderr, which does not run into a bar."""
+    (tqdm.write if sys.stderr.isatty() else print)(wrapped(text, sys.stderr), file=sys.stderr)
+
+
+def _columns(stream: Any) -> int:
+    """Of the terminal that a stream is; 80 where it does not say."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
+
+
+class Pace:
+    """How long a step takes, by the last ones.
+
+    The first step, which allocates and compiles, does not count, nor does what happens inside `pause`.
+    """
+
+    def __init__(self) -> None:
+        self._paused = 0.0
+        self._paused_at: float | None = None
+        self._marks: deque[tuple[float, float]] = deque(maxlen=MARKS)  # (time, steps done)
+        self._last = (0.0, 0.0)
+
+    def reached(self, done: float) -> None:
+        """So many steps, or parts of them, are done."""
+        self._last = perf_counter() - self._paused, done
+        if not self._marks or self._last[0] - self._marks[-1][0] >= MARK_SECONDS:
+            self._marks.append(self._last)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        self._paused_at = perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += self.paused_for
+            self._paused_at = None
+
+    @property
+    def paused_for(self) -> float:
+        """Seconds, of the pause it is in; 0 outside."""
+        return 0.0 if self._paused_at is None else perf_counter() - self._paused_at
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step; None while that is not known."""
+        if not self._marks or self._last[1] <= self._marks[0][1]:
+            return None
+        return (self._last[0] - self._marks[0][0]) / (self._last[1] - self._marks[0][1])
+
+    @property
+    def sure(self) -> bool:
+        """Whether it was measured for long enough to say so."""
+        if not self._marks:
+            return False
+        seconds, steps = (now - then for now, then in zip(self._last, self._marks[0]))
+        return steps > 0 and (steps >= SURE_STEPS or seconds >= SURE_SECONDS)
+
+
+# What a line is made shorter by where it is too long, one after the other; the numbers go last, and from the end.
+_ABBREVIATED = {"images/s": "img/s", "accuracy": "acc", "start epoch": "start", "skipped": "skip", "epoch ": "",
+                " %": "%"}
+_MORE_ABBREVIATED = {"acc ": "", " img/s": "/s", " left": ""}
+
+
+class Progress(tqdm):
+    """A bar on a terminal, one line whatever its width; elsewhere one plain line every half minute, and the last one.
+
+    After a few steps, one line says how long it will take, if that is more than a minute, and the memory it took so
+    far.
+
+    Args:
+        total: steps.
+        initial: those that were done before.
+        quiet: show nothing.
+        images: in each step, for their number in a second.
+        later: seconds that come on top of the steps that are left.
+        device: whose memory is told.
+    """
+
+    def __init__(self, total: int, description: str, *, initial: float = 0, quiet: bool = False, images: float = 0,
+                 later: Callable[[], float] = lambda: 0.0, device: torch.device | None = None):
+        self._terminal = sys.stderr.isatty()
+        self.pace = Pace()
+        self.count = ""  # in the place of the steps that are done
+        self._images, self._later, self._device = images, later, device
+        self._numbers: tuple[str, ...] = ()
+        self._aside = ""
+        self._said = self._closing = False
+        self._form = self._width = 0
+        self._last_shown = (initial, "")
+        super().__init__(total=total, desc=description, initial=initial, disable=quiet or not parallel.first(),
+                         file=sys.stderr, dynamic_ncols=self._terminal, miniters=0, leave=True,
+                         mininterval=0.2 if self._terminal else PLAIN_SECONDS)
+
+    def show(self, *numbers: str) -> None:
+        """The numbers of the next line, the most important first."""
+        self._numbers = numbers
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """So many steps more, or parts of one, are done."""
+        if self.disable:
+            return None
+        if n:
+            self.pace.reached(self.n + n)
+        updated = super().update(n)
+        if not self._said and self.pace.sure:
+            self._said = True
+            self._say_what_to_expect()
+        return updated
+
+    def reach(self, done: float) -> None:
+        """So many steps, and parts of one, are done in all; those that were already do not count again."""
+        self.update(max(0, done - self.n))
+
+    @contextlib.contextmanager
+    def aside(self, doing: str, steps: int) -> Iterator[Callable[[], None]]:
+        """Something else in between, of so many steps; yields what to call after each of them."""
+        done = 0
+
+        def after_step() -> None:
+            nonlocal done
+            done += 1
+            self._aside = f"{doing} {100 * done // max(1, steps)} %"
+            self.update(0)
+
+        self._aside = f"{doing} 0 %"
+        with self.pace.pause():
+            yield after_step
+        self._aside = ""
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if not self.disable:
+            with _unless_stopping():
+                (self.write if self._terminal else print)(wrapped(text))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None while nothing is known of it."""
+        if self.pace.seconds is None:
+            return None
+        return max(0.0, self.total - self.n) * self.pace.seconds + self._later()
+
+    def _say_what_to_expect(self) -> None:
+        left = self.seconds_left
+        if left >= WORTH_SAYING:
+            memory = "" if self._device is None else (
+                f", {peak(self._device) / 1e9:.2g} GB of {'GPU ' * (self._device.type == 'cuda')}memory so far")
+            self.say(f"to be expected: about {duration(left)} more{memory}")
+
+    def __str__(self) -> str:
+        left = self.seconds_left
+        time = (f"took {self.format_interval(self.format_dict['elapsed'])}" if self._finished else
+                "?:?? left" if left is None else f"{self.format_interval(left)} left")
+        pace = self.pace.seconds
+        rate = [f"{short_count(self._images / pace)} images/s"] if self._images and pace else []
+        numbers = [time, *([self._aside] if self._aside else []), *self._numbers, *rate]
+        count = self.count or f"{self.n:g}/{self.total}"
+        percent = f"{min(100, int(100 * self.n / self.total)) if self.total else 100} %"
+        if not self._terminal:
+            return ", ".join([f"{self.desc.removesuffix(': ')} {count} {percent}", *numbers])
+        return self._fitted(self.desc.removesuffix(": "), count, percent, numbers, _columns(self.fp))
+
+    def _fitted(self, description: str, count: str, percent: str, numbers: list[str], columns: int) -> str:
+        """The longest form that fits, and that is no longer than the one before, so that it does not flicker."""
+        if columns != self._width:
+            self._form, self._width = 0, columns
+        head, rest = f"{description} {count}", ", ".join(numbers)
+        bar = columns - disp_len(f"{head} {percent:>5} ||  {rest}")
+        if self._form == 0 and bar >= SMALLEST_BAR:
+            drawn = self.format_meter(self.n, self.total, 0, ncols=bar, bar_format="{bar}", ascii=self.ascii)
+            return f"{head} {percent:>5} |{drawn}| {rest}"
+        brief = _abbreviated(numbers, _ABBREVIATED)
+        briefer = _abbreviated(brief, _MORE_ABBREVIATED)
+        short_count = _abbreviated([count], _ABBREVIATED)[0]
+        short_head, short_percent = f"{description} {short_count}", percent.replace(" ", "")
+        forms = [", ".join([f"{head} {percent}", *numbers]), ", ".join([f"{short_head} {short_percent}", *brief]),
+                 " ".join([short_head, short_percent, *brief]), " ".join([short_head, *brief]),
+                 " ".join([short_count, *brief])]
+        forms += [" ".join([short_count, *briefer[:number]]) for number in range(len(briefer), -1, -1)]
+        for number, form in enumerate(forms, start=1):
+            if number >= self._form and disp_len(form) <= columns:
+                if not self._aside:
+                    self._form = min(number, len(forms) - len(briefer))  # a form that lacks numbers does not last
+                return form
+        return forms[-1][:columns]
+
+    @property
+    def _finished(self) -> bool:
+        return self._closing and self.initial < self.n >= self.total
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        with _unless_stopping():
+            return self._display(msg, pos)
+        return False
+
+    def _display(self, msg: str | None, pos: int | None) -> bool:
+        if self._terminal:
+            return super().display(msg, pos)
+        if (self.n, self._aside) != self._last_shown or self._finished:
+            print(str(self), file=self.fp, flush=True)
+            self._last_shown = (self.n, self._aside)
+        return True
+
+    def close(self) -> None:
+        """Leaves the last line."""
+        self._closing = True
+        if self._terminal or self.disable:
+            return super().close()
+        self.display()
+        self.disable = True
+        self._decr_instances(self)
+
+
+def _abbreviated(words: list[str], table: dict[str, str]) -> list[str]:
+    for long, short in table.items():
+        words = [word.replace(long, short) for word in words]
+    return words
+
+
+@contextlib.contextmanager
+def _unless_stopping() -> Iterator[None]:
+    """A broken pipe matters, but not to a run that is about to stop: what reads it may have been interrupted too."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not interrupt.requested():
+            raise
