@@ -146,6 +146,26 @@ def test_neighbours_are_the_nearest_of_the_class(runs, toy_data):
         assert (pictures.neighbour[row].int() - nearest.int()).abs().max() <= 1
 
 
+def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
+    """The same ones as among all pictures; and of a class at most a few are un-whitened."""
+    torch.manual_seed(0)
+    classes = torch.arange(3).repeat_interleave(5)
+    real = toy_data.to_pixels(toy_data.train_images)
+    torch.testing.assert_close(toy_data.train_energy, (real.flatten(1) - toy_data.whitening.mean).square().sum(1))
+    images = real[torch.arange(15) * 3] + torch.randn(15, 3, 8, 8)
+    other = toy_data.train_labels[None] != classes[:, None]
+    expected = real[(torch.cdist(images.flatten(1), real.flatten(1)) + 1000 * other).argmin(1)]
+    plain = record._neighbours(replace(toy_data, train_energy=None), images, classes.tolist())
+    seen = []
+    invert = type(toy_data.whitening).invert
+    monkeypatch.setattr(type(toy_data.whitening), "invert",
+                        lambda self, some: [seen.append(len(some)), invert(self, some)][1])
+    found = record._neighbours(toy_data, images, classes.tolist())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain, expected, atol=1e-5, rtol=0)
+    assert sum(seen) == 15 * record.NEAR
+
+
 def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
     """What the page says to type is read as the options that the run had, and its experts."""
     run = record.read_run(runs[1])
@@ -177,6 +197,7 @@ def test_runs_are_compared(call, runs, tmp_path):
     call(ROOT / "scripts/report.py", *runs, cwd=tmp_path)
     page = check((tmp_path / "comparison.html").read_text())
     assert len(page.all("img")) == 2 * 2 * 3
+    assert "update skipped" not in page.source and "Running means" not in page.source
     different = page.all("table")[1].text
     assert "matching" in different and "exact" in different and "tesla" in different and "ipc" not in different
     assert [each.text for each in page.all("th")][:3] == ["what", "exact", "tesla"]

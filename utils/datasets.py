@@ -99,6 +99,8 @@ class Dataset:
     std: tuple[float, ...]
     whitening: Whitening | None
     fingerprint: str  # SHA-256, in hex, of the name and the raw images and labels
+    # [N] of whitened training images, `Whitening.energy` of the pixels, which are costly to have back.
+    train_energy: Tensor | None = None
 
     @property
     def channels(self) -> int:
@@ -201,9 +203,10 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     del train, test  # so that each raw copy is freed as soon as it is converted
     train_images, test_images = to_unit(train_images, device), to_unit(test_images, device)
     space = Space(mean, std, whitening)
+    energy = whitening.energy(train_images) if whitening else None
     train_images, test_images = space.from_pixels(train_images), space.from_pixels(test_images)
     return Dataset(name, train_images, train_labels.to(device), test_images, test_labels.to(device), classes, mean,
-                   std, whitening, fingerprint)
+                   std, whitening, fingerprint, energy)
 
 
 def check_dataset_name(name: str) -> None:

@@ -31,6 +31,7 @@ FORMAT = "datm-report-1"
 PICTURES = "report.safetensors"
 IMAGE_BYTES = 5_000_000  # of a page, for its pictures; with base64 and the rest it stays below 10 MB
 MOST_PER_CLASS = 10
+NEAR = 4  # real images among which the nearest is looked for exactly
 
 
 # --- what a run leaves ---------------------------------------------------------------------------------------
@@ -161,14 +162,29 @@ def save_pictures(path: Path, dataset: Dataset, start: tuple[Tensor, Tensor], be
 
 
 def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
-    """The training image of the same class that is nearest in pixel space, for each image."""
-    found, labels = torch.empty_like(pixels), torch.tensor(classes, device=pixels.device)
-    for number in sorted(set(classes)):  # a class at a time, as un-whitening all images takes much memory
-        rows = labels == number
-        real = dataset.to_pixels(dataset.train_images[dataset.train_labels == number])
-        if len(real):
-            found[rows] = real[torch.cdist(pixels[rows].flatten(1), real.flatten(1)).argmin(1)]
-    return found
+    """The training image of the same class that is nearest in pixel space, for each image [n, C, H, W]."""
+    space, labels = dataset.space, torch.tensor(classes, device=pixels.device)
+    if space.whitening is not None and dataset.train_energy is not None:
+        # With a the whitened image and M the un-whitening, ‖x − p‖² = ‖x − μ‖² − 2 a·M(p − μ) + ‖p − μ‖². So not every
+        # image has to be un-whitened, which would take as long as whitening the dataset: minutes in many dimensions.
+        whitening = space.whitening.to(pixels.device)
+        towards = (pixels.flatten(1) - whitening.mean) @ whitening.inverse.T
+
+        def distances(rows: Tensor, members: Tensor) -> Tensor:
+            return dataset.train_energy[members] - 2 * towards[rows] @ dataset.train_images[members].flatten(1).T
+    else:
+        def distances(rows: Tensor, members: Tensor) -> Tensor:
+            return torch.cdist(pixels[rows].flatten(1), dataset.to_pixels(dataset.train_images[members]).flatten(1))
+
+    near = torch.empty(len(pixels), NEAR, dtype=torch.long, device=pixels.device)
+    for number in sorted(set(classes)):
+        rows, members = (labels == number).nonzero().flatten(), dataset.class_indices(number)
+        few = members[distances(rows, members).topk(min(NEAR, len(members)), largest=False).indices]  # [rows, ≤ NEAR]
+        near[rows] = few[:, torch.arange(NEAR, device=few.device).clamp(max=few.shape[1] - 1)]
+    # Rounding cannot tell the nearest few apart, so they are compared as pictures.
+    real = dataset.to_pixels(dataset.train_images[near.flatten()]).view(len(pixels), NEAR, *pixels.shape[1:])
+    best = (real - pixels[:, None]).square().sum((2, 3, 4)).argmin(1)
+    return real[torch.arange(len(pixels), device=pixels.device), best]
 
 
 def scaled_bytes(images: Tensor) -> Tensor:

@@ -357,7 +357,7 @@ def _loss_chart(runs: Sequence[Run], names: list[str]) -> str:
     for number, (run, name) in enumerate(zip(runs, names)):
         points = [(step.iteration, step.loss if step.updated else math.nan) for step in run.steps]
         span, mean = running_mean(run.steps)
-        spans.append(f"{span} iterations")
+        spans.append(span)
         if alone and mean:
             chart.line(thinned(points), "raw", "each iteration")
         chart.line(thinned(mean if mean else points), f"s{number % 6}",
@@ -372,7 +372,8 @@ def _loss_chart(runs: Sequence[Run], names: list[str]) -> str:
         words = f" Updates whose loss exceeds {first.config['threshold']:g} are skipped"
         words += ", and not in the mean; losses above the scale stand at its upper edge." if first.skipped else "."
     elif not alone:
-        words = f" Running means over {', '.join(dict.fromkeys(spans))}."
+        means = ", ".join(f"{span} iterations" for span in dict.fromkeys(spans) if span)
+        words = f" Running means over {means}." if means else ""
     ends = [f"{name}: " if not alone else "" for name in names]
     described = "; ".join(f"{end}from {_loss(run.steps[0])} to {_loss(run.steps[-1])}"
                           for end, run in zip(ends, runs) if run.steps)

@@ -82,7 +82,7 @@ class Chart:
                 f"<figcaption>{legend}<p>{html.escape(words)}</p></figcaption></figure>\n")
 
     def _add(self, kind: str, style: str, name: str, points: Sequence[Point], **how: Any) -> None:
-        if kind == "crosses" or any(math.isfinite(y) for point in points for y in point[1:]):
+        if points and (kind == "crosses" or any(math.isfinite(y) for point in points for y in point[1:])):
             self._marks.append((kind, style, name, list(points), how))
 
     def _xs(self) -> list[float]:

@@ -44,6 +44,11 @@ class Whitening:
         here = self.to(images.device)
         return _by_chunks(images, lambda rows: (rows @ here.inverse).add_(here.mean))
 
+    def energy(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] in [0, 1] → the squared norm [N] of each less the mean."""
+        here = self.to(images.device)
+        return torch.cat([(some.flatten(1) - here.mean).square().sum(1) for some in images.split(CHUNK)])
+
     def to(self, device: torch.device | str) -> "Whitening":
         """The same whitening on `device`; tensors already there are not copied."""
         return Whitening(self.mean.to(device), self.transform.to(device), self.inverse.to(device))
