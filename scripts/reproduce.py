@@ -55,6 +55,8 @@ class Form:
     at: int  # the images per class at which single ideas are taken away
     cross: int  # and those of the cross-architecture table
     networks: int  # of each evaluation
+    cross_networks: int  # of each kind in the cross-architecture table
+    tesla: tuple[int, ...]  # the images per class at which TESLA's gradient stands beside the exact one
     epoch_eval: dict[int, int]  # epochs of an evaluation, by images per class
     whole_epochs: int
     random_lr: dict[int, float]  # learning rates of random images, chosen on the held-out ones
@@ -72,14 +74,14 @@ class Form:
 
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
-    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, at=10, cross=1, networks=5,
-    epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=10, random_lr={1: 0.01, 10: 0.01, 50: 0.01}, whole_lr=0.01,
-    backend="compile", threads=1)
+    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, at=10, cross=1, networks=5, cross_networks=2,
+    tesla=(1, 10), epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
+    random_lr={1: 0.01, 10: 0.03, 50: 0.01}, whole_lr=0.01, backend="compile", threads=1)
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
-    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, at=10, cross=10, networks=5,
-    epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, random_lr={1: 0.01, 10: 0.01, 50: 0.01}, whole_lr=0.01,
-    backend="auto", threads=None)
+    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, at=10, cross=10, networks=5, cross_networks=5,
+    tesla=(1, 10, 50), epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
+    random_lr={1: 0.01, 10: 0.01, 50: 0.01}, whole_lr=0.01, backend="auto", threads=None)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Plan:
                 self._baseline("random real images", f"ipc{ipc}_random", ipc),
                 self._distilled("random real images with expert labels", ipc, "expert_labels", "--Iteration=0",
                                 "--pix_init=real", f"--lr_teacher={form.random_lr[ipc]:g}"),
-                self._distilled("TESLA's gradient", ipc, "tesla", "--matching=tesla"),
+                *([self._distilled("TESLA's gradient", ipc, "tesla", "--matching=tesla")] if ipc in form.tesla else []),
                 self._distilled(exact, ipc, "exact")]
             distilled[ipc] = self.tables[_images(ipc)][-1]
         at = form.at
@@ -153,8 +155,9 @@ class Plan:
         self.tables[f"other networks, {cross} a class"] = [
             self._baseline("random real images", f"ipc{cross}_random_networks", cross, "--eval_mode=M"),
             self._evaluated(exact, f"ipc{cross}_exact_networks", cross, distilled[cross].made_by, "--eval_mode=M")]
-        order = {"buffer_FTD.py": 0, "DATM.py": 1}
-        self.steps.sort(key=lambda step: next((at for name, at in order.items() if name in str(step)), 2))
+        # Experts, distillations, and of the evaluations first those that take long.
+        order = ("buffer_FTD.py", "DATM.py", "--eval_mode=M", "--ipc=None")
+        self.steps.sort(key=lambda step: next((at for at, word in enumerate(order) if word in str(step)), len(order)))
 
     @property
     def rows(self) -> Iterator[Row]:
@@ -204,7 +207,8 @@ class Plan:
         result = self.form.root / "results" / f"{name}.json"
         return self._add(Step(f"{name}_tested", result, (
             "python", f"distill/{program}.py", f"--dataset={self.form.dataset}", f"--model={self.form.model}", "--zca",
-            *options, f"--num_eval={self.form.networks}", f"--json={result}"), needs))
+            *options, f"--num_eval={self.form.cross_networks if '--eval_mode=M' in options else self.form.networks}",
+            f"--json={result}"), needs))
 
 
 def _images(ipc: int) -> str:
@@ -323,7 +327,6 @@ def write_tables(plan: Plan, results: Path) -> str:
     """`tables.md`: the accuracies that are there, each with what made it."""
     form = plan.form
     found = {row.name: read(results, row.name) for row in plan.rows}
-    made = json.loads((results / "commands.json").read_text()) if (results / "commands.json").exists() else {}
     lines = [f"# {form.dataset}, {form.model}, {form.experts} experts of {form.epochs} epochs", ""]
     any_result = next((result for result in found.values() if result), None)
     if any_result:
@@ -339,11 +342,15 @@ def write_tables(plan: Plan, results: Path) -> str:
                   "|---" * (len(columns) + 3) + "|"]
         for row in rows:
             step = row.made_by or row.evaluation
-            seconds = made.get(step.name, {}).get("seconds")
+            took = read(results, f"{step.name}.run") if row.made_by else found[row.name]
             cells = [accuracy(found[row.name], number) for number in range(len(columns))]
-            lines.append(f"| {row.says} | {' | '.join(cells)} | {_minutes(seconds) if seconds else '–'} | `{step}` |")
+            cells.append(_minutes(took["seconds"]) if took else "–")
+            lines.append(f"| {row.says} | {' | '.join(cells)} | `{step}` |")
+    made = read(results, "commands") or {}
+    took_all = " and ".join(_minutes(made[step.name]["seconds"]) for step in plan.experts.values() if step.name in made)
     tested = next(row.evaluation for row in plan.rows if row.made_by)
-    lines += ["", "## Experts and evaluations", "", "The experts are trained, and each distilled set is tested, by", "",
+    lines += ["", "## Experts and evaluations", "",
+              f"The experts are trained ({took_all or 'not yet'}) and each distilled set is tested by", "",
               "```", *(str(step) for step in (*plan.experts.values(), tested)), "```", ""]
     text = "\n".join(lines)
     with atomic_write(results / "tables.md") as aside:
