@@ -291,6 +291,18 @@ def test_experts_of_the_published_kind_are_distilled_by_a_published_config():
         "python distill/DATM.py --cfg=configs/CIFAR-10/ConvIN/IPC1.yaml")
 
 
+@pytest.mark.parametrize("content", [b"dataset: CIFAR10\nmodle: ConvNet\n", b"dataset: CIFAR10\nipc: many\n", b"ipc: [",
+                                     b"", b"\xff"])
+def test_a_config_that_cannot_be_read_does_not_end_a_training(monkeypatch, tmp_path, content):
+    """Experts that took days are trained, and their last line is to be said, whatever somebody writes in configs/."""
+    for name, text in (("mine", content), ("theirs", b"dataset: CIFAR10\nipc: 7\n")):
+        (tmp_path / "CIFAR-10" / name).mkdir(parents=True)
+        (tmp_path / "CIFAR-10" / name / "IPC1.yaml").write_bytes(text)
+    monkeypatch.setattr(commands, "CONFIGS", tmp_path)
+    remark, options = commands.distillation(make(BufferConfig, dataset="CIFAR10"))
+    assert not remark and options["cfg"] == tmp_path / "CIFAR-10/theirs/IPC1.yaml"
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 5, 30])
 def test_a_short_training_gets_a_window_that_fits_it(epochs):
     path = commands.distillation(make(BufferConfig, dataset="CIFAR10", train_epochs=epochs))[1]["cfg"]
