@@ -150,8 +150,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         for job in parallel.deal(known.missing(jobs)):
             found[job] = train(job, on_epoch)
             known.add(job, found[job])
-        for job, accuracy_ in parallel.gather(found).items():
-            known.add(job, accuracy_)
+        known.learn(parallel.gather(found))
     elif len(devices) > 1:
         _on_devices(train, known.missing(jobs), devices, on_epoch, known.add)
     elif devices[0].type == "cpu" and at_once > 1 and _processes_pay(train, jobs):
@@ -243,8 +242,12 @@ class Known:
             path = self._path if parallel.first() else f"{self._path}.{parallel.rank()}"
             write_json(path, {"key": self._key, "seconds": self.seconds, "accuracies": self._accuracies})
 
+    def learn(self, found: dict[Job, float]) -> None:
+        """Those of other ranks, who have written them. Nothing is written: the first rank may remove the files now."""
+        self._accuracies |= {self._name(job): accuracy for job, accuracy in found.items()}
+
     def forget(self) -> None:
-        """Removes the file, once what was found is kept elsewhere."""
+        """Removes the files, once what was found is kept elsewhere."""
         for path in self._files() if parallel.first() else ():
             path.unlink(missing_ok=True)
 

@@ -11,8 +11,10 @@ import time
 import pytest
 import torch
 
+from distill import evaluate
+from distill.distilled_set import DistilledSet
 from utils import parallel
-from utils.config import DistillConfig, make
+from utils.config import DistillConfig, EvaluationConfig, make
 from utils.files import REPOSITORY
 from utils.run import spread
 
@@ -143,6 +145,25 @@ def test_an_evaluation_goes_on_after_a_killed_rank(ranks, start, toy, tmp_path):
     out, _ = ranks(2, *arguments, f"--json={tmp_path / 'two.json'}")
     one, two = (json.loads((tmp_path / name).read_text())["scores"] for name in ("one.json", "two.json"))
     assert "of 5 networks were tested" in out and one == two and not list(tmp_path.glob("*.unfinished*"))
+
+
+def test_no_rank_writes_once_the_first_may_remove_the_files(monkeypatch, toy_data, tmp_path):
+    """A late file would let the next evaluation into the same --json believe that it was stopped."""
+    config = make(EvaluationConfig, dataset="ImageFolder", model="ConvNetD1W4", num_eval=3, epoch_eval_train=1)
+    images, labels = toy_data.train_images[:6], toy_data.train_labels[:6]
+    known = evaluate.Known(tmp_path / "x.json.unfinished", "key")
+
+    def gather(found):
+        assert json.loads((tmp_path / "x.json.unfinished.1").read_text())["accuracies"].keys() == {"ConvNetD1W4/1"}
+        for path in tmp_path.iterdir():  # as the first rank does
+            path.unlink()
+        return found | {evaluate.Job("ConvNetD1W4", number): 0.5 for number in (0, 2)}
+
+    for name, replaced in (("size", lambda: 2), ("rank", lambda: 1), ("gather", gather)):
+        monkeypatch.setattr(parallel, name, replaced)
+    (score,) = evaluate.evaluate(config, toy_data, DistilledSet(images, labels, torch.tensor(0.01)), known=known)
+    assert score.accuracies[::2] == [0.5, 0.5] and len(score.accuracies) == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_is_said_once(ranks, distil):
