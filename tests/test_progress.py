@@ -133,6 +133,16 @@ def test_what_is_done_aside_is_shown_and_ends(clock, capsys):
         assert "evaluating" not in str(bar)
 
 
+@pytest.mark.parametrize("total, before", [(0, 0), (5, 5)])
+def test_a_bar_without_a_step_of_its_own_ends_too(capsys, total, before):
+    """Iteration 0 is evaluated and nothing else; so is the last one of a run that was stopped there."""
+    with Progress(total, "test", initial=before) as bar:
+        with bar.aside("evaluating", 1):
+            bar.refresh()  # as after half a minute
+        bar.show("accuracy 50.0 %")
+    assert re.search(r"100 %, took 00:00, accuracy 50\.0 %\n$", capsys.readouterr().err)
+
+
 # --- the programs --------------------------------------------------------------------------------------------
 
 
