@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 
+from buffer import experts
 from distill import evaluate
 from distill.distilled_set import DistilledSet
 from utils import parallel
-from utils.config import DistillConfig, EvaluationConfig, make
+from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.files import REPOSITORY
 from utils.run import spread
 
@@ -74,6 +76,23 @@ def test_experts_go_on_after_a_killed_rank(ranks, start, toy, tmp_path):
     kill_a_rank(start(2, *arguments, f"--buffer_path={tmp_path / 'two'}"), tmp_path / "two", "epoch_2.pt")
     out, _ = ranks(2, *arguments, f"--buffer_path={tmp_path / 'two'}")
     assert "going on with an unfinished run" in out and bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
+
+
+@pytest.mark.parametrize("number, trained, ranks_there, reached", [
+    (0, [], 1, 2.5), (0, [], 2, 5.0), (2, [0, 1], 2, 8 + 2.5), (1, [0], 4, 4 + 2 * 2.5), (0, [], 9, 7.5)])
+def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, number, trained, ranks_there, reached):
+    """Three experts of four epochs; half of the third epoch is done."""
+    run = object.__new__(experts.Run)
+    run.config, run.dataset, run.first, run.written = make(BufferConfig, num_experts=3, train_epochs=4), None, 0, 0
+    run.unfinished, run._bar = tmp_path, mock.Mock(total=12)
+    for each in trained:
+        (tmp_path / f"expert_{each}").mkdir()
+        for epoch in range(5):
+            (tmp_path / f"expert_{each}" / f"epoch_{epoch}.pt").touch()
+    monkeypatch.setattr(parallel, "size", lambda: ranks_there)
+    monkeypatch.setattr(experts, "train_expert", lambda *arguments: arguments[-1](2.5))
+    run._train_one(number, None, torch.device("cpu"))
+    run._bar.reach.assert_called_once_with(reached)
 
 
 @pytest.fixture(scope="module")
