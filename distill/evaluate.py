@@ -365,15 +365,19 @@ def check_pool(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Dataset, distilled: DistilledSet,
-                        what: str) -> None:
-    """Evaluates with a progress bar, prints the scores and writes them to `--json`."""
+                        what: str, *notes: str) -> None:
+    """Evaluates with a progress bar, prints the scores and writes them to `--json`.
+
+    Args:
+        notes: what else there is to say of the set at the beginning.
+    """
     if config.json:
         check_writable(config.json)
     device = distilled.images.device
     names = evaluation_pool(config.eval_mode, config.model)
     networks = len(names) * config.num_eval
     announce_evaluation(config, dataset, distilled, names, f"{what}: {len(distilled)} images, learning rate "
-                        f"{float(distilled.lr):.4g}, {config.epoch_eval_train} epochs")
+                        f"{float(distilled.lr):.4g}, {config.epoch_eval_train} epochs", *notes)
     beside = Path(f"{config.json}.unfinished") if config.json else None
     known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled)))
     if len(known):
@@ -410,10 +414,10 @@ def _engine_in_words(config: TrainConfig, dataset: Dataset, distilled: Distilled
 
 
 def announce_evaluation(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, networks: Sequence[str],
-                        what: str) -> None:
+                        what: str, *notes: str) -> None:
     """Says what is evaluated, how and where, and the options that differ from the defaults."""
     announce(config, distilled.images.device, _engine_in_words(config, dataset, distilled, networks[0]),
-             f"{what} · {config.num_eval} × {' and '.join(networks)}")
+             f"{what} · {config.num_eval} × {' and '.join(networks)}", *notes)
 
 
 def known_key(config: TrainConfig, dataset: Dataset, *sets: DistilledSet) -> str:
@@ -440,10 +444,11 @@ def evaluate_files(config: EvaluationConfig) -> None:
     """
     opened, device = begin(config)
     dataset, distilled = with_dataset(config, opened, device)
-    what = "distilled images"
+    what, notes = "distilled images", []
     if config.hard_labels:
-        distilled, what = with_classes(config, distilled, dataset), f"{what} with hard labels"
-    evaluate_and_report(config, dataset, distilled, what)
+        distilled, note = with_classes(distilled, dataset)
+        what, notes = f"{what} with hard labels", [note]
+    evaluate_and_report(config, dataset, distilled, what, *notes)
 
 
 def begin(config: EvaluationConfig) -> tuple[DistilledSet, torch.device]:
@@ -477,11 +482,10 @@ def with_dataset(config: EvaluationConfig, distilled: DistilledSet,
     return dataset, distilled
 
 
-def with_classes(config: TrainConfig, distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
-    """The set with the images' classes in the place of soft labels; says by what they are known."""
+def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSet, str]:
+    """The set with the images' classes in the place of soft labels, and by what they are known, in words."""
     classes, known_by = class_indices(distilled, dataset.num_classes)
-    say(config, f"the class of an image is known by {known_by}")
-    return dataclasses.replace(distilled, labels=classes)
+    return dataclasses.replace(distilled, labels=classes), f"the class of an image is known by {known_by}"
 
 
 def _note_other_space(config: EvaluationConfig, distilled: DistilledSet) -> None:

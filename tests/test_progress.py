@@ -224,6 +224,13 @@ def test_in_a_pipe_there_are_whole_lines_and_few(run, program, made, tmp_path, s
     assert re.match(FIRST, done.stdout)
 
 
+@pytest.mark.parametrize("option", ["--hard_labels", "--robust_score"])
+def test_the_first_line_says_on_what_whatever_is_evaluated(call, program, toy_experts, tmp_path, option):
+    done = call(EVALUATION, *program(EVALUATION, tmp_path), option, *(
+        [f"--buffer_path={toy_experts}", "--epoch_eval_real=1"] if option == "--robust_score" else []))
+    assert re.match(FIRST, done.stdout) and "the class of an image is known by" in done.stdout
+
+
 QUIET = {
     BUFFER: r"3 experts of 3 epochs are trained; .* holds 3 in replay_buffer_0\.pt, replay_buffer_1\.pt\n",
     DATM: r"best on the test images .* %.*; EMA best .*\nin .*/one\n",
