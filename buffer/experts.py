@@ -378,13 +378,14 @@ class Run:
 
     def _train_one(self, number: int, curriculum: Curriculum | None, device: torch.device) -> None:
         bar, epochs, saved = self._bar, self.config.train_epochs, self._saved(number)
-        others = self._epochs_done - max(0, len(saved) - 1)
+        before, begun = self._epochs_done, max(0, len(saved) - 1)
+        together = min(parallel.size(), self.config.num_experts - self.trained)  # ranks that train, each as fast
         reached = ""
         bar.set_description(f"expert {number}", refresh=False)
 
         def after_batch(done: float) -> None:
             bar.count = f"epoch {min(int(done) + 1, epochs)}/{epochs}"
-            bar.reach(others + done)
+            bar.reach(min(bar.total, before + together * (done - begun)))
 
         def after_epoch(epoch: Epoch) -> None:
             nonlocal reached

@@ -150,8 +150,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         for job in parallel.deal(known.missing(jobs)):
             found[job] = train(job, on_epoch)
             known.add(job, found[job])
-        for job, accuracy_ in parallel.gather(found).items():
-            known.add(job, accuracy_)
+        known.learn(parallel.gather(found))
     elif len(devices) > 1:
         _on_devices(train, known.missing(jobs), devices, on_epoch, known.add)
     elif devices[0].type == "cpu" and at_once > 1 and _processes_pay(train, jobs):
@@ -243,8 +242,12 @@ class Known:
             path = self._path if parallel.first() else f"{self._path}.{parallel.rank()}"
             write_json(path, {"key": self._key, "seconds": self.seconds, "accuracies": self._accuracies})
 
+    def learn(self, found: dict[Job, float]) -> None:
+        """Those of other ranks, who have written them. Nothing is written: the first rank may remove the files now."""
+        self._accuracies |= {self._name(job): accuracy for job, accuracy in found.items()}
+
     def forget(self) -> None:
-        """Removes the file, once what was found is kept elsewhere."""
+        """Removes the files, once what was found is kept elsewhere."""
         for path in self._files() if parallel.first() else ():
             path.unlink(missing_ok=True)
 
@@ -362,15 +365,19 @@ def check_pool(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Dataset, distilled: DistilledSet,
-                        what: str) -> None:
-    """Evaluates with a progress bar, prints the scores and writes them to `--json`."""
+                        what: str, *notes: str) -> None:
+    """Evaluates with a progress bar, prints the scores and writes them to `--json`.
+
+    Args:
+        notes: what else there is to say of the set at the beginning.
+    """
     if config.json:
         check_writable(config.json)
     device = distilled.images.device
     names = evaluation_pool(config.eval_mode, config.model)
     networks = len(names) * config.num_eval
     announce_evaluation(config, dataset, distilled, names, f"{what}: {len(distilled)} images, learning rate "
-                        f"{float(distilled.lr):.4g}, {config.epoch_eval_train} epochs")
+                        f"{float(distilled.lr):.4g}, {config.epoch_eval_train} epochs", *notes)
     beside = Path(f"{config.json}.unfinished") if config.json else None
     known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled)))
     if len(known):
@@ -407,10 +414,10 @@ def _engine_in_words(config: TrainConfig, dataset: Dataset, distilled: Distilled
 
 
 def announce_evaluation(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, networks: Sequence[str],
-                        what: str) -> None:
+                        what: str, *notes: str) -> None:
     """Says what is evaluated, how and where, and the options that differ from the defaults."""
     announce(config, distilled.images.device, _engine_in_words(config, dataset, distilled, networks[0]),
-             f"{what} · {config.num_eval} × {' and '.join(networks)}")
+             f"{what} · {config.num_eval} × {' and '.join(networks)}", *notes)
 
 
 def known_key(config: TrainConfig, dataset: Dataset, *sets: DistilledSet) -> str:
@@ -437,10 +444,11 @@ def evaluate_files(config: EvaluationConfig) -> None:
     """
     opened, device = begin(config)
     dataset, distilled = with_dataset(config, opened, device)
-    what = "distilled images"
+    what, notes = "distilled images", []
     if config.hard_labels:
-        distilled, what = with_classes(config, distilled, dataset), f"{what} with hard labels"
-    evaluate_and_report(config, dataset, distilled, what)
+        distilled, note = with_classes(distilled, dataset)
+        what, notes = f"{what} with hard labels", [note]
+    evaluate_and_report(config, dataset, distilled, what, *notes)
 
 
 def begin(config: EvaluationConfig) -> tuple[DistilledSet, torch.device]:
@@ -474,11 +482,10 @@ def with_dataset(config: EvaluationConfig, distilled: DistilledSet,
     return dataset, distilled
 
 
-def with_classes(config: TrainConfig, distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
-    """The set with the images' classes in the place of soft labels; says by what they are known."""
+def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSet, str]:
+    """The set with the images' classes in the place of soft labels, and by what they are known, in words."""
     classes, known_by = class_indices(distilled, dataset.num_classes)
-    say(config, f"the class of an image is known by {known_by}")
-    return dataclasses.replace(distilled, labels=classes)
+    return dataclasses.replace(distilled, labels=classes), f"the class of an image is known by {known_by}"
 
 
 def _note_other_space(config: EvaluationConfig, distilled: DistilledSet) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from distill.distilled_set import DistilledSet, class_indices
 from utils import files
-from utils.config import EvaluationConfig, as_dict, make
+from utils.commands import changed, command, defaults, from_repository
+from utils.config import EvaluationConfig
 from utils.errors import UserError
 from utils.run import write_json
 
@@ -46,7 +47,8 @@ SOURCES = {
     "ImageNet1K": Source("ImageNet-1K", "other", *_IMAGENET)}
 UNKNOWN = Source("unknown", "unknown", "Unknown; find it out before you publish")
 # The sizes that hubs sort sets by: each below this number of images.
-_SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000))
+_SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000),
+          ("1M<n<10M", 10_000_000))
 
 
 def folder_names(classes: tuple[str, ...]) -> list[str]:
@@ -156,7 +158,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, dict[str, 
     if source.hub_name:
         head |= {"license_name": source.hub_name, "license_link": source.link}
     head |= {"task_categories": ["image-classification"], "tags": ["dataset-distillation"],
-             "size_categories": [next((name for name, above in _SIZES if count < above), "n>1M")],
+             "size_categories": [next(name for name, above in _SIZES if count < above)],
              "pretty_name": f"{dataset}, distilled to {count} images"}
     how = {key: value for key, value in made.items() if not key.endswith(("_path", "_dir", "_Dir"))}
     return f"""---
@@ -224,11 +226,11 @@ def _scores(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _command(options: dict[str, Any], name: str) -> str:
     """The evaluation that gave a result: its options that are not the defaults, less paths."""
-    default = as_dict(make(EvaluationConfig))
-    given = {key: value for key, value in options.items()
-             if key in default and value != default[key] and not key.endswith(("_path", "_dir"))}
+    allowed = defaults(EvaluationConfig)
+    given = {key: value for key, value in changed(options, EvaluationConfig).items()
+             if key in allowed and not key.endswith(("_path", "_dir"))}
     given = {"dataset": options["dataset"], "model": options["model"]} | given | {"data_dir": name}
-    return "python distill/evaluation.py " + " ".join(f"--{key}={value}" for key, value in given.items())
+    return command("distill/evaluation.py", given, from_repository)
 
 
 _RESULTS = "a file of evaluation.py --json, or the result.json of the set's run"

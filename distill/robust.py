@@ -116,7 +116,7 @@ def evaluate_robust(config: EvaluationConfig) -> None:
     random, of_random = real_set(real_config, dataset)
     whole, of_whole = real_set(replace(real_config, ipc=None, label_source="hard"), dataset)
     chosen_on = held_out(dataset, drawn(real_config, dataset), generator(config.seed, "robust", "rates"))
-    hard, what = with_classes(config, distilled, dataset), "distilled images"
+    (hard, note), what = with_classes(distilled, dataset), "distilled images"
     bare = replace(config, no_aug=True)
     parts = {"syn": Part(what, config, distilled, False),
              "syn_hard": Part(f"{what} with hard labels", config, hard, True),
@@ -126,7 +126,7 @@ def evaluate_robust(config: EvaluationConfig) -> None:
              "real": Part(of_whole, replace(config, epoch_eval_train=config.epoch_eval_real), whole, False)}
     announce_evaluation(config, dataset, distilled, networks_of(config),
                         f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
-                        f"{config.epoch_eval_train} epochs (the whole training set: {config.epoch_eval_real})")
+                        f"{config.epoch_eval_train} epochs (the whole training set: {config.epoch_eval_real})", note)
     beside = Path(f"{config.json}.unfinished") if config.json else None
     known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled, random)))
     results = _evaluate_parts(parts, dataset, chosen_on, known)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -124,12 +125,20 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
     assert front(text)["license"] == "unknown" and "dataset-distillation" in front(text)["tags"]
     mean = json.loads((tmp_path / "eval.json").read_text())["scores"][0]["mean"]
     assert f"| ConvNetD1W4 | {100 * mean:.2f} ± 0.00 | 1 |" in text
-    assert ("python distill/evaluation.py --dataset=ImageFolder --model=ConvNetD1W4 --res=8 --zca=True --num_eval=1 "
-            "--epoch_eval_train=2 --data_dir=distilled.safetensors") in text
+    assert ("python distill/evaluation.py --dataset=ImageFolder --model=ConvNetD1W4 \\\n    --res=8 --zca --num_eval=1 "
+            "--epoch_eval_train=2 \\\n    --data_dir=distilled.safetensors\n```") in text
     assert "chose it on these test images" in text and "6 synthetic images, 2 a class, 3×8×8" in text
     assert "Classes in order: blue, green, red." in text and "syn_steps: 3" in text
     for path in (str(tmp_path), str(toy.data), str(made.parent)):
         assert path not in text
+
+
+def test_the_command_of_a_card_can_be_typed_whatever_the_set_is_called(whole):
+    result = {"tested_on": "test", "config": {"dataset": "MNIST", "model": "MLP", "dsa": False}, "scores": []}
+    text = card(DistilledSet.load(whole), "my set's.safetensors", [("eval.json", result)])
+    typed = re.search("```\n(python .*?)\n```", text, re.DOTALL)[1].replace("\\\n", "")
+    assert shlex.split(typed)[2:] == ["--dataset=MNIST", "--model=MLP", "--dsa=False",
+                                      "--data_dir=my set's.safetensors"]
 
 
 def test_without_results_a_card_states_no_accuracy(call, whole):

@@ -133,6 +133,16 @@ def test_what_is_done_aside_is_shown_and_ends(clock, capsys):
         assert "evaluating" not in str(bar)
 
 
+@pytest.mark.parametrize("total, before", [(0, 0), (5, 5)])
+def test_a_bar_without_a_step_of_its_own_ends_too(capsys, total, before):
+    """Iteration 0 is evaluated and nothing else; so is the last one of a run that was stopped there."""
+    with Progress(total, "test", initial=before) as bar:
+        with bar.aside("evaluating", 1):
+            bar.refresh()  # as after half a minute
+        bar.show("accuracy 50.0 %")
+    assert re.search(r"100 %, took 00:00, accuracy 50\.0 %\n$", capsys.readouterr().err)
+
+
 # --- the programs --------------------------------------------------------------------------------------------
 
 
@@ -214,6 +224,13 @@ def test_in_a_pipe_there_are_whole_lines_and_few(run, program, made, tmp_path, s
     assert re.match(FIRST, done.stdout)
 
 
+@pytest.mark.parametrize("option", ["--hard_labels", "--robust_score"])
+def test_the_first_line_says_on_what_whatever_is_evaluated(call, program, toy_experts, tmp_path, option):
+    done = call(EVALUATION, *program(EVALUATION, tmp_path), option, *(
+        [f"--buffer_path={toy_experts}", "--epoch_eval_real=1"] if option == "--robust_score" else []))
+    assert re.match(FIRST, done.stdout) and "the class of an image is known by" in done.stdout
+
+
 QUIET = {
     BUFFER: r"3 experts of 3 epochs are trained; .* holds 3 in replay_buffer_0\.pt, replay_buffer_1\.pt\n",
     DATM: r"best on the test images .* %.*; EMA best .*\nin .*/one\n",
@@ -289,6 +306,18 @@ def test_experts_of_the_published_kind_are_distilled_by_a_published_config():
     assert commands.distillation(config) == ("", {"cfg": REPOSITORY / "configs/CIFAR-10/ConvIN/IPC1.yaml"})
     assert commands.command("distill/DATM.py", commands.distillation(config)[1], commands.from_repository) == (
         "python distill/DATM.py --cfg=configs/CIFAR-10/ConvIN/IPC1.yaml")
+
+
+@pytest.mark.parametrize("content", [b"dataset: CIFAR10\nmodle: ConvNet\n", b"dataset: CIFAR10\nipc: many\n", b"ipc: [",
+                                     b"", b"\xff"])
+def test_a_config_that_cannot_be_read_does_not_end_a_training(monkeypatch, tmp_path, content):
+    """Experts that took days are trained, and their last line is to be said, whatever somebody writes in configs/."""
+    for name, text in (("mine", content), ("theirs", b"dataset: CIFAR10\nipc: 7\n")):
+        (tmp_path / "CIFAR-10" / name).mkdir(parents=True)
+        (tmp_path / "CIFAR-10" / name / "IPC1.yaml").write_bytes(text)
+    monkeypatch.setattr(commands, "CONFIGS", tmp_path)
+    remark, options = commands.distillation(make(BufferConfig, dataset="CIFAR10"))
+    assert not remark and options["cfg"] == tmp_path / "CIFAR-10/theirs/IPC1.yaml"
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 30])

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
 
+from buffer import experts
+from distill import evaluate
+from distill.distilled_set import DistilledSet
 from utils import parallel
-from utils.config import DistillConfig, make
+from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.files import REPOSITORY
 from utils.run import spread
 
@@ -72,6 +76,23 @@ def test_experts_go_on_after_a_killed_rank(ranks, start, toy, tmp_path):
     kill_a_rank(start(2, *arguments, f"--buffer_path={tmp_path / 'two'}"), tmp_path / "two", "epoch_2.pt")
     out, _ = ranks(2, *arguments, f"--buffer_path={tmp_path / 'two'}")
     assert "going on with an unfinished run" in out and bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
+
+
+@pytest.mark.parametrize("number, trained, ranks_there, reached", [
+    (0, [], 1, 2.5), (0, [], 2, 5.0), (2, [0, 1], 2, 8 + 2.5), (1, [0], 4, 4 + 2 * 2.5), (0, [], 9, 7.5)])
+def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, number, trained, ranks_there, reached):
+    """Three experts of four epochs; half of the third epoch is done."""
+    run = object.__new__(experts.Run)
+    run.config, run.dataset, run.first, run.written = make(BufferConfig, num_experts=3, train_epochs=4), None, 0, 0
+    run.unfinished, run._bar = tmp_path, mock.Mock(total=12)
+    for each in trained:
+        (tmp_path / f"expert_{each}").mkdir()
+        for epoch in range(5):
+            (tmp_path / f"expert_{each}" / f"epoch_{epoch}.pt").touch()
+    monkeypatch.setattr(parallel, "size", lambda: ranks_there)
+    monkeypatch.setattr(experts, "train_expert", lambda *arguments: arguments[-1](2.5))
+    run._train_one(number, None, torch.device("cpu"))
+    run._bar.reach.assert_called_once_with(reached)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +164,25 @@ def test_an_evaluation_goes_on_after_a_killed_rank(ranks, start, toy, tmp_path):
     out, _ = ranks(2, *arguments, f"--json={tmp_path / 'two.json'}")
     one, two = (json.loads((tmp_path / name).read_text())["scores"] for name in ("one.json", "two.json"))
     assert "of 5 networks were tested" in out and one == two and not list(tmp_path.glob("*.unfinished*"))
+
+
+def test_no_rank_writes_once_the_first_may_remove_the_files(monkeypatch, toy_data, tmp_path):
+    """A late file would let the next evaluation into the same --json believe that it was stopped."""
+    config = make(EvaluationConfig, dataset="ImageFolder", model="ConvNetD1W4", num_eval=3, epoch_eval_train=1)
+    images, labels = toy_data.train_images[:6], toy_data.train_labels[:6]
+    known = evaluate.Known(tmp_path / "x.json.unfinished", "key")
+
+    def gather(found):
+        assert json.loads((tmp_path / "x.json.unfinished.1").read_text())["accuracies"].keys() == {"ConvNetD1W4/1"}
+        for path in tmp_path.iterdir():  # as the first rank does
+            path.unlink()
+        return found | {evaluate.Job("ConvNetD1W4", number): 0.5 for number in (0, 2)}
+
+    for name, replaced in (("size", lambda: 2), ("rank", lambda: 1), ("gather", gather)):
+        monkeypatch.setattr(parallel, name, replaced)
+    (score,) = evaluate.evaluate(config, toy_data, DistilledSet(images, labels, torch.tensor(0.01)), known=known)
+    assert score.accuracies[::2] == [0.5, 0.5] and len(score.accuracies) == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_is_said_once(ranks, distil):

@@ -1,5 +1,6 @@
 """What to type next, or again: programs and options as shell text."""
 
+import contextlib
 import math
 import os
 import shlex
@@ -11,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from utils.config import BufferConfig, DataConfig, DistillConfig, EvaluationConfig, from_root, make, parse
+from utils.config import BufferConfig, DataConfig, DistillConfig, EvaluationConfig, from_root, make, parse, read_yaml
+from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.progress import wrapped
 from utils.run import shown
@@ -97,9 +99,10 @@ def distillation(config: BufferConfig) -> tuple[str, dict[str, Any]]:
     """
     found = []
     for path in sorted(CONFIGS.glob("*/*/IPC*.yaml")):
-        made = _read(path)
-        if made.dataset == config.dataset:
-            found.append((made.model != config.model, path.parent.name != "ConvIN", made.ipc, path))
+        with contextlib.suppress(UserError):  # a file that is being written there must not end finished experts
+            made = _read(path)
+            if made.dataset == config.dataset:
+                found.append((made.model != config.model, path.parent.name != "ConvIN", made.ipc, path))
     path = min(found)[-1] if found else FOR_ANY
     made = _read(path)
     options: dict[str, Any] = {"cfg": path}
@@ -133,7 +136,7 @@ def _window(made: DistillConfig, epochs: int) -> dict[str, int]:
 
 
 def _read(path: Path) -> DistillConfig:
-    return make(DistillConfig, **yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader))
+    return make(DistillConfig, **read_yaml(path, DistillConfig))
 
 
 def again(config: dict[str, Any], run_name: str, on_cpu: bool) -> str:

@@ -292,7 +292,7 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     if rest:
         raise _unexpected(rest[0], config_type)
     path = options.pop("cfg", None)
-    from_yaml = _read_yaml(path, config_type) if path is not None else {}
+    from_yaml = read_yaml(path, config_type) if path is not None else {}
     paths = {field.name: field.default.default for field in fields(config_type) if _is_path(field.name, config_type)}
     root_values = paths | from_yaml
     for name in paths:
@@ -367,7 +367,12 @@ def from_root(value: Any) -> Any:
     return os.path.normpath(REPOSITORY / value)
 
 
-def _read_yaml(path: str, config_type: type) -> dict[str, Any]:
+def read_yaml(path: str | Path, config_type: type) -> dict[str, Any]:
+    """The options of a `--cfg` file, as text.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or has a key that is unknown or given twice.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
         # The base loader leaves every value text, so that a YAML and the command line are read by the same rules.

@@ -209,7 +209,8 @@ class Progress(tqdm):
 
     def __str__(self) -> str:
         left = self.seconds_left
-        time = (f"took {self.format_interval(self.format_dict['elapsed'])}" if self._finished else
+        ended = self._closing and self.n >= self.total
+        time = (f"took {self.format_interval(self.format_dict['elapsed'])}" if ended else
                 "?:?? left" if left is None else f"{self.format_interval(left)} left")
         pace = self.pace.seconds
         rate = [f"{short_count(self._images / pace)} images/s"] if self._images and pace else []
