@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.config import BufferConfig, Parser
+from utils.config import BufferConfig, DistillConfig, Parser, read_yaml
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
 from utils.run import entry, write_json
@@ -63,6 +63,7 @@ class Form:
     whole_lr: float
     backend: str  # of the experts; the configs have their own
     threads: int | None  # of each command; the bits depend on it
+    tried: tuple[tuple[str, int, str, tuple[str, ...]], ...]  # where a row fell short: what, images, name, options
 
     @property
     def ipcs(self) -> tuple[int, ...]:
@@ -76,12 +77,18 @@ SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
     windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, at=10, cross=1, networks=5, cross_networks=2,
     tesla=(1, 10), epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
-    random_lr={1: 0.01, 10: 0.03, 50: 0.01}, whole_lr=0.01, backend="compile", threads=1)
+    random_lr={1: 0.01, 10: 0.03, 50: 0.01}, whole_lr=0.01, backend="compile", threads=1,
+    tried=(("the middle window at 1 a class, without the threshold and from a smaller α", 1, "window_middle_unskipped",
+            ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf",
+             "--lr_teacher=0.01")),
+           ("a later window at 50 a class, with smaller steps", 50, "later",
+            ("--min_start_epoch=5", "--max_start_epoch=8", "--Sequential_Generation=False", "--lr_img=1000",
+             "--lr_teacher=0.02"))))
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, at=10, cross=10, networks=5, cross_networks=5,
     tesla=(1, 10, 50), epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
-    random_lr={1: 0.01, 10: 0.01, 50: 0.01}, whole_lr=0.01, backend="auto", threads=None)
+    random_lr={1: 0.01, 10: 0.01, 50: 0.01}, whole_lr=0.01, backend="auto", threads=None, tried=())
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,12 @@ class Step:
     def asked(self) -> str:
         """The command but for the number of its ranks, which changes nothing."""
         return shlex.join(self.command[next(at for at, word in enumerate(self.command) if word.endswith(".py")):])
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """What its YAML says, if it has one."""
+        path = next((word.removeprefix("--cfg=") for word in self.command if word.startswith("--cfg=")), None)
+        return path and read_yaml(path, DistillConfig)
 
 
 @dataclass(frozen=True)
@@ -151,10 +164,15 @@ class Plan:
         self.tables["the whole training set"] = [self._baseline(
             "the whole training set", "whole", None, f"--epoch_eval_train={form.whole_epochs}",
             f"--lr_teacher={form.whole_lr:g}")]
+        if form.tried:
+            self.tables["tried where a row fell short"] = [self._distilled(says, ipc, name, *options)
+                                                           for says, ipc, name, options in form.tried]
         cross = form.cross
         self.tables[f"other networks, {cross} a class"] = [
             self._baseline("random real images", f"ipc{cross}_random_networks", cross, "--eval_mode=M"),
-            self._evaluated(exact, f"ipc{cross}_exact_networks", cross, distilled[cross].made_by, "--eval_mode=M")]
+            self._evaluated(exact, f"ipc{cross}_exact_networks", cross, distilled[cross].made_by, "--eval_mode=M"),
+            self._baseline("random real images", f"ipc{cross}_random_mlp", cross, "--model=MLP"),
+            self._evaluated(exact, f"ipc{cross}_exact_mlp", cross, distilled[cross].made_by, "--model=MLP")]
         # Experts, distillations, and of the evaluations first those that take long.
         order = ("buffer_FTD.py", "DATM.py", "--eval_mode=M", "--ipc=None")
         self.steps.sort(key=lambda step: next((at for at, word in enumerate(order) if word in str(step)), len(order)))
@@ -206,8 +224,9 @@ class Plan:
     def _evaluation(self, program: str, name: str, *options: str, needs: tuple[Step, ...] = ()) -> Step:
         result = self.form.root / "results" / f"{name}.json"
         return self._add(Step(f"{name}_tested", result, (
-            "python", f"distill/{program}.py", f"--dataset={self.form.dataset}", f"--model={self.form.model}", "--zca",
-            *options, f"--num_eval={self.form.cross_networks if '--eval_mode=M' in options else self.form.networks}",
+            "python", f"distill/{program}.py", f"--dataset={self.form.dataset}",
+            *([] if "--model=MLP" in options else [f"--model={self.form.model}"]), "--zca", *options,
+            f"--num_eval={self.form.cross_networks if '--eval_mode=M' in options else self.form.networks}",
             f"--json={result}"), needs))
 
 
@@ -219,7 +238,8 @@ def _images(ipc: int) -> str:
 
 
 class Ledger:
-    """What each result was made by, and how long that took."""
+    """What each result was made by, and how long that took; written before a command begins, so that one that finished
+    unseen is known too."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -229,18 +249,24 @@ class Ledger:
         """Whether the step is done.
 
         Raises:
-            UserError: its result is there, made by another command.
+            UserError: its result is there, made by another command or with another config.
         """
-        made = self.made.get(step.name)
-        if not step.result.exists() or made is None:
+        if not step.result.exists():
             return False
-        if made["asked"] != step.asked:
-            raise UserError(f"{step.result} was made by another command ({made['asked']}); delete it to make it "
-                            "again")
+        made = self.made.get(step.name, {})
+        if made.get("asked") != step.asked or made.get("config") != step.config:
+            how = f"by another command ({made['asked']})" if "asked" in made else "otherwise"
+            how = "with other options in its YAML" if made.get("asked") == step.asked else how
+            old = step.result.parent if step.config else step.result
+            raise UserError(f"{step.result} was made {how}; delete {old} to make it again")
         return True
 
     def add(self, step: Step, seconds: float) -> None:
-        self.made[step.name] = {"asked": step.asked, "seconds": round(seconds, 1)}
+        """So many seconds were spent on it, beside those before."""
+        before = self.made.get(step.name, {})
+        same = before.get("asked") == step.asked and before.get("config") == step.config
+        self.made[step.name] = {"asked": step.asked, "config": step.config,
+                                "seconds": round(seconds + (before["seconds"] if same else 0.0), 1)}
         write_json(self._path, self.made)
 
 
@@ -270,6 +296,7 @@ def run(steps: Sequence[Step], jobs: int, form: Form, ledger: Ledger) -> None:
                 print(f"[{total - len(waiting)} of {total}] {ready}", flush=True)
                 with open(output / f"{ready.name}.txt", "a") as log:
                     # A session of its own, so that a terminal's Ctrl-C reaches it once, from here.
+                    ledger.add(ready, 0.0)
                     process = subprocess.Popen(ready.command, stdout=log, stderr=subprocess.STDOUT, env=environment,
                                                stdin=subprocess.DEVNULL, start_new_session=True)
                 running[process] = ready, perf_counter()
@@ -287,8 +314,9 @@ def run(steps: Sequence[Step], jobs: int, form: Form, ledger: Ledger) -> None:
     finally:
         for process in running:
             process.terminate()
-        for process in running:
+        for process, (step, began) in running.items():
             process.wait()
+            ledger.add(step, perf_counter() - began)
 
 
 def _minutes(seconds: float) -> str:
@@ -303,18 +331,22 @@ def read(results: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def accuracy(result: dict[str, Any] | None, network: int = 0) -> str:
-    if result is None:
-        return "–"
-    score = result["scores"][network]
-    return f"{100 * score['mean']:.2f} ± {100 * score['std']:.2f}"
+def accuracy(result: dict[str, Any] | None, network: str | None = None) -> str:
+    """Mean and standard deviation, %, of that network, or of the first."""
+    scores = [score for score in (result or {}).get("scores", []) if network in (None, score["network"])]
+    return f"{100 * scores[0]['mean']:.2f} ± {100 * scores[0]['std']:.2f}" if scores else "–"
 
 
 def gather(plan: Plan, ledger: Ledger) -> None:
-    """Puts what the runs recorded beside the results: metrics, and what the run ended with."""
+    """Puts what the runs recorded beside the results: metrics, and what the run ended with.
+
+    Raises:
+        UserError: a result is not that of its command.
+    """
     results = plan.form.root / "results"
     for row in plan.rows:
-        if row.made_by and row.made_by.result.exists():
+        ledger.has(row.evaluation)
+        if row.made_by and ledger.has(row.made_by):
             folder, name = row.made_by.result.parent, row.made_by.name
             with atomic_write(results / f"{name}.metrics.jsonl") as aside:
                 aside.write_bytes((folder / "metrics.jsonl").read_bytes())
@@ -336,14 +368,16 @@ def write_tables(plan: Plan, results: Path) -> str:
                   f"{about['date']}.", ""]
     lines += _main_table(plan, found, results)
     for title, rows in plan.tables.items():
-        scores = next((found[row.name]["scores"] for row in rows if found[row.name]), [])
-        columns = [score["network"] for score in scores] if len(scores) > 1 else ["accuracy, %"]
-        lines += ["", f"## {title[0].upper()}{title[1:]}", "", f"| set | {' | '.join(columns)} | made in | command |",
-                  "|---" * (len(columns) + 3) + "|"]
+        networks = list(dict.fromkeys(score["network"] for row in rows if found[row.name]
+                                      for score in found[row.name]["scores"]))
+        several = len(networks) > 1  # of one set, so its evaluation is what tells the rows apart
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "",
+                  f"| set | {' | '.join(networks) if several else 'accuracy, %'} | made in | command |",
+                  "|---" * (max(len(networks), 1) + 3) + "|"]
         for row in rows:
-            step = row.made_by or row.evaluation
-            took = read(results, f"{step.name}.run") if row.made_by else found[row.name]
-            cells = [accuracy(found[row.name], number) for number in range(len(columns))]
+            step = row.evaluation if several or row.made_by is None else row.made_by
+            took = found[row.name] if step is row.evaluation else read(results, f"{step.name}.run")
+            cells = [accuracy(found[row.name], network) for network in networks or [form.model]]
             cells.append(_minutes(took["seconds"]) if took else "–")
             lines.append(f"| {row.says} | {' | '.join(cells)} | `{step}` |")
     made = read(results, "commands") or {}

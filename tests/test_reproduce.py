@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ root = Path(sys.argv.pop(1))
 reproduce.SMALL = reproduce.Form(
     root / "out", "MiniFashion", "ConvNetD1W4", str(root), experts=2, epochs=3,
     windows={"early": (0, 1), "late": (1, 2)}, at=2, cross=1, networks=1, cross_networks=1, tesla=(2,),
-    epoch_eval={1: 2, 2: 2}, whole_epochs=1,
+    epoch_eval={1: 2, 2: 2}, whole_epochs=1, tried=(),
     random_lr={1: 0.01, 2: 0.02}, whole_lr=0.01, backend="auto", threads=1)
 reproduce.entry(reproduce.main)
 """
@@ -38,7 +39,7 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
     for step in plan.steps:
         program, options = Path(step.command[1]).stem, list(step.command[2:])
         config = parse(CONFIGS[program], "", options, yaml_file=program == "DATM")
-        assert config.zca and (config.dataset, config.model) == (form.dataset, form.model)
+        assert config.zca and config.dataset == form.dataset and config.model in (form.model, "MLP")
         # Settings are chosen without the test images, which only the last evaluation sees.
         assert config.val_fraction == (0.1 if program in ("buffer_FTD", "DATM") else 0)
         if program == "buffer_FTD":
@@ -104,13 +105,28 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     assert again.returncode == 0 and "[1 of" not in again.stdout
     assert again.stdout.split("\n| ")[1:] == done.stdout.split("\n| ")[1:]
 
+    # Whoever was killed just before the end was noted finds what is there.
+    ledger = json.loads((tmp_path / "out/commands.json").read_text())
+    assert ledger["experts_FTD"]["seconds"] > 0
+    ledger["experts_FTD"]["seconds"] = 0.0
+    (tmp_path / "out/commands.json").write_text(json.dumps(ledger))
+    found = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
+    assert found.returncode == 0 and "[1 of" not in found.stdout
+    assert experts.stat().st_mtime_ns == trained
+
     config = tmp_path / "IPC1.yaml"
-    config.write_text(config.read_text().replace("Iteration: 3", "Iteration: three"))
+    text = config.read_text()
+    config.write_text(text.replace("Iteration: 3", "Iteration: 4"))
+    other = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
+    assert other.returncode == 2 and "other options in its YAML" in other.stderr and "Traceback" not in other.stderr
+    config.write_text(f"# a remark\n{text}")
+
     (results / "ipc1_window_late.json").unlink()
-    (tmp_path / "out/logged_files/MiniFashion/1/ConvNetD1W4/window_late/result.json").unlink()
+    shutil.rmtree(tmp_path / "out/logged_files/MiniFashion/1/ConvNetD1W4/window_late")
+    experts.write_bytes(b"damaged")
     failed = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
-    assert failed.returncode == 2 and "Iteration" in failed.stderr and "output/ipc1_window_late.txt" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert failed.returncode == 2 and "replay_buffer_0.pt" in failed.stderr
+    assert "output/ipc1_window_late.txt" in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_odd_options(tiny, tmp_path):
@@ -128,8 +144,14 @@ def test_a_result_of_another_command_is_not_taken(tmp_path):
     step = Step("name", tmp_path / "result", ("python", "program.py", "--a=1"))
     ledger = Ledger(tmp_path / "commands.json")
     assert not ledger.has(step)
+    ledger.add(step, 0.0)
+    assert not ledger.has(step)
     step.result.write_text("")
     ledger.add(step, 1.0)
-    assert Ledger(tmp_path / "commands.json").has(step)
+    ledger.add(step, 2.0)
+    ledger = Ledger(tmp_path / "commands.json")
+    assert ledger.has(step) and ledger.made["name"]["seconds"] == 3.0
     with pytest.raises(UserError, match="--a=1"):
         ledger.has(Step("name", tmp_path / "result", ("python", "program.py", "--a=2")))
+    with pytest.raises(UserError, match="delete"):
+        Ledger(tmp_path / "none.json").has(step)
