@@ -382,6 +382,7 @@ class Run:
         together = min(parallel.size(), self.config.num_experts - self.trained)  # ranks that train, each as fast
         reached = ""
         bar.set_description(f"expert {number}", refresh=False)
+        bar.show()  # the last expert's numbers are not this one's
 
         def after_batch(done: float) -> None:
             bar.count = f"epoch {min(int(done) + 1, epochs)}/{epochs}"

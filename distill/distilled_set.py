@@ -97,8 +97,11 @@ class DistilledSet(torch.utils.data.Dataset):
         Raises:
             UserError: missing, damaged, or another kind of file.
         """
-        if not Path(path).is_file():
-            raise UserError(f"distilled set {path} does not exist; give the path of a distilled.safetensors")
+        path = Path(path)
+        if not path.is_file():
+            problem = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"distilled set {path} {problem}; give "
+                            f"{files.set_in(path) or 'the path of a distilled.safetensors'}")
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}

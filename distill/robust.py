@@ -136,9 +136,13 @@ def evaluate_robust(config: EvaluationConfig) -> None:
                                                     if score["network"] == network)
                                          for name, result in results.items()})
         print(in_words(network, scores[network]))
+    say(config, "HLR: what hard labels miss of the whole training set, less is better; IOR: the gain over random "
+                "images; LRS, ARS: the label- and the augmentation-robust score of both, more is better")
     if config.json and parallel.first():
+        # What the evaluation without --robust_score writes, so that it serves wherever that does, and the scores.
         write_json(config.json, {
-            "what": "robust scores", "images": len(distilled), "weight": WEIGHT, "scores": scores, "results": results,
+            "what": what, "images": len(distilled), "scores": results["syn"]["scores"], "robust_scores": scores,
+            "weight": WEIGHT, "results": results,
             "tested_on": "validation" if config.val_fraction else "test", "seconds": known.seconds,
             "config": influential(config), "environment": environment(device)})
         known.forget()
@@ -180,6 +184,9 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
     config = parts["syn"].config
     networks = networks_of(config)
 
+    def batches(part: Part) -> int:
+        return math.ceil(len(part.set) / part.config.batch_train)
+
     def known_of(name: str, rate: float | None = None) -> Known:
         return known.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")
 
@@ -189,24 +196,24 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
         searched = [(known_of(name, rate), [Job(network, 0)]) for rate in RATES if part.searched]
         return [*searched, (known_of(name), [Job(network, number) for number in range(part.config.num_eval)])]
 
-    # One bar over them all, in images, as an epoch of the training set takes far longer than one of the set.
+    # One bar over them all, in batches, as an epoch of the training set takes far longer than one of the set.
     total = done = found = number = 0
     for name, part in parts.items():
-        images = len(part.set) * (part.config.epoch_eval_train + 1)
+        steps = batches(part) * (part.config.epoch_eval_train + 1)
         for each, jobs in (run for network in networks for run in runs(name, network)):
             missing = each.missing(jobs)
             before = len(jobs) - len(missing)
             number, found = number + len(jobs), found + before
-            done += images * before
-            total += images * (before + len(parallel.deal(missing)))
+            done += steps * before
+            total += steps * (before + len(parallel.deal(missing)))
     if found:
         say(config, f"going on with an evaluation that was stopped: {found} of {number} networks were tested")
     results = {}
-    with Progress(total, "evaluate", initial=done, quiet=config.quiet, images=1,
+    with Progress(total, "evaluate", initial=done, quiet=config.quiet,
                   device=dataset.test_images.device) as bar:
         for at, (name, part) in enumerate(parts.items(), start=1):
             bar.count = f"set {at} of {len(parts)}"
-            on_epoch = partial(bar.update, len(part.set))
+            on_epoch = partial(bar.update, batches(part))
             run = partial(evaluate, augmented=not part.config.no_aug, on_epoch=on_epoch)
             result: dict[str, Any] = {"what": part.what, "images": len(part.set), "augmented": not part.config.no_aug,
                                       "epochs": part.config.epoch_eval_train, "lr": {}, "scores": []}

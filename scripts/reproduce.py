@@ -451,16 +451,15 @@ def write_plots(plan: Plan, results: Path) -> None:
         axes.set(title=f"{ipc} a class", xlabel="difficulty window", ylabel="test accuracy, %")
     save(figure, "windows")
 
-    figure, panels = plt.subplots(1, len(form.ipcs), figsize=(3.5 * len(form.ipcs), 3.2), layout="constrained",
+    figure, panels = plt.subplots(1, len(form.tesla), figsize=(3.5 * len(form.tesla), 3.2), layout="constrained",
                                   squeeze=False)
-    for axes, ipc in zip(panels[0], form.ipcs):
+    for axes, ipc in zip(panels[0], form.tesla):
         for says, name in (("exact", "exact"), ("TESLA", "tesla")):
             path = results / f"ipc{ipc}_{name}.metrics.jsonl"
             lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             scores = [(line["iteration"], line["scores"][0]) for line in lines if line.get("set") == "Normal"]
             if scores:
-                axes.errorbar([at for at, _ in scores], [100 * score["mean"] for _, score in scores],
-                              [100 * score["std"] for _, score in scores], marker=".", capsize=3, label=says)
+                axes.plot(*zip(*((at, 100 * score["mean"]) for at, score in scores)), marker=".", label=says)
         axes.set(title=_images(ipc), xlabel="iteration", ylabel="accuracy on held-out images, %")
         axes.legend(fontsize=8)
     save(figure, "gradients")

@@ -30,8 +30,11 @@ def main() -> None:
             rows += [(result["what"], score["network"], str(result["images"]), here[score["network"]],
                       str(len(score["accuracies"]))) for score in result["scores"]]
             scores.append((result["what"], str(result["images"]), here))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a result: {error}; give files written by --json") from error
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; give files written by --json") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not the result of an evaluation; give files that evaluation.py or baseline.py "
+                            "wrote with --json") from error
     if options.by_network:
         networks = list(dict.fromkeys(name for _, _, here in scores for name in here))
         rows = [("set", "images", *networks)]

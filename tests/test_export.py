@@ -219,3 +219,11 @@ def test_a_set_whose_tensors_do_not_fit_is_refused(call, tmp_path):
         save_file(whole, tmp_path / "set.safetensors", about)
         (line,) = call(EXPORT, tmp_path / "set.safetensors", f"--png={tmp_path / 'png'}", expect=2).stderr.splitlines()
         assert phrase in line and not (tmp_path / "png").exists()
+
+
+def test_the_folder_of_a_run_is_answered_by_the_set_in_it(call, made):
+    whole = made / "Normal" / "distilled.safetensors"
+    for command in (["scripts/export.py", made, "--png=x"],
+                    ["distill/evaluation.py", "--dataset=ImageFolder", f"--data_dir={made}", "--label_dir=x"]):
+        line = call(*command, expect=2).stderr
+        assert f"{made} is not a file; give {whole}" in line

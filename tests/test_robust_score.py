@@ -144,7 +144,8 @@ def robust(toy, toy_experts, results, tmp_path):
 def test_one_command_says_what_six_and_the_script_say(call, toy, toy_experts, results, robust, tmp_path):
     done = call(*robust, "--eval_mode=C", "--num_eval=2")
     found = json.loads((tmp_path / "robust.json").read_text())
-    assert tuple(found["results"]) == WHICH and list(found["scores"]) == ["ConvNetD1W4", "ConvNet"]
+    assert tuple(found["results"]) == WHICH and list(found["robust_scores"]) == ["ConvNetD1W4", "ConvNet"]
+    assert found["scores"] == found["results"]["syn"]["scores"] and found["what"] == found["results"]["syn"]["what"]
     evaluate = [*toy.evaluate, "--batch_train=128", "--num_eval=2"]
     folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
     best = {name: part["lr"]["ConvNetD1W4"] for name, part in found["results"].items()}
@@ -164,8 +165,9 @@ def test_one_command_says_what_six_and_the_script_say(call, toy, toy_experts, re
         assert found["results"][name]["scores"][0] == alone, name
         assert found["results"][name]["images"] == json.loads((tmp_path / f"{name}.json").read_text())["images"]
     call(SCORE, *(f"--{name}={tmp_path / name}.json" for name in WHICH), f"--json={tmp_path / 'scores.json'}")
+    assert "distilled images" in call("scripts/summary.py", tmp_path / "robust.json").stdout
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]["ConvNetD1W4"]
-    assert scores == found["scores"]["ConvNetD1W4"] and set(scores) == {"HLR", "IOR", "LRS", "IOR_no_aug", "ARS"}
+    assert scores == found["robust_scores"]["ConvNetD1W4"] and set(scores) == {"HLR", "IOR", "LRS", "IOR_no_aug", "ARS"}
     assert f"ConvNetD1W4: HLR {100 * scores['HLR']:.2f} %" in done.stdout
 
 
@@ -201,7 +203,7 @@ def test_it_goes_on_at_the_next_network(call, robust, tmp_path):
     assert f"4 of {number} networks were tested" in done.stdout
     assert not (tmp_path / "robust.json.unfinished").exists()
     parts = json.loads((tmp_path / "robust.json").read_text())
-    assert parts["scores"] == whole["scores"] and parts["results"] == whole["results"]
+    assert parts["robust_scores"] == whole["robust_scores"] and parts["results"] == whole["results"]
 
 
 def test_a_set_of_hard_labels_is_compared_with_such(call, toy, results, tmp_path):

@@ -186,6 +186,11 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def set_in(path: Path) -> Path | None:
+    """The distilled set in a run's folder, which may be what was meant by the folder."""
+    return next(iter(sorted(path.glob("**/distilled.safetensors"))), None) if path.is_dir() else None
+
+
 def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None):
     """`torch.load` of tensors and plain containers on the CPU; code in the file is never run.
 
@@ -200,7 +205,7 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
     path = Path(path)
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{what} {path} {problem}; give the path of a file")
+        raise UserError(f"{what} {path} {problem}; give {set_in(path) or 'the path of a file'}")
     try:
         # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
         with warnings.catch_warnings():
