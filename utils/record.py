@@ -167,8 +167,7 @@ def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
     if space.whitening is not None and dataset.train_energy is not None:
         # With a the whitened image and M the un-whitening, ‖x − p‖² = ‖x − μ‖² − 2 a·M(p − μ) + ‖p − μ‖². So not every
         # image has to be un-whitened, which would take as long as whitening the dataset: minutes in many dimensions.
-        whitening = space.whitening.to(pixels.device)
-        towards = (pixels.flatten(1) - whitening.mean) @ whitening.inverse.T
+        towards = space.whitening.pulled_back(pixels)
 
         def distances(rows: Tensor, members: Tensor) -> Tensor:
             return dataset.train_energy[members] - 2 * towards[rows] @ dataset.train_images[members].flatten(1).T

@@ -49,6 +49,11 @@ class Whitening:
         here = self.to(images.device)
         return torch.cat([(some.flatten(1) - here.mean).square().sum(1) for some in images.split(CHUNK)])
 
+    def pulled_back(self, images: Tensor) -> Tensor:
+        """Pixels [N, C, H, W] → [N, D] whose product with a whitened image a is ⟨`invert`(a) − μ, image − μ⟩."""
+        here = self.to(images.device)
+        return (images.flatten(1) - here.mean) @ here.inverse.T
+
     def to(self, device: torch.device | str) -> "Whitening":
         """The same whitening on `device`; tensors already there are not copied."""
         return Whitening(self.mean.to(device), self.transform.to(device), self.inverse.to(device))
