@@ -124,14 +124,14 @@ def evaluate_robust(config: EvaluationConfig) -> None:
              "syn_no_aug": Part(f"{what}, without augmentation", bare, distilled, False),
              "random_no_aug": Part(f"{of_random}, without augmentation", bare, random, True),
              "real": Part(of_whole, replace(config, epoch_eval_train=config.epoch_eval_real), whole, False)}
-    announce_evaluation(config, dataset, distilled, networks_of(config),
+    announce_evaluation(config, dataset, distilled, evaluation_pool(config.eval_mode, config.model),
                         f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
                         f"{config.epoch_eval_train} epochs (the whole training set: {config.epoch_eval_real})", note)
     beside = Path(f"{config.json}.unfinished") if config.json else None
     known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled, random)))
     results = _evaluate_parts(parts, dataset, chosen_on, known)
     scores = {}
-    for network in networks_of(config):
+    for network in evaluation_pool(config.eval_mode, config.model):
         scores[network] = robust_scores({name: next(score["mean"] for score in result["scores"]
                                                     if score["network"] == network)
                                          for name, result in results.items()})
@@ -147,10 +147,6 @@ def evaluate_robust(config: EvaluationConfig) -> None:
             "config": influential(config), "environment": environment(device)})
         known.forget()
         say(config, f"in {shown(config.json)}")
-
-
-def networks_of(config: TrainConfig) -> list[str]:
-    return list(dict.fromkeys(evaluation_pool(config.eval_mode, config.model)))
 
 
 def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset:
@@ -182,7 +178,7 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
         known: of the parts together.
     """
     config = parts["syn"].config
-    networks = networks_of(config)
+    networks = evaluation_pool(config.eval_mode, config.model)
 
     def batches(part: Part) -> int:
         return math.ceil(len(part.set) / part.config.batch_train)

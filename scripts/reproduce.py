@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.config import BufferConfig, DistillConfig, Parser, read_yaml
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
+from utils.progress import duration
 from utils.run import entry, write_json
 
 PER_FILE = BufferConfig().save_interval
@@ -52,7 +53,8 @@ class Form:
     experts: int
     epochs: int
     windows: dict[str, tuple[int, int]]  # (first start epoch, end, exclusive)
-    at: int  # the images per class at which single ideas are taken away
+    windows_at: tuple[int, ...]  # the images per class at which these are compared
+    at: int  # those at which single ideas are taken away
     cross: int  # and those of the cross-architecture table
     networks: int  # of each evaluation
     cross_networks: int  # of each kind in the cross-architecture table
@@ -75,16 +77,16 @@ class Form:
 
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
-    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, at=10, cross=1, networks=5, cross_networks=2,
-    tesla=(1, 10), epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
+    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10), at=10, cross=1,
+    networks=5, cross_networks=2, tesla=(1, 10), epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
     random_lr={1: 0.01, 10: 0.03, 50: 0.01}, whole_lr=0.01, backend="compile", threads=1,
     tried=(("the middle window at 1 a class, without the threshold and from a smaller α", 1, "window_middle_unskipped",
             ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf",
              "--lr_teacher=0.01")),))
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
-    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, at=10, cross=10, networks=5, cross_networks=5,
-    tesla=(1, 10, 50), epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
+    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, cross=10,
+    networks=5, cross_networks=5, tesla=(1, 10, 50), epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
     random_lr={1: 0.01, 10: 0.01, 50: 0.01}, whole_lr=0.01, backend="auto", threads=None, tried=())
 
 
@@ -143,7 +145,7 @@ class Plan:
                 self._distilled(exact, ipc, "exact")]
             distilled[ipc] = self.tables[_images(ipc)][-1]
         at = form.at
-        for ipc in (min(form.ipcs), max(form.ipcs) if form is FULL else at):
+        for ipc in form.windows_at:
             self.tables[f"the difficulty window, {ipc} a class"] = [
                 self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc, f"window_{name}",
                                 f"--min_start_epoch={first}", f"--max_start_epoch={end}",
@@ -307,17 +309,13 @@ def run(steps: Sequence[Step], jobs: int, form: Form, ledger: Ledger) -> None:
                                     f"{output / step.name}.txt); the same command goes on once that is mended")
                 done.add(step)
                 ledger.add(step, perf_counter() - began)
-                print(f"    {step.name} done in {_minutes(perf_counter() - began)}", flush=True)
+                print(f"    {step.name} done in {duration(perf_counter() - began)}", flush=True)
     finally:
         for process in running:
             process.terminate()
         for process, (step, began) in running.items():
             process.wait()
             ledger.add(step, perf_counter() - began)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 # --- tables and plots ------------------------------------------------------------------------------------------
@@ -375,10 +373,10 @@ def write_tables(plan: Plan, results: Path) -> str:
             step = row.evaluation if several or row.made_by is None else row.made_by
             took = found[row.name] if step is row.evaluation else read(results, f"{step.name}.run")
             cells = [accuracy(found[row.name], network) for network in networks or [form.model]]
-            cells.append(_minutes(took["seconds"]) if took else "–")
+            cells.append(duration(took["seconds"]) if took else "–")
             lines.append(f"| {row.says} | {' | '.join(cells)} | `{step}` |")
     made = read(results, "commands") or {}
-    took_all = " and ".join(_minutes(made[step.name]["seconds"]) for step in plan.experts.values() if step.name in made)
+    took_all = " and ".join(duration(made[step.name]["seconds"]) for step in plan.experts.values() if step.name in made)
     tested = next(row.evaluation for row in plan.rows if row.made_by)
     lines += ["", "## Experts and evaluations", "",
               f"The experts are trained ({took_all or 'not yet'}) and each distilled set is tested by", "",
@@ -439,9 +437,9 @@ def write_plots(plan: Plan, results: Path) -> None:
     axes.legend(fontsize=8)
     save(figure, "accuracy")
 
-    ipcs = [ipc for ipc in form.ipcs if f"the difficulty window, {ipc} a class" in plan.tables]
-    figure, panels = plt.subplots(1, len(ipcs), figsize=(3.5 * len(ipcs), 3.2), layout="constrained", squeeze=False)
-    for axes, ipc in zip(panels[0], ipcs):
+    figure, panels = plt.subplots(1, len(form.windows_at), figsize=(3.5 * len(form.windows_at), 3.2),
+                                  layout="constrained", squeeze=False)
+    for axes, ipc in zip(panels[0], form.windows_at):
         at, means, stds = points([(name, f"ipc{ipc}_window_{name}") for name in form.windows])
         axes.errorbar(range(len(at)), means, stds, marker="o", capsize=3, linestyle=":")
         axes.set_xticks(range(len(at)), at)

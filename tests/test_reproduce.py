@@ -24,8 +24,8 @@ from scripts import reproduce
 root = Path(sys.argv.pop(1))
 reproduce.SMALL = reproduce.Form(
     root / "out", "MiniFashion", "ConvNetD1W4", str(root), experts=2, epochs=3,
-    windows={"early": (0, 1), "late": (1, 2)}, at=2, cross=1, networks=1, cross_networks=1, tesla=(2,),
-    epoch_eval={1: 2, 2: 2}, whole_epochs=1, tried=(),
+    windows={"early": (0, 1), "late": (1, 2)}, windows_at=(1, 2), at=2, cross=1,
+    networks=1, cross_networks=1, tesla=(2,), epoch_eval={1: 2, 2: 2}, whole_epochs=1, tried=(),
     random_lr={1: 0.01, 2: 0.02}, whole_lr=0.01, backend="auto", threads=1)
 reproduce.entry(reproduce.main)
 """
