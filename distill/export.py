@@ -134,8 +134,7 @@ def save_card(distilled: DistilledSet, path: Path, results: list[Path]) -> Path:
     if target.exists():
         raise UserError(f"{target} exists, and may have been edited; move it away to have it written")
     text = card(distilled, path.name, [(each.name, _read_result(each, distilled)) for each in results])
-    with files.atomic_write(target) as aside:
-        aside.write_text(text, encoding="utf-8")
+    files.write_text(target, text)
     return target
 
 

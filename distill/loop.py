@@ -24,6 +24,7 @@ from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset, load_configured
 from utils.engine import activation_bytes, describe_engine
 from utils.errors import UserError
+from utils.files import write_text
 from utils.memory import available
 from utils.networks import has_batch_norm, network_for
 from utils.parameters import FlatModel
@@ -470,7 +471,7 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
                   skipped=distillation.skipped, held=distillation.held, seconds=state.seconds,
                   fixed_loss={"before": finite(before), "after": finite(after), "segments": FIXED_SEGMENTS},
                   environment=environment(start.images.device))
-    report.write(folder.path / report.PAGE, report.page(record.read_run(folder.path)))
+    write_text(folder.path / report.PAGE, report.page(record.read_run(folder.path)))
     tracker.finish()
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     say(config, f"{distillation.skipped} of {config.Iteration} updates skipped, α held back {distillation.held} times")

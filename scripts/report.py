@@ -17,6 +17,7 @@ from distill.distilled_set import DistilledSet
 from utils import record, report
 from utils.errors import UserError
 from utils.figures import clip_outliers
+from utils.files import write_text
 from utils.run import entry, shown
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     pages = {out: report.page(runs[0])} if len(runs) == 1 else {
         **{run.path / report.PAGE: report.page(run) for run in runs}, out: report.comparison(runs)}
     for path, page in pages.items():
-        report.write(path, page)
+        write_text(path, page)
         print(f"{shown(path)} ({len(page.encode()) / 1e6:.1f} MB)")
 
 

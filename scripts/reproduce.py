@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.config import BufferConfig, DistillConfig, Parser, read_yaml
 from utils.errors import UserError
-from utils.files import REPOSITORY, atomic_write
+from utils.files import REPOSITORY, atomic_write, write_text
 from utils.progress import duration
 from utils.run import entry, write_json
 
@@ -382,8 +382,7 @@ def write_tables(plan: Plan, results: Path) -> str:
               f"The experts are trained ({took_all or 'not yet'}) and each distilled set is tested by", "",
               "```", *(str(step) for step in (*plan.experts.values(), tested)), "```", ""]
     text = "\n".join(lines)
-    with atomic_write(results / "tables.md") as aside:
-        aside.write_text(text)
+    write_text(results / "tables.md", text)
     return text
 
 

@@ -186,6 +186,12 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a whole text file, or leaves what is there."""
+    with atomic_write(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
 def set_in(path: Path) -> Path | None:
     """The distilled set in a run's folder, which may be what was meant by the folder."""
     return next(iter(sorted(path.glob("**/distilled.safetensors"))), None) if path.is_dir() else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from utils.commands import changed, defaults, from_repository
 from utils.config import DistillConfig
-from utils.files import atomic_write
+from utils.progress import duration
 from utils.record import IMAGE_BYTES, Pictures, Run, Step, commands, helps
 from utils.svg import Chart, numbers_every, thinned
 
@@ -34,11 +34,6 @@ escape = html.escape
 
 
 # --- the page ------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, text: str) -> None:
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
 
 
 def page(run: Run) -> str:
@@ -115,13 +110,6 @@ def _image(pixels: Tensor, alt: str) -> str:
     return f'<img alt="{escape(alt)}" width="{width}" height="{height}" src="data:image/png;base64,{data}">'
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{int(minutes // 60)} h {int(minutes % 60)} min"
-
-
 def _number(value: Any, form: str = ".4g") -> str:
     return "not recorded" if value is None else f"{float(value):{form}}"
 
@@ -142,7 +130,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
               ("Learning rate α of the best set", _number(result["best"].get("lr"))),
               ("Skipped updates (loss above the threshold, or not finite)", _share(result.get("skipped"), steps)),
               ("α held back", "not recorded" if "held" not in result else _times(int(result["held"]))),
-              ("Time", "not recorded" if "seconds" not in result else _duration(float(result["seconds"])))]
+              ("Time", "not recorded" if "seconds" not in result else duration(float(result["seconds"])))]
     return facts
 
 

@@ -28,7 +28,7 @@ from utils.config import DataConfig, as_dict, has_effect, make
 from utils.datasets import Dataset
 from utils.engine import check_backend, set_precision
 from utils.errors import UserError, one_line
-from utils.files import REPOSITORY, atomic_write, load, locked, save
+from utils.files import REPOSITORY, load, locked, save, write_text
 from utils.parameters import FlatModel
 from utils.progress import wrapped
 
@@ -454,13 +454,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def save_config(path: Path, options: dict[str, Any]) -> None:
-    with atomic_write(path) as aside:
-        aside.write_text(yaml.safe_dump(options, sort_keys=False))
+    write_text(path, yaml.safe_dump(options, sort_keys=False))
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    with atomic_write(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: float) -> float | None:
