@@ -40,6 +40,8 @@ PER_FILE = BufferConfig().save_interval
 PUBLISHED = {"random": (51.4, 73.8, 82.5), "DC": (70.5, 82.3, 83.6), "DSA": (70.6, 84.6, 88.7),
              "MTT": (75.3, 87.2, 88.3)}
 PUBLISHED_IPCS, PUBLISHED_WHOLE = (1, 10, 50), 93.5
+# Of the experts' GSAM: FTD's published command, none, and the option's default, which suits its adaptive perturbation.
+RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0}
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ class Form:
     windows: dict[str, tuple[int, int]]  # (first start epoch, end, exclusive)
     windows_at: tuple[int, ...]  # the images per class at which these are compared
     at: int  # those at which single ideas are taken away
-    cross: int  # and those of the cross-architecture table
+    seeds: tuple[int, ...]  # with which the ideas that differ by no more than chance are distilled once more
+    cross: int  # the images per class of the cross-architecture table
+    cross_lr: dict[str, float]  # networks there for which the learned rate is too high, and one that suits them
     networks: int  # of each evaluation
-    cross_networks: int  # of each kind in the cross-architecture table
-    tesla: tuple[int, ...]  # the images per class at which TESLA's gradient stands beside the exact one
     epoch_eval: dict[int, int]  # epochs of an evaluation, by images per class
     whole_epochs: int
     random_lr: dict[int, float]  # learning rates of random images, chosen on the held-out ones
@@ -77,16 +79,16 @@ class Form:
 
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
-    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10), at=10, cross=1,
-    networks=5, cross_networks=2, tesla=(1, 10), epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
+    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(1, 2), cross=1,
+    cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, networks=5, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
     random_lr={1: 0.01, 10: 0.03, 50: 0.01}, whole_lr=0.01, backend="compile", threads=1,
     tried=(("the middle window at 1 a class, without the threshold and from a smaller α", 1, "window_middle_unskipped",
             ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf",
              "--lr_teacher=0.01")),))
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
-    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, cross=10,
-    networks=5, cross_networks=5, tesla=(1, 10, 50), epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
+    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(), cross=10,
+    cross_lr={}, networks=5, epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
     random_lr={1: 0.01, 10: 0.01, 50: 0.01}, whole_lr=0.01, backend="auto", threads=None, tried=())
 
 
@@ -135,13 +137,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         form, exact, distilled = self.form, "exact gradient (DATM)", {}
-        self.experts = {kind: self._experts(kind, rho) for kind, rho in (("FTD", 0.01), ("SGD", 0))}
+        self.experts = {kind: self._experts(kind, rho) for kind, rho in RHO.items()}
         for ipc in reversed(form.ipcs):  # the longest first
             self.tables[_images(ipc)] = [
                 self._baseline("random real images", f"ipc{ipc}_random", ipc),
                 self._distilled("random real images with expert labels", ipc, "expert_labels", "--Iteration=0",
                                 "--pix_init=real", f"--lr_teacher={form.random_lr[ipc]:g}"),
-                *([self._distilled("TESLA's gradient", ipc, "tesla", "--matching=tesla")] if ipc in form.tesla else []),
+                self._distilled("TESLA's gradient", ipc, "tesla", "--matching=tesla"),
                 self._distilled(exact, ipc, "exact")]
             distilled[ipc] = self.tables[_images(ipc)][-1]
         at = form.at
@@ -157,9 +159,17 @@ class Plan:
                             "--Sequential_Generation=False"),
             self._distilled("soft labels that are not learned", at, "soft_labels", "--labels=soft"),
             self._distilled("hard labels", at, "hard_labels", "--labels=hard"),
-            self._distilled("experts by plain SGD", at, "sgd_experts", f"--buffer_path={form.root}/experts/SGD",
-                            experts="SGD"),
+            self._distilled("experts by plain SGD", at, "sgd_experts", experts="SGD"),
+            self._distilled("experts by GSAM with ρ = 2", at, "rho_2_experts", experts="FTD_2"),
             next(row for row in self.tables[_images(at)] if row.name == f"ipc{at}_tesla")]
+        if form.seeds:
+            self.tables[f"other seeds of the distillation, {at} a class"] = [
+                self._distilled(f"{says}, seed {seed}", at, f"{name}_seed_{seed}", *options, f"--seed={seed}",
+                                experts=experts)
+                for says, name, options, experts in ((exact, "exact", (), "FTD"),
+                                                     ("experts by plain SGD", "sgd_experts", (), "SGD"),
+                                                     ("hard labels", "hard_labels", ("--labels=hard",), "FTD"))
+                for seed in form.seeds]
         self.tables["the whole training set"] = [self._baseline(
             "the whole training set", "whole", None, f"--epoch_eval_train={form.whole_epochs}",
             f"--lr_teacher={form.whole_lr:g}")]
@@ -171,7 +181,10 @@ class Plan:
             self._baseline("random real images", f"ipc{cross}_random_networks", cross, "--eval_mode=M"),
             self._evaluated(exact, f"ipc{cross}_exact_networks", cross, distilled[cross].made_by, "--eval_mode=M"),
             self._baseline("random real images", f"ipc{cross}_random_mlp", cross, "--model=MLP"),
-            self._evaluated(exact, f"ipc{cross}_exact_mlp", cross, distilled[cross].made_by, "--model=MLP")]
+            self._evaluated(exact, f"ipc{cross}_exact_mlp", cross, distilled[cross].made_by, "--model=MLP"),
+            *(self._evaluated(f"{exact}, α {lr:g} instead of the learned one", f"ipc{cross}_exact_{network.lower()}_lr",
+                              cross, distilled[cross].made_by, f"--model={network}", f"--lr_teacher={lr:g}")
+              for network, lr in form.cross_lr.items())]
         # Experts, distillations, and of the evaluations first those that take long.
         order = ("buffer_FTD.py", "DATM.py", "--eval_mode=M", "--ipc=None")
         self.steps.sort(key=lambda step: next((at for at, word in enumerate(order) if word in str(step)), len(order)))
@@ -198,6 +211,8 @@ class Plan:
             "--lr_teacher=0.01", f"--backend={form.backend}", f"--buffer_path={folder}")))
 
     def _distilled(self, says: str, ipc: int, name: str, *options: str, experts: str = "FTD") -> Row:
+        if experts != "FTD":  # which are those of the configs
+            options = (f"--buffer_path={self.form.root}/experts/{experts}", *options)
         made_by = self._add(Step(f"ipc{ipc}_{name}", self._run(ipc, name) / "result.json", (
             "python", "distill/DATM.py", f"--cfg={self.form.config(ipc)}", *options, f"--run_name={name}"),
             (self.experts[experts],)))
@@ -209,8 +224,11 @@ class Plan:
     def _evaluated(self, says: str, name: str, ipc: int, made_by: Step | None, *options: str) -> Row:
         if made_by is None:
             raise ValueError(f"{name} is no distilled set")
-        whole = made_by.result.parent / "Normal" / "distilled.safetensors"
-        return Row(says, name, self._evaluation("evaluation", name, f"--data_dir={whole}", *options,
+        files = made_by.result.parent / "Normal"
+        given = [f"--data_dir={files / 'distilled.safetensors'}"]
+        if any(option.startswith("--lr_teacher=") for option in options):  # the set without its own rate
+            given = [f"--data_dir={files / 'images_best.pt'}", f"--label_dir={files / 'labels_best.pt'}"]
+        return Row(says, name, self._evaluation("evaluation", name, *given, *options,
                                                 f"--epoch_eval_train={self.form.epoch_eval[ipc]}", needs=(made_by,)),
                    made_by)
 
@@ -222,11 +240,10 @@ class Plan:
 
     def _evaluation(self, program: str, name: str, *options: str, needs: tuple[Step, ...] = ()) -> Step:
         result = self.form.root / "results" / f"{name}.json"
+        model = [] if any(option.startswith("--model=") for option in options) else [f"--model={self.form.model}"]
         return self._add(Step(f"{name}_tested", result, (
-            "python", f"distill/{program}.py", f"--dataset={self.form.dataset}",
-            *([] if "--model=MLP" in options else [f"--model={self.form.model}"]), "--zca", *options,
-            f"--num_eval={self.form.cross_networks if '--eval_mode=M' in options else self.form.networks}",
-            f"--json={result}"), needs))
+            "python", f"distill/{program}.py", f"--dataset={self.form.dataset}", *model, "--zca", *options,
+            f"--num_eval={self.form.networks}", f"--json={result}"), needs))
 
 
 def _images(ipc: int) -> str:
@@ -445,9 +462,9 @@ def write_plots(plan: Plan, results: Path) -> None:
         axes.set(title=f"{ipc} a class", xlabel="difficulty window", ylabel="test accuracy, %")
     save(figure, "windows")
 
-    figure, panels = plt.subplots(1, len(form.tesla), figsize=(3.5 * len(form.tesla), 3.2), layout="constrained",
+    figure, panels = plt.subplots(1, len(form.ipcs), figsize=(3.5 * len(form.ipcs), 3.2), layout="constrained",
                                   squeeze=False)
-    for axes, ipc in zip(panels[0], form.tesla):
+    for axes, ipc in zip(panels[0], form.ipcs):
         for says, name in (("exact", "exact"), ("TESLA", "tesla")):
             path = results / f"ipc{ipc}_{name}.metrics.jsonl"
             lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

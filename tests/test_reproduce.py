@@ -24,8 +24,8 @@ from scripts import reproduce
 root = Path(sys.argv.pop(1))
 reproduce.SMALL = reproduce.Form(
     root / "out", "MiniFashion", "ConvNetD1W4", str(root), experts=2, epochs=3,
-    windows={"early": (0, 1), "late": (1, 2)}, windows_at=(1, 2), at=2, cross=1,
-    networks=1, cross_networks=1, tesla=(2,), epoch_eval={1: 2, 2: 2}, whole_epochs=1, tried=(),
+    windows={"early": (0, 1), "late": (1, 2)}, windows_at=(1, 2), at=2, seeds=(1,), cross=1,
+    cross_lr={"MLP": 0.02}, networks=1, epoch_eval={1: 2, 2: 2}, whole_epochs=1, tried=(),
     random_lr={1: 0.01, 2: 0.02}, whole_lr=0.01, backend="auto", threads=1)
 reproduce.entry(reproduce.main)
 """
@@ -39,7 +39,7 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
     for step in plan.steps:
         program, options = Path(step.command[1]).stem, list(step.command[2:])
         config = parse(CONFIGS[program], "", options, yaml_file=program == "DATM")
-        assert config.zca and config.dataset == form.dataset and config.model in (form.model, "MLP")
+        assert config.zca and config.dataset == form.dataset and config.model in (form.model, "MLP", *form.cross_lr)
         # Settings are chosen without the test images, which only the last evaluation sees.
         assert config.val_fraction == (0.1 if program in ("buffer_FTD", "DATM") else 0)
         if program == "buffer_FTD":
