@@ -1,6 +1,6 @@
 """What is in a folder of experts, and how far they move: for choosing the difficulty window.
 
-    python scripts/inspect_buffer.py buffer_storage/MiniFashion/ConvNetW32 [--png FILE] [--json FILE]
+    python scripts/inspect_buffer.py buffer_storage/MiniFashion/ConvNetW32 [--png FILE] [--json FILE] [--beside FOLDER]
 
 Prints the network, the experts, their epochs, accuracies and size on disk, those of an unfinished run too, and by start
 epoch s the mean over the experts of
@@ -10,6 +10,11 @@ epoch s the mean over the experts of
 
 with their standard deviations. Where these are large the experts learn what is easy; where they are small, what is hard
 or nothing any more. Published files have no record of accuracies and options; what is unknown is said.
+
+--beside FOLDER compares these experts with those of the same numbers there, θ′: experts of one seed begin with the same
+parameters and see the same batches, so that what they differ in comes from their options.
+
+    apart    ‖θ_s − θ′_s‖ / ‖θ′_s − θ′_0‖    how far from each other they are, of the way that the others have gone
 """
 
 import argparse
@@ -17,7 +22,7 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +57,7 @@ class Trajectory(NamedTuple):
     accuracies: dict[str, list[float]]  # by epoch from 1; empty where nothing recorded them
     step: list[float]  # by start epoch
     segment: list[float]
+    apart: list[float]  # by epoch from 1; empty where there is nothing to compare with
 
 
 def distances(snapshots: Iterable[Tensor], expert_epochs: int) -> tuple[list[float], list[float]]:
@@ -71,10 +77,23 @@ def distances(snapshots: Iterable[Tensor], expert_epochs: int) -> tuple[list[flo
     return step, segment
 
 
+def apart(snapshots: Iterable[Tensor], others: Iterable[Tensor]) -> list[float]:
+    """Relative distances ‖θ_s − θ′_s‖ / ‖θ′_s − θ′_0‖ of two trajectories, by s from 1 to the end of the shorter one.
+
+    Args:
+        snapshots: θ_0, θ_1, … [P].
+        others: θ′_0, θ′_1, … [P].
+    """
+    pairs = zip(snapshots, others)
+    _, start = next(pairs)
+    return [float((theta - other).norm() / (other - start).norm()) for theta, other in pairs]
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds replay_buffer_*.pt")
     parser.add_argument("--expert_epochs", type=int, default=2, metavar="M", help="epochs of a segment [2]")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, of every expert")
     options = parser.parse_args()
@@ -82,7 +101,7 @@ def main() -> None:
         raise UserError(f"--expert_epochs {options.expert_epochs}: a segment has at least 1 epoch")
     for path in filter(None, (options.png, options.json)):
         check_writable(path)
-    report, trajectories = inspect(options.folder, options.expert_epochs)
+    report, trajectories = inspect(options.folder, options.expert_epochs, options.beside)
     print_report(report, options.expert_epochs)
     if options.json:
         write_json(options.json, report)
@@ -95,29 +114,25 @@ def main() -> None:
                      f"segment of {options.expert_epochs}": table([each.segment for each in trajectories])})
 
 
-def inspect(folder: Path, expert_epochs: int) -> tuple[dict[str, Any], list[Trajectory]]:
+def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict[str, Any], list[Trajectory]]:
     """All that there is to know of a folder's experts: for JSON, and each expert.
 
     Raises:
-        UserError: no experts, damaged files, or experts of several networks.
+        UserError: no experts, damaged files, or experts of several networks; so of those to compare with.
     """
-    paths = expert_files(folder)
     unfinished = folder / "unfinished" / "run.yaml"
-    if not paths and not unfinished.is_file():
-        below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
-        advice = f"there are some in {', '.join(below)}: give one of these" if below else (
-            "give the folder of a network's experts, <buffer_path>/<dataset>/<model>")
-        raise UserError(f"no replay_buffer_*.pt in {folder}; {advice}")
-    files = [(path, load_experts(path)) for path in paths]
+    files = [(path, load_experts(path)) for path in _paths(folder, or_unfinished=True)]
+    other_files = [(path, load_experts(path)) for path in _paths(beside)] if beside else []
+    others = [expert for _, experts in other_files for expert in experts]
     shapes = {}
-    for path, experts in files:
+    for path, experts in [*files, *other_files]:
         for snapshot in (snapshot for expert in experts for snapshot in expert):
             shapes.setdefault(tuple(tuple(getattr(each, "shape", (None,))) for each in snapshot), path)
     if len(shapes) > 1 or any(None in shape for found in shapes for shape in found):
-        names = sorted({path.name for path in shapes.values()})
-        raise UserError(f"{', '.join(names)} of {folder}: the snapshots are not all of one network; move what does not "
-                        "belong there away")
-    manifests = {path: read_config(manifest_path(path)) for path in paths if manifest_path(path).is_file()}
+        names = sorted({str(path) for path in shapes.values()})
+        raise UserError(f"{', '.join(names)}: the snapshots are not all of one network; move away or leave out what "
+                        "does not belong there")
+    manifests = {path: read_config(manifest_path(path)) for path, _ in files if manifest_path(path).is_file()}
     started = read_config(unfinished) if unfinished.is_file() else None
     trajectories: list[Trajectory] = []
     with Progress(sum(len(experts) for _, experts in files), "experts") as bar:
@@ -125,17 +140,19 @@ def inspect(folder: Path, expert_epochs: int) -> tuple[dict[str, Any], list[Traj
             recorded = _recorded(path)
             for expert in experts:
                 number = len(trajectories)
-                step, segment = distances((flatten(snapshot).float() for snapshot in expert), expert_epochs)
-                trajectories.append(Trajectory(number, path.name, len(expert) - 1, sum(map(Tensor.numel, expert[0])),
-                                               recorded.get(number, {}), step, segment))
+                step, segment = distances(_thetas(expert), expert_epochs)
+                trajectories.append(Trajectory(
+                    number, path.name, len(expert) - 1, sum(map(Tensor.numel, expert[0])), recorded.get(number, {}),
+                    step, segment, apart(_thetas(expert), _thetas(others[number])) if number < len(others) else []))
                 bar.update()
     known = next(iter(manifests.values()), started)
     report = {
-        "folder": str(folder), "experts": len(trajectories), "bytes": sum(path.stat().st_size for path in paths),
+        "folder": str(folder), "experts": len(trajectories), "bytes": sum(path.stat().st_size for path, _ in files),
         "files": [{"name": path.name, "experts": len(experts), "bytes": path.stat().st_size,
                    "manifest": path in manifests} for path, experts in files],
         "epochs": sorted({each.epochs for each in trajectories}),
-        "options": known and {name: known[name] for name in OPTIONS if name in known}, "unfinished": None}
+        "options": known and {name: known[name] for name in OPTIONS if name in known}, "unfinished": None,
+        "beside": str(beside) if beside else None}
     if started is not None:
         report["unfinished"] = _unfinished(unfinished.parent, started, expert_epochs, len(trajectories), trajectories)
     report["parameters"] = trajectories[0].parameters if trajectories else None
@@ -144,7 +161,24 @@ def inspect(folder: Path, expert_epochs: int) -> tuple[dict[str, Any], list[Traj
                                 for name in ("step", "segment")}
     report["by_epoch"] = {name: _mean_std([each.accuracies.get(name, []) for each in trajectories])
                           for name in ACCURACIES}
+    report["by_epoch"]["apart"] = _mean_std([each.apart for each in trajectories])
     return report, trajectories
+
+
+def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
+    """The expert files of a folder, which has some (or an unfinished run)."""
+    paths = expert_files(folder)
+    if not paths and not (or_unfinished and (folder / "unfinished" / "run.yaml").is_file()):
+        below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
+        advice = f"there are some in {', '.join(below)}: give one of these" if below else (
+            "give the folder of a network's experts, <buffer_path>/<dataset>/<model>")
+        raise UserError(f"no replay_buffer_*.pt in {folder}; {advice}")
+    return paths
+
+
+def _thetas(expert: Iterable[Iterable[Tensor]]) -> Iterator[Tensor]:
+    """Its snapshots, each as a vector [P]."""
+    return (flatten(snapshot).float() for snapshot in expert)
 
 
 def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
@@ -176,7 +210,8 @@ def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int, writt
         step, segment = distances((saved[epoch]["theta"] for epoch in range(len(saved))), expert_epochs)
         reached = saved.reached()
         trajectories.append(Trajectory(number, "unfinished", len(reached), saved[0]["theta"].numel(),
-                                       {name: [each[name] for each in reached] for name in ACCURACIES}, step, segment))
+                                       {name: [each[name] for each in reached] for name in ACCURACIES}, step, segment,
+                                       []))
         begun.append({"expert": number, "epochs": len(reached)})
     if len({each.parameters for each in trajectories}) > 1:
         raise UserError(f"{folder} holds experts of another network than the files beside it; move them away")
@@ -203,7 +238,7 @@ def _mean_std(rows: list[list[float]]) -> list[dict[str, float | None]]:
 def _as_json(each: Trajectory) -> dict[str, Any]:
     return {"expert": each.number, "file": each.file, "epochs": each.epochs, "finite": _is_finite(each),
             **{name: each.accuracies.get(name) for name in ACCURACIES},
-            "step": [finite(value) for value in each.step], "segment": [finite(value) for value in each.segment]}
+            **{name: [finite(value) for value in getattr(each, name)] for name in ("step", "segment", "apart")}}
 
 
 def _is_finite(each: Trajectory) -> bool:
@@ -241,6 +276,9 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
             for of, values in zip(("train", tested), last) if values))
     else:
         print(f"{'accuracy':12}unknown: not recorded beside the files")
+    if report["beside"]:
+        compared = sum(bool(each["apart"]) for each in report["trajectories"])
+        print(f"{'beside':12}{compared} experts of the same numbers in {report['beside']}")
     if epochs:
         most = epochs[0] - expert_epochs + 1
         print(f"{'window':12}--expert_epochs {expert_epochs} allows "
@@ -255,6 +293,9 @@ def _print_table(report: dict[str, Any], expert_epochs: int) -> None:
     # Accuracies are recorded from epoch 1 on.
     columns = [([None, *by_epoch[name]], 100, ".1f") for name in ACCURACIES]
     columns += [(by_start[name], 1, ".4f") for name in ("step", "segment")]
+    if report["beside"]:
+        rows = [(*rows[0], "apart")]
+        columns.append(([None, *by_epoch["apart"]], 1, ".4f"))
     for epoch in dict.fromkeys(np.linspace(0, total - 1, min(total, MOST_ROWS)).round().astype(int).tolist()):
         rows.append((str(epoch), *(_cell(values[epoch] if epoch < len(values) else None, scale, digits)
                                    for values, scale, digits in columns)))

@@ -74,7 +74,7 @@ def run(environment):
     """`run("distill/DATM.py", "--cfg", …)`: an entry as a process of its own, standing in `cwd`."""
 
     def run(script, *arguments, cwd=ROOT, expect=0):
-        done = subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, text=True, timeout=300,
+        done = subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, text=True, timeout=900,
                               capture_output=True, env=os.environ | environment)
         return expected(done, expect)
 

@@ -51,6 +51,27 @@ def test_a_buffer_is_described_and_drawn(call, folder, tmp_path):
     assert len(report["by_epoch"]["train_accuracy"]) == 3
 
 
+def test_experts_are_compared_with_others_of_the_same_numbers(call, folder, tmp_path):
+    others = tmp_path / "others"
+    others.mkdir()
+    first = torch.load(folder / "replay_buffer_0.pt", weights_only=True)[0]
+    moved = [[first[0][i] + 2 * (each - first[0][i]) for i, each in enumerate(snapshot)] for snapshot in first[:3]]
+    torch.save([moved], others / "replay_buffer_0.pt")
+    done = call(INSPECT, folder, f"--beside={others}", f"--json={tmp_path / 'out.json'}")
+    assert f"1 experts of the same numbers in {others}" in done.stdout and "0.5000 ± 0.0000" in done.stdout
+    report = json.loads((tmp_path / "out.json").read_text())
+    # Each has gone half the way of the other, which is an epoch shorter; the others have none beside them.
+    assert report["trajectories"][0]["apart"] == pytest.approx([0.5, 0.5], rel=1e-5)
+    assert [each["apart"] for each in report["trajectories"][1:]] == [[], []]
+    assert report["by_epoch"]["apart"] == [{"mean": pytest.approx(0.5), "std": 0}] * 2
+
+    torch.save([[[torch.zeros(2)]]], others / "replay_buffer_0.pt")
+    refused = call(INSPECT, folder, f"--beside={others}", expect=2)
+    assert "others/replay_buffer_0.pt" in refused.stderr and "not all of one network" in refused.stderr
+    empty = call(INSPECT, folder, f"--beside={tmp_path}", expect=2)
+    assert "give one of these" in empty.stderr
+
+
 def test_published_files_leave_open_what_is_not_in_them(call, folder, tmp_path):
     for path in [*folder.glob("*.yaml"), *folder.glob("*.jsonl")]:
         path.unlink()
