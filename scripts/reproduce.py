@@ -138,6 +138,7 @@ class Plan:
     def __post_init__(self) -> None:
         form, exact, distilled = self.form, "exact gradient (DATM)", {}
         self.experts = {kind: self._experts(kind, rho) for kind, rho in RHO.items()}
+        self.looks = {kind: self._look(kind) for kind in RHO}
         for ipc in reversed(form.ipcs):  # the longest first
             self.tables[_images(ipc)] = [
                 self._baseline("random real images", f"ipc{ipc}_random", ipc),
@@ -209,6 +210,14 @@ class Plan:
             "--val_fraction=0.1", f"--num_experts={form.experts}",
             f"--train_epochs={form.epochs}", f"--rho_max={rho:g}", f"--rho_min={rho:g}", "--alpha=0.3",
             "--lr_teacher=0.01", f"--backend={form.backend}", f"--buffer_path={folder}")))
+
+    def _look(self, kind: str) -> Step:
+        """At experts, beside those by plain SGD."""
+        result = self.form.root / "results" / f"experts_{kind}.json"
+        return self._add(Step(f"experts_{kind}_seen", result, (
+            "python", "scripts/inspect_buffer.py", str(self.experts[kind].result.parent),
+            f"--beside={self.experts['SGD'].result.parent}", f"--json={result}"),
+            (self.experts[kind], self.experts["SGD"])))
 
     def _distilled(self, says: str, ipc: int, name: str, *options: str, experts: str = "FTD") -> Row:
         if experts != "FTD":  # which are those of the configs
@@ -346,7 +355,12 @@ def read(results: Path, name: str) -> dict[str, Any] | None:
 def accuracy(result: dict[str, Any] | None, network: str | None = None) -> str:
     """Mean and standard deviation, %, of that network, or of the first."""
     scores = [score for score in (result or {}).get("scores", []) if network in (None, score["network"])]
-    return f"{100 * scores[0]['mean']:.2f} ± {100 * scores[0]['std']:.2f}" if scores else "–"
+    return _mean_std(scores[0]) if scores else "–"
+
+
+def _mean_std(score: dict[str, Any]) -> str:
+    """In %."""
+    return f"{100 * score['mean']:.2f} ± {100 * score['std']:.2f}"
 
 
 def gather(plan: Plan, ledger: Ledger) -> None:
@@ -393,11 +407,17 @@ def write_tables(plan: Plan, results: Path) -> str:
             cells.append(duration(took["seconds"]) if took else "–")
             lines.append(f"| {row.says} | {' | '.join(cells)} | `{step}` |")
     made = read(results, "commands") or {}
-    took_all = " and ".join(duration(made[step.name]["seconds"]) for step in plan.experts.values() if step.name in made)
+    lines += ["", "## Experts", "",
+              "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "
+              "see the same batches, of the way that these have gone.", "",
+              "| experts | accuracy on held-out images, % | apart, % | trained in | command |", "|---" * 5 + "|"]
+    for kind, step in plan.experts.items():
+        seen = (read(results, f"experts_{kind}") or {}).get("by_epoch")
+        cells = [_mean_std(seen[name][-1]) if seen else "–" for name in ("test_accuracy", "apart")]
+        took = made.get(step.name, {}).get("seconds")
+        lines.append(f"| ρ = {RHO[kind]:g} | {' | '.join(cells)} | {duration(took) if took else '–'} | `{step}` |")
     tested = next(row.evaluation for row in plan.rows if row.made_by)
-    lines += ["", "## Experts and evaluations", "",
-              f"The experts are trained ({took_all or 'not yet'}) and each distilled set is tested by", "",
-              "```", *(str(step) for step in (*plan.experts.values(), tested)), "```", ""]
+    lines += ["", "## Evaluations", "", "Each distilled set is tested by", "", "```", str(tested), "```", ""]
     text = "\n".join(lines)
     write_text(results / "tables.md", text)
     return text
@@ -496,8 +516,11 @@ def main() -> None:
     plan = Plan(form, jobs)
     wanted = {step for row in plan.rows if fnmatch.fnmatch(row.name, options.only)
               for step in (row.evaluation, *((row.made_by, *row.made_by.needs) if row.made_by else ()))}
+    wanted |= {step for kind, look in plan.looks.items() if fnmatch.fnmatch(f"experts_{kind}", options.only)
+               for step in (look, *look.needs)}
     if not wanted:
-        raise UserError(f"--only {options.only}: no row fits; the rows are {', '.join(row.name for row in plan.rows)}")
+        names = [*dict.fromkeys(row.name for row in plan.rows), *(f"experts_{kind}" for kind in plan.looks)]
+        raise UserError(f"--only {options.only}: no row fits; the rows are {', '.join(names)}")
     steps = [step for step in plan.steps if step in wanted]
     if options.list:
         print("\n".join(map(str, steps)))

@@ -36,7 +36,7 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     plan = Plan(form, 1)
     runs, epochs = set(), {}
-    for step in plan.steps:
+    for step in (step for step in plan.steps if step not in plan.looks.values()):
         program, options = Path(step.command[1]).stem, list(step.command[2:])
         config = parse(CONFIGS[program], "", options, yaml_file=program == "DATM")
         assert config.zca and config.dataset == form.dataset and config.model in (form.model, "MLP", *form.cross_lr)
@@ -127,6 +127,20 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     failed = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
     assert failed.returncode == 2 and "replay_buffer_0.pt" in failed.stderr
     assert "output/ipc1_window_late.txt" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_experts_are_compared_and_a_rate_is_given_to_another_network(tiny, tmp_path):
+    for only in ("experts_SGD", "ipc1_exact_mlp_lr"):
+        done = subprocess.run(**tiny("--jobs=2", f"--only={only}"), capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    results = tmp_path / "out" / "results"
+    seen = json.loads((results / "experts_SGD.json").read_text())["by_epoch"]
+    assert [each["mean"] for each in seen["apart"]] == [0, 0, 0]  # from themselves
+    assert f"| ρ = 0 | {100 * seen['test_accuracy'][-1]['mean']:.2f} ± " in done.stdout
+    tested = json.loads((results / "ipc1_exact_mlp_lr.json").read_text())
+    assert tested["config"]["lr_teacher"] == 0.02 and tested["config"]["model"] == "MLP"
+    printed = (tmp_path / "out/output/ipc1_exact_mlp_lr_tested.txt").read_text()
+    assert "learning rate 0.02" in printed  # and not the learned one
 
 
 def test_odd_options(tiny, tmp_path):
