@@ -118,8 +118,8 @@ def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tenso
     return theta
 
 
-def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *address: int | str,
-             augmented: bool = True, on_epoch: Callable[[], None] = lambda: None,
+def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Sequence[DistilledSet],
+             *address: int | str, augmented: bool = True, on_epoch: Callable[[], None] = lambda: None,
              known: "Known | None" = None, networks: Sequence[str] | None = None) -> list[Score]:
     """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
 
@@ -128,7 +128,8 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
     own random numbers, so where it is trained does not matter.
 
     Args:
-        dataset, distilled: on one device; the images of both in the same space.
+        dataset, distilled: on one device; the images of both in the same space. Of several sets, all of one size,
+            network n is trained on set n, and again from the first when there are no more.
         address: tells this evaluation's random numbers from those of others with the same seed.
         augmented: False trains on the images as they are.
         on_epoch: called after each epoch of each network.
@@ -140,9 +141,10 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
             for number in range(config.num_eval)]
     test = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
                                train_labels=dataset.train_labels[:0].clone(), whitening=None)
-    work = _work(config, distilled)
-    train = Training(config, test, distilled, address, augmented, work)
-    devices = _devices(config, distilled.images.device)
+    sets = (distilled,) if isinstance(distilled, DistilledSet) else tuple(distilled)
+    work = _work(config, sets[0])
+    train = Training(config, test, sets, address, augmented, work)
+    devices = _devices(config, sets[0].images.device)
     at_once = min(len(jobs), torch.get_num_threads(), MOST_PROCESSES)
     alone = jobs
     if parallel.size() > 1:
@@ -157,7 +159,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet, *ad
         # What is left when no full round remains has all threads to itself.
         full_rounds = len(jobs) - len(jobs) % at_once
         # With a share of the threads and of the work, an engine is chosen as with all of both.
-        shared = dataclasses.replace(train, distilled=distilled.detach(), work=work / at_once)
+        shared = dataclasses.replace(train, sets=tuple(each.detach() for each in sets), work=work / at_once)
         in_processes(shared, known.missing(jobs[:full_rounds]), at_once, on_epoch, known.add)
         alone = jobs[full_rounds:]
     for job in known.missing(alone):
@@ -268,7 +270,7 @@ class Training:
 
     config: TrainConfig
     dataset: Dataset  # its test images
-    distilled: DistilledSet
+    sets: tuple[DistilledSet, ...]  # of one size; network n is trained on number n, and again from the first
     address: tuple[int | str, ...]
     augmented: bool
     work: float  # of one network, as engines count it
@@ -279,8 +281,9 @@ class Training:
             device: where; None: where the set is.
         """
         config = self.config
-        device = device or self.distilled.images.device
-        dataset, distilled = self.dataset.to(device), self.distilled.to(device)
+        distilled = self.sets[job.number % len(self.sets)]
+        device = device or distilled.images.device
+        dataset, distilled = self.dataset.to(device), distilled.to(device)
         address = config.seed, "evaluation", *self.address, *job
         model = flat_model(config, self.network(job).to(device), self.work)
         older = augment.older_operations(dataset.name, job.network)
@@ -300,7 +303,7 @@ class Training:
 def _processes_pay(train: Training, jobs: Sequence[Job]) -> bool:
     """Whether these networks are small enough, and train for long enough, to be trained in processes of their own."""
     networks = [train.network(Job(name, 0)) for name in dict.fromkeys(job.network for job in jobs)]
-    step = GRADIENT_ALONE * min(train.config.batch_train, len(train.distilled))
+    step = GRADIENT_ALONE * min(train.config.batch_train, len(train.sets[0]))
     seconds = sum(seconds_uncompiled(network, train.work) for network in networks) * train.config.num_eval
     return max(seconds_uncompiled(network, step) for network in networks) < SHORT_STEP and seconds > PROCESSES_PAY
 
@@ -364,27 +367,29 @@ def check_pool(config: TrainConfig, dataset: Dataset) -> None:
         network_for(name, dataset)
 
 
-def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Dataset, distilled: DistilledSet,
+def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Dataset, sets: Sequence[DistilledSet],
                         what: str, *notes: str) -> None:
     """Evaluates with a progress bar, prints the scores and writes them to `--json`.
 
     Args:
+        sets: one, or several of one size, as `evaluate` takes them.
         notes: what else there is to say of the set at the beginning.
     """
     if config.json:
         check_writable(config.json)
-    device = distilled.images.device
+    first = sets[0]
+    device = first.images.device
     names = evaluation_pool(config.eval_mode, config.model)
     networks = len(names) * config.num_eval
-    announce_evaluation(config, dataset, distilled, names, f"{what}: {len(distilled)} images, learning rate "
-                        f"{float(distilled.lr):.4g}, {config.epoch_eval_train} epochs", *notes)
+    announce_evaluation(config, dataset, first, names, f"{what}: {len(first)} images, learning rate "
+                        f"{float(first.lr):.4g}, {config.epoch_eval_train} epochs", *notes)
     beside = Path(f"{config.json}.unfinished") if config.json else None
-    known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled)))
+    known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, *sets)))
     if len(known):
         say(config, f"going on with an evaluation that was stopped: {len(known)} of {networks} networks were tested")
     before = len(known) * (config.epoch_eval_train + 1)
     with Progress(before + epochs_to_come(config, known), "evaluate", initial=before, quiet=config.quiet,
-                  images=len(distilled), device=device) as bar:
+                  images=len(first), device=device) as bar:
         def show() -> None:
             bar.show(f"{len(known)} of {networks} networks", *known.so_far())
 
@@ -394,13 +399,13 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
 
         show()
         # The same networks and the same order of samples for every set, so that sets are compared like with like.
-        scores = evaluate(config, dataset, distilled, augmented=not config.no_aug, on_epoch=after_epoch, known=known)
+        scores = evaluate(config, dataset, sets, augmented=not config.no_aug, on_epoch=after_epoch, known=known)
         show()
     for score in scores:
         print(score)
     if config.json and parallel.first():
         write_json(config.json, {
-            "what": what, "images": len(distilled), "scores": [score.as_dict() for score in scores],
+            "what": what, "images": len(first), "scores": [score.as_dict() for score in scores],
             "tested_on": "validation" if config.val_fraction else "test", "seconds": known.seconds,
             "config": influential(config), "environment": environment(device)})
         known.forget()
@@ -448,7 +453,7 @@ def evaluate_files(config: EvaluationConfig) -> None:
     if config.hard_labels:
         distilled, note = with_classes(distilled, dataset)
         what, notes = f"{what} with hard labels", [note]
-    evaluate_and_report(config, dataset, distilled, what, *notes)
+    evaluate_and_report(config, dataset, [distilled], what, *notes)
 
 
 def begin(config: EvaluationConfig) -> tuple[DistilledSet, torch.device]:

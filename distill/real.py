@@ -1,5 +1,7 @@
 """Real images in the place of a distilled set: what distillation has to beat."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,9 @@ def evaluate_real(config: BaselineConfig) -> None:
     device = start_device(config)
     dataset = parallel.first_then_others(lambda: load_configured(config, device))
     check_pool(config, dataset)
-    evaluate_and_report(config, dataset, *real_set(config, dataset))
+    sets, what = real_sets(config, dataset)
+    notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
+    evaluate_and_report(config, dataset, sets, what, *notes)
 
 
 def check_experts(config: BaselineConfig) -> None:
@@ -45,32 +49,38 @@ def check_experts(config: BaselineConfig) -> None:
         check_same_data(buffer_folder(config), config)
 
 
-def drawn(config: BaselineConfig, dataset: Dataset) -> Tensor:
-    """Indices [K·ipc] of the seed's random training images, classes in order.
+def drawn(config: BaselineConfig, dataset: Dataset) -> list[Tensor]:
+    """Indices [K·ipc] of random training images, classes in order; others for each network that is evaluated, because
+    at few images a class the draw weighs more than the initialisation.
 
     Raises:
         UserError: a class has fewer images.
     """
-    return random_real(dataset, config.ipc, generator(config.seed, "baseline"))
+    return [random_real(dataset, config.ipc, generator(config.seed, "baseline", number))
+            for number in range(config.num_eval)]
 
 
-def real_set(config: BaselineConfig, dataset: Dataset) -> tuple[DistilledSet, str]:
-    """Real images as a set, on the dataset's device, and what they are, in words.
+def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledSet], str]:
+    """Real images as sets, on the dataset's device, and what they are, in words.
+
+    Random ones: `num_eval` sets, each drawn anew. The whole training set: one.
 
     Raises:
         UserError: a class has fewer images; experts of other images, or damaged.
     """
-    images, labels, what = dataset.train_images, dataset.train_labels, "the whole training set"
-    device = images.device
-    if config.ipc is not None:
-        chosen = drawn(config, dataset).to(device)
-        images, labels, what = images[chosen], labels[chosen], f"{config.ipc} random real images a class"
+    images, labels, device = dataset.train_images, dataset.train_labels, dataset.train_images.device
+    lr = torch.tensor(config.lr_teacher, device=device)
+    if config.ipc is None:
+        return [DistilledSet(images, labels, lr)], "the whole training set"
+    what = f"{config.ipc} random real images a class"
+    sets = [DistilledSet(images[chosen], labels[chosen], lr)
+            for chosen in (each.to(device) for each in drawn(config, dataset))]
     if config.label_source == "experts":
         model = FlatModel(network_for(config.model, dataset).to(device))
         check_same_images(buffer_folder(config), dataset)
         buffer = Buffer(buffer_folder(config), model)
         buffer.verify()
-        thetas = (buffer.snapshot(number, -1).to(device) for number in range(len(buffer)))
-        labels, _ = expert_labels(model, thetas, images, labels)
+        thetas = [buffer.snapshot(number, -1).to(device) for number in range(len(buffer))]
+        sets = [replace(each, labels=expert_labels(model, thetas, each.images, each.labels)[0]) for each in sets]
         what += " with expert labels"
-    return DistilledSet(images, labels, torch.tensor(config.lr_teacher, device=device)), what
+    return sets, what

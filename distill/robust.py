@@ -9,10 +9,10 @@ By network, accuracies A in [0, 1] and means over the networks:
     scaled(x) = (exp(x) − exp(−1)) / (e − exp(−1)), w = γ = 0.5
 
 (Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300, and its documentation.) It
-differs in this: DD-Ranking averages the scores of single runs, each with random images of its own; here a score is that
-of the means, and the random images are those of the seed. There and here the rates for hard labels and for random
-images are the best of five, which DD-Ranking finds on the test images, by the accuracy after the best epoch; here they
-are found on training images that are held out for it, and all accuracies are those after the last epoch.
+differs in this: DD-Ranking averages the scores of single runs; here a score is that of the means. There and here each
+network is trained on random images of its own, and the rates for hard labels and for random images are the best of
+five, which DD-Ranking finds on the test images, by the accuracy after the best epoch; here they are found on training
+images that are held out for it, and all accuracies are those after the last epoch.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distill.distilled_set import DistilledSet
 from distill.evaluate import Job, Known, announce_evaluation, begin, evaluate, known_key, with_classes, with_dataset
-from distill.real import check_experts, drawn, real_set
+from distill.real import check_experts, drawn, real_sets
 from utils import parallel
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset
@@ -87,7 +87,7 @@ class Part(NamedTuple):
 
     what: str
     config: TrainConfig
-    set: DistilledSet
+    sets: list[DistilledSet]  # of one size
     searched: bool  # whether its learning rate is chosen among RATES
 
 
@@ -113,22 +113,22 @@ def evaluate_robust(config: EvaluationConfig) -> None:
     if config.json:
         check_writable(config.json)
     real_config = replace(real_config, ipc=ipc)
-    random, of_random = real_set(real_config, dataset)
-    whole, of_whole = real_set(replace(real_config, ipc=None, label_source="hard"), dataset)
-    chosen_on = held_out(dataset, drawn(real_config, dataset), generator(config.seed, "robust", "rates"))
+    random, of_random = real_sets(real_config, dataset)
+    whole, of_whole = real_sets(replace(real_config, ipc=None, label_source="hard"), dataset)
+    chosen_on = held_out(dataset, torch.cat(drawn(real_config, dataset)), generator(config.seed, "robust", "rates"))
     (hard, note), what = with_classes(distilled, dataset), "distilled images"
     bare = replace(config, no_aug=True)
-    parts = {"syn": Part(what, config, distilled, False),
-             "syn_hard": Part(f"{what} with hard labels", config, hard, True),
+    parts = {"syn": Part(what, config, [distilled], False),
+             "syn_hard": Part(f"{what} with hard labels", config, [hard], True),
              "random": Part(of_random, config, random, True),
-             "syn_no_aug": Part(f"{what}, without augmentation", bare, distilled, False),
+             "syn_no_aug": Part(f"{what}, without augmentation", bare, [distilled], False),
              "random_no_aug": Part(f"{of_random}, without augmentation", bare, random, True),
              "real": Part(of_whole, replace(config, epoch_eval_train=config.epoch_eval_real), whole, False)}
     announce_evaluation(config, dataset, distilled, evaluation_pool(config.eval_mode, config.model),
                         f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
                         f"{config.epoch_eval_train} epochs (the whole training set: {config.epoch_eval_real})", note)
     beside = Path(f"{config.json}.unfinished") if config.json else None
-    known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled, random)))
+    known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled, *random)))
     results = _evaluate_parts(parts, dataset, chosen_on, known)
     scores = {}
     for network in evaluation_pool(config.eval_mode, config.model):
@@ -165,8 +165,8 @@ def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset
         chosen.append(members[torch.randperm(len(members), generator=random)[:count]])
     indices = torch.cat(chosen).to(dataset.train_labels.device)
     if not len(indices):
-        raise UserError("--robust_score: the set holds as many images as the training set, which leaves none to choose "
-                        "the learning rates of the comparison on; give a smaller set")
+        raise UserError("--robust_score: the random images of the comparison are the whole training set, which leaves "
+                        "none to choose its learning rates on; give a smaller set or a smaller --num_eval")
     return replace(dataset, test_images=dataset.train_images[indices], test_labels=dataset.train_labels[indices])
 
 
@@ -181,7 +181,7 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
     networks = evaluation_pool(config.eval_mode, config.model)
 
     def batches(part: Part) -> int:
-        return math.ceil(len(part.set) / part.config.batch_train)
+        return math.ceil(len(part.sets[0]) / part.config.batch_train)
 
     def known_of(name: str, rate: float | None = None) -> Known:
         return known.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")
@@ -211,17 +211,18 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
             bar.count = f"set {at} of {len(parts)}"
             on_epoch = partial(bar.update, batches(part))
             run = partial(evaluate, augmented=not part.config.no_aug, on_epoch=on_epoch)
-            result: dict[str, Any] = {"what": part.what, "images": len(part.set), "augmented": not part.config.no_aug,
-                                      "epochs": part.config.epoch_eval_train, "lr": {}, "scores": []}
+            result: dict[str, Any] = {
+                "what": part.what, "images": len(part.sets[0]), "augmented": not part.config.no_aug,
+                "epochs": part.config.epoch_eval_train, "lr": {}, "scores": []}
             for network in networks:
-                rate = float(part.set.lr)
+                rate = float(part.sets[0].lr)
                 if part.searched:
                     alone = replace(part.config, num_eval=1)
-                    reached = {rate: run(alone, chosen_on, _at(part.set, rate), networks=[network],
+                    reached = {rate: run(alone, chosen_on, _at(part.sets, rate), networks=[network],
                                          known=known_of(name, rate))[0].mean for rate in RATES}
                     rate = max(reached, key=reached.__getitem__)
                     result.setdefault("held_out", {})[network] = {f"{rate:g}": at for rate, at in reached.items()}
-                (score,) = run(part.config, dataset, _at(part.set, rate), networks=[network], known=known_of(name))
+                (score,) = run(part.config, dataset, _at(part.sets, rate), networks=[network], known=known_of(name))
                 result["lr"][network] = rate
                 result["scores"].append(score.as_dict())
                 bar.say(f"{part.what}, learning rate {rate:.4g} · {score}")
@@ -229,5 +230,5 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
     return results
 
 
-def _at(distilled: DistilledSet, rate: float) -> DistilledSet:
-    return replace(distilled, lr=torch.tensor(rate, device=distilled.lr.device))
+def _at(sets: list[DistilledSet], rate: float) -> list[DistilledSet]:
+    return [replace(each, lr=torch.tensor(rate, device=each.lr.device)) for each in sets]

@@ -369,15 +369,16 @@ def test_baseline_labels(call, toy, toy_data, toy_experts):
     sets = []
     for source in ("hard", "experts"):
         with mock.patch("distill.real.evaluate_and_report") as report:
-            call("distill/baseline.py", *toy.evaluate, "--ipc=4", f"--label_source={source}",
+            call("distill/baseline.py", *toy.evaluate, "--num_eval=2", "--ipc=4", f"--label_source={source}",
                  f"--buffer_path={toy_experts}")
         sets.append(report.call_args.args[2])
-    hard, soft = sets
-    classes = torch.arange(3).repeat_interleave(4)
-    assert torch.equal(hard.images, soft.images) and torch.equal(hard.labels, classes)
-    rows = rows_of(hard.images, toy_data.train_images)
-    assert torch.equal(toy_data.train_labels[rows], classes) and len(set(rows.tolist())) == 12
-    torch.testing.assert_close(soft.labels, mean_of_right(toy_experts, soft.images, classes)[0])
+    classes, drawn = torch.arange(3).repeat_interleave(4), []
+    for hard, soft in zip(*sets, strict=True):
+        assert torch.equal(hard.images, soft.images) and torch.equal(hard.labels, classes)
+        drawn.append(rows_of(hard.images, toy_data.train_images).tolist())
+        assert torch.equal(toy_data.train_labels[drawn[-1]], classes) and len(set(drawn[-1])) == 12
+        torch.testing.assert_close(soft.labels, mean_of_right(toy_experts, soft.images, classes)[0])
+    assert len(drawn) == 2 and drawn[0] != drawn[1]  # images of its own for each network
 
 
 def test_baseline_of_the_whole_training_set_learns(call, toy, tmp_path):

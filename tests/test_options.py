@@ -334,10 +334,22 @@ def test_per_image_augmentation_changes_each_image_by_one_operation():
     assert torch.equal(moved, changed.any(dim=0))
 
 
+def two_sets(data):
+    return [DistilledSet(data.train_images[first::6], data.train_labels[first::6], torch.tensor(0.05))
+            for first in (0, 1)]
+
+
+def test_each_network_is_trained_on_its_set(toy_data):
+    config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=3, epoch_eval_train=2, zca=True)
+    few = two_sets(toy_data)
+    of_first, of_second, of_both = (evaluate(config, toy_data, sets)[0].accuracies for sets in (*few, few))
+    assert of_both == [of_first[0], of_second[1], of_first[2]] and of_first != of_second
+
+
 def test_evaluation_on_several_devices_is_the_same(toy_data, monkeypatch):
     """Two threads, as `parall_eva` uses two GPUs."""
     config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=3, epoch_eval_train=2, eval_mode="C", zca=True)
-    few = DistilledSet(toy_data.train_images[::6], toy_data.train_labels[::6], torch.tensor(0.05))
+    few = two_sets(toy_data)
     one = evaluate(config, toy_data, few)
     monkeypatch.setattr("distill.evaluate._devices", lambda config, device: [device, device])
     assert evaluate(config, toy_data, few) == one
@@ -347,7 +359,7 @@ def test_evaluation_on_several_devices_is_the_same(toy_data, monkeypatch):
 def test_evaluation_in_processes_is_the_same(toy_data, monkeypatch):
     """Two processes of one thread train what one process of one thread does, and the odd network comes last."""
     config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=3, epoch_eval_train=2, zca=True)
-    few = DistilledSet(toy_data.train_images[::6], toy_data.train_labels[::6], torch.tensor(0.05))
+    few = two_sets(toy_data)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
