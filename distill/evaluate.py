@@ -405,7 +405,7 @@ def evaluate_and_report(config: EvaluationConfig | BaselineConfig, dataset: Data
         print(score)
     if config.json and parallel.first():
         write_json(config.json, {
-            "what": what, "images": len(first), "scores": [score.as_dict() for score in scores],
+            "what": what, "images": len(first), "lr": float(first.lr), "scores": [score.as_dict() for score in scores],
             "tested_on": "validation" if config.val_fraction else "test", "seconds": known.seconds,
             "config": influential(config), "environment": environment(device)})
         known.forget()

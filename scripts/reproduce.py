@@ -1,47 +1,56 @@
 """Runs every row of README's Fashion-MNIST tables, and makes the tables and plots. Started by reproduce.sh.
 
     bash scripts/reproduce.sh --small                          # everything, or what is missing of it
-    bash scripts/reproduce.sh --small --list                   # the commands, and nothing else
-    bash scripts/reproduce.sh --small --tables                 # tables and plots of what is there
-    python scripts/reproduce.py --small --tables --results results/FashionMNIST/small
+    bash scripts/reproduce.sh --small --only ipc1_exact        # this row, and what it needs
+    bash scripts/reproduce.sh --small --list [--only …]        # the commands, and nothing else
+    bash scripts/reproduce.sh --small --tables [--results results/FashionMNIST/small]    # of what is there
 
 `--small` is ConvNetW32 with four experts of ten epochs on a CPU, else it is ConvNet with twenty of forty on a GPU. The
-experts and the distillations see nine tenths of the training images: the best set of a run and all settings are chosen
-on the other tenth, and the test images are met by the last evaluation alone. Everything is kept in reproduce/small or
+experts and the distillations see nine tenths of the training images; on the other tenth the best set of a run is
+chosen, and the test images are met by the last evaluation alone. Everything is kept in reproduce/small or
 reproduce/full: experts/, logged_files/, results/ (a JSON file for each row, the runs' metrics, tables.md and plots),
-output/ (what each command printed) and commands.json (each command and its seconds, so that a result that was made
-otherwise is not taken for this one's).
+output/ (what each command printed) and commands.json (what each result was made by and of, and how long that took, so
+that a result that was made otherwise is not taken for this one's). Rows of another form, or made by other commands, are
+left out of the tables and named.
 """
 
 import argparse
 import fnmatch
 import json
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter, sleep
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
+
+from buffer.trajectories import manifest_path
 from utils.config import BufferConfig, DistillConfig, Parser, read_yaml
 from utils.errors import UserError
-from utils.files import REPOSITORY, atomic_write, write_text
+from utils.figures import save_by_images, save_races, save_windows
+from utils.files import REPOSITORY, atomic_write, locked, write_text
 from utils.progress import duration
-from utils.run import entry, write_json
+from utils.run import entry, shown, write_json
+from utils.steps import Ledger, Step, read_json, run
 
+# In the order in which they are begun: those that take long first.
+KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
+    "experts", "look", "distillation", "long evaluation", "evaluation", "repetition")
+METHODS = {"random": "random real images", "expert_labels": "… with expert labels", "tesla": "TESLA's gradient",
+           "exact": "exact gradient (DATM)"}
+# Of the experts' GSAM: FTD's published command, none, and the option's default.
+RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0}
 PER_FILE = BufferConfig().save_interval
-# Test accuracies of the published ConvNet on Fashion-MNIST at 1, 10 and 50 images a class: random, DC and DSA from
-# their papers (Zhao et al. 2021, Zhao & Bilen 2021), MTT from its authors' later comparisons.
+DRAWS = 5  # of real images, for each row of them
+# Test accuracies of the published ConvNet on Fashion-MNIST at 1, 10 and 50 images a class: random, DC and DSA from the
+# papers of DC and DSA (Zhao et al., ICLR 2021; Zhao and Bilen, ICML 2021), MTT from the tables of later papers.
 PUBLISHED = {"random": (51.4, 73.8, 82.5), "DC": (70.5, 82.3, 83.6), "DSA": (70.6, 84.6, 88.7),
              "MTT": (75.3, 87.2, 88.3)}
 PUBLISHED_IPCS, PUBLISHED_WHOLE = (1, 10, 50), 93.5
-# Of the experts' GSAM: FTD's published command, none, and the option's default, which suits its adaptive perturbation.
-RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0}
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,15 @@ class Form:
     windows: dict[str, tuple[int, int]]  # (first start epoch, end, exclusive)
     windows_at: tuple[int, ...]  # the images per class at which these are compared
     at: int  # those at which single ideas are taken away
-    seeds: tuple[int, ...]  # with which the ideas that differ by no more than chance are distilled once more
+    seeds: tuple[int, ...]  # of the distillations there
     cross: int  # the images per class of the cross-architecture table
-    cross_lr: dict[str, float]  # networks there for which the learned rate is too high, and one that suits them
+    cross_lr: dict[str, float]  # networks there that are tested at another rate than the learned one too
     networks: int  # of each evaluation
     epoch_eval: dict[int, int]  # epochs of an evaluation, by images per class
     whole_epochs: int
-    random_lr: dict[int, float]  # learning rates of random images, chosen on the held-out ones
     whole_lr: float
+    random_lr: dict[int, float]  # of real images: the best of random_lrs on the held-out ones, which a table shows
+    random_lrs: tuple[float, ...]
     backend: str  # of the experts; the configs have their own
     threads: int | None  # of each command; the bits depend on it
     tried: tuple[tuple[str, int, str, tuple[str, ...]], ...]  # where a row fell short: what, images, name, options
@@ -79,51 +89,31 @@ class Form:
 
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
-    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(1, 2), cross=1,
+    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
     cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, networks=5, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
-    random_lr={1: 0.01, 10: 0.03, 50: 0.01}, whole_lr=0.01, backend="compile", threads=1,
-    tried=(("the middle window at 1 a class, without the threshold and from a smaller α", 1, "window_middle_unskipped",
-            ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf",
-             "--lr_teacher=0.01")),))
+    whole_lr=0.01, random_lr={1: 0.01, 10: 0.03, 50: 0.01}, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="compile",
+    threads=1, tried=(
+        ("the middle window at 1 a class without the threshold", 1, "window_middle_no_threshold",
+         ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf")),
+        ("the same from a smaller α", 1, "window_middle_unskipped",
+         ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf",
+          "--lr_teacher=0.01"))))
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
-    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(), cross=10,
-    cross_lr={}, networks=5, epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
-    random_lr={1: 0.01, 10: 0.01, 50: 0.01}, whole_lr=0.01, backend="auto", threads=None, tried=())
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command, and the file that is there when it is done."""
-
-    name: str
-    result: Path
-    command: tuple[str, ...]
-    needs: tuple["Step", ...] = ()
-
-    def __str__(self) -> str:
-        return shlex.join(self.command)
-
-    @property
-    def asked(self) -> str:
-        """The command but for the number of its ranks, which changes nothing."""
-        return shlex.join(self.command[next(at for at, word in enumerate(self.command) if word.endswith(".py")):])
-
-    @property
-    def config(self) -> dict[str, Any] | None:
-        """What its YAML says, if it has one."""
-        path = next((word.removeprefix("--cfg=") for word in self.command if word.startswith("--cfg=")), None)
-        return path and read_yaml(path, DistillConfig)
+    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
+    cross_lr={}, networks=5, epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, whole_lr=0.01,
+    random_lr={1: 0.01, 10: 0.01, 50: 0.01}, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="auto", threads=None,
+    tried=())
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: what it says, its evaluation, and what made the set."""
+    """A line of a table: what it says, its evaluations, and what made the set of each, if something did."""
 
     says: str
     name: str
-    evaluation: Step
-    made_by: Step | None = None
+    evaluations: tuple[Step, ...]
+    made_by: tuple[Step, ...] = ()
 
 
 @dataclass
@@ -133,62 +123,60 @@ class Plan:
     form: Form
     jobs: int
     steps: list[Step] = field(default_factory=list)
+    main: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and method
     tables: dict[str, list[Row]] = field(default_factory=dict)
+    windows: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and window
 
     def __post_init__(self) -> None:
-        form, exact, distilled = self.form, "exact gradient (DATM)", {}
+        form, at, cross = self.form, self.form.at, self.form.cross
         self.experts = {kind: self._experts(kind, rho) for kind, rho in RHO.items()}
         self.looks = {kind: self._look(kind) for kind in RHO}
-        for ipc in reversed(form.ipcs):  # the longest first
-            self.tables[_images(ipc)] = [
-                self._baseline("random real images", f"ipc{ipc}_random", ipc),
-                self._distilled("random real images with expert labels", ipc, "expert_labels", "--Iteration=0",
-                                "--pix_init=real", f"--lr_teacher={form.random_lr[ipc]:g}"),
-                self._distilled("TESLA's gradient", ipc, "tesla", "--matching=tesla"),
-                self._distilled(exact, ipc, "exact")]
-            distilled[ipc] = self.tables[_images(ipc)][-1]
-        at = form.at
-        for ipc in form.windows_at:
-            self.tables[f"the difficulty window, {ipc} a class"] = [
-                self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc, f"window_{name}",
-                                f"--min_start_epoch={first}", f"--max_start_epoch={end}",
-                                "--Sequential_Generation=False")
-                for name, (first, end) in form.windows.items()]
-        self.tables[f"single ideas, {at} a class"] = [
-            distilled[at],
-            self._distilled("the whole window from the beginning", at, "no_expansion",
-                            "--Sequential_Generation=False"),
-            self._distilled("soft labels that are not learned", at, "soft_labels", "--labels=soft"),
-            self._distilled("hard labels", at, "hard_labels", "--labels=hard"),
-            self._distilled("experts by plain SGD", at, "sgd_experts", experts="SGD"),
-            self._distilled("experts by GSAM with ρ = 2", at, "rho_2_experts", experts="FTD_2"),
-            next(row for row in self.tables[_images(at)] if row.name == f"ipc{at}_tesla")]
-        if form.seeds:
-            self.tables[f"other seeds of the distillation, {at} a class"] = [
-                self._distilled(f"{says}, seed {seed}", at, f"{name}_seed_{seed}", *options, f"--seed={seed}",
-                                experts=experts)
-                for says, name, options, experts in ((exact, "exact", (), "FTD"),
-                                                     ("experts by plain SGD", "sgd_experts", (), "SGD"),
-                                                     ("hard labels", "hard_labels", ("--labels=hard",), "FTD"))
-                for seed in form.seeds]
+        for ipc in form.ipcs:
+            self.main[ipc] = {
+                "random": self._baseline(METHODS["random"], f"ipc{ipc}_random", ipc),
+                "expert_labels": self._distilled("real images that experts get right, with their labels", ipc,
+                                                 "expert_labels", "--Iteration=0",
+                                                 f"--lr_teacher={form.random_lr[ipc]:g}", seeds=range(DRAWS)),
+                "tesla": self._distilled(METHODS["tesla"], ipc, "tesla", "--matching=tesla"),
+                "exact": self._distilled(METHODS["exact"], ipc, "exact")}
+            self.tables[_images(ipc)] = list(self.main[ipc].values())
         self.tables["the whole training set"] = [self._baseline(
             "the whole training set", "whole", None, f"--epoch_eval_train={form.whole_epochs}",
             f"--lr_teacher={form.whole_lr:g}")]
+        for ipc in form.windows_at:
+            self.windows[ipc] = {
+                name: self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc, f"window_{name}",
+                                      f"--min_start_epoch={first}", f"--max_start_epoch={end}",
+                                      "--Sequential_Generation=False")
+                for name, (first, end) in form.windows.items()}
+            self.tables[f"the difficulty window, {ipc} a class"] = list(self.windows[ipc].values())
+        self.tables[f"single ideas, {at} a class"] = [
+            self._distilled(says, at, name, *options, experts=experts, seeds=form.seeds)
+            for says, name, options, experts in (
+                (METHODS["exact"], "exact", (), "FTD"),
+                ("TESLA's gradient", "tesla", ("--matching=tesla",), "FTD"),
+                ("the whole window from the beginning", "no_expansion", ("--Sequential_Generation=False",), "FTD"),
+                ("soft labels that are not learned", "soft_labels", ("--labels=soft",), "FTD"),
+                ("hard labels", "hard_labels", ("--labels=hard",), "FTD"),
+                ("experts by plain SGD", "sgd_experts", (), "SGD"),
+                ("experts by GSAM with ρ = 2", "rho_2_experts", (), "FTD_2"))]
         if form.tried:
             self.tables["tried where a row fell short"] = [self._distilled(says, ipc, name, *options)
                                                            for says, ipc, name, options in form.tried]
-        cross = form.cross
+        (exact,) = self.main[cross]["exact"].made_by
         self.tables[f"other networks, {cross} a class"] = [
-            self._baseline("random real images", f"ipc{cross}_random_networks", cross, "--eval_mode=M"),
-            self._evaluated(exact, f"ipc{cross}_exact_networks", cross, distilled[cross].made_by, "--eval_mode=M"),
-            self._baseline("random real images", f"ipc{cross}_random_mlp", cross, "--model=MLP"),
-            self._evaluated(exact, f"ipc{cross}_exact_mlp", cross, distilled[cross].made_by, "--model=MLP"),
-            *(self._evaluated(f"{exact}, α {lr:g} instead of the learned one", f"ipc{cross}_exact_{network.lower()}_lr",
-                              cross, distilled[cross].made_by, f"--model={network}", f"--lr_teacher={lr:g}")
-              for network, lr in form.cross_lr.items())]
-        # Experts, distillations, and of the evaluations first those that take long.
-        order = ("buffer_FTD.py", "DATM.py", "--eval_mode=M", "--ipc=None")
-        self.steps.sort(key=lambda step: next((at for at, word in enumerate(order) if word in str(step)), len(order)))
+            self._baseline(METHODS["random"], f"ipc{cross}_random_networks", cross, "--eval_mode=M"),
+            self._baseline(METHODS["random"], f"ipc{cross}_random_mlp", cross, "--model=MLP"),
+            self._tested(METHODS["exact"], f"ipc{cross}_exact_networks", cross, [exact], "--eval_mode=M"),
+            self._tested(METHODS["exact"], f"ipc{cross}_exact_mlp", cross, [exact], "--model=MLP"),
+            *(self._tested(f"{METHODS['exact']}, α {lr:g} instead of the learned one",
+                           f"ipc{cross}_exact_{network.lower()}_lr", cross, [exact], f"--model={network}",
+                           f"--lr_teacher={lr:g}") for network, lr in form.cross_lr.items())]
+        self.tables["the learning rate of random images, on held-out ones"] = [
+            self._baseline(f"{_images(ipc)}, {lr:g}", f"ipc{ipc}_random_lr_{lr:g}", ipc, "--val_fraction=0.1", lr=lr,
+                           networks=1)
+            for ipc in form.ipcs for lr in form.random_lrs]
+        self.steps.sort(key=lambda step: KINDS.index(step.kind))
 
     @property
     def rows(self) -> Iterator[Row]:
@@ -205,232 +193,280 @@ class Plan:
         start = ["torchrun", "--standalone", f"--nproc_per_node={self.jobs}"] if self.jobs > 1 else ["python"]
         folder = form.root / "experts" / kind
         last = folder / form.dataset / form.model / f"replay_buffer_{(form.experts - 1) // PER_FILE}.pt"
-        return self._add(Step(f"experts_{kind}", last, (
+        return self._add(Step(f"experts_{kind}", EXPERTS, (
             *start, "buffer/buffer_FTD.py", f"--dataset={form.dataset}", f"--model={form.model}", "--zca",
             "--val_fraction=0.1", f"--num_experts={form.experts}",
             f"--train_epochs={form.epochs}", f"--rho_max={rho:g}", f"--rho_min={rho:g}", "--alpha=0.3",
-            "--lr_teacher=0.01", f"--backend={form.backend}", f"--buffer_path={folder}")))
+            "--lr_teacher=0.01", f"--backend={form.backend}", f"--buffer_path={folder}"), last, alone=self.jobs > 1))
 
     def _look(self, kind: str) -> Step:
         """At experts, beside those by plain SGD."""
         result = self.form.root / "results" / f"experts_{kind}.json"
-        return self._add(Step(f"experts_{kind}_seen", result, (
+        return self._add(Step(f"experts_{kind}_seen", LOOK, (
             "python", "scripts/inspect_buffer.py", str(self.experts[kind].result.parent),
-            f"--beside={self.experts['SGD'].result.parent}", f"--json={result}"),
-            (self.experts[kind], self.experts["SGD"])))
+            f"--beside={self.experts['SGD'].result.parent}", f"--json={result}"), result,
+            needs=(self.experts[kind], self.experts["SGD"])))
 
-    def _distilled(self, says: str, ipc: int, name: str, *options: str, experts: str = "FTD") -> Row:
+    def _distilled(self, says: str, ipc: int, name: str, *options: str, experts: str = "FTD",
+                   seeds: Sequence[int] = (0,)) -> Row:
+        """A distillation of each seed; those of no iteration only draw images, which one network each is tested on."""
         if experts != "FTD":  # which are those of the configs
             options = (f"--buffer_path={self.form.root}/experts/{experts}", *options)
-        made_by = self._add(Step(f"ipc{ipc}_{name}", self._run(ipc, name) / "result.json", (
-            "python", "distill/DATM.py", f"--cfg={self.form.config(ipc)}", *options, f"--run_name={name}"),
-            (self.experts[experts],)))
-        return self._evaluated(says, f"ipc{ipc}_{name}", ipc, made_by)
+        path, steps = self.form.config(ipc), []
+        for seed in seeds:
+            run_name = f"{name}_seed_{seed}" if seed else name
+            folder = self.form.root / "logged_files" / self.form.dataset / str(ipc) / self.form.model / run_name
+            steps.append(self._add(Step(
+                f"ipc{ipc}_{run_name}", REPETITION if seed else DISTILLATION,
+                ("python", "distill/DATM.py", f"--cfg={path}", *options, *([f"--seed={seed}"] if seed else []),
+                 f"--run_name={run_name}"), folder / "result.json", folder / "Normal" / "distilled.safetensors",
+                (self.experts[experts],), read_yaml(path, DistillConfig))))
+        return self._tested(says, f"ipc{ipc}_{name}", ipc, steps,
+                            networks=1 if "--Iteration=0" in options else self.form.networks)
 
-    def _run(self, ipc: int, name: str) -> Path:
-        return self.form.root / "logged_files" / self.form.dataset / str(ipc) / self.form.model / name
+    def _tested(self, says: str, name: str, ipc: int, made_by: Sequence[Step], *options: str,
+                networks: int | None = None) -> Row:
+        evaluations = []
+        for seed, step in enumerate(made_by):
+            given = [f"--data_dir={step.product}"]
+            if any(option.startswith("--lr_teacher=") for option in options):  # the set without its own rate
+                given = [f"--data_dir={step.product.parent / 'images_best.pt'}",
+                         f"--label_dir={step.product.parent / 'labels_best.pt'}"]
+            evaluations.append(self._evaluation(
+                "evaluation", f"{name}_seed_{seed}" if seed else name, *given, *options,
+                f"--epoch_eval_train={self.form.epoch_eval[ipc]}",
+                # Of several sets of real images each is met by another network, as random ones are.
+                *([f"--seed={seed}"] if networks == 1 and seed else []), networks=networks, needs=(step,)))
+        return Row(says, name, tuple(evaluations), tuple(made_by))
 
-    def _evaluated(self, says: str, name: str, ipc: int, made_by: Step | None, *options: str) -> Row:
-        if made_by is None:
-            raise ValueError(f"{name} is no distilled set")
-        files = made_by.result.parent / "Normal"
-        given = [f"--data_dir={files / 'distilled.safetensors'}"]
-        if any(option.startswith("--lr_teacher=") for option in options):  # the set without its own rate
-            given = [f"--data_dir={files / 'images_best.pt'}", f"--label_dir={files / 'labels_best.pt'}"]
-        return Row(says, name, self._evaluation("evaluation", name, *given, *options,
-                                                f"--epoch_eval_train={self.form.epoch_eval[ipc]}", needs=(made_by,)),
-                   made_by)
-
-    def _baseline(self, says: str, name: str, ipc: int | None, *options: str) -> Row:
+    def _baseline(self, says: str, name: str, ipc: int | None, *options: str, lr: float | None = None,
+                  networks: int | None = None) -> Row:
         if ipc is not None:
             options = (*options, f"--epoch_eval_train={self.form.epoch_eval[ipc]}",
-                       f"--lr_teacher={self.form.random_lr[ipc]:g}", "--batch_train=128")
-        return Row(says, name, self._evaluation("baseline", name, f"--ipc={ipc}", *options))
+                       f"--lr_teacher={lr or self.form.random_lr[ipc]:g}", "--batch_train=128")
+        return Row(says, name, (self._evaluation("baseline", name, f"--ipc={ipc}", *options, networks=networks),))
 
-    def _evaluation(self, program: str, name: str, *options: str, needs: tuple[Step, ...] = ()) -> Step:
+    def _evaluation(self, program: str, name: str, *options: str, networks: int | None,
+                    needs: tuple[Step, ...] = ()) -> Step:
         result = self.form.root / "results" / f"{name}.json"
         model = [] if any(option.startswith("--model=") for option in options) else [f"--model={self.form.model}"]
-        return self._add(Step(f"{name}_tested", result, (
-            "python", f"distill/{program}.py", f"--dataset={self.form.dataset}", *model, "--zca", *options,
-            f"--num_eval={self.form.networks}", f"--json={result}"), needs))
+        return self._add(Step(
+            f"{name}_tested", LONG_EVALUATION if {"--eval_mode=M", "--ipc=None"} & set(options) else EVALUATION,
+            ("python", f"distill/{program}.py", f"--dataset={self.form.dataset}", *model, "--zca", *options,
+             f"--num_eval={networks or self.form.networks}", f"--json={result}"), result, needs=needs))
+
+    def wanted(self, patterns: Sequence[str]) -> tuple[list[Row], list[Step]]:
+        """The rows whose names fit, and the steps that these and the looks at experts that fit take.
+
+        Raises:
+            UserError: nothing fits.
+        """
+        def fits(name: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+        rows = list({row.name: row for row in self.rows if fits(row.name)}.values())
+        steps = {step for row in rows for step in (*row.evaluations, *row.made_by)}
+        steps |= {step for kind, step in self.looks.items() if fits(f"experts_{kind}")}
+        steps |= {need for step in steps for need in step.needs}
+        if not steps:
+            names = dict.fromkeys([*(row.name for row in self.rows), *(f"experts_{kind}" for kind in self.looks)])
+            raise UserError(f"--only {' '.join(patterns)}: no row fits; the rows are {', '.join(names)}")
+        return rows, [step for step in self.steps if step in steps]
 
 
 def _images(ipc: int) -> str:
     return f"{ipc} images a class" if ipc > 1 else "1 image a class"
 
 
-# --- running ---------------------------------------------------------------------------------------------------
+# --- what was found --------------------------------------------------------------------------------------------
 
 
-class Ledger:
-    """What each result was made by, and how long that took; written before a command begins, so that one that finished
-    unseen is known too."""
+@dataclass(frozen=True)
+class Score:
+    """Accuracies, %, of a row's sets; by set, then by network."""
 
-    def __init__(self, path: Path):
-        self._path = path
-        self.made: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    accuracies: list[list[float]]
 
-    def has(self, step: Step) -> bool:
-        """Whether the step is done.
+    @property
+    def each(self) -> list[float]:
+        """What the mean and the deviation are over: sets where there are several, else the networks of the one."""
+        return [float(np.mean(each)) for each in self.accuracies] if len(self.accuracies) > 1 else self.accuracies[0]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.each))
+
+    @property
+    def std(self) -> float:
+        """The population's, as in published tables."""
+        return float(np.std(self.each))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.std:.2f}"
+
+    @property
+    def count(self) -> str:
+        """What was tested, in words."""
+        networks = len(self.accuracies[0])
+        return f"{len(self.accuracies)} sets × {networks}" if len(self.accuracies) > 1 else str(networks)
+
+
+class Results:
+    """What lies in a folder of results, of a plan.
+
+    Args:
+        folder: holds commands.json too, unless `ledger` is given.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, ledger: Ledger | None = None):
+        self.folder, self.ledger = folder, ledger or Ledger(folder / "commands.json")
+        in_place = ledger is not None  # with all that the results were made of
+        self.others: dict[str, str] = {}  # steps that were made otherwise, and how
+        self._found: dict[str, dict[str, Any]] = {}
+        for step in plan.steps:
+            path = folder / step.result.name
+            if step.kind not in (LOOK, LONG_EVALUATION, EVALUATION) or not path.exists():
+                continue
+            how = self.ledger.otherwise(step) if in_place else next(
+                filter(None, map(self.ledger.differs, (step, *step.needs))), None)
+            if how:
+                self.others[step.name] = how
+            else:
+                self._found[step.name] = read_json(path)
+        if self.others and not self._found:
+            name, how = next(iter(self.others.items()))
+            raise UserError(f"nothing in {shown(folder)} is of this form ({name} was made {how}); give or leave out "
+                            "--small, or give another folder")
+
+    def of(self, step: Step) -> dict[str, Any] | None:
+        return self._found.get(step.name)
+
+    def any(self) -> dict[str, Any] | None:
+        return next((found for found in self._found.values() if "environment" in found), None)
+
+    def score(self, row: Row, network: str | None = None) -> Score | None:
+        """Of the network of that name, or of the first.
 
         Raises:
-            UserError: its result is there, made by another command or with another config.
+            UserError: a result is damaged.
         """
-        if not step.result.exists():
-            return False
-        made = self.made.get(step.name, {})
-        if made.get("asked") != step.asked or made.get("config") != step.config:
-            how = f"by another command ({made['asked']})" if "asked" in made else "otherwise"
-            how = "with other options in its YAML" if made.get("asked") == step.asked else how
-            old = step.result.parent if step.config else step.result
-            raise UserError(f"{step.result} was made {how}; delete {old} to make it again")
-        return True
-
-    def add(self, step: Step, seconds: float) -> None:
-        """So many seconds were spent on it, beside those before."""
-        before = self.made.get(step.name, {})
-        same = before.get("asked") == step.asked and before.get("config") == step.config
-        self.made[step.name] = {"asked": step.asked, "config": step.config,
-                                "seconds": round(seconds + (before["seconds"] if same else 0.0), 1)}
-        write_json(self._path, self.made)
-
-
-def run(steps: Sequence[Step], jobs: int, form: Form, ledger: Ledger) -> None:
-    """Runs the steps that are not done, so many at once, each after those it needs.
-
-    A signal stops the commands as it would stop each of them alone: they save, and go on the next time.
-
-    Raises:
-        UserError: a command failed; the others were stopped.
-    """
-    output = form.root / "output"
-    output.mkdir(parents=True, exist_ok=True)
-    (form.root / "results").mkdir(exist_ok=True)
-    waiting = [step for step in steps if not ledger.has(step)]
-    done, total = {step for step in steps if step not in waiting}, len(waiting)
-    running: dict[subprocess.Popen, tuple[Step, float]] = {}
-    environment = os.environ | ({"OMP_NUM_THREADS": str(form.threads)} if form.threads else {})
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    try:
-        while waiting or running:
-            # Experts are trained by several ranks, so nothing else beside them.
-            free = jobs - sum(jobs if "torchrun" in step.command else 1 for step, _ in running.values())
-            ready = next((step for step in waiting if done.issuperset(set(step.needs) & set(steps))), None)
-            if ready and (free >= jobs if "torchrun" in ready.command else free > 0):
-                waiting.remove(ready)
-                print(f"[{total - len(waiting)} of {total}] {ready}", flush=True)
-                with open(output / f"{ready.name}.txt", "a") as log:
-                    # A session of its own, so that a terminal's Ctrl-C reaches it once, from here.
-                    ledger.add(ready, 0.0)
-                    process = subprocess.Popen(ready.command, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                                               stdin=subprocess.DEVNULL, start_new_session=True)
-                running[process] = ready, perf_counter()
+        accuracies = []
+        for step in row.evaluations:
+            found = self.of(step)
+            if found is None:
                 continue
-            sleep(0.2)
-            for process in [each for each in running if each.poll() is not None]:
-                step, began = running.pop(process)
-                if process.returncode or not step.result.exists():
-                    said = (output / f"{step.name}.txt").read_text().strip().splitlines()[-1:]
-                    raise UserError(f"{step} ended with exit code {process.returncode}: {' '.join(said)} (all of it in "
-                                    f"{output / step.name}.txt); the same command goes on once that is mended")
-                done.add(step)
-                ledger.add(step, perf_counter() - began)
-                print(f"    {step.name} done in {duration(perf_counter() - began)}", flush=True)
-    finally:
-        for process in running:
-            process.terminate()
-        for process, (step, began) in running.items():
-            process.wait()
-            ledger.add(step, perf_counter() - began)
+            try:
+                scores = [score for score in found["scores"] if network in (None, score["network"])]
+                accuracies += [[100 * each for each in scores[0]["accuracies"]]] if scores else []
+            except (KeyError, IndexError, TypeError) as error:
+                raise UserError(f"{step.result} is damaged; delete it to make it again") from error
+        return Score(accuracies) if accuracies else None
+
+    def networks(self, rows: Sequence[Row]) -> list[str]:
+        return list(dict.fromkeys(score["network"] for row in rows for step in row.evaluations
+                                  if (found := self.of(step)) for score in found["scores"]))
+
+    def run(self, step: Step) -> dict[str, Any] | None:
+        """What a distillation ended with."""
+        path = self.folder / f"{step.name}.run.json"
+        return read_json(path) if path.exists() else None
+
+    def updates(self, row: Row) -> tuple[int, int] | None:
+        """How many updates the row's first distillation skipped, and of how many."""
+        lines = [line for line in self.metrics(row) if "start_epoch" in line]
+        return (sum(not line["updated"] for line in lines), len(lines)) if lines else None
+
+    def metrics(self, row: Row) -> list[dict[str, Any]]:
+        path = self.folder / f"{row.made_by[0].name}.metrics.jsonl" if row.made_by else None
+        if path is None or not path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); delete it, and it is copied again") from error
+
+    def took(self, row: Row) -> str:
+        """The first set's time and that of its evaluation, in words."""
+        times = [run["seconds"] for step in row.made_by[:1] if (run := self.run(step))]
+        times += [found["seconds"] for step in row.evaluations[:1] if (found := self.of(step))]
+        return " + ".join(map(duration, times)) or "–"
+
+
+def gather(plan: Plan, results: Results) -> None:
+    """Puts what the runs recorded beside the results: metrics, what the run ended with, sets and pictures of the main
+    rows, and the experts' manifests and accuracies."""
+    def copy(source: Path, name: str) -> None:
+        if source.exists():
+            with atomic_write(results.folder / name) as aside:
+                aside.write_bytes(source.read_bytes())
+
+    shown_sets = {row.made_by[0] for rows in plan.main.values() for row in [rows["exact"]]}
+    for row in plan.rows:
+        for step, evaluation in zip(row.made_by, row.evaluations):
+            if results.of(evaluation) is not None:
+                copy(step.result.parent / "metrics.jsonl", f"{step.name}.metrics.jsonl")
+                copy(step.result, f"{step.name}.run.json")
+                if step in shown_sets:
+                    copy(step.product, f"{step.name}.safetensors")
+                    copy(step.result.parent / "images.png", f"{step.name}.png")
+    for kind, step in plan.experts.items():
+        if results.of(plan.looks[kind]) is not None:
+            copy(manifest_path(step.result), f"experts_{kind}.yaml")
+            copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
+    write_json(results.folder / "commands.json", results.ledger.made)
 
 
 # --- tables and plots ------------------------------------------------------------------------------------------
 
 
-def read(results: Path, name: str) -> dict[str, Any] | None:
-    path = results / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def accuracy(result: dict[str, Any] | None, network: str | None = None) -> str:
-    """Mean and standard deviation, %, of that network, or of the first."""
-    scores = [score for score in (result or {}).get("scores", []) if network in (None, score["network"])]
-    return _mean_std(scores[0]) if scores else "–"
-
-
-def _mean_std(score: dict[str, Any]) -> str:
-    """In %."""
-    return f"{100 * score['mean']:.2f} ± {100 * score['std']:.2f}"
-
-
-def gather(plan: Plan, ledger: Ledger) -> None:
-    """Puts what the runs recorded beside the results: metrics, and what the run ended with.
-
-    Raises:
-        UserError: a result is not that of its command.
-    """
-    results = plan.form.root / "results"
-    for row in plan.rows:
-        ledger.has(row.evaluation)
-        if row.made_by and ledger.has(row.made_by):
-            folder, name = row.made_by.result.parent, row.made_by.name
-            with atomic_write(results / f"{name}.metrics.jsonl") as aside:
-                aside.write_bytes((folder / "metrics.jsonl").read_bytes())
-            with atomic_write(results / f"{name}.run.json") as aside:
-                aside.write_bytes((folder / "result.json").read_bytes())
-    write_json(results / "commands.json", ledger.made)
-
-
-def write_tables(plan: Plan, results: Path) -> str:
+def write_tables(plan: Plan, results: Results) -> None:
     """`tables.md`: the accuracies that are there, each with what made it."""
-    form = plan.form
-    found = {row.name: read(results, row.name) for row in plan.rows}
-    lines = [f"# {form.dataset}, {form.model}, {form.experts} experts of {form.epochs} epochs", ""]
-    any_result = next((result for result in found.values() if result), None)
-    if any_result:
-        about = any_result["environment"]
-        lines += [f"Test accuracy, %, mean ± standard deviation over {form.networks} networks (seeds: `--seed 0` and "
-                  f"what each program derives from it); {about['device']} for each command, torch {about['torch']}, "
-                  f"{about['date']}.", ""]
-    lines += _main_table(plan, found, results)
+    form, about = plan.form, results.any()
+    lines = [f"# {form.dataset}, {form.model}, {form.experts} experts of {form.epochs} epochs", "",
+             "Accuracy on the test images, %: mean ± standard deviation (the population's) over the networks that are "
+             "trained on a set, or, of several sets, over the sets. `--seed 0` where a command gives no other. Each "
+             "random row's networks have random images of their own."]
+    if about:
+        lines[-1] += (f" {about['environment']['device']} for each command, torch {about['environment']['torch']}, "
+                      f"{about['environment']['date']}.")
+    lines += ["", *_main_table(plan, results)]
     for title, rows in plan.tables.items():
-        networks = list(dict.fromkeys(score["network"] for row in rows if found[row.name]
-                                      for score in found[row.name]["scores"]))
-        several = len(networks) > 1  # of one set, so its evaluation is what tells the rows apart
+        networks = results.networks(rows)
+        heads = networks if len(networks) > 1 else ["accuracy, %"]
         lines += ["", f"## {title[0].upper()}{title[1:]}", "",
-                  f"| set | {' | '.join(networks) if several else 'accuracy, %'} | made in | command |",
-                  "|---" * (max(len(networks), 1) + 3) + "|"]
+                  f"| row | set | {' | '.join(heads)} | networks | updates skipped | distillation + test | command |",
+                  "|---" * (len(heads) + 6) + "|"]
         for row in rows:
-            step = row.evaluation if several or row.made_by is None else row.made_by
-            took = found[row.name] if step is row.evaluation else read(results, f"{step.name}.run")
-            cells = [accuracy(found[row.name], network) for network in networks or [form.model]]
-            cells.append(duration(took["seconds"]) if took else "–")
-            lines.append(f"| {row.says} | {' | '.join(cells)} | `{step}` |")
-    made = read(results, "commands") or {}
+            scores = [results.score(row, network) for network in (networks if len(networks) > 1 else [None])]
+            count = next((score.count for score in scores if score), "–")
+            updates = results.updates(row)
+            # Of a set that another row has made the evaluation is what tells the rows apart.
+            step = row.evaluations[0] if len(networks) > 1 or not row.made_by else row.made_by[0]
+            lines.append(f"| {row.name} | {row.says} | {' | '.join(str(score or '–') for score in scores)} | {count} | "
+                         f"{'{} of {}'.format(*updates) if updates else '–'} | {results.took(row)} | `{step}` |")
     lines += ["", "## Experts", "",
               "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "
               "see the same batches, of the way that these have gone.", "",
-              "| experts | accuracy on held-out images, % | apart, % | trained in | command |", "|---" * 5 + "|"]
+              "| row | ρ | accuracy on held-out images, % | apart, % | trained in | command |", "|---" * 6 + "|"]
     for kind, step in plan.experts.items():
-        seen = (read(results, f"experts_{kind}") or {}).get("by_epoch")
-        cells = [_mean_std(seen[name][-1]) if seen else "–" for name in ("test_accuracy", "apart")]
-        took = made.get(step.name, {}).get("seconds")
-        lines.append(f"| ρ = {RHO[kind]:g} | {' | '.join(cells)} | {duration(took) if took else '–'} | `{step}` |")
-    tested = next(row.evaluation for row in plan.rows if row.made_by)
-    lines += ["", "## Evaluations", "", "Each distilled set is tested by", "", "```", str(tested), "```", ""]
-    text = "\n".join(lines)
-    write_text(results / "tables.md", text)
-    return text
+        look = results.of(plan.looks[kind])
+        cells = ["{:.2f} ± {:.2f}".format(*(100 * look["by_epoch"][name][-1][of] for of in ("mean", "std")))
+                 if look else "–" for name in ("test_accuracy", "apart")]
+        seconds = results.ledger.made.get(step.name, {}).get("seconds")
+        lines.append(f"| experts_{kind} | {RHO[kind]:g} | {' | '.join(cells)} | "
+                     f"{duration(seconds) if seconds else '–'} | `{step}` |")
+    tested = plan.main[form.at]["exact"].evaluations[0]
+    lines += ["", "## Evaluations", "", "Each distilled set is tested as", "", "```", str(tested), "```", ""]
+    write_text(results.folder / "tables.md", "\n".join(lines))
 
 
-def _main_table(plan: Plan, found: dict[str, Any], results: Path) -> list[str]:
+def _main_table(plan: Plan, results: Results) -> list[str]:
     ipcs = plan.form.ipcs
-    rows = {"random real images": "ipc{}_random", "… with expert labels": "ipc{}_expert_labels",
-            "TESLA's gradient": "ipc{}_tesla", "exact gradient (DATM)": "ipc{}_exact"}
     lines = ["| | " + " | ".join(f"{ipc} a class" for ipc in ipcs) + " |", "|---" * (len(ipcs) + 1) + "|"]
-    lines += [f"| {says} | " + " | ".join(accuracy(found.get(name.format(ipc))) for ipc in ipcs) + " |"
-              for says, name in rows.items()]
-    lines += [f"| the whole training set | {accuracy(found['whole'])} |" + " |" * (len(ipcs) - 1)]
+    lines += [f"| {says} | " + " | ".join(str(results.score(plan.main[ipc][name]) or "–") for ipc in ipcs) + " |"
+              for name, says in METHODS.items()]
+    (whole,) = plan.tables["the whole training set"]
+    lines += [f"| the whole training set | {results.score(whole) or '–'} |" + " |" * (len(ipcs) - 1)]
     for method, figures in PUBLISHED.items():
         at = dict(zip(PUBLISHED_IPCS, figures))
         lines.append(f"| published: {method} | " + " | ".join(str(at.get(ipc, "–")) for ipc in ipcs) + " |")
@@ -438,72 +474,47 @@ def _main_table(plan: Plan, found: dict[str, Any], results: Path) -> list[str]:
             "The published figures are of ConvNet with 128 channels."]
 
 
-def write_plots(plan: Plan, results: Path) -> None:
+def write_plots(plan: Plan, results: Results) -> None:
     """`accuracy.png` (methods by images per class), `windows.png`, `gradients.png` (exact and TESLA on the way)."""
-    import matplotlib
+    curves = {says: [(ipc, score.mean, score.std) for ipc, rows in plan.main.items()
+                     if (score := results.score(rows[name]))] for name, says in METHODS.items()}
+    whole = results.score(plan.tables["the whole training set"][0])
+    save_by_images(results.folder / "accuracy.png", curves, {"the whole training set": whole.mean} if whole else {})
+    save_windows(results.folder / "windows.png", {_images(ipc): windows(plan, results, ipc) for ipc in plan.windows})
+    save_races(results.folder / "gradients.png", {_images(ipc): {
+        says: race(results, plan.main[ipc][name]) for name, says in (("exact", "exact"), ("tesla", "TESLA"))}
+        for ipc in plan.main})
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
 
-    def save(figure: Any, name: str) -> None:
-        with atomic_write(results / f"{name}.png") as aside:
-            figure.savefig(aside, dpi=130, format="png")
-        plt.close(figure)
+def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, float, bool]]:
+    """By window: its start epochs in words, mean and deviation, %, and whether any update was made."""
+    found = []
+    for name, row in plan.windows[ipc].items():
+        first, end = plan.form.windows[name]
+        score, updates = results.score(row), results.updates(row)
+        if score:
+            found.append((f"{first} – {end - 1}", score.mean, score.std, not updates or updates[0] < updates[1]))
+    return found
 
-    def points(names: Sequence[tuple[Any, str]]) -> tuple[list[Any], list[float], list[float]]:
-        found = [(at, read(results, name)) for at, name in names]
-        found = [(at, result["scores"][0]) for at, result in found if result]
-        return ([at for at, _ in found], [100 * score["mean"] for _, score in found],
-                [100 * score["std"] for _, score in found])
 
-    form = plan.form
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for says, name in (("exact gradient (DATM)", "exact"), ("TESLA's gradient", "tesla"),
-                       ("random, expert labels", "expert_labels"), ("random", "random")):
-        at, means, stds = points([(ipc, f"ipc{ipc}_{name}") for ipc in form.ipcs])
-        if at:
-            axes.errorbar(at, means, stds, marker="o", markersize=4, capsize=3, label=says)
-    whole = read(results, "whole")
-    if whole:
-        axes.axhline(100 * whole["scores"][0]["mean"], color="0.4", linestyle="--", linewidth=1,
-                     label="the whole training set")
-    axes.set(xscale="log", xlabel="images a class", ylabel="test accuracy, %", title=f"{form.dataset}, {form.model}")
-    axes.set_xticks(form.ipcs, [str(ipc) for ipc in form.ipcs])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
-    save(figure, "accuracy")
-
-    figure, panels = plt.subplots(1, len(form.windows_at), figsize=(3.5 * len(form.windows_at), 3.2),
-                                  layout="constrained", squeeze=False)
-    for axes, ipc in zip(panels[0], form.windows_at):
-        at, means, stds = points([(name, f"ipc{ipc}_window_{name}") for name in form.windows])
-        axes.errorbar(range(len(at)), means, stds, marker="o", capsize=3, linestyle=":")
-        axes.set_xticks(range(len(at)), at)
-        axes.set(title=f"{ipc} a class", xlabel="difficulty window", ylabel="test accuracy, %")
-    save(figure, "windows")
-
-    figure, panels = plt.subplots(1, len(form.ipcs), figsize=(3.5 * len(form.ipcs), 3.2), layout="constrained",
-                                  squeeze=False)
-    for axes, ipc in zip(panels[0], form.ipcs):
-        for says, name in (("exact", "exact"), ("TESLA", "tesla")):
-            path = results / f"ipc{ipc}_{name}.metrics.jsonl"
-            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            scores = [(line["iteration"], line["scores"][0]) for line in lines if line.get("set") == "Normal"]
-            if scores:
-                axes.plot(*zip(*((at, 100 * score["mean"]) for at, score in scores)), marker=".", label=says)
-        axes.set(title=_images(ipc), xlabel="iteration", ylabel="accuracy on held-out images, %")
-        axes.legend(fontsize=8)
-    save(figure, "gradients")
+def race(results: Results, row: Row) -> list[tuple[float, float]]:
+    """Minutes into a run and the accuracy on held-out images, %, at its evaluations; an iteration takes the run's
+    mean."""
+    metrics, run = results.metrics(row), results.run(row.made_by[0])
+    iterations = sum("start_epoch" in line for line in metrics)
+    return [(line["iteration"] / iterations * run["seconds"] / 60, 100 * line["scores"][0]["mean"])
+            for line in metrics if line.get("set") == "Normal"] if run and iterations else []
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--small", action="store_true", help="the form for a CPU")
     parser.add_argument("--jobs", type=int, metavar="N", help="commands at once [a CPU's cores; 1 on a GPU]")
-    parser.add_argument("--only", metavar="PATTERN", default="*", help="rows whose name fits, as in 'ipc1_*', and what "
-                        "they need [*]")
-    parser.add_argument("--list", action="store_true", help="print the commands, and nothing else")
-    parser.add_argument("--tables", action="store_true", help="make tables and plots of the results that are there")
+    parser.add_argument("--only", nargs="+", action="extend", metavar="PATTERN",
+                        help="rows whose names fit, as in 'ipc1_*', and what they need [all]")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="print the commands, and nothing else")
+    instead.add_argument("--tables", action="store_true", help="make tables and plots of the results that are there")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="with --tables: other results than one's own")
     options = parser.parse_args()
     form = SMALL if options.small else FULL
@@ -512,30 +523,50 @@ def main() -> None:
         raise UserError(f"--jobs {jobs}: it must be at least 1")
     if options.results and not options.tables:
         raise UserError("--results is for --tables; leave it out")
+    folder = options.results.absolute() if options.results else None
     os.chdir(REPOSITORY)
     plan = Plan(form, jobs)
-    wanted = {step for row in plan.rows if fnmatch.fnmatch(row.name, options.only)
-              for step in (row.evaluation, *((row.made_by, *row.made_by.needs) if row.made_by else ()))}
-    wanted |= {step for kind, look in plan.looks.items() if fnmatch.fnmatch(f"experts_{kind}", options.only)
-               for step in (look, *look.needs)}
-    if not wanted:
-        names = [*dict.fromkeys(row.name for row in plan.rows), *(f"experts_{kind}" for kind in plan.looks)]
-        raise UserError(f"--only {options.only}: no row fits; the rows are {', '.join(names)}")
-    steps = [step for step in plan.steps if step in wanted]
+    rows, steps = plan.wanted(options.only or ["*"])
     if options.list:
         print("\n".join(map(str, steps)))
         return
-    results = options.results or form.root / "results"
-    ledger = Ledger(form.root / "commands.json")
-    if not options.tables:
-        run(steps, jobs, form, ledger)
-    if not results.is_dir():
-        raise UserError(f"{results} is no folder of results; leave out --tables to make them")
-    if not options.results:
-        gather(plan, ledger)
-    print(write_tables(plan, results))
+    if options.tables and not (folder or form.root / "results").is_dir():
+        raise UserError(f"{folder or form.root / 'results'} is no folder of results; leave out --tables to make them")
+    if folder:
+        report(plan, rows, Results(plan, folder))
+        return
+    with locked(form.root, "end it, or what is left of it if it was killed") as lock:
+        ledger = Ledger(form.root / "commands.json")
+        if not options.tables:
+            if not options.small:
+                _warn_without_gpu()
+            environment = os.environ | ({"OMP_NUM_THREADS": str(form.threads)} if form.threads else {})
+            environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+            run(steps, jobs, form.root / "output", ledger, environment, lock)
+        results = Results(plan, form.root / "results", ledger)
+        gather(plan, results)
+        report(plan, rows, results)
+
+
+def _warn_without_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("note: without a GPU this form takes weeks; --small is made for a CPU", file=sys.stderr)
+
+
+def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
+    """Tables and plots into the folder; the accuracies of these rows to the terminal."""
+    write_tables(plan, results)
     write_plots(plan, results)
-    print(f"in {results}: tables.md, accuracy.png, windows.png, gradients.png, a JSON file for each row")
+    width = max((len(row.name) for row in rows), default=0)
+    for row in rows:
+        for network in results.networks([row]):
+            score = results.score(row, network)
+            print(f"{row.name:{width}}  {network}: {score} % ({score.count})")
+    for name, how in results.others.items():
+        print(f"note: {name} is left out: it was made {how}", file=sys.stderr)
+    print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, gradients.png, a JSON file for each row")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,5 @@
 #     bash scripts/reproduce.sh             # a GPU, the published network
 # It goes on where it was stopped. `--list` prints the commands, `--help` says the rest.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/venv.sh
-exec python scripts/reproduce.py "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+exec python "$root/scripts/reproduce.py" "$@"

@@ -1,4 +1,4 @@
-"""Pictures: distilled images beside real ones, curves of a run, what is in a buffer."""
+"""Pictures: distilled images beside real ones, curves of a run, what is in a buffer, what runs are worth."""
 
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,68 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
         _mean_and_spread(distance, range(values.shape[1]), values, colour, name)
     distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
     distance.legend(fontsize=8)
+    _save(figure, path)
+
+
+def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]], levels: dict[str, float]) -> None:
+    """A PNG of accuracies by images per class.
+
+    Args:
+        curves: method → (images per class, mean, standard deviation), %; those of no point are left out.
+        levels: what else there is to compare with → %.
+    """
+    figure, axes = _pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for method, points in curves.items():
+        if points:
+            at, means, deviations = zip(*points)
+            axes.errorbar(at, means, deviations, marker="o", markersize=4, capsize=3, label=method)
+    for name, level in levels.items():
+        axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label=name)
+    at = sorted({point[0] for points in curves.values() for point in points})
+    axes.set(xscale="log", xlabel="images a class", ylabel="test accuracy, %")
+    axes.set_xticks(at, [str(each) for each in at])
+    axes.minorticks_off()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, bool]]]) -> None:
+    """A PNG of what difficulty windows are worth, a panel for each number of images.
+
+    Args:
+        panels: title → (window in words, mean, standard deviation, %, whether any update was made).
+    """
+    figure, rows = _pyplot().subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained",
+                                      squeeze=False, sharey=True)
+    for axes, (title, points) in zip(rows[0], panels.items()):
+        for at, (_, mean, deviation, updated) in enumerate(points):
+            axes.errorbar(at, mean, deviation, marker="o", capsize=3, color="C0", mfc=None if updated else "white")
+        axes.set_xticks(range(len(points)), [name for name, *_ in points])
+        axes.set(title=title, xlabel="start epochs", xlim=(-0.5, max(len(points), 1) - 0.5))
+        if not all(updated for *_, updated in points):
+            axes.plot([], [], "o", color="C0", mfc="white", label="no update was made")
+            axes.legend(fontsize=8)
+    rows[0][0].set_ylabel("test accuracy, %")
+    _save(figure, path)
+
+
+def save_races(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+    """A PNG of accuracies on the way, a panel for each number of images.
+
+    Args:
+        panels: title → run → (minutes, accuracy, %).
+    """
+    figure, rows = _pyplot().subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained",
+                                      squeeze=False)
+    for axes, (title, runs) in zip(rows[0], panels.items()):
+        for name, points in runs.items():
+            if points:
+                axes.plot(*zip(*points), marker=".", label=name)
+        axes.set(title=title, xlabel="minutes")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    rows[0][0].set_ylabel("accuracy on held-out images, %")
     _save(figure, path)
 
 

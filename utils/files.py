@@ -114,8 +114,9 @@ class LockedError(UserError):
 
 
 @contextlib.contextmanager
-def locked(folder: Path, advice: str) -> Iterator[None]:
-    """Keeps every other process out of a folder; however this one ends, the system lets go of it.
+def locked(folder: Path, advice: str) -> Iterator[TextIO]:
+    """Keeps every other process out of a folder; however this one ends, the system lets go of it, once processes that
+    were given the open file have ended too.
 
     Args:
         advice: what whoever comes second can do.
@@ -144,7 +145,7 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
             try:
-                yield
+                yield file
             finally:
                 path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # nothing was put into the folders made for this: they go again
