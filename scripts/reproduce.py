@@ -212,17 +212,17 @@ class Plan:
         """A distillation of each seed; those of no iteration only draw images, which one network each is tested on."""
         if experts != "FTD":  # which are those of the configs
             options = (f"--buffer_path={self.form.root}/experts/{experts}", *options)
+        networks = 1 if "--Iteration=0" in options else self.form.networks
         path, steps = self.form.config(ipc), []
         for seed in seeds:
             run_name = f"{name}_seed_{seed}" if seed else name
             folder = self.form.root / "logged_files" / self.form.dataset / str(ipc) / self.form.model / run_name
             steps.append(self._add(Step(
-                f"ipc{ipc}_{run_name}", REPETITION if seed else DISTILLATION,
+                f"ipc{ipc}_{run_name}", REPETITION if seed and networks > 1 else DISTILLATION,
                 ("python", "distill/DATM.py", f"--cfg={path}", *options, *([f"--seed={seed}"] if seed else []),
                  f"--run_name={run_name}"), folder / "result.json", folder / "Normal" / "distilled.safetensors",
                 (self.experts[experts],), read_yaml(path, DistillConfig))))
-        return self._tested(says, f"ipc{ipc}_{name}", ipc, steps,
-                            networks=1 if "--Iteration=0" in options else self.form.networks)
+        return self._tested(says, f"ipc{ipc}_{name}", ipc, steps, networks=networks)
 
     def _tested(self, says: str, name: str, ipc: int, made_by: Sequence[Step], *options: str,
                 networks: int | None = None) -> Row:
