@@ -332,7 +332,7 @@ class Results:
             if how:
                 self.others[step.name] = how
             else:
-                self._found[step.name] = read_json(path)
+                self._found[step.name] = _read_result(path, step.kind)
         if self.others and not self._found:
             name, how = next(iter(self.others.items()))
             raise UserError(f"nothing in {shown(folder)} is of this form ({name} was made {how}); give or leave out "
@@ -345,21 +345,11 @@ class Results:
         return next((found for found in self._found.values() if "environment" in found), None)
 
     def score(self, row: Row, network: str | None = None) -> Score | None:
-        """Of the network of that name, or of the first.
-
-        Raises:
-            UserError: a result is damaged.
-        """
+        """Of the network of that name, or of the first."""
         accuracies = []
-        for step in row.evaluations:
-            found = self.of(step)
-            if found is None:
-                continue
-            try:
-                scores = [score for score in found["scores"] if network in (None, score["network"])]
-                accuracies += [[100 * each for each in scores[0]["accuracies"]]] if scores else []
-            except (KeyError, IndexError, TypeError) as error:
-                raise UserError(f"{step.result} is damaged; delete it to make it again") from error
+        for found in filter(None, map(self.of, row.evaluations)):
+            scores = [score for score in found["scores"] if network in (None, score["network"])]
+            accuracies += [[100 * each for each in scores[0]["accuracies"]]] if scores else []
         return Score(accuracies) if accuracies else None
 
     def networks(self, rows: Sequence[Row]) -> list[str]:
@@ -390,6 +380,25 @@ class Results:
         times = [run["seconds"] for step in row.made_by[:1] if (run := self.run(step))]
         times += [found["seconds"] for step in row.evaluations[:1] if (found := self.of(step))]
         return " + ".join(map(duration, times)) or "–"
+
+
+def _read_result(path: Path, kind: str) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: what lies there is no evaluation, or no look at experts.
+    """
+    found = read_json(path)
+    try:
+        if kind == LOOK:
+            numbers = [found["by_epoch"][name][-1][of] for name in ("test_accuracy", "apart") for of in ("mean", "std")]
+        else:
+            by_network = {score["network"]: np.mean(score["accuracies"]) for score in found["scores"]}
+            numbers = [found["seconds"], *by_network.values()]
+        if not np.isfinite(numbers).all() or len(numbers) < 2:
+            raise ValueError("a number is missing")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to make it again") from error
+    return found
 
 
 def gather(plan: Plan, results: Results) -> None:

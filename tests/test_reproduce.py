@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from scripts.reproduce import FULL, SMALL, Plan, Step
+from distill.distilled_set import DistilledSet
+from scripts.reproduce import FULL, SMALL, Plan, Results, race, windows
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, parse
 from utils.files import REPOSITORY
 
@@ -24,9 +27,9 @@ from scripts import reproduce
 root = Path(sys.argv.pop(1))
 reproduce.SMALL = reproduce.Form(
     root / "out", "MiniFashion", "ConvNetD1W4", str(root), experts=2, epochs=3,
-    windows={"early": (0, 1), "late": (1, 2)}, windows_at=(1, 2), at=2, seeds=(1,), cross=1,
-    cross_lr={"MLP": 0.02}, networks=1, epoch_eval={1: 2, 2: 2}, whole_epochs=1, tried=(),
-    random_lr={1: 0.01, 2: 0.02}, whole_lr=0.01, backend="auto", threads=1)
+    windows={"early": (0, 1), "late": (1, 2)}, windows_at=(1, 2), at=2, seeds=(0, 1), cross=1,
+    cross_lr={"MLP": 0.02}, networks=2, epoch_eval={1: 2, 2: 2}, whole_epochs=1, whole_lr=0.01,
+    random_lr={1: 0.01, 2: 0.02}, random_lrs=(0.01,), backend="auto", threads=1, tried=())
 reproduce.entry(reproduce.main)
 """
 
@@ -41,7 +44,8 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
         config = parse(CONFIGS[program], "", options, yaml_file=program == "DATM")
         assert config.zca and config.dataset == form.dataset and config.model in (form.model, "MLP", *form.cross_lr)
         # Settings are chosen without the test images, which only the last evaluation sees.
-        assert config.val_fraction == (0.1 if program in ("buffer_FTD", "DATM") else 0)
+        chosen = program in ("buffer_FTD", "DATM") or "random_lr" in step.name
+        assert config.val_fraction == (0.1 if chosen else 0)
         if program == "buffer_FTD":
             epochs[config.buffer_path] = config.train_epochs
         if program == "DATM":
@@ -51,14 +55,14 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
             assert path not in runs
             runs.add(path)
     assert len({step.result for step in plan.steps}) == len({step.name for step in plan.steps}) == len(plan.steps)
-    assert len({row.name for row in plan.rows}) == len({row.evaluation for row in plan.rows})
+    rows = {row.name: row for row in plan.rows}  # those in two tables have the same first evaluation
+    assert len(rows) == len({row.evaluations[0] for row in plan.rows})
 
 
-def test_a_step_waits_for_what_it_needs():
-    plan = Plan(SMALL, 2)
-    assert all(plan.steps.index(need) < plan.steps.index(step) for step in plan.steps for need in step.needs)
-    assert "--nproc_per_node=2" in plan.steps[0].command and "torchrun" not in Plan(SMALL, 1).steps[0].command
-    assert plan.steps[0].asked == Plan(SMALL, 1).steps[0].asked  # the number of ranks changes nothing
+def test_the_number_of_ranks_changes_nothing_that_is_asked():
+    one, two = Plan(SMALL, 1), Plan(SMALL, 2)
+    assert "--nproc_per_node=2" in two.steps[0].command and "torchrun" not in one.steps[0].command
+    assert [step.asked for step in one.steps] == [step.asked for step in two.steps]
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def tiny(environment, tmp_path):
 
 
 def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
-    only = ("--jobs=2", "--only=ipc1_window_*")
+    only = ("--jobs=2", "--only", "ipc1_window_*", "ipc2_exact")
     began = subprocess.Popen(**tiny(*only), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not list(tmp_path.glob("out/logged_files/**/metrics.jsonl")):  # a distillation has begun
         assert began.poll() is None, began.communicate()
@@ -89,30 +93,57 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     experts = tmp_path / "out/experts/FTD/MiniFashion/ConvNetD1W4/replay_buffer_0.pt"
     trained = experts.stat().st_mtime_ns
 
-    done = subprocess.run(**tiny(*only), capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "buffer_FTD.py" not in done.stdout.split("# MiniFashion")[0]  # the experts are there
+    done = subprocess.run(**tiny(*only), capture_output=True, timeout=600)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    assert "buffer_FTD.py" not in done.stdout  # the experts are there
     assert experts.stat().st_mtime_ns == trained
     results = tmp_path / "out" / "results"
-    score = json.loads((results / "ipc1_window_late.json").read_text())["scores"][0]
-    row = next(line for line in (results / "tables.md").read_text().splitlines() if line.startswith("| late"))
-    assert f"| {100 * score['mean']:.2f} ± {100 * score['std']:.2f} |" in row and "--run_name=window_late" in row
+    accuracies = json.loads((results / "ipc1_window_late.json").read_text())["scores"][0]["accuracies"]
+    tables = (results / "tables.md").read_text()
+    row = next(line for line in tables.splitlines() if line.startswith("| ipc1_window_late |"))
+    said = f"{100 * np.mean(accuracies):.2f} ± {100 * np.std(accuracies):.2f}"
+    assert f"| {said} | 2 | 0 of 3 |" in row and "--run_name=window_late" in row
+    assert re.search(rf"^ipc1_window_late +ConvNetD1W4: {re.escape(said)} % \(2\)$", done.stdout, re.M)
+    # Of two distillations: over their means.
+    scores = [json.loads((results / f"{name}.json").read_text())["scores"][0]["accuracies"]
+              for name in ("ipc2_exact", "ipc2_exact_seed_1")]
+    means = 100 * np.mean(scores, axis=1)
+    assert f"| exact gradient (DATM) | – | {100 * np.mean(scores[0]):.2f} ± {100 * np.std(scores[0]):.2f} |" in tables
+    assert f"| {means.mean():.2f} ± {means.std():.2f} | 2 sets × 2 |" in tables
     assert sum("start_epoch" in line for line in
                (results / "ipc1_window_early.metrics.jsonl").read_text().splitlines()) == 3
-    assert all((results / f"{name}.png").stat().st_size > 5000 for name in ("accuracy", "windows", "gradients"))
+    assert DistilledSet.load(results / "ipc2_exact.safetensors").images.shape == (20, 1, 28, 28)
+    assert {path.name for path in results.glob("*.png")} == {"accuracy.png", "windows.png", "gradients.png",
+                                                             "ipc2_exact.png"}
 
     again = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
     assert again.returncode == 0 and "[1 of" not in again.stdout
-    assert again.stdout.split("\n| ")[1:] == done.stdout.split("\n| ")[1:]
+    assert again.stdout.splitlines() == [line for line in done.stdout.splitlines()
+                                         if line.startswith(("ipc", "in "))]
 
     # Whoever was killed just before the end was noted finds what is there.
     ledger = json.loads((tmp_path / "out/commands.json").read_text())
     assert ledger["experts_FTD"]["seconds"] > 0
-    ledger["experts_FTD"]["seconds"] = 0.0
+    ledger["experts_FTD"] |= {"seconds": 0.0, "done": False}
     (tmp_path / "out/commands.json").write_text(json.dumps(ledger))
     found = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
     assert found.returncode == 0 and "[1 of" not in found.stdout
     assert experts.stat().st_mtime_ns == trained
+
+    # The tables of results elsewhere, from another folder; those made otherwise are left out and named.
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(results, elsewhere)
+    ledger = json.loads((elsewhere / "commands.json").read_text())
+    ledger["ipc1_window_early_tested"]["asked"] += " --seed=7"
+    (elsewhere / "commands.json").write_text(json.dumps(ledger))
+    (elsewhere / "tables.md").unlink()
+    there = subprocess.run(**tiny("--tables", "--results", "elsewhere") | {"cwd": tmp_path}, capture_output=True,
+                           timeout=120)
+    assert there.returncode == 0 and "ipc1_window_early_tested is left out" in there.stderr
+    assert row in (elsewhere / "tables.md").read_text() and "ipc1_window_early" not in there.stdout
+    (elsewhere / "ipc1_window_late.json").write_text('{"scores": [{}]}')
+    damaged = subprocess.run(**tiny("--tables", "--results", str(elsewhere)), capture_output=True, timeout=120)
+    assert damaged.returncode == 2 and "ipc1_window_late.json is damaged" in damaged.stderr
 
     config = tmp_path / "IPC1.yaml"
     text = config.read_text()
@@ -121,51 +152,76 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     assert other.returncode == 2 and "other options in its YAML" in other.stderr and "Traceback" not in other.stderr
     config.write_text(f"# a remark\n{text}")
 
-    (results / "ipc1_window_late.json").unlink()
-    shutil.rmtree(tmp_path / "out/logged_files/MiniFashion/1/ConvNetD1W4/window_late")
+    shutil.rmtree(tmp_path / "out/logged_files")
+    shutil.rmtree(results)
     experts.write_bytes(b"damaged")
     failed = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
     assert failed.returncode == 2 and "replay_buffer_0.pt" in failed.stderr
-    assert "output/ipc1_window_late.txt" in failed.stderr and "Traceback" not in failed.stderr
+    assert "out/output/ipc" in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_experts_are_compared_and_a_rate_is_given_to_another_network(tiny, tmp_path):
-    for only in ("experts_SGD", "ipc1_exact_mlp_lr"):
-        done = subprocess.run(**tiny("--jobs=2", f"--only={only}"), capture_output=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run(**tiny("--jobs=2", "--only", "experts_SGD", "ipc1_exact_mlp_lr", "--only=ipc1_random_mlp"),
+                          capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
     results = tmp_path / "out" / "results"
     seen = json.loads((results / "experts_SGD.json").read_text())["by_epoch"]
     assert [each["mean"] for each in seen["apart"]] == [0, 0, 0]  # from themselves
-    assert f"| ρ = 0 | {100 * seen['test_accuracy'][-1]['mean']:.2f} ± " in done.stdout
+    tables = (results / "tables.md").read_text()
+    assert f"| experts_SGD | 0 | {100 * seen['test_accuracy'][-1]['mean']:.2f} ± " in tables
     tested = json.loads((results / "ipc1_exact_mlp_lr.json").read_text())
-    assert tested["config"]["lr_teacher"] == 0.02 and tested["config"]["model"] == "MLP"
-    printed = (tmp_path / "out/output/ipc1_exact_mlp_lr_tested.txt").read_text()
-    assert "learning rate 0.02" in printed  # and not the learned one
+    assert tested["lr"] == pytest.approx(0.02) and tested["config"]["model"] == "MLP"  # and not the learned one
+    row = next(line for line in tables.splitlines() if line.startswith("| ipc1_random_mlp |"))
+    accuracies = json.loads((results / "ipc1_random_mlp.json").read_text())["scores"][0]["accuracies"]
+    assert f"| {100 * np.mean(accuracies):.2f} ± {100 * np.std(accuracies):.2f} | 2 |" in row
 
 
 def test_odd_options(tiny, tmp_path):
     for options, words in ((("--only=ipc7*",), "no row fits; the rows are ipc"), (("--jobs=0",), "--jobs 0"),
-                           (("--results", "x"), "--tables"), (("--tables", "--results", "nowhere"), "no folder")):
+                           (("--results", "x"), "--tables"), (("--tables", "--results", "nowhere"), "no folder"),
+                           (("--tables",), "no folder"), (("--tables", "--list"), "not allowed with"),
+                           (("--jobs=x",), "--jobs"), (("--unknown",), "--unknown")):
         done = subprocess.run(**tiny(*options), capture_output=True, timeout=60)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_result_of_another_command_is_not_taken(tmp_path):
-    from scripts.reproduce import Ledger
-    from utils.errors import UserError
+def test_results_of_the_other_form_are_refused(tmp_path):
+    folder = REPOSITORY / "results/FashionMNIST/small"
+    elsewhere = shutil.copytree(folder, tmp_path / "small")
+    done = subprocess.run([sys.executable, str(REPOSITORY / "scripts/reproduce.py"), "--tables", "--results", "small"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "/small is of this form" in done.stderr
+    assert (elsewhere / "tables.md").read_text() == (folder / "tables.md").read_text()
 
-    step = Step("name", tmp_path / "result", ("python", "program.py", "--a=1"))
-    ledger = Ledger(tmp_path / "commands.json")
-    assert not ledger.has(step)
-    ledger.add(step, 0.0)
-    assert not ledger.has(step)
-    step.result.write_text("")
-    ledger.add(step, 1.0)
-    ledger.add(step, 2.0)
-    ledger = Ledger(tmp_path / "commands.json")
-    assert ledger.has(step) and ledger.made["name"]["seconds"] == 3.0
-    with pytest.raises(UserError, match="--a=1"):
-        ledger.has(Step("name", tmp_path / "result", ("python", "program.py", "--a=2")))
-    with pytest.raises(UserError, match="delete"):
-        Ledger(tmp_path / "none.json").has(step)
+
+def test_windows_say_whether_anything_was_learned_and_races_are_in_minutes(tmp_path):
+    plan = Plan(SMALL, 1)
+    rows = [plan.windows[1]["early"], plan.windows[1]["late"], plan.main[1]["exact"]]
+    made = {}
+    for row, updated in zip(rows, (True, False, True)):
+        (step,), (evaluation,) = row.made_by, row.evaluations
+        made |= {each.name: {"asked": each.asked, "config": each.config} for each in (step, evaluation)}
+        (tmp_path / evaluation.result.name).write_text(json.dumps(
+            {"seconds": 1, "scores": [{"network": "ConvNetW32", "accuracies": [0.5, 0.7]}]}))
+        lines = [{"iteration": at, "start_epoch": 0, "updated": updated} for at in (0, 1)]
+        lines.append({"iteration": 1, "set": "Normal", "scores": [{"mean": 0.25}]})
+        (tmp_path / f"{step.name}.metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / f"{step.name}.run.json").write_text('{"seconds": 240}')
+    (tmp_path / "commands.json").write_text(json.dumps(made))
+    results = Results(plan, tmp_path)
+    assert windows(plan, results, 1) == [("0 – 2", pytest.approx(60), pytest.approx(10), True),
+                                         ("6 – 8", pytest.approx(60), pytest.approx(10), False)]
+    assert race(results, rows[2]) == [(2.0, 25.0)]  # half of four minutes
+
+
+def test_readme_has_the_numbers_of_the_results():
+    text = (REPOSITORY / "README.md").read_text()
+    section = text[text.index("## Results"):text.index("## Using a distilled set")]
+    tables = (REPOSITORY / "results/FashionMNIST/small/tables.md").read_text()
+    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", section)
+    assert len(quoted) > 30
+    assert [each for each in quoted if each not in tables] == []
+    rows = set(re.findall(r"`((?:ipc\d+|experts)_\w+|whole)`", section))
+    names = {row.name for row in Plan(SMALL, 1).rows} | {f"experts_{kind}" for kind in Plan(SMALL, 1).looks}
+    assert rows and not rows - names
