@@ -26,7 +26,7 @@ from utils.datasets import Dataset, check_dataset_name, load_configured
 from utils.engine import GRADIENT_ALONE, describe_engine, seconds_uncompiled
 from utils.errors import UserError
 from utils.files import check_writable
-from utils.metrics import accuracy
+from utils.metrics import accuracy, percent
 from utils.networks import check_network_name, evaluation_pool, network_for
 from utils.parallel import in_processes
 from utils.parameters import FlatModel
@@ -79,7 +79,7 @@ class Score(NamedTuple):
         return {"network": self.network, "mean": self.mean, "std": self.std, "accuracies": self.accuracies}
 
     def __str__(self) -> str:
-        return f"{self.network}: {100 * self.mean:.2f} ± {100 * self.std:.2f} % over {len(self.accuracies)}"
+        return f"{self.network}: {percent(self.mean, self.std)} % over {len(self.accuracies)}"
 
 
 def learning_rate(lr: float, epoch: int, epochs: int) -> float:

@@ -14,6 +14,7 @@ from utils import files
 from utils.commands import changed, command, defaults, from_repository
 from utils.config import EvaluationConfig
 from utils.errors import UserError
+from utils.metrics import percent
 from utils.run import write_json
 
 
@@ -207,7 +208,7 @@ def _accuracy(results: list[tuple[str, dict[str, Any]]], name: str) -> str:
     parts = []
     for file, result in results:
         rows = ["| network | accuracy, % | networks |", "|---|---|---|"]
-        rows += [f"| {score['network']} | {100 * score['mean']:.2f} ± {100 * score['std']:.2f} | "
+        rows += [f"| {score['network']} | {percent(score['mean'], score['std'])} | "
                  f"{len(score['accuracies'])} |" for score in _scores(result)]
         if "best" in result:
             said = (f"By the run that made the set (`{file}`), which chose it on these {result['chosen_on']} images as "

@@ -26,6 +26,7 @@ from utils.engine import activation_bytes, describe_engine
 from utils.errors import UserError
 from utils.files import write_text
 from utils.memory import available
+from utils.metrics import percent
 from utils.networks import has_batch_norm, network_for
 from utils.parameters import FlatModel
 from utils.progress import Progress, note, wrapped
@@ -464,8 +465,8 @@ def _conclude(state: "Progression", folder: RunFolder, tracker: Tracker) -> None
                          (overall.set.images, overall.set.labels), version, config.pix_init == "noise",
                          made_by(distillation.buffer.folder))
     summary = "; ".join(f"{'' if name == 'Normal' else name + ' '}best on the {chosen_on} images "
-                        f"{100 * each.scores[0].mean:.2f} ± {100 * each.scores[0].std:.2f} % at iteration "
-                        f"{each.iteration}" for name, each in best.items())
+                        f"{percent(each.scores[0].mean, each.scores[0].std)} % at iteration {each.iteration}"
+                        for name, each in best.items())
     folder.finish(summary=summary, best=best["Normal"].as_dict(),
                   best_ema=best["EMA"].as_dict() if "EMA" in best else None, chosen_on=chosen_on,
                   skipped=distillation.skipped, held=distillation.held, seconds=state.seconds,

@@ -22,17 +22,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
 from buffer.trajectories import manifest_path
+from distill.evaluate import Score
 from utils.config import BufferConfig, DistillConfig, Parser, read_yaml
 from utils.errors import UserError
 from utils.figures import save_by_images, save_races, save_windows
 from utils.files import REPOSITORY, atomic_write, locked, write_text
+from utils.metrics import percent
 from utils.progress import duration
 from utils.run import entry, shown, write_json
 from utils.steps import Ledger, Step, read_json, run
@@ -281,34 +283,14 @@ def _images(ipc: int) -> str:
 # --- what was found --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Score:
-    """Accuracies, %, of a row's sets; by set, then by network."""
+class Cell(NamedTuple):
+    """What a row reached: over its sets where there are several, else over the networks of the one."""
 
-    accuracies: list[list[float]]
-
-    @property
-    def each(self) -> list[float]:
-        """What the mean and the deviation are over: sets where there are several, else the networks of the one."""
-        return [float(np.mean(each)) for each in self.accuracies] if len(self.accuracies) > 1 else self.accuracies[0]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.each))
-
-    @property
-    def std(self) -> float:
-        """The population's, as in published tables."""
-        return float(np.std(self.each))
+    score: Score
+    count: str  # of what the score is over, in words
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.std:.2f}"
-
-    @property
-    def count(self) -> str:
-        """What was tested, in words."""
-        networks = len(self.accuracies[0])
-        return f"{len(self.accuracies)} sets × {networks}" if len(self.accuracies) > 1 else str(networks)
+        return percent(self.score.mean, self.score.std)
 
 
 class Results:
@@ -344,13 +326,16 @@ class Results:
     def any(self) -> dict[str, Any] | None:
         return next((found for found in self._found.values() if "environment" in found), None)
 
-    def score(self, row: Row, network: str | None = None) -> Score | None:
+    def cell(self, row: Row, network: str | None = None) -> Cell | None:
         """Of the network of that name, or of the first."""
-        accuracies = []
+        scores = []
         for found in filter(None, map(self.of, row.evaluations)):
-            scores = [score for score in found["scores"] if network in (None, score["network"])]
-            accuracies += [[100 * each for each in scores[0]["accuracies"]]] if scores else []
-        return Score(accuracies) if accuracies else None
+            scores += [Score(score["network"], score["accuracies"]) for score in found["scores"]
+                       if network in (None, score["network"])][:1]
+        if len(scores) < 2:
+            return Cell(scores[0], str(len(scores[0].accuracies))) if scores else None
+        return Cell(Score(scores[0].network, [score.mean for score in scores]),
+                    f"{len(scores)} sets × {len(scores[0].accuracies)}")
 
     def networks(self, rows: Sequence[Row]) -> list[str]:
         return list(dict.fromkeys(score["network"] for row in rows for step in row.evaluations
@@ -446,12 +431,12 @@ def write_tables(plan: Plan, results: Results) -> None:
                   f"| row | set | {' | '.join(heads)} | networks | updates skipped | distillation + test | command |",
                   "|---" * (len(heads) + 6) + "|"]
         for row in rows:
-            scores = [results.score(row, network) for network in (networks if len(networks) > 1 else [None])]
-            count = next((score.count for score in scores if score), "–")
+            cells = [results.cell(row, network) for network in (networks if len(networks) > 1 else [None])]
+            count = next((cell.count for cell in cells if cell), "–")
             updates = results.updates(row)
             # Of a set that another row has made the evaluation is what tells the rows apart.
             step = row.evaluations[0] if len(networks) > 1 or not row.made_by else row.made_by[0]
-            lines.append(f"| {row.name} | {row.says} | {' | '.join(str(score or '–') for score in scores)} | {count} | "
+            lines.append(f"| {row.name} | {row.says} | {' | '.join(str(cell or '–') for cell in cells)} | {count} | "
                          f"{'{} of {}'.format(*updates) if updates else '–'} | {results.took(row)} | `{step}` |")
     lines += ["", "## Experts", "",
               "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "
@@ -459,8 +444,7 @@ def write_tables(plan: Plan, results: Results) -> None:
               "| row | ρ | accuracy on held-out images, % | apart, % | trained in | command |", "|---" * 6 + "|"]
     for kind, step in plan.experts.items():
         look = results.of(plan.looks[kind])
-        cells = ["{:.2f} ± {:.2f}".format(*(100 * look["by_epoch"][name][-1][of] for of in ("mean", "std")))
-                 if look else "–" for name in ("test_accuracy", "apart")]
+        cells = [percent(**look["by_epoch"][name][-1]) if look else "–" for name in ("test_accuracy", "apart")]
         seconds = results.ledger.made.get(step.name, {}).get("seconds")
         lines.append(f"| experts_{kind} | {RHO[kind]:g} | {' | '.join(cells)} | "
                      f"{duration(seconds) if seconds else '–'} | `{step}` |")
@@ -472,10 +456,10 @@ def write_tables(plan: Plan, results: Results) -> None:
 def _main_table(plan: Plan, results: Results) -> list[str]:
     ipcs = plan.form.ipcs
     lines = ["| | " + " | ".join(f"{ipc} a class" for ipc in ipcs) + " |", "|---" * (len(ipcs) + 1) + "|"]
-    lines += [f"| {says} | " + " | ".join(str(results.score(plan.main[ipc][name]) or "–") for ipc in ipcs) + " |"
+    lines += [f"| {says} | " + " | ".join(str(results.cell(plan.main[ipc][name]) or "–") for ipc in ipcs) + " |"
               for name, says in METHODS.items()]
     (whole,) = plan.tables["the whole training set"]
-    lines += [f"| the whole training set | {results.score(whole) or '–'} |" + " |" * (len(ipcs) - 1)]
+    lines += [f"| the whole training set | {results.cell(whole) or '–'} |" + " |" * (len(ipcs) - 1)]
     for method, figures in PUBLISHED.items():
         at = dict(zip(PUBLISHED_IPCS, figures))
         lines.append(f"| published: {method} | " + " | ".join(str(at.get(ipc, "–")) for ipc in ipcs) + " |")
@@ -485,10 +469,11 @@ def _main_table(plan: Plan, results: Results) -> list[str]:
 
 def write_plots(plan: Plan, results: Results) -> None:
     """`accuracy.png` (methods by images per class), `windows.png`, `gradients.png` (exact and TESLA on the way)."""
-    curves = {says: [(ipc, score.mean, score.std) for ipc, rows in plan.main.items()
-                     if (score := results.score(rows[name]))] for name, says in METHODS.items()}
-    whole = results.score(plan.tables["the whole training set"][0])
-    save_by_images(results.folder / "accuracy.png", curves, {"the whole training set": whole.mean} if whole else {})
+    curves = {says: [(ipc, 100 * cell.score.mean, 100 * cell.score.std) for ipc, rows in plan.main.items()
+                     if (cell := results.cell(rows[name]))] for name, says in METHODS.items()}
+    whole = results.cell(plan.tables["the whole training set"][0])
+    levels = {"the whole training set": 100 * whole.score.mean} if whole else {}
+    save_by_images(results.folder / "accuracy.png", curves, levels)
     save_windows(results.folder / "windows.png", {_images(ipc): windows(plan, results, ipc) for ipc in plan.windows})
     save_races(results.folder / "gradients.png", {_images(ipc): {
         says: race(results, plan.main[ipc][name]) for name, says in (("exact", "exact"), ("tesla", "TESLA"))}
@@ -500,9 +485,10 @@ def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, fl
     found = []
     for name, row in plan.windows[ipc].items():
         first, end = plan.form.windows[name]
-        score, updates = results.score(row), results.updates(row)
-        if score:
-            found.append((f"{first} – {end - 1}", score.mean, score.std, not updates or updates[0] < updates[1]))
+        cell, updates = results.cell(row), results.updates(row)
+        if cell:
+            found.append((f"{first} – {end - 1}", 100 * cell.score.mean, 100 * cell.score.std,
+                          not updates or updates[0] < updates[1]))
     return found
 
 
@@ -571,8 +557,8 @@ def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
     width = max((len(row.name) for row in rows), default=0)
     for row in rows:
         for network in results.networks([row]):
-            score = results.score(row, network)
-            print(f"{row.name:{width}}  {network}: {score} % ({score.count})")
+            cell = results.cell(row, network)
+            print(f"{row.name:{width}}  {network}: {cell} % ({cell.count})")
     for name, how in results.others.items():
         print(f"note: {name} is left out: it was made {how}", file=sys.stderr)
     print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, gradients.png, a JSON file for each row")

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.config import Parser
 from utils.errors import UserError
+from utils.metrics import percent
 from utils.run import entry
 
 
@@ -25,8 +26,7 @@ def main() -> None:
     for path in options.results:
         try:
             result = json.loads(path.read_text())
-            here = {score["network"]: f"{100 * score['mean']:.2f} ± {100 * score['std']:.2f}"
-                    for score in result["scores"]}
+            here = {score["network"]: percent(score["mean"], score["std"]) for score in result["scores"]}
             rows += [(result["what"], score["network"], str(result["images"]), here[score["network"]],
                       str(len(score["accuracies"]))) for score in result["scores"]]
             scores.append((result["what"], str(result["images"]), here))

@@ -1,4 +1,4 @@
-"""Accuracy on whole tensors."""
+"""Accuracy on whole tensors, and in words."""
 
 from collections.abc import Callable
 
@@ -17,3 +17,8 @@ def accuracy(predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
     """The share of images [N, C, H, W] that `predict` (images → logits) puts into their class, in [0, 1]."""
     correct = sum(count_correct(predict(x), y) for x, y in zip(images.split(batch), labels.split(batch)))
     return float(correct) / len(labels)  # the only wait for the device
+
+
+def percent(mean: float, std: float) -> str:
+    """An accuracy in [0, 1] and its standard deviation as tables have them: 82.14 ± 0.42."""
+    return f"{100 * mean:.2f} ± {100 * std:.2f}"

@@ -25,6 +25,7 @@ from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.figures import clip_outliers
 from utils.files import atomic_write
+from utils.metrics import percent
 from utils.run import environment, read_config
 
 FORMAT = "datm-report-1"
@@ -93,7 +94,7 @@ class Accuracy:
     count: int
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} ± {100 * self.std:.2f} %".replace(" ", "\N{NO-BREAK SPACE}")
+        return f"{percent(self.mean, self.std)} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 @dataclass(frozen=True)
