@@ -99,7 +99,9 @@ SMALL = Form(
          ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf")),
         ("the same from a smaller α", 1, "window_middle_unskipped",
          ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf",
-          "--lr_teacher=0.01"))))
+          "--lr_teacher=0.01")),
+        ("the late window at 10 a class without the threshold", 10, "window_late_no_threshold",
+         ("--min_start_epoch=6", "--max_start_epoch=9", "--Sequential_Generation=False", "--threshold=inf"))))
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
