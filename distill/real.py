@@ -80,7 +80,9 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
         check_same_images(buffer_folder(config), dataset)
         buffer = Buffer(buffer_folder(config), model)
         buffer.verify()
-        thetas = [buffer.snapshot(number, -1).to(device) for number in range(len(buffer))]
-        sets = [replace(each, labels=expert_labels(model, thetas, each.images, each.labels)[0]) for each in sets]
+        thetas = (buffer.snapshot(number, -1).to(device) for number in range(len(buffer)))
+        labels, _ = expert_labels(model, thetas, *(torch.cat(each) for each in zip(
+            *((each.images, each.labels) for each in sets))))
+        sets = [replace(each, labels=own) for each, own in zip(sets, labels.split(len(sets[0])))]
         what += " with expert labels"
     return sets, what

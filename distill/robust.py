@@ -115,7 +115,7 @@ def evaluate_robust(config: EvaluationConfig) -> None:
     real_config = replace(real_config, ipc=ipc)
     random, of_random = real_sets(real_config, dataset)
     whole, of_whole = real_sets(replace(real_config, ipc=None, label_source="hard"), dataset)
-    chosen_on = held_out(dataset, torch.cat(drawn(real_config, dataset)), generator(config.seed, "robust", "rates"))
+    chosen_on = held_out(dataset, drawn(real_config, dataset)[0], generator(config.seed, "robust", "rates"))
     (hard, note), what = with_classes(distilled, dataset), "distilled images"
     bare = replace(config, no_aug=True)
     parts = {"syn": Part(what, config, [distilled], False),
@@ -165,8 +165,8 @@ def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset
         chosen.append(members[torch.randperm(len(members), generator=random)[:count]])
     indices = torch.cat(chosen).to(dataset.train_labels.device)
     if not len(indices):
-        raise UserError("--robust_score: the random images of the comparison are the whole training set, which leaves "
-                        "none to choose its learning rates on; give a smaller set or a smaller --num_eval")
+        raise UserError("--robust_score: the set holds as many images as the training set, which leaves none to choose "
+                        "the learning rates of the comparison on; give a smaller set")
     return replace(dataset, test_images=dataset.train_images[indices], test_labels=dataset.train_labels[indices])
 
 

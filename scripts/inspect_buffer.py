@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from buffer.experts import SavedEpochs
@@ -83,9 +84,15 @@ def apart(snapshots: Iterable[Tensor], others: Iterable[Tensor]) -> list[float]:
     Args:
         snapshots: θ_0, θ_1, … [P].
         others: θ′_0, θ′_1, … [P].
+
+    Raises:
+        UserError: they begin elsewhere.
     """
     pairs = zip(snapshots, others)
-    _, start = next(pairs)
+    first, start = next(pairs)
+    if not torch.equal(first, start):
+        raise UserError("the experts begin with other parameters than those beside them; give experts of the same "
+                        "--seed")
     return [float((theta - other).norm() / (other - start).norm()) for theta, other in pairs]
 
 

@@ -36,14 +36,14 @@ from utils.figures import save_by_images, save_races, save_windows
 from utils.files import REPOSITORY, atomic_write, locked, write_text
 from utils.metrics import percent
 from utils.progress import duration
-from utils.run import entry, shown, write_json
-from utils.steps import Ledger, Step, read_json, run
+from utils.run import entry, read_json, shown, write_json
+from utils.steps import Ledger, Step, run
 
 # In the order in which they are begun: those that take long first.
 KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
     "experts", "look", "distillation", "long evaluation", "evaluation", "repetition")
-METHODS = {"random": "random real images", "expert_labels": "… with expert labels", "tesla": "TESLA's gradient",
-           "exact": "exact gradient (DATM)"}
+METHODS = {"random": "random real images", "expert_labels": "… that experts get right, with their labels",
+           "tesla": "TESLA's gradient", "exact": "exact gradient (DATM)"}
 # Of the experts' GSAM: FTD's published command, none, and the option's default.
 RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0}
 PER_FILE = BufferConfig().save_interval
@@ -138,8 +138,7 @@ class Plan:
         for ipc in form.ipcs:
             self.main[ipc] = {
                 "random": self._baseline(METHODS["random"], f"ipc{ipc}_random", ipc),
-                "expert_labels": self._distilled("real images that experts get right, with their labels", ipc,
-                                                 "expert_labels", "--Iteration=0",
+                "expert_labels": self._distilled(METHODS["expert_labels"], ipc, "expert_labels", "--Iteration=0",
                                                  f"--lr_teacher={form.random_lr[ipc]:g}", seeds=range(DRAWS)),
                 "tesla": self._distilled(METHODS["tesla"], ipc, "tesla", "--matching=tesla"),
                 "exact": self._distilled(METHODS["exact"], ipc, "exact")}
@@ -195,13 +194,15 @@ class Plan:
     def _experts(self, kind: str, rho: float) -> Step:
         form = self.form
         start = ["torchrun", "--standalone", f"--nproc_per_node={self.jobs}"] if self.jobs > 1 else ["python"]
-        folder = form.root / "experts" / kind
-        last = folder / form.dataset / form.model / f"replay_buffer_{(form.experts - 1) // PER_FILE}.pt"
+        path = form.root / "experts" / kind
+        folder = path / form.dataset / form.model
+        files = [folder / f"replay_buffer_{number}.pt" for number in range(-(-form.experts // PER_FILE))]
         return self._add(Step(f"experts_{kind}", EXPERTS, (
             *start, "buffer/buffer_FTD.py", f"--dataset={form.dataset}", f"--model={form.model}", "--zca",
             "--val_fraction=0.1", f"--num_experts={form.experts}",
             f"--train_epochs={form.epochs}", f"--rho_max={rho:g}", f"--rho_min={rho:g}", "--alpha=0.3",
-            "--lr_teacher=0.01", f"--backend={form.backend}", f"--buffer_path={folder}"), last, alone=self.jobs > 1))
+            "--lr_teacher=0.01", f"--backend={form.backend}", f"--buffer_path={path}"), files[-1],
+            tuple(map(manifest_path, files)), folder, alone=self.jobs > 1))
 
     def _look(self, kind: str) -> Step:
         """At experts, beside those by plain SGD."""
@@ -224,18 +225,19 @@ class Plan:
             steps.append(self._add(Step(
                 f"ipc{ipc}_{run_name}", REPETITION if seed and networks > 1 else DISTILLATION,
                 ("python", "distill/DATM.py", f"--cfg={path}", *options, *([f"--seed={seed}"] if seed else []),
-                 f"--run_name={run_name}"), folder / "result.json", folder / "Normal" / "distilled.safetensors",
-                (self.experts[experts],), read_yaml(path, DistillConfig))))
+                 f"--run_name={run_name}"), folder / "result.json", (folder / "Normal" / "distilled.safetensors",),
+                folder, (self.experts[experts],), read_yaml(path, DistillConfig))))
         return self._tested(says, f"ipc{ipc}_{name}", ipc, steps, networks=networks)
 
     def _tested(self, says: str, name: str, ipc: int, made_by: Sequence[Step], *options: str,
                 networks: int | None = None) -> Row:
         evaluations = []
         for seed, step in enumerate(made_by):
-            given = [f"--data_dir={step.product}"]
+            (whole,) = step.products
+            given = [f"--data_dir={whole}"]
             if any(option.startswith("--lr_teacher=") for option in options):  # the set without its own rate
-                given = [f"--data_dir={step.product.parent / 'images_best.pt'}",
-                         f"--label_dir={step.product.parent / 'labels_best.pt'}"]
+                given = [f"--data_dir={whole.parent / 'images_best.pt'}",
+                         f"--label_dir={whole.parent / 'labels_best.pt'}"]
             evaluations.append(self._evaluation(
                 "evaluation", f"{name}_seed_{seed}" if seed else name, *given, *options,
                 f"--epoch_eval_train={self.form.epoch_eval[ipc]}",
@@ -271,7 +273,8 @@ class Plan:
         rows = list({row.name: row for row in self.rows if fits(row.name)}.values())
         steps = {step for row in rows for step in (*row.evaluations, *row.made_by)}
         steps |= {step for kind, step in self.looks.items() if fits(f"experts_{kind}")}
-        steps |= {need for step in steps for need in step.needs}
+        while missing := {need for step in steps for need in step.needs} - steps:
+            steps |= missing
         if not steps:
             names = dict.fromkeys([*(row.name for row in self.rows), *(f"experts_{kind}" for kind in self.looks)])
             raise UserError(f"--only {' '.join(patterns)}: no row fits; the rows are {', '.join(names)}")
@@ -311,16 +314,20 @@ class Results:
             path = folder / step.result.name
             if step.kind not in (LOOK, LONG_EVALUATION, EVALUATION) or not path.exists():
                 continue
-            how = self.ledger.otherwise(step) if in_place else next(
-                filter(None, map(self.ledger.differs, (step, *step.needs))), None)
+            how = self.ledger.otherwise(step) if in_place else self._differs(step)
             if how:
                 self.others[step.name] = how
             else:
                 self._found[step.name] = _read_result(path, step.kind)
+        self._tested = {need for step in plan.steps if step.name in self._found for need in step.needs}
         if self.others and not self._found:
             name, how = next(iter(self.others.items()))
             raise UserError(f"nothing in {shown(folder)} is of this form ({name} was made {how}); give or leave out "
                             "--small, or give another folder")
+
+    def _differs(self, step: Step) -> str | None:
+        """As the ledger says of the step or of what it needs, of which nothing lies here."""
+        return next(filter(None, (self.ledger.differs(step), *map(self._differs, step.needs))), None)
 
     def of(self, step: Step) -> dict[str, Any] | None:
         return self._found.get(step.name)
@@ -344,9 +351,14 @@ class Results:
                                   if (found := self.of(step)) for score in found["scores"]))
 
     def run(self, step: Step) -> dict[str, Any] | None:
-        """What a distillation ended with."""
+        """What a distillation ended with, if its set was tested."""
         path = self.folder / f"{step.name}.run.json"
-        return read_json(path) if path.exists() else None
+        if step not in self._tested or not path.exists():
+            return None
+        found = read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("seconds"), float | int):
+            raise UserError(f"{path} is damaged; restore it, or make that run again")
+        return found
 
     def updates(self, row: Row) -> tuple[int, int] | None:
         """How many updates the row's first distillation skipped, and of how many."""
@@ -354,13 +366,19 @@ class Results:
         return (sum(not line["updated"] for line in lines), len(lines)) if lines else None
 
     def metrics(self, row: Row) -> list[dict[str, Any]]:
+        """Of the row's first distillation, if its set was tested."""
         path = self.folder / f"{row.made_by[0].name}.metrics.jsonl" if row.made_by else None
-        if path is None or not path.exists():
+        if path is None or row.made_by[0] not in self._tested or not path.exists():
             return []
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, and it is copied again") from error
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            whole = all(line["iteration"] >= 0 and ("updated" in line if "start_epoch" in line else True)
+                        for line in lines)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path} is damaged; restore it, or make that run again")
+        return lines
 
     def took(self, row: Row) -> str:
         """The first set's time and that of its evaluation, in words."""
@@ -377,15 +395,20 @@ def _read_result(path: Path, kind: str) -> dict[str, Any]:
     found = read_json(path)
     try:
         if kind == LOOK:
-            numbers = [found["by_epoch"][name][-1][of] for name in ("test_accuracy", "apart") for of in ("mean", "std")]
+            for name in ("test_accuracy", "apart"):
+                _percent(**found["by_epoch"][name][-1])
         else:
             by_network = {score["network"]: np.mean(score["accuracies"]) for score in found["scores"]}
-            numbers = [found["seconds"], *by_network.values()]
-        if not np.isfinite(numbers).all() or len(numbers) < 2:
-            raise ValueError("a number is missing")
+            if not by_network or not np.isfinite([found["seconds"], *by_network.values()]).all():
+                raise ValueError("a number is missing")
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to make it again") from error
     return found
+
+
+def _percent(mean: float | None, std: float | None) -> str:
+    """A dash where experts diverged, or where there are none to compare with."""
+    return "–" if mean is None or std is None else percent(mean, std)
 
 
 def gather(plan: Plan, results: Results) -> None:
@@ -403,11 +426,11 @@ def gather(plan: Plan, results: Results) -> None:
                 copy(step.result.parent / "metrics.jsonl", f"{step.name}.metrics.jsonl")
                 copy(step.result, f"{step.name}.run.json")
                 if step in shown_sets:
-                    copy(step.product, f"{step.name}.safetensors")
+                    copy(step.products[0], f"{step.name}.safetensors")
                     copy(step.result.parent / "images.png", f"{step.name}.png")
     for kind, step in plan.experts.items():
         if results.of(plan.looks[kind]) is not None:
-            copy(manifest_path(step.result), f"experts_{kind}.yaml")
+            copy(step.products[-1], f"experts_{kind}.yaml")
             copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
     write_json(results.folder / "commands.json", results.ledger.made)
 
@@ -446,8 +469,8 @@ def write_tables(plan: Plan, results: Results) -> None:
               "| row | ρ | accuracy on held-out images, % | apart, % | trained in | command |", "|---" * 6 + "|"]
     for kind, step in plan.experts.items():
         look = results.of(plan.looks[kind])
-        cells = [percent(**look["by_epoch"][name][-1]) if look else "–" for name in ("test_accuracy", "apart")]
-        seconds = results.ledger.made.get(step.name, {}).get("seconds")
+        cells = [_percent(**look["by_epoch"][name][-1]) if look else "–" for name in ("test_accuracy", "apart")]
+        seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
         lines.append(f"| experts_{kind} | {RHO[kind]:g} | {' | '.join(cells)} | "
                      f"{duration(seconds) if seconds else '–'} | `{step}` |")
     tested = plan.main[form.at]["exact"].evaluations[0]

@@ -1,5 +1,6 @@
 """scripts/reproduce.sh: its commands are valid, and a tiny form of it runs, stops, goes on and fills its tables."""
 
+import fnmatch
 import json
 import os
 import re
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 
 from distill.distilled_set import DistilledSet
-from scripts.reproduce import FULL, SMALL, Plan, Results, race, windows
+from scripts.reproduce import FULL, SMALL, Plan, Results, race, windows, write_tables
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, parse
+from utils.errors import UserError
 from utils.files import REPOSITORY
 
 CONFIGS = {"buffer_FTD": BufferConfig, "DATM": DistillConfig, "evaluation": EvaluationConfig,
@@ -201,7 +203,8 @@ def test_windows_say_whether_anything_was_learned_and_races_are_in_minutes(tmp_p
     made = {}
     for row, updated in zip(rows, (True, False, True)):
         (step,), (evaluation,) = row.made_by, row.evaluations
-        made |= {each.name: {"asked": each.asked, "config": each.config} for each in (step, evaluation)}
+        made |= {each.name: {"asked": each.asked, "config": each.config, "of": {}, "seconds": 0}
+                 for each in (step, evaluation, plan.experts["FTD"])}
         (tmp_path / evaluation.result.name).write_text(json.dumps(
             {"seconds": 1, "scores": [{"network": "ConvNetW32", "accuracies": [0.5, 0.7]}]}))
         lines = [{"iteration": at, "start_epoch": 0, "updated": updated} for at in (0, 1)]
@@ -210,18 +213,45 @@ def test_windows_say_whether_anything_was_learned_and_races_are_in_minutes(tmp_p
         (tmp_path / f"{step.name}.run.json").write_text('{"seconds": 240}')
     (tmp_path / "commands.json").write_text(json.dumps(made))
     results = Results(plan, tmp_path)
+    assert not results.others
     assert windows(plan, results, 1) == [("0 – 2", pytest.approx(60), pytest.approx(10), True),
                                          ("6 – 8", pytest.approx(60), pytest.approx(10), False)]
     assert race(results, rows[2]) == [(2.0, 25.0)]  # half of four minutes
+
+    # Of experts made otherwise nothing is shown.
+    made["experts_FTD"]["asked"] += " --seed=7"
+    (tmp_path / "commands.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match="nothing in .* is of this form"):
+        Results(plan, tmp_path)
+    made["experts_FTD"] = {"asked": plan.experts["FTD"].asked, "config": None, "of": {}, "seconds": 0}
+    made["ipc1_exact"]["asked"] += " --seed=7"
+    (tmp_path / "commands.json").write_text(json.dumps(made))
+    results = Results(plan, tmp_path)
+    assert list(results.others) == ["ipc1_exact_tested"] and results.cell(rows[2]) is None
+    assert race(results, rows[2]) == [] and results.updates(rows[2]) is None
+    for name, text in (("ipc1_window_early.run.json", "{}"), ("ipc1_window_early.metrics.jsonl", "5")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            write_tables(plan, results)
+        (tmp_path / name).unlink()
 
 
 def test_readme_has_the_numbers_of_the_results():
     text = (REPOSITORY / "README.md").read_text()
     section = text[text.index("## Results"):text.index("## Using a distilled set")]
     tables = (REPOSITORY / "results/FashionMNIST/small/tables.md").read_text()
-    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+", section)
-    assert len(quoted) > 30
-    assert [each for each in quoted if each not in tables] == []
-    rows = set(re.findall(r"`((?:ipc\d+|experts)_\w+|whole)`", section))
-    names = {row.name for row in Plan(SMALL, 1).rows} | {f"experts_{kind}" for kind in Plan(SMALL, 1).looks}
-    assert rows and not rows - names
+    number, found = r"\d+\.\d+ ± \d+\.\d+", {}
+    for line in tables.splitlines():
+        name = re.match(r"\| (\w[\w.]*) \|", line)
+        if name:
+            found.setdefault(name[1], []).extend(re.findall(number, line))
+    lines = [line for line in section.splitlines() if re.search(number, line)]
+    assert len(lines) > 15
+    for line in lines:
+        *cells, patterns = line.strip("|").split("|")
+        names = [name for pattern in re.findall("`(.*?)`", patterns) for name in found
+                 if fnmatch.fnmatchcase(name, pattern.replace("<n>", "*"))]
+        assert names, line
+        at = iter([each for name in names for each in found[name]])
+        for quoted in re.findall(number, "|".join(cells)):
+            assert quoted in at, f"{quoted} in {line}"  # in this order

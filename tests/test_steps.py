@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,21 @@ def test_a_failure_says_why_and_stops_the_others(folder):
     (folder / "worker.py").write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match="exit code 3: it said nothing"):
         run_all(folder, failing)
+    (folder / "worker.py").write_text("import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(UserError, match="was killed by SIGKILL, perhaps for lack of memory"):
+        run_all(folder, failing)
+
+
+def test_what_has_lost_a_file_is_refused(folder):
+    first = worker(folder, "first", "a")
+    whole = replace(first, products=(folder / "worker.py",), folder=folder / "all of it")
+    last = worker(folder, "last", "c", (whole,))
+    run_all(folder, whole, last)
+    lost = replace(whole, products=(folder / "worker.py", folder / "lost"))
+    with pytest.raises(UserError, match="first.txt was made and has lost a file since; delete '.*/all of it' to"):
+        run_all(folder, lost)
+    with pytest.raises(UserError, match="of first, which is gone"):
+        run_all(folder, replace(last, needs=(lost,)))
 
 
 def test_seconds_are_those_of_the_result_that_is_there(folder):
@@ -126,9 +142,9 @@ def test_results_of_unknown_origin_and_a_damaged_ledger_are_refused(folder):
     step.result.write_text("mine")
     with pytest.raises(UserError, match="nobody knows"):
         run_all(folder, step)
-    for text in ("{", "[]", '{"first": 1}'):
+    for text in ("{", "[]", '{"first": 1}', '{"first": {"asked": "", "of": [], "seconds": 0}}'):
         (folder / "made.json").write_text(text)
-        with pytest.raises(UserError, match="made.json is damaged"):
+        with pytest.raises(UserError, match="made.json, .*, is damaged; restore it, or move .* away"):
             run_all(folder, step)
     assert step.result.read_text() == "mine"
 
@@ -148,14 +164,19 @@ def started(folder, how):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_each_signal_is_handed_on_and_the_end_awaited(folder, times):
-    process = started(folder, f"waits{times}")
-    for _ in range(times):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+@pytest.mark.parametrize("together", [False, True])
+def test_each_signal_is_handed_on_and_the_end_awaited(folder, times, together):
+    asked = 1 if together else times  # two that come together are one to the command
+    process = started(folder, f"waits{asked}")
+    if together:
+        process.send_signal(signal.SIGSTOP)
+    for number in (signal.SIGTERM, signal.SIGHUP)[:times]:
+        process.send_signal(number)
+        time.sleep(0 if together else 0.5)
+    process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in out + err
-    assert f"stopped by {times}" in (folder / "output" / "slow.txt").read_text()
+    assert process.returncode in (143, 129) and "Traceback" not in out + err
+    assert f"stopped by {asked}" in (folder / "output" / "slow.txt").read_text()
     assert json.loads((folder / "made.json").read_text())["slow"]["seconds"] > 0
 
 

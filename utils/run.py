@@ -461,6 +461,17 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        UserError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read or is damaged ({error}); restore it, or make it again") from error
+
+
 def finite(value: float) -> float | None:
     """The number, or None (JSON's null) for NaN and infinities, which JSON has no words for."""
     return value if math.isfinite(value) else None

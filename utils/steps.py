@@ -2,19 +2,20 @@
 
 import hashlib
 import json
+import os
 import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any, TextIO
 
 from utils import interrupt
 from utils.errors import UserError
-from utils.files import check_writable
+from utils.files import check_writable, sha256
 from utils.progress import duration
 from utils.run import write_json
 
@@ -30,7 +31,8 @@ class Step:
     kind: str
     command: tuple[str, ...]
     result: Path
-    product: Path | None = None  # what steps that need it read, if that is another file
+    products: tuple[Path, ...] = ()  # what steps that need it read, if those are other files
+    folder: Path | None = None  # to be deleted for it to be made again, if not the result alone
     needs: tuple["Step", ...] = ()
     config: Mapping[str, Any] | None = field(default=None, compare=False)  # what the command reads from a YAML
     alone: bool = False  # takes all cores for itself
@@ -43,10 +45,20 @@ class Step:
         """The command but for the number of its ranks, which changes nothing."""
         return shlex.join(self.command[next(at for at, word in enumerate(self.command) if word.endswith(".py")):])
 
+    @property
+    def done(self) -> bool:
+        return all(path.exists() for path in (self.result, *self.products))
+
     def digest(self) -> str:
         """Of what it made."""
-        with open(self.product or self.result, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = [_digest(path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+                 for path in self.products or (self.result,)]
+        return hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
 
 
 class Ledger:
@@ -62,14 +74,20 @@ class Ledger:
 
     def __init__(self, path: Path):
         self._path = path
-        self.made: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
-        if not isinstance(self.made, dict) or not all(isinstance(each, dict) for each in self.made.values()):
-            raise UserError(f"{path} is damaged; delete it and what it is about, {path.parent}")
+        try:
+            self.made: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+            whole = all(isinstance(each["asked"], str) and isinstance(each["of"], dict) and each["seconds"] >= 0
+                        for each in self.made.values())
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}, which says what each result was made by, is damaged; restore it, or move "
+                            f"{path.parent} away to start over")
 
     def differs(self, step: Step) -> str | None:
         """How what was asked for a step's result differs from what the step asks, in words; None if it does not."""
         made = self.made.get(step.name)
-        if made is None or "asked" not in made:
+        if made is None:
             return "by nobody knows what"
         if made["asked"] != step.asked:
             return "by another command"
@@ -85,12 +103,14 @@ class Ledger:
         how = self.differs(step)
         if how:
             return how
+        if not step.done:
+            return "and has lost a file since"
         for need in step.needs:
-            if not need.result.exists() or not (need.product or need.result).exists():
+            if not need.done:
                 return f"of {need.name}, which is gone"
             if self.otherwise(need):
                 return f"of {need.name}, which was made otherwise"
-            if self.made[step.name].get("of", {}).get(need.name) != need.digest():
+            if self.made[step.name]["of"].get(need.name) != need.digest():
                 return f"of another {need.name}"
         return None
 
@@ -103,7 +123,7 @@ class Ledger:
         found = {step: how for step in steps if (how := self.otherwise(step))}
         if found:
             first, how = next(iter(found.items()))
-            old = " ".join(shlex.quote(str(step.result.parent if step.config else step.result)) for step in found)
+            old = " ".join(shlex.quote(str(step.folder or step.result)) for step in found)
             more = f", and {len(found) - 1} more were made otherwise" if len(found) > 1 else ""
             raise UserError(f"{first.result} was made {how}{more}; delete {old} to make that again")
 
@@ -125,17 +145,6 @@ class Ledger:
         write_json(self._path, self.made)
 
 
-def read_json(path: Path) -> Any:
-    """
-    Raises:
-        UserError: it cannot be read, or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to make it again") from error
-
-
 @dataclass
 class _Running:
     """A command at work."""
@@ -148,14 +157,18 @@ class _Running:
     def note(self, ledger: Ledger, ended: bool = False) -> None:
         seconds = perf_counter() - self.noted
         if ended or seconds > NOTE_SECONDS:
-            ledger.add(self.step, seconds, ended and self.step.result.exists())
+            ledger.add(self.step, seconds, ended and self.step.done)
             self.noted += seconds
 
-    def said(self) -> str:
-        """Why it ended, as far as it said."""
+    def ending(self, code: int) -> str:
+        """How it ended, and why, as far as it said."""
+        if code < 0:
+            return (f"was killed by {signal.Signals(-code).name}, perhaps for lack of memory, against which a smaller "
+                    "--jobs helps")
         lines = self.output.read_bytes()[self.begins_at:].decode(errors="replace").replace("\r", "\n").splitlines()
         lines = [line.strip() for line in lines if line.strip()]
-        return next((line for line in reversed(lines) if "error: " in line), lines[-1] if lines else "it said nothing")
+        why = next((line for line in reversed(lines) if "error: " in line), lines[-1] if lines else "it said nothing")
+        return f"ended with exit code {code}: {why}"
 
 
 def run(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environment: Mapping[str, str],
@@ -174,57 +187,62 @@ def run(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environm
     """
     ledger.check(steps)
     check_writable(output / "commands")
-    waiting = [step for step in steps if not step.result.exists()]
+    waiting = [step for step in steps if not step.done]
     done, total = {step for step in steps if step not in waiting}, len(waiting)
     running: dict[subprocess.Popen, _Running] = {}
     if waiting:
         print(f"{total} of {len(steps)} commands are to be run; what each prints goes to {output}/", flush=True)
-    try:
-        while waiting or running:
-            free = jobs - sum(jobs if each.step.alone else 1 for each in running.values())
-            ready = next((step for step in waiting if done.issuperset(step.needs)), None)
-            if ready and free >= (jobs if ready.alone else 1):
-                waiting.remove(ready)
-                print(f"[{total - len(waiting)} of {total}] {ready}", flush=True)
-                ledger.begin(ready)
-                _start(ready, output / f"{ready.name}.txt", environment, lock, running)
-                continue
-            sleep(LOOK_SECONDS)
-            for process, each in list(running.items()):
-                ended = process.poll() is not None
-                each.note(ledger, ended)
-                if not ended:
+    with interrupt.blocked():  # but for where they are waited for, so that no command is left alone
+        try:
+            while waiting or running:
+                free = jobs - sum(jobs if each.step.alone else 1 for each in running.values())
+                ready = next((step for step in waiting if done.issuperset(step.needs)), None)
+                if ready and free >= (jobs if ready.alone else 1):
+                    waiting.remove(ready)
+                    print(f"[{total - len(waiting)} of {total}] {ready}", flush=True)
+                    ledger.begin(ready)
+                    process, each = _start(ready, output / f"{ready.name}.txt", environment, lock)
+                    running[process] = each
                     continue
-                del running[process]
-                if process.returncode or not each.step.result.exists():
-                    raise UserError(f"{each.step} ended with exit code {process.returncode}: {each.said()} (all of it "
-                                    f"in {each.output}); the same command goes on once that is mended")
-                done.add(each.step)
-                print(f"    {each.step.name} done in {duration(ledger.made[each.step.name]['seconds'])}", flush=True)
-                ledger.check([step for step in steps if each.step in step.needs])
-    finally:
-        _stop(running)
-        for each in running.values():
-            each.note(ledger, ended=True)
+                assert running, f"{waiting[0].name} needs what no step makes"
+                number = _signal_within(LOOK_SECONDS)
+                if number is not None:
+                    raise interrupt.Stopped(number)
+                for process, each in list(running.items()):
+                    ended = process.poll() is not None
+                    each.note(ledger, ended)
+                    if not ended:
+                        continue
+                    del running[process]
+                    if process.returncode or not each.step.done:
+                        raise UserError(f"{each.step} {each.ending(process.returncode)} (all of it in {each.output}); "
+                                        "the same command goes on once that is mended")
+                    done.add(each.step)
+                    took = duration(ledger.made[each.step.name]["seconds"])
+                    print(f"    {each.step.name} done in {took}", flush=True)
+                    ledger.check([step for step in steps if each.step in step.needs])
+        finally:
+            for process in running:
+                process.terminate()
+            while any(process.poll() is None for process in running):
+                if _signal_within(LOOK_SECONDS) is not None:
+                    for process in running:
+                        process.terminate()
+            for each in running.values():
+                each.note(ledger, ended=True)
 
 
-def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextIO,
-           running: dict[subprocess.Popen, _Running]) -> None:
-    with interrupt.blocked(), open(output, "ab") as file:  # so that none is started that is not stopped
+def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextIO) -> tuple[subprocess.Popen, _Running]:
+    with open(output, "ab") as file:
         # A session of its own, so that a terminal's Ctrl-C reaches it once, from here.
         process = subprocess.Popen(step.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                                    env=environment, start_new_session=True, pass_fds=(lock.fileno(),),
                                    preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, interrupt.SIGNALS))
-        running[process] = _Running(step, output, file.tell(), perf_counter())
+        return process, _Running(step, output, file.tell(), perf_counter())
 
 
-def _stop(running: Mapping[subprocess.Popen, _Running]) -> None:
-    """Ends the commands that still run, and waits for them."""
-    for process in running:
-        process.terminate()
-    while any(process.poll() is None for process in running):
-        try:
-            sleep(LOOK_SECONDS)
-        except interrupt.Stopped:
-            for process in running:
-                process.terminate()
+def _signal_within(seconds: float) -> int | None:
+    """The signal that comes meanwhile, of those that are blocked and not ignored."""
+    heeded = [each for each in interrupt.SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    found = signal.sigtimedwait(heeded, seconds)
+    return found and found.si_signo
