@@ -154,7 +154,7 @@ class Plan:
                 for name, (first, end) in form.windows.items()}
             self.tables[f"the difficulty window, {ipc} a class"] = list(self.windows[ipc].values())
         self.tables[f"single ideas, {at} a class"] = [
-            self._distilled(says, at, name, *options, experts=experts, seeds=form.seeds)
+            self._distilled(says, at, name, *options, experts=experts, seeds=form.seeds if experts != "FTD_2" else (0,))
             for says, name, options, experts in (
                 (METHODS["exact"], "exact", (), "FTD"),
                 ("TESLA's gradient", "tesla", ("--matching=tesla",), "FTD"),
