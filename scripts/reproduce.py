@@ -412,21 +412,20 @@ def _percent(mean: float | None, std: float | None) -> str:
 
 
 def gather(plan: Plan, results: Results) -> None:
-    """Puts what the runs recorded beside the results: metrics, what the run ended with, sets and pictures of the main
-    rows, and the experts' manifests and accuracies."""
+    """Puts what the runs recorded beside the results: metrics, what the run ended with, pictures of the exact gradient's
+    sets, and the experts' manifests and accuracies."""
     def copy(source: Path, name: str) -> None:
         if source.exists():
             with atomic_write(results.folder / name) as aside:
                 aside.write_bytes(source.read_bytes())
 
-    shown_sets = {row.made_by[0] for rows in plan.main.values() for row in [rows["exact"]]}
+    pictured = {row.made_by[0] for rows in plan.main.values() for row in [rows["exact"]]}
     for row in plan.rows:
         for step, evaluation in zip(row.made_by, row.evaluations):
             if results.of(evaluation) is not None:
                 copy(step.result.parent / "metrics.jsonl", f"{step.name}.metrics.jsonl")
                 copy(step.result, f"{step.name}.run.json")
-                if step in shown_sets:
-                    copy(step.products[0], f"{step.name}.safetensors")
+                if step in pictured:
                     copy(step.result.parent / "images.png", f"{step.name}.png")
     for kind, step in plan.experts.items():
         if results.of(plan.looks[kind]) is not None:

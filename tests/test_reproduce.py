@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.distilled_set import DistilledSet
 from scripts.reproduce import FULL, SMALL, Plan, Results, race, windows, write_tables
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, parse
 from utils.errors import UserError
@@ -114,7 +113,6 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     assert f"| {means.mean():.2f} ± {means.std():.2f} | 2 sets × 2 |" in tables
     assert sum("start_epoch" in line for line in
                (results / "ipc1_window_early.metrics.jsonl").read_text().splitlines()) == 3
-    assert DistilledSet.load(results / "ipc2_exact.safetensors").images.shape == (20, 1, 28, 28)
     assert {path.name for path in results.glob("*.png")} == {"accuracy.png", "windows.png", "gradients.png",
                                                              "ipc2_exact.png"}
 

@@ -168,7 +168,7 @@ def save_races(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]
         axes.set(title=title, xlabel="minutes")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    rows[0][0].set_ylabel("accuracy on held-out images, %")
+    rows[0][0].set_ylabel("accuracy on held-out images, one network, %", fontsize=8)
     _save(figure, path)
 
 
