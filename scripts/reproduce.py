@@ -412,8 +412,8 @@ def _percent(mean: float | None, std: float | None) -> str:
 
 
 def gather(plan: Plan, results: Results) -> None:
-    """Puts what the runs recorded beside the results: metrics, what the run ended with, pictures of the exact gradient's
-    sets, and the experts' manifests and accuracies."""
+    """Puts what the runs recorded beside the results: metrics, what the run ended with, pictures of the main sets, and
+    the experts' manifests and accuracies."""
     def copy(source: Path, name: str) -> None:
         if source.exists():
             with atomic_write(results.folder / name) as aside:
