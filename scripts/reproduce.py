@@ -71,11 +71,12 @@ class Form:
     seeds: tuple[int, ...]  # of the distillations there
     cross: int  # the images per class of the cross-architecture table
     cross_lr: dict[str, float]  # networks there that are tested at another rate than the learned one too
+    cross_random_lr: float  # of random images there
     networks: int  # of each evaluation
     epoch_eval: dict[int, int]  # epochs of an evaluation, by images per class
     whole_epochs: int
     whole_lr: float
-    random_lr: dict[int, float]  # of real images: the best of random_lrs on the held-out ones, which a table shows
+    random_lr: float  # of real images; a table shows what random_lrs reach on the held-out ones
     random_lrs: tuple[float, ...]
     backend: str  # of the experts; the configs have their own
     threads: int | None  # of each command; the bits depend on it
@@ -92,9 +93,8 @@ class Form:
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
     windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
-    cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, networks=5, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
-    whole_lr=0.01, random_lr={1: 0.01, 10: 0.03, 50: 0.01}, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="compile",
-    threads=1, tried=(
+    cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, cross_random_lr=0.01, networks=5, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
+    whole_lr=0.01, random_lr=0.03, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="compile", threads=1, tried=(
         ("the middle window at 1 a class without the threshold", 1, "window_middle_no_threshold",
          ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf")),
         ("the same from a smaller α", 1, "window_middle_unskipped",
@@ -105,9 +105,8 @@ SMALL = Form(
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
-    cross_lr={}, networks=5, epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, whole_lr=0.01,
-    random_lr={1: 0.01, 10: 0.01, 50: 0.01}, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="auto", threads=None,
-    tried=())
+    cross_lr={}, cross_random_lr=0.01, networks=5, epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, whole_lr=0.01,
+    random_lr=0.01, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="auto", threads=None, tried=())
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Plan:
             self.main[ipc] = {
                 "random": self._baseline(METHODS["random"], f"ipc{ipc}_random", ipc),
                 "expert_labels": self._distilled(METHODS["expert_labels"], ipc, "expert_labels", "--Iteration=0",
-                                                 f"--lr_teacher={form.random_lr[ipc]:g}", seeds=range(DRAWS)),
+                                                 f"--lr_teacher={form.random_lr:g}", seeds=range(DRAWS)),
                 "tesla": self._distilled(METHODS["tesla"], ipc, "tesla", "--matching=tesla"),
                 "exact": self._distilled(METHODS["exact"], ipc, "exact")}
             self.tables[_images(ipc)] = list(self.main[ipc].values())
@@ -168,8 +167,9 @@ class Plan:
                                                            for says, ipc, name, options in form.tried]
         (exact,) = self.main[cross]["exact"].made_by
         self.tables[f"other networks, {cross} a class"] = [
-            self._baseline(METHODS["random"], f"ipc{cross}_random_networks", cross, "--eval_mode=M"),
-            self._baseline(METHODS["random"], f"ipc{cross}_random_mlp", cross, "--model=MLP"),
+            self._baseline(METHODS["random"], f"ipc{cross}_random_networks", cross, "--eval_mode=M",
+                           lr=form.cross_random_lr),
+            self._baseline(METHODS["random"], f"ipc{cross}_random_mlp", cross, "--model=MLP", lr=form.cross_random_lr),
             self._tested(METHODS["exact"], f"ipc{cross}_exact_networks", cross, [exact], "--eval_mode=M"),
             self._tested(METHODS["exact"], f"ipc{cross}_exact_mlp", cross, [exact], "--model=MLP"),
             *(self._tested(f"{METHODS['exact']}, α {lr:g} instead of the learned one",
@@ -249,7 +249,7 @@ class Plan:
                   networks: int | None = None) -> Row:
         if ipc is not None:
             options = (*options, f"--epoch_eval_train={self.form.epoch_eval[ipc]}",
-                       f"--lr_teacher={lr or self.form.random_lr[ipc]:g}", "--batch_train=128")
+                       f"--lr_teacher={lr or self.form.random_lr:g}", "--batch_train=128")
         return Row(says, name, (self._evaluation("baseline", name, f"--ipc={ipc}", *options, networks=networks),))
 
     def _evaluation(self, program: str, name: str, *options: str, networks: int | None,

@@ -29,8 +29,8 @@ root = Path(sys.argv.pop(1))
 reproduce.SMALL = reproduce.Form(
     root / "out", "MiniFashion", "ConvNetD1W4", str(root), experts=2, epochs=3,
     windows={"early": (0, 1), "late": (1, 2)}, windows_at=(1, 2), at=2, seeds=(0, 1), cross=1,
-    cross_lr={"MLP": 0.02}, networks=2, epoch_eval={1: 2, 2: 2}, whole_epochs=1, whole_lr=0.01,
-    random_lr={1: 0.01, 2: 0.02}, random_lrs=(0.01,), backend="auto", threads=1, tried=())
+    cross_lr={"MLP": 0.02}, cross_random_lr=0.03, networks=2, epoch_eval={1: 2, 2: 2}, whole_epochs=1, whole_lr=0.01,
+    random_lr=0.01, random_lrs=(0.01,), backend="auto", threads=1, tried=())
 reproduce.entry(reproduce.main)
 """
 
