@@ -93,8 +93,9 @@ class Form:
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
     windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
-    cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, cross_random_lr=0.01, networks=5, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8,
-    whole_lr=0.01, random_lr=0.03, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="compile", threads=1, tried=(
+    cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, cross_random_lr=0.01, networks=5,
+    epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, whole_lr=0.01, random_lr=0.03,
+    random_lrs=(0.003, 0.01, 0.03, 0.1), backend="compile", threads=1, tried=(
         ("the middle window at 1 a class without the threshold", 1, "window_middle_no_threshold",
          ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf")),
         ("the same from a smaller α", 1, "window_middle_unskipped",
@@ -105,8 +106,8 @@ SMALL = Form(
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
-    cross_lr={}, cross_random_lr=0.01, networks=5, epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, whole_lr=0.01,
-    random_lr=0.01, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="auto", threads=None, tried=())
+    cross_lr={}, cross_random_lr=0.01, networks=5, epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
+    whole_lr=0.01, random_lr=0.01, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="auto", threads=None, tried=())
 
 
 @dataclass(frozen=True)
