@@ -282,6 +282,14 @@ class Plan:
         return rows, [step for step in self.steps if step in steps]
 
 
+def in_order(steps: Sequence[Step]) -> list[Step]:
+    """So that each comes after those it needs."""
+    found: dict[Step, None] = {}
+    while len(found) < len(steps):
+        found |= dict.fromkeys(step for step in steps if all(need in found for need in step.needs))
+    return list(found)
+
+
 def _images(ipc: int) -> str:
     return f"{ipc} images a class" if ipc > 1 else "1 image a class"
 
@@ -337,9 +345,11 @@ class Results:
         return next((found for found in self._found.values() if "environment" in found), None)
 
     def cell(self, row: Row, network: str | None = None) -> Cell | None:
-        """Of the network of that name, or of the first."""
+        """Of the network of that name, or of the first; None until all its sets are tested."""
         scores = []
-        for found in filter(None, map(self.of, row.evaluations)):
+        if not all(map(self.of, row.evaluations)):
+            return None
+        for found in map(self.of, row.evaluations):
             scores += [Score(score["network"], score["accuracies"]) for score in found["scores"]
                        if network in (None, score["network"])][:1]
         if len(scores) < 2:
@@ -428,11 +438,15 @@ def gather(plan: Plan, results: Results) -> None:
                 copy(step.result, f"{step.name}.run.json")
                 if step in pictured:
                     copy(step.result.parent / "images.png", f"{step.name}.png")
+    untimed = {step.name for step in plan.experts.values()}
     for kind, step in plan.experts.items():
         if results.of(plan.looks[kind]) is not None:
             copy(step.products[-1], f"experts_{kind}.yaml")
             copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
-    write_json(results.folder / "commands.json", results.ledger.made)
+    # The results have their own times; the experts have not.
+    made = {name: {key: value for key, value in each.items() if key != "seconds" or name in untimed}
+            for name, each in results.ledger.made.items()}
+    write_json(results.folder / "commands.json", made)
 
 
 # --- tables and plots ------------------------------------------------------------------------------------------
@@ -442,12 +456,14 @@ def write_tables(plan: Plan, results: Results) -> None:
     """`tables.md`: the accuracies that are there, each with what made it."""
     form, about = plan.form, results.any()
     lines = [f"# {form.dataset}, {form.model}, {form.experts} experts of {form.epochs} epochs", "",
-             "Accuracy on the test images, %: mean ± standard deviation (the population's) over the networks that are "
-             "trained on a set, or, of several sets, over the sets. `--seed 0` where a command gives no other. Each "
-             "random row's networks have random images of their own."]
+             "Accuracy, %, on the test images where a table does not say otherwise: mean ± standard deviation (the "
+             "population's) over the networks that are trained on a set, or, of several sets, over the sets. `--seed "
+             "0` where a command gives no other. Each random row's networks have random images of their own. Of several "
+             "sets the first one's command and times are shown; `reproduce.sh --list --only ROW` prints all of a row."]
     if about:
-        lines[-1] += (f" {about['environment']['device']} for each command, torch {about['environment']['torch']}, "
-                      f"{about['environment']['date']}.")
+        threads = f"`OMP_NUM_THREADS={form.threads}`, " if form.threads else ""
+        about = about["environment"]
+        lines[-1] += f" Each command: {threads}{about['device']}, torch {about['torch']}, {about['date']}."
     lines += ["", *_main_table(plan, results)]
     for title, rows in plan.tables.items():
         networks = results.networks(rows)
@@ -474,7 +490,7 @@ def write_tables(plan: Plan, results: Results) -> None:
         lines.append(f"| experts_{kind} | {RHO[kind]:g} | {' | '.join(cells)} | "
                      f"{duration(seconds) if seconds else '–'} | `{step}` |")
     tested = plan.main[form.at]["exact"].evaluations[0]
-    lines += ["", "## Evaluations", "", "Each distilled set is tested as", "", "```", str(tested), "```", ""]
+    lines += ["", "## Evaluations", "", "A distilled set is tested like this one:", "", "```", str(tested), "```", ""]
     write_text(results.folder / "tables.md", "\n".join(lines))
 
 
@@ -506,14 +522,14 @@ def write_plots(plan: Plan, results: Results) -> None:
 
 
 def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, float, bool]]:
-    """By window: its start epochs in words, mean and deviation, %, and whether any update was made."""
+    """By window: its start epochs in words, mean and deviation, %, and whether most updates were made."""
     found = []
     for name, row in plan.windows[ipc].items():
         first, end = plan.form.windows[name]
         cell, updates = results.cell(row), results.updates(row)
         if cell:
             found.append((f"{first} – {end - 1}", 100 * cell.score.mean, 100 * cell.score.std,
-                          not updates or updates[0] < updates[1]))
+                          not updates or 2 * updates[0] < updates[1]))
     return found
 
 
@@ -548,10 +564,13 @@ def main() -> None:
     plan = Plan(form, jobs)
     rows, steps = plan.wanted(options.only or ["*"])
     if options.list:
-        print("\n".join(map(str, steps)))
+        threads = f"OMP_NUM_THREADS={form.threads} " if form.threads else ""
+        print("\n".join(f"{threads}{step}" for step in in_order(steps)))
         return
-    if options.tables and not (folder or form.root / "results").is_dir():
-        raise UserError(f"{folder or form.root / 'results'} is no folder of results; leave out --tables to make them")
+    made = (folder or form.root) / "commands.json"
+    if options.tables and not made.is_file():
+        raise UserError(f"{shown(made.parent)} holds no results (no {made.name}); give another folder, or leave out "
+                        "--tables to make them")
     if folder:
         report(plan, rows, Results(plan, folder))
         return

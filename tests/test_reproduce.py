@@ -178,8 +178,8 @@ def test_experts_are_compared_and_a_rate_is_given_to_another_network(tiny, tmp_p
 
 def test_odd_options(tiny, tmp_path):
     for options, words in ((("--only=ipc7*",), "no row fits; the rows are ipc"), (("--jobs=0",), "--jobs 0"),
-                           (("--results", "x"), "--tables"), (("--tables", "--results", "nowhere"), "no folder"),
-                           (("--tables",), "no folder"), (("--tables", "--list"), "not allowed with"),
+                           (("--results", "x"), "--tables"), (("--tables", "--results", "nowhere"), "holds no results"),
+                           (("--tables",), "holds no results"), (("--tables", "--list"), "not allowed with"),
                            (("--jobs=x",), "--jobs"), (("--unknown",), "--unknown")):
         done = subprocess.run(**tiny(*options), capture_output=True, timeout=60)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,9 +185,10 @@ def test_what_outlives_a_killed_script_keeps_the_next_one_out(folder):
     process = started(folder, "waits1")
     process.kill()
     process.communicate()
-    with pytest.raises(UserError, match="end it"):
+    with pytest.raises(UserError, match="end it") as refused:
         run_all(folder, worker(folder, "slow", "waits1"))
-    subprocess.run(["pkill", "-TERM", "-f", str(folder / "worker.py")], check=True)
+    left = re.search(rf"process {process.pid} on .*, which started (\d+)\)", str(refused.value))
+    os.kill(int(left[1]), signal.SIGTERM)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:

@@ -137,7 +137,7 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, boo
     """A PNG of what difficulty windows are worth, a panel for each number of images.
 
     Args:
-        panels: title → (window in words, mean, standard deviation, %, whether any update was made).
+        panels: title → (window in words, mean, standard deviation, %, whether most updates were made).
     """
     figure, rows = _pyplot().subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained",
                                       squeeze=False, sharey=True)
@@ -147,7 +147,7 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, boo
         axes.set_xticks(range(len(points)), [name for name, *_ in points])
         axes.set(title=title, xlabel="start epochs", xlim=(-0.5, max(len(points), 1) - 0.5))
         if not all(updated for *_, updated in points):
-            axes.plot([], [], "o", color="C0", mfc="white", label="no update was made")
+            axes.plot([], [], "o", color="C0", mfc="white", label="most updates skipped")
             axes.legend(fontsize=8)
     rows[0][0].set_ylabel("test accuracy, %")
     _save(figure, path)

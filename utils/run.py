@@ -469,7 +469,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read or is damaged ({error}); restore it, or make it again") from error
+        raise UserError(f"{path} cannot be read or is damaged ({error}); restore it, or delete it, to make it again"
+                        ) from error
 
 
 def finite(value: float) -> float | None:

@@ -1,10 +1,12 @@
 """Commands that make files from each other's files: each run once, several at a time, going on where it was stopped."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +78,7 @@ class Ledger:
         self._path = path
         try:
             self.made: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-            whole = all(isinstance(each["asked"], str) and isinstance(each["of"], dict) and each["seconds"] >= 0
+            whole = all(isinstance(each["asked"], str) and isinstance(each["of"], dict) and each.get("seconds", 0) >= 0
                         for each in self.made.values())
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
             whole = False
@@ -203,6 +205,7 @@ def run(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environm
                     ledger.begin(ready)
                     process, each = _start(ready, output / f"{ready.name}.txt", environment, lock)
                     running[process] = each
+                    _name(lock, running)
                     continue
                 assert running, f"{waiting[0].name} needs what no step makes"
                 number = _signal_within(LOOK_SECONDS)
@@ -214,6 +217,7 @@ def run(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environm
                     if not ended:
                         continue
                     del running[process]
+                    _name(lock, running)
                     if process.returncode or not each.step.done:
                         raise UserError(f"{each.step} {each.ending(process.returncode)} (all of it in {each.output}); "
                                         "the same command goes on once that is mended")
@@ -239,6 +243,15 @@ def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextI
                                    env=environment, start_new_session=True, pass_fds=(lock.fileno(),),
                                    preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, interrupt.SIGNALS))
         return process, _Running(step, output, file.tell(), perf_counter())
+
+
+def _name(lock: TextIO, running: Mapping[subprocess.Popen, _Running]) -> None:
+    """Who keeps the folder locked, for the message to whoever comes second: this process may be killed before those."""
+    started = ", ".join(str(process.pid) for process in running)
+    with contextlib.suppress(OSError):
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}{', which started ' * bool(started)}{started}")
+        lock.flush()
 
 
 def _signal_within(seconds: float) -> int | None:
