@@ -458,8 +458,8 @@ def write_tables(plan: Plan, results: Results) -> None:
     lines = [f"# {form.dataset}, {form.model}, {form.experts} experts of {form.epochs} epochs", "",
              "Accuracy, %, on the test images where a table does not say otherwise: mean ± standard deviation (the "
              "population's) over the networks that are trained on a set, or, of several sets, over the sets. `--seed "
-             "0` where a command gives no other. Each random row's networks have random images of their own. Of several "
-             "sets the first one's command and times are shown; `reproduce.sh --list --only ROW` prints all of a row."]
+             "0` where a command gives no other. Each random row's networks have random images of their own. Of "
+             "several sets the first one's command and times are shown; `reproduce.sh --list --only ROW` prints all."]
     if about:
         threads = f"`OMP_NUM_THREADS={form.threads}`, " if form.threads else ""
         about = about["environment"]
