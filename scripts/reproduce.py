@@ -157,7 +157,7 @@ class Plan:
             self._distilled(says, at, name, *options, experts=experts, seeds=form.seeds if experts != "FTD_2" else (0,))
             for says, name, options, experts in (
                 (METHODS["exact"], "exact", (), "FTD"),
-                ("TESLA's gradient", "tesla", ("--matching=tesla",), "FTD"),
+                (METHODS["tesla"], "tesla", ("--matching=tesla",), "FTD"),
                 ("the whole window from the beginning", "no_expansion", ("--Sequential_Generation=False",), "FTD"),
                 ("soft labels that are not learned", "soft_labels", ("--labels=soft",), "FTD"),
                 ("hard labels", "hard_labels", ("--labels=hard",), "FTD"),
@@ -602,7 +602,8 @@ def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
     for row in rows:
         for network in results.networks([row]):
             cell = results.cell(row, network)
-            print(f"{row.name:{width}}  {network}: {cell} % ({cell.count})")
+            said = f"{cell} % ({cell.count})" if cell else "not all of its sets are tested"
+            print(f"{row.name:{width}}  {network}: {said}")
     for name, how in results.others.items():
         print(f"note: {name} is left out: it was made {how}", file=sys.stderr)
     print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, gradients.png, a JSON file for each row")

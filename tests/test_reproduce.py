@@ -141,6 +141,10 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
                            timeout=120)
     assert there.returncode == 0 and "ipc1_window_early_tested is left out" in there.stderr
     assert row in (elsewhere / "tables.md").read_text() and "ipc1_window_early" not in there.stdout
+    (elsewhere / "ipc2_exact_seed_1.json").unlink()  # one of the two sets of a row
+    fewer = subprocess.run(**tiny("--tables", "--results", str(elsewhere), "--only", "ipc2_exact"), capture_output=True,
+                           timeout=120)
+    assert fewer.returncode == 0 and "ipc2_exact  ConvNetD1W4: not all of its sets are tested" in fewer.stdout
     (elsewhere / "ipc1_window_late.json").write_text('{"scores": [{}]}')
     damaged = subprocess.run(**tiny("--tables", "--results", str(elsewhere)), capture_output=True, timeout=120)
     assert damaged.returncode == 2 and "ipc1_window_late.json is damaged" in damaged.stderr

@@ -53,8 +53,8 @@ class Step:
 
     def digest(self) -> str:
         """Of what it made."""
-        found = [_digest(path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
-                 for path in self.products or (self.result,)]
+        stats = ((path, os.stat(path)) for path in self.products or (self.result,))
+        found = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
