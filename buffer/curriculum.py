@@ -16,7 +16,8 @@ from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.files import load, save
 from utils.losses import cross_entropy
-from utils.networks import has_batch_norm, network_for
+from utils.networks import has_batch_norm
+from utils.program.prepare import network_for
 from utils.progress import Progress
 from utils.run import generator, seeded
 from utils.zca import cache_folder

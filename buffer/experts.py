@@ -25,13 +25,14 @@ from buffer.trajectories import (
 )
 from utils import augment, commands, files, interrupt, parallel
 from utils.config import BufferConfig
-from utils.datasets import Dataset, check_dataset_name, load_configured
+from utils.datasets import Dataset, check_dataset_name
 from utils.engine import GRADIENT_ALONE, describe_engine
 from utils.errors import UserError
 from utils.memory import available
 from utils.metrics import accuracy, count_correct
-from utils.networks import check_network_name, network_for
+from utils.networks import check_network_name
 from utils.parameters import FlatModel
+from utils.program.prepare import load_configured, network_for
 from utils.progress import Progress, note, wrapped
 from utils.run import (
     announce,

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from distill.distilled_set import DistilledSet, checked_set, class_indices, read_set
 from utils import augment, parallel
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
-from utils.datasets import Dataset, check_dataset_name, load_configured
+from utils.datasets import Dataset, check_dataset_name
 from utils.engine import GRADIENT_ALONE, describe_engine, seconds_uncompiled
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.metrics import accuracy, percent
-from utils.networks import check_network_name, evaluation_pool, network_for
+from utils.networks import check_network_name, evaluation_pool
 from utils.parallel import in_processes
 from utils.parameters import FlatModel
+from utils.program.prepare import load_configured, network_for
 from utils.progress import Progress
 from utils.run import (
     Drawer,

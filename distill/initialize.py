@@ -14,8 +14,9 @@ from distill.distilled_set import DistilledSet
 from utils.config import DistillConfig
 from utils.datasets import Dataset
 from utils.errors import UserError
-from utils.networks import has_batch_norm, network_for
+from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
+from utils.program.prepare import network_for
 from utils.run import generator
 
 WALK = 256  # images of a class that are judged at a time

@@ -19,16 +19,18 @@ from distill.evaluate import Known, Score, check_evaluation, check_pool, digest,
 from distill.initialize import check_ipc, expert_logits, initial_set
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
 from distill.schedule import start_epoch_bound
+from distill.shared_model import SharedModel
 from utils import augment, commands, figures, interrupt, parallel, record, report
 from utils.config import DistillConfig, as_dict
-from utils.datasets import Dataset, load_configured
+from utils.datasets import Dataset
 from utils.engine import activation_bytes, describe_engine
 from utils.errors import UserError
 from utils.files import write_text
 from utils.memory import available
 from utils.metrics import percent
-from utils.networks import has_batch_norm, network_for
+from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
+from utils.program.prepare import load_configured, network_for
 from utils.progress import Progress, note, wrapped
 from utils.run import (
     RunFolder,
@@ -132,9 +134,9 @@ class Distillation:
                                             "momentum": config.Momentum_y})
 
     @property
-    def model(self) -> FlatModel | parallel.SharedModel:
+    def model(self) -> FlatModel | SharedModel:
         """The student."""
-        return self.buffer.model if parallel.size() == 1 else parallel.SharedModel(self.buffer.model)
+        return self.buffer.model if parallel.size() == 1 else SharedModel(self.buffer.model)
 
     def step(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns what to record of it.

@@ -11,10 +11,10 @@ from distill.evaluate import check_evaluation, check_pool, evaluate_and_report
 from distill.initialize import expert_labels, random_real
 from utils import parallel
 from utils.config import BaselineConfig
-from utils.datasets import Dataset, load_configured
+from utils.datasets import Dataset
 from utils.errors import UserError
-from utils.networks import network_for
 from utils.parameters import FlatModel
+from utils.program.prepare import load_configured, network_for
 from utils.run import generator, spread, start_device
 
 

@@ -25,9 +25,9 @@ from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.datasets import load_dataset
 from utils.errors import UserError
 from utils.metrics import accuracy
-from utils.networks import network_for
 from utils.parallel import in_processes
 from utils.parameters import FlatModel
+from utils.program.prepare import network_for
 from utils.run import drawer
 
 

@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.config import DataConfig
 from utils.errors import UserError, unknown_name
 from utils.files import REPOSITORY, load
 from utils.memory import available
@@ -217,12 +216,6 @@ def check_dataset_name(name: str) -> None:
     """
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
-
-
-def load_configured(config: DataConfig, device: torch.device) -> Dataset:
-    """The dataset that a program's config names, on the device."""
-    return load_dataset(config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
-                        val_fraction=config.val_fraction, device=device)
 
 
 def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from utils.datasets import Dataset
 from utils.errors import UserError, unknown_name
 
 LEAK = 0.01  # slope of leaky ReLU below zero
@@ -337,11 +336,6 @@ def check_network_name(name: str) -> None:
     """
     if name.removesuffix("_Tiny") not in CLASSICS:
         ConvNetPlan.parse(name)
-
-
-def network_for(name: str, dataset: Dataset) -> nn.Module:
-    """The named network for a dataset's images and classes."""
-    return build_network(name, dataset.channels, dataset.num_classes, dataset.image_size)
 
 
 def evaluation_pool(mode: str, model: str) -> list[str]:

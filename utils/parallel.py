@@ -3,7 +3,7 @@
 Every rank runs the same program on the same data. What they share is as small as can be: experts are taken from one
 queue (`buffer/experts.py`); networks of an evaluation are dealt out (`deal`, `gather`); of a distillation each rank
 owns the synthetic images whose index is its own modulo the number of ranks, and only vectors as long as θ are summed
-(`SharedModel`, `own_rows`). Without torchrun there is one rank, and all of this does nothing.
+(`distill.shared_model`, `own_rows`). Without torchrun there is one rank, and all of this does nothing.
 """
 
 import datetime
@@ -27,9 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils import interrupt
-from utils.engine import Adjoint
 from utils.errors import UserError
-from utils.parameters import FlatModel
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -157,42 +155,6 @@ def merge_rows(tensor: Tensor) -> None:
         mine = own_rows(torch.arange(len(tensor), device=tensor.device))
         tensor[~mine] = 0
         sum_(tensor)
-
-
-class SharedModel:
-    """A `FlatModel` whose batches are spread over the ranks: each gives its own samples and gets the whole's gradient.
-
-    A rank without samples in a batch gives an empty one. One vector of P + 2 numbers is summed for each call; images
-    and labels stay where they are.
-    """
-
-    def __init__(self, model: FlatModel) -> None:
-        self.model = model
-
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As `FlatModel.gradient`; the logits are those of this rank's samples, None without any."""
-        loss, logits, of_theta = self.model.gradient(theta, x, y) if len(x) else (theta.new_zeros(()), None, 0 * theta)
-        loss, of_theta, _ = self._mean(len(x), loss, of_theta)
-        return loss, logits, of_theta
-
-    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
-        """As `FlatModel.adjoint`; the gradients of the whole batch's s in x and y are those of this rank's samples."""
-        if len(x):
-            here = self.model.adjoint(theta, co_state, x, y)
-        else:
-            of_labels = torch.zeros_like(y) if y.is_floating_point() else None
-            here = Adjoint(theta.new_zeros(()), 0 * theta, torch.zeros_like(x), of_labels)
-        s, of_theta, samples = self._mean(len(x), here.s, here.theta)
-        share = len(x) / samples
-        return Adjoint(s, of_theta, here.images * share, None if here.labels is None else here.labels * share)
-
-    @staticmethod
-    def _mean(samples: int, scalar: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Means over the batches of all ranks, weighted by their samples, and how many those are together."""
-        weighted = torch.cat([vector * samples, (scalar * samples).reshape(1), vector.new_full((1,), samples)])
-        sum_(weighted)
-        total = weighted[-1]
-        return weighted[-2] / total, weighted[:-2] / total, total
 
 
 def launch(processes: int) -> NoReturn:

@@ -1,0 +1,44 @@
+"""A model whose batches are spread over ranks, each of which owns some of the synthetic images."""
+
+import torch
+from torch import Tensor
+
+from utils.engine import Adjoint
+from utils.parallel import sum_
+from utils.parameters import FlatModel
+
+
+class SharedModel:
+    """A `FlatModel` whose batches are spread over the ranks: each gives its own samples and gets the whole's gradient.
+
+    A rank without samples in a batch gives an empty one. One vector of P + 2 numbers is summed for each call; images
+    and labels stay where they are.
+    """
+
+    def __init__(self, model: FlatModel) -> None:
+        self.model = model
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `FlatModel.gradient`; the logits are those of this rank's samples, None without any."""
+        loss, logits, of_theta = self.model.gradient(theta, x, y) if len(x) else (theta.new_zeros(()), None, 0 * theta)
+        loss, of_theta, _ = self._mean(len(x), loss, of_theta)
+        return loss, logits, of_theta
+
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+        """As `FlatModel.adjoint`; the gradients of the whole batch's s in x and y are those of this rank's samples."""
+        if len(x):
+            here = self.model.adjoint(theta, co_state, x, y)
+        else:
+            of_labels = torch.zeros_like(y) if y.is_floating_point() else None
+            here = Adjoint(theta.new_zeros(()), 0 * theta, torch.zeros_like(x), of_labels)
+        s, of_theta, samples = self._mean(len(x), here.s, here.theta)
+        share = len(x) / samples
+        return Adjoint(s, of_theta, here.images * share, None if here.labels is None else here.labels * share)
+
+    @staticmethod
+    def _mean(samples: int, scalar: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means over the batches of all ranks, weighted by their samples, and how many those are together."""
+        weighted = torch.cat([vector * samples, (scalar * samples).reshape(1), vector.new_full((1,), samples)])
+        sum_(weighted)
+        total = weighted[-1]
+        return weighted[-2] / total, weighted[:-2] / total, total

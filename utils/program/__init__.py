@@ -1,0 +1,1 @@
+"""What every program does around its computation; knows nothing of buffer/ or distill/."""
