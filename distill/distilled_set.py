@@ -57,8 +57,12 @@ class DistilledSet(torch.utils.data.Dataset):
     def to(self, device: torch.device | str) -> "DistilledSet":
         return self._each(lambda tensor: tensor.to(device))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What `DistilledSet(**tensors)` makes a set of again, without its space, classes and config."""
+        return {"images": self.images, "labels": self.labels, "lr": self.lr}
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "DistilledSet":
-        return replace(self, images=change(self.images), labels=change(self.labels), lr=change(self.lr))
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
 
     def save(self, folder: Path, tag: str | int, dataset: Dataset) -> None:
         """Writes the published files, on the CPU, and `images_zca_{tag}.pt` (un-whitened) for a whitened dataset."""
@@ -76,7 +80,7 @@ class DistilledSet(torch.utils.data.Dataset):
             config: the options that made the set, as JSON can hold them.
         """
         here = self.detach().to("cpu")
-        tensors = {"images": here.images, "labels": here.labels, "lr": here.lr}
+        tensors = here.tensors()
         if dataset.whitening is not None:
             whitening = dataset.whitening.to("cpu")
             tensors |= {"zca_mean": whitening.mean, "zca_transform": whitening.transform,

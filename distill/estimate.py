@@ -9,13 +9,13 @@ import torch
 
 from distill.evaluate import train_network
 from distill.matching import match_trajectory
+from distill.plan import batch_size, evaluations, networks
 from utils import augment
 from utils.config import DistillConfig
 from utils.datasets import Dataset
-from utils.engine import GRADIENT_ALONE, describe_engine
+from utils.engine import describe_engine
 from utils.memory import peak, reset_peak
 from utils.metrics import accuracy
-from utils.networks import evaluation_pool
 from utils.parameters import FlatModel
 from utils.progress import duration
 from utils.run import describe, drawer, dsa_groups, generator
@@ -81,43 +81,10 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
                                 device)
     state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
     return Estimate(more_seconds / MORE * config.syn_steps, config.Iteration,
-                    _networks(config) * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test),
+                    networks(config) * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test),
                     evaluations(config),
                     captured + more_bytes + (config.syn_steps - MORE) * step_bytes + state,
                     sum(each.nbytes for each in (dataset.train_images, dataset.test_images)))
-
-
-def batch_size(config: DistillConfig, dataset: Dataset) -> int:
-    """Samples of an inner step."""
-    num_images = config.ipc * dataset.num_classes
-    return min(config.batch_syn or num_images, num_images)
-
-
-def is_evaluated(config: DistillConfig, iteration: int) -> bool:
-    """Whether the set is evaluated at this iteration, before its update."""
-    return iteration == config.Iteration or (iteration % config.eval_it == 0
-                                             and not (iteration == 0 and config.skip_first_eva))
-
-
-def evaluations(config: DistillConfig, begin: int = 0) -> int:
-    """How often a run is evaluated, from this iteration on."""
-    return sum(is_evaluated(config, iteration) for iteration in
-               {config.Iteration, *range(-(-begin // config.eval_it) * config.eval_it, config.Iteration,
-                                         config.eval_it)})
-
-
-def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
-    """About how many iterations take as long as an evaluation, by the work that engines count; for a run that has
-    had none yet, as compiling and measuring one would take its time."""
-    samples = (config.epoch_eval_train + 1) * config.ipc * dataset.num_classes
-    tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
-    return (GRADIENT_ALONE * _networks(config) * (samples + tested) /
-            (config.syn_steps * batch_size(config, dataset)))
-
-
-def _networks(config: DistillConfig) -> int:
-    """How many an evaluation trains."""
-    return config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
 
 
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:

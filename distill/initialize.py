@@ -23,7 +23,7 @@ WALK = 256  # images of a class that are judged at a time
 
 
 def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:
-    """The set that a distillation starts from, on the dataset's device, and notes on what had to be mended.
+    """The set that a distillation starts from, on the CPU, and notes on what had to be mended.
 
     Images of class c occupy rows c·ipc … (c+1)·ipc − 1.
 
@@ -72,7 +72,7 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
         labels, unknown = expert_labels(model, experts(), images, classes)
         if unknown:
             notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
-    return DistilledSet(images, labels, torch.tensor(config.lr_teacher, device=device)), notes
+    return DistilledSet(images, labels, torch.tensor(config.lr_teacher)).to("cpu"), notes
 
 
 def random_real(dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:

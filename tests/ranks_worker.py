@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.loop import Distillation
 from utils import parallel
 from utils.config import DistillConfig, make
 from utils.networks import build_network
@@ -48,7 +48,10 @@ def main(path: str, images: str, matching: str) -> None:
     config = make(DistillConfig, matching=matching, syn_steps=5, batch_syn=4, max_start_epoch=4, threshold="inf",
                   Sequential_Generation=False, lr_img=10.0, lr_lr=1e-4, ema=True)
     state = Distillation(config, SimpleNamespace(image_size=(8, 8)), MadeUpBuffer(), start)
-    losses = [state.step(iteration)["loss"] for iteration in range(20)]
+    losses = []
+    for iteration in range(20):
+        segment = state.draw(iteration)
+        losses.append(state.learn(iteration, segment, state.match(segment))["loss"])
     state.merge()
     fixed = state.fixed_loss(state.set)
     if parallel.first():

@@ -12,9 +12,9 @@ import yaml
 
 from buffer.experts import train_expert
 from buffer.trajectories import buffer_folder
+from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
 from distill.initialize import expert_labels
-from distill.loop import draw_segment
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
 from utils.datasets import load_dataset
 from utils.files import REPOSITORY

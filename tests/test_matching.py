@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.loop import Distillation
 from distill.matching import METHODS, deep_part, far_part, match_trajectory, matching_loss
 from utils import augment
 from utils.config import DistillConfig, make

@@ -16,9 +16,9 @@ import torch
 from buffer.curriculum import Curriculum, epoch_share, grand_scores
 from buffer.experts import train_expert
 from buffer.gsam import gsam_gradient
+from distill.distillation import Distillation, matched_part
 from distill.distilled_set import DistilledSet
 from distill.evaluate import _devices, evaluate
-from distill.loop import Distillation, matched_part
 from distill.matching import Match
 from utils import augment
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
@@ -46,6 +46,12 @@ def a_match(state, grad_lr=0.0):
     return Match(torch.tensor(0.5), torch.ones_like(state.set.images),
                  torch.ones_like(state.set.labels) if state.set.labels.is_floating_point() else None,
                  torch.tensor(grad_lr))
+
+
+def step(state, iteration):
+    """One iteration; what is recorded of it."""
+    segment = state.draw(iteration)
+    return state.learn(iteration, segment, state.match(segment))
 
 
 # --- --labels ------------------------------------------------------------------------------------------------
@@ -108,13 +114,13 @@ def test_a_rate_that_would_become_negative_is_held_and_a_run_of_them_stops(monke
     monkeypatch.setattr(state, "_walk", lambda iteration: 0)
     monkeypatch.setattr(state, "_ends", lambda segment: (None, None))
     state.buffer = SimpleNamespace(model=None)
-    monkeypatch.setattr("distill.loop.match_trajectory", lambda *arguments: a_match(state, grad_lr=0.2))
-    monkeypatch.setattr("distill.loop.MOST_HELD", 3)
-    record = state.step(0)
+    monkeypatch.setattr("distill.distillation.match_trajectory", lambda *arguments: a_match(state, grad_lr=0.2))
+    monkeypatch.setattr("distill.distillation.MOST_HELD", 3)
+    record = step(state, 0)
     assert record["held"] and record["lr"] == pytest.approx(0.1) and record["updated"]
-    state.step(1)
+    step(state, 1)
     with pytest.raises(UserError, match="3 times in a row.*--lr_lr"):
-        state.step(2)
+        step(state, 2)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -123,10 +129,10 @@ def test_a_loss_that_is_not_finite_updates_nothing(monkeypatch, loss):
     state.buffer = SimpleNamespace(model=None)
     monkeypatch.setattr(state, "_walk", lambda iteration: 0)
     monkeypatch.setattr(state, "_ends", lambda segment: (None, None))
-    monkeypatch.setattr("distill.loop.match_trajectory",
+    monkeypatch.setattr("distill.distillation.match_trajectory",
                         lambda *arguments: a_match(state)._replace(loss=torch.tensor(loss)))
     before = state.set.detach()
-    record = state.step(0)
+    record = step(state, 0)
     assert not record["updated"] and record["loss"] is None and state.skipped == 1
     assert torch.equal(state.set.images, before.images)
 
@@ -139,7 +145,7 @@ def test_target_labels_are_what_the_target_expert_says(monkeypatch):
     monkeypatch.setattr(state, "_walk", lambda iteration: 0)
     monkeypatch.setattr(state, "_ends", lambda segment: (start, target))
     images = state.set.images.clone()
-    state.step(0)
+    step(state, 0)
     torch.testing.assert_close(state.set.labels, FlatModel(network)(target, images).detach())
 
 
@@ -487,7 +493,7 @@ def test_val_fraction_tests_on_held_out_training_images(toy):
 
 
 def test_every_so_many_iterations_a_set_is_saved_evaluated_or_not(call, toy, toy_experts, tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.loop.SAVE_INTERVAL", 3)
+    monkeypatch.setattr("distill.plan.SAVE_INTERVAL", 3)
     call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--eval_it=4",
          "--skip_first_eva")
     assert {path.stem for path in tmp_path.rglob("images_[0-9].pt")} == {"images_0", "images_3", "images_4"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tqdm.utils import disp_len
 
-from distill import estimate
+from distill import plan
 from utils import commands, progress
 from utils.config import BufferConfig, DistillConfig, make
 from utils.files import REPOSITORY
@@ -71,8 +71,8 @@ def test_what_is_to_be_expected_is_said_once_where_it_matters(clock, capsys, sec
 def test_evaluations_to_come_are_those_that_the_loop_makes(iterations, skip):
     config = make(DistillConfig, Iteration=iterations, eval_it=4, skip_first_eva=skip)
     for begin in range(iterations + 1):
-        made = [each for each in range(begin, iterations + 1) if estimate.is_evaluated(config, each)]
-        assert estimate.evaluations(config, begin) == len(made) >= 1
+        made = [each for each in range(begin, iterations + 1) if plan.is_evaluated(config, each)]
+        assert plan.evaluations(config, begin) == len(made) >= 1
 
 
 def test_numbers_and_durations_are_short():

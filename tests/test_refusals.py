@@ -170,7 +170,7 @@ def test_a_learning_rate_that_would_turn_negative_is_held_and_then_stops_the_run
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_teacher=1",
                  "--lr_lr=1000", "--threshold=1e9", "--skip_first_eva"]
     assert "α held back 4 times" in call(DATM, *arguments).stdout
-    monkeypatch.setattr("distill.loop.MOST_HELD", 3)
+    monkeypatch.setattr("distill.distillation.MOST_HELD", 3)
     message = call(DATM, *arguments, "--seed=1", expect=2).stderr.splitlines()[-1]
     assert message.startswith("DATM.py: error: the learning rate α would") and "lower --lr_lr" in message
 
@@ -521,7 +521,7 @@ def test_a_size_that_a_dataset_does_not_have_is_refused(call, toy_experts):
 
 
 def test_losses_that_stay_not_finite_stop_the_run(call, toy, toy_experts, tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.loop.MOST_LOST", 3)
+    monkeypatch.setattr("distill.distillation.MOST_LOST", 3)
     done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_img=1e38",
                 "--lr_y=0", "--threshold=inf", "--skip_first_eva", expect=2)
     assert "not finite 3 times in a row, the last time at iteration 3" in done.stderr and "--lr_img" in done.stderr

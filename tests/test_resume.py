@@ -172,8 +172,8 @@ def without_times(result):
                                                ("evaluate", 4), ("evaluate", 6)])
 def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
     _, whole = distil_to("whole")
-    loop = importlib.import_module("distill.loop")
-    with stop_at(loop, attribute, number):
+    where = importlib.import_module("distill.progression" if attribute == "evaluate" else "distill.distillation")
+    with stop_at(where, attribute, number):
         done, parts = distil_to("parts", expect=130)
     assert (parts / "checkpoint.pt").exists() and "python distill/DATM.py" in done.stderr
     done, _ = distil_to("parts")
@@ -200,13 +200,13 @@ def test_a_kill_after_the_result_leaves_a_finished_run(distil_to):
 
 def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(distil_to):
     _, whole = distil_to("whole")
-    loop = importlib.import_module("distill.loop")
-    update = loop.Distillation.update
+    state = importlib.import_module("distill.distillation").Distillation
+    update = state.update
 
     def half(self, match):
         update(self, match)
         raise Stopped(signal.SIGTERM)
-    with mock.patch.object(loop.Distillation, "update", half):
+    with mock.patch.object(state, "update", half):
         distil_to("parts", expect=143)
     _, parts = distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)
@@ -214,14 +214,14 @@ def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(dis
 
 def test_resume_never_starts_over(distil_to):
     _, whole = distil_to("whole")
-    with stop_at(importlib.import_module("distill.loop"), "match_trajectory", 4):
+    with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
         distil_to("parts", expect=130)
     done, parts = distil_to("parts", "--resume=never")
     assert "going on" not in done.stdout and tensors_in(whole) == tensors_in(parts)
 
 
 def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
-    with stop_at(importlib.import_module("distill.loop"), "match_trajectory", 4):
+    with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
         _, folder = distil_to("parts", expect=130)
     done, _ = distil_to("parts", "--lr_y=3", expect=2)
     assert "lr_y (1.0 there, 3.0 here)" in done.stderr
@@ -257,7 +257,7 @@ def pickled_code(tmp_path):
 
 
 def test_an_unroll_that_cannot_fit_is_refused_at_once(distil_to):
-    with mock.patch("distill.loop.available", lambda *_: 1e4):
+    with mock.patch("distill.checks.available", lambda *_: 1e4):
         done, _ = distil_to("small", "--matching=unroll", expect=2)
     assert "GB are free on cpu" in done.stderr and "--matching exact" in done.stderr
 

@@ -1,0 +1,139 @@
+"""What is refused before a distillation begins."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
+from distill.distillation import matched_part
+from distill.evaluate import check_evaluation
+from distill.initialize import check_ipc
+from distill.plan import batch_size
+from distill.schedule import start_epoch_bound
+from utils import parallel
+from utils.config import DistillConfig
+from utils.datasets import Dataset
+from utils.engine import activation_bytes
+from utils.errors import UserError
+from utils.memory import available
+from utils.networks import has_batch_norm
+from utils.parameters import FlatModel
+from utils.run import shown
+
+
+def check_options(config: DistillConfig) -> None:
+    """Refuses what the options alone show, and a folder without experts for them, before anything is loaded.
+
+    Raises:
+        UserError
+    """
+    check_evaluation(config)
+    matched_part(config)
+    check_unrolled(config)
+    if not config.dry_run:
+        require_experts(buffer_folder(config))
+        check_same_data(buffer_folder(config), config)
+
+
+def check_unrolled(config: DistillConfig) -> None:
+    """Refuses options of the engines for the unrolled gradient, which is autograd's and takes none.
+
+    Raises:
+        UserError
+    """
+    given = [f"--backend {config.backend}"] if config.backend not in ("auto", "plain") else []
+    given += [f"--micro_batch {config.micro_batch}"] if config.micro_batch else []
+    given += ["--precision bf16"] if config.precision == "bf16" else []
+    if config.matching == "unroll" and given:
+        raise UserError(f"--matching unroll {' '.join(given)}: the unrolled gradient is plain autograd, whole batches "
+                        "in float32; leave that out, or give --matching exact, which has the same gradient")
+
+
+def check_ranks(config: DistillConfig, network: nn.Module) -> None:
+    """Refuses what several ranks cannot share.
+
+    Raises:
+        UserError
+    """
+    if parallel.size() == 1:
+        return
+    if config.matching == "unroll":
+        raise UserError("--matching unroll runs in one process only; give --matching exact, which has the same "
+                        "gradient")
+    if config.backend in ("compile", "graph"):
+        raise UserError(f"--backend {config.backend} is for batches of one size, and a rank's share of a batch changes "
+                        "in every step; leave it out")
+    if has_batch_norm(network):
+        raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
+                        "cannot share one; start a single process, or take a network without batch norm")
+    if next(network.parameters()).device.type == "cuda" and parallel.ranks_here() > torch.cuda.device_count():
+        raise UserError(f"{parallel.ranks_here()} ranks on this machine of {torch.cuda.device_count()} GPU(s); a "
+                        "distillation takes one for each rank: give torchrun --nproc_per_node="
+                        f"{torch.cuda.device_count()}")
+
+
+def check_window(config: DistillConfig, buffer: Buffer) -> None:
+    """Refuses a difficulty window that is empty or reaches beyond the experts' trajectories.
+
+    Raises:
+        UserError
+    """
+    last = config.max_start_epoch - 1 + config.expert_epochs
+    if last > buffer.epochs:
+        most = buffer.epochs - config.expert_epochs + 1
+        advice = f"--max_start_epoch {most} or less" if most > 0 else f"--expert_epochs {buffer.epochs} or less"
+        raise UserError(f"--max_start_epoch {config.max_start_epoch} --expert_epochs {config.expert_epochs}: a segment "
+                        f"would end at epoch {last}, but the experts in {buffer.folder} have {buffer.epochs} epochs; "
+                        f"give {advice}, or train the experts for longer")
+    first = start_epoch_bound(0, config.max_start_epoch, config.current_max_start_epoch, config.expansion_end_epoch,
+                              config.Sequential_Generation)
+    if config.min_start_epoch >= first:
+        name = "current_max_start_epoch" if first < config.max_start_epoch else "max_start_epoch"
+        raise UserError(f"--min_start_epoch {config.min_start_epoch} --{name} {first}: the difficulty window holds no "
+                        f"start epoch; --{name} is exclusive and must be larger")
+
+
+def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
+    """Refuses a run that cannot fit the memory: by what it must hold at the least, not by what it may take.
+
+    Raises:
+        UserError
+    """
+    device = dataset.train_images.device
+    num_images = config.ipc * dataset.num_classes
+    batch = batch_size(config, dataset)
+    state = 4 * 4 * num_images * dataset.test_images[0].numel()  # images, their gradient and momentum, the start
+    samples = batch * config.syn_steps if config.matching == "unroll" else min(batch, model.engine.micro_batch or batch)
+    steps = 4 * model.num_parameters * (config.syn_steps + 1) + samples * activation_bytes(model.network)
+    free = available(device)
+    if state + steps > free:
+        advice = ("give --matching exact, which has the same gradient in far less" if config.matching == "unroll" else
+                  "give a smaller --micro_batch, --syn_steps or --ipc")
+        raise UserError(f"this distillation needs at least {(state + steps) / 1e9:.1f} GB of memory, and "
+                        f"{free / 1e9:.1f} GB are free on {device}; {advice}")
+
+
+def check_images(config: DistillConfig, dataset: Dataset) -> None:
+    """Refuses more real images to start from than a class has.
+
+    Raises:
+        UserError
+    """
+    if config.pix_init != "noise":
+        check_ipc(dataset, config.ipc)
+
+
+def check_same_run(before: dict[str, str], now: dict[str, str], folder: Path, experts: Path) -> None:
+    """Refuses to go on with a run that was begun with other images or experts.
+
+    Args:
+        before, now: checksums by name.
+
+    Raises:
+        UserError
+    """
+    different = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    if different:
+        raise UserError(f"{shown(folder)} was begun with other data: {', '.join(different)} differ (experts in "
+                        f"{experts}); put back what it had, or give --resume never to start over")

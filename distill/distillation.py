@@ -1,0 +1,257 @@
+"""The state of a distillation and one iteration of it: draw a segment of an expert's trajectory, match it, learn.
+
+Everything random in iteration `it` comes from a generator addressed (seed, "iteration", it), and is drawn before any of
+the mathematics, so that an iteration can be repeated without the ones before it, and shared among ranks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from buffer.trajectories import Buffer
+from distill.distilled_set import DistilledSet
+from distill.initialize import expert_logits
+from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
+from distill.schedule import start_epoch_bound
+from distill.shared_model import SharedModel
+from utils import augment, parallel
+from utils.config import DistillConfig
+from utils.datasets import Dataset
+from utils.errors import UserError
+from utils.parameters import FlatModel
+from utils.run import dsa_groups, finite, generator
+
+MOMENTUM = 0.5  # of images and α, as published
+VERSIONS = ("Normal", "EMA")  # the folders of the sets, as published, and of those with averaged images
+MOST_LOST = 100  # losses in a row that are not finite, after which a run stops
+MOST_HELD = 100  # updates in a row that would make α useless, after which a run stops
+FIXED_SEGMENTS = 16  # segments on which the loss before and after is compared
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one iteration matches: M epochs of an expert, and the inner loop's batches and augmentation."""
+
+    expert: int
+    start_epoch: int
+    bound: int  # exclusive upper bound of the start epochs that could be drawn
+    batches: Sequence[Tensor]
+    augment: Sequence[augment.Draw | None]
+
+    def own(self) -> "Segment":
+        """What is left of it for this rank: of each batch the samples that it owns."""
+        rows = [parallel.own_rows(batch) for batch in self.batches]
+        return replace(self, batches=[batch[mine] for batch, mine in zip(self.batches, rows)],
+                       augment=[draw and draw.of(mine) for draw, mine in zip(self.augment, rows)])
+
+    def to(self, device: torch.device) -> "Segment":
+        return replace(self, batches=[batch.to(device) for batch in self.batches],
+                       augment=[draw and draw.to(device) for draw in self.augment])
+
+
+def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, int], num_images: int,
+                 device: torch.device, expert: int | None, bound: int, random: torch.Generator) -> Segment:
+    """Draws everything random in one iteration; of several ranks, what is left of it for this one.
+
+    Args:
+        expert: which one, or None to draw it.
+        bound: exclusive upper bound of the start epoch.
+    """
+    if expert is None:
+        expert = int(torch.randint(len(buffer), (), generator=random))
+    start = int(torch.randint(config.min_start_epoch, bound, (), generator=random))
+
+    batches: list[Tensor] = []
+    chunks: list[Tensor] = []
+    while len(batches) < config.syn_steps:
+        if not chunks:
+            chunks = list(torch.randperm(num_images, generator=random).split(config.batch_syn or num_images))
+        batches.append(chunks.pop())  # from the end, as published: a short chunk comes first
+
+    groups = dsa_groups(config, inner_loop=True)
+    draws = [augment.draw(groups, len(batch), image_size, random) for batch in batches]
+    segment = Segment(expert, start, bound, batches, draws)
+    return (segment.own() if parallel.size() > 1 else segment).to(device)
+
+
+class Distillation:
+    """The set, its optimiser and its counts; `draw`, `match` and `learn` are one iteration.
+
+    Several ranks share the work: each one's rows of images and labels are its own, and up to date there only, until
+    `merge`; α is the same on all.
+    """
+
+    _COUNTS = ("skipped", "held", "held_in_a_row", "lost_in_a_row")
+
+    def __init__(self, config: DistillConfig, dataset: Dataset, buffer: Buffer, start: DistilledSet):
+        self.config, self.buffer, self.image_size = config, buffer, dataset.image_size
+        self.device = start.images.device
+        self.set = start.detach()
+        self.ema = self.set.images.clone() if config.ema else None
+        self.part = matched_part(config)
+        self.skipped = self.held = self.held_in_a_row = self.lost_in_a_row = 0
+        # What SGD moves in α's stead: α itself, or log α.
+        log = config.lr_param == "log"
+        self.rate = self.set.lr.log() if log else self.set.lr
+        # A step of log α moves α by α² times what a step of α does; the scale makes the first steps agree.
+        scale = 1 / config.lr_teacher**2 if log else 1.0
+        self.optimiser = torch.optim.SGD([
+            {"params": [self.set.images], "lr": config.lr_img, "momentum": MOMENTUM},
+            {"params": [self.rate], "lr": config.lr_lr * scale, "momentum": MOMENTUM}])
+        if config.labels == "learned":
+            self.optimiser.add_param_group({"params": [self.set.labels], "lr": config.lr_y,
+                                            "momentum": config.Momentum_y})
+
+    @property
+    def model(self) -> FlatModel | SharedModel:
+        """The student."""
+        return self.buffer.model if parallel.size() == 1 else SharedModel(self.buffer.model)
+
+    def draw(self, iteration: int) -> Segment:
+        """What this iteration matches."""
+        config = self.config
+        bound = start_epoch_bound(iteration, config.max_start_epoch, config.current_max_start_epoch,
+                                  config.expansion_end_epoch, config.Sequential_Generation)
+        expert = None if config.load_all else self._walk(iteration)
+        return draw_segment(config, self.buffer, self.image_size, len(self.set), self.device, expert, bound,
+                            generator(config.seed, "iteration", iteration))
+
+    def match(self, segment: Segment) -> Match:
+        """The loss of the segment and its gradient in images, labels and α."""
+        theta_start, theta_target = self._ends(segment)
+        if self.config.labels == "target":
+            self.set.labels.copy_(self._labels(self.set, theta_target))
+        return match_trajectory(self.model, theta_start, theta_target, self.set.images, self.set.labels, self.set.lr,
+                                segment.batches, segment.augment, self.config.matching, self.part)
+
+    def learn(self, iteration: int, segment: Segment, match: Match) -> dict[str, Any]:
+        """Updates the set, unless the loss exceeds the threshold or is not finite; returns what to record.
+
+        An α that would become zero, negative or NaN stays where it was, since nothing can be trained with it.
+
+        Raises:
+            UserError: that happened `MOST_HELD` times in a row, or `MOST_LOST` losses in a row were not finite.
+        """
+        config = self.config
+        # Waits for the device. Where machines differ in the last bit, all ranks must still decide alike.
+        loss, lr = parallel.from_first(lambda: (float(match.loss), float(self.set.lr)))
+        updated = math.isfinite(loss) and loss <= config.threshold
+        held = False
+        if updated:
+            self.update(match)
+            held = not 0 < float(self.set.lr) < math.inf
+        if held:
+            self._hold_rate(lr)
+
+        self.skipped += not updated
+        self.held += held
+        self.held_in_a_row = self.held_in_a_row + 1 if held else 0
+        self.lost_in_a_row = 0 if math.isfinite(loss) else self.lost_in_a_row + 1
+        if self.lost_in_a_row == MOST_LOST:
+            raise UserError(f"the matching loss was not finite {MOST_LOST} times in a row, the last time at iteration "
+                            f"{iteration}, start epoch {segment.start_epoch}; lower --lr_img (now {config.lr_img:g}), "
+                            f"--lr_y (now {config.lr_y:g}) or --lr_teacher, or give a smaller --threshold")
+        if self.held_in_a_row == MOST_HELD:
+            raise UserError(f"the learning rate α would have left the positive numbers {MOST_HELD} times in a row, the "
+                            f"last time at iteration {iteration}; lower --lr_lr (now {config.lr_lr:g}) or give "
+                            "--lr_param log")
+        return {"iteration": iteration, "loss": finite(loss), "updated": updated, "held": held,
+                "lr": float(self.set.lr), "start_epoch": segment.start_epoch, "bound": segment.bound,
+                "expert": segment.expert}
+
+    def update(self, match: Match) -> None:
+        """One step of SGD on images, α and, if they are learned, labels; each with its own rate, as published."""
+        log = self.config.lr_param == "log"
+        self.set.images.grad = match.grad_images
+        self.set.labels.grad = match.grad_labels
+        self.rate.grad = match.grad_lr * self.set.lr if log else match.grad_lr  # ∂/∂log α = α ∂/∂α
+        self.optimiser.step()
+        if log:
+            self.set.lr.copy_(self.rate.exp())
+        if self.ema is not None:
+            self.ema.lerp_(self.set.images, 1 - self.config.ema_decay)
+
+    def _hold_rate(self, lr: float) -> None:
+        """Puts α back and forgets its momentum, which would only push it over again."""
+        self.set.lr.fill_(lr)
+        self.rate.copy_(self.set.lr.log() if self.config.lr_param == "log" else self.set.lr)
+        self.optimiser.state[self.rate].pop("momentum_buffer", None)
+
+    def merge(self) -> None:
+        """Brings every rank's rows to all of them."""
+        momenta = [self.optimiser.state.get(tensor, {}).get("momentum_buffer")
+                   for tensor in (self.set.images, self.set.labels)]
+        for tensor in (self.set.images, self.set.labels, self.ema, *momenta):
+            if tensor is not None:
+                parallel.merge_rows(tensor)
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on, beside the config; for `restore`. Of several ranks, after `merge`."""
+        return {"images": self.set.images, "labels": self.set.labels, "lr": self.set.lr, "rate": self.rate,
+                "ema": self.ema, "optimiser": self.optimiser.state_dict(),
+                "counts": {name: getattr(self, name) for name in self._COUNTS}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for own, saved in ((self.set.images, "images"), (self.set.labels, "labels"), (self.set.lr, "lr"),
+                           (self.rate, "rate"), (self.ema, "ema")):
+            if own is not None:
+                own.copy_(state[saved])
+        self.optimiser.load_state_dict(state["optimiser"])
+        for name, count in state["counts"].items():
+            setattr(self, name, count)
+
+    def versions(self) -> dict[str, DistilledSet]:
+        """What is evaluated and saved, by the name of its folder: the set, and the one of averaged images."""
+        now = self.set.detach()
+        normal, averaged = VERSIONS
+        return {normal: now} | ({} if self.ema is None else {averaged: replace(now, images=self.ema.clone())})
+
+    def fixed_loss(self, distilled: DistilledSet) -> float:
+        """The mean matching loss over segments that are the same whenever it is called with the same config."""
+        config, total = self.config, torch.zeros((), device=self.device)
+        for number in range(FIXED_SEGMENTS):
+            segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
+                                   config.max_start_epoch, generator(config.seed, "fixed segment", number))
+            theta_start, theta_target = self._ends(segment)
+            total += matching_loss(self.model, theta_start, theta_target, distilled.images,
+                                   self._labels(distilled, theta_target), distilled.lr, segment.batches,
+                                   segment.augment, self.part)
+        return float(total) / FIXED_SEGMENTS
+
+    def _labels(self, distilled: DistilledSet, theta_target: Tensor) -> Tensor:
+        """The labels of one segment: the set's own, or with `labels: target` what the target expert says."""
+        if self.config.labels == "target":
+            labels = distilled.labels.clone()
+            mine = parallel.own_rows(torch.arange(len(labels), device=labels.device))
+            if mine.any():
+                labels[mine] = expert_logits(self.buffer.model, theta_target, distilled.images[mine])
+            return labels
+        return distilled.labels
+
+    def _walk(self, iteration: int) -> int:
+        """Every expert once a round, in an order of the round's own."""
+        round_, position = divmod(iteration, len(self.buffer))
+        return self.buffer.walk_order(generator(self.config.seed, "walk", round_))[position]
+
+    def _ends(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        epochs = segment.start_epoch, segment.start_epoch + self.config.expert_epochs
+        theta_start, theta_target = (self.buffer.snapshot(segment.expert, epoch).to(self.device) for epoch in epochs)
+        return theta_start, theta_target
+
+
+def matched_part(config: DistillConfig) -> Part | None:
+    """PAD's part of the parameters, or None for all.
+
+    Raises:
+        UserError: both of its rules at once.
+    """
+    if config.depth_ratio and config.loss_ratio:
+        raise UserError(f"--depth_ratio {config.depth_ratio:g} --loss_ratio {config.loss_ratio:g}: these are two rules "
+                        "for the same choice; give one of them")
+    if config.depth_ratio:
+        return deep_part(config.depth_ratio)
+    return far_part(config.loss_ratio) if config.loss_ratio else None

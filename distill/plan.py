@@ -1,0 +1,60 @@
+"""How much a distillation does, and when: from its config alone."""
+
+from pathlib import Path
+
+from utils.config import DistillConfig
+from utils.datasets import Dataset
+from utils.engine import GRADIENT_ALONE
+from utils.networks import evaluation_pool
+from utils.run import config_name
+
+SAVE_INTERVAL = 1000  # an iteration divisible by this is always published
+
+
+def batch_size(config: DistillConfig, dataset: Dataset) -> int:
+    """Samples of an inner step."""
+    num_images = config.ipc * dataset.num_classes
+    return min(config.batch_syn or num_images, num_images)
+
+
+def is_evaluated(config: DistillConfig, iteration: int) -> bool:
+    """Whether the set is evaluated at this iteration, before its update."""
+    return iteration == config.Iteration or (iteration % config.eval_it == 0
+                                             and not (iteration == 0 and config.skip_first_eva))
+
+
+def is_published(config: DistillConfig, iteration: int) -> bool:
+    """Whether the set is written at this iteration whatever it scores, as the published code does."""
+    return iteration == config.Iteration or iteration % SAVE_INTERVAL == 0
+
+
+def evaluations(config: DistillConfig, begin: int = 0) -> int:
+    """How often a run is evaluated, from this iteration on."""
+    return sum(is_evaluated(config, iteration) for iteration in
+               {config.Iteration, *range(-(-begin // config.eval_it) * config.eval_it, config.Iteration,
+                                         config.eval_it)})
+
+
+def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
+    """About how many iterations take as long as an evaluation, by the work that engines count; for a run that has
+    had none yet, as compiling and measuring one would take its time."""
+    samples = (config.epoch_eval_train + 1) * config.ipc * dataset.num_classes
+    tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
+    return (GRADIENT_ALONE * networks(config) * (samples + tested) /
+            (config.syn_steps * batch_size(config, dataset)))
+
+
+def networks(config: DistillConfig) -> int:
+    """How many an evaluation trains."""
+    return config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
+
+
+def inner_samples(config: DistillConfig, dataset: Dataset) -> int:
+    """Synthetic samples that all inner steps of a run see together."""
+    return config.Iteration * config.syn_steps * batch_size(config, dataset)
+
+
+def run_folder(config: DistillConfig) -> Path:
+    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the name defaults to one made of the config."""
+    name = config.run_name or f"{config.matching}_seed{config.seed}_{config_name(config)}"
+    return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name

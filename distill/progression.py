@@ -1,0 +1,199 @@
+"""Where a distillation is: its iteration, its best sets, what of that is saved, and what it shows while it runs."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from distill import plan
+from distill.distillation import VERSIONS, Distillation
+from distill.distilled_set import DistilledSet
+from distill.evaluate import Known, Score, digest, epochs_to_come, evaluate
+from utils import interrupt, parallel
+from utils.config import DistillConfig
+from utils.datasets import Dataset
+from utils.progress import Progress
+from utils.run import RunFolder, environment
+from utils.tracking import Tracker
+
+
+class Evaluated(NamedTuple):
+    """A set on the way, and how it scored; the first network of the pool decides which is the best, as published."""
+
+    iteration: int
+    set: DistilledSet
+    scores: list[Score]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "lr": float(self.set.lr),
+                "scores": [score.as_dict() for score in self.scores]}
+
+
+class Progression:
+    """A distillation on its way, and what its folder holds of it.
+
+    Args:
+        start: the set it began with.
+        notes: what there was to say of that.
+        engine: how derivatives are computed, in words.
+        data: checksums of the images and the expert files.
+    """
+
+    def __init__(self, config: DistillConfig, dataset: Dataset, distillation: Distillation, start: DistilledSet,
+                 notes: list[str], engine: str, data: dict[str, str], folder: RunFolder, tracker: Tracker):
+        self.config, self.dataset, self.distillation = config, dataset, distillation
+        self.start, self.notes, self.engine, self.data = start, notes, engine, data
+        self.folder, self.tracker = folder, tracker
+        self.iteration = 0
+        self.evaluated = False  # whether this iteration's evaluation is done
+        self.best: dict[str, Evaluated] = {}
+        self._seconds_before, self._began = 0.0, perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + perf_counter() - self._began
+
+    def save(self) -> None:
+        """Saves what the run needs to go on from here; of several ranks, after `Distillation.merge`."""
+        self.folder.save_state(self._state)
+
+    def _state(self) -> dict[str, Any]:
+        """For `restore`; it shares its tensors, so it must be saved before the next step."""
+        best = {name: {"iteration": evaluated.iteration, "set": evaluated.set.tensors(),
+                       "scores": [[score.network, score.accuracies] for score in evaluated.scores]}
+                for name, evaluated in self.best.items()}
+        return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
+                "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
+                "halved": self.distillation.buffer.model.halved, "environment": rounding(self.start.images.device),
+                "distillation": self.distillation.state(), "tracker": self.tracker.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        device = self.start.images.device
+        self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
+        self.best = {name: Evaluated(saved["iteration"], DistilledSet(**saved["set"]).to(device),
+                                     [Score(*score) for score in saved["scores"]])
+                     for name, saved in state["best"].items()}
+        for batch in state["halved"]:
+            self.distillation.buffer.model.halve(batch)
+        self.distillation.restore(state["distillation"])
+
+    def evaluate(self, view: "View") -> None:
+        """Evaluates the set, and the one of averaged images; keeps and publishes what scored best so far.
+
+        Raises:
+            Stopped: a signal came; what was found is saved, and this iteration's evaluation goes on from there.
+        """
+        self.distillation.merge()
+        if parallel.size() > 1:  # a rank that waits for the others' networks cannot save when it is told to stop
+            self.save()
+        versions = self.distillation.versions()
+        known = {name: parallel.from_first(partial(Known, self.folder.path / f"{name}.unfinished", digest(distilled)))
+                 for name, distilled in versions.items()}
+        epochs = sum(epochs_to_come(self.config, each) for each in known.values())
+        try:  # all of them before any is recorded, so that a signal finds the state as it was before
+            with view.aside("evaluating", epochs) as tick:
+                scores = {name: evaluate(self.config, self.dataset, distilled, "iteration", self.iteration,
+                                         on_epoch=partial(_after_epoch, tick), known=known[name])
+                          for name, distilled in versions.items()}
+        except interrupt.Stopped as stopped:
+            if stopped.waited:
+                self.save()
+            raise
+        view.evaluated(scores[VERSIONS[0]], max(each.seconds for each in known.values()))
+        for name, distilled in versions.items():
+            self._record(name, Evaluated(self.iteration, distilled, scores[name]), view)
+        self.evaluated = True
+        self.save()
+        for each in known.values():
+            each.forget()
+
+    def _record(self, name: str, now: Evaluated, view: "View") -> None:
+        """Records an evaluation, and the set as the best where it is."""
+        if name not in self.best or now.scores[0].mean > self.best[name].scores[0].mean:
+            self.best[name] = now
+            self._write(name, now.set, "best", now.iteration)
+        self.folder.log(iteration=now.iteration, set=name, scores=[score.as_dict() for score in now.scores])
+        normal = name == VERSIONS[0]
+        view.say(f"iteration {now.iteration}{'' if normal else ', ' + name}: {', '.join(map(str, now.scores))}")
+        if normal:
+            self.tracker.log_scores(now.iteration, now.scores)
+            self.tracker.log_set(now.iteration, now.set.images, float(now.set.lr), self.dataset, self.config.ipc,
+                                 self.config.force_save)
+
+    def publish(self) -> None:
+        """Writes the set as it is, under the iteration's number."""
+        self.distillation.merge()
+        for name, distilled in self.distillation.versions().items():
+            self._write(name, distilled, self.iteration)
+
+    def _write(self, name: str, distilled: DistilledSet, *tags: str | int) -> None:
+        for tag in tags if parallel.first() else ():
+            distilled.save(self.folder.path / name, tag, self.dataset)
+
+    def advance(self, record: dict[str, Any]) -> None:
+        """Records an iteration, and goes to the next one."""
+        self.folder.log(**record)
+        self.tracker.log_step(record)
+        self.iteration, self.evaluated = record["iteration"] + 1, False
+
+
+def _after_epoch(tick: Callable[[], None]) -> None:
+    tick()
+    interrupt.check()
+
+
+def rounding(device: torch.device) -> dict[str, str]:
+    """What, beside the engine, decides how results are rounded."""
+    here = environment(device)
+    return {name: here[name] for name in ("torch", "device")}
+
+
+class View(Progress):
+    """What a distillation shows while it runs."""
+
+    def __init__(self, progression: Progression):
+        config, dataset = progression.config, progression.dataset
+        self._progression = progression
+        self._accuracy = _last_accuracy(progression.folder) if parallel.first() else None
+        self._evaluation: float | None = None  # seconds of the last one
+        self._record: dict[str, Any] | None = None  # of the last iteration
+        self._in_iterations = plan.evaluation_in_iterations(config, dataset)
+        super().__init__(config.Iteration, "distil", initial=progression.iteration, quiet=config.quiet,
+                         images=config.syn_steps * plan.batch_size(config, dataset), later=self._evaluations_left,
+                         device=dataset.train_images.device)
+
+    def evaluated(self, scores: list[Score], seconds: float) -> None:
+        self._accuracy, self._evaluation = scores[0].mean, seconds
+        self._show()
+
+    def stepped(self, record: dict[str, Any]) -> None:
+        self._record = record
+        self._show()
+        self.update()
+
+    def _show(self) -> None:
+        accuracy = [] if self._accuracy is None else [f"accuracy {100 * self._accuracy:.1f} %"]
+        if self._record is None:
+            return self.show(*accuracy)
+        loss = math.nan if self._record["loss"] is None else self._record["loss"]
+        self.show(f"loss {loss:.3f}", *accuracy, f"α {self._record['lr']:.3g}",
+                  f"start epoch {self._record['start_epoch']}",
+                  f"skipped {self._progression.distillation.skipped}")
+
+    def _evaluations_left(self) -> float:
+        """Seconds; before the first evaluation by the pace of the iterations."""
+        progression = self._progression
+        seconds = self._evaluation or self._in_iterations * (self.pace.seconds or 0.0)
+        left = plan.evaluations(progression.config, progression.iteration)
+        if progression.evaluated and plan.is_evaluated(progression.config, progression.iteration):
+            left -= 1
+        return max(0.0, left * seconds - self.pace.paused_for)
+
+
+def _last_accuracy(folder: RunFolder) -> float | None:
+    """What a run that goes on last reached, in [0, 1]."""
+    means = [line["scores"][0]["mean"] for line in folder.metrics() if line.get("set") == VERSIONS[0]]
+    return means[-1] if means else None
