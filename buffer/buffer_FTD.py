@@ -11,8 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from buffer.experts import train_buffer
-from utils.config import BufferConfig, parse
-from utils.run import entry
+from utils.config import BufferConfig
+from utils.program.command_line import parse
+from utils.program.entry import entry
 
 
 def main() -> None:

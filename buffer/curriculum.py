@@ -18,8 +18,8 @@ from utils.files import load, save
 from utils.losses import cross_entropy
 from utils.networks import has_batch_norm
 from utils.program.prepare import network_for
+from utils.program.seeds import generator, seeded
 from utils.progress import Progress
-from utils.run import generator, seeded
 from utils.zca import cache_folder
 
 NETWORKS = 10  # over which GraNd is averaged

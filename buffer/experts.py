@@ -24,34 +24,20 @@ from buffer.trajectories import (
     write_experts,
 )
 from utils import augment, commands, files, interrupt, parallel
-from utils.config import BufferConfig
+from utils.config import BufferConfig, differences, influential
 from utils.datasets import Dataset, check_dataset_name
 from utils.engine import GRADIENT_ALONE, describe_engine
 from utils.errors import UserError
+from utils.files import read_config, save_config, write_json
 from utils.memory import available
 from utils.metrics import accuracy, count_correct
 from utils.networks import check_network_name
 from utils.parameters import FlatModel
-from utils.program.prepare import load_configured, network_for
-from utils.progress import Progress, note, wrapped
-from utils.run import (
-    announce,
-    differences,
-    drawer,
-    dsa_groups,
-    flat_model,
-    generator,
-    influential,
-    kept_to_this_run,
-    read_config,
-    save_config,
-    say,
-    seeded,
-    shown,
-    spread,
-    start_device,
-    write_json,
-)
+from utils.program.console import announce, note, say, shown, wrapped
+from utils.program.prepare import begin, drawer, dsa_groups, flat_model, network_for
+from utils.program.run_folder import kept_to_this_run
+from utils.program.seeds import generator, seeded
+from utils.progress import Progress
 
 AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
 MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
@@ -218,9 +204,7 @@ def train_buffer(config: BufferConfig) -> None:
     folder = buffer_folder(config)
     check_same_data(folder, config)
     check_same_kind(folder, config)
-    spread(config)
-    device = start_device(config)
-    dataset = parallel.first_then_others(lambda: load_configured(config, device))
+    device, dataset = begin(config)
     check_same_images(folder, dataset)
     # Refuses what cannot be built before anything is printed or written.
     model = flat_model(config, network_for(config.model, dataset).to(device), _work(config, dataset),

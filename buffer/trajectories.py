@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from utils import files
-from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig
+from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, influential
 from utils.datasets import Dataset
 from utils.errors import UserError
+from utils.files import read_config, save_config
 from utils.parameters import FlatModel, flatten
-from utils.run import differences, influential, read_config, save_config
 
 Expert = list[list[Tensor]]
 

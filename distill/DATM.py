@@ -9,8 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.loop import distill
-from utils.config import DistillConfig, parse
-from utils.run import entry
+from utils.config import DistillConfig
+from utils.program.command_line import parse
+from utils.program.entry import entry
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.memory import available
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
-from utils.run import shown
+from utils.program.console import shown
 
 
 def check_options(config: DistillConfig) -> None:

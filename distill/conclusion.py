@@ -7,11 +7,11 @@ from buffer.trajectories import made_by
 from distill.distillation import FIXED_SEGMENTS
 from distill.progression import Progression
 from utils import commands, figures, parallel, record, report
-from utils.config import DistillConfig
-from utils.files import write_text
+from utils.config import DistillConfig, influential
+from utils.files import finite, write_text
 from utils.metrics import percent
-from utils.progress import note, wrapped
-from utils.run import environment, finite, influential, say, shown
+from utils.program.console import note, say, shown, wrapped
+from utils.program.machine import environment
 
 
 def conclude(progression: Progression) -> None:

@@ -22,8 +22,10 @@ from utils import augment, parallel
 from utils.config import DistillConfig
 from utils.datasets import Dataset
 from utils.errors import UserError
+from utils.files import finite
 from utils.parameters import FlatModel
-from utils.run import dsa_groups, finite, generator
+from utils.program.prepare import dsa_groups
+from utils.program.seeds import generator
 
 MOMENTUM = 0.5  # of images and α, as published
 VERSIONS = ("Normal", "EMA")  # the folders of the sets, as published, and of those with averaged images

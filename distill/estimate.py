@@ -17,8 +17,10 @@ from utils.engine import describe_engine
 from utils.memory import peak, reset_peak
 from utils.metrics import accuracy
 from utils.parameters import FlatModel
-from utils.progress import duration
-from utils.run import describe, drawer, dsa_groups, generator
+from utils.program.console import duration
+from utils.program.device import describe
+from utils.program.prepare import drawer, dsa_groups
+from utils.program.seeds import generator
 
 FEW, MORE = 1, 3  # inner steps of the two measurements
 

@@ -7,9 +7,7 @@ import glob
 import hashlib
 import json
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -21,34 +19,27 @@ from torch import Tensor, nn
 
 from distill.distilled_set import DistilledSet, checked_set, class_indices, read_set
 from utils import augment, parallel
-from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
+from utils.config import BaselineConfig, EvaluationConfig, TrainConfig, influential
 from utils.datasets import Dataset, check_dataset_name
 from utils.engine import GRADIENT_ALONE, describe_engine, seconds_uncompiled
 from utils.errors import UserError
-from utils.files import check_writable
+from utils.files import check_writable, read_config, write_json
 from utils.metrics import accuracy, percent
 from utils.networks import check_network_name, evaluation_pool
 from utils.parallel import in_processes
 from utils.parameters import FlatModel
-from utils.program.prepare import load_configured, network_for
-from utils.progress import Progress
-from utils.run import (
+from utils.program.console import announce, say, shown
+from utils.program.machine import environment
+from utils.program.prepare import (
     Drawer,
-    announce,
+    begin,
     drawer,
     dsa_groups,
-    environment,
     flat_model,
-    generator,
-    influential,
-    read_config,
-    say,
-    seeded,
-    shown,
-    spread,
-    start_device,
-    write_json,
+    network_for,
 )
+from utils.program.seeds import generator, seeded
+from utils.progress import Progress
 
 # The published evaluation's optimiser.
 MOMENTUM = 0.9
@@ -125,8 +116,8 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
     """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
 
     Several ranks share them. Else several are trained at once where that wins: on a CPU small ones in processes that
-    divide its threads, which changes rounding; with `parall_eva` on all GPUs, in a thread each. Every network has its
-    own random numbers, so where it is trained does not matter.
+    divide its threads, which changes rounding. Every network has its own random numbers, so where it is trained does
+    not matter.
 
     Args:
         dataset, distilled: on one device; the images of both in the same space. Of several sets, all of one size,
@@ -145,7 +136,6 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
     sets = (distilled,) if isinstance(distilled, DistilledSet) else tuple(distilled)
     work = _work(config, sets[0])
     train = Training(config, test, sets, address, augmented, work)
-    devices = _devices(config, sets[0].images.device)
     at_once = min(len(jobs), torch.get_num_threads(), MOST_PROCESSES)
     alone = jobs
     if parallel.size() > 1:
@@ -154,9 +144,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
             found[job] = train(job, on_epoch)
             known.add(job, found[job])
         known.learn(parallel.gather(found))
-    elif len(devices) > 1:
-        _on_devices(train, known.missing(jobs), devices, on_epoch, known.add)
-    elif devices[0].type == "cpu" and at_once > 1 and _processes_pay(train, jobs):
+    elif sets[0].images.device.type == "cpu" and at_once > 1 and _processes_pay(train, jobs):
         # What is left when no full round remains has all threads to itself.
         full_rounds = len(jobs) - len(jobs) % at_once
         # With a share of the threads and of the work, an engine is chosen as with all of both.
@@ -262,9 +250,6 @@ class Known:
         return f"{self._prefix}{job.network}/{job.number}"
 
 
-_INITIALISING = threading.Lock()  # layers draw from torch's one global generator
-
-
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What all networks of an evaluation are trained and tested on; called with a job, one network's accuracy."""
@@ -276,17 +261,11 @@ class Training:
     augmented: bool
     work: float  # of one network, as engines count it
 
-    def __call__(self, job: Job, on_epoch: Callable[[], None], device: torch.device | None = None) -> float:
-        """
-        Args:
-            device: where; None: where the set is.
-        """
-        config = self.config
+    def __call__(self, job: Job, on_epoch: Callable[[], None]) -> float:
+        config, dataset = self.config, self.dataset
         distilled = self.sets[job.number % len(self.sets)]
-        device = device or distilled.images.device
-        dataset, distilled = self.dataset.to(device), distilled.to(device)
         address = config.seed, "evaluation", *self.address, *job
-        model = flat_model(config, self.network(job).to(device), self.work)
+        model = flat_model(config, self.network(job).to(distilled.images.device), self.work)
         older = augment.older_operations(dataset.name, job.network)
         draw = drawer(config, dataset, older) if self.augmented else lambda batch, random: None
         theta = train_network(model, model.flatten(), distilled.images, distilled.labels, float(distilled.lr),
@@ -297,7 +276,7 @@ class Training:
 
     def network(self, job: Job) -> nn.Module:
         """As it is before its training."""
-        with _INITIALISING, seeded(self.config.seed, "evaluation", *self.address, *job):
+        with seeded(self.config.seed, "evaluation", *self.address, *job):
             return network_for(job.network, self.dataset)
 
 
@@ -307,43 +286,6 @@ def _processes_pay(train: Training, jobs: Sequence[Job]) -> bool:
     step = GRADIENT_ALONE * min(train.config.batch_train, len(train.sets[0]))
     seconds = sum(seconds_uncompiled(network, train.work) for network in networks) * train.config.num_eval
     return max(seconds_uncompiled(network, step) for network in networks) < SHORT_STEP and seconds > PROCESSES_PAY
-
-
-def _on_devices(train: Callable[..., float], jobs: Sequence[Job], devices: Sequence[torch.device],
-                on_epoch: Callable[[], None], on_result: Callable[[Job, float], None]) -> None:
-    """All jobs, spread over several devices, a thread each."""
-    stop = threading.Event()
-    reporting = threading.Lock()
-
-    def after_epoch() -> None:
-        if stop.is_set():
-            raise InterruptedError
-        with reporting:
-            on_epoch()
-
-    def share(first: int) -> None:
-        for job in jobs[first::len(devices)]:
-            found = train(job, after_epoch, devices[first])
-            with reporting:
-                on_result(job, found)
-
-    with ThreadPoolExecutor(len(devices)) as pool:
-        futures = [pool.submit(share, first) for first in range(len(devices))]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()
-            raise
-
-
-def _devices(config: TrainConfig, device: torch.device) -> list[torch.device]:
-    """Those that an evaluation uses; with `parall_eva` all GPUs, or the ones that `device` lists."""
-    if not config.parall_eva or device.type == "cpu":
-        return [device]
-    present = range(torch.cuda.device_count())
-    listed = [index for index in config.device if index in present] if isinstance(config.device, list) else []
-    return [torch.device("cuda", index) for index in listed or present]
 
 
 def check_evaluation(config: TrainConfig) -> None:
@@ -448,8 +390,8 @@ def evaluate_files(config: EvaluationConfig) -> None:
     Raises:
         UserError: files or options that do not fit the dataset.
     """
-    opened, device = begin(config)
-    dataset, distilled = with_dataset(config, opened, device)
+    check_evaluation(config)
+    dataset, distilled = prepared(config, read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher))
     what, notes = "distilled images", []
     if config.hard_labels:
         distilled, note = with_classes(distilled, dataset)
@@ -457,29 +399,18 @@ def evaluate_files(config: EvaluationConfig) -> None:
     evaluate_and_report(config, dataset, [distilled], what, *notes)
 
 
-def begin(config: EvaluationConfig) -> tuple[DistilledSet, torch.device]:
-    """The set as it was saved, and the device to evaluate it on.
-
-    Raises:
-        UserError
-    """
-    check_evaluation(config)
-    spread(config)
-    device = start_device(config)
-    distilled = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
-    _note_other_space(config, distilled)
-    return distilled, device
-
-
-def with_dataset(config: EvaluationConfig, distilled: DistilledSet,
-                 device: torch.device) -> tuple[Dataset, DistilledSet]:
+def prepared(config: EvaluationConfig, opened: DistilledSet) -> tuple[Dataset, DistilledSet]:
     """The dataset and, of the same kind, the set, both on the device; the set is saved whole where `save` says so.
 
+    Args:
+        opened: the set as it was saved.
+
     Raises:
-        UserError
+        UserError: files or options that do not fit.
     """
-    dataset = parallel.first_then_others(lambda: load_configured(config, device))
-    distilled = checked_set(distilled, dataset).to(device)
+    device, dataset = begin(config)
+    _note_other_space(config, opened)
+    distilled = checked_set(opened, dataset).to(device)
     check_pool(config, dataset)
     if config.save and parallel.first():
         if config.json:

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.evaluate import evaluate_files
 from distill.robust import evaluate_robust
-from utils.config import EvaluationConfig, parse
-from utils.run import entry
+from utils.config import EvaluationConfig
+from utils.program.command_line import parse
+from utils.program.entry import entry
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from PIL import Image
 
 from distill.distilled_set import DistilledSet, class_indices
 from utils import files
-from utils.commands import changed, command, defaults, from_repository
-from utils.config import EvaluationConfig
+from utils.commands import command
+from utils.config import EvaluationConfig, changed, defaults, from_repository
 from utils.errors import UserError
+from utils.files import write_json
 from utils.metrics import percent
-from utils.run import write_json
 
 
 class Source(NamedTuple):

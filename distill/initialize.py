@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program.prepare import network_for
-from utils.run import generator
+from utils.program.seeds import generator
 
 WALK = 256  # images of a class that are judged at a time
 

@@ -16,9 +16,9 @@ from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset
 from utils.engine import describe_engine
 from utils.parameters import FlatModel
-from utils.program.prepare import load_configured, network_for
-from utils.progress import wrapped
-from utils.run import RunFolder, announce, flat_model, kept_to_this_run, say, shown, spread, start_device
+from utils.program.console import announce, say, shown, wrapped
+from utils.program.prepare import begin, flat_model, network_for
+from utils.program.run_folder import RunFolder, kept_to_this_run
 from utils.tracking import Tracker
 
 
@@ -32,10 +32,7 @@ def distill(config: DistillConfig) -> None:
     checks.check_options(config)
 
     # Load the data.
-    if not config.dry_run:
-        spread(config)
-    device = start_device(config)
-    dataset = parallel.first_then_others(lambda: load_configured(config, device))
+    device, dataset = begin(config)
 
     # Build the student.
     check_pool(config, dataset)

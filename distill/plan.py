@@ -6,7 +6,7 @@ from utils.config import DistillConfig
 from utils.datasets import Dataset
 from utils.engine import GRADIENT_ALONE
 from utils.networks import evaluation_pool
-from utils.run import config_name
+from utils.program.run_folder import config_name
 
 SAVE_INTERVAL = 1000  # an iteration divisible by this is always published
 

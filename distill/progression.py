@@ -15,8 +15,9 @@ from distill.evaluate import Known, Score, digest, epochs_to_come, evaluate
 from utils import interrupt, parallel
 from utils.config import DistillConfig
 from utils.datasets import Dataset
+from utils.program.machine import environment
+from utils.program.run_folder import RunFolder
 from utils.progress import Progress
-from utils.run import RunFolder, environment
 from utils.tracking import Tracker
 
 

@@ -9,13 +9,12 @@ from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_sa
 from distill.distilled_set import DistilledSet
 from distill.evaluate import check_evaluation, check_pool, evaluate_and_report
 from distill.initialize import expert_labels, random_real
-from utils import parallel
 from utils.config import BaselineConfig
 from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.parameters import FlatModel
-from utils.program.prepare import load_configured, network_for
-from utils.run import generator, spread, start_device
+from utils.program.prepare import begin, network_for
+from utils.program.seeds import generator
 
 
 def evaluate_real(config: BaselineConfig) -> None:
@@ -26,9 +25,7 @@ def evaluate_real(config: BaselineConfig) -> None:
     """
     check_evaluation(config)
     check_experts(config)
-    spread(config)
-    device = start_device(config)
-    dataset = parallel.first_then_others(lambda: load_configured(config, device))
+    _, dataset = begin(config)
     check_pool(config, dataset)
     sets, what = real_sets(config, dataset)
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []

@@ -24,17 +24,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill.distilled_set import DistilledSet
-from distill.evaluate import Job, Known, announce_evaluation, begin, evaluate, known_key, with_classes, with_dataset
+from distill.distilled_set import DistilledSet, read_set
+from distill.evaluate import (
+    Job,
+    Known,
+    announce_evaluation,
+    check_evaluation,
+    evaluate,
+    known_key,
+    prepared,
+    with_classes,
+)
 from distill.real import check_experts, drawn, real_sets
 from utils import parallel
-from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
+from utils.config import BaselineConfig, EvaluationConfig, TrainConfig, influential
 from utils.datasets import Dataset
 from utils.errors import UserError
-from utils.files import check_writable
+from utils.files import check_writable, write_json
 from utils.networks import evaluation_pool
+from utils.program.console import say, shown
+from utils.program.machine import environment
+from utils.program.seeds import generator
 from utils.progress import Progress
-from utils.run import environment, generator, influential, say, shown, write_json
 
 WEIGHT = 0.5  # w and γ
 RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # DD-Ranking's
@@ -100,12 +111,14 @@ def evaluate_robust(config: EvaluationConfig) -> None:
     for name in ("hard_labels", "no_aug"):
         if getattr(config, name):
             raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
-    opened, device = begin(config)
+    check_evaluation(config)
+    opened = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
     real_config = BaselineConfig(
         **{field.name: getattr(config, field.name) for field in fields(TrainConfig)}, buffer_path=config.buffer_path,
         label_source="experts" if opened.labels.is_floating_point() else "hard")
     check_experts(real_config)
-    dataset, distilled = with_dataset(config, opened, device)
+    dataset, distilled = prepared(config, opened)
+    device = distilled.images.device
     ipc, rest = divmod(len(distilled), dataset.num_classes)
     if rest:
         raise UserError(f"--robust_score: {len(distilled)} images of {dataset.num_classes} classes cannot be compared "

@@ -52,16 +52,21 @@ from buffer.gsam import gsam_gradient
 from distill.evaluate import train_network
 from distill.matching import match_trajectory
 from utils import augment
-from utils.config import BufferConfig, DistillConfig, Parser, make
+from utils.config import BufferConfig, DistillConfig, make
 from utils.errors import UserError, unknown_name
-from utils.files import REPOSITORY, check_writable
+from utils.files import REPOSITORY, check_writable, write_json
 from utils.losses import cross_entropy
 from utils.memory import peak, reset_peak
 from utils.metrics import count_correct
 from utils.networks import build_network
 from utils.parameters import FlatModel
+from utils.program.command_line import Parser
+from utils.program.device import describe, select_device
+from utils.program.entry import entry
+from utils.program.machine import environment
+from utils.program.prepare import dsa_groups
+from utils.program.seeds import generator, seeded
 from utils.progress import Progress
-from utils.run import describe, dsa_groups, entry, environment, generator, seeded, select_device, write_json
 
 EXPERT = make(BufferConfig)
 EXPERT_STEPS = 3  # a call, in the experts' part

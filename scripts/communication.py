@@ -25,9 +25,11 @@ import torch
 
 from scripts.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
 from utils import parallel
+from utils.files import write_json
 from utils.networks import build_network
 from utils.parameters import FlatModel
-from utils.run import entry, environment, write_json
+from utils.program.entry import entry
+from utils.program.machine import environment
 
 GPU = list(GPUS)[-1]
 LINKS = {  # name → bytes a second between neighbours of the ring, seconds for a message, ranks

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.distilled_set import DistilledSet
 from distill.export import check_new, save_card, save_pngs
-from utils.config import Parser
 from utils.errors import UserError
-from utils.run import entry, shown
+from utils.program.command_line import Parser
+from utils.program.console import shown
+from utils.program.entry import entry
 
 
 def main() -> None:

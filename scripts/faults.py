@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
-from utils.files import REPOSITORY, check_writable
-from utils.run import entry, environment, write_json
+from utils.files import REPOSITORY, check_writable, write_json
+from utils.program.entry import entry
+from utils.program.machine import environment
 
 BUFFER, DATM, EVALUATION = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/evaluation.py"
 COMMON = ["--dataset=MiniFashion", "--model=ConvNetD1W4", "--zca", "--device=cpu", "--backend=eager"]

@@ -59,9 +59,11 @@ import distill.evaluate
 import distill.loop
 import distill.real  # noqa: F401
 import utils.config
-import utils.run
+import utils.program.console
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
-from utils.run import entry, environment, write_json
+from utils.files import write_json
+from utils.program.entry import entry
+from utils.program.machine import environment
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMEOUT = 20  # seconds of the processor
@@ -214,7 +216,7 @@ class Sandbox:
             sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8",
                                           errors="backslashreplace", line_buffering=True)
             os.chdir(self.work)
-            utils.config.REPOSITORY = utils.run.REPOSITORY = self.repository
+            utils.config.REPOSITORY = utils.program.console.REPOSITORY = self.repository
             sys.argv = [str(REPOSITORY / case.script), *case.arguments]
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")

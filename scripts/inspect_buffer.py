@@ -34,13 +34,13 @@ from torch import Tensor
 
 from buffer.experts import SavedEpochs
 from buffer.trajectories import expert_files, load_experts, manifest_path
-from utils.config import Parser
 from utils.errors import UserError
 from utils.figures import save_buffer
-from utils.files import check_writable
+from utils.files import check_writable, finite, read_config, write_json
 from utils.parameters import flatten
+from utils.program.command_line import Parser
+from utils.program.entry import entry
 from utils.progress import Progress
-from utils.run import entry, finite, read_config, write_json
 
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",

@@ -22,9 +22,13 @@ from utils import augment
 from utils.config import DistillConfig, make
 from utils.convnet_pass import ConvNetPass
 from utils.engine import HandWritten
+from utils.files import write_json
 from utils.networks import build_network
 from utils.parameters import FlatModel
-from utils.run import dsa_groups, entry, environment, generator, seeded, write_json
+from utils.program.entry import entry
+from utils.program.machine import environment
+from utils.program.prepare import dsa_groups
+from utils.program.seeds import generator, seeded
 
 STEPS, BATCH = 5, 10
 KINDS = {  # kind → backend, precision

@@ -30,8 +30,8 @@ from utils.engine import ADJOINT_FACTOR, activation_bytes
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import build_network
-from utils.progress import duration
-from utils.run import entry
+from utils.program.console import duration
+from utils.program.entry import entry
 
 BENCHMARKS = [REPOSITORY / "results" / "benchmark" / name for name in ("cpu_w32.json", "cpu.json")]
 MICRO_BATCH = 100  # in the column `matching`

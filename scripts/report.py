@@ -18,7 +18,8 @@ from utils import record, report
 from utils.errors import UserError
 from utils.figures import clip_outliers
 from utils.files import write_text
-from utils.run import entry, shown
+from utils.program.console import shown
+from utils.program.entry import entry
 
 
 def main() -> None:

@@ -30,13 +30,14 @@ import numpy as np
 
 from buffer.trajectories import manifest_path
 from distill.evaluate import Score
-from utils.config import BufferConfig, DistillConfig, Parser, read_yaml
+from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
 from utils.figures import save_by_images, save_races, save_windows
-from utils.files import REPOSITORY, atomic_write, locked, write_text
+from utils.files import REPOSITORY, atomic_write, locked, read_json, write_json, write_text
 from utils.metrics import percent
-from utils.progress import duration
-from utils.run import entry, read_json, shown, write_json
+from utils.program.command_line import Parser, read_yaml
+from utils.program.console import duration, shown
+from utils.program.entry import entry
 from utils.steps import Ledger, Step, run
 
 # In the order in which they are begun: those that take long first.

@@ -24,8 +24,10 @@ import torch
 from scripts.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
 from utils import interrupt
 from utils.config import DistillConfig
-from utils.files import sha256
-from utils.run import RunFolder, entry, environment, write_json
+from utils.files import sha256, write_json
+from utils.program.entry import entry
+from utils.program.machine import environment
+from utils.program.run_folder import RunFolder
 
 GPU = list(GPUS)[-1]
 EXPERTS, EPOCHS, FILES = 100, 100, 8

@@ -23,9 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.robust import WEIGHT, in_words, robust_scores
-from utils.config import Parser
+from utils.config import differences
 from utils.errors import UserError
-from utils.run import differences, entry, write_json
+from utils.files import write_json
+from utils.program.command_line import Parser
+from utils.program.entry import entry
 
 # What may differ between two results that are compared "under the same evaluation": the files, and the learning rate.
 _MAY_DIFFER = ("data_path", "buffer_path", "data_dir", "label_dir", "lr_dir", "lr_teacher", "ipc", "label_source")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.config import Parser
 from utils.errors import UserError
 from utils.metrics import percent
-from utils.run import entry
+from utils.program.command_line import Parser
+from utils.program.entry import entry
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from utils.datasets import load_dataset
 from utils.files import REPOSITORY
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
-from utils.run import generator, seeded
+from utils.program.seeds import generator, seeded
 
 ENTRIES = {"buffer/buffer_FTD.py": BufferConfig, "distill/DATM.py": DistillConfig,
            "distill/DATM_tesla.py": TeslaConfig, "distill/evaluation.py": EvaluationConfig,

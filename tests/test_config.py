@@ -9,19 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.config import (
-    BaselineConfig,
-    BufferConfig,
-    DistillConfig,
-    EvaluationConfig,
-    TeslaConfig,
-    as_dict,
-    make,
-    parse,
-)
+from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
 from utils.errors import UserError
 from utils.files import REPOSITORY
-from utils.run import config_name
+from utils.program.command_line import parse
+from utils.program.run_folder import config_name
 
 CONFIGS = [BufferConfig, DistillConfig, TeslaConfig, EvaluationConfig, BaselineConfig]
 PUBLISHED_YAMLS = sorted((REPOSITORY / "configs").glob("*/*/IPC*.yaml"))

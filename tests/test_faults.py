@@ -11,8 +11,7 @@ import torch
 
 from distill.distilled_set import DistilledSet
 from utils.errors import UserError
-from utils.files import REPOSITORY
-from utils.run import append_json
+from utils.files import REPOSITORY, append_json
 
 
 def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
@@ -33,7 +32,7 @@ def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
 
 def test_once_it_stops_a_further_signal_does_not_disturb_the_exit():
     """Which would print a traceback after the line that says how to go on."""
-    code = ("import atexit, os, signal, sys, time\nfrom utils.run import entry\n"
+    code = ("import atexit, os, signal, sys, time\nfrom utils.program.entry import entry\n"
             "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)])\n"
             "def main():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
             "entry(main)\n")

@@ -8,7 +8,7 @@ import torch
 
 from buffer.experts import SavedEpochs
 from scripts.inspect_buffer import distances, table
-from utils.run import save_config
+from utils.files import save_config
 
 INSPECT = "scripts/inspect_buffer.py"
 

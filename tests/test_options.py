@@ -18,7 +18,7 @@ from buffer.experts import train_expert
 from buffer.gsam import gsam_gradient
 from distill.distillation import Distillation, matched_part
 from distill.distilled_set import DistilledSet
-from distill.evaluate import _devices, evaluate
+from distill.evaluate import evaluate
 from distill.matching import Match
 from utils import augment
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
@@ -27,8 +27,7 @@ from utils.errors import UserError
 from utils.metrics import accuracy
 from utils.parallel import in_processes
 from utils.parameters import FlatModel
-from utils.program.prepare import network_for
-from utils.run import drawer
+from utils.program.prepare import drawer, network_for
 
 
 def distilled(labels=None):
@@ -195,7 +194,7 @@ def test_grand_is_the_norm_of_each_images_own_gradient(toy_data, monkeypatch, tm
     monkeypatch.setattr("buffer.curriculum.EPOCHS", 0)
     config = make(BufferConfig, model="ConvNetD1W4")
     scores = grand_scores(config, toy_data, torch.device("cpu"))
-    from utils.run import seeded
+    from utils.program.seeds import seeded
     with seeded(0, "GraNd", 0):
         network = network_for("ConvNetD1W4", toy_data)
     for index in (0, 30, 71):
@@ -293,7 +292,7 @@ def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data):
     config = make(BufferConfig, model="ConvNetD1W4", train_epochs=2, rho_max=0, rho_min=0, mom=0.9, l2=1e-3,
                   dsa_strategy="none", batch_train=20, lr_teacher=0.1)
     model, snapshots = train_expert(config, toy_data, 0, torch.device("cpu"))
-    from utils.run import generator, seeded
+    from utils.program.seeds import generator, seeded
     with seeded(0, "expert", 0):
         network = network_for("ConvNetD1W4", toy_data)
     optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
@@ -350,16 +349,6 @@ def test_each_network_is_trained_on_its_set(toy_data):
     few = two_sets(toy_data)
     of_first, of_second, of_both = (evaluate(config, toy_data, sets)[0].accuracies for sets in (*few, few))
     assert of_both == [of_first[0], of_second[1], of_first[2]] and of_first != of_second
-
-
-def test_evaluation_on_several_devices_is_the_same(toy_data, monkeypatch):
-    """Two threads, as `parall_eva` uses two GPUs."""
-    config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=3, epoch_eval_train=2, eval_mode="C", zca=True)
-    few = two_sets(toy_data)
-    one = evaluate(config, toy_data, few)
-    monkeypatch.setattr("distill.evaluate._devices", lambda config, device: [device, device])
-    assert evaluate(config, toy_data, few) == one
-    assert [score.network for score in one] == ["ConvNetD1W4", "ConvNet"] and len(one[0].accuracies) == 3
 
 
 def test_evaluation_in_processes_is_the_same(toy_data, monkeypatch):
@@ -497,16 +486,6 @@ def test_every_so_many_iterations_a_set_is_saved_evaluated_or_not(call, toy, toy
     call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--eval_it=4",
          "--skip_first_eva")
     assert {path.stem for path in tmp_path.rglob("images_[0-9].pt")} == {"images_0", "images_3", "images_4"}
-
-
-def test_parall_eva_takes_the_gpus_that_are_listed(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    gpu = torch.device("cuda", 2)
-    for device, expected in (([2, 3], [2, 3]), ([3, 9], [3]), ("auto", [0, 1, 2, 3])):
-        devices = _devices(make(DistillConfig, parall_eva=True, device=device), gpu)
-        assert [each.index for each in devices] == expected
-    assert _devices(make(DistillConfig, parall_eva=False), gpu) == [gpu]
-    assert _devices(make(DistillConfig, parall_eva=True), torch.device("cpu")) == [torch.device("cpu")]
 
 
 def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monkeypatch):

@@ -15,10 +15,10 @@ from tqdm.utils import disp_len
 
 from distill import plan
 from utils import commands, progress
-from utils.config import BufferConfig, DistillConfig, make
+from utils.config import BufferConfig, DistillConfig, from_repository, influential, make
 from utils.files import REPOSITORY
-from utils.progress import Pace, Progress, duration, short_count
-from utils.run import influential
+from utils.program.console import duration, short_count
+from utils.progress import Pace, Progress
 
 BUFFER, DATM, EVALUATION, BASELINE = ("buffer/buffer_FTD.py", "distill/DATM.py", "distill/evaluation.py",
                                       "distill/baseline.py")
@@ -304,7 +304,7 @@ def test_experts_of_the_published_kind_are_distilled_by_a_published_config():
     config = make(BufferConfig, dataset="CIFAR10", zca=True, train_epochs=100, data_path=f"{REPOSITORY}/dataset",
                   buffer_path=f"{REPOSITORY}/buffer_storage")
     assert commands.distillation(config) == ("", {"cfg": REPOSITORY / "configs/CIFAR-10/ConvIN/IPC1.yaml"})
-    assert commands.command("distill/DATM.py", commands.distillation(config)[1], commands.from_repository) == (
+    assert commands.command("distill/DATM.py", commands.distillation(config)[1], from_repository) == (
         "python distill/DATM.py --cfg=configs/CIFAR-10/ConvIN/IPC1.yaml")
 
 

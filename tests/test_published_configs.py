@@ -8,8 +8,9 @@ import yaml
 from test_datasets import write_cifar, write_tiny
 
 from utils import files
-from utils.config import DistillConfig, parse
+from utils.config import DistillConfig
 from utils.files import REPOSITORY
+from utils.program.command_line import parse
 from utils.zca import Whitening
 
 CONFIGS = REPOSITORY / "configs"

@@ -18,7 +18,7 @@ from distill.distilled_set import DistilledSet
 from utils import parallel
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.files import REPOSITORY
-from utils.run import spread
+from utils.program.prepare import start_as_ranks
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -203,7 +203,7 @@ def test_what_ranks_cannot_share_is_refused(call, distil, monkeypatch, options, 
 
 def test_a_command_starts_its_own_ranks(ranks, toy, toy_experts, tmp_path):
     """What `device: [0, 1]` does on a machine of two GPUs, here on a CPU."""
-    code = ("import sys; sys.argv = sys.argv[1:]; from unittest import mock; from utils import parallel, run\n"
+    code = ("import sys; sys.argv = sys.argv[1:]; from unittest import mock; from utils import parallel\n"
             "from utils.parallel import launch\nlaunch(2)")
     ranks(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert bytes_in(tmp_path) == bytes_in(toy_experts)
@@ -251,5 +251,6 @@ def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
     for present, listed in ((4, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 3]), (4, [2]),
                             (4, "auto")):
         monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)
-        spread(make(DistillConfig, device=listed))
-    assert started == [4, 2]
+        start_as_ranks(make(DistillConfig, device=listed))
+    start_as_ranks(make(DistillConfig, device="auto", parall_eva=True))
+    assert started == [4, 2, 4]

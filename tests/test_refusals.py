@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from utils.run import entry
+from utils.program.entry import entry
 
 DATM, BUFFER = "distill/DATM.py", "buffer/buffer_FTD.py"
 EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"

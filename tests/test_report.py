@@ -14,8 +14,8 @@ import yaml
 
 from tests.browser import CHROMIUM, browser
 from utils import record, report, svg
-from utils.config import BufferConfig, DistillConfig, EvaluationConfig, parse
-from utils.run import influential
+from utils.config import BufferConfig, DistillConfig, EvaluationConfig, influential
+from utils.program.command_line import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "link", "img", "br", "wbr"}

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from scripts.reproduce import FULL, SMALL, Plan, Results, race, windows, write_tables
-from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, parse
+from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY
+from utils.program.command_line import parse
 
 CONFIGS = {"buffer_FTD": BufferConfig, "DATM": DistillConfig, "evaluation": EvaluationConfig,
            "baseline": BaselineConfig}

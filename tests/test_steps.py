@@ -35,7 +35,7 @@ DRIVER = """
 import os, pathlib, sys
 from tests.test_steps import worker
 from utils.files import locked
-from utils.run import entry
+from utils.program.entry import entry
 from utils.steps import Ledger, run
 folder = pathlib.Path(sys.argv[1])
 def main():

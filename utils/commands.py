@@ -2,43 +2,33 @@
 
 import contextlib
 import math
-import os
 import shlex
 import textwrap
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from utils.config import BufferConfig, DataConfig, DistillConfig, EvaluationConfig, from_root, make, parse, read_yaml
+from utils.config import (
+    BufferConfig,
+    DataConfig,
+    DistillConfig,
+    EvaluationConfig,
+    changed,
+    defaults,
+    from_repository,
+    from_root,
+    make,
+)
 from utils.errors import UserError
 from utils.files import REPOSITORY
-from utils.progress import wrapped
-from utils.run import shown
+from utils.program.command_line import read_yaml
+from utils.program.console import shown, wrapped
 
 CONFIGS = REPOSITORY / "configs"
 FOR_ANY = CONFIGS / "MiniFashion" / "ConvIN" / "IPC1.yaml"  # the smallest, for data that no config is made for
 WIDTH = 78  # columns of a command's lines; a path may be longer
-
-
-def from_repository(value: Any) -> Any:
-    """A path inside the repository relative to it, as saved configs have it."""
-    return str(value).removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str | Path) else value
-
-
-def defaults(config_type: type) -> dict[str, Any]:
-    """What each option is when it is not given."""
-    config = parse(config_type, "", [])
-    return {field.name: from_repository(getattr(config, field.name)) for field in fields(config_type)}
-
-
-def changed(config: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """The options that differ from the defaults, in the order in which they are declared; unknown ones last."""
-    default = defaults(config_type)
-    names = [*(name for name in default if name in config), *(name for name in config if name not in default)]
-    return {name: config[name] for name in names if name not in default or config[name] != default[name]}
 
 
 def command(script: str, options: dict[str, Any], place: Callable[[Path], str] = shown,

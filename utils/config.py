@@ -1,21 +1,14 @@
-"""Command line and YAML → one frozen, typed config; every refusal of an option in one place.
+"""The options of the programs: one frozen, typed config each.
 
-The options of a program are the fields of its dataclass: name, type, bounds, default and one sentence of help,
-each stated once. Values come, later ones winning, from the defaults, from the YAML of `--cfg` and from
-`--key value`; all three are read alike (`1e-5` is a number, `False` is false, `None` and `null` are nothing).
-
-Paths: on the command line, relative to where the user stands; in a YAML and in the defaults, relative to the
-repository's root, where the published `../dataset/` and `../buffer_storage/` mean `dataset/` and
-`buffer_storage/`.
+An option is a field of its program's dataclass: name, type, bounds, default, one sentence of help, whether it has an
+effect and whether it decides the result, each stated once. Values of any spelling are taken (`make`): `1e-5` is a
+number, `False` is false, `None` and `null` are nothing.
 """
 
-import argparse
 import contextlib
 import errno
 import os
 import reprlib
-import shutil
-import sys
 import typing
 from dataclasses import fields
 from functools import partial
@@ -27,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from utils.errors import UserError, shortened, unknown_name
+from utils.errors import UserError, shortened
 from utils.files import REPOSITORY
 
 
@@ -73,20 +66,23 @@ Index = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(ge=1e-10, le=3e38, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
 RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
-_YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
+YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
 
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 MAIN, METHOD, EVALUATION, FILES, SPEED = "main", "method", "evaluation", "files", "speed"
 
 
-def option(group: str, default: Any, help: str, effect: bool | str = True) -> Any:
+def option(group: str, default: Any, help: str, effect: bool | str = True, decides: bool = True) -> Any:
     """A field of a config: its help group, its default, its sentence of help.
 
-    `effect` False: accepted, unused; the name of a switch: without effect unless that is on.
+    Args:
+        effect: False: accepted, unused; the name of a switch: without effect unless that is on.
+        decides: whether the result depends on it, or only where a run happens and what it writes.
     """
     default = {"default_factory": partial(list, default)} if isinstance(default, list) else {"default": default}
-    return Field(**default, description=help, json_schema_extra={"group": group, "effect": effect})
+    return Field(**default, description=help,
+                 json_schema_extra={"group": group, "effect": effect, "decides": decides})
 
 
 config_class = dataclass(frozen=True, kw_only=True, config={"coerce_numbers_to_str": True})
@@ -116,13 +112,13 @@ class DataConfig:
     backend: Literal["auto", "plain", "eager", "compile", "graph"] = option(
         SPEED, "auto", "how derivatives are computed: plain autograd, by hand where that is faster (eager), that "
         "compiled, or replayed from CUDA graphs; auto: graph on a GPU, else compile if the run is long enough to repay "
-        "it")
+        "it", decides=False)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = option(
         SPEED, "auto", "of convolutions and matrix products; auto: torch's own (on a GPU, TF32 in convolutions)")
     batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)
-    device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices")
+    device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices", decides=False)
     data_path: FolderPath = option(FILES, "data", "folder of the real data")
-    quiet: bool = option(FILES, False, "print the results, warnings and errors only")
+    quiet: bool = option(FILES, False, "print the results, warnings and errors only", decides=False)
 
 
 @config_class
@@ -149,9 +145,9 @@ class BufferConfig(DataConfig):
     rm_easy_ratio_first: Fraction = option(METHOD, 0.1, "PAD: share left out from rm_epoch_first", effect="pad")
     rm_easy_ratio_second: Fraction = option(METHOD, 0.2, "PAD: share left out from rm_epoch_second", effect="pad")
     micro_batch: Count | None = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: "
-                                       "chosen by the memory at hand")
+                                       "chosen by the memory at hand", decides=False)
     resume: Literal["auto", "never"] = option(FILES, "auto", "auto: go on with an unfinished run of the same options; "
-                                              "never: discard it and start over")
+                                              "never: discard it and start over", decides=False)
     save_interval: Count = option(FILES, 10, "experts per file")
     buffer_path: FolderPath = option(FILES, "buffers", "folder of the expert files")
 
@@ -168,7 +164,7 @@ class TrainConfig(DataConfig):
     batch_train: Count = option(EVALUATION, 256, "training batch")
     lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate; for DATM.py the start of the learned one")
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
-    parall_eva: bool = option(SPEED, False, "spread the evaluation's networks over all GPUs")
+    parall_eva: bool = option(SPEED, False, "spread the evaluation's networks over all GPUs", decides=False)
 
 
 @config_class
@@ -215,19 +211,20 @@ class DistillConfig(TrainConfig):
     skip_first_eva: bool = option(EVALUATION, False, "do not evaluate at iteration 0")
     data_path: FolderPath = option(FILES, "../dataset/", "folder of the real data")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the expert files")
-    log_path: FolderPath = option(FILES, "logged_files", "folder of the results")
+    log_path: FolderPath = option(FILES, "logged_files", "folder of the results", decides=False)
     resume: Literal["auto", "never"] = option(FILES, "auto", "auto: go on with an unfinished run of the same options; "
-                                              "never: discard it and start over")
-    run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config")
-    force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50 too")
+                                              "never: discard it and start over", decides=False)
+    run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config",
+                                         decides=False)
+    force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50 too", decides=False)
     record_loss: bool = option(FILES, False, "record the loss; metrics.jsonl always does", effect=False)
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
-        FILES, "auto", "Weights & Biases; auto: online where an account is known, else not at all")
-    project: str = option(FILES, "TEST", "wandb project")
+        FILES, "auto", "Weights & Biases; auto: online where an account is known, else not at all", decides=False)
+    project: str = option(FILES, "TEST", "wandb project", decides=False)
     micro_batch: Count | None = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: "
-                                       "chosen by the memory at hand")
-    dry_run: bool = option(SPEED, False, "estimate time and memory on this machine, and stop")
-    device: Device = option(SPEED, [0], "auto, cpu, cuda, cuda:N or a list of GPU indices")
+                                       "chosen by the memory at hand", decides=False)
+    dry_run: bool = option(SPEED, False, "estimate time and memory on this machine, and stop", decides=False)
+    device: Device = option(SPEED, [0], "auto, cpu, cuda, cuda:N or a list of GPU indices", decides=False)
     lr_init: float = option(METHOD, 0.01, "unused", effect=False)
     texture: bool = option(METHOD, False, "unused", effect=False)
     canvas_size: int = option(METHOD, 2, "unused", effect=False)
@@ -256,8 +253,8 @@ class EvaluationConfig(TrainConfig):
                                     "expert's, since as many as the set's would take days", effect="robust_score")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "robust_score: folder of the experts that label the "
                                      "random images", effect="robust_score")
-    json: FilePath = option(FILES, "", "write the result to this file")
-    save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors")
+    json: FilePath = option(FILES, "", "write the result to this file", decides=False)
+    save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors", decides=False)
 
 
 @config_class
@@ -268,40 +265,15 @@ class BaselineConfig(TrainConfig):
     label_source: Literal["hard", "experts"] = option(METHOD, "hard", "the images' own labels, or, as DATM starts, "
                                                       "the mean logits of the experts that are right")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts, for label_source experts")
-    json: FilePath = option(FILES, "", "write the result to this file")
+    json: FilePath = option(FILES, "", "write the result to this file", decides=False)
 
 
 # --- parsing -------------------------------------------------------------------------------------------------
 
+
+# --- values and what they mean -------------------------------------------------------------------------------
+
 Config = TypeVar("Config", bound=DataConfig)
-
-
-def parse(config_type: type[Config], description: str, arguments: list[str] | None = None,
-          yaml_file: bool = False) -> Config:
-    """The command line (default: `sys.argv`) as a validated config.
-
-    Args:
-        yaml_file: accept `--cfg FILE`, a YAML whose keys are options.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type or out of bounds, an unreadable YAML.
-    """
-    parser = _parser(config_type, description, yaml_file)
-    known, rest = parser.parse_known_args(arguments)
-    options = {name.replace("-", "_"): value for name, value in vars(known).items()}
-    if rest:
-        raise _unexpected(rest[0], config_type)
-    path = options.pop("cfg", None)
-    from_yaml = read_yaml(path, config_type) if path is not None else {}
-    paths = {field.name: field.default.default for field in fields(config_type) if _is_path(field.name, config_type)}
-    root_values = paths | from_yaml
-    for name in paths:
-        root_values[name] = from_root(root_values[name])
-        if options.get(name):
-            options[name] = os.path.abspath(os.path.expanduser(options[name]))
-    config = make(config_type, **root_values | options)
-    _warn_without_effect(config, from_yaml | options)
-    return config
 
 
 def make(config_type: type[Config], **values: Any) -> Config:
@@ -329,7 +301,7 @@ def as_dict(config: DataConfig) -> dict[str, Any]:
 
 def has_effect(config: DataConfig, name: str) -> bool:
     """Whether an option does anything, given the others."""
-    effect = _extra(name, type(config))["effect"]
+    effect = about(name, type(config))["effect"]
     return getattr(config, effect) if isinstance(effect, str) else effect
 
 
@@ -339,22 +311,15 @@ def _spelt(name: str, value: Any, config_type: type) -> Any:
     if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
         return None
     if isinstance(value, str) and value.startswith("[") and list[int] in typing.get_args(hint):
-        with contextlib.suppress(*_YAML_FAILURES):
+        with contextlib.suppress(*YAML_FAILURES):
             return yaml.load(value, yaml.BaseLoader)
     return value
 
 
-def _names(config_type: type) -> list[str]:
-    return [field.name for field in fields(config_type)]
-
-
-def _extra(name: str, config_type: type) -> dict[str, Any]:
+def about(name: str, config_type: type) -> dict[str, Any]:
+    """What an option says of itself: group, effect, decides, help."""
     field = next(field for field in fields(config_type) if field.name == name)
     return field.default.json_schema_extra | {"help": field.default.description}
-
-
-def _is_path(name: str, config_type: type) -> bool:
-    return "path" in typing.get_args(typing.get_type_hints(config_type, include_extras=True)[name])
 
 
 def from_root(value: Any) -> Any:
@@ -367,77 +332,38 @@ def from_root(value: Any) -> Any:
     return os.path.normpath(REPOSITORY / value)
 
 
-def read_yaml(path: str | Path, config_type: type) -> dict[str, Any]:
-    """The options of a `--cfg` file, as text.
-
-    Raises:
-        UserError: it cannot be read, is not YAML, or has a key that is unknown or given twice.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        # The base loader leaves every value text, so that a YAML and the command line are read by the same rules.
-        values, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text, yaml.BaseLoader)
-    except OSError as error:
-        raise UserError(f"--cfg {path or repr(path)}: {error.strerror}; give the path of a YAML file such as "
-                        "configs/MiniFashion/ConvIN/IPC1.yaml") from error
-    except _YAML_FAILURES as error:
-        where = f" near line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"--cfg {path} is not YAML{where}; write one `key: value` a line") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UserError(f"--cfg {path} is not a list of options; write one `key: value` a line")
-    given = [key.value for key, _ in node.value]
-    for name in given:
-        if name not in _names(config_type):
-            raise UserError(f"--cfg {path}: {_unknown('key', name, config_type)}")
-        if given.count(name) > 1:
-            raise UserError(f"--cfg {path} gives {name!r} {given.count(name)} times; keep one of them")
-    return values
+def from_repository(value: Any) -> Any:
+    """A path inside the repository relative to it, as saved configs have it; any other value as it is."""
+    return str(value).removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str | Path) else value
 
 
-def _unknown(kind: str, name: str, config_type: type, prefix: str = "") -> UserError:
-    """The refusal of an option; only options that do something are suggested."""
-    return unknown_name(kind, name, [prefix + known for known in _names(config_type)
-                                     if _extra(known, config_type)["effect"]])
+def influential(config: DataConfig) -> dict[str, Any]:
+    """The options that decide the result, paths inside the repository relative to it."""
+    return {name: from_repository(value) for name, value in as_dict(config).items()
+            if about(name, type(config))["decides"] and has_effect(config, name)}
 
 
-def _unexpected(argument: str, config_type: type) -> UserError:
-    if argument.startswith("--"):
-        return _unknown("option", argument.split("=")[0], config_type, prefix="--")
-    return UserError(f"unexpected argument {argument!r}; options are written --key value (see --help)")
+def path_options(config_type: type) -> dict[str, Any]:
+    """The options that are paths, with their defaults."""
+    hints = typing.get_type_hints(config_type, include_extras=True)
+    return {field.name: field.default.default for field in fields(config_type)
+            if "path" in typing.get_args(hints[field.name])}
 
 
-def _warn_without_effect(config: DataConfig, given: dict[str, Any]) -> None:
-    unused = [name for name in given if not has_effect(config, name)]
-    if unused:
-        print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
+def defaults(config_type: type) -> dict[str, Any]:
+    """What each option is when it is not given, paths as `influential` has them."""
+    rooted = {name: from_root(value) for name, value in path_options(config_type).items()}
+    return {name: from_repository(value) for name, value in as_dict(make(config_type, **rooted)).items()}
 
 
-class Parser(argparse.ArgumentParser):
-    """Whatever is wrong with a command line is a `UserError`."""
+def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
+    """The options that differ from the defaults, in the order in which they are declared; unknown ones last."""
+    default = defaults(config_type)
+    names = [*(name for name in default if name in options), *(name for name in options if name not in default)]
+    return {name: options[name] for name in names if name not in default or options[name] != default[name]}
 
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (see --help)")
 
-
-def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.ArgumentParser:
-    width = min(shutil.get_terminal_size().columns, 100)
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    usage="%(prog)s " + ("--cfg FILE " if yaml_file else "") + "[--key value …]",
-                    formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width))
-    if yaml_file:
-        parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
-    names = sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"])
-    for group in (MAIN, METHOD, EVALUATION, SPEED, FILES):
-        options = parser.add_argument_group(f"{group} options")
-        for field in names:
-            extra = _extra(field.name, config_type)
-            if extra["group"] != group:
-                continue
-            hint = typing.get_type_hints(config_type)[field.name]
-            shown = field.default.get_default(call_default_factory=True)
-            text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
-                "" if shown == "" else f" [{'unset' if shown is None else shown}]")
-            metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()
-            optional = {"nargs": "?", "const": "True"} if hint is bool else {}
-            options.add_argument(f"--{field.name}", metavar=metavar, help=text.replace("%", "%%"), **optional)
-    return parser
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The options that have another value than before, in words; empty if there are none."""
+    return ", ".join(f"{name} ({before[name]} there, {value} here)"
+                     for name, value in now.items() if name in before and before[name] != value)

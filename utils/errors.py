@@ -10,7 +10,7 @@ LONGEST_GIVEN = 200  # of what was given, in a refusal
 class UserError(Exception):
     """Says what was given, what is allowed and what to do, in one line.
 
-    Entry scripts print it on stderr and exit with code 2 (`utils.run.entry`).
+    Entry scripts print it on stderr and exit with code 2 (`utils.program.entry.entry`).
     """
 
 

@@ -5,6 +5,8 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
+import math
 import os
 import pickle
 import socket
@@ -14,9 +16,10 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
+import yaml
 
 from utils.errors import UserError
 
@@ -227,3 +230,63 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
         reason = " ".join((str(error) or type(error).__name__).split()).split(". ")[0][:160]
         raise UserError(f"{what} {path} cannot be read (truncated, or not a torch file): {reason}; "
                         f"{advice or 'write or copy it again'}") from error
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Adds one line to a JSONL file.
+
+    Raises:
+        UserError: it cannot be written; the file is as it was.
+    """
+    before = None
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            line = (json.dumps(value) + "\n").encode()
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if before is not None:
+            os.truncate(path, before)  # half a line may have found room
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or give another folder") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What `save_config` wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f"{path} is damaged; it held the options of what lies beside it: put it back, or move what "
+                        "lies beside it away")
+    return options
+
+
+def save_config(path: Path, options: dict[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(options, sort_keys=False))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        UserError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read or is damaged ({error}); restore it, or delete it, to make it again"
+                        ) from error
+
+
+def finite(value: float) -> float | None:
+    """The number, or None (JSON's null) for NaN and infinities, which JSON has no words for."""
+    return value if math.isfinite(value) else None

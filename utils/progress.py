@@ -1,14 +1,10 @@
 """What a program says while it runs: lines as wide as the terminal, a bar of the numbers that matter, the time left."""
 
 import contextlib
-import datetime
-import os
 import sys
-import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,55 +12,13 @@ from tqdm.utils import disp_len
 
 from utils import interrupt, parallel
 from utils.memory import peak
+from utils.program.console import _columns, duration, short_count, wrapped
 
 PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
 MARKS, MARK_SECONDS = 60, 1.0  # the pace is that of the last so many marks, at least so far apart
 SURE_STEPS, SURE_SECONDS = 3, 5.0  # after which the pace is known well enough to say what is to be expected
 WORTH_SAYING = 60.0  # seconds, below which nobody needs to know
 SMALLEST_BAR = 8  # columns; less is not worth its place
-
-
-def duration(seconds: float) -> str:
-    """In words of a length that fits: 0.034 s, 3 min 20 s, 2 days 3 h."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    left = datetime.timedelta(seconds=round(seconds))
-    hours, minutes = divmod(left.seconds // 60, 60)
-    if left.days:
-        return f"{left.days} day{'s' * (left.days > 1)} {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left.seconds % 60} s"
-
-
-def short_count(number: float) -> str:
-    """Three digits or so: 0.42, 8.1, 812, 12.3k."""
-    if number < 99.5:
-        return f"{number:.2g}"
-    return f"{number:.0f}" if number < 999.5 else tqdm.format_sizeof(number)
-
-
-def wrapped(text: str, stream: Any = None) -> str:
-    """One line where nobody watches; on a terminal as many as it takes, those after the first indented.
-
-    Args:
-        stream: where it goes; None: stdout.
-    """
-    stream = stream or sys.stdout
-    if not stream.isatty():
-        return text
-    return textwrap.fill(text, max(20, _columns(stream)), subsequent_indent="  ", break_long_words=False,
-                         break_on_hyphens=False)
-
-
-def note(text: str) -> None:
-    """A line on stderr, which does not run into a bar."""
-    (tqdm.write if sys.stderr.isatty() else print)(wrapped(text, sys.stderr), file=sys.stderr)
-
-
-def _columns(stream: Any) -> int:
-    """Of the terminal that a stream is; 80 where it does not say."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    return 80
 
 
 class Pace:

@@ -5,11 +5,9 @@ the experts were made, the machine) into `report.safetensors`. `read_run` makes 
 `commands` says what to type to have the run again.
 """
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.commands import again, changed, command, defaults, evaluation, from_repository
-from utils.config import BufferConfig
+from utils.commands import again, command, evaluation
+from utils.config import BufferConfig, changed, defaults, from_repository
 from utils.datasets import Dataset
 from utils.errors import UserError
 from utils.figures import clip_outliers
-from utils.files import atomic_write
+from utils.files import atomic_write, read_config
 from utils.metrics import percent
-from utils.run import environment, read_config
+from utils.program.machine import machine
 
 FORMAT = "datm-report-1"
 PICTURES = "report.safetensors"
@@ -153,7 +151,7 @@ def save_pictures(path: Path, dataset: Dataset, start: tuple[Tensor, Tensor], be
                "labels": probabilities(best[1][which], dataset.num_classes),
                "start_labels": probabilities(start[1][which], dataset.num_classes)}
     about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
-             "noise": noise, "experts": experts, "machine": _machine(best[0].device)}
+             "noise": noise, "experts": experts, "machine": machine(best[0].device)}
     with atomic_write(path) as aside:
         try:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside,
@@ -197,19 +195,6 @@ def probabilities(labels: Tensor, num_classes: int) -> Tensor:
     if labels.is_floating_point():
         return labels.float().softmax(1)
     return torch.nn.functional.one_hot(labels, num_classes).float()
-
-
-def _machine(device: torch.device) -> dict[str, str]:
-    """Versions and hardware, more of them than stand beside a result."""
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    versions = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy", "kornia")}
-    cuda = {"CUDA": str(torch.version.cuda)} if device.type == "cuda" else {}
-    return {**environment(device), **versions, **cuda, "processor": f"{processor}, {os.cpu_count()} logical cores",
-            "memory": f"{memory:.0f} GB", "system": f"{platform.system()} {platform.release()}"}
 
 
 # --- reading a run's folder ----------------------------------------------------------------------------------

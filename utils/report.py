@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.commands import changed, defaults, from_repository
-from utils.config import DistillConfig
-from utils.progress import duration
+from utils.config import DistillConfig, changed, defaults, from_repository
+from utils.program.console import duration
 from utils.record import IMAGE_BYTES, Pictures, Run, Step, commands, helps
 from utils.svg import Chart, numbers_every, thinned
 

@@ -17,9 +17,8 @@ from typing import Any, TextIO
 
 from utils import interrupt
 from utils.errors import UserError
-from utils.files import check_writable, sha256
-from utils.progress import duration
-from utils.run import write_json
+from utils.files import check_writable, sha256, write_json
+from utils.program.console import duration
 
 LOOK_SECONDS = 0.2  # between two looks at the commands that run
 NOTE_SECONDS = 10.0  # between two notes of how long they have run, for the case of a kill

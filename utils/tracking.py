@@ -1,6 +1,6 @@
 """Weights & Biases, when it is there: the published keys, pictures and histograms; never in the way.
 
-Metrics always go to `metrics.jsonl` as well (`utils.run.RunFolder`), so nothing is lost without it.
+Metrics always go to `metrics.jsonl` as well (`utils.program.run_folder.RunFolder`), so nothing is lost without it.
 """
 
 import netrc
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.datasets import Dataset
 from utils.figures import clip_outliers
-from utils.progress import note
+from utils.program.console import note
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 

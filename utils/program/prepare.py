@@ -1,11 +1,18 @@
 """What every program does before its computation: a config becomes objects."""
 
+import os
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
+from utils import augment, parallel
 from utils.config import DataConfig
 from utils.datasets import Dataset, load_dataset
+from utils.engine import check_backend, set_precision
 from utils.networks import build_network
+from utils.parameters import FlatModel
+from utils.program.device import listed_gpus, select_device
 
 
 def network_for(name: str, dataset: Dataset) -> nn.Module:
@@ -17,3 +24,64 @@ def load_configured(config: DataConfig, device: torch.device) -> Dataset:
     """The dataset that a program's config names, on the device."""
     return load_dataset(config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
                         val_fraction=config.val_fraction, device=device)
+
+
+def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
+    """The beginning of every program: its ranks, its device, and the real data on it.
+
+    Raises:
+        UserError: see `select_device`, `check_backend`, `set_precision` and `load_dataset`.
+    """
+    start_as_ranks(config)
+    device = select_device(config.device)
+    if device.type == "cuda" and parallel.size() > 1:
+        device = parallel.own_gpu(listed_gpus(config.device) or list(range(torch.cuda.device_count())))
+        torch.cuda.set_device(device)
+    parallel.start(device)
+    check_backend(config.backend, device)
+    set_precision(config.precision, device)
+    return device, parallel.first_then_others(lambda: load_configured(config, device))
+
+
+def start_as_ranks(config: DataConfig) -> None:
+    """Starts this command again as a rank for each of several GPUs, and ends with them: for those that `device` lists
+    (published configs list up to four), or with `--parall_eva` for all."""
+    if "LOCAL_RANK" in os.environ or getattr(config, "dry_run", False):
+        return
+    gpus = listed_gpus(config.device)
+    if getattr(config, "parall_eva", False) and config.device in ("auto", "cuda"):
+        gpus = list(range(torch.cuda.device_count()))
+    if len(gpus) > 1:
+        parallel.launch(len(gpus))
+
+
+def flat_model(config: DataConfig, network: nn.Module, work: float, micro_batch: int | None = None) -> FlatModel:
+    """A network on its device, with the engine that a config asks for.
+
+    Args:
+        work: how many samples times steps, of gradient and adjoint together, are to come.
+    """
+    return FlatModel(network, config.backend, config.precision, micro_batch, work)
+
+
+def dsa_groups(config: DataConfig, inner_loop: bool = False) -> tuple[str, ...]:
+    """The groups of DSA that a config asks for, none where it asks for no DSA; `no_aug` is of the inner loop.
+
+    Raises:
+        UserError: an unknown group.
+    """
+    groups = augment.parse_strategy(config.dsa_strategy)
+    return groups if config.dsa and not (inner_loop and config.no_aug) else ()
+
+
+Drawer = Callable[[int, torch.Generator], augment.Draw | None]
+"""(batch size, generator) → the augmentation of that batch."""
+
+
+def drawer(config: DataConfig, dataset: Dataset, older_operations: tuple[str, ...]) -> Drawer:
+    """What augments a training: DSA, or with `--dsa False` the older augmentation by these operations."""
+    if config.dsa:
+        groups = dsa_groups(config)
+        return lambda batch, random: augment.draw(groups, batch, dataset.image_size, random)
+    return lambda batch, random: augment.draw_per_image(older_operations, batch, dataset.image_size, dataset.channels,
+                                                        random)

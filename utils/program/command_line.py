@@ -1,0 +1,143 @@
+"""Command line and YAML → config (`utils.config`); every refusal of an option in one place.
+
+Values come, later ones winning, from the defaults, from the YAML of `--cfg` and from `--key value`; all three are read
+alike. Paths: on the command line, relative to where the user stands; in a YAML and in the defaults, relative to the
+repository's root, where the published `../dataset/` and `../buffer_storage/` mean `dataset/` and `buffer_storage/`.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import typing
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from utils.config import (
+    EVALUATION,
+    FILES,
+    MAIN,
+    METHOD,
+    SPEED,
+    YAML_FAILURES,
+    Config,
+    DataConfig,
+    about,
+    from_root,
+    has_effect,
+    make,
+    path_options,
+)
+from utils.errors import UserError, unknown_name
+
+
+def parse(config_type: type[Config], description: str, arguments: list[str] | None = None,
+          yaml_file: bool = False) -> Config:
+    """The command line (default: `sys.argv`) as a validated config.
+
+    Args:
+        yaml_file: accept `--cfg FILE`, a YAML whose keys are options.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of bounds, an unreadable YAML.
+    """
+    parser = _parser(config_type, description, yaml_file)
+    known, rest = parser.parse_known_args(arguments)
+    options = {name.replace("-", "_"): value for name, value in vars(known).items()}
+    if rest:
+        raise _unexpected(rest[0], config_type)
+    path = options.pop("cfg", None)
+    from_yaml = read_yaml(path, config_type) if path is not None else {}
+    paths = path_options(config_type)
+    root_values = paths | from_yaml
+    for name in paths:
+        root_values[name] = from_root(root_values[name])
+        if options.get(name):
+            options[name] = os.path.abspath(os.path.expanduser(options[name]))
+    config = make(config_type, **root_values | options)
+    _warn_without_effect(config, from_yaml | options)
+    return config
+
+
+def _names(config_type: type) -> list[str]:
+    return [field.name for field in fields(config_type)]
+
+
+def read_yaml(path: str | Path, config_type: type) -> dict[str, Any]:
+    """The options of a `--cfg` file, as text.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or has a key that is unknown or given twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        # The base loader leaves every value text, so that a YAML and the command line are read by the same rules.
+        values, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text, yaml.BaseLoader)
+    except OSError as error:
+        raise UserError(f"--cfg {path or repr(path)}: {error.strerror}; give the path of a YAML file such as "
+                        "configs/MiniFashion/ConvIN/IPC1.yaml") from error
+    except YAML_FAILURES as error:
+        where = f" near line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"--cfg {path} is not YAML{where}; write one `key: value` a line") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"--cfg {path} is not a list of options; write one `key: value` a line")
+    given = [key.value for key, _ in node.value]
+    for name in given:
+        if name not in _names(config_type):
+            raise UserError(f"--cfg {path}: {_unknown('key', name, config_type)}")
+        if given.count(name) > 1:
+            raise UserError(f"--cfg {path} gives {name!r} {given.count(name)} times; keep one of them")
+    return values
+
+
+def _unknown(kind: str, name: str, config_type: type, prefix: str = "") -> UserError:
+    """The refusal of an option; only options that do something are suggested."""
+    return unknown_name(kind, name, [prefix + known for known in _names(config_type)
+                                     if about(known, config_type)["effect"]])
+
+
+def _unexpected(argument: str, config_type: type) -> UserError:
+    if argument.startswith("--"):
+        return _unknown("option", argument.split("=")[0], config_type, prefix="--")
+    return UserError(f"unexpected argument {argument!r}; options are written --key value (see --help)")
+
+
+def _warn_without_effect(config: DataConfig, given: dict[str, Any]) -> None:
+    unused = [name for name in given if not has_effect(config, name)]
+    if unused:
+        print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """Whatever is wrong with a command line is a `UserError`."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.ArgumentParser:
+    width = min(shutil.get_terminal_size().columns, 100)
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    usage="%(prog)s " + ("--cfg FILE " if yaml_file else "") + "[--key value …]",
+                    formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width))
+    if yaml_file:
+        parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
+    names = sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"])
+    for group in (MAIN, METHOD, EVALUATION, SPEED, FILES):
+        options = parser.add_argument_group(f"{group} options")
+        for field in names:
+            extra = about(field.name, config_type)
+            if extra["group"] != group:
+                continue
+            hint = typing.get_type_hints(config_type)[field.name]
+            shown = field.default.get_default(call_default_factory=True)
+            text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
+                "" if shown == "" else f" [{'unset' if shown is None else shown}]")
+            metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()
+            optional = {"nargs": "?", "const": "True"} if hint is bool else {}
+            options.add_argument(f"--{field.name}", metavar=metavar, help=text.replace("%", "%%"), **optional)
+    return parser

@@ -1,0 +1,87 @@
+"""What a program says in lines: routine, notes, and what differs from the defaults."""
+
+import contextlib
+import datetime
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from utils.config import DataConfig, changed, influential
+from utils.files import REPOSITORY
+from utils.program.device import describe, describe_precision
+
+
+def duration(seconds: float) -> str:
+    """In words of a length that fits: 0.034 s, 3 min 20 s, 2 days 3 h."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    left = datetime.timedelta(seconds=round(seconds))
+    hours, minutes = divmod(left.seconds // 60, 60)
+    if left.days:
+        return f"{left.days} day{'s' * (left.days > 1)} {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left.seconds % 60} s"
+
+
+def short_count(number: float) -> str:
+    """Three digits or so: 0.42, 8.1, 812, 12.3k."""
+    if number < 99.5:
+        return f"{number:.2g}"
+    return f"{number:.0f}" if number < 999.5 else tqdm.format_sizeof(number)
+
+
+def wrapped(text: str, stream: Any = None) -> str:
+    """One line where nobody watches; on a terminal as many as it takes, those after the first indented.
+
+    Args:
+        stream: where it goes; None: stdout.
+    """
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return text
+    return textwrap.fill(text, max(20, _columns(stream)), subsequent_indent="  ", break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def note(text: str) -> None:
+    """A line on stderr, which does not run into a bar."""
+    (tqdm.write if sys.stderr.isatty() else print)(wrapped(text, sys.stderr), file=sys.stderr)
+
+
+def _columns(stream: Any) -> int:
+    """Of the terminal that a stream is; 80 where it does not say."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
+
+
+def say(config: DataConfig, text: str) -> None:
+    """Prints a line of routine, which `--quiet` leaves out."""
+    if not config.quiet:
+        print(wrapped(text))
+
+
+def announce(config: DataConfig, device: torch.device, engine: str, *lines: str) -> None:
+    """Says on what a run runs, what it is, and which of its options differ from the defaults.
+
+    Args:
+        engine: see `describe_engine`.
+    """
+    options = ", ".join(f"{name} {value}" for name, value in changed(influential(config), type(config)).items())
+    for line in (f"on {describe(device)}, {describe_precision(config.precision, device)}, {engine}", *lines,
+                 f"options: {options}"):
+        say(config, line)
+
+
+def shown(path: Path | str) -> str:
+    """A path as the user would type it: relative to the current folder where both are in the repository, or it lies
+    below that folder."""
+    path, here = Path(path), Path.cwd()
+    if path.is_relative_to(here):
+        return str(path.relative_to(here))
+    together = path.is_relative_to(REPOSITORY) and here.is_relative_to(REPOSITORY)
+    return os.path.relpath(path) if together else str(path)

@@ -1,0 +1,56 @@
+"""Which device a run takes, and the device in words."""
+
+import sys
+
+import torch
+
+from utils import parallel
+from utils.errors import UserError
+
+
+def listed_gpus(device: str | list[int]) -> list[int]:
+    """The GPUs of this machine that `device` lists."""
+    count = torch.cuda.device_count()
+    return list(dict.fromkeys(index for index in device if 0 <= index < count)) if isinstance(device, list) else []
+
+
+def select_device(device: str | list[int]) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or GPU indices of which the first that exists is taken.
+
+    A list of indices on a machine without them falls back, with one line that says to what.
+
+    Raises:
+        UserError: not a device, or a GPU asked for by name that is not there.
+    """
+    gpus = torch.cuda.device_count()
+    if isinstance(device, list):
+        present = listed_gpus(device)
+        chosen = torch.device("cuda", present[0]) if present else torch.device("cuda:0" if gpus else "cpu")
+        if device != [0] and not present:
+            print(f"note: no GPU {device} here; using {chosen}", file=sys.stderr)
+        return chosen
+    if device == "auto":
+        return torch.device("cuda:0" if gpus else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: allowed are auto, cpu, cuda, cuda:N or a list of GPU indices such as [0]")
+    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+        raise UserError(f"--device {device}: this machine has {gpus} GPU(s); give --device auto or cpu")
+    return chosen
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    here = (f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else
+            f"cpu ({torch.get_num_threads()} threads)")
+    return here if parallel.size() == 1 else f"{parallel.size()} ranks, the first on {here}"
+
+
+def describe_precision(precision: str, device: torch.device) -> str:
+    """The arithmetic of convolutions and matrix products in words."""
+    if precision == "auto":
+        return "float32, convolutions in TF32" if device.type == "cuda" else "float32"
+    return {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}[precision]

@@ -1,0 +1,98 @@
+"""The one end of every program: its result, a refusal in one line, a signal, or memory that is full."""
+
+import io
+import os
+import shlex
+import sys
+import time
+import traceback
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from utils import interrupt, parallel
+from utils.errors import UserError, one_line
+
+RANK_WAITS = 3.0  # seconds for the first rank to speak
+
+
+def entry(main: Callable[[], None]) -> None:
+    """Runs an entry script; a user's mistake becomes one line on stderr and exit code 2, a signal 128 + its number."""
+    name = Path(sys.argv[0]).name
+    interrupt.install()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in one file with stderr, lines come in the order they were said in
+        sys.stdout.reconfigure(line_buffering=True)
+    if not parallel.first():  # the first rank speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+    try:
+        main()
+        interrupt.ignore()  # nothing is left to be stopped
+        parallel.barrier()
+        parallel.leave(0)
+    except UserError as error:
+        _last_line(f"{name}: error: {one_line(error)}", 2)
+    except torch.OutOfMemoryError as error:
+        _last_line(f"{name}: error: the GPU's memory is full ({' '.join(str(error).split())[:120]}…); give "
+                   "--micro_batch, a smaller batch, or --device cpu", 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and parallel.lost_contact(error):
+            if interrupt.requested():  # all ranks were told to stop, and another one was quicker
+                _last_line(f"{name}: stopped; every file is whole. The same command goes on from what is saved", 143)
+            _last_line(f"{name}: error: contact with another rank was lost ({' '.join(str(error).split())[:120]}…); "
+                       "start again, which goes on from what is saved", 1, wait=0.0)
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
+                   "--micro_batch, or use a machine with more", 2)
+    except interrupt.Stopped as stopped:
+        code = 128 + stopped.signal
+        if not parallel.first():
+            parallel.leave(code)
+        _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. The same command goes on from "
+                   f"what is saved, if anything{_to_go_on()}", code)
+    except BrokenPipeError:  # whoever read the output (head, say) has seen enough
+        _close_pipes()
+        sys.exit(141)
+
+
+def _to_go_on() -> str:
+    """The command that was given, without a `--resume`, which may discard what is saved; torchrun's nobody knows."""
+    if parallel.size() > 1:
+        return ""
+    kept: list[str] = []
+    for argument in sys.argv:
+        if kept and kept[-1] == "--resume":
+            kept.pop()
+        elif not argument.startswith("--resume="):
+            kept.append(argument)
+    return f": {shlex.join(['python', *kept])}"
+
+
+def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoReturn:
+    """
+    Args:
+        wait: seconds in which the first rank may say it for all.
+    """
+    interrupt.ignore()  # a further signal finds nothing to stop, and would only disturb the exit
+    if not parallel.first():
+        # What concerns all ranks the first one says, and torchrun then ends the others; this is what it did not say.
+        interrupt.restore()
+        time.sleep(wait)
+        text = f"rank {parallel.rank()}: {text.strip()}"
+        sys.stderr = sys.__stderr__
+    try:
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads them may have been interrupted too
+        _close_pipes()
+    parallel.leave(code)
+    sys.exit(code)
+
+
+def _close_pipes() -> None:
+    """So that the interpreter does not complain of them at its exit."""
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -1,0 +1,148 @@
+"""A run's folder: its options, its log, its state while it runs, and its result."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from utils import parallel
+from utils.config import DataConfig, defaults, differences, influential
+from utils.errors import UserError
+from utils.files import append_json, load, locked, read_config, save, save_config, write_json
+from utils.program.console import shown
+
+STATE_FORMAT = "datm-checkpoint-1"
+SAVE_SECONDS = 1.0  # at least, between two saves of a run's state
+SAVE_SHARE = 0.005  # of a run's time, at most, that goes into them
+
+
+def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextManager[None]:
+    """As `utils.files.locked`; of several ranks the first one keeps other runs out, for all."""
+    return locked(folder, advice) if parallel.first() else contextlib.nullcontext()
+
+
+def config_name(config: DataConfig) -> str:
+    """A short name that is the same for the same options."""
+    text = json.dumps(influential(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class RunFolder:
+    """One run's `config.yaml`, `metrics.jsonl` and `result.json`, and whatever the run puts beside them.
+
+    While it runs, `checkpoint.pt` holds what it needs to go on after it was stopped or killed; `save_seconds` is how
+    long it last took to save it. Of several ranks only the first one writes.
+
+    Making one writes nothing; `start` does.
+
+    Raises:
+        UserError: the folder holds a run of other options.
+    """
+
+    def __init__(self, path: Path, config: DataConfig):
+        self.path = path
+        self._config = influential(config)
+        self._metrics = path / "metrics.jsonl"
+        self._state = path / "checkpoint.pt"
+        self._saved_at, self.save_seconds = -math.inf, 0.0
+        saved = path / "config.yaml"
+        # An option that is younger than the run had no other value than its default.
+        before = defaults(type(config)) | read_config(saved) if saved.exists() else self._config
+        different = differences(before, self._config)
+        discarded = getattr(config, "resume", None) == "never" and not (path / "result.json").exists()
+        if different and not discarded:
+            raise UserError(f"{path} holds a run of other options: {different}; give those to go on with it, another "
+                            "--run_name, or --resume never to discard it unless it is finished")
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run, else None."""
+        path = self.path / "result.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); delete it to run again, or give another "
+                            "--run_name") from error
+
+    @property
+    def unfinished(self) -> dict[str, Any] | None:
+        """What a run that was stopped or killed last saved of itself (`save_state`), else None.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if not self._state.exists():
+            return None
+        state = load(self._state, "checkpoint", advice="give --resume never to start over")
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            raise UserError(f"{self._state} is not a checkpoint of this version ({STATE_FORMAT}); give --resume never "
+                            "to start over, or another --run_name")
+        return state
+
+    def start(self, metrics_bytes: int | None = None, made: Sequence[str] = ()) -> None:
+        """Saves the config and begins `metrics.jsonl`, or goes on with its first so many bytes.
+
+        Args:
+            made: what an unfinished run may have put beside them, removed at a new beginning.
+
+        Raises:
+            UserError: the folder cannot be made or written, or its metrics are shorter than they were.
+        """
+        if not parallel.first():
+            return
+        if metrics_bytes is None:
+            if self._metrics.exists():
+                print(f"note: {shown(self.path)} holds an unfinished run; starting over", file=sys.stderr)
+            self._state.unlink(missing_ok=True)  # first, for it counts on the others
+            for each in made:
+                if (self.path / each).is_dir():
+                    shutil.rmtree(self.path / each)
+                else:
+                    (self.path / each).unlink(missing_ok=True)
+        save_config(self.path / "config.yaml", self._config)
+        if metrics_bytes and not (self._metrics.exists() and self._metrics.stat().st_size >= metrics_bytes):
+            raise UserError(f"{self._metrics} is gone, or shorter than when the run was last saved; put it back, or "
+                            "give --resume never to start over, or another --run_name")
+        self._metrics.touch()
+        os.truncate(self._metrics, metrics_bytes or 0)
+
+    def log(self, **metrics: Any) -> None:
+        """One line of `metrics.jsonl`."""
+        if parallel.first():
+            append_json(self._metrics, metrics)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+
+    def save_due(self) -> bool:
+        """Whether it is time to save the run's state again: so seldom that it takes `SAVE_SHARE` of the time."""
+        since = perf_counter() - self._saved_at
+        return parallel.first() and since >= max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
+
+    def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Saves what the run needs to go on from here, which `state` makes of tensors and plain containers."""
+        if not parallel.first():
+            return
+        began = perf_counter()
+        with self._metrics.open("rb") as metrics:  # on the disk before the state that counts on them
+            os.fsync(metrics.fileno())
+            size = os.fstat(metrics.fileno()).st_size
+        save(state() | {"format": STATE_FORMAT, "metrics_bytes": size}, self._state)
+        self._saved_at = perf_counter()
+        self.save_seconds = self._saved_at - began
+
+    def finish(self, **result: Any) -> None:
+        """Writes the result, with which the run counts as finished."""
+        write_json(self.path / "result.json", result)
+        self.forget_state()
+
+    def forget_state(self) -> None:
+        """Removes what `save_state` saved, which is of no use any more."""
+        self._state.unlink(missing_ok=True)
