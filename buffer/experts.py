@@ -23,7 +23,7 @@ from buffer.trajectories import (
     next_file,
     write_experts,
 )
-from utils import augment, commands, files, interrupt, parallel
+from utils import augment, files, interrupt, parallel
 from utils.config import BufferConfig, differences, influential
 from utils.datasets import Dataset, check_dataset_name
 from utils.engine import GRADIENT_ALONE, describe_engine
@@ -33,6 +33,7 @@ from utils.memory import available
 from utils.metrics import accuracy, count_correct
 from utils.networks import check_network_name
 from utils.parameters import FlatModel
+from utils.program import commands
 from utils.program.console import announce, note, say, shown, wrapped
 from utils.program.prepare import begin, drawer, dsa_groups, flat_model, network_for
 from utils.program.run_folder import kept_to_this_run

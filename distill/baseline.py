@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.real import evaluate_real
+from distill.evaluate.real_images import evaluate_real
 from utils.config import BaselineConfig
 from utils.program.command_line import parse
 from utils.program.entry import entry

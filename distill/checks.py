@@ -7,7 +7,7 @@ from torch import nn
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
 from distill.distillation import matched_part
-from distill.evaluate import check_evaluation
+from distill.evaluate.networks import check_evaluation
 from distill.initialize import check_ipc
 from distill.plan import batch_size
 from distill.schedule import start_epoch_bound

@@ -16,19 +16,18 @@ from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet
 from distill.initialize import expert_logits
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
+from distill.results import EMA, NORMAL, Iteration
 from distill.schedule import start_epoch_bound
 from distill.shared_model import SharedModel
 from utils import augment, parallel
 from utils.config import DistillConfig
 from utils.datasets import Dataset
 from utils.errors import UserError
-from utils.files import finite
 from utils.parameters import FlatModel
 from utils.program.prepare import dsa_groups
 from utils.program.seeds import generator
 
 MOMENTUM = 0.5  # of images and α, as published
-VERSIONS = ("Normal", "EMA")  # the folders of the sets, as published, and of those with averaged images
 MOST_LOST = 100  # losses in a row that are not finite, after which a run stops
 MOST_HELD = 100  # updates in a row that would make α useless, after which a run stops
 FIXED_SEGMENTS = 16  # segments on which the loss before and after is compared
@@ -130,7 +129,7 @@ class Distillation:
         return match_trajectory(self.model, theta_start, theta_target, self.set.images, self.set.labels, self.set.lr,
                                 segment.batches, segment.augment, self.config.matching, self.part)
 
-    def learn(self, iteration: int, segment: Segment, match: Match) -> dict[str, Any]:
+    def learn(self, iteration: int, segment: Segment, match: Match) -> Iteration:
         """Updates the set, unless the loss exceeds the threshold or is not finite; returns what to record.
 
         An α that would become zero, negative or NaN stays where it was, since nothing can be trained with it.
@@ -161,9 +160,8 @@ class Distillation:
             raise UserError(f"the learning rate α would have left the positive numbers {MOST_HELD} times in a row, the "
                             f"last time at iteration {iteration}; lower --lr_lr (now {config.lr_lr:g}) or give "
                             "--lr_param log")
-        return {"iteration": iteration, "loss": finite(loss), "updated": updated, "held": held,
-                "lr": float(self.set.lr), "start_epoch": segment.start_epoch, "bound": segment.bound,
-                "expert": segment.expert}
+        return Iteration(iteration, loss, updated, float(self.set.lr), segment.start_epoch, segment.bound, held,
+                         segment.expert)
 
     def update(self, match: Match) -> None:
         """One step of SGD on images, α and, if they are learned, labels; each with its own rate, as published."""
@@ -209,8 +207,7 @@ class Distillation:
     def versions(self) -> dict[str, DistilledSet]:
         """What is evaluated and saved, by the name of its folder: the set, and the one of averaged images."""
         now = self.set.detach()
-        normal, averaged = VERSIONS
-        return {normal: now} | ({} if self.ema is None else {averaged: replace(now, images=self.ema.clone())})
+        return {NORMAL: now} | ({} if self.ema is None else {EMA: replace(now, images=self.ema.clone())})
 
     def fixed_loss(self, distilled: DistilledSet) -> float:
         """The mean matching loss over segments that are the same whenever it is called with the same config."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from distill.evaluate import train_network
+from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
 from distill.plan import batch_size, evaluations, networks
 from utils import augment

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.evaluate import evaluate_files
-from distill.robust import evaluate_robust
+from distill.evaluate.robust import evaluate_robust
+from distill.evaluate.saved_set import evaluate_files
 from utils.config import EvaluationConfig
 from utils.program.command_line import parse
 from utils.program.entry import entry

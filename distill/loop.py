@@ -5,21 +5,22 @@ from dataclasses import replace
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_images
 from distill import checks, estimate, plan
-from distill.conclusion import conclude
-from distill.distillation import VERSIONS, Distillation
+from distill.conclusion import conclude, say_finished
+from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.evaluate import check_pool
+from distill.evaluate.networks import check_pool
 from distill.initialize import initial_set
 from distill.progression import Progression, View, rounding
+from distill.report.tracking import Tracker
+from distill.results import METRICS, RESULT, VERSIONS
 from utils import interrupt, parallel
 from utils.config import DistillConfig, as_dict
 from utils.datasets import Dataset
 from utils.engine import describe_engine
 from utils.parameters import FlatModel
-from utils.program.console import announce, say, shown, wrapped
+from utils.program.console import announce, say
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder, kept_to_this_run
-from utils.tracking import Tracker
 
 
 def distill(config: DistillConfig) -> None:
@@ -54,12 +55,9 @@ def distill(config: DistillConfig) -> None:
     # Take the run's folder; a finished run is not run again.
     path = plan.run_folder(config)
     with kept_to_this_run(path, "give another --run_name"):
-        folder = RunFolder(path, config)
-        if folder.result is not None:
-            if parallel.first():
-                folder.forget_state()  # if the run was killed between the result and this
-            print(wrapped(f"{shown(path)} is finished ({folder.result['summary']}); give another --run_name or --seed "
-                          "to run it again"))
+        folder = RunFolder(path, config, METRICS, RESULT)
+        if folder.finished:
+            say_finished(folder)
             return
         checks.check_memory(config, dataset, student)
 
@@ -92,7 +90,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, fold
     start = start.to(device)
 
     # The folder, and the first lines.
-    folder.start(saved["metrics_bytes"] if saved else None, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)])
+    folder.start(saved["log_bytes"] if saved else None, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)])
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, device, engine,
              f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "

@@ -1,6 +1,5 @@
 """Where a distillation is: its iteration, its best sets, what of that is saved, and what it shows while it runs."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -9,16 +8,18 @@ from typing import Any, NamedTuple
 import torch
 
 from distill import plan
-from distill.distillation import VERSIONS, Distillation
+from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.evaluate import Known, Score, digest, epochs_to_come, evaluate
+from distill.evaluate.networks import epochs_to_come, evaluate
+from distill.evaluate.saved_accuracies import Accuracies, digest
+from distill.report.tracking import Tracker
+from distill.results import NORMAL, Best, Evaluation, Iteration, Metrics, Score, append_metrics
 from utils import interrupt, parallel
 from utils.config import DistillConfig
 from utils.datasets import Dataset
 from utils.program.machine import environment
 from utils.program.run_folder import RunFolder
 from utils.progress import Progress
-from utils.tracking import Tracker
 
 
 class Evaluated(NamedTuple):
@@ -28,9 +29,9 @@ class Evaluated(NamedTuple):
     set: DistilledSet
     scores: list[Score]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"iteration": self.iteration, "lr": float(self.set.lr),
-                "scores": [score.as_dict() for score in self.scores]}
+    @property
+    def result(self) -> Best:
+        return Best(self.iteration, float(self.set.lr), self.scores)
 
 
 class Progression:
@@ -91,33 +92,33 @@ class Progression:
         if parallel.size() > 1:  # a rank that waits for the others' networks cannot save when it is told to stop
             self.save()
         versions = self.distillation.versions()
-        known = {name: parallel.from_first(partial(Known, self.folder.path / f"{name}.unfinished", digest(distilled)))
-                 for name, distilled in versions.items()}
-        epochs = sum(epochs_to_come(self.config, each) for each in known.values())
+        found = {name: parallel.from_first(partial(Accuracies, self.folder.path / f"{name}.unfinished", digest(each)))
+                 for name, each in versions.items()}
+        epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in found.values())
         try:  # all of them before any is recorded, so that a signal finds the state as it was before
             with view.aside("evaluating", epochs) as tick:
                 scores = {name: evaluate(self.config, self.dataset, distilled, "iteration", self.iteration,
-                                         on_epoch=partial(_after_epoch, tick), known=known[name])
+                                         on_epoch=partial(_after_epoch, tick), accuracies=found[name])
                           for name, distilled in versions.items()}
         except interrupt.Stopped as stopped:
             if stopped.waited:
                 self.save()
             raise
-        view.evaluated(scores[VERSIONS[0]], max(each.seconds for each in known.values()))
+        view.evaluated(scores[NORMAL], max(accuracies.seconds for accuracies in found.values()))
         for name, distilled in versions.items():
             self._record(name, Evaluated(self.iteration, distilled, scores[name]), view)
         self.evaluated = True
         self.save()
-        for each in known.values():
-            each.forget()
+        for accuracies in found.values():
+            accuracies.forget()
 
     def _record(self, name: str, now: Evaluated, view: "View") -> None:
         """Records an evaluation, and the set as the best where it is."""
         if name not in self.best or now.scores[0].mean > self.best[name].scores[0].mean:
             self.best[name] = now
             self._write(name, now.set, "best", now.iteration)
-        self.folder.log(iteration=now.iteration, set=name, scores=[score.as_dict() for score in now.scores])
-        normal = name == VERSIONS[0]
+        self._log(Evaluation(now.iteration, now.scores, name))
+        normal = name == NORMAL
         view.say(f"iteration {now.iteration}{'' if normal else ', ' + name}: {', '.join(map(str, now.scores))}")
         if normal:
             self.tracker.log_scores(now.iteration, now.scores)
@@ -134,11 +135,15 @@ class Progression:
         for tag in tags if parallel.first() else ():
             distilled.save(self.folder.path / name, tag, self.dataset)
 
-    def advance(self, record: dict[str, Any]) -> None:
+    def advance(self, record: Iteration) -> None:
         """Records an iteration, and goes to the next one."""
-        self.folder.log(**record)
+        self._log(record)
         self.tracker.log_step(record)
-        self.iteration, self.evaluated = record["iteration"] + 1, False
+        self.iteration, self.evaluated = record.iteration + 1, False
+
+    def _log(self, line: Iteration | Evaluation) -> None:
+        if parallel.first():
+            append_metrics(self.folder.log, line)
 
 
 def _after_epoch(tick: Callable[[], None]) -> None:
@@ -158,9 +163,10 @@ class View(Progress):
     def __init__(self, progression: Progression):
         config, dataset = progression.config, progression.dataset
         self._progression = progression
-        self._accuracy = _last_accuracy(progression.folder) if parallel.first() else None
+        reached = Metrics.read(progression.folder.log).of_set(NORMAL) if parallel.first() else []
+        self._accuracy = reached[-1].scores[0].mean if reached else None
         self._evaluation: float | None = None  # seconds of the last one
-        self._record: dict[str, Any] | None = None  # of the last iteration
+        self._record: Iteration | None = None  # of the last iteration
         self._in_iterations = plan.evaluation_in_iterations(config, dataset)
         super().__init__(config.Iteration, "distil", initial=progression.iteration, quiet=config.quiet,
                          images=config.syn_steps * plan.batch_size(config, dataset), later=self._evaluations_left,
@@ -170,7 +176,7 @@ class View(Progress):
         self._accuracy, self._evaluation = scores[0].mean, seconds
         self._show()
 
-    def stepped(self, record: dict[str, Any]) -> None:
+    def stepped(self, record: Iteration) -> None:
         self._record = record
         self._show()
         self.update()
@@ -179,9 +185,8 @@ class View(Progress):
         accuracy = [] if self._accuracy is None else [f"accuracy {100 * self._accuracy:.1f} %"]
         if self._record is None:
             return self.show(*accuracy)
-        loss = math.nan if self._record["loss"] is None else self._record["loss"]
-        self.show(f"loss {loss:.3f}", *accuracy, f"α {self._record['lr']:.3g}",
-                  f"start epoch {self._record['start_epoch']}",
+        self.show(f"loss {self._record.loss:.3f}", *accuracy, f"α {self._record.lr:.3g}",
+                  f"start epoch {self._record.start_epoch}",
                   f"skipped {self._progression.distillation.skipped}")
 
     def _evaluations_left(self) -> float:
@@ -192,9 +197,3 @@ class View(Progress):
         if progression.evaluated and plan.is_evaluated(progression.config, progression.iteration):
             left -= 1
         return max(0.0, left * seconds - self.pace.paused_for)
-
-
-def _last_accuracy(folder: RunFolder) -> float | None:
-    """What a run that goes on last reached, in [0, 1]."""
-    means = [line["scores"][0]["mean"] for line in folder.metrics() if line.get("set") == VERSIONS[0]]
-    return means[-1] if means else None

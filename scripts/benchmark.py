@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from buffer.gsam import gsam_gradient
-from distill.evaluate import train_network
+from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
 from utils import augment
 from utils.config import BufferConfig, DistillConfig, make

@@ -5,7 +5,8 @@
 
 --png writes FOLDER/<class>/00.png …, un-whitened and clipped to [0, 1], and FOLDER/labels.json: class names, learning
 rate, and each image's class and soft label (softmax and logits). --card writes README.md beside the set: dataset,
-images a class, options, licence of the source data, and the accuracy that the given results state, with its command.
+images a class, options, the source of the real images and their licence as you give them, and the accuracy that the
+given results state, with its command.
 Published images_*.pt, labels_*.pt and lr_*.pt become one safetensors file by distill/evaluation.py --save FILE.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.distilled_set import DistilledSet
-from distill.export import check_new, save_card, save_pngs
+from distill.report.export import check_new, save_card, save_pngs
 from utils.errors import UserError
 from utils.program.command_line import Parser
 from utils.program.console import shown
@@ -30,16 +31,19 @@ def main() -> None:
     parser.add_argument("--card", action="store_true", help="write README.md beside the set")
     parser.add_argument("--result", type=Path, nargs="+", default=[], metavar="RESULT.json",
                         help="for the card's accuracy: files of evaluation.py --json, or the run's result.json")
+    parser.add_argument("--license", default="", metavar="ID", help="for the card: of the real images, such as mit")
+    parser.add_argument("--source", default="", metavar="TEXT", help="for the card: where the real images are from")
     options = parser.parse_args()
     if not options.png and not options.card:
         raise UserError("nothing to do; give --png FOLDER, --card or both")
-    if options.result and not options.card:
-        raise UserError("--result is for the card; give --card too")
+    for name in ("result", "license", "source"):
+        if getattr(options, name) and not options.card:
+            raise UserError(f"--{name} is for the card; give --card too")
     distilled = DistilledSet.load(options.set)
     if options.png:
         check_new(options.png)  # a refusal comes before anything is written
     if options.card:
-        print(f"card: {shown(save_card(distilled, options.set, options.result))}")
+        print(f"card: {shown(save_card(distilled, options.set, options.result, options.license, options.source))}")
     if options.png:
         save_pngs(distilled, options.png)
         print(f"{len(distilled)} images: {shown(options.png)}")

@@ -55,9 +55,6 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot
 
-import distill.evaluate
-import distill.loop
-import distill.real  # noqa: F401
 import utils.config
 import utils.program.console
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig

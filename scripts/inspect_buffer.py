@@ -34,8 +34,8 @@ from torch import Tensor
 
 from buffer.experts import SavedEpochs
 from buffer.trajectories import expert_files, load_experts, manifest_path
+from scripts.plots import save_buffer
 from utils.errors import UserError
-from utils.figures import save_buffer
 from utils.files import check_writable, finite, read_config, write_json
 from utils.parameters import flatten
 from utils.program.command_line import Parser

@@ -9,9 +9,9 @@
 experts and the distillations see nine tenths of the training images; on the other tenth the best set of a run is
 chosen, and the test images are met by the last evaluation alone. Everything is kept in reproduce/small or
 reproduce/full: experts/, logged_files/, results/ (a JSON file for each row, the runs' metrics, tables.md and plots),
-output/ (what each command printed) and commands.json (what each result was made by and of, and how long that took, so
-that a result that was made otherwise is not taken for this one's). Rows of another form, or made by other commands, are
-left out of the tables and named.
+output/ (what each command printed) and commands.json (what each result was made by and how long that took: one that
+another command made is made again). Rows of another form, or made by other commands, are left out of the tables and
+named.
 """
 
 import argparse
@@ -26,19 +26,18 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 
 from buffer.trajectories import manifest_path
-from distill.evaluate import Score
+from distill.results import NORMAL, EvaluationResult, Metrics, RunResult, Score
+from scripts.plots import save_by_images, save_races, save_windows
+from scripts.steps import Ledger, Step, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
-from utils.figures import save_by_images, save_races, save_windows
-from utils.files import REPOSITORY, atomic_write, locked, read_json, write_json, write_text
+from utils.files import REPOSITORY, atomic_write, locked, reading, write_json, write_text
 from utils.metrics import percent
 from utils.program.command_line import Parser, read_yaml
 from utils.program.console import duration, shown
 from utils.program.entry import entry
-from utils.steps import Ledger, Step, run
 
 # In the order in which they are begun: those that take long first.
 KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
@@ -54,6 +53,7 @@ DRAWS = 5  # of real images, for each row of them
 PUBLISHED = {"random": (51.4, 73.8, 82.5), "DC": (70.5, 82.3, 83.6), "DSA": (70.6, 84.6, 88.7),
              "MTT": (75.3, 87.2, 88.3)}
 PUBLISHED_IPCS, PUBLISHED_WHOLE = (1, 10, 50), 93.5
+AGAIN = "restore it, or delete it to make it again"
 
 
 @dataclass(frozen=True)
@@ -317,105 +317,82 @@ class Results:
 
     def __init__(self, plan: Plan, folder: Path, ledger: Ledger | None = None):
         self.folder, self.ledger = folder, ledger or Ledger(folder / "commands.json")
-        in_place = ledger is not None  # with all that the results were made of
-        self.others: dict[str, str] = {}  # steps that were made otherwise, and how
-        self._found: dict[str, dict[str, Any]] = {}
+        self.others: list[str] = []  # steps that were made, or whose needs were, by other commands
+        self._evaluations: dict[str, EvaluationResult] = {}
+        self._looks: dict[str, dict[str, Any]] = {}
+        self._tested: set[Step] = set()
         for step in plan.steps:
             path = folder / step.result.name
             if step.kind not in (LOOK, LONG_EVALUATION, EVALUATION) or not path.exists():
                 continue
-            how = self.ledger.otherwise(step) if in_place else self._differs(step)
-            if how:
-                self.others[step.name] = how
+            if not self._is_of_plan(step):
+                self.others.append(step.name)
+            elif step.kind == LOOK:
+                self._looks[step.name] = _read_look(path)
             else:
-                self._found[step.name] = _read_result(path, step.kind)
-        self._tested = {need for step in plan.steps if step.name in self._found for need in step.needs}
-        if self.others and not self._found:
-            name, how = next(iter(self.others.items()))
-            raise UserError(f"nothing in {shown(folder)} is of this form ({name} was made {how}); give or leave out "
-                            "--small, or give another folder")
+                self._evaluations[step.name] = EvaluationResult.read(path, AGAIN, problem="is damaged")
+                self._tested.update(step.needs)
+        if self.others and not (self._evaluations or self._looks):
+            raise UserError(f"nothing in {shown(folder)} is of this form ({self.others[0]} was made by another "
+                            "command); give or leave out --small, or give another folder")
 
-    def _differs(self, step: Step) -> str | None:
-        """As the ledger says of the step or of what it needs, of which nothing lies here."""
-        return next(filter(None, (self.ledger.differs(step), *map(self._differs, step.needs))), None)
+    def _is_of_plan(self, step: Step) -> bool:
+        return self.ledger.knows(step) and all(map(self._is_of_plan, step.needs))
 
-    def of(self, step: Step) -> dict[str, Any] | None:
-        return self._found.get(step.name)
+    def of(self, step: Step) -> EvaluationResult | None:
+        return self._evaluations.get(step.name)
 
-    def any(self) -> dict[str, Any] | None:
-        return next((found for found in self._found.values() if "environment" in found), None)
+    def look(self, step: Step) -> dict[str, Any] | None:
+        """At experts."""
+        return self._looks.get(step.name)
+
+    def any(self) -> EvaluationResult | None:
+        return next((found for found in self._evaluations.values() if found.environment), None)
 
     def cell(self, row: Row, network: str | None = None) -> Cell | None:
         """Of the network of that name, or of the first; None until all its sets are tested."""
-        scores = []
         if not all(map(self.of, row.evaluations)):
             return None
-        for found in map(self.of, row.evaluations):
-            scores += [Score(score["network"], score["accuracies"]) for score in found["scores"]
-                       if network in (None, score["network"])][:1]
+        scores = [score for evaluation in map(self.of, row.evaluations)
+                  for score in [score for score in evaluation.scores if network in (None, score.network)][:1]]
         if len(scores) < 2:
             return Cell(scores[0], str(len(scores[0].accuracies))) if scores else None
         return Cell(Score(scores[0].network, [score.mean for score in scores]),
                     f"{len(scores)} sets × {len(scores[0].accuracies)}")
 
     def networks(self, rows: Sequence[Row]) -> list[str]:
-        return list(dict.fromkeys(score["network"] for row in rows for step in row.evaluations
-                                  if (found := self.of(step)) for score in found["scores"]))
+        return list(dict.fromkeys(score.network for row in rows for step in row.evaluations
+                                  if (found := self.of(step)) for score in found.scores))
 
-    def run(self, step: Step) -> dict[str, Any] | None:
+    def run(self, step: Step) -> RunResult | None:
         """What a distillation ended with, if its set was tested."""
         path = self.folder / f"{step.name}.run.json"
-        if step not in self._tested or not path.exists():
-            return None
-        found = read_json(path)
-        if not isinstance(found, dict) or not isinstance(found.get("seconds"), float | int):
-            raise UserError(f"{path} is damaged; restore it, or make that run again")
-        return found
+        return RunResult.read(path) if step in self._tested and path.exists() else None
 
     def updates(self, row: Row) -> tuple[int, int] | None:
         """How many updates the row's first distillation skipped, and of how many."""
-        lines = [line for line in self.metrics(row) if "start_epoch" in line]
-        return (sum(not line["updated"] for line in lines), len(lines)) if lines else None
+        metrics = self.metrics(row)
+        return (len(metrics.skipped), len(metrics.iterations)) if metrics.iterations else None
 
-    def metrics(self, row: Row) -> list[dict[str, Any]]:
+    def metrics(self, row: Row) -> Metrics:
         """Of the row's first distillation, if its set was tested."""
         path = self.folder / f"{row.made_by[0].name}.metrics.jsonl" if row.made_by else None
         if path is None or row.made_by[0] not in self._tested or not path.exists():
-            return []
-        try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            whole = all(line["iteration"] >= 0 and ("updated" in line if "start_epoch" in line else True)
-                        for line in lines)
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError(f"{path} is damaged; restore it, or make that run again")
-        return lines
+            return Metrics([], [])
+        return Metrics.read(path)
 
     def took(self, row: Row) -> str:
         """The first set's time and that of its evaluation, in words."""
-        times = [run["seconds"] for step in row.made_by[:1] if (run := self.run(step))]
-        times += [found["seconds"] for step in row.evaluations[:1] if (found := self.of(step))]
-        return " + ".join(map(duration, times)) or "–"
+        times = [self.run(step) for step in row.made_by[:1]] + [self.of(step) for step in row.evaluations[:1]]
+        return " + ".join(duration(found.seconds) for found in times if found and found.seconds) or "–"
 
 
-def _read_result(path: Path, kind: str) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: what lies there is no evaluation, or no look at experts.
-    """
-    found = read_json(path)
-    try:
-        if kind == LOOK:
-            for name in ("test_accuracy", "apart"):
-                _percent(**found["by_epoch"][name][-1])
-        else:
-            by_network = {score["network"]: np.mean(score["accuracies"]) for score in found["scores"]}
-            if not by_network or not np.isfinite([found["seconds"], *by_network.values()]).all():
-                raise ValueError("a number is missing")
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to make it again") from error
-    return found
+def _read_look(path: Path) -> dict[str, Any]:
+    with reading(path, AGAIN):
+        look = json.loads(path.read_text())
+        for name in ("test_accuracy", "apart"):
+            _percent(**look["by_epoch"][name][-1])
+        return look
 
 
 def _percent(mean: float | None, std: float | None) -> str:
@@ -441,7 +418,7 @@ def gather(plan: Plan, results: Results) -> None:
                     copy(step.result.parent / "images.png", f"{step.name}.png")
     untimed = {step.name for step in plan.experts.values()}
     for kind, step in plan.experts.items():
-        if results.of(plan.looks[kind]) is not None:
+        if results.look(plan.looks[kind]) is not None:
             copy(step.products[-1], f"experts_{kind}.yaml")
             copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
     # The results have their own times; the experts have not.
@@ -463,8 +440,9 @@ def write_tables(plan: Plan, results: Results) -> None:
              "several sets the first one's command and times are shown; `reproduce.sh --list --only ROW` prints all."]
     if about:
         threads = f"`OMP_NUM_THREADS={form.threads}`, " if form.threads else ""
-        about = about["environment"]
-        lines[-1] += f" Each command: {threads}{about['device']}, torch {about['torch']}, {about['date']}."
+        environment = about.environment
+        lines[-1] += (f" Each command: {threads}{environment['device']}, torch {environment['torch']}, "
+                      f"{environment['date']}.")
     lines += ["", *_main_table(plan, results)]
     for title, rows in plan.tables.items():
         networks = results.networks(rows)
@@ -485,7 +463,7 @@ def write_tables(plan: Plan, results: Results) -> None:
               "see the same batches, of the way that these have gone.", "",
               "| row | ρ | accuracy on held-out images, % | apart, % | trained in | command |", "|---" * 6 + "|"]
     for kind, step in plan.experts.items():
-        look = results.of(plan.looks[kind])
+        look = results.look(plan.looks[kind])
         cells = [_percent(**look["by_epoch"][name][-1]) if look else "–" for name in ("test_accuracy", "apart")]
         seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
         lines.append(f"| experts_{kind} | {RHO[kind]:g} | {' | '.join(cells)} | "
@@ -538,9 +516,10 @@ def race(results: Results, row: Row) -> list[tuple[float, float]]:
     """Minutes into a run and the accuracy on held-out images, %, at its evaluations; an iteration takes the run's
     mean."""
     metrics, run = results.metrics(row), results.run(row.made_by[0])
-    iterations = sum("start_epoch" in line for line in metrics)
-    return [(line["iteration"] / iterations * run["seconds"] / 60, 100 * line["scores"][0]["mean"])
-            for line in metrics if line.get("set") == "Normal"] if run and iterations else []
+    if not run or not run.seconds or not metrics.iterations:
+        return []
+    minutes = run.seconds / 60 / len(metrics.iterations)
+    return [(evaluation.iteration * minutes, 100 * evaluation.scores[0].mean) for evaluation in metrics.of_set(NORMAL)]
 
 
 def main() -> None:
@@ -582,7 +561,7 @@ def main() -> None:
                 _warn_without_gpu()
             environment = os.environ | ({"OMP_NUM_THREADS": str(form.threads)} if form.threads else {})
             environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-            run(steps, jobs, form.root / "output", ledger, environment, lock)
+            run_steps(steps, jobs, form.root / "output", ledger, environment, lock)
         results = Results(plan, form.root / "results", ledger)
         gather(plan, results)
         report(plan, rows, results)
@@ -605,8 +584,8 @@ def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
             cell = results.cell(row, network)
             said = f"{cell} % ({cell.count})" if cell else "not all of its sets are tested"
             print(f"{row.name:{width}}  {network}: {said}")
-    for name, how in results.others.items():
-        print(f"note: {name} is left out: it was made {how}", file=sys.stderr)
+    for name in results.others:
+        print(f"note: {name} is left out: it was made by another command", file=sys.stderr)
     print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, gradients.png, a JSON file for each row")
 
 

@@ -5,15 +5,15 @@
 With --by_network each result is a row and each network a column: how a set serves other networks (--eval_mode M).
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UserError
+from distill.results import EvaluationResult
 from utils.metrics import percent
 from utils.program.command_line import Parser
+from utils.program.console import table
 from utils.program.entry import entry
 
 
@@ -22,27 +22,19 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--by_network", action="store_true", help="a row for each result, a column for each network")
     options = parser.parse_args()
-    rows, scores = [("set", "network", "images", "accuracy, %", "networks")], []
-    for path in options.results:
-        try:
-            result = json.loads(path.read_text())
-            here = {score["network"]: percent(score["mean"], score["std"]) for score in result["scores"]}
-            rows += [(result["what"], score["network"], str(result["images"]), here[score["network"]],
-                      str(len(score["accuracies"]))) for score in result["scores"]]
-            scores.append((result["what"], str(result["images"]), here))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; give files written by --json") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the result of an evaluation; give files that evaluation.py or baseline.py "
-                            "wrote with --json") from error
+    results = [EvaluationResult.read(path, "give files that evaluation.py or baseline.py wrote with --json")
+               for path in options.results]
     if options.by_network:
-        networks = list(dict.fromkeys(name for _, _, here in scores for name in here))
+        networks = list(dict.fromkeys(score.network for result in results for score in result.scores))
         rows = [("set", "images", *networks)]
-        rows += [(what, images, *(here.get(name, "-") for name in networks)) for what, images, here in scores]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rows.insert(1, tuple("-" * width for width in widths))
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
+        for result in results:
+            reached = {score.network: percent(score.mean, score.std) for score in result.scores}
+            rows.append((result.what, str(result.images), *(reached.get(name, "-") for name in networks)))
+    else:
+        rows = [("set", "network", "images", "accuracy, %", "networks")]
+        rows += [(result.what, score.network, str(result.images), percent(score.mean, score.std),
+                  str(len(score.accuracies))) for result in results for score in result.scores]
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -368,7 +368,7 @@ def test_baseline_labels(call, toy, toy_data, toy_experts):
     """Hard or by experts, they are the labels of the same random images."""
     sets = []
     for source in ("hard", "experts"):
-        with mock.patch("distill.real.evaluate_and_report") as report:
+        with mock.patch("distill.evaluate.real_images.evaluate_and_say") as report:
             call("distill/baseline.py", *toy.evaluate, "--num_eval=2", "--ipc=4", f"--label_source={source}",
                  f"--buffer_path={toy_experts}")
         sets.append(report.call_args.args[2])
@@ -396,7 +396,7 @@ def distil(call, toy, toy_experts, tmp_path_factory):
     """Options → the folder of a run with them, without its pictures, which the runs above draw."""
     def distil(*options, script="distill/DATM.py"):
         logs = tmp_path_factory.mktemp("toy_logs")
-        with mock.patch("utils.figures.save_images"), mock.patch("utils.figures.save_curves"):
+        with mock.patch("distill.report.figures.save_images"), mock.patch("distill.report.figures.save_curves"):
             call(script, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={logs}", *options)
         (saved,) = logs.rglob("config.yaml")
         return saved.parent

@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 from distill.distilled_set import DistilledSet, class_indices
-from distill.export import card, folder_names
+from distill.report.export import card, folder_names
+from distill.results import EvaluationResult, Score
 from utils.datasets import load_dataset
 from utils.files import REPOSITORY
 
@@ -134,7 +135,8 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
 
 
 def test_the_command_of_a_card_can_be_typed_whatever_the_set_is_called(whole):
-    result = {"tested_on": "test", "config": {"dataset": "MNIST", "model": "MLP", "dsa": False}, "scores": []}
+    result = EvaluationResult("distilled images", 6, [Score("MLP", [0.5])],
+                              config={"dataset": "MNIST", "model": "MLP", "dsa": False})
     text = card(DistilledSet.load(whole), "my set's.safetensors", [("eval.json", result)])
     typed = re.search("```\n(python .*?)\n```", text, re.DOTALL)[1].replace("\\\n", "")
     assert shlex.split(typed)[2:] == ["--dataset=MNIST", "--model=MLP", "--dsa=False",
@@ -147,20 +149,11 @@ def test_without_results_a_card_states_no_accuracy(call, whole):
     assert "Not stated" in text and "%" not in text
 
 
-@pytest.mark.parametrize("dataset, licence, words", [
-    ("MiniFashion", "mit", "MIT"), ("MNIST", "cc-by-sa-3.0", "CC BY-SA 3.0"), ("CIFAR10", "unknown", "be cited"),
-    ("SVHN", "other", "non-commercial"), ("Tiny", "other", "terms of access"), ("Mine", "unknown", "find it out")])
-def test_the_source_has_a_licence(whole, dataset, licence, words):
-    distilled = DistilledSet.load(whole)
-    text = card(dataclasses.replace(distilled, config=distilled.config | {"dataset": dataset}), "x.safetensors", [])
-    head = front(text)
-    assert head["license"] == licence and words in text
-    # What a hub takes: a licence that it does not know has a name of its own, in few characters, and an address.
-    assert (licence == "other") == ("license_name" in head) == ("license_link" in head)
-    assert re.fullmatch("[a-z0-9-.]+", head.get("license_name", "none"))
-    assert head.get("license_link", "https://").startswith(("https://", "http://"))
-    assert head["size_categories"] == ["n<1K"] and head["task_categories"] == ["image-classification"]
-    assert dataset == "Mine" or re.search(r"see <https?://[^ >]+> \|", text)
+def test_a_card_states_the_licence_and_the_source_that_it_is_given(call, whole):
+    call(EXPORT, whole, "--card", "--license=cc-by-4.0", "--source=Photographs of <mine>")
+    text = (whole.parent / "README.md").read_text()
+    assert front(text)["license"] == "cc-by-4.0" and "| cc-by-4.0 |" in text and r"Photographs of \<mine\>" in text
+    assert front(text)["size_categories"] == ["n<1K"] and front(text)["task_categories"] == ["image-classification"]
 
 
 def test_class_names_are_text_in_a_card(whole):

@@ -29,7 +29,7 @@ def golden_parameters(network: nn.Module) -> dict[str, Tensor]:
         position = torch.arange(start, start + parameter.numel(), dtype=torch.float64)
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
         offset = 0.0 if parameter.dim() > 1 else 0.5
-        filled[name] = ((position * 0.7071).sin() * (2 / fan_in) ** 0.5 + offset).reshape(parameter.shape).float()
+        filled[name] = ((position * 0.7071).sin() * (2 / fan_in) ** 0.5 + offset).reshape(parameter.shape).float().to(parameter.dtype)
         start += parameter.numel()
     return filled
 
@@ -42,13 +42,13 @@ def readable_side(name: str) -> int:
 def test_network_is_the_published_one(key):
     name, size = key.split("/")
     channels, side = map(int, size.split("x"))
-    network = build_network(name, channels, 10, (side, side)).eval()
+    network = build_network(name, channels, 10, (side, side)).double().eval()  # rounded alike on every processor
 
     ours = [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
     assert ours == [(name, tuple(shape)) for name, shape in GOLDEN[key]["parameters"]]
 
     elements = torch.arange(2 * channels * side * side, dtype=torch.float64)
-    images = (0.37 * elements).sin().reshape(2, channels, side, side).float()
+    images = (0.37 * elements).sin().reshape(2, channels, side, side).float().double()
     with torch.no_grad():
         logits = functional_call(network, golden_parameters(network), (images,))
     expected = GOLDEN[key]["logits"]

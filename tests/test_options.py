@@ -18,7 +18,7 @@ from buffer.experts import train_expert
 from buffer.gsam import gsam_gradient
 from distill.distillation import Distillation, matched_part
 from distill.distilled_set import DistilledSet
-from distill.evaluate import evaluate
+from distill.evaluate.networks import evaluate
 from distill.matching import Match
 from utils import augment
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
@@ -360,9 +360,9 @@ def test_evaluation_in_processes_is_the_same(toy_data, monkeypatch):
         torch.set_num_threads(1)
         one = evaluate(config, toy_data, few)
         torch.set_num_threads(2)
-        monkeypatch.setattr("distill.evaluate.PROCESSES_PAY", 0)
+        monkeypatch.setattr("distill.evaluate.networks.PROCESSES_PAY", 0)
         in_other_processes = []
-        monkeypatch.setattr("distill.evaluate.in_processes", lambda function, jobs, processes, *rest:
+        monkeypatch.setattr("distill.evaluate.networks.in_processes", lambda function, jobs, processes, *rest:
                             in_other_processes.extend(jobs) or in_processes(function, jobs, processes, *rest))
         epochs = []
         assert evaluate(config, toy_data, few, on_epoch=lambda: epochs.append(1))[0].accuracies[:2] == \
@@ -418,14 +418,14 @@ def test_a_process_that_fails_is_told_of_and_others_are_left_alone(function, err
 def test_processes_get_no_more_than_they_need(toy_data, monkeypatch):
     config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=2, epoch_eval_train=1, zca=True)
     larger = dataclasses.replace(toy_data, train_images=toy_data.train_images.repeat(100, 1, 1, 1))
-    monkeypatch.setattr("distill.evaluate._processes_pay", lambda *_: True)
+    monkeypatch.setattr("distill.evaluate.networks._processes_that_pay", lambda *_: 2)
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     sizes = []
 
     def measured(function, jobs, *rest):
         sizes.append(len(pickle.dumps(function)))
         return in_processes(function, jobs, *rest)
-    monkeypatch.setattr("distill.evaluate.in_processes", measured)
+    monkeypatch.setattr("distill.evaluate.networks.in_processes", measured)
     evaluate(config, larger, DistilledSet(larger.train_images[:3], torch.tensor([0, 1, 2]), torch.tensor(0.1)))
     assert sizes[0] < 200_000
 
@@ -502,7 +502,7 @@ def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monke
 
 def test_networks_are_tested_in_eval_mode(toy_data, monkeypatch):
     modes = []
-    monkeypatch.setattr("distill.evaluate.accuracy",
+    monkeypatch.setattr("distill.evaluate.networks.accuracy",
                         lambda predict, *rest: modes.append(predict.func.network.training) or 0.5)
     config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=2, epoch_eval_train=1)
     evaluate(config, toy_data, DistilledSet(toy_data.train_images[:6], toy_data.train_labels[:6], torch.tensor(0.1)))

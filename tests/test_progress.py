@@ -14,9 +14,10 @@ import torch
 from tqdm.utils import disp_len
 
 from distill import plan
-from utils import commands, progress
+from utils import progress
 from utils.config import BufferConfig, DistillConfig, from_repository, influential, make
 from utils.files import REPOSITORY
+from utils.program import commands
 from utils.program.console import duration, short_count
 from utils.progress import Pace, Progress
 

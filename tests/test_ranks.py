@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from buffer import experts
-from distill import evaluate
 from distill.distilled_set import DistilledSet
+from distill.evaluate.networks import evaluate
+from distill.evaluate.saved_accuracies import Accuracies, Job
 from utils import parallel
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.files import REPOSITORY
@@ -170,17 +171,17 @@ def test_no_rank_writes_once_the_first_may_remove_the_files(monkeypatch, toy_dat
     """A late file would let the next evaluation into the same --json believe that it was stopped."""
     config = make(EvaluationConfig, dataset="ImageFolder", model="ConvNetD1W4", num_eval=3, epoch_eval_train=1)
     images, labels = toy_data.train_images[:6], toy_data.train_labels[:6]
-    known = evaluate.Known(tmp_path / "x.json.unfinished", "key")
+    known = Accuracies(tmp_path / "x.json.unfinished", "key")
 
     def gather(found):
         assert json.loads((tmp_path / "x.json.unfinished.1").read_text())["accuracies"].keys() == {"ConvNetD1W4/1"}
         for path in tmp_path.iterdir():  # as the first rank does
             path.unlink()
-        return found | {evaluate.Job("ConvNetD1W4", number): 0.5 for number in (0, 2)}
+        return found | {Job("ConvNetD1W4", number): 0.5 for number in (0, 2)}
 
     for name, replaced in (("size", lambda: 2), ("rank", lambda: 1), ("gather", gather)):
         monkeypatch.setattr(parallel, name, replaced)
-    (score,) = evaluate.evaluate(config, toy_data, DistilledSet(images, labels, torch.tensor(0.01)), known=known)
+    (score,) = evaluate(config, toy_data, DistilledSet(images, labels, torch.tensor(0.01)), accuracies=known)
     assert score.accuracies[::2] == [0.5, 0.5] and len(score.accuracies) == 3
     assert not list(tmp_path.iterdir())
 

@@ -12,8 +12,11 @@ import pytest
 import torch
 import yaml
 
+from distill.report import page as report
+from distill.report import pictures, record, svg
+from distill.report.commands import commands
+from distill.report.comparison import comparison
 from tests.browser import CHROMIUM, browser
-from utils import record, report, svg
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, influential
 from utils.program.command_line import parse
 
@@ -135,15 +138,15 @@ def test_it_is_made_again_from_the_folder_alone(call, runs, copied):
 
 
 def test_neighbours_are_the_nearest_of_the_class(runs, toy_data):
-    pictures = record.read_run(runs[0]).pictures
+    saved = record.read_run(runs[0]).pictures
     best = torch.load(runs[0] / "Normal" / "images_zca_best.pt", weights_only=True)
     low, high = best.mean() - 2.5 * best.std(), best.mean() + 2.5 * best.std()
     real = toy_data.to_pixels(toy_data.train_images)
-    for row, position in enumerate(pictures.which):
+    for row, position in enumerate(saved.which):
         distance = (real - best[position].clamp(low, high)).square().sum((1, 2, 3))
         distance[toy_data.train_labels != position // 2] = torch.inf
-        nearest = record.scaled_bytes(real[distance.argmin()][None])[0]
-        assert (pictures.neighbour[row].int() - nearest.int()).abs().max() <= 1
+        nearest = pictures.scaled_bytes(real[distance.argmin()][None])[0]
+        assert (saved.neighbour[row].int() - nearest.int()).abs().max() <= 1
 
 
 def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
@@ -155,21 +158,21 @@ def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
     images = real[torch.arange(15) * 3] + torch.randn(15, 3, 8, 8)
     other = toy_data.train_labels[None] != classes[:, None]
     expected = real[(torch.cdist(images.flatten(1), real.flatten(1)) + 1000 * other).argmin(1)]
-    plain = record._neighbours(replace(toy_data, train_energy=None), images, classes.tolist())
+    plain = pictures._neighbours(replace(toy_data, train_energy=None), images, classes.tolist())
     seen = []
     invert = type(toy_data.whitening).invert
     monkeypatch.setattr(type(toy_data.whitening), "invert",
                         lambda self, some: [seen.append(len(some)), invert(self, some)][1])
-    found = record._neighbours(toy_data, images, classes.tolist())
+    found = pictures._neighbours(toy_data, images, classes.tolist())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(plain, expected, atol=1e-5, rtol=0)
-    assert sum(seen) == 15 * record.NEAR
+    assert sum(seen) == 15 * pictures.NEAR
 
 
 def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
     """What the page says to type is read as the options that the run had, and its experts."""
     run = record.read_run(runs[1])
-    (_, experts), (_, distil), (_, evaluation), (_, again) = record.commands(run)
+    (_, experts), (_, distil), (_, evaluation), (_, again) = commands(run)
     text = re.search(r"<<'END'\n(.*)END\n", distil, re.DOTALL)[1]
     (tmp_path / "again.yaml").write_text(text)
     made = parse(DistillConfig, "", ["--cfg", str(tmp_path / "again.yaml")], yaml_file=True)
@@ -188,7 +191,7 @@ def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
 def test_infinity_survives_the_commands(copied, tmp_path):
     config = yaml.safe_load((copied / "config.yaml").read_text()) | {"threshold": float("inf")}
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
-    text = re.search(r"<<'END'\n(.*)END\n", record.commands(record.read_run(copied))[1][1], re.DOTALL)[1]
+    text = re.search(r"<<'END'\n(.*)END\n", commands(record.read_run(copied))[1][1], re.DOTALL)[1]
     (tmp_path / "again.yaml").write_text(text)
     assert parse(DistillConfig, "", ["--cfg", str(tmp_path / "again.yaml")], yaml_file=True).threshold == float("inf")
 
@@ -216,9 +219,9 @@ def test_what_is_strange_is_escaped(copied):
     (strange / "metrics.jsonl").write_text(metrics)
     run = record.read_run(strange)
     object.__setattr__(run.pictures, "classes", (STRANGE, "b", "c"))
-    assert "<b>" in report.page(run) and "<script" not in report.page(run) + report.comparison([run, run])
+    assert "<b>" in report.page(run) and "<script" not in report.page(run) + comparison([run, run])
     page = check(report.page(run))
-    check(report.comparison([run, run]))
+    check(comparison([run, run]))
     assert page.all("h3")[0].text == STRANGE
 
 
@@ -259,10 +262,10 @@ def test_what_is_no_run_folder_is_one_line(call, tmp_path):
     assert "is not a run's folder" in call("scripts/report.py", tmp_path, expect=2).stderr
 
 
-def page_of(folder, **pictures):
+def page_of(folder, **others):
     """The page of a run, some of its pictures' fields being others."""
     run = record.read_run(folder)
-    return check(report.page(replace(run, pictures=replace(run.pictures, **pictures))))
+    return check(report.page(replace(run, pictures=replace(run.pictures, **others))))
 
 
 def test_labels_that_are_classes_have_no_bars(runs):
@@ -309,7 +312,7 @@ def test_numbers_at_an_axis_are_not_cut():
 @pytest.mark.parametrize(("num_classes", "ipc", "size"), [
     (10, 1, 784), (10, 50, 3072), (100, 50, 3072), (200, 10, 12288), (10, 10, 3 * 128 * 128), (1000, 50, 12288)])
 def test_large_sets_are_thinned(num_classes, ipc, size):
-    which = record.chosen(num_classes, ipc, size)
+    which = pictures.chosen(num_classes, ipc, size)
     assert len(set(which)) == len(which) > 0 and max(which) < num_classes * ipc
     # As if nothing could be compressed: image, neighbour and start in full, the change in one colour.
     assert len(which) * (3.4 * size * 4 / 3 + 3000) < 9_000_000

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill.results import Best, Evaluation, EvaluationResult, Iteration, RunResult, Score, append_metrics
 from scripts.reproduce import FULL, SMALL, Plan, Results, race, windows, write_tables
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
 from utils.errors import UserError
@@ -122,15 +123,6 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     assert again.stdout.splitlines() == [line for line in done.stdout.splitlines()
                                          if line.startswith(("ipc", "in "))]
 
-    # Whoever was killed just before the end was noted finds what is there.
-    ledger = json.loads((tmp_path / "out/commands.json").read_text())
-    assert ledger["experts_FTD"]["seconds"] > 0
-    ledger["experts_FTD"] |= {"seconds": 0.0, "done": False}
-    (tmp_path / "out/commands.json").write_text(json.dumps(ledger))
-    found = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
-    assert found.returncode == 0 and "[1 of" not in found.stdout
-    assert experts.stat().st_mtime_ns == trained
-
     # The tables of results elsewhere, from another folder; those made otherwise are left out and named.
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(results, elsewhere)
@@ -150,12 +142,13 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     damaged = subprocess.run(**tiny("--tables", "--results", str(elsewhere)), capture_output=True, timeout=120)
     assert damaged.returncode == 2 and "ipc1_window_late.json is damaged" in damaged.stderr
 
+    # What another command, or another YAML, made is made again.
     config = tmp_path / "IPC1.yaml"
-    text = config.read_text()
-    config.write_text(text.replace("Iteration: 3", "Iteration: 4"))
-    other = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
-    assert other.returncode == 2 and "other options in its YAML" in other.stderr and "Traceback" not in other.stderr
-    config.write_text(f"# a remark\n{text}")
+    config.write_text(config.read_text().replace("Iteration: 3", "Iteration: 4"))
+    other = subprocess.run(**tiny("--jobs=2", "--only", "ipc1_window_late"), capture_output=True, timeout=300)
+    assert other.returncode == 0 and "[1 of 1] python distill/DATM.py" in other.stdout, other.stderr
+    assert sum("start_epoch" in line for line in
+               (results / "ipc1_window_late.metrics.jsonl").read_text().splitlines()) == 4
 
     shutil.rmtree(tmp_path / "out/logged_files")
     shutil.rmtree(results)
@@ -206,14 +199,14 @@ def test_windows_say_whether_anything_was_learned_and_races_are_in_minutes(tmp_p
     made = {}
     for row, updated in zip(rows, (True, False, True)):
         (step,), (evaluation,) = row.made_by, row.evaluations
-        made |= {each.name: {"asked": each.asked, "config": each.config, "of": {}, "seconds": 0}
+        made |= {each.name: {"asked": each.asked, "config": each.config, "seconds": 0}
                  for each in (step, evaluation, plan.experts["FTD"])}
-        (tmp_path / evaluation.result.name).write_text(json.dumps(
-            {"seconds": 1, "scores": [{"network": "ConvNetW32", "accuracies": [0.5, 0.7]}]}))
-        lines = [{"iteration": at, "start_epoch": 0, "updated": updated} for at in (0, 1)]
-        lines.append({"iteration": 1, "set": "Normal", "scores": [{"mean": 0.25}]})
-        (tmp_path / f"{step.name}.metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        (tmp_path / f"{step.name}.run.json").write_text('{"seconds": 240}')
+        EvaluationResult("distilled images", 10, [Score("ConvNetW32", [0.5, 0.7])], seconds=1).write(
+            tmp_path / evaluation.result.name)
+        scores = [Score("ConvNetW32", [0.25])]
+        for line in (*(Iteration(at, 0.5, updated, 0.01, 0, 1) for at in (0, 1)), Evaluation(1, scores)):
+            append_metrics(tmp_path / f"{step.name}.metrics.jsonl", line)
+        RunResult("done", Best(1, 0.01, scores), seconds=240).write(tmp_path / f"{step.name}.run.json")
     (tmp_path / "commands.json").write_text(json.dumps(made))
     results = Results(plan, tmp_path)
     assert not results.others
@@ -226,11 +219,11 @@ def test_windows_say_whether_anything_was_learned_and_races_are_in_minutes(tmp_p
     (tmp_path / "commands.json").write_text(json.dumps(made))
     with pytest.raises(UserError, match="nothing in .* is of this form"):
         Results(plan, tmp_path)
-    made["experts_FTD"] = {"asked": plan.experts["FTD"].asked, "config": None, "of": {}, "seconds": 0}
+    made["experts_FTD"] = {"asked": plan.experts["FTD"].asked, "config": None, "seconds": 0}
     made["ipc1_exact"]["asked"] += " --seed=7"
     (tmp_path / "commands.json").write_text(json.dumps(made))
     results = Results(plan, tmp_path)
-    assert list(results.others) == ["ipc1_exact_tested"] and results.cell(rows[2]) is None
+    assert results.others == ["ipc1_exact_tested"] and results.cell(rows[2]) is None
     assert race(results, rows[2]) == [] and results.updates(rows[2]) is None
     for name, text in (("ipc1_window_early.run.json", "{}"), ("ipc1_window_early.metrics.jsonl", "5")):
         (tmp_path / name).write_text(text)

@@ -185,7 +185,7 @@ def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
 
 def test_a_stop_at_the_very_end_loses_nothing(distil_to):
     _, whole = distil_to("whole")
-    with stop_at(importlib.import_module("utils.figures"), "save_curves", 1):
+    with stop_at(importlib.import_module("distill.report.figures"), "save_curves", 1):
         distil_to("parts", expect=130)
     _, parts = distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)
@@ -303,7 +303,7 @@ def test_experts_of_another_type_are_refused(call, toy, toy_experts, tmp_path):
 def test_an_evaluation_goes_on_at_the_next_network(call, toy, tmp_path):
     arguments = [argument for argument in toy.common if "num_eval" not in argument] + ["--num_eval=3", "--ipc=2"]
     call("distill/baseline.py", *arguments, f"--json={tmp_path / 'whole.json'}")
-    evaluation = importlib.import_module("distill.evaluate")
+    evaluation = importlib.import_module("distill.evaluate.networks")
     with stop_at(evaluation, "train_network", 3):
         call("distill/baseline.py", *arguments, f"--json={tmp_path / 'parts.json'}", expect=130)
     assert (tmp_path / "parts.json.unfinished").exists() and not (tmp_path / "parts.json").exists()
@@ -317,7 +317,7 @@ def test_an_evaluation_goes_on_at_the_next_network(call, toy, tmp_path):
 def test_what_another_evaluation_found_does_not_count(call, toy, tmp_path):
     arguments = [argument for argument in toy.common if "num_eval" not in argument] + [
         "--num_eval=3", f"--json={tmp_path / 'x.json'}"]
-    with stop_at(importlib.import_module("distill.evaluate"), "train_network", 3):
+    with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 3):
         call("distill/baseline.py", *arguments, "--ipc=2", expect=130)
     done = call("distill/baseline.py", *arguments, "--ipc=3")
     assert "going on" not in done.stdout

@@ -7,11 +7,19 @@ import math
 import pytest
 import torch
 
-from distill.robust import HELD_OUT, RATES, augmentation_robust_score, held_out, label_robust_score, scaled
+from distill.evaluate.robust import (
+    HELD_OUT,
+    RATES,
+    augmentation_robust_score,
+    held_out,
+    label_robust_score,
+    robust_scores,
+    scaled,
+)
 from tests.test_refusals import check_refusal
 from tests.test_resume import stop_at
 
-SCORE, EVALUATION, BASELINE = "scripts/robust_score.py", "distill/evaluation.py", "distill/baseline.py"
+EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
 
 
 def test_the_formulas():
@@ -24,6 +32,10 @@ def test_the_formulas():
     assert label_robust_score(1, 0, 0, 1) == 0 and augmentation_robust_score(1, 0, 1, 0) == 1
     # β = 0.25 · 0.2 + 0.75 · 0.4 = 0.35
     assert augmentation_robust_score(0.7, 0.5, 0.6, 0.2, weight=0.25) == pytest.approx(scaled(0.35))
+    at = {"syn": 0.7, "syn_hard": 0.6, "random": 0.5, "real": 0.9}
+    assert robust_scores(at) == pytest.approx({"HLR": 0.3, "IOR": 0.2, "LRS": scaled(-0.05)})
+    assert robust_scores(at | {"syn_no_aug": 0.6, "random_no_aug": 0.3}) == pytest.approx(
+        {"HLR": 0.3, "IOR": 0.2, "LRS": scaled(-0.05), "IOR_no_aug": 0.3, "ARS": scaled(0.25)})
 
 
 @pytest.fixture(scope="module")
@@ -43,39 +55,6 @@ def results(call, toy, toy_experts, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def given(results, tmp_path):
-    """`given(name=change)`: the command line, with results changed or, by None, left out."""
-    def given(**changes):
-        options = []
-        for name in ("syn", "syn_hard", "random", "real", "syn_no_aug", "random_no_aug"):
-            change = changes.get(name, lambda result: result)
-            if change is not None:
-                path = tmp_path / f"{name}.json"
-                path.write_text(json.dumps(change(json.loads((results / f"{name}.json").read_text()))))
-                options += [f"--{name}", path]
-        return options
-    return given
-
-
-def with_means(mean, other=0.5):
-    return lambda result: result | {"scores": [score | {"mean": mean if score["network"] == "ConvNet" else other}
-                                               for score in result["scores"]]}
-
-
-def test_scores_are_those_of_the_results(call, given, tmp_path):
-    options = given(syn=with_means(0.7), syn_hard=with_means(0.6), random=with_means(0.5), real=with_means(0.9),
-                    syn_no_aug=with_means(0.6), random_no_aug=with_means(0.3))
-    done = call(SCORE, *options, f"--json={tmp_path / 'out' / 'scores.json'}")
-    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
-    assert list(scores) == ["ConvNetD1W4", "ConvNet"]
-    assert scores["ConvNetD1W4"]["LRS"] == scores["ConvNetD1W4"]["ARS"] == pytest.approx(scaled(0))
-    assert scores["ConvNet"] == pytest.approx({"HLR": 0.3, "IOR": 0.2, "LRS": scaled(-0.05), "IOR_no_aug": 0.3,
-                                               "ARS": scaled(0.25)})
-    assert f"ConvNet: HLR 30.00 %, IOR 20.00 %, LRS {100 * scaled(-0.05):.2f} %" in done.stdout
-    assert "ARS" not in call(SCORE, *given(syn_no_aug=None, random_no_aug=None)).stdout
-
-
 def test_hard_labels_train_on_the_classes(results):
     soft, hard = (json.loads((results / f"{name}.json").read_text()) for name in ("syn", "syn_hard"))
     assert hard["what"] == "distilled images with hard labels" and hard["images"] == soft["images"] == 6
@@ -90,34 +69,6 @@ def test_hard_labels_are_those_that_were_said(call, toy, results, tmp_path):
          f"--label_dir={tmp_path / 'classes.pt'}", f"--lr_dir={folder / 'lr_best.pt'}", f"--json={tmp_path / 'x.json'}")
     expected = json.loads((results / "syn_hard.json").read_text())["scores"]
     assert json.loads((tmp_path / "x.json").read_text())["scores"] == expected
-
-
-def other(**config):
-    return lambda result: result | {"config": result["config"] | config}
-
-
-@pytest.mark.parametrize("changes, phrases", [
-    (dict(syn=lambda result: []), ["--syn ", "is not a result"]),
-    (dict(syn=lambda result: result | {"scores": [{}]}), ["--syn ", "is not a result"]),
-    (dict(syn=lambda result: result | {"config": 3}), ["--syn ", "its config is none"]),
-    (dict(syn_hard=lambda result: result | {"what": "distilled images"}), ["--syn_hard is a result of 'distilled"]),
-    (dict(random=lambda result: result | {"what": "x"}), ["--random is a result of 'x'"]),
-    (dict(random=lambda result: result | {"images": 3}), ["--random is of 3 images, --syn of 6"]),
-    (dict(real=lambda result: result | {"tested_on": "validation"}), ["--real was tested on the validation images"]),
-    (dict(random=other(epoch_eval_train=3)), ["--random was evaluated in another way", "epoch_eval_train"]),
-    (dict(real=other(zca=False)), ["--real was evaluated in another way", "zca"]),
-    (dict(random=other(no_aug=True)), ["--random: its no_aug is True"]),
-    (dict(syn_no_aug=other(no_aug=False)), ["--syn_no_aug: its no_aug is False"]),
-    (dict(syn_no_aug=None), ["give both or none"]), (dict(real=None), ["required: --real"]),
-    (dict(real=lambda result: result | {"scores": []}), ["no network is in all"])])
-def test_what_cannot_be_compared_is_refused(call, given, changes, phrases):
-    (line,) = call(SCORE, *given(**changes), expect=2).stderr.splitlines()
-    assert line.startswith("robust_score.py: error: ") and all(phrase in line for phrase in phrases), line
-
-
-def test_a_weight_is_a_share(call, given):
-    (line,) = call(SCORE, *given(), "--weight=2", expect=2).stderr.splitlines()
-    assert "--weight 2" in line
 
 
 def test_networks_are_columns(call, results):
@@ -141,7 +92,7 @@ def robust(toy, toy_experts, results, tmp_path):
             "--epoch_eval_real=1", f"--json={tmp_path / 'robust.json'}"]
 
 
-def test_one_command_says_what_six_and_the_script_say(call, toy, toy_experts, results, robust, tmp_path):
+def test_one_command_says_what_six_say(call, toy, toy_experts, results, robust, tmp_path):
     done = call(*robust, "--eval_mode=C", "--num_eval=2")
     found = json.loads((tmp_path / "robust.json").read_text())
     assert tuple(found["results"]) == WHICH and list(found["robust_scores"]) == ["ConvNetD1W4", "ConvNet"]
@@ -164,10 +115,10 @@ def test_one_command_says_what_six_and_the_script_say(call, toy, toy_experts, re
         (alone,) = json.loads((tmp_path / f"{name}.json").read_text())["scores"]
         assert found["results"][name]["scores"][0] == alone, name
         assert found["results"][name]["images"] == json.loads((tmp_path / f"{name}.json").read_text())["images"]
-    call(SCORE, *(f"--{name}={tmp_path / name}.json" for name in WHICH), f"--json={tmp_path / 'scores.json'}")
     assert "distilled images" in call("scripts/summary.py", tmp_path / "robust.json").stdout
-    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]["ConvNetD1W4"]
-    assert scores == found["robust_scores"]["ConvNetD1W4"] and set(scores) == {"HLR", "IOR", "LRS", "IOR_no_aug", "ARS"}
+    scores = found["robust_scores"]["ConvNetD1W4"]
+    means = {name: part["scores"][0]["mean"] for name, part in found["results"].items()}
+    assert scores == robust_scores(means) and set(scores) == {"HLR", "IOR", "LRS", "IOR_no_aug", "ARS"}
     assert f"ConvNetD1W4: HLR {100 * scores['HLR']:.2f} %" in done.stdout
 
 
@@ -193,7 +144,7 @@ def test_it_goes_on_at_the_next_network(call, robust, tmp_path):
     call(*robust)
     whole = json.loads((tmp_path / "robust.json").read_text())
     (tmp_path / "robust.json").unlink()
-    evaluation = importlib.import_module("distill.evaluate")
+    evaluation = importlib.import_module("distill.evaluate.networks")
     with stop_at(evaluation, "train_network", 5):
         call(*robust, expect=130)
     assert (tmp_path / "robust.json.unfinished").exists() and not (tmp_path / "robust.json").exists()

@@ -2,15 +2,16 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from distill.evaluate import Score
-from utils.tracking import Tracker
+from distill.report.tracking import Tracker
+from distill.results import Iteration, Score
 
-STEP = {"iteration": 3, "loss": 0.5, "updated": False, "start_epoch": 7, "lr": 0.1, "bound": 9, "expert": 0}
+STEP = Iteration(3, 0.5, False, 0.1, 7, 9, expert=0)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_the_published_keys(fake, toy_data, tmp_path, ipc, force, pictures):
 
 def test_an_updated_step_has_no_falts(fake, tmp_path):
     tracker = Tracker("offline", "P", "run", {}, tmp_path)
-    tracker.log_step(STEP | {"updated": True})
+    tracker.log_step(replace(STEP, updated=True))
     assert "falts" not in fake.logged[0][1]
 
 

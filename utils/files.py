@@ -196,6 +196,28 @@ def write_text(path: Path | str, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Iterator[None]:
+    """Whatever goes wrong inside, while a file is read and understood, is said in one line.
+
+    Args:
+        what: the file, or it as the user knows it.
+        advice: what to do about it.
+
+    Raises:
+        UserError
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}; {advice}") from error
+    except Exception as error:  # damaged bytes make the readers fail in every way there is
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        raise UserError(f"{what} {problem} ({reason}); {advice}") from error
+
+
 def set_in(path: Path) -> Path | None:
     """The distilled set in a run's folder, which may be what was meant by the folder."""
     return next(iter(sorted(path.glob("**/distilled.safetensors"))), None) if path.is_dir() else None
@@ -257,14 +279,11 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    try:
+    with reading(path, "it held the options of what lies beside it: put it back, or move what lies beside it away"):
         options = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        options = None
-    if not isinstance(options, dict):
-        raise UserError(f"{path} is damaged; it held the options of what lies beside it: put it back, or move what "
-                        "lies beside it away")
-    return options
+        if not isinstance(options, dict):
+            raise ValueError("it is not a list of options")
+        return options
 
 
 def save_config(path: Path, options: dict[str, Any]) -> None:
@@ -273,18 +292,6 @@ def save_config(path: Path, options: dict[str, Any]) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """
-    Raises:
-        UserError: it cannot be read, or is no JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read or is damaged ({error}); restore it, or delete it, to make it again"
-                        ) from error
 
 
 def finite(value: float) -> float | None:

@@ -5,6 +5,7 @@ import datetime
 import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,10 @@ def shown(path: Path | str) -> str:
         return str(path.relative_to(here))
     together = path.is_relative_to(REPOSITORY) and here.is_relative_to(REPOSITORY)
     return os.path.relpath(path) if together else str(path)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them the heads, as a Markdown table with columns of one width."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""A run's folder: its options, its log, its state while it runs, and its result."""
+"""A run's folder: its options, its log, and its state while it runs."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -15,10 +14,10 @@ from typing import Any
 from utils import parallel
 from utils.config import DataConfig, defaults, differences, influential
 from utils.errors import UserError
-from utils.files import append_json, load, locked, read_config, save, save_config, write_json
-from utils.program.console import shown
+from utils.files import load, locked, read_config, save, save_config
+from utils.program.console import note, shown
 
-STATE_FORMAT = "datm-checkpoint-1"
+STATE_FORMAT = "datm-checkpoint-2"
 SAVE_SECONDS = 1.0  # at least, between two saves of a run's state
 SAVE_SHARE = 0.005  # of a run's time, at most, that goes into them
 
@@ -35,41 +34,37 @@ def config_name(config: DataConfig) -> str:
 
 
 class RunFolder:
-    """One run's `config.yaml`, `metrics.jsonl` and `result.json`, and whatever the run puts beside them.
+    """One run's `config.yaml`, its log, and its result, with which it counts as finished.
 
     While it runs, `checkpoint.pt` holds what it needs to go on after it was stopped or killed; `save_seconds` is how
     long it last took to save it. Of several ranks only the first one writes.
 
     Making one writes nothing; `start` does.
 
+    Args:
+        log, result: names of files; the log is written line by line.
+
     Raises:
         UserError: the folder holds a run of other options.
     """
 
-    def __init__(self, path: Path, config: DataConfig):
-        self.path = path
+    def __init__(self, path: Path, config: DataConfig, log: str, result: str):
+        self.path, self.log, self.result = path, path / log, path / result
         self._config = influential(config)
-        self._metrics = path / "metrics.jsonl"
         self._state = path / "checkpoint.pt"
         self._saved_at, self.save_seconds = -math.inf, 0.0
         saved = path / "config.yaml"
         # An option that is younger than the run had no other value than its default.
         before = defaults(type(config)) | read_config(saved) if saved.exists() else self._config
         different = differences(before, self._config)
-        discarded = getattr(config, "resume", None) == "never" and not (path / "result.json").exists()
+        discarded = getattr(config, "resume", None) == "never" and not self.finished
         if different and not discarded:
             raise UserError(f"{path} holds a run of other options: {different}; give those to go on with it, another "
                             "--run_name, or --resume never to discard it unless it is finished")
 
     @property
-    def result(self) -> dict[str, Any] | None:
-        """The result of a finished run, else None."""
-        path = self.path / "result.json"
-        try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); delete it to run again, or give another "
-                            "--run_name") from error
+    def finished(self) -> bool:
+        return self.result.exists()
 
     @property
     def unfinished(self) -> dict[str, Any] | None:
@@ -86,40 +81,32 @@ class RunFolder:
                             "to start over, or another --run_name")
         return state
 
-    def start(self, metrics_bytes: int | None = None, made: Sequence[str] = ()) -> None:
-        """Saves the config and begins `metrics.jsonl`, or goes on with its first so many bytes.
+    def start(self, log_bytes: int | None = None, made: Sequence[str] = ()) -> None:
+        """Saves the config and begins the log, or goes on with its first so many bytes.
 
         Args:
             made: what an unfinished run may have put beside them, removed at a new beginning.
 
         Raises:
-            UserError: the folder cannot be made or written, or its metrics are shorter than they were.
+            UserError: the folder cannot be made or written, or its log is shorter than it was.
         """
         if not parallel.first():
             return
-        if metrics_bytes is None:
-            if self._metrics.exists():
-                print(f"note: {shown(self.path)} holds an unfinished run; starting over", file=sys.stderr)
-            self._state.unlink(missing_ok=True)  # first, for it counts on the others
-            for each in made:
-                if (self.path / each).is_dir():
-                    shutil.rmtree(self.path / each)
+        if log_bytes is None:
+            if self.log.exists():
+                note(f"note: {shown(self.path)} holds an unfinished run; starting over")
+            self.forget_state()  # first, for it counts on the others
+            for name in made:
+                if (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name)
                 else:
-                    (self.path / each).unlink(missing_ok=True)
+                    (self.path / name).unlink(missing_ok=True)
         save_config(self.path / "config.yaml", self._config)
-        if metrics_bytes and not (self._metrics.exists() and self._metrics.stat().st_size >= metrics_bytes):
-            raise UserError(f"{self._metrics} is gone, or shorter than when the run was last saved; put it back, or "
+        if log_bytes and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
+            raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
                             "give --resume never to start over, or another --run_name")
-        self._metrics.touch()
-        os.truncate(self._metrics, metrics_bytes or 0)
-
-    def log(self, **metrics: Any) -> None:
-        """One line of `metrics.jsonl`."""
-        if parallel.first():
-            append_json(self._metrics, metrics)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+        self.log.touch()
+        os.truncate(self.log, log_bytes or 0)
 
     def save_due(self) -> bool:
         """Whether it is time to save the run's state again: so seldom that it takes `SAVE_SHARE` of the time."""
@@ -131,17 +118,12 @@ class RunFolder:
         if not parallel.first():
             return
         began = perf_counter()
-        with self._metrics.open("rb") as metrics:  # on the disk before the state that counts on them
-            os.fsync(metrics.fileno())
-            size = os.fstat(metrics.fileno()).st_size
-        save(state() | {"format": STATE_FORMAT, "metrics_bytes": size}, self._state)
+        with self.log.open("rb") as log:  # on the disk before the state that counts on it
+            os.fsync(log.fileno())
+            size = os.fstat(log.fileno()).st_size
+        save(state() | {"format": STATE_FORMAT, "log_bytes": size}, self._state)
         self._saved_at = perf_counter()
         self.save_seconds = self._saved_at - began
-
-    def finish(self, **result: Any) -> None:
-        """Writes the result, with which the run counts as finished."""
-        write_json(self.path / "result.json", result)
-        self.forget_state()
 
     def forget_state(self) -> None:
         """Removes what `save_state` saved, which is of no use any more."""

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from distill.report.figures import clip_outliers
+from distill.results import Iteration, Score
 from utils.datasets import Dataset
-from utils.figures import clip_outliers
+from utils.files import finite
 from utils.program.console import note
 
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -57,15 +59,15 @@ class Tracker:
         except Exception as error:  # wandb fails in many ways, and none of them may stop a distillation
             self._off(error)
 
-    def log_step(self, record: dict[str, Any]) -> None:
+    def log_step(self, record: Iteration) -> None:
         """An iteration's metrics, under their published names; `falts` is the start epoch of a skipped update."""
-        values = {"Progress": record["iteration"], "Grand_Loss": record["loss"], "Start_Epoch": record["start_epoch"]}
-        if not record["updated"]:
-            values["falts"] = record["start_epoch"]
-        self._log(record["iteration"], lambda: values)
+        values = {"Progress": record.iteration, "Grand_Loss": finite(record.loss), "Start_Epoch": record.start_epoch}
+        if not record.updated:
+            values["falts"] = record.start_epoch
+        self._log(record.iteration, lambda: values)
 
-    def log_scores(self, step: int, scores: list[Any]) -> None:
-        """An evaluation's scores (`distill.evaluate.Score`), and each network's best so far."""
+    def log_scores(self, step: int, scores: list[Score]) -> None:
+        """An evaluation's scores, and each network's best so far."""
         values = {}
         for score in scores:
             now = [score.mean, score.std]

@@ -1,23 +1,16 @@
 """What to type next, or again: programs and options as shell text."""
 
 import contextlib
-import math
 import shlex
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from utils.config import (
     BufferConfig,
     DataConfig,
     DistillConfig,
-    EvaluationConfig,
-    changed,
-    defaults,
-    from_repository,
     from_root,
     make,
 )
@@ -63,22 +56,6 @@ def say_next(config: DataConfig, what: str, *typed: str) -> None:
 def device_given(device: Any) -> dict[str, Any]:
     """The option with which another program runs on the device that this one was told to take, if it was."""
     return {"device": device} if isinstance(device, str) and device != "auto" else {}
-
-
-def evaluation(config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
-    """The options with which `evaluation.py` tests a distilled set as its run does, but on the test images.
-
-    Args:
-        config: the run's, as its folder holds it.
-        data_dir: a distilled.safetensors.
-    """
-    allowed = defaults(EvaluationConfig)
-    shared = {name: value for name, value in config.items()
-              if name in allowed and name not in ("no_aug", "val_fraction", "lr_teacher", "precision", "buffer_path")}
-    given = {name: shared[name] for name in ("dataset", "model") if name in shared} | changed(shared, EvaluationConfig)
-    if "data_path" in given:
-        given["data_path"] = REPOSITORY / given["data_path"]
-    return given | {"data_dir": data_dir}
 
 
 def distillation(config: BufferConfig) -> tuple[str, dict[str, Any]]:
@@ -127,15 +104,3 @@ def _window(made: DistillConfig, epochs: int) -> dict[str, int]:
 
 def _read(path: Path) -> DistillConfig:
     return make(DistillConfig, **read_yaml(path, DistillConfig))
-
-
-def again(config: dict[str, Any], run_name: str, on_cpu: bool) -> str:
-    """A YAML of a run's options that differ from the defaults, and the command that runs it again."""
-    default = defaults(DistillConfig)
-    always = {name: config[name] for name in ("dataset", "model", "ipc", "seed") if name in config}
-    options = always | {name: value for name, value in changed(config, DistillConfig).items() if name in default}
-    # A YAML's numbers are read as text, in which infinity is "inf".
-    text = yaml.safe_dump({name: str(value) if isinstance(value, float) and math.isinf(value) else value
-                           for name, value in options.items()}, sort_keys=False, allow_unicode=True)
-    placed = {"cfg": "again.yaml", "run_name": run_name} | ({"device": "cpu"} if on_cpu else {})
-    return f"cat > again.yaml <<'END'\n{text}END\n{command('distill/DATM.py', placed, from_repository)}"

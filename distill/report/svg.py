@@ -1,9 +1,12 @@
 """Curves as inline SVG: axes, lines, bands, dots and crosses, coloured by the style sheet of the page."""
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
+
+from markupsafe import Markup, escape
+
+from distill.report.template import draw
 
 MOST_POINTS = 2000
 LOG_FROM = 50.0  # times the least value is the greatest, from which a scale of positive values is logarithmic
@@ -69,17 +72,12 @@ class Chart:
         """Exceptions, for which the scale makes no room: those above it, or not finite, stand at the upper edge."""
         self._add("crosses", style, name, points)
 
-    def figure(self, words: str) -> str:
+    def figure(self, words: str) -> Markup:
         """The chart as a `figure`; its words say what it shows, for those who do not see it too."""
-        names = [(kind, style, name) for kind, style, name, _, _ in self._marks if name]
-        legend = "".join(f'<li><svg viewBox="0 0 28 12" aria-hidden="true">{_swatch(kind, style)}</svg>'
-                         f"{html.escape(name)}</li>" for kind, style, name in names)
-        legend = f'<ul class="legend">{legend}</ul>' if legend else ""
-        log = " (logarithmic scale)" if self._log() else ""
-        label = html.escape(f"{self.title}{log}: {self.y_label} over {self.x_label}. {words}")
-        return (f'<figure class="chart"><h3>{html.escape(self.title)}{log}</h3>\n'
-                f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{label}">{self._drawn()}</svg>\n'
-                f"<figcaption>{legend}<p>{html.escape(words)}</p></figcaption></figure>\n")
+        legend = [(Markup(_swatch(kind, style)), name) for kind, style, name, _, _ in self._marks if name]
+        title = f"{self.title}{' (logarithmic scale)' if self._log() else ''}"
+        label = f"{title}: {self.y_label} over {self.x_label}. {words}"
+        return draw.chart(title, label, self.width, self.height, Markup(self._drawn()), legend, words)
 
     def _add(self, kind: str, style: str, name: str, points: Sequence[Point], **how: Any) -> None:
         if points and (kind == "crosses" or any(math.isfinite(y) for point in points for y in point[1:])):
@@ -130,10 +128,10 @@ class Chart:
         for value in ticks(*x_range, 5, whole=True):
             parts.append(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>')
         middle = (left + right) / 2
-        parts.append(f'<text x="{middle}" y="{self.height - 8}" text-anchor="middle">{html.escape(self.x_label)}'
+        parts.append(f'<text x="{middle}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}'
                      "</text>")
         parts.append(f'<text transform="translate(11 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
-                     f"{html.escape(self.y_label)}</text>")
+                     f"{escape(self.y_label)}</text>")
         return "".join(parts)
 
 

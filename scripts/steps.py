@@ -1,27 +1,26 @@
 """Commands that make files from each other's files: each run once, several at a time, going on where it was stopped."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
 from utils import interrupt
 from utils.errors import UserError
-from utils.files import check_writable, sha256, write_json
+from utils.files import check_writable, reading, write_json
 from utils.program.console import duration
 
 LOOK_SECONDS = 0.2  # between two looks at the commands that run
-NOTE_SECONDS = 10.0  # between two notes of how long they have run, for the case of a kill
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,9 @@ class Step:
     def done(self) -> bool:
         return all(path.exists() for path in (self.result, *self.products))
 
-    def digest(self) -> str:
-        """Of what it made."""
-        stats = ((path, os.stat(path)) for path in self.products or (self.result,))
-        found = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return hashlib.sha256("".join(found).encode()).hexdigest()
-
-
-@cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
-
 
 class Ledger:
-    """What each result was made by and of, and how long that took; written before a command begins, so that one that
-    finished unseen is known too.
+    """What each result was made by, and how long that took; written before a command begins.
 
     Args:
         path: a JSON file.
@@ -75,91 +62,52 @@ class Ledger:
 
     def __init__(self, path: Path):
         self._path = path
-        try:
+        with reading(f"{path}, which says what each result was made by,",
+                     f"restore it, or move {path.parent} away to start over"):
             self.made: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-            whole = all(isinstance(each["asked"], str) and isinstance(each["of"], dict) and each.get("seconds", 0) >= 0
-                        for each in self.made.values())
-        except (OSError, ValueError, AttributeError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError(f"{path}, which says what each result was made by, is damaged; restore it, or move "
-                            f"{path.parent} away to start over")
+            assert all(isinstance(made["asked"], str) and made.get("seconds", 0) >= 0 for made in self.made.values())
 
-    def differs(self, step: Step) -> str | None:
-        """How what was asked for a step's result differs from what the step asks, in words; None if it does not."""
+    def knows(self, step: Step) -> bool:
+        """Whether what there is of the step, if anything, was made by its command."""
         made = self.made.get(step.name)
-        if made is None:
-            return "by nobody knows what"
-        if made["asked"] != step.asked:
-            return "by another command"
-        if made.get("config") != step.config:
-            return "with other options in its YAML"
-        return None
-
-    def otherwise(self, step: Step) -> str | None:
-        """How the result that is there was made otherwise than by this step, in words; None if it was not, or is not
-        there."""
-        if not step.result.exists():
-            return None
-        how = self.differs(step)
-        if how:
-            return how
-        if not step.done:
-            return "and has lost a file since"
-        for need in step.needs:
-            if not need.done:
-                return f"of {need.name}, which is gone"
-            if self.otherwise(need):
-                return f"of {need.name}, which was made otherwise"
-            if self.made[step.name]["of"].get(need.name) != need.digest():
-                return f"of another {need.name}"
-        return None
-
-    def check(self, steps: Sequence[Step]) -> None:
-        """Refuses results that are not those of the steps.
-
-        Raises:
-            UserError: names them all, and what to delete.
-        """
-        found = {step: how for step in steps if (how := self.otherwise(step))}
-        if found:
-            first, how = next(iter(found.items()))
-            old = " ".join(shlex.quote(str(step.folder or step.result)) for step in found)
-            more = f", and {len(found) - 1} more were made otherwise" if len(found) > 1 else ""
-            raise UserError(f"{first.result} was made {how}{more}; delete {old} to make that again")
+        return made is not None and (made["asked"], made.get("config")) == (step.asked, step.config)
 
     def begin(self, step: Step) -> None:
-        """A step that is not done is begun, or goes on."""
-        before = self.made.get(step.name, {})
-        entry = {"asked": step.asked, "config": step.config, "of": {need.name: need.digest() for need in step.needs}}
-        goes_on = not before.get("done") and all(before.get(name) == value for name, value in entry.items())
-        self.made[step.name] = entry | {"seconds": before["seconds"] if goes_on else 0.0, "done": False}
-        self.write()
+        """A step that is not done, or was made by another command, is begun or goes on.
 
-    def add(self, step: Step, seconds: float, done: bool = False) -> None:
+        Raises:
+            UserError: there is a result of which nobody knows what made it.
+        """
+        if not self.knows(step):
+            self._remove(step)
+            self.made[step.name] = {"asked": step.asked, "config": step.config, "seconds": 0.0}
+            self.write()
+
+    def _remove(self, step: Step) -> None:
+        old = step.folder or step.result
+        if step.name not in self.made and old.exists():
+            raise UserError(f"{old} was made by nobody knows what; move it away")
+        if old.is_dir():
+            shutil.rmtree(old)
+        old.unlink(missing_ok=True)
+
+    def add(self, step: Step, seconds: float) -> None:
         """So many more seconds were spent on it."""
-        entry = self.made[step.name]
-        entry.update(seconds=round(entry["seconds"] + seconds, 1), done=done)
+        self.made[step.name]["seconds"] += round(seconds, 1)
         self.write()
 
     def write(self) -> None:
         write_json(self._path, self.made)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Running:
     """A command at work."""
 
     step: Step
     output: Path
     begins_at: int  # in its output, where earlier attempts may stand
-    noted: float  # until when its time is in the ledger
-
-    def note(self, ledger: Ledger, ended: bool = False) -> None:
-        seconds = perf_counter() - self.noted
-        if ended or seconds > NOTE_SECONDS:
-            ledger.add(self.step, seconds, ended and self.step.done)
-            self.noted += seconds
+    began: float
 
     def ending(self, code: int) -> str:
         """How it ended, and why, as far as it said."""
@@ -172,9 +120,9 @@ class _Running:
         return f"ended with exit code {code}: {why}"
 
 
-def run(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environment: Mapping[str, str],
-        lock: TextIO) -> None:
-    """Runs the steps that are not done, so many at once, each after those it needs.
+def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environment: Mapping[str, str],
+              lock: TextIO) -> None:
+    """Runs the steps that are not done by their own commands, so many at once, each after those it needs.
 
     A signal stops the commands as it would stop each of them alone: they save, and go on the next time. A second one is
     handed on too, and stops them at once.
@@ -184,11 +132,10 @@ def run(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environm
         lock: stays locked as long as a command runs, even if this process is killed.
 
     Raises:
-        UserError: a command failed, and the others were stopped; or results that are there are not those of the steps.
+        UserError: a command failed, and the others were stopped.
     """
-    ledger.check(steps)
     check_writable(output / "commands")
-    waiting = [step for step in steps if not step.done]
+    waiting = [step for step in steps if not (step.done and ledger.knows(step))]
     done, total = {step for step in steps if step not in waiting}, len(waiting)
     running: dict[subprocess.Popen, _Running] = {}
     if waiting:
@@ -196,34 +143,30 @@ def run(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environm
     with interrupt.blocked():  # but for where they are waited for, so that no command is left alone
         try:
             while waiting or running:
-                free = jobs - sum(jobs if each.step.alone else 1 for each in running.values())
+                free = jobs - sum(jobs if command.step.alone else 1 for command in running.values())
                 ready = next((step for step in waiting if done.issuperset(step.needs)), None)
                 if ready and free >= (jobs if ready.alone else 1):
                     waiting.remove(ready)
                     print(f"[{total - len(waiting)} of {total}] {ready}", flush=True)
                     ledger.begin(ready)
-                    process, each = _start(ready, output / f"{ready.name}.txt", environment, lock)
-                    running[process] = each
+                    process, command = _start(ready, output / f"{ready.name}.txt", environment, lock)
+                    running[process] = command
                     _name(lock, running)
                     continue
                 assert running, f"{waiting[0].name} needs what no step makes"
                 number = _signal_within(LOOK_SECONDS)
                 if number is not None:
                     raise interrupt.Stopped(number)
-                for process, each in list(running.items()):
-                    ended = process.poll() is not None
-                    each.note(ledger, ended)
-                    if not ended:
-                        continue
-                    del running[process]
+                for process in [process for process in running if process.poll() is not None]:
+                    command = running.pop(process)
+                    ledger.add(command.step, perf_counter() - command.began)
                     _name(lock, running)
-                    if process.returncode or not each.step.done:
-                        raise UserError(f"{each.step} {each.ending(process.returncode)} (all of it in {each.output}); "
-                                        "the same command goes on once that is mended")
-                    done.add(each.step)
-                    took = duration(ledger.made[each.step.name]["seconds"])
-                    print(f"    {each.step.name} done in {took}", flush=True)
-                    ledger.check([step for step in steps if each.step in step.needs])
+                    if process.returncode or not command.step.done:
+                        raise UserError(f"{command.step} {command.ending(process.returncode)} (all of it in "
+                                        f"{command.output}); the same command goes on once that is mended")
+                    done.add(command.step)
+                    print(f"    {command.step.name} done in {duration(ledger.made[command.step.name]['seconds'])}",
+                          flush=True)
         finally:
             for process in running:
                 process.terminate()
@@ -231,8 +174,8 @@ def run(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environm
                 if _signal_within(LOOK_SECONDS) is not None:
                     for process in running:
                         process.terminate()
-            for each in running.values():
-                each.note(ledger, ended=True)
+            for command in running.values():
+                ledger.add(command.step, perf_counter() - command.began)
 
 
 def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextIO) -> tuple[subprocess.Popen, _Running]:

@@ -18,32 +18,24 @@ images that are held out for it, and all accuracies are those after the last epo
 import math
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill.distilled_set import DistilledSet, read_set
-from distill.evaluate import (
-    Job,
-    Known,
-    announce_evaluation,
-    check_evaluation,
-    evaluate,
-    known_key,
-    prepared,
-    with_classes,
-)
-from distill.real import check_experts, drawn, real_sets
+from distill.evaluate.networks import check_evaluation, evaluate
+from distill.evaluate.real_images import check_experts, drawn, real_sets
+from distill.evaluate.saved_accuracies import Accuracies, Job
+from distill.evaluate.saved_set import prepared, with_classes
+from distill.evaluate.session import Session
+from distill.results import as_json
 from utils import parallel
-from utils.config import BaselineConfig, EvaluationConfig, TrainConfig, influential
+from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.datasets import Dataset
 from utils.errors import UserError
-from utils.files import check_writable, write_json
 from utils.networks import evaluation_pool
-from utils.program.console import say, shown
-from utils.program.machine import environment
+from utils.program.console import say
 from utils.program.seeds import generator
 from utils.progress import Progress
 
@@ -93,13 +85,23 @@ def in_words(network: str, scores: dict[str, float]) -> str:
 # --- their evaluations ---------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+class Comparison(NamedTuple):
     """One of the evaluations that the scores are made of."""
 
     what: str
     config: TrainConfig
     sets: list[DistilledSet]  # of one size
     searched: bool  # whether its learning rate is chosen among RATES
+
+    @property
+    def batches(self) -> int:
+        """Of the training of one network."""
+        return math.ceil(len(self.sets[0]) / self.config.batch_train) * (self.config.epoch_eval_train + 1)
+
+    def runs(self, name: str, network: str, accuracies: Accuracies) -> list[tuple[Accuracies, list[Job]]]:
+        """Its evaluations of a kind of networks, and the networks of each."""
+        tried = [(_saved(accuracies, name, rate), [Job(network, 0)]) for rate in RATES if self.searched]
+        return [*tried, (_saved(accuracies, name), [Job(network, number) for number in range(self.config.num_eval)])]
 
 
 def evaluate_robust(config: EvaluationConfig) -> None:
@@ -118,48 +120,36 @@ def evaluate_robust(config: EvaluationConfig) -> None:
         label_source="experts" if opened.labels.is_floating_point() else "hard")
     check_experts(real_config)
     dataset, distilled = prepared(config, opened)
-    device = distilled.images.device
     ipc, rest = divmod(len(distilled), dataset.num_classes)
     if rest:
         raise UserError(f"--robust_score: {len(distilled)} images of {dataset.num_classes} classes cannot be compared "
                         "with as many random ones of each class; give a set with equally many of each")
-    if config.json:
-        check_writable(config.json)
     real_config = replace(real_config, ipc=ipc)
     random, of_random = real_sets(real_config, dataset)
     whole, of_whole = real_sets(replace(real_config, ipc=None, label_source="hard"), dataset)
     chosen_on = held_out(dataset, drawn(real_config, dataset)[0], generator(config.seed, "robust", "rates"))
-    (hard, note), what = with_classes(distilled, dataset), "distilled images"
+    (hard, known_by), what = with_classes(distilled, dataset), "distilled images"
     bare = replace(config, no_aug=True)
-    parts = {"syn": Part(what, config, [distilled], False),
-             "syn_hard": Part(f"{what} with hard labels", config, [hard], True),
-             "random": Part(of_random, config, random, True),
-             "syn_no_aug": Part(f"{what}, without augmentation", bare, [distilled], False),
-             "random_no_aug": Part(f"{of_random}, without augmentation", bare, random, True),
-             "real": Part(of_whole, replace(config, epoch_eval_train=config.epoch_eval_real), whole, False)}
-    announce_evaluation(config, dataset, distilled, evaluation_pool(config.eval_mode, config.model),
-                        f"{what}: {len(distilled)} images, learning rate {float(distilled.lr):.4g}, "
-                        f"{config.epoch_eval_train} epochs (the whole training set: {config.epoch_eval_real})", note)
-    beside = Path(f"{config.json}.unfinished") if config.json else None
-    known = parallel.from_first(lambda: Known(beside, known_key(config, dataset, distilled, *random)))
-    results = _evaluate_parts(parts, dataset, chosen_on, known)
+    parts = {"syn": Comparison(what, config, [distilled], False),
+             "syn_hard": Comparison(f"{what} with hard labels", config, [hard], True),
+             "random": Comparison(of_random, config, random, True),
+             "syn_no_aug": Comparison(f"{what}, without augmentation", bare, [distilled], False),
+             "random_no_aug": Comparison(f"{of_random}, without augmentation", bare, random, True),
+             "real": Comparison(of_whole, replace(config, epoch_eval_train=config.epoch_eval_real), whole, False)}
+    session = Session(config, dataset, [distilled], what, known_by, beside=random,
+                      aside=f" (the whole training set: {config.epoch_eval_real})")
+    results = _evaluate_parts(parts, dataset, chosen_on, session)
     scores = {}
     for network in evaluation_pool(config.eval_mode, config.model):
-        scores[network] = robust_scores({name: next(score["mean"] for score in result["scores"]
-                                                    if score["network"] == network)
+        scores[network] = robust_scores({name: next(score.mean for score in result["scores"]
+                                                    if score.network == network)
                                          for name, result in results.items()})
         print(in_words(network, scores[network]))
     say(config, "HLR: what hard labels miss of the whole training set, less is better; IOR: the gain over random "
                 "images; LRS, ARS: the label- and the augmentation-robust score of both, more is better")
-    if config.json and parallel.first():
-        # What the evaluation without --robust_score writes, so that it serves wherever that does, and the scores.
-        write_json(config.json, {
-            "what": what, "images": len(distilled), "scores": results["syn"]["scores"], "robust_scores": scores,
-            "weight": WEIGHT, "results": results,
-            "tested_on": "validation" if config.val_fraction else "test", "seconds": known.seconds,
-            "config": influential(config), "environment": environment(device)})
-        known.forget()
-        say(config, f"in {shown(config.json)}")
+    of_set = results["syn"]["scores"]
+    of_parts = {name: result | {"scores": list(map(as_json, result["scores"]))} for name, result in results.items()}
+    session.write(of_set, None, robust_scores=scores, weight=WEIGHT, results=of_parts)
 
 
 def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset:
@@ -183,46 +173,33 @@ def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset
     return replace(dataset, test_images=dataset.train_images[indices], test_labels=dataset.train_labels[indices])
 
 
-def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset, known: Known) -> dict[str, Any]:
+def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: Dataset,
+                    session: Session) -> dict[str, dict[str, Any]]:
     """What each part reached: what a file of the single evaluation says, and the learning rates.
 
     Args:
         chosen_on: its test images are those on which learning rates are chosen.
-        known: of the parts together.
     """
-    config = parts["syn"].config
+    config, accuracies = session.config, session.accuracies
     networks = evaluation_pool(config.eval_mode, config.model)
 
-    def batches(part: Part) -> int:
-        return math.ceil(len(part.sets[0]) / part.config.batch_train)
-
-    def known_of(name: str, rate: float | None = None) -> Known:
-        return known.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")
-
-    def runs(name: str, network: str) -> list[tuple[Known, list[Job]]]:
-        """The evaluations of a network for a part, and the networks of each."""
-        part = parts[name]
-        searched = [(known_of(name, rate), [Job(network, 0)]) for rate in RATES if part.searched]
-        return [*searched, (known_of(name), [Job(network, number) for number in range(part.config.num_eval)])]
-
     # One bar over them all, in batches, as an epoch of the training set takes far longer than one of the set.
-    total = done = found = number = 0
+    total = done = tested = number = 0
     for name, part in parts.items():
-        steps = batches(part) * (part.config.epoch_eval_train + 1)
-        for each, jobs in (run for network in networks for run in runs(name, network)):
-            missing = each.missing(jobs)
-            before = len(jobs) - len(missing)
-            number, found = number + len(jobs), found + before
-            done += steps * before
-            total += steps * (before + len(parallel.deal(missing)))
-    if found:
-        say(config, f"going on with an evaluation that was stopped: {found} of {number} networks were tested")
+        for network in networks:
+            for saved, jobs in part.runs(name, network, accuracies):
+                missing = saved.missing(jobs)
+                before = len(jobs) - len(missing)
+                number, tested = number + len(jobs), tested + before
+                done += part.batches * before
+                total += part.batches * (before + len(parallel.deal(missing)))
+    session.say_going_on(tested, number)
     results = {}
     with Progress(total, "evaluate", initial=done, quiet=config.quiet,
                   device=dataset.test_images.device) as bar:
         for at, (name, part) in enumerate(parts.items(), start=1):
             bar.count = f"set {at} of {len(parts)}"
-            on_epoch = partial(bar.update, batches(part))
+            on_epoch = partial(bar.update, part.batches // (part.config.epoch_eval_train + 1))
             run = partial(evaluate, augmented=not part.config.no_aug, on_epoch=on_epoch)
             result: dict[str, Any] = {
                 "what": part.what, "images": len(part.sets[0]), "augmented": not part.config.no_aug,
@@ -232,15 +209,21 @@ def _evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset
                 if part.searched:
                     alone = replace(part.config, num_eval=1)
                     reached = {rate: run(alone, chosen_on, _at(part.sets, rate), networks=[network],
-                                         known=known_of(name, rate))[0].mean for rate in RATES}
+                                         accuracies=_saved(accuracies, name, rate))[0].mean for rate in RATES}
                     rate = max(reached, key=reached.__getitem__)
                     result.setdefault("held_out", {})[network] = {f"{rate:g}": at for rate, at in reached.items()}
-                (score,) = run(part.config, dataset, _at(part.sets, rate), networks=[network], known=known_of(name))
+                (score,) = run(part.config, dataset, _at(part.sets, rate), networks=[network],
+                               accuracies=_saved(accuracies, name))
                 result["lr"][network] = rate
-                result["scores"].append(score.as_dict())
+                result["scores"].append(score)
                 bar.say(f"{part.what}, learning rate {rate:.4g} · {score}")
             results[name] = result
     return results
+
+
+def _saved(accuracies: Accuracies, name: str, rate: float | None = None) -> Accuracies:
+    """Those of one part, at a rate that is tried or at the one that is used."""
+    return accuracies.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")
 
 
 def _at(sets: list[DistilledSet], rate: float) -> list[DistilledSet]:

@@ -1,4 +1,4 @@
-"""Real images in the place of a distilled set: what distillation has to beat."""
+"""`distill/baseline.py`: real images in the place of a distilled set, which distillation has to beat."""
 
 from dataclasses import replace
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill.distilled_set import DistilledSet
-from distill.evaluate import check_evaluation, check_pool, evaluate_and_report
+from distill.evaluate.networks import check_evaluation, check_pool
+from distill.evaluate.session import evaluate_and_say
 from distill.initialize import expert_labels, random_real
 from utils.config import BaselineConfig
 from utils.datasets import Dataset
@@ -29,7 +30,7 @@ def evaluate_real(config: BaselineConfig) -> None:
     check_pool(config, dataset)
     sets, what = real_sets(config, dataset)
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
-    evaluate_and_report(config, dataset, sets, what, *notes)
+    evaluate_and_say(config, dataset, sets, what, *notes)
 
 
 def check_experts(config: BaselineConfig) -> None:

@@ -1,0 +1,164 @@
+"""Train `num_eval` networks of each kind on a set, test each on real images; mean and standard deviation."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from distill.distilled_set import DistilledSet
+from distill.evaluate.saved_accuracies import Accuracies, Job
+from distill.evaluate.train import train_network
+from distill.results import Score
+from utils import augment, parallel
+from utils.config import TrainConfig
+from utils.datasets import Dataset, check_dataset_name
+from utils.engine import GRADIENT_ALONE, seconds_uncompiled
+from utils.metrics import accuracy
+from utils.networks import check_network_name, evaluation_pool
+from utils.parallel import in_processes
+from utils.program.prepare import drawer, dsa_groups, flat_model, network_for
+from utils.program.seeds import generator, seeded
+
+# Processes win at steps too short to keep all threads busy, and take a few seconds to start (on two cores they won 40 %
+# at 5 ms a step, 18 % at 24 ms and 7 % at 98 ms).
+SHORT_STEP = 0.03  # seconds
+PROCESSES_PAY = 60.0  # seconds of training
+MOST_PROCESSES = 8  # at once, each of which imports torch
+
+
+def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Sequence[DistilledSet],
+             *address: int | str, augmented: bool = True, on_epoch: Callable[[], None] = lambda: None,
+             accuracies: Accuracies | None = None, networks: Sequence[str] | None = None) -> list[Score]:
+    """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
+
+    Several ranks share them. Else several are trained at once where that wins: on a CPU small ones in processes that
+    divide its threads, which changes rounding. Every network has its own random numbers, so where it is trained does
+    not matter.
+
+    Args:
+        dataset, distilled: on one device; the images of both in the same space. Of several sets, all of one size,
+            network n is trained on set n, and again from the first when there are no more.
+        address: tells this evaluation's random numbers from those of others with the same seed.
+        augmented: False trains on the images as they are.
+        on_epoch: called after each epoch of each network.
+        accuracies: those found before, and where to put those found now.
+        networks: these kinds, in the place of the pool.
+    """
+    accuracies = Accuracies() if accuracies is None else accuracies
+    jobs = [Job(name, number) for name in networks or evaluation_pool(config.eval_mode, config.model)
+            for number in range(config.num_eval)]
+    tested = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
+                                 train_labels=dataset.train_labels[:0].clone(), whitening=None)
+    sets = (distilled,) if isinstance(distilled, DistilledSet) else tuple(distilled)
+    train = Training(config, tested, sets, address, augmented, work_of(config, sets[0]))
+
+    if parallel.size() > 1:
+        _shared_among_ranks(train, jobs, on_epoch, accuracies)
+    else:
+        if processes := _processes_that_pay(train, jobs):
+            _in_processes(train, jobs, processes, on_epoch, accuracies)
+        _one_after_another(train, accuracies.missing(jobs), on_epoch, accuracies)
+    return [Score(name, [accuracies[Job(name, number)] for number in range(config.num_eval)])
+            for name in dict.fromkeys(job.network for job in jobs)]
+
+
+# --- where the networks are trained --------------------------------------------------------------------------
+
+
+def _one_after_another(train: "Training", jobs: Sequence[Job], on_epoch: Callable[[], None],
+                       accuracies: Accuracies) -> None:
+    for job in jobs:
+        accuracies.add(job, train(job, on_epoch))
+
+
+def _shared_among_ranks(train: "Training", jobs: Sequence[Job], on_epoch: Callable[[], None],
+                        accuracies: Accuracies) -> None:
+    mine = parallel.deal(accuracies.missing(jobs))
+    _one_after_another(train, mine, on_epoch, accuracies)
+    accuracies.learn(parallel.gather({job: accuracies[job] for job in mine}))
+
+
+def _in_processes(train: "Training", jobs: Sequence[Job], processes: int, on_epoch: Callable[[], None],
+                  accuracies: Accuracies) -> None:
+    """As many networks as make full rounds; what is left then has all threads to itself."""
+    full_rounds = jobs[:len(jobs) - len(jobs) % processes]
+    # With a share of the threads and of the work, an engine is chosen as with all of both.
+    shared = dataclasses.replace(train, sets=tuple(each.detach() for each in train.sets), work=train.work / processes)
+    in_processes(shared, accuracies.missing(full_rounds), processes, on_epoch, accuracies.add)
+
+
+def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:
+    """How many processes these networks are worth; 0 where they are too large, or train for too short a time."""
+    processes = min(len(jobs), torch.get_num_threads(), MOST_PROCESSES)
+    if train.sets[0].images.device.type != "cpu" or processes < 2:
+        return 0
+    networks = [train.network(Job(name, 0)) for name in dict.fromkeys(job.network for job in jobs)]
+    step = GRADIENT_ALONE * min(train.config.batch_train, len(train.sets[0]))
+    seconds = sum(seconds_uncompiled(network, train.work) for network in networks) * train.config.num_eval
+    short = max(seconds_uncompiled(network, step) for network in networks) < SHORT_STEP
+    return processes if short and seconds > PROCESSES_PAY else 0
+
+
+def work_of(config: TrainConfig, distilled: DistilledSet) -> float:
+    """What one network takes, as engines count it."""
+    return GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1)
+
+
+def epochs_to_come(config: TrainConfig, accuracies: Accuracies) -> int:
+    """How many epochs `evaluate` has yet to train here, of all networks; of several ranks, this one."""
+    networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval - len(accuracies)
+    return len(parallel.deal(range(networks))) * (config.epoch_eval_train + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What all networks of an evaluation are trained and tested on; called with a job, one network's accuracy."""
+
+    config: TrainConfig
+    dataset: Dataset  # its test images
+    sets: tuple[DistilledSet, ...]  # of one size; network n is trained on number n, and again from the first
+    address: tuple[int | str, ...]
+    augmented: bool
+    work: float  # of one network, as engines count it
+
+    def __call__(self, job: Job, on_epoch: Callable[[], None]) -> float:
+        config, dataset = self.config, self.dataset
+        distilled = self.sets[job.number % len(self.sets)]
+        address = config.seed, "evaluation", *self.address, *job
+        model = flat_model(config, self.network(job).to(distilled.images.device), self.work)
+        older = augment.older_operations(dataset.name, job.network)
+        draw = drawer(config, dataset, older) if self.augmented else lambda batch, random: None
+        theta = train_network(model, model.flatten(), distilled.images, distilled.labels, float(distilled.lr),
+                              epochs=config.epoch_eval_train, batch_size=config.batch_train, draw=draw,
+                              random=generator(*address, "order"), on_epoch=on_epoch)
+        model.network.eval()
+        return accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
+
+    def network(self, job: Job) -> nn.Module:
+        """As it is before its training."""
+        with seeded(self.config.seed, "evaluation", *self.address, *job):
+            return network_for(job.network, self.dataset)
+
+
+def check_evaluation(config: TrainConfig) -> None:
+    """Refuses what cannot be evaluated whatever the data; asks nothing of them, so it comes first.
+
+    Raises:
+        UserError: an unknown dataset, network, mode or augmentation.
+    """
+    check_dataset_name(config.dataset)
+    check_network_name(config.model)
+    dsa_groups(config)
+    evaluation_pool(config.eval_mode, config.model)
+
+
+def check_pool(config: TrainConfig, dataset: Dataset) -> None:
+    """Builds each network that will be evaluated once, so that what cannot be is refused at the start.
+
+    Raises:
+        UserError: a network that cannot read these images.
+    """
+    for name in evaluation_pool(config.eval_mode, config.model):
+        network_for(name, dataset)

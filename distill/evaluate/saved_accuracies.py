@@ -1,0 +1,118 @@
+"""The accuracies of an evaluation's networks while it runs, in a file, so that one that was stopped goes on."""
+
+import contextlib
+import copy
+import glob
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from distill.distilled_set import DistilledSet
+from utils import parallel
+from utils.config import TrainConfig, influential
+from utils.datasets import Dataset
+from utils.files import write_json
+from utils.program.console import note, shown
+from utils.program.machine import environment
+
+
+class Job(NamedTuple):
+    """One network of an evaluation."""
+
+    network: str
+    number: int
+
+
+class Accuracies:
+    """The accuracies of an evaluation's networks, as they are found.
+
+    Args:
+        path: a JSON file that holds them, and the seconds that they took, until they are all found, so that an
+            evaluation that was stopped goes on.
+        key: what they depend on; those found for another key do not count.
+    """
+
+    def __init__(self, path: Path | None = None, key: str = ""):
+        self._path, self._key, self._prefix = path, key, ""
+        self._accuracies: dict[str, float] = {}
+        self._seconds_before, self._began = 0.0, perf_counter()
+        for file in self._files():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # whatever it is, it can be found again
+                saved = json.loads(file.read_text())
+                if saved["key"] == key:
+                    self._accuracies |= saved["accuracies"]
+                    self._seconds_before = max(self._seconds_before, float(saved["seconds"]))
+                else:
+                    note(f"note: {shown(file)} is of other options, another set or machine; starting over")
+
+    def part(self, prefix: str) -> "Accuracies":
+        """Of several evaluations in one file, one."""
+        part = copy.copy(self)  # which shares the accuracies
+        part._prefix = prefix
+        return part
+
+    @property
+    def seconds(self) -> float:
+        """How long it took to find them."""
+        return self._seconds_before + perf_counter() - self._began
+
+    def __len__(self) -> int:
+        return len(self._accuracies)
+
+    def __getitem__(self, job: Job) -> float:
+        return self._accuracies[self._name(job)]
+
+    def so_far(self) -> list[str]:
+        """The mean accuracy of the network that was tested last, in words; nothing before the first."""
+        if not self._accuracies:
+            return []
+        kinds = [name.rsplit("/", 1)[0] for name in self._accuracies]
+        latest = [accuracy for kind, accuracy in zip(kinds, self._accuracies.values()) if kind == kinds[-1]]
+        word = "accuracy" if len(set(kinds)) == 1 else kinds[-1]
+        return [f"{word} {100 * float(np.mean(latest)):.1f} %"]
+
+    def missing(self, jobs: Sequence[Job]) -> list[Job]:
+        return [job for job in jobs if self._name(job) not in self._accuracies]
+
+    def add(self, job: Job, accuracy: float) -> None:
+        self._accuracies[self._name(job)] = accuracy
+        if self._path is not None:
+            path = self._path if parallel.first() else f"{self._path}.{parallel.rank()}"
+            write_json(path, {"key": self._key, "seconds": self.seconds, "accuracies": self._accuracies})
+
+    def learn(self, found: dict[Job, float]) -> None:
+        """Those of other ranks, who have written them. Nothing is written: the first rank may remove the files now."""
+        self._accuracies |= {self._name(job): accuracy for job, accuracy in found.items()}
+
+    def forget(self) -> None:
+        """Removes the files, once what was found is kept elsewhere."""
+        for path in self._files() if parallel.first() else ():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """The file, and those of other ranks."""
+        return [] if self._path is None else sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}*"))
+
+    def _name(self, job: Job) -> str:
+        return f"{self._prefix}{job.network}/{job.number}"
+
+
+def key_of(config: TrainConfig, dataset: Dataset, *sets: DistilledSet) -> str:
+    """The same for the same options, dataset and sets, on the same kind of machine."""
+    here = environment(sets[0].images.device)
+    key = hashlib.sha256(json.dumps([influential(config), config.backend, here["torch"], here["device"],
+                                     dataset.fingerprint, *map(digest, sets)]).encode())
+    return key.hexdigest()
+
+
+def digest(distilled: DistilledSet) -> str:
+    """The same for the same set, to the bit."""
+    found = hashlib.sha256()
+    for tensor in (distilled.images, distilled.labels, distilled.lr):
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,90 @@
+"""The frame of an evaluation: what is said at its beginning, what was found before, its bar, and its result's file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.distilled_set import DistilledSet
+from distill.evaluate.networks import epochs_to_come, evaluate, work_of
+from distill.evaluate.saved_accuracies import Accuracies, key_of
+from distill.results import EvaluationResult, Score
+from utils import parallel
+from utils.config import BaselineConfig, EvaluationConfig, influential
+from utils.datasets import Dataset
+from utils.engine import describe_engine
+from utils.files import check_writable
+from utils.networks import evaluation_pool
+from utils.program.console import announce, say, shown
+from utils.program.machine import environment
+from utils.program.prepare import flat_model, network_for
+from utils.progress import Progress
+
+
+class Session:
+    """One evaluation of a set, announced; `accuracies` holds what was found before it was stopped, and `write` ends it.
+
+    Args:
+        sets: one, or several of one size, as `evaluate` takes them.
+        beside: other sets on which the result depends.
+        what: they are, in words.
+        notes: what else there is to say of them; the first goes on in the line.
+    """
+
+    def __init__(self, config: EvaluationConfig | BaselineConfig, dataset: Dataset, sets: Sequence[DistilledSet],
+                 what: str, *notes: str, aside: str = "", beside: Sequence[DistilledSet] = ()):
+        if config.json:
+            check_writable(config.json)
+        self.config, self.what, self.set = config, what, sets[0]
+        networks = evaluation_pool(config.eval_mode, config.model)
+        # The engine that networks of the first kind get; made for this alone, which costs next to nothing.
+        model = flat_model(config, network_for(networks[0], dataset).to(self.set.images.device),
+                           work_of(config, self.set))
+        announce(config, self.set.images.device,
+                 describe_engine(model.engine, min(config.batch_train, len(self.set))),
+                 f"{what}: {len(self.set)} images, learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} "
+                 f"epochs{aside} · {config.num_eval} × {' and '.join(networks)}", *notes)
+        path = Path(f"{config.json}.unfinished") if config.json else None
+        self.accuracies = parallel.from_first(lambda: Accuracies(path, key_of(config, dataset, *sets, *beside)))
+
+    def say_going_on(self, tested: int, networks: int) -> None:
+        if tested:
+            say(self.config, f"going on with an evaluation that was stopped: {tested} of {networks} networks were "
+                             "tested")
+
+    def write(self, scores: list[Score], lr: float | None, **robust: Any) -> None:
+        """Writes the result where `--json` says so."""
+        config = self.config
+        if config.json and parallel.first():
+            EvaluationResult(
+                self.what, len(self.set), scores, lr, "validation" if config.val_fraction else "test",
+                self.accuracies.seconds, influential(config), environment(self.set.images.device)
+            ).write(config.json, **robust)
+            self.accuracies.forget()
+            say(config, f"in {shown(config.json)}")
+
+
+def evaluate_and_say(config: EvaluationConfig | BaselineConfig, dataset: Dataset, sets: Sequence[DistilledSet],
+                     what: str, *notes: str) -> None:
+    """Evaluates with a progress bar, prints the scores and writes them to `--json`; arguments as those of `Session`."""
+    session = Session(config, dataset, sets, what, *notes)
+    accuracies, epochs = session.accuracies, config.epoch_eval_train + 1
+    networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval
+    session.say_going_on(len(accuracies), networks)
+    before = len(accuracies) * epochs
+    with Progress(before + epochs_to_come(config, accuracies), "evaluate", initial=before, quiet=config.quiet,
+                  images=len(sets[0]), device=sets[0].images.device) as bar:
+        def show() -> None:
+            bar.show(f"{len(accuracies)} of {networks} networks", *accuracies.so_far())
+
+        def after_epoch() -> None:
+            show()
+            bar.update()
+
+        show()
+        # The same networks and the same order of samples for every set, so that sets are compared like with like.
+        scores = evaluate(config, dataset, sets, augmented=not config.no_aug, on_epoch=after_epoch,
+                          accuracies=accuracies)
+        show()
+    for score in scores:
+        print(score)
+    session.write(scores, float(sets[0].lr))

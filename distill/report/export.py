@@ -1,0 +1,187 @@
+"""A distilled set for others: pictures in folders of classes, and a card that says what the set is."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import yaml
+from PIL import Image
+
+from distill.distilled_set import DistilledSet, class_indices
+from distill.results import EvaluationResult, RunResult, Score, read_result
+from utils import files
+from utils.config import EvaluationConfig, changed, defaults, from_repository
+from utils.errors import UserError
+from utils.files import write_json
+from utils.metrics import percent
+from utils.program.commands import command
+
+# The sizes that hubs sort sets by: each below this number of images.
+_SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000),
+          ("1M<n<10M", 10_000_000))
+
+
+def folder_names(classes: tuple[str, ...]) -> list[str]:
+    """A folder for each class: its name, less what not every file system takes."""
+    names = [re.sub(r"[^\w .()+-]", "-", name).strip(" .") or "class" for name in classes]
+    seen = [name.lower() for name in names]  # some file systems take upper and lower case for the same
+    return [name if seen.count(name.lower()) == 1 else f"{name} {index}" for index, name in enumerate(names)]
+
+
+def save_pngs(distilled: DistilledSet, folder: Path) -> None:
+    """Writes `<class>/00.png` …, un-whitened and clipped to [0, 1], and `labels.json`.
+
+    Eight bits and the clipping lose a little, so these are for looking at and for other programs; the whole set is the
+    safetensors file.
+
+    Raises:
+        UserError: the folder holds something already, or the images are no pictures.
+    """
+    _check(distilled)
+    check_new(folder)
+    pixels = (255 * distilled.pixels().float().clamp(0, 1)).round().to(torch.uint8)
+    if pixels.shape[1] not in (1, 3):
+        raise UserError(f"images of {pixels.shape[1]} channels are no pictures; PNG takes 1 or 3")
+    indices, known_by = class_indices(distilled, len(distilled.classes))
+    folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
+    soft = distilled.labels.is_floating_point()
+    for picture, label, index in zip(pixels, distilled.labels, indices.tolist()):
+        name = f"{folders[index]}/{count[index]:02d}.png"
+        count[index] += 1
+        array = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
+        with files.atomic_write(folder / name) as aside:
+            Image.fromarray(array.contiguous().numpy()).save(aside, format="png")
+        images.append({"file": name, "class": index} | (
+            {"softmax": label.float().softmax(dim=0).tolist(), "logits": label.tolist()} if soft else {}))
+    write_json(folder / "labels.json", {
+        "classes": list(distilled.classes), "dataset": distilled.config.get("dataset"), "lr": float(distilled.lr),
+        "class_known_by": known_by, "images": images})
+
+
+def check_new(folder: Path) -> None:
+    """Refuses a folder in which pictures of two sets would mix.
+
+    Raises:
+        UserError
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"--png {folder} is a file, or holds some already; give a folder that is new or empty")
+
+
+def _check(distilled: DistilledSet) -> None:
+    """Refuses tensors that a damaged or foreign file may hold and no export can show.
+
+    Raises:
+        UserError
+    """
+    images, labels, number = distilled.images, distilled.labels, len(distilled.classes)
+    soft = labels.is_floating_point() and tuple(labels.shape) == (len(images), number)
+    hard = labels.dtype == torch.int64 and tuple(labels.shape) == (len(images),) and bool(
+        ((labels >= 0) & (labels < number)).all())
+    if images.dim() != 4 or not len(images) or not (soft or hard):
+        raise UserError(f"the set's images {list(images.shape)} and labels {list(labels.shape)} of {number} classes do "
+                        "not fit each other; write it again with distill/evaluation.py --save")
+    if not images.isfinite().all() or not labels.isfinite().all():
+        raise UserError("the set holds values that are not finite; it cannot be exported")
+
+
+# --- the card ------------------------------------------------------------------------------------------------
+
+
+def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence: str, source: str) -> Path:
+    """Writes `README.md` beside the set: what it was made from and how, what it reaches, how it is used.
+
+    Args:
+        path: the set's own file.
+        results: files of `evaluation.py --json`, or the `result.json` of the set's run; without one the card states no
+            accuracy.
+        licence, source: of the real images, in words; an empty one is unknown.
+
+    Raises:
+        UserError: there is a README.md, or a result is damaged or that of another set.
+    """
+    _check(distilled)
+    target = path.parent / "README.md"
+    if target.exists():
+        raise UserError(f"{target} exists, and may have been edited; move it away to have it written")
+    results = [(file.name, _read_result(file, distilled)) for file in results]
+    files.write_text(target, card(distilled, path.name, results, licence, source))
+    return target
+
+
+def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult | EvaluationResult]],
+         licence: str = "", source: str = "") -> str:
+    """The card's text, by the template card.md. No path of the machine that made the set is in it.
+
+    Args:
+        name: of the set's file.
+        results: names and contents of result files.
+        licence, source: see `save_card`.
+    """
+    made, count, classes = distilled.config, len(distilled), len(distilled.classes)
+    dataset = str(made.get("dataset", "unknown"))
+    title = f"{dataset}, distilled to {count} images"
+    head = {"license": licence or "unknown", "task_categories": ["image-classification"],
+            "tags": ["dataset-distillation"], "pretty_name": title,
+            "size_categories": [next(size for size, above in _SIZES if count < above)]}
+    how = {option: value for option, value in made.items() if not option.endswith(("_path", "_dir", "_Dir"))}
+    return _TEMPLATES.get_template("card.md").render(
+        head=_yaml(head), title=title, count=count, name=name, lr=f"{float(distilled.lr):.4g}",
+        per_class=f"{count // classes} a class" if count % classes == 0 else f"of {classes} classes",
+        size="×".join(map(str, distilled.images.shape[1:])), source=_markdown(source or dataset),
+        labels="soft labels (logits)" if distilled.labels.is_floating_point() else "classes as labels",
+        licence=_markdown(licence) if licence else "Unknown; find it out before you publish",
+        space="ZCA-whitened" if distilled.space.whitening is not None else "normalised by mean and deviation",
+        results=[_stated(file, result, name) for file, result in results],
+        classes=list(map(_markdown, distilled.classes)), how=_yaml(how) if how else "# not recorded\n")
+
+
+_TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
+                                lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+_TEMPLATES.filters["percent"] = percent
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _markdown(text: str) -> str:
+    """Text as Markdown shows it: what would be its marks, as characters."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", text)
+
+
+def _stated(file: str, result: RunResult | EvaluationResult, name: str) -> tuple[str, str, list[Score]]:
+    """What a result is, the command that gave it, and its scores."""
+    if isinstance(result, RunResult):
+        return (f"By the run that made the set (`{file}`), which chose it on these {result.chosen_on} images as the "
+                f"best on the way (iteration {result.best.iteration}):", "", result.best.scores)
+    return (f"Networks trained on the set, tested on the {result.tested_on} images of {result.config['dataset']} "
+            f"(`{file}`):", _command(result.config, name), result.scores)
+
+
+def _command(options: dict[str, Any], name: str) -> str:
+    """The evaluation that gave a result: its options that are not the defaults, less paths."""
+    allowed = defaults(EvaluationConfig)
+    given = {key: value for key, value in changed(options, EvaluationConfig).items()
+             if key in allowed and not key.endswith(("_path", "_dir"))}
+    given = {"dataset": options["dataset"], "model": options["model"]} | given | {"data_dir": name}
+    return command("distill/evaluation.py", given, from_repository)
+
+
+def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationResult:
+    """A result file, if it can be one of this set.
+
+    Raises:
+        UserError
+    """
+    advice = "give a file of evaluation.py --json, or the result.json of the set's run"
+    result = read_result(path, f"--result {path}", advice)
+    if isinstance(result, EvaluationResult):
+        dataset = result.config.get("dataset")
+        made_of = distilled.config.get("dataset", dataset)
+        if result.what != "distilled images" or (result.images, dataset) != (len(distilled), made_of):
+            raise UserError(f"--result {path} is of {result.images} images of {dataset} ({result.what}), not of these "
+                            f"{len(distilled)} distilled from {made_of}; give the result of this set")
+    return result

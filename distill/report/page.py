@@ -1,0 +1,258 @@
+"""A run's page, `report.html`: one file that opens without a network, without scripts, in any browser.
+
+It is made of a `FinishedRun`, which is plain data, so that it can be made again without the dataset. How it is built is
+page.html, how it looks report.css.
+"""
+
+from typing import Any
+
+from markupsafe import Markup
+
+from distill.report import curves
+from distill.report.commands import commands
+from distill.report.pictures import Pictures
+from distill.report.record import FinishedRun
+from distill.report.svg import numbers_every
+from distill.report.template import code, document, draw, joined, option
+from distill.results import EMA, NORMAL, Iteration, Score
+from utils.config import DistillConfig, about, changed, defaults
+from utils.metrics import percent
+from utils.program.console import duration
+
+PAGE = "report.html"
+MOST_BARS, LIKELIEST = 10, 5  # of a soft label, all classes or of more the likeliest are drawn
+LONG_NAME = 20  # characters of a class's name, from which a browser shows it whole on its own
+OPEN_UP_TO = 20  # images whose details are open from the beginning
+TABLE_ROWS = 20
+
+
+def page(run: FinishedRun) -> str:
+    """The page of one run."""
+    config = run.config
+    lead = [config.get("dataset"), config.get("model"), config and _images_a_class(config.get("ipc")),
+            config and f"{config.get('matching')} gradient", run.result.environment.get("date")]
+    sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
+                ("curves", "Curves", _curves(run)), ("options", "Options", _options(run)),
+                ("reproduce", "Reproduce", _reproduce(run)), ("machine", "Versions and hardware", _machine(run))]
+    return document(f"{config.get('dataset', 'Run')} · {run.name}", "Distillation run", run.name,
+                    [str(word) for word in lead if word], sections)
+
+
+# --- the numbers ---------------------------------------------------------------------------------------------
+
+
+def in_words(score: Score) -> str:
+    return f"{percent(score.mean, score.std)} %".replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def facts(run: FinishedRun) -> list[tuple[str, str]]:
+    """The numbers that a run is judged by, with their units."""
+    result, best = run.result, run.result.best
+    fixed, score, updates = result.fixed_loss, best.scores[0], len(run.metrics.iterations)
+    networks = len(score.accuracies)
+    found = [(f"Best accuracy on the {result.chosen_on or 'test'} images", in_words(score)),
+             ("Measured on", f"{networks} network{'s' * (networks != 1)} ({score.network})"),
+             ("Reached at iteration", f"{best.iteration:,}")]
+    if result.best_ema:
+        found.append(("Best accuracy of the averaged images (EMA)", in_words(result.best_ema.scores[0])))
+    loss = "not recorded" if fixed.segments is None else f"{_number(fixed.before)} → {_number(fixed.after)}"
+    return [*found, (f"Matching loss before → after, over {fixed.segments or ''} fixed segments", loss),
+            ("Learning rate α of the best set", _number(best.lr)),
+            ("Skipped updates (loss above the threshold, or not finite)", _share(result.skipped, updates)),
+            ("α held back", "not recorded" if result.held is None else _times(result.held)),
+            ("Time", "not recorded" if result.seconds is None else duration(result.seconds))]
+
+
+def _number(value: float | None) -> str:
+    return "not recorded" if value is None else f"{value:.4g}"
+
+
+def _times(count: int) -> str:
+    return "never" if count == 0 else "once" if count == 1 else f"{count:,} times"
+
+
+def _images_a_class(ipc: Any) -> str:
+    return f"{ipc} image{'' if ipc == 1 else 's'} a class"
+
+
+def _share(count: int | None, total: int) -> str:
+    if count is None:
+        return "not recorded"
+    return f"{count:,}" + (f" of {total:,}" if total else "") + (
+        f" ({100 * count / total:.1f} %)" if total and count else "")
+
+
+def _summary(run: FinishedRun) -> Markup:
+    parts = [draw.facts(facts(run))]
+    if run.missing:
+        parts.append(draw.note("This folder does not hold:", run.missing))
+    if run.learned_nothing:
+        parts.append(draw.note("Every update was skipped, so nothing was learned."))
+    return joined(*parts)
+
+
+# --- images --------------------------------------------------------------------------------------------------
+
+
+def _images(run: FinishedRun) -> Markup:
+    pictures = run.pictures
+    if pictures is None:
+        return draw.paragraph("There are no pictures in this folder.")
+    rows, shown = pictures.rows(), len(pictures.which)
+    words = draw.paragraph(" ".join(_about_images(run, pictures)))
+    most = max(map(len, rows.values()))
+    if most == 1:
+        cards = [_card(pictures, row, shown <= OPEN_UP_TO) for of_class in rows.values() for row in of_class]
+        return joined(words, draw.cards(cards, shown > OPEN_UP_TO))
+    classes = [(pictures.classes[number], [_card(pictures, row, shown <= OPEN_UP_TO, alone=False) for row in of_class])
+               for number, of_class in rows.items()]
+    return joined(words, draw.cards_by_class(classes, "beside" if most == 2 else "below"))  # two leave room for others
+
+
+def _about_images(run: FinishedRun, pictures: Pictures) -> list[str]:
+    rows, shown, total = pictures.rows(), len(pictures.which), pictures.ipc * len(pictures.classes)
+    parts = ["Images are un-whitened, clipped at ±2.5 standard deviations of the set, and scaled each to its own "
+             "range."]
+    if pictures.neighbour is not None:
+        parts.append("Beside each is its nearest neighbour: of the training images of its class the one that is "
+                     "nearest to it in pixels.")
+    if pictures.start is not None:
+        parts.append(f"Under each: the {'noise' if pictures.noise else 'real image'} that it started from, where it "
+                     "became brighter (white) or darker (black; mid grey is no change; one scale for all images) "
+                     "with the change's root mean square (1 is the whole range of pixels)"
+                     + (". " if pictures.hard else f", and its {_label_words(run, pictures)}."))
+    if pictures.hard:
+        parts.append("Labels are the classes themselves.")
+    if shown < total:
+        parts.append(f"Shown are {shown:,} of the set's {total:,} images: {len(next(iter(rows.values())))} of "
+                     f"{pictures.ipc} a class, {len(rows)} of {len(pictures.classes)} classes.")
+    if pictures.version != NORMAL:
+        parts.append(f"This is the set {pictures.version}, which scored best.")
+    best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
+    if best.iteration == 0 and pictures.start is not None:
+        parts.append("The best set is that of iteration 0, before the first update: these images are those that it "
+                     "started from.")
+    return parts
+
+
+def _label_words(run: FinishedRun, pictures: Pictures) -> str:
+    words = {"soft": "soft label, which was not learned",
+             "target": "soft label as the last target expert gave it"}.get(run.config.get("labels"), "soft label")
+    return words + (", in which a mark on a bar is the value at the start" if _labels_moved(pictures) else "")
+
+
+def _labels_moved(pictures: Pictures) -> bool:
+    return pictures.start_labels is not None and not pictures.start_labels.equal(pictures.labels)
+
+
+def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> dict[str, Any]:
+    """One image, for the template.
+
+    Args:
+        alone: of its class, whose name then is the heading.
+    """
+    number, position = divmod(pictures.which[row], pictures.ipc)
+    name = pictures.classes[number] + (f", image {position + 1}" if pictures.ipc > 1 else "")
+    pair, below = [(pictures.distilled[row], f"distilled image of class {name}", "distilled")], []
+    if pictures.neighbour is not None:
+        pair.append((pictures.neighbour[row], f"nearest real training image to the distilled image of class {name}",
+                     "nearest real"))
+    if pictures.start is not None and pictures.change is not None and pictures.rms is not None:
+        kind, rms = "noise" if pictures.noise else "real image", float(pictures.rms[row])
+        below = [(pictures.start[row], f"{kind} that the distilled image of class {name} started from",
+                  "start, noise" if pictures.noise else "real start"),
+                 (pictures.change[row], f"change of class {name} from its start, root mean square {rms:.2f} of the "
+                  "pixel range", f"change {rms:.2f}")]
+    bars, rest = ([], "") if pictures.hard else _bars(pictures, row)
+    words = " and ".join(["start"] * bool(below) + ["label"] * bool(bars)).capitalize()
+    return {"name": name, "heading": name if alone else f"Image {position + 1}", "pair": pair, "below": below,
+            "bars": bars, "rest": rest, "words": words, "is_open": is_open}
+
+
+def _bars(pictures: Pictures, row: int) -> tuple[list[dict[str, Any]], str]:
+    """A soft label: all classes, or of many the likeliest, and what there is to say of the others."""
+    label = pictures.labels[row]
+    start = pictures.start_labels[row] if _labels_moved(pictures) else None
+    if start is not None and start.equal(label):
+        start = None
+    many = len(label) > MOST_BARS
+    order = label.argsort(descending=True, stable=True)[:LIKELIEST].tolist() if many else range(len(label))
+    bars = [{"name": pictures.classes[number], "long": len(pictures.classes[number]) > LONG_NAME,
+             "now": 100 * float(label[number]), "start": None if start is None else 100 * float(start[number]),
+             "own": number == pictures.which[row] // pictures.ipc} for number in order]
+    rest = f"The other {len(label) - LIKELIEST} classes: {100 * float(1 - label[order].sum()):.0f} %" if many else ""
+    return bars, rest
+
+
+# --- curves, options, commands, machine ----------------------------------------------------------------------
+
+
+def _curves(run: FinishedRun) -> Markup:
+    iterations = run.metrics.iterations
+    if not iterations and not run.metrics.evaluations:
+        return draw.paragraph("This run recorded no iterations.")
+    return joined(draw.paragraph(curves.how_many(iterations)), draw.charts(curves.of_one(run)), _numbers(run))
+
+
+def _numbers(run: FinishedRun) -> Markup:
+    """The curves as tables, for those who read numbers or hear them."""
+    scores = [[f"{evaluation.iteration:,}", f"{evaluation.set}, {score.network}", in_words(score),
+               str(len(score.accuracies))] for evaluation in run.metrics.evaluations for score in evaluation.scores]
+    some: list[Iteration] = numbers_every(run.metrics.iterations, TABLE_ROWS)
+    iterations = [[f"{step.iteration:,}", curves.loss_in_words(step, ".4g"), f"{step.lr:.4g}", str(step.start_epoch),
+                   f"below {step.bound}", "yes" if step.updated else "skipped"] for step in some]
+    found = []
+    if scores:
+        found.append(draw.folded("Accuracies as a table", draw.table(
+            "Accuracy at each evaluation", ["iteration", "set and network", "accuracy", "networks"], scores)))
+    if iterations:
+        found.append(draw.folded("Iterations as a table", draw.table(
+            f"{len(some)} of {len(run.metrics.iterations):,} iterations",
+            ["iteration", "matching loss", "α after it", "start epoch", "window", "updated"], iterations)))
+    return joined(*found)
+
+
+def _options(run: FinishedRun) -> Markup:
+    if not run.config:
+        return draw.paragraph("This folder does not hold its options.")
+    default, differing = defaults(DistillConfig), changed(run.config, DistillConfig)
+
+    def row(name: str) -> list[Any]:
+        known = name in default
+        return [code(name), option(run.config[name]), option(default[name]) if known else "unknown here",
+                about(name, DistillConfig)["help"] if known else ""]
+
+    rest = [name for name in run.config if name not in differing]
+    head = ["option", "this run", "default", "meaning"]
+    found = draw.table(f"{len(differing)} options that differ from the defaults", head, map(row, differing), "options")
+    if rest:
+        found += draw.folded(f"The other {len(rest)} options, at their defaults",
+                             draw.table("Options at their defaults", head, map(row, rest), "options"))
+    return found
+
+
+def _reproduce(run: FinishedRun) -> Markup:
+    steps = commands(run)
+    if not steps:
+        return draw.paragraph("Without config.yaml the commands are not known.")
+    notes = ["In the root of the repository."]
+    if not steps[0][1].startswith("python buffer/"):
+        notes.append("How the experts were trained is not known: " + (
+            "their folder holds no manifest." if run.pictures and run.pictures.about else
+            "the run did not save it."))
+    device = str(run.result.environment.get("device", ""))
+    if device.startswith("cpu"):
+        notes.append(f"The same numbers to the bit need the versions below and the same device and threads: {device}.")
+    return draw.commands(notes, steps)
+
+
+def machine_of(run: FinishedRun) -> dict[str, str]:
+    machine = (run.pictures.about or {}).get("machine", {}) if run.pictures else {}
+    return {str(name): str(value) for name, value in (run.result.environment | machine).items()}
+
+
+def _machine(run: FinishedRun) -> Markup:
+    rows = list(machine_of(run).items())
+    if not rows:
+        return draw.paragraph("Not recorded.")
+    return draw.table("What the run was made with", ["what", "value"], rows)

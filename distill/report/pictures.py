@@ -1,0 +1,162 @@
+"""The pictures of a page, and what else no other file of a run's folder holds: `report.safetensors`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.report.figures import clip_outliers
+from utils.datasets import Dataset
+from utils.files import atomic_write, reading
+from utils.program.machine import machine
+
+FORMAT = "datm-report-1"
+PICTURES = "report.safetensors"
+IMAGE_BYTES = 5_000_000  # of a page, for its pictures; with base64 and the rest it stays below 10 MB
+MOST_PER_CLASS = 10
+NEAR = 4  # real images among which the nearest is looked for exactly
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Some images of a set, in bytes, and what belongs beside them; None is not known."""
+
+    classes: tuple[str, ...]
+    ipc: int
+    version: str  # which set: Normal or EMA
+    which: list[int]  # their positions in the set
+    distilled: Tensor  # [n, C, H, W] uint8
+    labels: Tensor  # [n, K] probabilities
+    start: Tensor | None = None  # [n, C, H, W] uint8
+    neighbour: Tensor | None = None  # [n, C, H, W] uint8
+    change: Tensor | None = None  # [n, 1, H, W] uint8, 128 is none
+    rms: Tensor | None = None  # [n], of pixels in [0, 1]
+    start_labels: Tensor | None = None  # [n, K] probabilities
+    noise: bool = False  # whether the start was noise, not real images
+    about: dict[str, Any] | None = None  # the experts' options, the machine
+
+    @property
+    def hard(self) -> bool:
+        """Whether every label is a class."""
+        return bool(((self.labels == 0) | (self.labels == 1)).all())
+
+    def rows(self) -> dict[int, list[int]]:
+        """Rows of these tensors, by class."""
+        found: dict[int, list[int]] = {}
+        for row, position in enumerate(self.which):
+            found.setdefault(position // self.ipc, []).append(row)
+        return found
+
+    @classmethod
+    def read(cls, path: Path) -> "Pictures":
+        """What `save_pictures` wrote.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        with reading(path, "put it back, or run again under another --run_name"):
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["about"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if about["format"] != FORMAT:
+                raise ValueError(f"format {about['format']}, expected {FORMAT}")
+            classes, which = tuple(map(str, about["classes"])), [int(each) for each in about["which"]]
+            n, shape = len(which), tuple(tensors["distilled"].shape)
+            shapes = {"distilled": shape, "start": shape, "neighbour": shape, "change": (n, 1, *shape[2:]), "rms": (n,),
+                      "labels": (n, len(classes)), "start_labels": (n, len(classes))}
+            for name, expected in shapes.items():
+                kind = torch.uint8 if name in ("distilled", "start", "neighbour", "change") else torch.float32
+                found = tuple(tensors[name].shape), tensors[name].dtype
+                if len(shape) != 4 or shape[0] != n or found != (expected, kind):
+                    raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
+            if int(about["ipc"]) < 1 or not all(0 <= each // int(about["ipc"]) < len(classes) for each in which):
+                raise ValueError("positions outside the classes")
+            machine, experts = about["machine"], about["experts"]
+            if not isinstance(machine, dict) or not all(isinstance(each, dict) for each in experts):
+                raise ValueError("the machine or the experts are not tables")
+            return cls(classes, int(about["ipc"]), str(about["version"]), which, noise=bool(about["noise"]),
+                       about={"machine": machine, "experts": experts}, **{name: tensors[name] for name in shapes})
+
+
+def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
+    """Which positions of a set a page shows: as many images a class as fit, and classes as long as there is room."""
+    room = max(IMAGE_BYTES // (3 * image_bytes + 3000), 1)  # three pictures of each, and the bars of its label
+    per_class = max(min(room // num_classes, ipc, MOST_PER_CLASS), 1)
+    return [number * ipc + each for number in range(min(num_classes, max(room // per_class, 1)))
+            for each in range(per_class)]
+
+
+@torch.no_grad()
+def save_pictures(path: Path, dataset: Dataset, start: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor], version: str,
+                  noise: bool, experts: list[dict[str, Any]]) -> None:
+    """Writes `report.safetensors`: what a page shows of a set and the run folder does not hold otherwise.
+
+    Args:
+        start, best: images [N, C, H, W] as networks see them, and label logits [N, K] or classes [N].
+        version: the name of the best set.
+        noise: whether the start is noise.
+        experts: the options that made the experts.
+    """
+    ipc = len(best[0]) // dataset.num_classes
+    which = chosen(dataset.num_classes, ipc, best[0][0].numel())
+    # Clipped at the deviations of the whole set, as the published pictures are, then scaled each to its own range.
+    pixels = clip_outliers(dataset.to_pixels(best[0]))[which]
+    began = dataset.to_pixels(start[0][which])
+    change = (pixels - began).mean(1, keepdim=True)
+    most = change.abs().max().clamp(min=1e-8)
+    tensors = {"distilled": scaled_bytes(pixels), "start": scaled_bytes(began),
+               "change": (128 + 127 * change / most).byte(),
+               "neighbour": scaled_bytes(_neighbours(dataset, pixels, [each // ipc for each in which])),
+               "rms": (pixels - began).square().mean((1, 2, 3)).sqrt(),
+               "labels": probabilities(best[1][which], dataset.num_classes),
+               "start_labels": probabilities(start[1][which], dataset.num_classes)}
+    about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
+             "noise": noise, "experts": experts, "machine": machine(best[0].device)}
+    with atomic_write(path) as aside:
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside,
+                      metadata={"about": json.dumps(about)})
+        except SafetensorError as error:  # a full disk, in a class of its own
+            raise OSError(error) from error
+
+
+def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
+    """The training image of the same class that is nearest in pixel space, for each image [n, C, H, W]."""
+    space, labels = dataset.space, torch.tensor(classes, device=pixels.device)
+    if space.whitening is not None and dataset.train_energy is not None:
+        # With a the whitened image and M the un-whitening, ‖x − p‖² = ‖x − μ‖² − 2 a·M(p − μ) + ‖p − μ‖². So not every
+        # image has to be un-whitened, which would take as long as whitening the dataset: minutes in many dimensions.
+        towards = space.whitening.pulled_back(pixels)
+
+        def distances(rows: Tensor, members: Tensor) -> Tensor:
+            return dataset.train_energy[members] - 2 * towards[rows] @ dataset.train_images[members].flatten(1).T
+    else:
+        def distances(rows: Tensor, members: Tensor) -> Tensor:
+            return torch.cdist(pixels[rows].flatten(1), dataset.to_pixels(dataset.train_images[members]).flatten(1))
+
+    near = torch.empty(len(pixels), NEAR, dtype=torch.long, device=pixels.device)
+    for number in sorted(set(classes)):
+        rows, members = (labels == number).nonzero().flatten(), dataset.class_indices(number)
+        few = members[distances(rows, members).topk(min(NEAR, len(members)), largest=False).indices]  # [rows, ≤ NEAR]
+        near[rows] = few[:, torch.arange(NEAR, device=few.device).clamp(max=few.shape[1] - 1)]
+    # Rounding cannot tell the nearest few apart, so they are compared as pictures.
+    real = dataset.to_pixels(dataset.train_images[near.flatten()]).view(len(pixels), NEAR, *pixels.shape[1:])
+    best = (real - pixels[:, None]).square().sum((2, 3, 4)).argmin(1)
+    return real[torch.arange(len(pixels), device=pixels.device), best]
+
+
+def scaled_bytes(images: Tensor) -> Tensor:
+    """[n, C, H, W] of any range → bytes, each image scaled to its own range."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return ((images - low) / (high - low).clamp(min=1e-8) * 255).round().byte()
+
+
+def probabilities(labels: Tensor, num_classes: int) -> Tensor:
+    if labels.is_floating_point():
+        return labels.float().softmax(1)
+    return torch.nn.functional.one_hot(labels, num_classes).float()

@@ -1,0 +1,48 @@
+"""The page's template (page.html) and what its macros take: pictures, paths and options as HTML."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+HERE = Path(__file__).parent
+
+
+def _png(pixels: Tensor) -> str:
+    """[C, H, W] uint8 → a PNG in base64."""
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray(array.numpy()).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+_environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
+                                  lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+_environment.filters["png"] = _png
+draw: Any = _environment.get_template("page.html").module
+"""The macros of page.html by name; each returns HTML."""
+
+
+def document(title: str, kind: str, name: str, lead: list[str], sections: list[tuple[str, str, Markup]]) -> str:
+    """A whole page of sections (id, heading, content). Its policy forbids the browser to fetch anything."""
+    style = (HERE / "report.css").read_text(encoding="utf-8")
+    return draw.document(title, kind, name, lead, sections, style).lstrip()
+
+
+def joined(*parts: Markup) -> Markup:
+    return Markup("").join(parts)
+
+
+def code(text: Any) -> Markup:
+    """A name, a value or a path, which a browser may break after each folder."""
+    return Markup("<code>%s</code>") % Markup("/<wbr>").join(str(text).split("/"))
+
+
+def option(value: Any) -> Markup:
+    """An option's value."""
+    return code("unset" if value is None or value == "" else value)

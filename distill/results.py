@@ -1,0 +1,196 @@
+"""The formats of results, each written and read here alone.
+
+    metrics.jsonl      of a distillation: a line is an `Iteration`, or an `Evaluation` of the set on the way
+    result.json        of a finished distillation: `RunResult`
+    --json FILE        of evaluation.py and baseline.py: `EvaluationResult`
+
+Accuracies are shares in [0, 1]; None is not recorded. A file that does not hold this is a `UserError`.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BeforeValidator, Field, RootModel, computed_field
+from pydantic.dataclasses import dataclass
+
+from utils.files import append_json, reading, write_json
+from utils.metrics import percent
+
+METRICS, RESULT = "metrics.jsonl", "result.json"
+VERSIONS = NORMAL, EMA = "Normal", "EMA"  # the folders of the sets, as published, and of those with averaged images
+_AGAIN = "put it back, or run again under another --run_name"
+
+Loss = Annotated[float, BeforeValidator(lambda loss: math.nan if loss is None else loss)]
+"""NaN where it was not finite, which JSON writes as null."""
+
+TestedOn = Literal["test", "validation"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Test accuracies of the networks of one kind, each trained from its own initialisation."""
+
+    network: str
+    accuracies: Annotated[list[float], Field(min_length=1)]
+
+    @computed_field
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.accuracies))
+
+    @computed_field
+    @property
+    def std(self) -> float:
+        """The population's standard deviation (numpy's default), as published tables use."""
+        return float(np.std(self.accuracies))
+
+    def __str__(self) -> str:
+        return f"{self.network}: {percent(self.mean, self.std)} % over {len(self.accuracies)}"
+
+
+Scores = Annotated[list[Score], Field(min_length=1)]
+"""One of each kind; the first decides which set is the best, as published."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration of a distillation."""
+
+    iteration: int
+    loss: Loss
+    updated: bool
+    lr: float  # α after it
+    start_epoch: int
+    bound: int  # exclusive, of the start epochs that could be drawn
+    held: bool = False  # whether α was held back
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a distillation on its way."""
+
+    iteration: int
+    scores: Scores
+    set: str = NORMAL  # of VERSIONS
+
+
+def append_metrics(path: Path, line: Iteration | Evaluation) -> None:
+    """Adds one line to a metrics.jsonl."""
+    append_json(path, as_json(line))
+
+
+class Metrics(NamedTuple):
+    """All lines of a metrics.jsonl."""
+
+    iterations: list[Iteration]
+    evaluations: list[Evaluation]
+
+    @classmethod
+    def read(cls, path: Path) -> "Metrics":
+        found = cls([], [])
+        with reading(path, _AGAIN):
+            for text in path.read_text().splitlines():
+                if "start_epoch" in (line := json.loads(text)):
+                    found.iterations.append(_validated(Iteration, line))
+                elif "scores" in line:
+                    found.evaluations.append(_validated(Evaluation, line))
+        return found
+
+    @property
+    def skipped(self) -> list[Iteration]:
+        return [iteration for iteration in self.iterations if not iteration.updated]
+
+    def of_set(self, name: str) -> list[Evaluation]:
+        return [evaluation for evaluation in self.evaluations if evaluation.set == name]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best set of a run."""
+
+    iteration: int
+    lr: float
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class FixedLoss:
+    """The mean matching loss over segments that stay the same, of the set that a run began with and of its last one."""
+
+    before: float | None = None
+    after: float | None = None
+    segments: int | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished distillation ended with."""
+
+    summary: str
+    best: Best
+    best_ema: Best | None = None
+    chosen_on: TestedOn | None = None
+    skipped: int | None = None  # updates
+    held: int | None = None  # times that α was held back
+    seconds: float | None = None
+    fixed_loss: FixedLoss = FixedLoss()
+    environment: dict[str, Any] = Field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        write_json(path, as_json(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "RunResult":
+        with reading(path, _AGAIN):
+            return _validated(cls, json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What networks that were trained on a set reached."""
+
+    what: str  # the set, in words
+    images: int
+    scores: Scores
+    lr: float | None = None
+    tested_on: TestedOn = "test"
+    seconds: float | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(default_factory=dict)
+
+    def write(self, path: str | Path, **robust: Any) -> None:
+        """
+        Args:
+            robust: what `--robust_score` adds, so that its file serves wherever that of an evaluation does.
+        """
+        write_json(path, as_json(self) | robust)
+
+    @classmethod
+    def read(cls, path: Path, advice: str, name: str = "",
+             problem: str = "is not the result of an evaluation") -> "EvaluationResult":
+        with reading(name or path, advice, problem):
+            return _validated(cls, json.loads(path.read_text()))
+
+
+def read_result(path: Path, name: str, advice: str) -> RunResult | EvaluationResult:
+    """The result of an evaluation, or that of a run.
+
+    Args:
+        name, advice: of the message, where it is neither.
+    """
+    with reading(name, advice, "is not a result"):
+        values = json.loads(path.read_text())
+        return _validated(RunResult if "best" in values else EvaluationResult, values)
+
+
+def as_json(record: Any) -> Any:
+    """A record as plain data; numbers that are not finite are None."""
+    return json.loads(RootModel[type(record)](record).model_dump_json())
+
+
+def _validated(kind: type, value: Any) -> Any:
+    return RootModel[kind].model_validate(value).root

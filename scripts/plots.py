@@ -1,0 +1,99 @@
+"""Plots of what is in a buffer, and of what runs are worth."""
+
+from pathlib import Path
+
+import numpy as np
+
+from distill.report.figures import pyplot, save_figure
+
+
+def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[str, np.ndarray]) -> None:
+    """A PNG of how experts learned: accuracy by epoch, and relative distances between snapshots by start epoch.
+
+    Args:
+        accuracies: what of → [experts, epochs 1…E] in [0, 1], NaN where unknown; may be empty.
+        distances: what of → [experts, start epochs 0…]; NaN where an expert has no such snapshot.
+    """
+    figure, (accuracy, distance) = pyplot().subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for colour, (name, values) in zip(("C2", "C0"), accuracies.items()):
+        _mean_and_spread(accuracy, range(1, values.shape[1] + 1), 100 * values, colour, name)
+    if accuracies:
+        accuracy.legend(fontsize=8)
+    else:
+        accuracy.text(0.5, 0.5, "not recorded", transform=accuracy.transAxes, ha="center", va="center", color="0.5")
+    accuracy.set(title="accuracy of the experts, %", xlabel="epoch")
+    for colour, (name, values) in zip(("C1", "C4"), distances.items()):
+        _mean_and_spread(distance, range(values.shape[1]), values, colour, name)
+    distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
+    distance.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]], levels: dict[str, float]) -> None:
+    """A PNG of accuracies by images per class.
+
+    Args:
+        curves: method → (images per class, mean, standard deviation), %; those of no point are left out.
+        levels: what else there is to compare with → %.
+    """
+    figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for method, points in curves.items():
+        if points:
+            at, means, deviations = zip(*points)
+            axes.errorbar(at, means, deviations, marker="o", markersize=4, capsize=3, label=method)
+    for name, level in levels.items():
+        axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label=name)
+    at = sorted({point[0] for points in curves.values() for point in points})
+    axes.set(xscale="log", xlabel="images a class", ylabel="test accuracy, %")
+    axes.set_xticks(at, [str(each) for each in at])
+    axes.minorticks_off()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, bool]]]) -> None:
+    """A PNG of what difficulty windows are worth, a panel for each number of images.
+
+    Args:
+        panels: title → (window in words, mean, standard deviation, %, whether most updates were made).
+    """
+    figure, rows = pyplot().subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained",
+                                      squeeze=False, sharey=True)
+    for axes, (title, points) in zip(rows[0], panels.items()):
+        for at, (_, mean, deviation, updated) in enumerate(points):
+            axes.errorbar(at, mean, deviation, marker="o", capsize=3, color="C0", mfc=None if updated else "white")
+        axes.set_xticks(range(len(points)), [name for name, *_ in points])
+        axes.set(title=title, xlabel="start epochs", xlim=(-0.5, max(len(points), 1) - 0.5))
+        if not all(updated for *_, updated in points):
+            axes.plot([], [], "o", color="C0", mfc="white", label="most updates skipped")
+            axes.legend(fontsize=8)
+    rows[0][0].set_ylabel("test accuracy, %")
+    save_figure(figure, path)
+
+
+def save_races(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+    """A PNG of accuracies on the way, a panel for each number of images.
+
+    Args:
+        panels: title → run → (minutes, accuracy, %).
+    """
+    figure, rows = pyplot().subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained",
+                                      squeeze=False)
+    for axes, (title, runs) in zip(rows[0], panels.items()):
+        for name, points in runs.items():
+            if points:
+                axes.plot(*zip(*points), marker=".", label=name)
+        axes.set(title=title, xlabel="minutes")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    rows[0][0].set_ylabel("accuracy on held-out images, one network, %", fontsize=8)
+    save_figure(figure, path)
+
+
+def _mean_and_spread(axes, at: range, values: np.ndarray, colour: str, label: str) -> None:
+    """Mean over the rows, a line, and one standard deviation on each side."""
+    values = np.ma.masked_invalid(values)
+    mean, std = values.mean(axis=0), values.std(axis=0)
+    axes.plot(at, mean, marker="." if len(at) < 30 else None, color=colour, label=label)
+    axes.fill_between(at, mean - std, mean + std, alpha=0.2, color=colour, linewidth=0)
