@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from buffer.experts import train_buffer
+from buffer.expert_run import train_buffer
 from utils.config import BufferConfig
 from utils.program.command_line import parse
 from utils.program.entry import entry

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py, at a tiny size; `compiled` is left out, as it takes a minute."""
+"""scripts/measure/benchmark.py, at a tiny size; `compiled` is left out, as it takes a minute."""
 
 import json
 import re
@@ -14,8 +14,8 @@ def done(run, tmp_path_factory):
     """What a run printed, and its JSON."""
     path = tmp_path_factory.mktemp("benchmark") / "result.json"
     methods = sorted({method for methods in METHODS.values() for method in methods})
-    finished = run("scripts/benchmark.py", "--shape", "tiny_cpu", "--rounds", 2, "--device", "cpu", "--json", path,
-                   "--methods", *methods)
+    finished = run("scripts/measure/benchmark.py", "--shape", "tiny_cpu", "--rounds", 2, "--device", "cpu",
+                   "--json", path, "--methods", *methods)
     return finished.stdout, json.loads(path.read_text())
 
 
@@ -46,7 +46,7 @@ def test_the_machine_stands_beside_the_numbers(done):
     report = done[1]
     assert report["machine"]["cpu"] and report["machine"]["threads"] == 1 and report["machine"]["memory_bytes"] > 0
     assert report["rates"]["copy_gb_per_s"] > 0 and report["environment"]["torch"]
-    assert report["command"].startswith("python scripts/benchmark.py --shape tiny_cpu --rounds 2")
+    assert report["command"].startswith("python scripts/measure/benchmark.py --shape tiny_cpu --rounds 2")
 
 
 def test_tables_show_the_same(done):
@@ -60,7 +60,7 @@ def test_tables_show_the_same(done):
 
 
 def test_shapes_come_from_the_configs(call):
-    text = call("scripts/benchmark.py", "--help").stdout
+    text = call("scripts/measure/benchmark.py", "--help").stdout
     assert all(name in text for name in ("cifar10_ipc1000", "cifar100_ipc50", "tiny_ipc10", "cpu_t80"))
 
 
@@ -72,6 +72,6 @@ def test_shapes_come_from_the_configs(call):
     (["--part", "experts", "--methods", "unroll"], ["no such part", "experts: bare"]),
 ])
 def test_refusals(call, arguments, words):
-    (line,) = call("scripts/benchmark.py", *arguments, expect=2).stderr.splitlines()
+    (line,) = call("scripts/measure/benchmark.py", *arguments, expect=2).stderr.splitlines()
     assert line.startswith("benchmark.py: error: ")
     assert all(word in line for word in words)

@@ -119,7 +119,7 @@ def test_the_seed_decides_the_order_and_the_augmentation_too(toy, toy_data):
     with mock.patch("buffer.experts.seeded", lambda *address: seeded("the same for all")):
         for seed in (0, 0, 1):
             config = make(BufferConfig, model="ConvNetD1W4", train_epochs=1, seed=seed, rho_max=0.01, rho_min=0.01)
-            ends.append(train_expert(config, toy_data, 0, torch.device("cpu"))[1])
+            ends.append(train_expert(config, toy_data, 0)[1])
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0][0], ends[2][0])
     assert not torch.equal(ends[0][1], ends[2][1])
 

@@ -29,7 +29,8 @@ def golden_parameters(network: nn.Module) -> dict[str, Tensor]:
         position = torch.arange(start, start + parameter.numel(), dtype=torch.float64)
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
         offset = 0.0 if parameter.dim() > 1 else 0.5
-        filled[name] = ((position * 0.7071).sin() * (2 / fan_in) ** 0.5 + offset).reshape(parameter.shape).float().to(parameter.dtype)
+        values = ((position * 0.7071).sin() * (2 / fan_in) ** 0.5 + offset).float()
+        filled[name] = values.reshape(parameter.shape).to(parameter.dtype)
         start += parameter.numel()
     return filled
 

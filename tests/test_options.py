@@ -231,7 +231,7 @@ def test_each_epoch_trains_on_the_images_of_its_curriculum(toy_data, monkeypatch
     real = gsam_gradient
     monkeypatch.setattr("buffer.experts.gsam_gradient", lambda model, theta, x, y, *rest: seen.append(len(y)) or
                         real(model, theta, x, y, *rest))
-    train_expert(config, toy_data, 0, torch.device("cpu"), curriculum=Some())
+    train_expert(config, toy_data, 0, curriculum=Some())
     assert asked == [0, 1, 2] and seen == [10, 20, 30]
 
 
@@ -291,7 +291,7 @@ def test_each_option_changes_the_distilled_images(call, toy, toy_experts, tmp_pa
 def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data):
     config = make(BufferConfig, model="ConvNetD1W4", train_epochs=2, rho_max=0, rho_min=0, mom=0.9, l2=1e-3,
                   dsa_strategy="none", batch_train=20, lr_teacher=0.1)
-    model, snapshots = train_expert(config, toy_data, 0, torch.device("cpu"))
+    model, snapshots = train_expert(config, toy_data, 0)
     from utils.program.seeds import generator, seeded
     with seeded(0, "expert", 0):
         network = network_for("ConvNetD1W4", toy_data)
@@ -496,7 +496,7 @@ def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monke
     monkeypatch.setattr("buffer.experts.accuracy", lambda predict, *rest: modes.append(predict.func.network.training) or
                         accuracy(predict, *rest))
     config = make(BufferConfig, model="ConvNetD1W4BN", train_epochs=2, batch_train=40, rho_max=0.01, rho_min=0.01)
-    train_expert(config, toy_data, 0, torch.device("cpu"))
+    train_expert(config, toy_data, 0)
     assert modes == [True, True, False, True, True, False]
 
 

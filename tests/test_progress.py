@@ -15,9 +15,8 @@ from tqdm.utils import disp_len
 
 from distill import plan
 from utils import progress
-from utils.config import BufferConfig, DistillConfig, from_repository, influential, make
+from utils.config import BufferConfig, DistillConfig, influential, make
 from utils.files import REPOSITORY
-from utils.program import commands
 from utils.program.console import duration, short_count
 from utils.progress import Pace, Progress
 
@@ -292,42 +291,11 @@ def test_the_printed_commands_lead_from_experts_to_pictures(call, toy, environme
                 cwd=cwd)
     inspect, distil = typed(said.stdout)
     assert "1 in 1 file" in type_in(inspect, environment, cwd)
-    assert "is for ImageFolder" in said.stdout and "--res=8" in distil
-    small = "--Iteration=2 --syn_steps=2 --eval_it=2 --epoch_eval_train=1 --num_eval=1"
+    assert "--res=8" in distil
+    small = ("--Iteration=2 --syn_steps=2 --eval_it=2 --epoch_eval_train=1 --num_eval=1 --expert_epochs=1 "
+             "--max_start_epoch=2 --Sequential_Generation=False")
     evaluate, export = typed(type_in(f"{distil} {small} --threshold=inf --log_path='{tmp_path / 'my logs'}'",
                                      environment, cwd))
     assert "ConvNetD1W4: " in type_in(evaluate, environment, cwd) and "--epoch_eval_train=1" in evaluate
     assert "3 images: " in type_in(export, environment, cwd)
     assert len(list((tmp_path / "my logs").rglob("*.png"))) == 2 + 3  # the run's own, and the set's
-
-
-def test_experts_of_the_published_kind_are_distilled_by_a_published_config():
-    config = make(BufferConfig, dataset="CIFAR10", zca=True, train_epochs=100, data_path=f"{REPOSITORY}/dataset",
-                  buffer_path=f"{REPOSITORY}/buffer_storage")
-    assert commands.distillation(config) == ("", {"cfg": REPOSITORY / "configs/CIFAR-10/ConvIN/IPC1.yaml"})
-    assert commands.command("distill/DATM.py", commands.distillation(config)[1], from_repository) == (
-        "python distill/DATM.py --cfg=configs/CIFAR-10/ConvIN/IPC1.yaml")
-
-
-@pytest.mark.parametrize("content", [b"dataset: CIFAR10\nmodle: ConvNet\n", b"dataset: CIFAR10\nipc: many\n", b"ipc: [",
-                                     b"", b"\xff"])
-def test_a_config_that_cannot_be_read_does_not_end_a_training(monkeypatch, tmp_path, content):
-    """Experts that took days are trained, and their last line is to be said, whatever somebody writes in configs/."""
-    for name, text in (("mine", content), ("theirs", b"dataset: CIFAR10\nipc: 7\n")):
-        (tmp_path / "CIFAR-10" / name).mkdir(parents=True)
-        (tmp_path / "CIFAR-10" / name / "IPC1.yaml").write_bytes(text)
-    monkeypatch.setattr(commands, "CONFIGS", tmp_path)
-    remark, options = commands.distillation(make(BufferConfig, dataset="CIFAR10"))
-    assert not remark and options["cfg"] == tmp_path / "CIFAR-10/theirs/IPC1.yaml"
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 5, 30])
-def test_a_short_training_gets_a_window_that_fits_it(epochs):
-    path = commands.distillation(make(BufferConfig, dataset="CIFAR10", train_epochs=epochs))[1]["cfg"]
-    config = make(BufferConfig, dataset="CIFAR10", train_epochs=epochs)
-    _, options = commands.distillation(config)
-    made = commands._read(path)
-    window = {name: options.get(name, getattr(made, name)) for name in ("min_start_epoch", "max_start_epoch",
-                                                                        "expert_epochs")}
-    assert 0 <= window["min_start_epoch"] < window["max_start_epoch"]
-    assert window["max_start_epoch"] - 1 + window["expert_epochs"] <= epochs

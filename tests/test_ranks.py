@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from buffer import experts
+from buffer import expert_run
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import evaluate
 from distill.evaluate.saved_accuracies import Accuracies, Job
@@ -83,17 +83,18 @@ def test_experts_go_on_after_a_killed_rank(ranks, start, toy, tmp_path):
     (0, [], 1, 2.5), (0, [], 2, 5.0), (2, [0, 1], 2, 8 + 2.5), (1, [0], 4, 4 + 2 * 2.5), (0, [], 9, 7.5)])
 def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, number, trained, ranks_there, reached):
     """Three experts of four epochs; half of the third epoch is done."""
-    run = object.__new__(experts.Run)
-    run.config, run.dataset, run.first, run.written = make(BufferConfig, num_experts=3, train_epochs=4), None, 0, 0
-    run.unfinished, run._bar = tmp_path, mock.Mock(total=12)
+    run = object.__new__(expert_run.ExpertRun)
+    run.config, run.first, run.written = make(BufferConfig, num_experts=3, train_epochs=4), 0, 0
+    run.dataset, run.unfinished = mock.MagicMock(), tmp_path
     for each in trained:
         (tmp_path / f"expert_{each}").mkdir()
         for epoch in range(5):
             (tmp_path / f"expert_{each}" / f"epoch_{epoch}.pt").touch()
     monkeypatch.setattr(parallel, "size", lambda: ranks_there)
-    monkeypatch.setattr(experts, "train_expert", lambda *arguments: arguments[-1](2.5))
-    run._train_one(number, None, torch.device("cpu"))
-    run._bar.reach.assert_called_once_with(reached)
+    monkeypatch.setattr(expert_run, "train_expert", lambda *arguments: arguments[-1](2.5))
+    with mock.patch.object(expert_run.View, "reach") as reach, expert_run.View(run) as view:
+        expert_run.train_one(run, number, None, view)
+    reach.assert_called_once_with(reached)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_a_command_starts_its_own_ranks(ranks, toy, toy_experts, tmp_path):
 def test_a_diverged_expert_keeps_those_before_it(ranks, toy, tmp_path):
     code = ("import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
             "import runpy\n"
-            "import buffer.experts as experts\n"
+            "import buffer.expert_run as experts\n"
             "train = experts.train_expert\n"
             "def bad(config, dataset, number, *rest):\n"
             "    if number == 2: raise experts.DivergedError('expert 2 diverged in epoch 1')\n"

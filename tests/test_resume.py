@@ -73,7 +73,7 @@ def test_experts_go_on_to_the_bit(call, toy, tmp_path, options, step):
 
 def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tmp_path):
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
-    trajectories, experts = (importlib.import_module(f"buffer.{name}") for name in ("trajectories", "experts"))
+    trajectories, experts = (importlib.import_module(f"buffer.{name}") for name in ("trajectories", "expert_run"))
     with stop_at(trajectories, "save_config", 1, at_once=True):  # the manifest, before its expert file
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     assert not list(tmp_path.rglob("replay_buffer_*.pt"))
@@ -124,7 +124,7 @@ def test_another_kind_of_experts_is_refused_by_name(call, toy, toy_experts, tmp_
 
 def test_an_expert_that_did_not_learn_is_said_and_five_stop_the_run(call, toy, tmp_path):
     arguments = [*toy.train, "--lr_teacher=1e-9", "--num_experts=6", "--train_epochs=1", f"--buffer_path={tmp_path}"]
-    experts = importlib.import_module("buffer.experts")
+    experts = importlib.import_module("buffer.expert_run")
     with mock.patch.object(experts, "AT_CHANCE", 3.0):  # three classes: always
         done = call("buffer/buffer_FTD.py", *arguments, expect=2)
     assert "note: expert 0 did not learn" in done.stderr and "5 experts in a row did not learn" in done.stderr
@@ -144,7 +144,7 @@ def test_experts_that_cannot_fit_are_refused_at_once(call, toy, tmp_path):
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
     done = call("buffer/buffer_FTD.py", *arguments, "--num_experts=1000000000", expect=2)
     assert "GB on the disk" in done.stderr and not list(tmp_path.rglob("*.pt"))
-    with mock.patch("buffer.experts.available", lambda *_: 1e3):
+    with mock.patch("buffer.expert_run.available", lambda *_: 1e3):
         done = call("buffer/buffer_FTD.py", *arguments, expect=2)
     assert "--save_interval" in done.stderr
 

@@ -1,15 +1,16 @@
 """What several ranks say to each other in a step of a distillation: bytes, and their share of the time.
 
-    torchrun --standalone --nproc_per_node=2 scripts/communication.py [--model ConvNetW32 --batch 50 --json FILE]
-    python scripts/communication.py --project
+    torchrun --standalone --nproc_per_node=2 scripts/measure/communication.py [--model ConvNetW32 --batch 50
+        --json FILE]
+    python scripts/measure/communication.py --project
 
 The first measures, over gloo on CPUs: each inner step sums one vector of P + 2 numbers going forward (the gradient, the
 loss, the number of samples) and one going back (the co-state's). Ranks that only sum, and ranks that only compute their
 share, take turns, `--rounds` times; medians.
 
-The second projects the published configs, on paper, for GPUs: the step's arithmetic by `scripts/projection.py` for one
-A100, divided by the number of ranks; for each vector a ring's time, 2 (n − 1)/n · bytes / bandwidth and 2 (n − 1)
-messages. More ranks stop paying where the next doubling takes longer than what there is.
+The second projects the published configs, on paper, for GPUs: the step's arithmetic by `scripts/measure/projection.py`
+for one A100, divided by the number of ranks; for each vector a ring's time, 2 (n − 1)/n · bytes / bandwidth and
+2 (n − 1) messages. More ranks stop paying where the next doubling takes longer than what there is.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from scripts.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
+from scripts.measure.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
 from utils import parallel
 from utils.files import write_json
 from utils.networks import build_network
@@ -116,8 +117,8 @@ def main() -> None:
           f"{1000 * found['communicate_seconds']:.1f} ms, {100 * found['share']:.0f} % of the time")
     if arguments.json and parallel.first():
         write_json(arguments.json, {
-            "command": f"torchrun --standalone --nproc_per_node={found['ranks']} scripts/communication.py --model "
-                       f"{arguments.model} --batch {arguments.batch} --rounds {arguments.rounds}",
+            "command": f"torchrun --standalone --nproc_per_node={found['ranks']} scripts/measure/communication.py "
+                       f"--model {arguments.model} --batch {arguments.batch} --rounds {arguments.rounds}",
             **found, "environment": environment(torch.device("cpu"))})
 
 

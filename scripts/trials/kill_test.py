@@ -1,6 +1,6 @@
 """Kills the programs at random moments, lets them go on, and compares what they made with uninterrupted runs.
 
-    python scripts/kill_test.py [--kills 50] [--signals 6] [--seed 0] [--json FILE]
+    python scripts/trials/kill_test.py [--kills 50] [--signals 6] [--seed 0] [--json FILE]
 
 Every case below is run once undisturbed. Then it is started again in a folder of its own and killed (`kill -9`, which
 no program can answer), started again, killed again, and in the end left alone. Of every three kills one comes at a
@@ -33,7 +33,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import numpy as np
 import torch

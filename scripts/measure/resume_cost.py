@@ -1,11 +1,11 @@
 """What saving a run's state and verifying its experts cost, at the published settings.
 
-    python scripts/resume_cost.py [--seconds 20] [--json FILE]
+    python scripts/measure/resume_cost.py [--seconds 20] [--json FILE]
 
 A `RunFolder` is asked to save the state of a distillation of each config's size (images, labels and momenta, the best
 set, the start) at every iteration, as `distill/loop.py` does. The iterations only wait, as long as the projection
-(`scripts/projection.py`) says for the fastest GPU of README; what the saving adds to them is measured for `--seconds`.
-Beside it: how fast expert files are verified, and what that is of a run with 100 experts of 100 epochs.
+(`scripts/measure/projection.py`) says for the fastest GPU of README; what the saving adds to them is measured for
+`--seconds`. Beside it: how fast expert files are verified, and what that is of a run with 100 experts of 100 epochs.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from scripts.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
+from distill.results import METRICS, RESULT
+from scripts.measure.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
 from utils import interrupt
 from utils.config import DistillConfig
 from utils.files import sha256, write_json
@@ -43,9 +44,8 @@ def state_of(config: DistillConfig) -> dict[str, Any]:
 
 def measure(config: DistillConfig, iteration: float, seconds: float, folder: Path) -> dict[str, float]:
     """How long saving takes, and its share of the time, with iterations of so many seconds."""
-    run, state = RunFolder(folder, config), state_of(config)
+    run, state = RunFolder(folder, config, METRICS, RESULT), state_of(config)
     run.start()
-    run.log(iteration=0)
     run.save_state(lambda: state)  # the first one, before any iteration
     once = run.save_seconds
     asking = iterations = 0
@@ -97,7 +97,7 @@ def main() -> None:
                   f"{100 * row['share']:.2f} % | {row['verify_seconds']:.0f} s, {100 * row['verify_share']:.2f} % |")
     print(f"\nexpert files are verified at {rate / 1e9:.2f} GB/s")
     if arguments.json:
-        write_json(arguments.json, {"command": f"python scripts/resume_cost.py --seconds {arguments.seconds:g}",
+        write_json(arguments.json, {"command": f"python scripts/measure/resume_cost.py --seconds {arguments.seconds:g}",
                                     "gpu_of_the_projection": GPU, "verified_bytes_per_second": rate, "configs": rows,
                                     "environment": environment(torch.device("cpu"))})
 

@@ -1,6 +1,6 @@
 """Injects faults, runs the program that meets them, and shows what it printed.
 
-    python scripts/faults.py [--only WORD …] [--json FILE]
+    python scripts/trials/faults.py [--only WORD …] [--json FILE]
 
 Every fault must be answered by exit code 2 and one line; nothing that lay there before may change, and no temporary
 file may stay. Where the fault can be mended (space on the disk), it is, and the same command must then go on to its
@@ -23,7 +23,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """What a step of each program costs here: the methods side by side, in time and memory.
 
-    python scripts/benchmark.py [--part matching experts evaluation] [--shape NAME …|all] [--methods NAME …]
+    python scripts/measure/benchmark.py [--part matching experts evaluation] [--shape NAME …|all] [--methods NAME …]
                                 [--device auto|cpu|cuda] [--rounds N] [--json FILE]
 
 Shapes are those of the published configs (`cifar10_ipc10` is configs/CIFAR-10/ConvIN/IPC10.yaml), and a few for CPUs;
@@ -41,7 +41,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 import yaml
@@ -527,7 +527,8 @@ def main() -> None:
     clock = Clock(args.max_minutes or (GPU_MINUTES if device.type == "cuda" else math.inf))
     rates = machine_rates(device)
     report: dict[str, Any] = {
-        "command": f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}".strip(), "machine": machine(device),
+        "command": f"python scripts/measure/benchmark.py {shlex.join(sys.argv[1:])}".strip(),
+        "machine": machine(device),
         "environment": environment(device), "rounds": args.rounds, "rates": rates}
     print(f"{report['machine']['cpu']} · {describe(device)} · torch {torch.__version__} · matrix product "
           f"{rates['product_gflops']:.0f} GFLOP/s ({rates['product_precision']}) · copy "

@@ -1,6 +1,6 @@
 """How far each backend's matching gradient is from plain autograd's in float64.
 
-    python scripts/precision.py [--draws 10] [--json FILE]
+    python scripts/measure/precision.py [--draws 10] [--json FILE]
 
 ConvNet 128, 3×32×32, T = 5, B = 10, random data, with augmentation. For each draw: the median over the images of the
 relative error of their gradient, and the cosine between the gradients of all images. `compile` is the pass that is
@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 from torch import Tensor

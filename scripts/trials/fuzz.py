@@ -1,6 +1,6 @@
 """Odd command lines and YAML files for every entry: each must be answered by one line and exit code 2, or be obeyed.
 
-    python scripts/fuzz.py [--inputs 1000] [--seed 0] [--json FILE]
+    python scripts/trials/fuzz.py [--inputs 1000] [--seed 0] [--json FILE]
 
 Hypothesis draws the inputs: tiny settings that are known to run, with none, one or two odd options, values, files or
 YAMLs among them. Each is run in a forked child that has imported everything already, in a folder of its own, on three
@@ -40,7 +40,7 @@ from time import perf_counter
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"  # a fork inherits no thread of a pool
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import hypothesis
 import kornia.enhance  # noqa: F401  imported here, so that no child has to
@@ -62,7 +62,7 @@ from utils.files import write_json
 from utils.program.entry import entry
 from utils.program.machine import environment
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = 20  # seconds of the processor
 WAIT = 120.0  # seconds, where other programs keep the processor busy
 MEMORY = 16 << 30  # bytes of address space

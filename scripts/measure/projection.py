@@ -1,6 +1,6 @@
 """What the published configs should cost on GPUs, projected from what was measured on a CPU; on paper, not run.
 
-    python scripts/projection.py [--benchmark FILE …]
+    python scripts/measure/projection.py [--benchmark FILE …]
 
 The model: an image takes 12 F / (ρ R) + c A / W seconds an inner step. F: floating-point operations of its forward pass
 (3 F for the gradient, 9 F for the adjoint, which repeats the forward pass); A: bytes of its activations; R, W: rates of
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 import yaml
@@ -79,7 +79,7 @@ def fit(paths: list[Path]) -> tuple[float, float]:
         (a, b, t), (d, e, u) = rows["cpu_w32"], rows["cpu"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--benchmark {' '.join(map(str, paths))}: no benchmark of cpu_w32 and cpu ({error}); make one "
-                        "with scripts/benchmark.py --part matching --shape cpu_w32 cpu --json FILE") from error
+                        "with scripts/measure/benchmark.py --part matching --shape cpu_w32 cpu --json FILE") from error
     determinant = a * e - b * d
     return determinant / (t * e - b * u), (a * u - d * t) / determinant
 

@@ -1,0 +1,347 @@
+"""Many experts on one page: refuse · load · begin or go on · train what is missing · write.
+
+Experts are kept in `unfinished/`, epoch by epoch, until they are written, `save_interval` to a file. Several ranks
+train different experts: whoever holds the lock of an expert's number trains it, and the first rank writes the files.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from buffer.curriculum import Curriculum, grand_scores
+from buffer.experts import DivergedError, Epoch, SavedEpochs, train_expert, work_of
+from buffer.trajectories import (
+    as_expert,
+    buffer_folder,
+    check_same_data,
+    check_same_images,
+    check_same_kind,
+    count_experts,
+    expert_files,
+    next_file,
+    write_experts,
+)
+from utils import files, interrupt, parallel
+from utils.config import BufferConfig, differences, influential
+from utils.datasets import Dataset, check_dataset_name
+from utils.engine import describe_engine
+from utils.errors import UserError
+from utils.memory import available
+from utils.networks import check_network_name
+from utils.parameters import FlatModel
+from utils.program.commands import command, device_given, say_next
+from utils.program.console import announce, note, say, shown, wrapped
+from utils.program.prepare import begin, dsa_groups, flat_model, network_for
+from utils.program.run_folder import kept_to_this_run
+from utils.progress import Progress
+
+AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
+MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
+CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # distils any experts; others in configs/ suit their own data better
+
+
+def train_buffer(config: BufferConfig) -> None:
+    """The whole of `buffer/buffer_FTD.py`: trains `num_experts` experts and writes them.
+
+    Raises:
+        UserError: whatever in the config or the data does not fit together.
+    """
+    # Refuse what the options and the folder show.
+    check_options(config)
+    folder = buffer_folder(config)
+    check_same_data(folder, config)
+    check_same_kind(folder, config)
+
+    # Load the data, and build the network, which may be refused, before anything is written.
+    device, dataset = begin(config)
+    check_same_images(folder, dataset)
+    network = network_for(config.model, dataset).to(device)
+    model = flat_model(config, network, work_of(config, dataset), config.micro_batch)
+
+    # Take the folder; begin, or go on with what is unfinished there.
+    with kept_to_this_run(folder, "give another --buffer_path"):
+        run = parallel.first_then_others(lambda: ExpertRun(config, dataset, folder, model))
+        announce(config, device, describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels))),
+                 f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
+                 f"({len(dataset.train_labels)} images) · {shown(folder)}")
+        if run.resumes:
+            say(config, f"going on with an unfinished run: {run.trained} of {config.num_experts} experts are trained")
+        elif run.first:
+            say(config, f"{run.first} experts are there already; this trains others")
+
+        # Order the images from easy to hard, if epochs are to use some of them only.
+        curriculum = None
+        if config.pad:
+            curriculum = parallel.first_then_others(
+                lambda: Curriculum(config, dataset, grand_scores(config, dataset, device)))
+
+        # Train what is missing and write the files.
+        with interrupt.deferred():
+            train_missing(run, curriculum)
+
+    # Say where they are, and what to type next.
+    if parallel.first():
+        _say_where(config, folder)
+
+
+def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
+    """Trains the experts that are missing and writes the files.
+
+    Raises:
+        DivergedError: those experts before it are written.
+        UserError: several in a row did not learn, or a file cannot be written.
+        Stopped: a signal came; what was finished is saved.
+    """
+    with View(run) as view:
+        for number in range(run.written, run.end):
+            # An expert that diverged ends the run, whichever rank's it was.
+            if run.diverged.exists():
+                break
+
+            # Train this one, unless another rank does, or has meanwhile.
+            try:
+                with files.locked(run.unfinished / f"lock_{number}", "-"):
+                    if run.is_missing(number):
+                        train_one(run, number, curriculum, view)
+            except files.LockedError:
+                continue
+            except DivergedError as error:
+                files.write_json(run.diverged, str(error))
+
+            # Write the files that are complete with it.
+            if parallel.first():
+                run.write_complete()
+
+        # Once all ranks are here: write what is left, and clear up.
+        parallel.barrier()
+        diverged = json.loads(run.diverged.read_text()) if run.diverged.exists() else None
+        parallel.barrier()
+        if parallel.first():
+            view.reach(run.epochs_done)  # of all ranks
+            run.write_complete(partly=diverged is not None)
+            run.clear()
+        if diverged:  # it would again, so there was nothing to go on from
+            raise DivergedError(diverged)
+
+
+def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view: "View") -> None:
+    """Trains one expert, from its first epoch or from where it was saved."""
+    view.begin(number)
+    train_expert(run.config, run.dataset, number, view.after_epoch, curriculum, run.saved(number), view.after_batch)
+    view.end(number)
+
+
+class ExpertRun:
+    """The experts of one command.
+
+    `unfinished/run.yaml` holds the run's options and the number of its first expert, `unfinished/expert_{n}/` the
+    epochs of expert n. A run that was stopped or killed goes on from there.
+
+    Raises:
+        UserError: the folder holds an unfinished run of other options, or there is no room for the experts.
+    """
+
+    def __init__(self, config: BufferConfig, dataset: Dataset, folder: Path, model: FlatModel):
+        self.config, self.dataset, self.folder, self.model = config, dataset, folder, model
+        # Once more, now that nobody else can write: the data took a while to load.
+        check_same_kind(folder, config)
+        check_same_images(folder, dataset)
+        self.unfinished = folder / "unfinished"
+        self.diverged = self.unfinished / "diverged.json"  # where a rank leaves word that one of its experts diverged
+        self.options = influential(config) | {"fingerprint": dataset.fingerprint}
+        self.written = self._judged = count_experts(folder)  # experts before these are in files, and judged
+        self._at_chance = 0
+        # A run after a finished one goes on counting, so that it trains other experts.
+        self.first = self.written
+        self.resumes = (self.unfinished / "run.yaml").exists() and config.resume == "auto"
+        if self.resumes:
+            before = files.read_config(self.unfinished / "run.yaml")
+            self.first = before.pop("first_expert", self.written)
+            now = {name: value for name, value in self.options.items()
+                   if name not in ("num_experts", "save_interval", "buffer_path", "data_path")}
+            different = differences(before, now)
+            if different:
+                raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
+                                "with it, --resume never to discard it, or another --buffer_path")
+        if parallel.first():
+            self._start()
+
+    def _start(self) -> None:
+        _check_room(self.config, self.folder, self.model, max(0, self.end - self.written), self.unfinished)
+        if not self.resumes:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        files.save_config(self.unfinished / "run.yaml", self.options | {"first_expert": self.first})
+        for number in range(self.written):  # what a kill after a file was written left
+            shutil.rmtree(self.saved(number).folder, ignore_errors=True)
+
+    @property
+    def end(self) -> int:
+        return self.first + self.config.num_experts
+
+    @property
+    def trained(self) -> int:
+        """How many of the run's experts are, in files or not."""
+        return sum(number < self.written or self._is_trained(number) for number in range(self.first, self.end))
+
+    @property
+    def epochs_done(self) -> int:
+        """Of all the run's experts."""
+        epochs = self.config.train_epochs
+        return sum(epochs if number < self.written else self.saved(number).done
+                   for number in range(self.first, self.end))
+
+    def saved(self, number: int) -> SavedEpochs:
+        return SavedEpochs(self.unfinished / f"expert_{number}")
+
+    def _is_trained(self, number: int) -> bool:
+        return len(self.saved(number)) > self.config.train_epochs
+
+    def is_missing(self, number: int) -> bool:
+        """Whether the expert is neither in a file nor trained, by whichever rank."""
+        return number >= count_experts(self.folder) and not self._is_trained(number)
+
+    def write_complete(self, partly: bool = False) -> None:
+        """Judges the experts that are trained, and writes the files that are complete with them.
+
+        Args:
+            partly: write a last file of fewer, too.
+
+        Raises:
+            UserError: several in a row did not learn.
+        """
+        while self._judged < self.end and self._is_trained(self._judged):
+            self._judge(self._judged, self.saved(self._judged)[self.config.train_epochs]["reached"]["train_accuracy"])
+            self._judged += 1
+        while self.written < self._judged:
+            number = min(self.config.save_interval, (self._judged if partly else self.end) - self.written)
+            if self.written + number > self._judged:
+                return
+            self._write(number)
+
+    def _judge(self, number: int, learned: float) -> None:
+        """Says so if an expert did not learn.
+
+        Raises:
+            UserError: nor did those before it.
+        """
+        chance = 1 / self.dataset.num_classes
+        if learned > AT_CHANCE * chance:
+            self._at_chance = 0
+            return
+        self._at_chance += 1
+        note(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, guessing "
+             f"{100 * chance:.1f} %")
+        if self._at_chance == MOST_AT_CHANCE:
+            raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give another --lr_teacher (now "
+                            f"{self.config.lr_teacher:g}), a smaller --rho_max (now {self.config.rho_max:g}) or more "
+                            "--train_epochs, with --resume never")
+
+    def _write(self, count: int) -> None:
+        """Writes a file of the next so many experts."""
+        numbers = range(self.written, self.written + count)
+        waiting = [as_expert(self.model, self.saved(number).snapshots()) for number in numbers]
+        epochs = [{"expert": number, **epoch} for number in numbers for epoch in self.saved(number).reached()]
+        last = {epoch["expert"]: epoch for epoch in epochs}
+        experts = [{"number": number, "train_accuracy": last[number]["train_accuracy"],
+                    "test_accuracy": last[number]["test_accuracy"]} for number in numbers]
+        write_experts(next_file(self.folder), waiting, self.options | {"experts": experts}, epochs)
+        self.written += count
+        for number in numbers:
+            shutil.rmtree(self.saved(number).folder)
+
+    def clear(self) -> None:
+        """Removes what was kept for going on."""
+        # The run file first: without it nothing here counts.
+        (self.unfinished / "run.yaml").unlink()
+        shutil.rmtree(self.unfinished)
+
+
+class View(Progress):
+    """What an expert run shows while it trains."""
+
+    def __init__(self, run: ExpertRun):
+        config = run.config
+        self._run, self._epochs = run, config.train_epochs
+        self._reached = ""  # by the last epoch, in words
+        super().__init__(config.num_experts * config.train_epochs, "experts", initial=run.epochs_done,
+                         quiet=config.quiet, images=len(run.dataset.train_labels),
+                         device=run.dataset.train_images.device)
+
+    def begin(self, number: int) -> None:
+        """An expert is begun, or gone on with."""
+        self._before, self._begun = self._run.epochs_done, self._run.saved(number).done
+        # Ranks that train, each as fast as this one.
+        self._together = min(parallel.size(), self._run.config.num_experts - self._run.trained)
+        self.set_description(f"expert {number}", refresh=False)
+        self.show()  # the last expert's numbers are not this one's
+
+    def after_batch(self, done: float) -> None:
+        """So many of the expert's epochs are done, in parts of one."""
+        self.count = f"epoch {min(int(done) + 1, self._epochs)}/{self._epochs}"
+        self.reach(min(self.total, self._before + self._together * (done - self._begun)))
+
+    def after_epoch(self, epoch: Epoch) -> None:
+        numbers = (f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
+                   f"test {100 * epoch.test_accuracy:.1f} %")
+        self._reached = ", ".join(numbers)
+        self.show(*numbers)
+
+    def end(self, number: int) -> None:
+        self.say(f"expert {number}: {self._reached}")
+
+
+def check_options(config: BufferConfig) -> None:
+    """Refuses what the options alone show.
+
+    Raises:
+        UserError
+    """
+    if config.rho_max != config.rho_min:
+        raise UserError(f"--rho_max {config.rho_max:g} --rho_min {config.rho_min:g}: rho follows the learning rate, "
+                        "which is constant here; give both the same value")
+    check_dataset_name(config.dataset)  # these two become folders
+    check_network_name(config.model)
+    dsa_groups(config)
+    if config.pad and not config.add_end_epoch <= config.rm_epoch_first <= config.rm_epoch_second:
+        raise UserError(f"--add_end_epoch {config.add_end_epoch} --rm_epoch_first {config.rm_epoch_first} "
+                        f"--rm_epoch_second {config.rm_epoch_second}: give them in rising order")
+
+
+def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int, unfinished: Path) -> None:
+    """Refuses a run whose files cannot fit the disk, or whose experts of one file cannot fit the memory.
+
+    Args:
+        left: how many experts are to be written yet.
+        unfinished: holds what is there of them already.
+
+    Raises:
+        UserError
+    """
+    expert = 4 * model.num_parameters * (config.train_epochs + 1)
+    at_once = min(config.save_interval, left)
+    disk, memory = shutil.disk_usage(folder).free, available()
+    # The epochs of a file's experts, with their momenta, lie beside it until it is written.
+    there = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
+    needed = expert * (left + at_once * (2 if config.mom else 1)) - there
+    if needed > disk:
+        raise UserError(f"{left} experts of {config.train_epochs} epochs need {needed / 1e9:.2g} GB "
+                        f"on the disk of {folder}, which has {disk / 1e9:.2g} GB free; give a smaller --num_experts or "
+                        "--train_epochs, or another --buffer_path")
+    if expert * at_once > memory:
+        raise UserError(f"a file of {at_once} experts needs {expert * at_once / 1e9:.2g} GB of memory while it is "
+                        f"written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
+
+
+def _say_where(config: BufferConfig, folder: Path) -> None:
+    """Where the experts are, and what to type next."""
+    print(wrapped(f"{config.num_experts} experts of {config.train_epochs} epochs are trained; {shown(folder)} holds "
+                  f"{count_experts(folder)} in {', '.join(path.name for path in expert_files(folder))}"))
+    say_next(config, "next, to look at them:", command("scripts/inspect_buffer.py", {}, argument=folder))
+    given = {name: getattr(config, name) for name in ("dataset", "res", "model", "zca", "val_fraction")}
+    given |= {"subset": config.subset} if config.dataset == "ImageNet" else {}
+    given = {name: value for name, value in given.items() if value or name == "zca"}
+    options = {"cfg": files.REPOSITORY / CONFIG, **given,
+               "data_path": Path(config.data_path), "buffer_path": Path(config.buffer_path),
+               **device_given(config.device)}
+    say_next(config, "and to distil them, with this or another file of configs/, and with its options as suits:",
+             command("distill/DATM.py", options))
