@@ -10,6 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.tuning import tune_process
+
+tune_process()  # before torch is imported
+
 from buffer.expert_run import train_buffer
 from utils.config import BufferConfig
 from utils.program.command_line import parse

@@ -12,15 +12,14 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from utils.config import BufferConfig
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.errors import UserError
-from utils.files import load, save
-from utils.losses import cross_entropy
+from utils.files import cache_folder, load, save
+from utils.metrics import cross_entropy
 from utils.networks import has_batch_norm
 from utils.program.prepare import network_for
+from utils.program.progress import Progress
 from utils.program.seeds import generator, seeded
-from utils.progress import Progress
-from utils.zca import cache_folder
 
 NETWORKS = 10  # over which GraNd is averaged
 EPOCHS = 5  # of plain SGD before it is measured

@@ -21,19 +21,21 @@ from buffer.trajectories import (
     next_file,
     write_experts,
 )
-from utils import files, interrupt, parallel
+from utils import files
 from utils.config import BufferConfig, differences, influential
-from utils.datasets import Dataset, check_dataset_name
-from utils.engine import describe_engine
+from utils.data.datasets import Dataset, check_dataset_name
+from utils.derivatives.engine import describe_engine
 from utils.errors import UserError
 from utils.memory import available
 from utils.networks import check_network_name
 from utils.parameters import FlatModel
+from utils.program import interrupt, ranks
 from utils.program.commands import command, device_given, say_next
 from utils.program.console import announce, note, say, shown, wrapped
+from utils.program.locks import LockedError, locked
 from utils.program.prepare import begin, dsa_groups, flat_model, network_for
+from utils.program.progress import Progress
 from utils.program.run_folder import kept_to_this_run
-from utils.progress import Progress
 
 AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
 MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
@@ -60,7 +62,7 @@ def train_buffer(config: BufferConfig) -> None:
 
     # Take the folder; begin, or go on with what is unfinished there.
     with kept_to_this_run(folder, "give another --buffer_path"):
-        run = parallel.first_then_others(lambda: ExpertRun(config, dataset, folder, model))
+        run = ranks.first_rank_first(lambda: ExpertRun(config, dataset, folder, model))
         announce(config, device, describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels))),
                  f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
                  f"({len(dataset.train_labels)} images) · {shown(folder)}")
@@ -72,7 +74,7 @@ def train_buffer(config: BufferConfig) -> None:
         # Order the images from easy to hard, if epochs are to use some of them only.
         curriculum = None
         if config.pad:
-            curriculum = parallel.first_then_others(
+            curriculum = ranks.first_rank_first(
                 lambda: Curriculum(config, dataset, grand_scores(config, dataset, device)))
 
         # Train what is missing and write the files.
@@ -80,7 +82,7 @@ def train_buffer(config: BufferConfig) -> None:
             train_missing(run, curriculum)
 
     # Say where they are, and what to type next.
-    if parallel.first():
+    if ranks.first():
         _say_where(config, folder)
 
 
@@ -100,23 +102,23 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
 
             # Train this one, unless another rank does, or has meanwhile.
             try:
-                with files.locked(run.unfinished / f"lock_{number}", "-"):
+                with locked(run.unfinished / f"lock_{number}", "-"):
                     if run.is_missing(number):
                         train_one(run, number, curriculum, view)
-            except files.LockedError:
+            except LockedError:
                 continue
             except DivergedError as error:
                 files.write_json(run.diverged, str(error))
 
             # Write the files that are complete with it.
-            if parallel.first():
+            if ranks.first():
                 run.write_complete()
 
         # Once all ranks are here: write what is left, and clear up.
-        parallel.barrier()
+        ranks.barrier()
         diverged = json.loads(run.diverged.read_text()) if run.diverged.exists() else None
-        parallel.barrier()
-        if parallel.first():
+        ranks.barrier()
+        if ranks.first():
             view.reach(run.epochs_done)  # of all ranks
             run.write_complete(partly=diverged is not None)
             run.clear()
@@ -163,7 +165,7 @@ class ExpertRun:
             if different:
                 raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
                                 "with it, --resume never to discard it, or another --buffer_path")
-        if parallel.first():
+        if ranks.first():
             self._start()
 
     def _start(self) -> None:
@@ -271,7 +273,7 @@ class View(Progress):
         """An expert is begun, or gone on with."""
         self._before, self._begun = self._run.epochs_done, self._run.saved(number).done
         # Ranks that train, each as fast as this one.
-        self._together = min(parallel.size(), self._run.config.num_experts - self._run.trained)
+        self._together = min(ranks.size(), self._run.config.num_experts - self._run.trained)
         self.set_description(f"expert {number}", refresh=False)
         self.show()  # the last expert's numbers are not this one's
 

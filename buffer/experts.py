@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from buffer.curriculum import Curriculum
 from buffer.gsam import gsam_gradient
-from utils import augment, files, interrupt
+from utils import files
 from utils.config import BufferConfig
-from utils.datasets import Dataset
-from utils.engine import GRADIENT_ALONE
+from utils.data import augment
+from utils.data.datasets import Dataset
+from utils.derivatives.choose import Work
 from utils.errors import UserError
 from utils.metrics import accuracy, count_correct
 from utils.parameters import FlatModel
+from utils.program import interrupt
 from utils.program.prepare import drawer, flat_model, network_for
 from utils.program.seeds import generator, seeded
 
@@ -163,7 +165,7 @@ def _restore(saved: SavedEpochs, snapshots: Tensor, theta: Tensor, optimiser: to
     return len(saved) - 1
 
 
-def work_of(config: BufferConfig, dataset: Dataset) -> float:
-    """What one expert takes, as engines count it; not all of them, so that their number changes none."""
+def work_of(config: BufferConfig, dataset: Dataset) -> Work:
+    """What one expert takes; not all of them, so that their number changes none."""
     passes = 2 if config.rho_max else 1
-    return GRADIENT_ALONE * passes * len(dataset.train_labels) * config.train_epochs
+    return Work(gradients=passes * len(dataset.train_labels) * config.train_epochs)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from utils import files
 from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, influential
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import read_config, save_config
 from utils.parameters import FlatModel, flatten

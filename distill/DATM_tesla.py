@@ -8,6 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.tuning import tune_process
+
+tune_process()  # before torch is imported
+
 from distill.loop import distill
 from utils.config import TeslaConfig
 from utils.program.command_line import parse

@@ -10,6 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.tuning import tune_process
+
+tune_process()  # before torch is imported
+
 from distill.evaluate.real_images import evaluate_real
 from utils.config import BaselineConfig
 from utils.program.command_line import parse

@@ -11,14 +11,14 @@ from distill.evaluate.networks import check_evaluation
 from distill.initialize import check_ipc
 from distill.plan import batch_size
 from distill.schedule import start_epoch_bound
-from utils import parallel
 from utils.config import DistillConfig
-from utils.datasets import Dataset
-from utils.engine import activation_bytes
+from utils.data.datasets import Dataset
+from utils.derivatives.choose import activation_bytes
 from utils.errors import UserError
 from utils.memory import available
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
+from utils.program import ranks
 from utils.program.console import shown
 
 
@@ -56,7 +56,7 @@ def check_ranks(config: DistillConfig, network: nn.Module) -> None:
     Raises:
         UserError
     """
-    if parallel.size() == 1:
+    if ranks.size() == 1:
         return
     if config.matching == "unroll":
         raise UserError("--matching unroll runs in one process only; give --matching exact, which has the same "
@@ -67,8 +67,8 @@ def check_ranks(config: DistillConfig, network: nn.Module) -> None:
     if has_batch_norm(network):
         raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
                         "cannot share one; start a single process, or take a network without batch norm")
-    if next(network.parameters()).device.type == "cuda" and parallel.ranks_here() > torch.cuda.device_count():
-        raise UserError(f"{parallel.ranks_here()} ranks on this machine of {torch.cuda.device_count()} GPU(s); a "
+    if next(network.parameters()).device.type == "cuda" and ranks.ranks_here() > torch.cuda.device_count():
+        raise UserError(f"{ranks.ranks_here()} ranks on this machine of {torch.cuda.device_count()} GPU(s); a "
                         "distillation takes one for each rank: give torchrun --nproc_per_node="
                         f"{torch.cuda.device_count()}")
 

@@ -12,11 +12,10 @@ from distill.report.page import PAGE, page
 from distill.report.pictures import PICTURES, save_pictures
 from distill.report.record import read_run
 from distill.results import EMA, NORMAL, FixedLoss, Metrics, RunResult
-from utils import parallel
 from utils.config import DistillConfig, influential
 from utils.files import write_text
 from utils.metrics import percent
-from utils.program import commands
+from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
 from utils.program.machine import environment
 from utils.program.run_folder import RunFolder
@@ -27,7 +26,7 @@ def conclude(progression: Progression) -> None:
     config, dataset, best, folder = progression.config, progression.dataset, progression.best, progression.folder
     distillation, start = progression.distillation, progression.start
     before, after = (distillation.fixed_loss(distilled) for distilled in (start, distillation.set))
-    if not parallel.first():
+    if not ranks.first():
         return
     chosen_on = "validation" if config.val_fraction else "test"
     for name, evaluated in best.items():
@@ -62,7 +61,7 @@ def conclude(progression: Progression) -> None:
 
 def say_finished(folder: RunFolder) -> None:
     """Of a run that is not run again."""
-    if parallel.first():
+    if ranks.first():
         folder.forget_state()  # if the run was killed between its result and this
     summary = RunResult.read(folder.result).summary
     print(wrapped(f"{shown(folder.path)} is finished ({summary}); give another --run_name or --seed to run it again"))

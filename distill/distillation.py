@@ -19,11 +19,12 @@ from distill.matching import Match, Part, deep_part, far_part, match_trajectory,
 from distill.results import EMA, NORMAL, Iteration
 from distill.schedule import start_epoch_bound
 from distill.shared_model import SharedModel
-from utils import augment, parallel
 from utils.config import DistillConfig
-from utils.datasets import Dataset
+from utils.data import augment
+from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.parameters import FlatModel
+from utils.program import ranks
 from utils.program.prepare import dsa_groups
 from utils.program.seeds import generator
 
@@ -45,7 +46,7 @@ class Segment:
 
     def own(self) -> "Segment":
         """What is left of it for this rank: of each batch the samples that it owns."""
-        rows = [parallel.own_rows(batch) for batch in self.batches]
+        rows = [ranks.own_rows(batch) for batch in self.batches]
         return replace(self, batches=[batch[mine] for batch, mine in zip(self.batches, rows)],
                        augment=[draw and draw.of(mine) for draw, mine in zip(self.augment, rows)])
 
@@ -76,7 +77,7 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
     groups = dsa_groups(config, inner_loop=True)
     draws = [augment.draw(groups, len(batch), image_size, random) for batch in batches]
     segment = Segment(expert, start, bound, batches, draws)
-    return (segment.own() if parallel.size() > 1 else segment).to(device)
+    return (segment.own() if ranks.size() > 1 else segment).to(device)
 
 
 class Distillation:
@@ -110,7 +111,7 @@ class Distillation:
     @property
     def model(self) -> FlatModel | SharedModel:
         """The student."""
-        return self.buffer.model if parallel.size() == 1 else SharedModel(self.buffer.model)
+        return self.buffer.model if ranks.size() == 1 else SharedModel(self.buffer.model)
 
     def draw(self, iteration: int) -> Segment:
         """What this iteration matches."""
@@ -139,7 +140,7 @@ class Distillation:
         """
         config = self.config
         # Waits for the device. Where machines differ in the last bit, all ranks must still decide alike.
-        loss, lr = parallel.from_first(lambda: (float(match.loss), float(self.set.lr)))
+        loss, lr = ranks.from_first_rank(lambda: (float(match.loss), float(self.set.lr)))
         updated = math.isfinite(loss) and loss <= config.threshold
         held = False
         if updated:
@@ -187,7 +188,7 @@ class Distillation:
                    for tensor in (self.set.images, self.set.labels)]
         for tensor in (self.set.images, self.set.labels, self.ema, *momenta):
             if tensor is not None:
-                parallel.merge_rows(tensor)
+                ranks.merge_rows(tensor)
 
     def state(self) -> dict[str, Any]:
         """What the next steps depend on, beside the config; for `restore`. Of several ranks, after `merge`."""
@@ -225,7 +226,7 @@ class Distillation:
         """The labels of one segment: the set's own, or with `labels: target` what the target expert says."""
         if self.config.labels == "target":
             labels = distilled.labels.clone()
-            mine = parallel.own_rows(torch.arange(len(labels), device=labels.device))
+            mine = ranks.own_rows(torch.arange(len(labels), device=labels.device))
             if mine.any():
                 labels[mine] = expert_logits(self.buffer.model, theta_target, distilled.images[mine])
             return labels

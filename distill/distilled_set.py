@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils import files
-from utils.datasets import Dataset, Space
+from utils.data.datasets import Dataset, ImageSpace
+from utils.data.zca import Whitening
 from utils.errors import UserError
-from utils.zca import Whitening
 
 FORMAT = "datm-distilled-set-1"
 
@@ -36,7 +36,7 @@ class DistilledSet(torch.utils.data.Dataset):
     labels: Tensor  # label logits [N, K], or classes [N] int64
     lr: Tensor  # α, a scalar
     classes: tuple[str, ...] = ()
-    space: Space | None = None
+    space: ImageSpace | None = None
     config: dict[str, Any] = field(default_factory=dict)  # the options that made it
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class DistilledSet(torch.utils.data.Dataset):
                 raise UserError(f"{path} is not a distilled set (format {about.get('format')}, expected {FORMAT}); "
                                 "give a distilled.safetensors")
             zca = [tensors.get(f"zca_{name}") for name in ("mean", "transform", "inverse")]
-            space = Space(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])),
+            space = ImageSpace(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])),
                           None if zca[0] is None else Whitening(*zca))
             return cls(tensors["images"], tensors["labels"], tensors["lr"], tuple(json.loads(about["classes"])), space,
                        json.loads(about["config"]))

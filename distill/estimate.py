@@ -10,10 +10,10 @@ import torch
 from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
 from distill.plan import batch_size, evaluations, networks
-from utils import augment
 from utils.config import DistillConfig
-from utils.datasets import Dataset
-from utils.engine import describe_engine
+from utils.data import augment
+from utils.data.datasets import Dataset
+from utils.derivatives.engine import describe_engine
 from utils.memory import peak, reset_peak
 from utils.metrics import accuracy
 from utils.parameters import FlatModel

@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.tuning import tune_process
+
+tune_process()  # before torch is imported
+
 from distill.evaluate.robust import evaluate_robust
 from distill.evaluate.saved_set import evaluate_files
 from utils.config import EvaluationConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 from buffer.trajectories import Buffer, check_same_data
 from distill.distilled_set import DistilledSet
 from utils.config import DistillConfig
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel

@@ -13,11 +13,11 @@ from distill.initialize import initial_set
 from distill.progression import Progression, View, rounding
 from distill.report.tracking import Tracker
 from distill.results import METRICS, RESULT, VERSIONS
-from utils import interrupt, parallel
 from utils.config import DistillConfig, as_dict
-from utils.datasets import Dataset
-from utils.engine import describe_engine
+from utils.data.datasets import Dataset
+from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
+from utils.program import interrupt, ranks
 from utils.program.console import announce, say
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder, kept_to_this_run
@@ -40,8 +40,8 @@ def distill(config: DistillConfig) -> None:
     network = network_for(config.model, dataset).to(device)
     checks.check_ranks(config, network)
     student = (FlatModel(network, "plain") if config.matching == "unroll" else
-               flat_model(config if parallel.size() == 1 else replace(config, backend="eager"), network,
-                          plan.inner_samples(config, dataset), config.micro_batch))
+               flat_model(config if ranks.size() == 1 else replace(config, backend="eager"), network,
+                          plan.work_of(config, dataset), config.micro_batch))
     if config.dry_run:
         checks.check_images(config, dataset)
         estimate.report(config, dataset, student)
@@ -77,8 +77,8 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, fold
     device = dataset.train_images.device
 
     # What was saved, if it was made of these images and experts.
-    saved = parallel.from_first(lambda: folder.unfinished if config.resume == "auto" else None)
-    data = parallel.from_first(lambda: {"images": dataset.fingerprint, **buffer.verify()})
+    saved = ranks.from_first_rank(lambda: folder.unfinished if config.resume == "auto" else None)
+    data = ranks.from_first_rank(lambda: {"images": dataset.fingerprint, **buffer.verify()})
     if saved:
         checks.check_same_run(saved["data"], data, folder.path, buffer.folder)
 
@@ -86,7 +86,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, fold
     if saved:
         start, notes = DistilledSet(**saved["start"]), saved["notes"]
     else:
-        start, notes = parallel.from_first(lambda: initial_set(config, dataset, buffer))
+        start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, buffer))
     start = start.to(device)
 
     # The folder, and the first lines.
@@ -99,7 +99,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, fold
         say(config, f"note: {note}")
 
     # The state, as it begins or as it was.
-    tracker = Tracker(config.wandb if parallel.first() else "disabled", config.project, folder.path.name,
+    tracker = Tracker(config.wandb if ranks.first() else "disabled", config.project, folder.path.name,
                       as_dict(config), folder.path, saved["tracker"] if saved else None, config.quiet)
     progression = Progression(config, dataset, Distillation(config, dataset, buffer, start), start, notes, engine, data,
                               folder, tracker)
@@ -122,7 +122,7 @@ def iterate(progression: Progression) -> None:
     with View(progression) as view:
         for iteration in range(progression.iteration, config.Iteration + 1):
             # Save when it is time to, and stop where a signal asks for it.
-            stop, due = parallel.any_of(interrupt.requested(), folder.save_due())
+            stop, due = ranks.any_of(interrupt.requested(), folder.save_due())
             if stop or due:
                 distillation.merge()
                 progression.save()

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils import augment as dsa
-from utils.losses import cross_entropy
+from utils.data import augment as dsa
+from utils.metrics import cross_entropy
 from utils.parameters import FlatModel
 
 METHODS = ("exact", "unroll", "tesla")

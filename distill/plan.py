@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from utils.config import DistillConfig
-from utils.datasets import Dataset
-from utils.engine import GRADIENT_ALONE
+from utils.data.datasets import Dataset
+from utils.derivatives.choose import Work
 from utils.networks import evaluation_pool
 from utils.program.run_folder import config_name
 
@@ -40,8 +40,8 @@ def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
     had none yet, as compiling and measuring one would take its time."""
     samples = (config.epoch_eval_train + 1) * config.ipc * dataset.num_classes
     tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
-    return (GRADIENT_ALONE * networks(config) * (samples + tested) /
-            (config.syn_steps * batch_size(config, dataset)))
+    evaluation = Work(gradients=networks(config) * (samples + tested))
+    return evaluation.total / Work(matched=config.syn_steps * batch_size(config, dataset)).total
 
 
 def networks(config: DistillConfig) -> int:
@@ -49,9 +49,9 @@ def networks(config: DistillConfig) -> int:
     return config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
 
 
-def inner_samples(config: DistillConfig, dataset: Dataset) -> int:
-    """Synthetic samples that all inner steps of a run see together."""
-    return config.Iteration * config.syn_steps * batch_size(config, dataset)
+def work_of(config: DistillConfig, dataset: Dataset) -> Work:
+    """All inner steps of a run together."""
+    return Work(matched=config.Iteration * config.syn_steps * batch_size(config, dataset))
 
 
 def run_folder(config: DistillConfig) -> Path:

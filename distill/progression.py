@@ -14,12 +14,12 @@ from distill.evaluate.networks import epochs_to_come, evaluate
 from distill.evaluate.saved_accuracies import Accuracies, digest
 from distill.report.tracking import Tracker
 from distill.results import NORMAL, Best, Evaluation, Iteration, Metrics, Score, append_metrics
-from utils import interrupt, parallel
 from utils.config import DistillConfig
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
+from utils.program import interrupt, ranks
 from utils.program.machine import environment
+from utils.program.progress import Progress
 from utils.program.run_folder import RunFolder
-from utils.progress import Progress
 
 
 class Evaluated(NamedTuple):
@@ -89,10 +89,10 @@ class Progression:
             Stopped: a signal came; what was found is saved, and this iteration's evaluation goes on from there.
         """
         self.distillation.merge()
-        if parallel.size() > 1:  # a rank that waits for the others' networks cannot save when it is told to stop
+        if ranks.size() > 1:  # a rank that waits for the others' networks cannot save when it is told to stop
             self.save()
         versions = self.distillation.versions()
-        found = {name: parallel.from_first(partial(Accuracies, self.folder.path / f"{name}.unfinished", digest(each)))
+        found = {name: ranks.from_first_rank(partial(Accuracies, self.folder.path / f"{name}.unfinished", digest(each)))
                  for name, each in versions.items()}
         epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in found.values())
         try:  # all of them before any is recorded, so that a signal finds the state as it was before
@@ -132,7 +132,7 @@ class Progression:
             self._write(name, distilled, self.iteration)
 
     def _write(self, name: str, distilled: DistilledSet, *tags: str | int) -> None:
-        for tag in tags if parallel.first() else ():
+        for tag in tags if ranks.first() else ():
             distilled.save(self.folder.path / name, tag, self.dataset)
 
     def advance(self, record: Iteration) -> None:
@@ -142,7 +142,7 @@ class Progression:
         self.iteration, self.evaluated = record.iteration + 1, False
 
     def _log(self, line: Iteration | Evaluation) -> None:
-        if parallel.first():
+        if ranks.first():
             append_metrics(self.folder.log, line)
 
 
@@ -163,7 +163,7 @@ class View(Progress):
     def __init__(self, progression: Progression):
         config, dataset = progression.config, progression.dataset
         self._progression = progression
-        reached = Metrics.read(progression.folder.log).of_set(NORMAL) if parallel.first() else []
+        reached = Metrics.read(progression.folder.log).of_set(NORMAL) if ranks.first() else []
         self._accuracy = reached[-1].scores[0].mean if reached else None
         self._evaluation: float | None = None  # seconds of the last one
         self._record: Iteration | None = None  # of the last iteration

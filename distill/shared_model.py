@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from utils.engine import Adjoint
-from utils.parallel import sum_
+from utils.derivatives.engine import Adjoint
 from utils.parameters import FlatModel
+from utils.program.ranks import sum_
 
 
 class SharedModel:

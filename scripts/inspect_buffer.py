@@ -40,7 +40,7 @@ from utils.files import check_writable, finite, read_config, write_json
 from utils.parameters import flatten
 from utils.program.command_line import Parser
 from utils.program.entry import entry
-from utils.progress import Progress
+from utils.program.progress import Progress
 
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",

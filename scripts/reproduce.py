@@ -33,11 +33,12 @@ from scripts.plots import save_by_images, save_races, save_windows
 from scripts.steps import Ledger, Step, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
-from utils.files import REPOSITORY, atomic_write, locked, reading, write_json, write_text
+from utils.files import REPOSITORY, atomic_write, reading, write_json, write_text
 from utils.metrics import percent
 from utils.program.command_line import Parser, read_yaml
 from utils.program.console import duration, shown
 from utils.program.entry import entry
+from utils.program.locks import locked
 
 # In the order in which they are begun: those that take long first.
 KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (

@@ -15,9 +15,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
-from utils import interrupt
 from utils.errors import UserError
 from utils.files import check_writable, reading, write_json
+from utils.program import interrupt
 from utils.program.console import duration
 
 LOOK_SECONDS = 0.2  # between two looks at the commands that run

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import interrupt
-from utils.datasets import load_dataset
+from utils.data.datasets import load_dataset
+from utils.program import interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,10 +13,10 @@ import torch
 
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from utils import parallel
 from utils.config import DistillConfig, make
 from utils.networks import build_network
 from utils.parameters import FlatModel
+from utils.program import ranks
 
 
 class MadeUpBuffer:
@@ -40,7 +40,7 @@ class MadeUpBuffer:
 
 
 def main(path: str, images: str, matching: str) -> None:
-    parallel.start(torch.device("cpu"))
+    ranks.start(torch.device("cpu"))
     random = torch.Generator().manual_seed(1)
     start = DistilledSet(torch.randn(int(images), 1, 8, 8, generator=random, dtype=torch.float64),
                          torch.randn(int(images), 3, generator=random, dtype=torch.float64),
@@ -54,12 +54,12 @@ def main(path: str, images: str, matching: str) -> None:
         losses.append(state.learn(iteration, segment, state.match(segment))["loss"])
     state.merge()
     fixed = state.fixed_loss(state.set)
-    if parallel.first():
+    if ranks.first():
         torch.save({"images": state.set.images, "labels": state.set.labels, "lr": state.set.lr, "ema": state.ema,
                     "momentum": state.optimiser.state[state.set.images]["momentum_buffer"],
                     "losses": torch.tensor(losses), "fixed": torch.tensor(fixed)}, path)
-    parallel.barrier()
-    parallel.leave(0)
+    ranks.barrier()
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils import augment
+from utils.data import augment
 from utils.errors import UserError
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"

@@ -16,7 +16,7 @@ from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
 from distill.initialize import expert_labels
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
-from utils.datasets import load_dataset
+from utils.data.datasets import load_dataset
 from utils.files import REPOSITORY
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.convolution import Columns, Direct, Winograd
+from utils.derivatives.convolution import Columns, Direct, Winograd
 
 BATCH = 3
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import datasets
-from utils.datasets import DATASETS, Split, load_dataset
+from utils.data import datasets, image_folders, sources
+from utils.data.datasets import DATASETS, load_dataset
+from utils.data.sources import Split
 from utils.errors import UserError
 from utils.files import REPOSITORY
 
-ORIGINALS = datasets.DEBIAN_FASHION_MNIST
+ORIGINALS = sources.DEBIAN_FASHION_MNIST
 needs_originals = pytest.mark.skipif(not (ORIGINALS / "train-images-idx3-ubyte.gz").is_file(),
                                      reason=f"no original Fashion-MNIST in {ORIGINALS} (Debian: dataset-fashion-mnist)")
 
@@ -35,7 +36,7 @@ def isolated(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setenv("DATM_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path_factory.mktemp("debian") / "nothing")
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path_factory.mktemp("debian") / "nothing")
 
 
 def refused(match, name, path, **kwargs):
@@ -64,11 +65,11 @@ def write_image(path, pixels):
 
 
 def test_minifashion_content():
-    content = bz2.decompress(datasets.MINIFASHION.read_bytes())
-    assert hashlib.sha256(content).hexdigest() == datasets.MINIFASHION_SHA256
-    assert datasets.MINIFASHION.stat().st_size < 4_000_000
-    assert "Zalando SE" in (datasets.MINIFASHION.parent / "LICENSE").read_text()
-    train, test = datasets.unpack_minifashion(content)
+    content = bz2.decompress(sources.MINIFASHION.read_bytes())
+    assert hashlib.sha256(content).hexdigest() == sources.MINIFASHION_SHA256
+    assert sources.MINIFASHION.stat().st_size < 4_000_000
+    assert "Zalando SE" in (sources.MINIFASHION.parent / "LICENSE").read_text()
+    train, test = sources.unpack_minifashion(content)
     assert torch.equal(train.labels, torch.arange(10).repeat_interleave(600))
     assert torch.equal(test.labels, torch.arange(10).repeat_interleave(100))
 
@@ -99,7 +100,7 @@ def test_minifashion_whitened():
 
 
 def test_minifashion_damaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MINIFASHION", tmp_path / "minifashion.bz2")
+    monkeypatch.setattr(sources, "MINIFASHION", tmp_path / "minifashion.bz2")
     refused("missing or damaged.*make_minifashion", "MiniFashion", "")
     (tmp_path / "minifashion.bz2").write_bytes(b"BZh9 nonsense")
     refused("missing or damaged", "MiniFashion", "")
@@ -116,7 +117,7 @@ def make_minifashion(*arguments):
 def test_make_minifashion_rebuilds_bit_for_bit(tmp_path):
     done = make_minifashion("--source", ORIGINALS, "--out", tmp_path / "again.bz2")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "again.bz2").read_bytes() == datasets.MINIFASHION.read_bytes()
+    assert (tmp_path / "again.bz2").read_bytes() == sources.MINIFASHION.read_bytes()
 
 
 def test_make_minifashion_refuses_what_is_not_the_original(tmp_path):
@@ -140,7 +141,7 @@ def write_idx_folder(folder, packed=False, train=30, test=20):
     folder.mkdir(parents=True)
     arrays = [random_bytes(train, 28, 28), np.arange(train, dtype=np.uint8) % 10,
               random_bytes(test, 28, 28, seed=1), np.arange(test, dtype=np.uint8) % 10]
-    for name, array in zip(datasets.IDX_FILES, arrays):
+    for name, array in zip(sources.IDX_FILES, arrays):
         if packed:
             (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
         else:
@@ -164,7 +165,7 @@ def test_idx_folder(tmp_path, name, packed):
 
 @needs_originals
 def test_debians_fashion_mnist_is_read_where_data_path_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", ORIGINALS)
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", ORIGINALS)
     data = load_dataset("FashionMNIST", tmp_path / "none")
     assert data.train_images.shape == (60000, 1, 28, 28) and data.test_images.shape == (10000, 1, 28, 28)
     assert data.train_labels.bincount().tolist() == [6000] * 10
@@ -460,7 +461,7 @@ def test_wrong_image_folders(tmp_path):
 
 def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
     write_tiny(tmp_path)
-    monkeypatch.setattr(datasets, "available", lambda: 100_000)
+    monkeypatch.setattr(image_folders, "available", lambda: 100_000)
     refused(r"6 images of 3×64×64.*GiB is available", "Tiny", tmp_path)
 
 
@@ -469,7 +470,7 @@ def imagenet(tmp_path):
     """1000 class folders, with two images and one for validation in imagewoof's; pixel values tell the index."""
     for index in range(1000):
         (tmp_path / "train" / f"n{index:08d}").mkdir(parents=True)
-    for index in datasets.IMAGENET_SUBSETS["imagewoof"]:
+    for index in image_folders.IMAGENET_SUBSETS["imagewoof"]:
         for split, file, value in (("train", "a.JPEG", index % 256), ("train", "b.JPEG", 0), ("val", "c.JPEG", 9)):
             write_image(tmp_path / split / f"n{index:08d}" / file, np.full((20, 30, 3), value, dtype=np.uint8))
     return tmp_path
@@ -477,7 +478,7 @@ def imagenet(tmp_path):
 
 def test_imagenet_subset(imagenet):
     data = load_dataset("ImageNet", imagenet, subset="imagewoof", res=16)
-    order = datasets.IMAGENET_SUBSETS["imagewoof"]
+    order = image_folders.IMAGENET_SUBSETS["imagewoof"]
     assert data.classes == tuple(f"n{index:08d}" for index in order)
     assert data.train_images.shape == (20, 3, 16, 16) and data.test_images.shape == (10, 3, 16, 16)
     first = data.to_pixels(data.train_images)[::2, 0, 0, 0] * 255
@@ -497,7 +498,7 @@ def test_wrong_imagenet(imagenet):
 
 
 def test_imagenet_subsets_are_ten_different_classes():
-    for indices in datasets.IMAGENET_SUBSETS.values():
+    for indices in image_folders.IMAGENET_SUBSETS.values():
         assert len(set(indices)) == 10 and 0 <= min(indices) and max(indices) < 1000
 
 
@@ -592,7 +593,7 @@ def test_unreadable_folder_is_one_line(tmp_path):
 
 def test_importing_is_light():
     """Neither torchvision nor kornia is imported with the module: a machine without them can use MiniFashion."""
-    code = ("import sys; from utils.datasets import load_dataset; load_dataset('MiniFashion', '');"
+    code = ("import sys; from utils.data.datasets import load_dataset; load_dataset('MiniFashion', '');"
             "sys.exit(any(name in sys.modules for name in ('torchvision', 'kornia', 'scipy')))")
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 

@@ -12,10 +12,12 @@ from test_matching import assert_equal_matches, problem
 
 from buffer.gsam import gsam_gradient
 from distill.matching import match_trajectory
-from utils import engine as engines
-from utils.convnet_pass import ConvNetPass, covers
-from utils.convolution import Columns, Direct, Winograd
-from utils.engine import HandWritten, equal_parts, micro_batch_for, repays, set_precision
+from utils.derivatives import choose
+from utils.derivatives import engine as engines
+from utils.derivatives.choose import Work, micro_batch_for, repays, set_precision
+from utils.derivatives.convnet_pass import ConvNetPass, covers
+from utils.derivatives.convolution import Columns, Direct, Winograd
+from utils.derivatives.engine import HandWritten, equal_parts
 from utils.errors import UserError
 from utils.networks import ConvNetPlan, build_network
 from utils.parameters import FlatModel
@@ -337,13 +339,13 @@ def test_covered_networks_are_done_by_hand(name, shape):
 def test_other_networks_are_left_to_autograd(name, shape, backend):
     network = build_network(name, shape[0], CLASSES, shape[1:])
     assert not covers(network)
-    assert FlatModel(network, backend, work=1e12).engine.name == "autograd"
+    assert FlatModel(network, backend, work=Work(matched=1e12)).engine.name == "autograd"
 
 
 def test_a_network_from_elsewhere_is_left_to_autograd():
     """Nothing is known of its images, so that it is not split either."""
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, CLASSES)).double()
-    model = FlatModel(network, "auto", work=1e12)
+    model = FlatModel(network, "auto", work=Work(matched=1e12))
     assert model.engine.name == "autograd" and micro_batch_for(network, 1) is None
     assert model.gradient(model.flatten(), torch.randn(2, 3, 2, 2).double(), torch.tensor([0, 1]))[2].norm() > 0
 
@@ -355,16 +357,16 @@ def test_a_network_from_elsewhere_is_left_to_autograd():
 ])
 def test_compiles_where_that_is_asked_for_or_repaid(monkeypatch, backend, work, compiler, name):
     monkeypatch.setattr("shutil.which", lambda program: f"/usr/bin/{program}" if compiler else None)
-    assert FlatModel(network_of("ConvNetD2W4"), backend, work=work).engine.name == name
+    assert FlatModel(network_of("ConvNetD2W4"), backend, work=Work(matched=work)).engine.name == name
 
 
 def test_compiling_repays_long_runs_of_large_networks():
     small, large = (build_network(f"ConvNetW{width}", 3, 10, (32, 32)) for width in (4, 128))
     assert not repays(large, 0) and repays(small, 1e12)
     works = [10.0**power for power in range(13)]
-    first = [next(work for work in works if repays(network, work)) for network in (large, small)]
+    first = [next(work for work in works if repays(network, Work(matched=work))) for network in (large, small)]
     assert first[0] < first[1]
-    assert all(repays(large, work) == (work >= first[0]) for work in works)
+    assert all(repays(large, Work(matched=work)) == (work >= first[0]) for work in works)
 
 
 @pytest.mark.parametrize("name, shape, values", [("MLP", (3, 8, 8), 128 + 128 + CLASSES),
@@ -372,7 +374,7 @@ def test_compiling_repays_long_runs_of_large_networks():
                                                  ("ConvNetD1W4NNNP", (1, 4, 4), 2 * 4 * 64 + CLASSES)])
 def test_activations_are_counted(name, shape, values):
     network = build_network(name, shape[0], CLASSES, shape[1:])
-    assert engines.activation_bytes(network) == 4 * values
+    assert choose.activation_bytes(network) == 4 * values
     assert next(network.parameters()).device == CPU
     assert network(torch.zeros(1, *shape)).isfinite().all()
     assert micro_batch_for(network, 4 * values * 5 + 1) == 5
@@ -434,7 +436,7 @@ def test_precision_is_set_for_products_and_convolutions(monkeypatch, precision, 
 # --- compiled ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(engines._compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(choose._compiler() is None, reason="no C++ compiler")
 def test_compiled_code_equals_autograd():
     """For real, and once for all networks of a plan."""
     graphs = torch._dynamo.utils.counters["stats"]

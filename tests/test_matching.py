@@ -8,8 +8,8 @@ import torch
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.matching import METHODS, deep_part, far_part, match_trajectory, matching_loss
-from utils import augment
 from utils.config import DistillConfig, make
+from utils.data import augment
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 

@@ -20,14 +20,14 @@ from distill.distillation import Distillation, matched_part
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import evaluate
 from distill.matching import Match
-from utils import augment
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
-from utils.datasets import load_dataset
+from utils.data import augment
+from utils.data.datasets import load_dataset
 from utils.errors import UserError
 from utils.metrics import accuracy
-from utils.parallel import in_processes
 from utils.parameters import FlatModel
 from utils.program.prepare import drawer, network_for
+from utils.program.processes import in_processes
 
 
 def distilled(labels=None):

@@ -14,11 +14,11 @@ import torch
 from tqdm.utils import disp_len
 
 from distill import plan
-from utils import progress
 from utils.config import BufferConfig, DistillConfig, influential, make
 from utils.files import REPOSITORY
+from utils.program import progress
 from utils.program.console import duration, short_count
-from utils.progress import Pace, Progress
+from utils.program.progress import Pace, Progress
 
 BUFFER, DATM, EVALUATION, BASELINE = ("buffer/buffer_FTD.py", "distill/DATM.py", "distill/evaluation.py",
                                       "distill/baseline.py")

@@ -16,9 +16,9 @@ from buffer import expert_run
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import evaluate
 from distill.evaluate.saved_accuracies import Accuracies, Job
-from utils import parallel
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.files import REPOSITORY
+from utils.program import ranks
 from utils.program.prepare import start_as_ranks
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -27,24 +27,24 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def start(environment):
     """torchrun with so many ranks; returns the process."""
-    def start(ranks, *command):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+    def start(number, *command):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}",
                     "--monitor_interval=0.1"]
-        return subprocess.Popen([*(launcher if ranks else [sys.executable]), *map(str, command)], cwd=REPOSITORY,
+        return subprocess.Popen([*(launcher if number else [sys.executable]), *map(str, command)], cwd=REPOSITORY,
                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env=os.environ | environment | ONE_THREAD)
     return start
 
 
 @pytest.fixture(scope="module")
-def ranks(start):
+def torchrun(start):
     """As `start`, to the end; returns what it printed."""
-    def ranks(number, *command, expect=0):
+    def torchrun(number, *command, expect=0):
         process = start(number, *command)
         out, err = process.communicate(timeout=300)
         assert (process.returncode == 0) == (expect == 0), f"{command} → {process.returncode}\n{out}\n{err}"
         return out, err
-    return ranks
+    return torchrun
 
 
 def kill_a_rank(process, folder, once_there):
@@ -65,17 +65,17 @@ def bytes_in(folder):
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_experts_are_those_of_one_process(ranks, toy, toy_experts, tmp_path, number):
-    out, _ = ranks(number, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
+def test_experts_are_those_of_one_process(torchrun, toy, toy_experts, tmp_path, number):
+    out, _ = torchrun(number, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert bytes_in(tmp_path) == bytes_in(toy_experts) and not list(tmp_path.rglob("unfinished"))
     assert out.count("3 experts of 3 epochs: ") == 1  # only the first rank speaks
 
 
-def test_experts_go_on_after_a_killed_rank(ranks, start, toy, tmp_path):
+def test_experts_go_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
     arguments = ["buffer/buffer_FTD.py", *toy.train, "--train_epochs=60"]
-    ranks(0, *arguments, f"--buffer_path={tmp_path / 'one'}")
+    torchrun(0, *arguments, f"--buffer_path={tmp_path / 'one'}")
     kill_a_rank(start(2, *arguments, f"--buffer_path={tmp_path / 'two'}"), tmp_path / "two", "epoch_2.pt")
-    out, _ = ranks(2, *arguments, f"--buffer_path={tmp_path / 'two'}")
+    out, _ = torchrun(2, *arguments, f"--buffer_path={tmp_path / 'two'}")
     assert "going on with an unfinished run" in out and bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
 
 
@@ -90,7 +90,7 @@ def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, num
         (tmp_path / f"expert_{each}").mkdir()
         for epoch in range(5):
             (tmp_path / f"expert_{each}" / f"epoch_{epoch}.pt").touch()
-    monkeypatch.setattr(parallel, "size", lambda: ranks_there)
+    monkeypatch.setattr(ranks, "size", lambda: ranks_there)
     monkeypatch.setattr(expert_run, "train_expert", lambda *arguments: arguments[-1](2.5))
     with mock.patch.object(expert_run.View, "reach") as reach, expert_run.View(run) as view:
         expert_run.train_one(run, number, None, view)
@@ -98,14 +98,14 @@ def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, num
 
 
 @pytest.fixture(scope="module")
-def alone(ranks, tmp_path_factory):
+def alone(torchrun, tmp_path_factory):
     """What one process computes: (images, matching) → tensors."""
     found = {}
 
     def alone(*setting):
         if setting not in found:
             path = tmp_path_factory.mktemp("alone") / "x.pt"
-            ranks(0, "tests/ranks_worker.py", path, *setting)
+            torchrun(0, "tests/ranks_worker.py", path, *setting)
             found[setting] = torch.load(path)
         return found[setting]
     return alone
@@ -113,9 +113,9 @@ def alone(ranks, tmp_path_factory):
 
 @pytest.mark.parametrize("number, images, matching", [(2, 9, "exact"), (4, 9, "exact"), (4, 3, "exact"),
                                                       (2, 9, "tesla")])
-def test_twenty_iterations_equal_one_process_in_float64(ranks, alone, tmp_path, number, images, matching):
+def test_twenty_iterations_equal_one_process_in_float64(torchrun, alone, tmp_path, number, images, matching):
     """Nine images and batches of four are shared unevenly; of three images a fourth rank has none."""
-    ranks(number, "tests/ranks_worker.py", tmp_path / "x.pt", images, matching)
+    torchrun(number, "tests/ranks_worker.py", tmp_path / "x.pt", images, matching)
     together = torch.load(tmp_path / "x.pt")
     for name, expected in alone(images, matching).items():
         torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-10, msg=name)
@@ -136,34 +136,34 @@ def tensors_of(tmp_path, where):
     return {name: torch.load(folder / name) for name in names}
 
 
-def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(ranks, start, distil, tmp_path):
+def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(torchrun, start, distil, tmp_path):
     for number, where in ((0, "one"), (2, "two")):
-        ranks(number, *distil(where))
+        torchrun(number, *distil(where))
     one, two = tensors_of(tmp_path, "one"), tensors_of(tmp_path, "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=name)
 
     kill_a_rank(start(2, *distil("killed")), tmp_path / "killed", "checkpoint.pt")
-    out, _ = ranks(2, *distil("killed"))
+    out, _ = torchrun(2, *distil("killed"))
     assert "going on at iteration" in out
     for name, tensor in tensors_of(tmp_path, "killed").items():
         assert torch.equal(tensor, two[name]), name
 
 
-def test_networks_of_an_evaluation_are_dealt_out(ranks, toy, tmp_path):
+def test_networks_of_an_evaluation_are_dealt_out(torchrun, toy, tmp_path):
     arguments = [argument for argument in toy.common if "num_eval" not in argument] + ["--num_eval=3", "--ipc=2"]
     for number in (0, 2, 4):
-        ranks(number, "distill/baseline.py", *arguments, f"--json={tmp_path / str(number)}.json")
+        torchrun(number, "distill/baseline.py", *arguments, f"--json={tmp_path / str(number)}.json")
     scores = [json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in (0, 2, 4)]
     assert scores[0] == scores[1] == scores[2] and len(scores[0][0]["accuracies"]) == 3
 
 
-def test_an_evaluation_goes_on_after_a_killed_rank(ranks, start, toy, tmp_path):
+def test_an_evaluation_goes_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
     arguments = ["distill/baseline.py", *(argument for argument in toy.common if "eval" not in argument), "--ipc=2",
                  "--num_eval=5", "--epoch_eval_train=150"]
-    ranks(0, *arguments, f"--json={tmp_path / 'one.json'}")
+    torchrun(0, *arguments, f"--json={tmp_path / 'one.json'}")
     kill_a_rank(start(2, *arguments, f"--json={tmp_path / 'two.json'}"), tmp_path, "two.json.unfinished*")
-    out, _ = ranks(2, *arguments, f"--json={tmp_path / 'two.json'}")
+    out, _ = torchrun(2, *arguments, f"--json={tmp_path / 'two.json'}")
     one, two = (json.loads((tmp_path / name).read_text())["scores"] for name in ("one.json", "two.json"))
     assert "of 5 networks were tested" in out and one == two and not list(tmp_path.glob("*.unfinished*"))
 
@@ -181,40 +181,40 @@ def test_no_rank_writes_once_the_first_may_remove_the_files(monkeypatch, toy_dat
         return found | {Job("ConvNetD1W4", number): 0.5 for number in (0, 2)}
 
     for name, replaced in (("size", lambda: 2), ("rank", lambda: 1), ("gather", gather)):
-        monkeypatch.setattr(parallel, name, replaced)
+        monkeypatch.setattr(ranks, name, replaced)
     (score,) = evaluate(config, toy_data, DistilledSet(images, labels, torch.tensor(0.01)), accuracies=known)
     assert score.accuracies[::2] == [0.5, 0.5] and len(score.accuracies) == 3
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistake_is_said_once(ranks, distil):
-    _, err = ranks(2, *distil("x", "--model=ConvNetD1W4BN"), expect=2)
+def test_a_mistake_is_said_once(torchrun, distil):
+    _, err = torchrun(2, *distil("x", "--model=ConvNetD1W4BN"), expect=2)
     assert err.count("DATM.py: error:") == 1
 
 
 @pytest.mark.parametrize("options, said", [(["--matching=unroll"], "--matching exact"),
                                            (["--model=ConvNetD1W4BN"], "batch norm ties|no replay_buffer")])
 def test_what_ranks_cannot_share_is_refused(call, distil, monkeypatch, options, said):
-    monkeypatch.setattr(parallel, "size", lambda: 2)
-    monkeypatch.setattr(parallel, "rank", lambda: 0)
-    monkeypatch.setattr(parallel, "start", lambda device: None)
-    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    monkeypatch.setattr(ranks, "start", lambda device: None)
+    monkeypatch.setattr(ranks, "barrier", lambda: None)
     done = call(*distil("x", *options), expect=2)
     assert re.search(said, done.stderr)
 
 
-def test_a_command_starts_its_own_ranks(ranks, toy, toy_experts, tmp_path):
+def test_a_command_starts_its_own_ranks(torchrun, toy, toy_experts, tmp_path):
     """What `device: [0, 1]` does on a machine of two GPUs, here on a CPU."""
-    code = ("import sys; sys.argv = sys.argv[1:]; from unittest import mock; from utils import parallel\n"
-            "from utils.parallel import launch\nlaunch(2)")
-    ranks(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
+    code = ("import sys; sys.argv = sys.argv[1:]; from unittest import mock; from utils.program import ranks\n"
+            "from utils.program.ranks import launch\nlaunch(2)")
+    torchrun(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert bytes_in(tmp_path) == bytes_in(toy_experts)
-    _, err = ranks(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--rho_max=1", f"--buffer_path={tmp_path}",
+    _, err = torchrun(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--rho_max=1", f"--buffer_path={tmp_path}",
                    expect=2)
     assert err.count("buffer_FTD.py: error: --rho_max 1 --rho_min 0.01") == 1 and "Traceback" not in err
 
 
-def test_a_diverged_expert_keeps_those_before_it(ranks, toy, tmp_path):
+def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):
     code = ("import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
             "import runpy\n"
             "import buffer.expert_run as experts\n"
@@ -227,7 +227,7 @@ def test_a_diverged_expert_keeps_those_before_it(ranks, toy, tmp_path):
     (tmp_path / "worker.py").write_text(code)
     for number in (0, 2):
         folder = tmp_path / str(number)
-        _, err = ranks(number, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, "--save_interval=5",
+        _, err = torchrun(number, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, "--save_interval=5",
                        f"--buffer_path={folder}", expect=2)
         assert "expert 2 diverged" in err and not list(folder.rglob("unfinished"))
         (path,) = folder.rglob("replay_buffer_*.pt")
@@ -235,7 +235,7 @@ def test_a_diverged_expert_keeps_those_before_it(ranks, toy, tmp_path):
 
 
 def test_a_rank_that_is_killed_under_the_programs_own_launcher_is_named(start, toy, tmp_path):
-    code = "import sys; sys.argv = sys.argv[1:]\nfrom utils.parallel import launch\nlaunch(2)"
+    code = "import sys; sys.argv = sys.argv[1:]\nfrom utils.program.ranks import launch\nlaunch(2)"
     process = start(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--train_epochs=500",
                     f"--buffer_path={tmp_path}")
     while not list(tmp_path.rglob("epoch_1.pt")):
@@ -249,7 +249,7 @@ def test_a_rank_that_is_killed_under_the_programs_own_launcher_is_named(start, t
 
 def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
     started = []
-    monkeypatch.setattr(parallel, "launch", started.append)
+    monkeypatch.setattr(ranks, "launch", started.append)
     for present, listed in ((4, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 3]), (4, [2]),
                             (4, "auto")):
         monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)

@@ -498,7 +498,7 @@ def test_a_gap_in_the_expert_files_is_refused(call, toy, toy_experts, tmp_path):
 
 
 def test_options_are_refused_before_the_data_is_read(call, toy, toy_experts):
-    with mock.patch("utils.datasets.load_dataset", side_effect=AssertionError("the data was read")):
+    with mock.patch("utils.data.datasets.load_dataset", side_effect=AssertionError("the data was read")):
         for script, options in ((DATM, [*toy.distil, "--eval_mode=Z"]), (DATM, [*toy.distil, "--buffer_path=/nowhere"]),
                                 (EVALUATION, toy.evaluate), (EVALUATION, [*toy.evaluate, "--data_dir=/nowhere.pt"]),
                                 (BASELINE, [*toy.evaluate, "--ipc=None", "--label_source=experts"]),

@@ -15,12 +15,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from utils import files, interrupt
+from utils import files
 from utils.errors import UserError
 from utils.files import REPOSITORY
-from utils.interrupt import Stopped
 from utils.networks import build_network
 from utils.parameters import FlatModel
+from utils.program import interrupt, locks
+from utils.program.interrupt import Stopped
 
 EXPERTS = ["ImageFolder", "ConvNetD1W4"]
 
@@ -327,26 +328,26 @@ def test_what_another_evaluation_found_does_not_count(call, toy, tmp_path):
 
 
 def test_two_runs_keep_out_of_one_folder(call, toy, distil_to, toy_experts, tmp_path):
-    with files.locked(tmp_path.joinpath("experts", *EXPERTS), "-"):
+    with locks.locked(tmp_path.joinpath("experts", *EXPERTS), "-"):
         done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path / 'experts'}", expect=2)
     assert f"another run (process {os.getpid()}" in done.stderr and "another --buffer_path" in done.stderr
     folder = tmp_path.joinpath("log", "ImageFolder", "2", "ConvNetD1W4", "run")
-    with files.locked(folder, "-"):
+    with locks.locked(folder, "-"):
         done, _ = distil_to("log", expect=2)
     assert "another run" in done.stderr and "another --run_name" in done.stderr
     distil_to("log")  # the lock is gone
 
 
 def test_a_lock_is_let_go_of_by_a_process_that_is_killed(tmp_path):
-    code = "import sys, time; from pathlib import Path; from utils.files import locked\n" \
+    code = "import sys, time; from pathlib import Path; from utils.program.locks import locked\n" \
            "with locked(Path(sys.argv[1]), '-'): print('in', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"in\n"
-    with pytest.raises(UserError, match=f"process {holder.pid} on"), files.locked(tmp_path, "-"):
+    with pytest.raises(UserError, match=f"process {holder.pid} on"), locks.locked(tmp_path, "-"):
         pass
     holder.kill()
     holder.wait()
-    with files.locked(tmp_path, "-"):
+    with locks.locked(tmp_path, "-"):
         pass
     assert not list(tmp_path.iterdir())
 

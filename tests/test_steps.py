@@ -14,7 +14,7 @@ import pytest
 
 from scripts.steps import Ledger, Step, run_steps
 from utils.errors import UserError
-from utils.files import locked
+from utils.program.locks import locked
 
 WORKER = """
 import pathlib, signal, sys, time

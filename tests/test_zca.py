@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from utils import zca
+from utils.data import zca
 from utils.errors import UserError
 from utils.memory import available
 

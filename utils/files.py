@@ -9,14 +9,12 @@ import json
 import math
 import os
 import pickle
-import socket
-import sys
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
@@ -110,71 +108,6 @@ def check_writable(path: str | os.PathLike) -> None:
 
 class _TrialError(Exception):
     """Ends a write that was only a trial."""
-
-
-class LockedError(UserError):
-    """Another process writes to the folder."""
-
-
-@contextlib.contextmanager
-def locked(folder: Path, advice: str) -> Iterator[TextIO]:
-    """Keeps every other process out of a folder; however this one ends, the system lets go of it, once processes that
-    were given the open file have ended too.
-
-    Args:
-        advice: what whoever comes second can do.
-
-    Raises:
-        LockedError: another process is in it.
-        UserError: the folder cannot be made or written.
-    """
-    path = folder / ".lock"
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        except FileNotFoundError:  # whoever held the lock took the folder away in between
-            continue
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}; give a folder that can be written"
-                            ) from error
-        with file:
-            _lock(file, folder, advice)
-            if not _is_at(file, path):
-                continue  # whoever held the lock took the file away in between
-            with contextlib.suppress(OSError):  # a full disk; who holds the lock is only for the message
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-            try:
-                yield file
-            finally:
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # nothing was put into the folders made for this: they go again
-                    for each in made:
-                        each.rmdir()
-            return
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    return False
-
-
-def _lock(file: TextIO, folder: Path, advice: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "just started"
-        raise LockedError(f"another run ({holder}) is writing to {folder}; wait for it to end, or {advice}") from error
-    except OSError as error:  # some network file systems have no locks
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-            raise
-        print(f"note: {folder} is on a file system without locks; see to it that only one run writes there",
-              file=sys.stderr)
 
 
 def save(value: object, path: str | os.PathLike) -> None:
@@ -297,3 +230,10 @@ def write_json(path: Path | str, value: Any) -> None:
 def finite(value: float) -> float | None:
     """The number, or None (JSON's null) for NaN and infinities, which JSON has no words for."""
     return value if math.isfinite(value) else None
+
+
+def cache_folder() -> Path:
+    """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`."""
+    if os.environ.get("DATM_CACHE"):
+        return Path(os.environ["DATM_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "datm"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,3 +23,17 @@ def accuracy(predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
 def percent(mean: float, std: float) -> str:
     """An accuracy in [0, 1] and its standard deviation as tables have them: 82.14 ± 0.42."""
     return f"{100 * mean:.2f} ± {100 * std:.2f}"
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over the batch, with labels as logits or as classes.
+
+    Soft: L = −(1/B) Σᵢ softmax(yᵢ) · log_softmax(f(xᵢ)) (DATM, section 3.3), differentiable in both arguments.
+
+    Args:
+        logits: the network's output [B, K].
+        labels: label *logits* [B, K] of a floating dtype (soft), or classes [B] of an integer dtype (hard).
+    """
+    if not labels.is_floating_point():
+        return F.cross_entropy(logits, labels.long())
+    return -(labels.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1).mean()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from utils.engine import Adjoint, Engine, describe_engine, select_engine
+from utils.derivatives.choose import NOTHING, Work, select_engine
+from utils.derivatives.engine import Adjoint, Engine, describe_engine
 
 Result = TypeVar("Result")
 
@@ -23,14 +24,15 @@ class FlatModel:
 
     Args:
         network: any `nn.Module`, on its device; it keeps the mode (train or eval) it is in.
-        backend, precision, micro_batch, work: how derivatives are computed, see `utils.engine.select_engine`.
+        backend, precision, micro_batch, work: how derivatives are computed, see `select_engine` of
+            `utils.derivatives.choose`.
 
     Raises:
         UserError: the network or the machine cannot have what they ask for.
     """
 
     def __init__(self, network: nn.Module, backend: str = "eager", precision: str = "auto",
-                 micro_batch: int | None = None, work: float = 0.0):
+                 micro_batch: int | None = None, work: Work = NOTHING):
         self.network = network
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]

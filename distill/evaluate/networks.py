@@ -11,14 +11,15 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate.saved_accuracies import Accuracies, Job
 from distill.evaluate.train import train_network
 from distill.results import Score
-from utils import augment, parallel
 from utils.config import TrainConfig
-from utils.datasets import Dataset, check_dataset_name
-from utils.engine import GRADIENT_ALONE, seconds_uncompiled
+from utils.data import augment
+from utils.data.datasets import Dataset, check_dataset_name
+from utils.derivatives.choose import Work, seconds_uncompiled
 from utils.metrics import accuracy
 from utils.networks import check_network_name, evaluation_pool
-from utils.parallel import in_processes
+from utils.program import ranks
 from utils.program.prepare import drawer, dsa_groups, flat_model, network_for
+from utils.program.processes import in_processes
 from utils.program.seeds import generator, seeded
 
 # Processes win at steps too short to keep all threads busy, and take a few seconds to start (on two cores they won 40 %
@@ -54,7 +55,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
     sets = (distilled,) if isinstance(distilled, DistilledSet) else tuple(distilled)
     train = Training(config, tested, sets, address, augmented, work_of(config, sets[0]))
 
-    if parallel.size() > 1:
+    if ranks.size() > 1:
         _shared_among_ranks(train, jobs, on_epoch, accuracies)
     else:
         if processes := _processes_that_pay(train, jobs):
@@ -75,9 +76,9 @@ def _one_after_another(train: "Training", jobs: Sequence[Job], on_epoch: Callabl
 
 def _shared_among_ranks(train: "Training", jobs: Sequence[Job], on_epoch: Callable[[], None],
                         accuracies: Accuracies) -> None:
-    mine = parallel.deal(accuracies.missing(jobs))
+    mine = ranks.deal(accuracies.missing(jobs))
     _one_after_another(train, mine, on_epoch, accuracies)
-    accuracies.learn(parallel.gather({job: accuracies[job] for job in mine}))
+    accuracies.learn(ranks.gather({job: accuracies[job] for job in mine}))
 
 
 def _in_processes(train: "Training", jobs: Sequence[Job], processes: int, on_epoch: Callable[[], None],
@@ -85,7 +86,8 @@ def _in_processes(train: "Training", jobs: Sequence[Job], processes: int, on_epo
     """As many networks as make full rounds; what is left then has all threads to itself."""
     full_rounds = jobs[:len(jobs) - len(jobs) % processes]
     # With a share of the threads and of the work, an engine is chosen as with all of both.
-    shared = dataclasses.replace(train, sets=tuple(each.detach() for each in train.sets), work=train.work / processes)
+    shared = dataclasses.replace(train, sets=tuple(distilled.detach() for distilled in train.sets),
+                                 work=Work(train.work.gradients / processes))
     in_processes(shared, accuracies.missing(full_rounds), processes, on_epoch, accuracies.add)
 
 
@@ -95,21 +97,21 @@ def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:
     if train.sets[0].images.device.type != "cpu" or processes < 2:
         return 0
     networks = [train.network(Job(name, 0)) for name in dict.fromkeys(job.network for job in jobs)]
-    step = GRADIENT_ALONE * min(train.config.batch_train, len(train.sets[0]))
+    step = Work(gradients=min(train.config.batch_train, len(train.sets[0])))
     seconds = sum(seconds_uncompiled(network, train.work) for network in networks) * train.config.num_eval
     short = max(seconds_uncompiled(network, step) for network in networks) < SHORT_STEP
     return processes if short and seconds > PROCESSES_PAY else 0
 
 
-def work_of(config: TrainConfig, distilled: DistilledSet) -> float:
-    """What one network takes, as engines count it."""
-    return GRADIENT_ALONE * len(distilled) * (config.epoch_eval_train + 1)
+def work_of(config: TrainConfig, distilled: DistilledSet) -> Work:
+    """What one network takes."""
+    return Work(gradients=len(distilled) * (config.epoch_eval_train + 1))
 
 
 def epochs_to_come(config: TrainConfig, accuracies: Accuracies) -> int:
     """How many epochs `evaluate` has yet to train here, of all networks; of several ranks, this one."""
     networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval - len(accuracies)
-    return len(parallel.deal(range(networks))) * (config.epoch_eval_train + 1)
+    return len(ranks.deal(range(networks))) * (config.epoch_eval_train + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Training:
     sets: tuple[DistilledSet, ...]  # of one size; network n is trained on number n, and again from the first
     address: tuple[int | str, ...]
     augmented: bool
-    work: float  # of one network, as engines count it
+    work: Work  # of one network
 
     def __call__(self, job: Job, on_epoch: Callable[[], None]) -> float:
         config, dataset = self.config, self.dataset

@@ -11,7 +11,7 @@ from distill.evaluate.networks import check_evaluation, check_pool
 from distill.evaluate.session import evaluate_and_say
 from distill.initialize import expert_labels, random_real
 from utils.config import BaselineConfig
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.parameters import FlatModel
 from utils.program.prepare import begin, network_for

@@ -30,14 +30,14 @@ from distill.evaluate.saved_accuracies import Accuracies, Job
 from distill.evaluate.saved_set import prepared, with_classes
 from distill.evaluate.session import Session
 from distill.results import as_json
-from utils import parallel
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.networks import evaluation_pool
+from utils.program import ranks
 from utils.program.console import say
+from utils.program.progress import Progress
 from utils.program.seeds import generator
-from utils.progress import Progress
 
 WEIGHT = 0.5  # w and γ
 RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # DD-Ranking's
@@ -192,7 +192,7 @@ def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: D
                 before = len(jobs) - len(missing)
                 number, tested = number + len(jobs), tested + before
                 done += part.batches * before
-                total += part.batches * (before + len(parallel.deal(missing)))
+                total += part.batches * (before + len(ranks.deal(missing)))
     session.say_going_on(tested, number)
     results = {}
     with Progress(total, "evaluate", initial=done, quiet=config.quiet,

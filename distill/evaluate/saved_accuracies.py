@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.distilled_set import DistilledSet
-from utils import parallel
 from utils.config import TrainConfig, influential
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.files import write_json
+from utils.program import ranks
 from utils.program.console import note, shown
 from utils.program.machine import environment
 
@@ -82,7 +82,7 @@ class Accuracies:
     def add(self, job: Job, accuracy: float) -> None:
         self._accuracies[self._name(job)] = accuracy
         if self._path is not None:
-            path = self._path if parallel.first() else f"{self._path}.{parallel.rank()}"
+            path = self._path if ranks.first() else f"{self._path}.{ranks.rank()}"
             write_json(path, {"key": self._key, "seconds": self.seconds, "accuracies": self._accuracies})
 
     def learn(self, found: dict[Job, float]) -> None:
@@ -91,7 +91,7 @@ class Accuracies:
 
     def forget(self) -> None:
         """Removes the files, once what was found is kept elsewhere."""
-        for path in self._files() if parallel.first() else ():
+        for path in self._files() if ranks.first() else ():
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:

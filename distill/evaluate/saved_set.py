@@ -7,11 +7,11 @@ from pathlib import Path
 from distill.distilled_set import DistilledSet, checked_set, class_indices, read_set
 from distill.evaluate.networks import check_evaluation, check_pool
 from distill.evaluate.session import evaluate_and_say
-from utils import parallel
 from utils.config import EvaluationConfig, influential
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import check_writable, read_config
+from utils.program import ranks
 from utils.program.console import note
 from utils.program.prepare import begin
 
@@ -44,7 +44,7 @@ def prepared(config: EvaluationConfig, opened: DistilledSet) -> tuple[Dataset, D
     _note_other_space(config, opened)
     distilled = checked_set(opened, dataset).to(device)
     check_pool(config, dataset)
-    if config.save and parallel.first():
+    if config.save and ranks.first():
         if config.json:
             check_writable(config.json)  # a refusal comes before anything is written
         distilled.save_whole(Path(config.save), dataset, influential(config))

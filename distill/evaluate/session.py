@@ -8,16 +8,16 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate, work_of
 from distill.evaluate.saved_accuracies import Accuracies, key_of
 from distill.results import EvaluationResult, Score
-from utils import parallel
 from utils.config import BaselineConfig, EvaluationConfig, influential
-from utils.datasets import Dataset
-from utils.engine import describe_engine
+from utils.data.datasets import Dataset
+from utils.derivatives.engine import describe_engine
 from utils.files import check_writable
 from utils.networks import evaluation_pool
+from utils.program import ranks
 from utils.program.console import announce, say, shown
 from utils.program.machine import environment
 from utils.program.prepare import flat_model, network_for
-from utils.progress import Progress
+from utils.program.progress import Progress
 
 
 class Session:
@@ -44,7 +44,7 @@ class Session:
                  f"{what}: {len(self.set)} images, learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} "
                  f"epochs{aside} · {config.num_eval} × {' and '.join(networks)}", *notes)
         path = Path(f"{config.json}.unfinished") if config.json else None
-        self.accuracies = parallel.from_first(lambda: Accuracies(path, key_of(config, dataset, *sets, *beside)))
+        self.accuracies = ranks.from_first_rank(lambda: Accuracies(path, key_of(config, dataset, *sets, *beside)))
 
     def say_going_on(self, tested: int, networks: int) -> None:
         if tested:
@@ -54,7 +54,7 @@ class Session:
     def write(self, scores: list[Score], lr: float | None, **robust: Any) -> None:
         """Writes the result where `--json` says so."""
         config = self.config
-        if config.json and parallel.first():
+        if config.json and ranks.first():
             EvaluationResult(
                 self.what, len(self.set), scores, lr, "validation" if config.val_fraction else "test",
                 self.accuracies.seconds, influential(config), environment(self.set.images.device)

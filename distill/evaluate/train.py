@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from utils import augment
+from utils.data import augment
 from utils.parameters import FlatModel
 from utils.program.prepare import Drawer
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.report.figures import clip_outliers
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.files import atomic_write, reading
 from utils.program.machine import machine
 

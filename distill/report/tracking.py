@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.report.figures import clip_outliers
 from distill.results import Iteration, Score
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.files import finite
 from utils.program.console import note
 

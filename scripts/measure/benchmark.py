@@ -43,6 +43,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from utils.program.tuning import tune_process
+
+tune_process()  # before torch is imported
+
 import torch
 import yaml
 from torch import Tensor, nn
@@ -51,13 +55,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from buffer.gsam import gsam_gradient
 from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
-from utils import augment
 from utils.config import BufferConfig, DistillConfig, make
+from utils.data import augment
 from utils.errors import UserError, unknown_name
 from utils.files import REPOSITORY, check_writable, write_json
-from utils.losses import cross_entropy
 from utils.memory import peak, reset_peak
-from utils.metrics import count_correct
+from utils.metrics import count_correct, cross_entropy
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program.command_line import Parser
@@ -65,8 +68,8 @@ from utils.program.device import describe, select_device
 from utils.program.entry import entry
 from utils.program.machine import environment
 from utils.program.prepare import dsa_groups
+from utils.program.progress import Progress
 from utils.program.seeds import generator, seeded
-from utils.progress import Progress
 
 EXPERT = make(BufferConfig)
 EXPERT_STEPS = 3  # a call, in the experts' part

@@ -22,13 +22,17 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from utils.program.tuning import tune_process
+
+tune_process()  # before torch is imported
+
 import torch
 
 from scripts.measure.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
-from utils import parallel
 from utils.files import write_json
 from utils.networks import build_network
 from utils.parameters import FlatModel
+from utils.program import ranks
 from utils.program.entry import entry
 from utils.program.machine import environment
 
@@ -40,10 +44,10 @@ MOST_RANKS = 64
 
 def measure(model_name: str, batch: int, rounds: int) -> dict[str, float]:
     """Seconds of a step's arithmetic on this rank's share of the batch, and of its two sums."""
-    torch.manual_seed(parallel.rank())
+    torch.manual_seed(ranks.rank())
     model = FlatModel(build_network(model_name, 1, 10, (28, 28)))
     theta = model.flatten()
-    share = len(range(parallel.rank(), batch, parallel.size()))
+    share = len(range(ranks.rank(), batch, ranks.size()))
     x, y = torch.randn(share, 1, 28, 28), torch.randn(share, 10)
     vector = torch.zeros(model.num_parameters + 2)
 
@@ -52,22 +56,22 @@ def measure(model_name: str, batch: int, rounds: int) -> dict[str, float]:
         model.adjoint(theta, theta, x, y)
 
     def communicate() -> None:
-        parallel.sum_(vector)
-        parallel.sum_(vector)
+        ranks.sum_(vector)
+        ranks.sum_(vector)
 
     computing, communicating = [], []
     for _ in range(rounds + 1):  # the first one warms up
         computing.append(_timed(compute))
         communicating.append(_timed(communicate))
     here = median(computing[1:]), median(communicating[1:])
-    slowest = [max(each) for each in zip(*parallel.gather({parallel.rank(): here}).values())]
-    return {"ranks": parallel.size(), "parameters": model.num_parameters, "bytes_per_step": 2 * 4 * len(vector),
+    slowest = [max(each) for each in zip(*ranks.gather({ranks.rank(): here}).values())]
+    return {"ranks": ranks.size(), "parameters": model.num_parameters, "bytes_per_step": 2 * 4 * len(vector),
             "compute_seconds": slowest[0], "communicate_seconds": slowest[1],
             "share": slowest[1] / sum(slowest)}
 
 
 def _timed(work: Callable[[], None]) -> float:
-    parallel.barrier()
+    ranks.barrier()
     began = perf_counter()
     work()
     return perf_counter() - began
@@ -88,15 +92,15 @@ def project() -> None:
         channels, height, width, classes, _ = IMAGES[config.dataset]
         size = costs(config.model, channels, height, width, classes).theta
         cells = []
-        for bandwidth, latency, ranks in LINKS.values():
+        for bandwidth, latency, shown_at in LINKS.values():
             sums = {count: 2 * ring(size, bandwidth, latency, count) for count in range(1, MOST_RANKS + 1)}
             step = {count: alone / count + sums[count] for count in sums}
             most = 1
             while most < MOST_RANKS and step[2 * most] < step[most]:
                 most *= 2
-            share = sums[ranks] / step[ranks]
+            share = sums[shown_at] / step[shown_at]
             limit = f"{MOST_RANKS} or more" if most == MOST_RANKS else f"{most}"
-            cells.append(f"{100 * share:.0f} %, {alone / step[ranks]:.1f} times as fast | {limit}")
+            cells.append(f"{100 * share:.0f} %, {alone / step[shown_at]:.1f} times as fast | {limit}")
         print(f"| {name} | {2 * size / 1e6:.1f} MB | {' | '.join(cells)} |")
 
 
@@ -110,12 +114,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.project:
         return project()
-    parallel.start(torch.device("cpu"))
+    ranks.start(torch.device("cpu"))
     found = measure(arguments.model, arguments.batch, arguments.rounds)
     print(f"{found['ranks']} ranks, {arguments.model} ({found['parameters']} parameters), batch {arguments.batch}: "
           f"{found['bytes_per_step'] / 1e6:.2f} MB a step; computing {1000 * found['compute_seconds']:.1f} ms, summing "
           f"{1000 * found['communicate_seconds']:.1f} ms, {100 * found['share']:.0f} % of the time")
-    if arguments.json and parallel.first():
+    if arguments.json and ranks.first():
         write_json(arguments.json, {
             "command": f"torchrun --standalone --nproc_per_node={found['ranks']} scripts/measure/communication.py "
                        f"--model {arguments.model} --batch {arguments.batch} --rounds {arguments.rounds}",

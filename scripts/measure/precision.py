@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from distill.matching import match_trajectory
-from utils import augment
 from utils.config import DistillConfig, make
-from utils.convnet_pass import ConvNetPass
-from utils.engine import HandWritten
+from utils.data import augment
+from utils.derivatives.convnet_pass import ConvNetPass
+from utils.derivatives.engine import HandWritten
 from utils.files import write_json
 from utils.networks import build_network
 from utils.parameters import FlatModel

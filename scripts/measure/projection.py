@@ -26,7 +26,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils.config import DistillConfig, make
-from utils.engine import ADJOINT_FACTOR, activation_bytes
+from utils.derivatives.choose import ADJOINT_FACTOR, activation_bytes
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import build_network

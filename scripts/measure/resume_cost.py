@@ -23,9 +23,9 @@ import torch
 
 from distill.results import METRICS, RESULT
 from scripts.measure.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
-from utils import interrupt
 from utils.config import DistillConfig
 from utils.files import sha256, write_json
+from utils.program import interrupt
 from utils.program.entry import entry
 from utils.program.machine import environment
 from utils.program.run_folder import RunFolder

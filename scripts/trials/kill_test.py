@@ -45,7 +45,7 @@ from torch import Tensor
 from utils.files import REPOSITORY, check_writable, write_json
 from utils.program.entry import entry
 from utils.program.machine import environment
-from utils.progress import Progress
+from utils.program.progress import Progress
 
 LOOK_SECONDS = 0.0005  # between two looks at a folder
 MOST_SECONDS = 300  # that a run may take

@@ -4,8 +4,8 @@ import sys
 
 import torch
 
-from utils import parallel
 from utils.errors import UserError
+from utils.program import ranks
 
 
 def listed_gpus(device: str | list[int]) -> list[int]:
@@ -46,7 +46,7 @@ def describe(device: torch.device) -> str:
     """The device in words."""
     here = (f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else
             f"cpu ({torch.get_num_threads()} threads)")
-    return here if parallel.size() == 1 else f"{parallel.size()} ranks, the first on {here}"
+    return here if ranks.size() == 1 else f"{ranks.size()} ranks, the first on {here}"
 
 
 def describe_precision(precision: str, device: torch.device) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from utils import interrupt, parallel
 from utils.errors import UserError, one_line
+from utils.program import interrupt, ranks
 
 RANK_WAITS = 3.0  # seconds for the first rank to speak
 
@@ -24,21 +24,21 @@ def entry(main: Callable[[], None]) -> None:
     interrupt.install()
     if isinstance(sys.stdout, io.TextIOWrapper):  # in one file with stderr, lines come in the order they were said in
         sys.stdout.reconfigure(line_buffering=True)
-    if not parallel.first():  # the first rank speaks for all
+    if not ranks.first():  # the first rank speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
     try:
         main()
         interrupt.ignore()  # nothing is left to be stopped
-        parallel.barrier()
-        parallel.leave(0)
+        ranks.barrier()
+        ranks.leave(0)
     except UserError as error:
         _last_line(f"{name}: error: {one_line(error)}", 2)
     except torch.OutOfMemoryError as error:
         _last_line(f"{name}: error: the GPU's memory is full ({' '.join(str(error).split())[:120]}…); give "
                    "--micro_batch, a smaller batch, or --device cpu", 2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and parallel.lost_contact(error):
+        if isinstance(error, RuntimeError) and ranks.lost_contact(error):
             if interrupt.requested():  # all ranks were told to stop, and another one was quicker
                 _last_line(f"{name}: stopped; every file is whole. The same command goes on from what is saved", 143)
             _last_line(f"{name}: error: contact with another rank was lost ({' '.join(str(error).split())[:120]}…); "
@@ -49,8 +49,8 @@ def entry(main: Callable[[], None]) -> None:
                    "--micro_batch, or use a machine with more", 2)
     except interrupt.Stopped as stopped:
         code = 128 + stopped.signal
-        if not parallel.first():
-            parallel.leave(code)
+        if not ranks.first():
+            ranks.leave(code)
         _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. The same command goes on from "
                    f"what is saved, if anything{_to_go_on()}", code)
     except BrokenPipeError:  # whoever read the output (head, say) has seen enough
@@ -60,7 +60,7 @@ def entry(main: Callable[[], None]) -> None:
 
 def _to_go_on() -> str:
     """The command that was given, without a `--resume`, which may discard what is saved; torchrun's nobody knows."""
-    if parallel.size() > 1:
+    if ranks.size() > 1:
         return ""
     kept: list[str] = []
     for argument in sys.argv:
@@ -77,18 +77,18 @@ def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoRetur
         wait: seconds in which the first rank may say it for all.
     """
     interrupt.ignore()  # a further signal finds nothing to stop, and would only disturb the exit
-    if not parallel.first():
+    if not ranks.first():
         # What concerns all ranks the first one says, and torchrun then ends the others; this is what it did not say.
         interrupt.restore()
         time.sleep(wait)
-        text = f"rank {parallel.rank()}: {text.strip()}"
+        text = f"rank {ranks.rank()}: {text.strip()}"
         sys.stderr = sys.__stderr__
     try:
         print(text, file=sys.stderr, flush=True)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads them may have been interrupted too
         _close_pipes()
-    parallel.leave(code)
+    ranks.leave(code)
     sys.exit(code)
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from utils import augment, parallel
 from utils.config import DataConfig
-from utils.datasets import Dataset, load_dataset
-from utils.engine import check_backend, set_precision
+from utils.data import augment
+from utils.data.datasets import Dataset, load_dataset
+from utils.derivatives.choose import Work, check_backend, set_precision
 from utils.networks import build_network
 from utils.parameters import FlatModel
+from utils.program import ranks
 from utils.program.device import listed_gpus, select_device
 
 
@@ -34,13 +35,13 @@ def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
     """
     start_as_ranks(config)
     device = select_device(config.device)
-    if device.type == "cuda" and parallel.size() > 1:
-        device = parallel.own_gpu(listed_gpus(config.device) or list(range(torch.cuda.device_count())))
+    if device.type == "cuda" and ranks.size() > 1:
+        device = ranks.own_gpu(listed_gpus(config.device) or list(range(torch.cuda.device_count())))
         torch.cuda.set_device(device)
-    parallel.start(device)
+    ranks.start(device)
     check_backend(config.backend, device)
     set_precision(config.precision, device)
-    return device, parallel.first_then_others(lambda: load_configured(config, device))
+    return device, ranks.first_rank_first(lambda: load_configured(config, device))
 
 
 def start_as_ranks(config: DataConfig) -> None:
@@ -52,15 +53,11 @@ def start_as_ranks(config: DataConfig) -> None:
     if getattr(config, "parall_eva", False) and config.device in ("auto", "cuda"):
         gpus = list(range(torch.cuda.device_count()))
     if len(gpus) > 1:
-        parallel.launch(len(gpus))
+        ranks.launch(len(gpus))
 
 
-def flat_model(config: DataConfig, network: nn.Module, work: float, micro_batch: int | None = None) -> FlatModel:
-    """A network on its device, with the engine that a config asks for.
-
-    Args:
-        work: how many samples times steps, of gradient and adjoint together, are to come.
-    """
+def flat_model(config: DataConfig, network: nn.Module, work: Work, micro_batch: int | None = None) -> FlatModel:
+    """A network on its device, with the engine that a config asks for the work that is to come."""
     return FlatModel(network, config.backend, config.precision, micro_batch, work)
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from utils import parallel
 from utils.config import DataConfig, defaults, differences, influential
 from utils.errors import UserError
-from utils.files import load, locked, read_config, save, save_config
+from utils.files import load, read_config, save, save_config
+from utils.program import ranks
 from utils.program.console import note, shown
+from utils.program.locks import locked
 
 STATE_FORMAT = "datm-checkpoint-2"
 SAVE_SECONDS = 1.0  # at least, between two saves of a run's state
@@ -23,8 +24,8 @@ SAVE_SHARE = 0.005  # of a run's time, at most, that goes into them
 
 
 def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextManager[None]:
-    """As `utils.files.locked`; of several ranks the first one keeps other runs out, for all."""
-    return locked(folder, advice) if parallel.first() else contextlib.nullcontext()
+    """As `utils.program.locks.locked`; of several ranks the first one keeps other runs out, for all."""
+    return locked(folder, advice) if ranks.first() else contextlib.nullcontext()
 
 
 def config_name(config: DataConfig) -> str:
@@ -90,7 +91,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be made or written, or its log is shorter than it was.
         """
-        if not parallel.first():
+        if not ranks.first():
             return
         if log_bytes is None:
             if self.log.exists():
@@ -111,11 +112,11 @@ class RunFolder:
     def save_due(self) -> bool:
         """Whether it is time to save the run's state again: so seldom that it takes `SAVE_SHARE` of the time."""
         since = perf_counter() - self._saved_at
-        return parallel.first() and since >= max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
+        return ranks.first() and since >= max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
 
     def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
         """Saves what the run needs to go on from here, which `state` makes of tensors and plain containers."""
-        if not parallel.first():
+        if not ranks.first():
             return
         began = perf_counter()
         with self.log.open("rb") as log:  # on the disk before the state that counts on it

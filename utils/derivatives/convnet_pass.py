@@ -4,7 +4,7 @@
 θ + ε λ. The ε part of the loss is then s = ⟨∇L, λ⟩, and that of the backward pass is its gradient, since derivatives
 commute (Pearlmutter 1994, "Fast exact multiplication by the Hessian", with inputs and labels beside the parameters).
 Against autograd's reverse over reverse that is fewer operations, no graph, and convolutions in the form that suits the
-machine (`utils.convolution`).
+machine (`utils.derivatives.convolution`).
 
 Maps are [B, H, W, C]. Where a layer pools, they are seen as windows [B, H/2, 2, W/2, 2, C], so that pooling is a sum
 over two axes and its transpose a broadcast: elementwise work fuses into one loop a layer when compiled.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.convolution import Columns, Convolution, Direct, Winograd
+from utils.derivatives.convolution import Columns, Convolution, Direct, Winograd
 from utils.networks import GROUPS, LEAK, ConvNet, ConvNetPlan
 
 # Where which form of the convolution wins on a CPU, as measured.

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import load, save
+from utils.files import cache_folder, load, save
 from utils.memory import available
 
 EPS = 0.1  # the published ridge, added to the eigenvalues of the covariance
@@ -116,13 +115,6 @@ def fit(images: Tensor, cache_key: str) -> Whitening:
         print(f"warning: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)",
               file=sys.stderr)
     return whitening
-
-
-def cache_folder() -> Path:
-    """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`."""
-    if os.environ.get("DATM_CACHE"):
-        return Path(os.environ["DATM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "datm"
 
 
 @contextlib.contextmanager

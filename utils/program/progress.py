@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
-from utils import interrupt, parallel
 from utils.memory import peak
+from utils.program import interrupt, ranks
 from utils.program.console import _columns, duration, short_count, wrapped
 
 PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
@@ -101,7 +101,7 @@ class Progress(tqdm):
         self._said = self._closing = False
         self._form = self._width = 0
         self._last_shown = (initial, "")
-        super().__init__(total=total, desc=description, initial=initial, disable=quiet or not parallel.first(),
+        super().__init__(total=total, desc=description, initial=initial, disable=quiet or not ranks.first(),
                          file=sys.stderr, dynamic_ncols=self._terminal, miniters=0, leave=True,
                          mininterval=0.2 if self._terminal else PLAIN_SECONDS)
 

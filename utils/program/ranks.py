@@ -1,24 +1,17 @@
-"""Several processes at once: the ranks that torchrun starts, and helpers on this machine's CPU.
+"""The ranks that torchrun starts: several processes that share a run.
 
 Every rank runs the same program on the same data. What they share is as small as can be: experts are taken from one
-queue (`buffer/experts.py`); networks of an evaluation are dealt out (`deal`, `gather`); of a distillation each rank
+queue; networks of an evaluation are dealt out (`deal`, `gather`); of a distillation each rank
 owns the synthetic images whose index is its own modulo the number of ranks, and only vectors as long as θ are summed
-(`distill.shared_model`, `own_rows`). Without torchrun there is one rank, and all of this does nothing.
+(`own_rows`, `sum_`). Without torchrun there is one rank, and all of this does nothing.
 """
 
 import datetime
-import multiprocessing
 import os
-import pickle
 import signal
 import sys
-import tempfile
-import threading
-import traceback
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,13 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils import interrupt
-from utils.errors import UserError
+from utils.program import interrupt
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# --- ranks ---------------------------------------------------------------------------------------------------
 
 PATIENCE = datetime.timedelta(days=30)  # a rank may train experts while another waits; torchrun sees to dead ones
 SUM_PATIENCE = datetime.timedelta(minutes=10)  # between GPUs, where a dead rank is noticed by waiting only
@@ -104,7 +95,7 @@ def gather(found: dict[Any, Any]) -> dict[Any, Any]:
     return {key: value for each in all_found for key, value in each.items()}
 
 
-def from_first(make: Callable[[], Result]) -> Result:
+def from_first_rank(make: Callable[[], Result]) -> Result:
     """What the first rank makes, on all of them; the others wait. Tensors should be on the CPU."""
     if size() == 1:
         return make()
@@ -113,7 +104,7 @@ def from_first(make: Callable[[], Result]) -> Result:
     return held[0]
 
 
-def first_then_others(make: Callable[[], Result]) -> Result:
+def first_rank_first(make: Callable[[], Result]) -> Result:
     """What each rank makes for itself, once the first one has: what that leaves in a cache or a folder serves all."""
     if first():
         made = make()
@@ -181,87 +172,3 @@ def launch(processes: int) -> NoReturn:
     sys.exit(0)
 
 
-# --- helpers on this machine's CPU ---------------------------------------------------------------------------
-
-LOOK_SECONDS = 0.2  # between two looks at how far the processes are
-
-
-def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Sequence[Job], processes: int,
-                 on_tick: Callable[[], None] = lambda: None,
-                 on_result: Callable[[Job, Result], None] = lambda job, result: None) -> list[Result]:
-    """The results of `function(job, tick)`, in order, with the CPU's threads divided among so many processes.
-
-    The processes end with this one, however it ends. They import the program's main script, so whatever that does must
-    stand under `if __name__ == "__main__"`.
-
-    Args:
-        function: can be pickled; it may call `tick` as often as it likes.
-        on_tick: called in this process, once for every tick.
-        on_result: called in this process, as soon as a result is there.
-
-    Raises:
-        UserError: a process was ended from outside, or the function raised one.
-        RuntimeError: the function raised something else; it shows where.
-    """
-    if not jobs:
-        return []
-    context = multiprocessing.get_context("spawn")  # a fork would inherit thread pools without their threads
-    others = set(multiprocessing.active_children())
-    ticks = context.RawArray("q", len(jobs))
-    shown = 0
-    with tempfile.TemporaryDirectory() as folder:
-        # In a file: a process that dies while it starts would leave the other end of a long pipe waiting for ever; and
-        # torch would put the tensors into shared memory, of which containers have little.
-        path = Path(folder) / "function"
-        path.write_bytes(pickle.dumps(function))
-        threads = max(1, torch.get_num_threads() // processes)
-        with ProcessPoolExecutor(min(processes, len(jobs)), context, _begin, (path, ticks, threads)) as pool:
-            try:
-                with interrupt.blocked():  # for ever in the processes: Ctrl-C reaches all, and the first one answers
-                    futures = {pool.submit(_run, number, job): job for number, job in enumerate(jobs)}
-                waiting: set = set(futures)
-                while waiting:
-                    done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
-                    for future in done:
-                        on_result(futures[future], future.result())
-                    for _ in range(sum(ticks) - shown):
-                        on_tick()
-                        shown += 1
-                return [future.result() for future in futures]
-            except BaseException as error:
-                for process in set(multiprocessing.active_children()) - others:
-                    process.kill()
-                if isinstance(error, BrokenProcessPool):
-                    raise UserError("a process that computed a part was ended from outside, perhaps for lack of "
-                                    "memory; run it again with OMP_NUM_THREADS=1, which does one part at a time"
-                                    ) from error
-                raise
-
-
-# --- in such a process ---------------------------------------------------------------------------------------
-
-_function: Callable = None
-_ticks: Sequence[int] = None
-
-
-def _begin(path: Path, ticks: Sequence[int], threads: int) -> None:
-    global _function, _ticks
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    _function, _ticks = pickle.loads(path.read_bytes()), ticks
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _run(number: int, job: object) -> object:
-    def tick() -> None:
-        _ticks[number] += 1
-    try:
-        return _function(job, tick)
-    except UserError:
-        raise
-    except Exception:  # not every exception survives the way back
-        raise RuntimeError(traceback.format_exc()) from None

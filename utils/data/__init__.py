@@ -1,0 +1,1 @@
+"""Real data: name → whole tensors, whitened and augmented."""

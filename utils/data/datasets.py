@@ -1,0 +1,234 @@
+"""Name → whole dataset as tensors: `load_dataset(name, data_path) -> Dataset`.
+
+Files that are there are used as they are; torchvision downloads only what is absent. `DATASETS`, at the end, is the
+table of names; each loader says what it reads. Published mean and std: SPEC, section 3.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.data.image_folders import image_folder, imagenet, imagenet_1k, tiny
+from utils.data.sources import Loader, Split, cifar, fashion_mnist, minifashion, mnist, some_of, svhn
+from utils.data.zca import Whitening, fit, to_unit
+from utils.errors import UserError, unknown_name
+
+HOLD_OUT_SEED = 0  # of the generator that chooses held-out images: the same choice in every run
+PUBLISHED_RES = 32  # stands in published configs whatever the dataset, and means nothing there
+
+
+class ImageSpace(NamedTuple):
+    """Where networks see images: normalised by mean and std, or, if there is a whitening, whitened instead."""
+
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    whitening: Whitening | None
+
+    def from_pixels(self, images: Tensor) -> Tensor:
+        """[n, C, H, W] in [0, 1] → what networks see."""
+        if self.whitening is not None:
+            return self.whitening.apply(images)
+        return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """The inverse of `from_pixels`; not clipped."""
+        if self.whitening is not None:
+            return self.whitening.invert(images)
+        return images * _per_channel(self.std, images) + _per_channel(self.mean, images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test set in the space that networks see: normalised by mean and std, or ZCA-whitened."""
+
+    name: str
+    train_images: Tensor  # [N, C, H, W] float32
+    train_labels: Tensor  # [N] int64, 0 … num_classes − 1
+    test_images: Tensor  # [M, C, H, W] float32
+    test_labels: Tensor  # [M] int64
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]; not applied where the images are whitened
+    std: tuple[float, ...]
+    whitening: Whitening | None
+    fingerprint: str  # SHA-256, in hex, of the name and the raw images and labels
+    # [N] of whitened training images, `Whitening.energy` of the pixels, which are costly to have back.
+    train_energy: Tensor | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.train_images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W)"""
+        return tuple(self.train_images.shape[2:])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def space(self) -> "ImageSpace":
+        return ImageSpace(self.mean, self.std, self.whitening)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """[n, C, H, W] in this dataset's space → pixel space, where real images lie in [0, 1]; not clipped."""
+        return self.space.to_pixels(images)
+
+    def class_indices(self, c: int) -> Tensor:
+        """Indices [n] of the training images of class `c`, ascending, on the images' device."""
+        return self._indices_by_class[c]
+
+    @functools.cached_property
+    def _indices_by_class(self) -> tuple[Tensor, ...]:
+        counts = self.train_labels.bincount(minlength=self.num_classes).tolist()  # the one host sync, once
+        return self.train_labels.argsort(stable=True).split(counts)
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """The same dataset with every tensor on `device`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor | Whitening)}
+        return dataclasses.replace(self, **moved)
+
+
+def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imagenette", zca: bool = False,
+                 res: int | None = None, val_fraction: float = 0.0, device: torch.device | str = "cpu") -> Dataset:
+    """Reads a dataset whole.
+
+    Args:
+        name: a key of `DATASETS`.
+        data_path: the folder that holds the dataset, or into which it is downloaded. MiniFashion needs none.
+        subset: which ten classes, for ImageNet.
+        zca: whiten (`utils.data.zca`, fitted on the training images) instead of normalising by mean and std.
+        res: side in pixels, for ImageNet (128 unless given) and ImageFolder (32); the others have their own.
+        val_fraction: hold out this fraction of each class's training images, in place of the test images. Which
+            ones is drawn from a generator seeded with HOLD_OUT_SEED. The whitening is that of all training images.
+        device: where the tensors go; normalising and whitening happen there.
+
+    Raises:
+        UserError: unknown names; files that are missing, damaged or not in the expected layout; a failed download.
+    """
+    check_dataset_name(name)
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction is {val_fraction}; allowed: 0 (no hold-out) and fractions below 1, as 0.1")
+    if res is not None and res < 1:
+        raise UserError(f"res is {res}; give the images' side in pixels, 1 or more")
+    data_path = Path(data_path).expanduser()
+    try:
+        train, test, classes, normal = DATASETS[name](data_path, subset, res)
+    except OSError as error:
+        raise UserError(f"{name} in {data_path} cannot be read: {error}; check its files and permissions") from error
+    side = train.images.shape[-1]
+    if res not in (None, side, PUBLISHED_RES):
+        raise UserError(f"res is {res}, but {name} has images of {side}×{side} pixels; leave res out, or use dataset "
+                        "ImageFolder, which resizes")
+    _check_labels(name, "training", train.labels, classes)
+    _check_labels(name, "test", test.labels, classes)
+    train_key = _sha256(*train)
+    mean, std = normal or _measure(train.images)
+    # Fitted before any image is held out, so that what is made with a hold-out lives in the same space as the rest.
+    whitening = fit(train.images, train_key).to(device) if zca else None
+    if val_fraction:
+        train, test = _hold_out(train, val_fraction, classes)
+    fingerprint = _sha256(name, *train, *test)
+
+    (train_images, train_labels), (test_images, test_labels) = train, test
+    del train, test  # so that each raw copy is freed as soon as it is converted
+    train_images, test_images = to_unit(train_images, device), to_unit(test_images, device)
+    space = ImageSpace(mean, std, whitening)
+    energy = whitening.energy(train_images) if whitening else None
+    train_images, test_images = space.from_pixels(train_images), space.from_pixels(test_images)
+    return Dataset(name, train_images, train_labels.to(device), test_images, test_labels.to(device), classes, mean,
+                   std, whitening, fingerprint, energy)
+
+
+def check_dataset_name(name: str) -> None:
+    """Refuses a dataset that does not exist.
+
+    Raises:
+        UserError
+    """
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
+
+
+def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    return images.new_tensor(values).view(-1, 1, 1)
+
+
+def _sha256(*parts: str | Tensor) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.contiguous().numpy())
+        else:
+            digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def _measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all pixels in [0, 1]; a constant channel gets the std 1."""
+    total = square = torch.zeros(images.shape[1], dtype=torch.float64)
+    for some in images.split(1024):  # in pieces, so that the float64 copy stays small
+        some = some.double() / (255 if images.dtype == torch.uint8 else 1)
+        total, square = total + some.sum((0, 2, 3)), square + some.square().sum((0, 2, 3))
+    count = images.numel() // images.shape[1]
+    mean = total / count
+    std = (square / count - mean**2).clamp_min(0).sqrt()
+    return tuple(mean.tolist()), tuple(value if value > 1e-6 else 1.0 for value in std.tolist())
+
+
+def _check_labels(name: str, split: str, labels: Tensor, classes: Sequence[str]) -> None:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise UserError(f"{name}: {split} labels reach from {labels.min()} to {labels.max()}, expected 0 to "
+                        f"{len(classes) - 1}; the label file is not this dataset's, fetch it again")
+    empty = (labels.bincount(minlength=len(classes)) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise UserError(f"{name}: no {split} image of {some_of([classes[c] for c in empty])} ({len(empty)} of "
+                        f"{len(classes)} classes); add images or leave the class out")
+
+
+def _hold_out(train: Split, fraction: float, classes: Sequence[str]) -> tuple[Split, Split]:
+    """Of each class the fraction, rounded, at least one → (remaining, held out), both in the order of the files."""
+    generator = torch.Generator().manual_seed(HOLD_OUT_SEED)
+    held = torch.zeros(len(train.labels), dtype=torch.bool)
+    for c, name in enumerate(classes):
+        members = (train.labels == c).nonzero().flatten()
+        count = max(1, math.floor(fraction * len(members) + 0.5))
+        if count >= len(members):
+            raise UserError(f"val_fraction {fraction} would hold out all {len(members)} training images of class "
+                            f"{name}; give a smaller one, or 0 for none")
+        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return Split(train.images[~held], train.labels[~held]), Split(train.images[held], train.labels[held])
+
+
+# --- MiniFashion, and the idx files of MNIST and Fashion-MNIST ---
+
+
+# --- what torchvision reads and downloads ---
+
+
+# --- folders of files ---
+
+
+DATASETS: dict[str, Loader] = {
+    "MiniFashion": minifashion,
+    "FashionMNIST": fashion_mnist,
+    "MNIST": mnist,
+    "CIFAR10": functools.partial(cifar, "CIFAR10"),
+    "CIFAR100": functools.partial(cifar, "CIFAR100"),
+    "SVHN": svhn,
+    "Tiny": tiny,
+    "ImageNet": imagenet,
+    "ImageNet1K": imagenet_1k,
+    "ImageFolder": image_folder,
+}

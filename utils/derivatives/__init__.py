@@ -1,0 +1,1 @@
+"""A step's derivatives: by autograd or by hand, compiled or captured."""

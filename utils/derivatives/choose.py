@@ -1,0 +1,157 @@
+"""Which engine computes a network's derivatives here, in how large micro-batches, and in what arithmetic."""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.derivatives.convnet_pass import covers
+from utils.derivatives.engine import Autograd, Captured, Engine, HandWritten, Mixed, shared_pass
+from utils.errors import UserError
+from utils.memory import available
+from utils.networks import has_batch_norm
+
+# Activations of a micro-batch on a CPU: what its cache still serves, and what autograd's larger kernels want.
+CACHED_BYTES = 24 << 20
+PLAIN_BYTES = 128 << 20
+SHARE_OF_MEMORY = 0.7  # of a GPU's free memory, that a micro-batch may take
+ADJOINT_FACTOR = 6.0  # an adjoint's peak memory over its activations, at most (measured: 5)
+COMPILING_PAYS = 600.0  # seconds of uncompiled work from which compiling, a minute or two, pays
+ACTIVATIONS_PER_SECOND = 0.19e9  # bytes of them through gradient and adjoint on one CPU core, for that estimate
+GRADIENT_ALONE = 1 / 3  # of the work of a gradient and an adjoint together
+
+
+class Work(NamedTuple):
+    """What is to be computed: samples times steps."""
+
+    gradients: float = 0.0  # through a gradient alone
+    matched: float = 0.0  # through a gradient and its adjoint
+
+    @property
+    def total(self) -> float:
+        """As if all were matched."""
+        return self.matched + GRADIENT_ALONE * self.gradients
+
+
+NOTHING = Work()
+
+
+def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor],
+                  unflatten: Callable[[Tensor], list[Tensor]], backend: str, precision: str = "auto",
+                  micro_batch: int | None = None, work: Work = NOTHING) -> Engine:
+    """The engine for a network on the device it is on.
+
+    Args:
+        backend: `plain`: autograd, the reference. `eager`: where the hand-written pass covers the network, the adjoint
+            by it. `compile`: both derivatives by it, compiled; on a GPU captured too. `graph`: as eager, replayed from
+            CUDA graphs. `auto`: on a GPU, graph; on a CPU, compile if `work` repays it and there is a compiler, else
+            eager. What cannot be had is left out.
+        micro_batch: samples at a time; None: chosen by `micro_batch_for`.
+        work: what is to come.
+
+    Raises:
+        UserError: a backend that cannot be had here, or micro-batches of a network with batch norm.
+    """
+    device = next(network.parameters()).device
+    check_backend(backend, device)
+    if micro_batch is not None and has_batch_norm(network):
+        raise UserError(f"--micro_batch {micro_batch}: batch norm ties the samples of a batch together, so that it "
+                        "cannot be split; leave --micro_batch out, or take a network without batch norm")
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    fast = backend != "plain" and covers(network)
+    worthwhile = fast and backend == "auto" and device.type == "cpu" and _compiler() and repays(network, work)
+    compiled = fast and bool(backend == "compile" or worthwhile)
+    engine: Engine
+    engine = plain = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
+                              splits=not has_batch_norm(network))
+    if fast:
+        network_pass = shared_pass(network.plan, network.image_shape, device, dtype, compiled)
+        size = micro_batch or micro_batch_for(network, CACHED_BYTES)
+        # In bf16 both derivatives are taken by one engine, since the two round differently.
+        engine = (HandWritten(network_pass, unflatten, size, compiled) if compiled or dtype is not None
+                  else Mixed(network_pass, unflatten, size, plain))
+    # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
+    captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)
+    return Captured(engine) if captured else engine
+
+
+def activation_bytes(network: nn.Module) -> int:
+    """What the outputs of all layers take for one image, in float32.
+
+    The network must come from `build_network`, which notes the shape of its images.
+    """
+    network_copy = copy.deepcopy(network).to("meta").eval()
+    elements = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal elements
+        elements += output.numel()
+
+    for module in network_copy.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    network_copy(torch.empty(1, *network.image_shape, device="meta", dtype=next(network_copy.parameters()).dtype))
+    return 4 * elements
+
+
+def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:
+    """Samples at a time: on a CPU what takes `cpu_bytes` of activations; on a GPU what fits its free memory.
+
+    None where a batch cannot be split, or where nothing is known of the network's images.
+    """
+    if has_batch_norm(network) or not hasattr(network, "image_shape"):
+        return None
+    device = next(network.parameters()).device
+    if device.type != "cuda":
+        return max(1, cpu_bytes // activation_bytes(network))
+    free = SHARE_OF_MEMORY * available(device) / ADJOINT_FACTOR
+    # A power of two changes less from run to run.
+    return 1 << max(0, int(free // activation_bytes(network)).bit_length() - 1)
+
+
+def seconds_uncompiled(network: nn.Module, work: Work) -> float:
+    """About how long the work takes on this machine's CPU.
+
+    An estimate from the network and the number of threads, not a measurement: the same run always gets the same answer.
+    """
+    return work.total * activation_bytes(network) / (ACTIVATIONS_PER_SECOND * torch.get_num_threads())
+
+
+def repays(network: nn.Module, work: Work) -> bool:
+    """Whether the work takes long enough, uncompiled, to repay compiling."""
+    return seconds_uncompiled(network, work) > COMPILING_PAYS
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Refuses a backend that nothing here can run.
+
+    Raises:
+        UserError: CUDA graphs on a CPU, or compiling without a compiler.
+    """
+    if backend == "graph" and device.type != "cuda":
+        raise UserError("--backend graph captures CUDA graphs, and this runs on the CPU; give auto, eager or compile")
+    if backend == "compile" and not _compiler():
+        raise UserError("--backend compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one "
+                        "or give --backend eager")
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Sets the arithmetic of float32 products for the whole process; bf16 is the engines' own affair.
+
+    Raises:
+        UserError: TF32 without a GPU.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is for NVIDIA GPUs, and this runs on the CPU; give auto, fp32 or bf16")
+    if precision in ("fp32", "tf32"):
+        leaf = "ieee" if precision == "fp32" else "tf32"
+        torch.backends.cuda.matmul.fp32_precision = leaf
+        torch.backends.cudnn.conv.fp32_precision = leaf
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
