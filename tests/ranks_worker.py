@@ -51,7 +51,7 @@ def main(path: str, images: str, matching: str) -> None:
     losses = []
     for iteration in range(20):
         segment = state.draw(iteration)
-        losses.append(state.learn(iteration, segment, state.match(segment))["loss"])
+        losses.append(state.learn(iteration, segment, state.match(segment)).loss)
     state.merge()
     fixed = state.fixed_loss(state.set)
     if ranks.first():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -116,7 +117,7 @@ def test_a_rate_that_would_become_negative_is_held_and_a_run_of_them_stops(monke
     monkeypatch.setattr("distill.distillation.match_trajectory", lambda *arguments: a_match(state, grad_lr=0.2))
     monkeypatch.setattr("distill.distillation.MOST_HELD", 3)
     record = step(state, 0)
-    assert record["held"] and record["lr"] == pytest.approx(0.1) and record["updated"]
+    assert record.held and record.lr == pytest.approx(0.1) and record.updated
     step(state, 1)
     with pytest.raises(UserError, match="3 times in a row.*--lr_lr"):
         step(state, 2)
@@ -132,7 +133,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(monkeypatch, loss):
                         lambda *arguments: a_match(state)._replace(loss=torch.tensor(loss)))
     before = state.set.detach()
     record = step(state, 0)
-    assert not record["updated"] and record["loss"] is None and state.skipped == 1
+    assert not record.updated and not math.isfinite(record.loss) and state.skipped == 1
     assert torch.equal(state.set.images, before.images)
 
 

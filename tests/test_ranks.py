@@ -91,6 +91,7 @@ def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, num
         for epoch in range(5):
             (tmp_path / f"expert_{each}" / f"epoch_{epoch}.pt").touch()
     monkeypatch.setattr(ranks, "size", lambda: ranks_there)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
     monkeypatch.setattr(expert_run, "train_expert", lambda *arguments: arguments[-1](2.5))
     with mock.patch.object(expert_run.View, "reach") as reach, expert_run.View(run) as view:
         expert_run.train_one(run, number, None, view)
