@@ -66,11 +66,11 @@ def equal_parts(batch: int, most: int | None) -> list[int]:
     return [batch // fewest + (part < batch % fewest) for part in range(fewest)]
 
 
-Part = tuple[Any, Sequence[Tensor]]
+MicroBatch = tuple[Any, Sequence[Tensor]]
 """Of one micro-batch: a tree of tensors that are means over its samples, and tensors with a row for each of them."""
 
 
-def _in_parts(part: Callable[[Tensor, Tensor], Part], x: Tensor, y: Tensor, most: int | None
+def _in_parts(part: Callable[[Tensor, Tensor], MicroBatch], x: Tensor, y: Tensor, most: int | None
               ) -> tuple[Any, list[tuple[Tensor, ...]]]:
     """Walks through a batch: the means over all of it, and for each kind of rows the pieces, in order."""
     sizes = equal_parts(len(x), most)
@@ -106,7 +106,7 @@ class Autograd:
         return True
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        def part(x: Tensor, y: Tensor) -> Part:
+        def part(x: Tensor, y: Tensor) -> MicroBatch:
             leaf = theta.detach().requires_grad_()
             logits, loss = self._loss(leaf, x, y)
             (of_theta,) = torch.autograd.grad(loss, leaf)
@@ -118,7 +118,7 @@ class Autograd:
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         soft = y.is_floating_point()
 
-        def part(x_part: Tensor, y_part: Tensor) -> Part:
+        def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
             leaves = [theta.detach().requires_grad_(), x_part.detach().requires_grad_()]
             if soft:
                 leaves.append(y_part.detach().requires_grad_())
@@ -167,7 +167,7 @@ class HandWritten:
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights = self._lift(theta)
 
-        def part(x: Tensor, y: Tensor) -> Part:
+        def part(x: Tensor, y: Tensor) -> MicroBatch:
             loss, logits, of_weights = self._gradient(weights, x, y)
             return (loss, of_weights), (logits,)
 
@@ -178,7 +178,7 @@ class HandWritten:
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         weights, tangents = self._lift(theta), self._lift(co_state)
 
-        def part(x_part: Tensor, y_part: Tensor) -> Part:
+        def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
             s, of_weights, *of_samples = self._adjoint(weights, tangents, x_part, y_part)
             return (s, of_weights), [each * (len(x_part) / len(x)) for each in of_samples if each is not None]
 

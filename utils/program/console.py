@@ -44,7 +44,7 @@ def wrapped(text: str, stream: Any = None) -> str:
     stream = stream or sys.stdout
     if not stream.isatty():
         return text
-    return textwrap.fill(text, max(20, _columns(stream)), subsequent_indent="  ", break_long_words=False,
+    return textwrap.fill(text, max(20, columns_of(stream)), subsequent_indent="  ", break_long_words=False,
                          break_on_hyphens=False)
 
 
@@ -53,7 +53,7 @@ def note(text: str) -> None:
     (tqdm.write if sys.stderr.isatty() else print)(wrapped(text, sys.stderr), file=sys.stderr)
 
 
-def _columns(stream: Any) -> int:
+def columns_of(stream: Any) -> int:
     """Of the terminal that a stream is; 80 where it does not say."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.get_terminal_size(stream.fileno()).columns or 80

@@ -8,17 +8,15 @@ from time import perf_counter
 
 import torch
 from tqdm import tqdm
-from tqdm.utils import disp_len
 
 from utils.memory import peak
 from utils.program import interrupt, ranks
-from utils.program.console import _columns, duration, short_count, wrapped
+from utils.program.console import columns_of, duration, short_count, wrapped
 
 PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
 MARKS, MARK_SECONDS = 60, 1.0  # the pace is that of the last so many marks, at least so far apart
 SURE_STEPS, SURE_SECONDS = 3, 5.0  # after which the pace is known well enough to say what is to be expected
 WORTH_SAYING = 60.0  # seconds, below which nobody needs to know
-SMALLEST_BAR = 8  # columns; less is not worth its place
 
 
 class Pace:
@@ -69,14 +67,8 @@ class Pace:
         return steps > 0 and (steps >= SURE_STEPS or seconds >= SURE_SECONDS)
 
 
-# What a line is made shorter by where it is too long, one after the other; the numbers go last, and from the end.
-_ABBREVIATED = {"images/s": "img/s", "accuracy": "acc", "start epoch": "start", "skipped": "skip", "epoch ": "",
-                " %": "%"}
-_MORE_ABBREVIATED = {"acc ": "", " img/s": "/s", " left": ""}
-
-
 class Progress(tqdm):
-    """A bar on a terminal, one line whatever its width; elsewhere one plain line every half minute, and the last one.
+    """A bar on a terminal, cut at its width; elsewhere one plain line every half minute, and the last one.
 
     After a few steps, one line says how long it will take, if that is more than a minute, and the memory it took so
     far.
@@ -99,7 +91,6 @@ class Progress(tqdm):
         self._numbers: tuple[str, ...] = ()
         self._aside = ""
         self._said = self._closing = False
-        self._form = self._width = 0
         self._last_shown = (initial, "")
         super().__init__(total=total, desc=description, initial=initial, disable=quiet or not ranks.first(),
                          file=sys.stderr, dynamic_ncols=self._terminal, miniters=0, leave=True,
@@ -171,33 +162,11 @@ class Progress(tqdm):
         numbers = [time, *([self._aside] if self._aside else []), *self._numbers, *rate]
         count = self.count or f"{self.n:g}/{self.total}"
         percent = f"{min(100, int(100 * self.n / self.total)) if self.total else 100} %"
+        head, rest = f"{self.desc.removesuffix(': ')} {count}", ", ".join(numbers)
         if not self._terminal:
-            return ", ".join([f"{self.desc.removesuffix(': ')} {count} {percent}", *numbers])
-        return self._fitted(self.desc.removesuffix(": "), count, percent, numbers, _columns(self.fp))
-
-    def _fitted(self, description: str, count: str, percent: str, numbers: list[str], columns: int) -> str:
-        """The longest form that fits, and that is no longer than the one before, so that it does not flicker."""
-        if columns != self._width:
-            self._form, self._width = 0, columns
-        head, rest = f"{description} {count}", ", ".join(numbers)
-        bar = columns - disp_len(f"{head} {percent:>5} ||  {rest}")
-        if self._form == 0 and bar >= SMALLEST_BAR:
-            drawn = self.format_meter(self.n, self.total, 0, ncols=bar, bar_format="{bar}", ascii=self.ascii)
-            return f"{head} {percent:>5} |{drawn}| {rest}"
-        brief = _abbreviated(numbers, _ABBREVIATED)
-        briefer = _abbreviated(brief, _MORE_ABBREVIATED)
-        short_count = _abbreviated([count], _ABBREVIATED)[0]
-        short_head, short_percent = f"{description} {short_count}", percent.replace(" ", "")
-        forms = [", ".join([f"{head} {percent}", *numbers]), ", ".join([f"{short_head} {short_percent}", *brief]),
-                 " ".join([short_head, short_percent, *brief]), " ".join([short_head, *brief]),
-                 " ".join([short_count, *brief])]
-        forms += [" ".join([short_count, *briefer[:number]]) for number in range(len(briefer), -1, -1)]
-        for number, form in enumerate(forms, start=1):
-            if number >= self._form and disp_len(form) <= columns:
-                if not self._aside:
-                    self._form = min(number, len(forms) - len(briefer))  # a form that lacks numbers does not last
-                return form
-        return forms[-1][:columns]
+            return f"{head} {percent}, {rest}"
+        return self.format_meter(self.n, self.total, 0, ncols=columns_of(self.fp), ascii=self.ascii, head=head,
+                                 percent=percent, rest=rest, bar_format="{head} {percent:>5} |{bar}| {rest}")
 
     @property
     def _finished(self) -> bool:
@@ -224,12 +193,6 @@ class Progress(tqdm):
         self.display()
         self.disable = True
         self._decr_instances(self)
-
-
-def _abbreviated(words: list[str], table: dict[str, str]) -> list[str]:
-    for long, short in table.items():
-        words = [word.replace(long, short) for word in words]
-    return words
 
 
 @contextlib.contextmanager
