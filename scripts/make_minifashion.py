@@ -1,4 +1,4 @@
-"""Rebuilds utils/minifashion/minifashion.bz2, bit for bit, from the four original files of Fashion-MNIST.
+"""Rebuilds utils/data/minifashion/minifashion.bz2, bit for bit, from the four original files of Fashion-MNIST.
 
     python scripts/make_minifashion.py [--source DIR] [--out FILE]
 

@@ -13,37 +13,35 @@ data="--dataset=MiniFashion --model=ConvNetW32 --zca"
 test_it="$data --num_eval=5 --epoch_eval_train=300"
 mkdir -p "$out"
 
-step() {  # step RESULT COMMAND…: runs the command unless its result is there
-    local result=$1 made_by=$out/.made_by_$(basename "$1")
-    shift
-    if [ ! -e "$result" ]; then
-        printf '\n$ %s\n' "$*"
-        "$@"
-        printf '%s\n' "$*" >"$made_by"
-    elif [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
+step() {  # step MADE RESULT COMMAND…: runs the command, unless it made the result that is there; MADE is all it makes
+    local made=$1 result=$2 made_by=$out/.made_by_$(basename "$1")
+    shift 2
+    if [ -e "$result" ] && [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
         printf '\n# %s is there already\n' "$result"
-    else
-        printf '\n%s was made by another command; delete %s/ to start over\n' "$result" "$out" >&2
-        exit 2
+        return
     fi
+    if [ -e "$made_by" ]; then rm -rf "$made" "$made_by"; fi  # another command made it
+    printf '\n$ %s\n' "$*"
+    "$@"
+    printf '%s\n' "$*" >"$made_by"
 }
 
-step $out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt \
+step $out/buffers $out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt \
     python buffer/buffer_FTD.py $data --num_experts=4 --train_epochs=6 --batch_train=64 \
     --rho_max=0.01 --rho_min=0.01 --alpha=0.3 --lr_teacher=0.01 --buffer_path=$out/buffers
-step $set_folder/result.json \
+step $set_folder $set_folder/result.json \
     python distill/DATM.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml \
     --buffer_path=$out/buffers --log_path=$out/logged_files --run_name=quickstart
-step $out/random.json \
+step $out/random.json $out/random.json \
     python distill/baseline.py $test_it --ipc=1 --json=$out/random.json
-step $out/random_expert_labels.json \
+step $out/random_expert_labels.json $out/random_expert_labels.json \
     python distill/baseline.py $test_it --ipc=1 --label_source=experts --buffer_path=$out/buffers \
     --json=$out/random_expert_labels.json
 # The set after the last iteration, not the best one on the way: that was chosen on the test images.
-step $out/distilled.json \
+step $out/distilled.json $out/distilled.json \
     python distill/evaluation.py $test_it --data_dir=$set_folder/Normal/images_300.pt \
     --label_dir=$set_folder/Normal/labels_300.pt --lr_dir=$set_folder/Normal/lr_300.pt --json=$out/distilled.json
-step $out/whole.json \
+step $out/whole.json $out/whole.json \
     python distill/baseline.py $data --num_eval=3 --epoch_eval_train=8 --batch_train=64 --ipc=None --json=$out/whole.json
 
 echo
