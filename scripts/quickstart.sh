@@ -20,7 +20,7 @@ step() {  # step MADE RESULT COMMAND…: runs the command, unless it made the re
         printf '\n# %s is there already\n' "$result"
         return
     fi
-    if [ -e "$made_by" ]; then rm -rf "$made" "$made_by"; fi  # another command made it
+    if [ -e "$made_by" ] || [ -e "$result" ]; then rm -rf "$made" "$made_by"; fi  # another command made it
     printf '\n$ %s\n' "$*"
     "$@"
     printf '%s\n' "$*" >"$made_by"
