@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from utils import files
@@ -79,20 +77,13 @@ class DistilledSet(torch.utils.data.Dataset):
         Args:
             config: the options that made the set, as JSON can hold them.
         """
-        here = self.detach().to("cpu")
-        tensors = here.tensors()
+        tensors = self.tensors()
         if dataset.whitening is not None:
-            whitening = dataset.whitening.to("cpu")
-            tensors |= {"zca_mean": whitening.mean, "zca_transform": whitening.transform,
-                        "zca_inverse": whitening.inverse}
+            tensors |= {f"zca_{name}": tensor for name, tensor in dataset.whitening.tensors().items()}
         options = {name: str(value) if value == math.inf else value for name, value in config.items()}
         about = {"format": FORMAT, "dataset": dataset.name, "classes": json.dumps(dataset.classes),
                  "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(options)}
-        with files.atomic_write(path) as aside:
-            try:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=about)
-            except SafetensorError as error:  # a full disk, in a class of its own
-                raise OSError(error) from error
+        files.save_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "DistilledSet":
@@ -106,20 +97,16 @@ class DistilledSet(torch.utils.data.Dataset):
             problem = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"distilled set {path} {problem}; give "
                             f"{files.set_in(path) or 'the path of a distilled.safetensors'}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
+            tensors, about = files.load_tensors(path)
             if about.get("format") != FORMAT:
                 raise UserError(f"{path} is not a distilled set (format {about.get('format')}, expected {FORMAT}); "
                                 "give a distilled.safetensors")
-            zca = [tensors.get(f"zca_{name}") for name in ("mean", "transform", "inverse")]
+            zca = {name.removeprefix("zca_"): tensors.pop(name) for name in list(tensors) if name.startswith("zca_")}
             space = ImageSpace(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])),
-                          None if zca[0] is None else Whitening(*zca))
-            return cls(tensors["images"], tensors["labels"], tensors["lr"], tuple(json.loads(about["classes"])), space,
-                       json.loads(about["config"]))
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is damaged or no distilled set ({error}); write or copy it again") from error
+                               Whitening(**zca) if zca else None)
+            return cls(**tensors, classes=tuple(json.loads(about["classes"])), space=space,
+                       config=json.loads(about["config"]))
 
 
 def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> DistilledSet:

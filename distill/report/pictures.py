@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.report.figures import clip_outliers
 from utils.data.datasets import Dataset
-from utils.files import atomic_write, reading
+from utils.files import load_tensors, reading, save_tensors
 from utils.program.machine import machine
 
 FORMAT = "datm-report-1"
@@ -60,9 +58,8 @@ class Pictures:
             UserError: it is damaged.
         """
         with reading(path, "put it back, or run again under another --run_name"):
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors, metadata = load_tensors(path)
+            about = json.loads(metadata["about"])
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, expected {FORMAT}")
             classes, which = tuple(map(str, about["classes"])), [int(each) for each in about["which"]]
@@ -117,12 +114,7 @@ def save_pictures(path: Path, dataset: Dataset, start: tuple[Tensor, Tensor], be
                "start_labels": probabilities(start[1][which], dataset.num_classes)}
     about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
              "noise": noise, "experts": experts, "machine": machine(best[0].device)}
-    with atomic_write(path) as aside:
-        try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside,
-                      metadata={"about": json.dumps(about)})
-        except SafetensorError as error:  # a full disk, in a class of its own
-            raise OSError(error) from error
+    save_tensors(path, tensors, {"about": json.dumps(about)})
 
 
 def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
