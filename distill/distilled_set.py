@@ -142,22 +142,25 @@ def checked_set(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
     if not images.is_floating_point() or tuple(images.shape[1:]) != expected or not len(images):
         raise UserError(f"--data_dir holds {images.dtype} {list(images.shape)}; {dataset.name} needs floating-point "
                         f"images [N, {', '.join(map(str, expected))}], N at least 1")
-    soft = labels.is_floating_point() and tuple(labels.shape) == (len(images), dataset.num_classes)
-    hard = labels.dtype == torch.int64 and tuple(labels.shape) == (len(images),)
-    if not soft and not hard:
+    if not labels_fit(labels, len(images), dataset.num_classes):
         raise UserError(f"--label_dir holds {labels.dtype} {list(labels.shape)}; these {len(images)} images of "
-                        f"{dataset.name} need label logits [{len(images)}, {dataset.num_classes}] or int64 classes "
-                        f"[{len(images)}]")
-    if hard and not ((labels >= 0) & (labels < dataset.num_classes)).all():
-        raise UserError(f"--label_dir names classes outside 0 … {dataset.num_classes - 1}; give labels of "
-                        f"{dataset.name}")
+                        f"{dataset.name} need label logits [{len(images)}, {dataset.num_classes}], or int64 classes "
+                        f"[{len(images)}] with no classes outside 0 … {dataset.num_classes - 1}")
     if lr.numel() != 1 or not torch.isfinite(lr).all() or lr.item() <= 0:
         raise UserError(f"--lr_dir holds {lr.tolist() if lr.numel() < 5 else list(lr.shape)}; it must be one positive "
                         "learning rate")
-    if not torch.isfinite(images).all() or (soft and not torch.isfinite(labels).all()):
+    if not images.isfinite().all() or not labels.isfinite().all():
         raise UserError("--data_dir or --label_dir holds values that are not finite; that set cannot be evaluated")
-    return replace(distilled, images=images.float(), labels=labels.float() if soft else labels,
-                   lr=lr.float().reshape(()))
+    return replace(distilled, images=images.float(), lr=lr.float().reshape(()),
+                   labels=labels.float() if labels.is_floating_point() else labels)
+
+
+def labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
+    """Whether these are label logits of so many images, or their classes."""
+    if labels.is_floating_point():
+        return tuple(labels.shape) == (count, num_classes)
+    named = set(labels.unique().tolist())
+    return labels.dtype == torch.int64 and tuple(labels.shape) == (count,) and named <= set(range(num_classes))
 
 
 def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, str]:

@@ -70,7 +70,7 @@ YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeErr
 
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
-MAIN, METHOD, EVALUATION, FILES, SPEED = "main", "method", "evaluation", "files", "speed"
+GROUPS = MAIN, METHOD, EVALUATION, SPEED, FILES = "main", "method", "evaluation", "speed", "files"  # as --help has them
 
 
 def option(group: str, default: Any, help: str, effect: bool | str = True, decides: bool = True) -> Any:
@@ -266,9 +266,6 @@ class BaselineConfig(TrainConfig):
                                                       "the mean logits of the experts that are right")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts, for label_source experts")
     json: FilePath = option(FILES, "", "write the result to this file", decides=False)
-
-
-# --- parsing -------------------------------------------------------------------------------------------------
 
 
 # --- values and what they mean -------------------------------------------------------------------------------

@@ -162,11 +162,10 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
         yield
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{what}: {error.strerror or error}; {advice}") from error
     except Exception as error:  # damaged bytes make the readers fail in every way there is
         reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        raise UserError(f"{what} {problem} ({reason}); {advice}") from error
+        system = getattr(error, "strerror", None)  # what the system could not do says nothing of the bytes
+        raise UserError(f"{what}{f': {system}' if system else f' {problem} ({reason})'}; {advice}") from error
 
 
 def set_in(path: Path) -> Path | None:

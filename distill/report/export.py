@@ -9,12 +9,11 @@ import torch
 import yaml
 from PIL import Image
 
-from distill.distilled_set import DistilledSet, class_indices
+from distill.distilled_set import DistilledSet, class_indices, labels_fit
 from distill.results import EvaluationResult, RunResult, Score, read_result
 from utils import files
 from utils.config import EvaluationConfig, changed, defaults, from_repository
 from utils.errors import UserError
-from utils.files import write_json
 from utils.metrics import percent
 from utils.program.commands import command
 
@@ -55,7 +54,7 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
             Image.fromarray(array.contiguous().numpy()).save(aside, format="png")
         images.append({"file": name, "class": index} | (
             {"softmax": label.float().softmax(dim=0).tolist(), "logits": label.tolist()} if soft else {}))
-    write_json(folder / "labels.json", {
+    files.write_json(folder / "labels.json", {
         "classes": list(distilled.classes), "dataset": distilled.config.get("dataset"), "lr": float(distilled.lr),
         "class_known_by": known_by, "images": images})
 
@@ -77,10 +76,7 @@ def _check(distilled: DistilledSet) -> None:
         UserError
     """
     images, labels, number = distilled.images, distilled.labels, len(distilled.classes)
-    soft = labels.is_floating_point() and tuple(labels.shape) == (len(images), number)
-    hard = labels.dtype == torch.int64 and tuple(labels.shape) == (len(images),) and bool(
-        ((labels >= 0) & (labels < number)).all())
-    if images.dim() != 4 or not len(images) or not (soft or hard):
+    if images.dim() != 4 or not len(images) or not labels_fit(labels, len(images), number):
         raise UserError(f"the set's images {list(images.shape)} and labels {list(labels.shape)} of {number} classes do "
                         "not fit each other; write it again with distill/evaluation.py --save")
     if not images.isfinite().all() or not labels.isfinite().all():

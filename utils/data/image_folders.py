@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.data.sources import Raw, Split, listing, some_of
 from utils.errors import UserError, unknown_name
-from utils.files import load
+from utils.files import load, reading
 from utils.memory import available
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
@@ -172,11 +172,8 @@ def _decode(path: Path, side: int, resize: bool) -> Tensor:
     Raises:
         UserError: not an image, or of another size where `resize` is off.
     """
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except Exception as error:  # decoders meet damage with exceptions of every kind
-        raise UserError(f"{path} is not a readable image ({error}); fetch it again or delete it") from error
+    with reading(path, "fetch it again or delete it", "is not a readable image"), Image.open(path) as image:
+        image = image.convert("RGB")
     width, height = image.size
     if (width, height) != (side, side):
         if not resize:

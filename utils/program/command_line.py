@@ -17,21 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config import (
-    EVALUATION,
-    FILES,
-    MAIN,
-    METHOD,
-    SPEED,
-    YAML_FAILURES,
-    Config,
-    DataConfig,
-    about,
-    from_root,
-    has_effect,
-    make,
-    path_options,
-)
+from utils.config import GROUPS, YAML_FAILURES, Config, DataConfig, about, from_root, has_effect, make, path_options
 from utils.errors import UserError, unknown_name
 
 
@@ -127,7 +113,7 @@ def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.Ar
     if yaml_file:
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
     names = sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"])
-    for group in (MAIN, METHOD, EVALUATION, SPEED, FILES):
+    for group in GROUPS:
         options = parser.add_argument_group(f"{group} options")
         for field in names:
             extra = about(field.name, config_type)
