@@ -19,7 +19,7 @@ def comparison(runs: Sequence[FinishedRun]) -> str:
     """The page."""
     names = _distinct_names(runs)
     title = f"{len(runs)} distillation runs"
-    drawn = curves.of_several(runs, names)
+    drawn = curves.charts(dict(zip(names, runs)))
     sections = [("summary", "Summary", _numbers(runs, names)),
                 ("options", "Options that differ", _options(runs, names)),
                 ("curves", "Curves", draw.charts(drawn) if drawn else

@@ -191,7 +191,8 @@ def _curves(run: FinishedRun) -> Markup:
     iterations = run.metrics.iterations
     if not iterations and not run.metrics.evaluations:
         return draw.paragraph("This run recorded no iterations.")
-    return joined(draw.paragraph(curves.how_many(iterations)), draw.charts(curves.of_one(run)), _numbers(run))
+    drawn = draw.charts(curves.charts({run.name: run}))
+    return joined(draw.paragraph(curves.how_many(iterations)), drawn, _numbers(run))
 
 
 def _numbers(run: FinishedRun) -> Markup:

@@ -87,10 +87,8 @@ class Chart:
         return [point[0] for _, _, _, points, _ in self._marks for point in points]
 
     def _ys(self) -> list[float]:
-        found: dict[bool, list[float]] = {True: [], False: []}
-        for kind, _, _, points, _ in self._marks:
-            found[kind == "crosses"] += [y for point in points for y in point[1:] if math.isfinite(y)]
-        return found[False] or found[True]
+        marks = [mark for mark in self._marks if mark[0] != "crosses"] or self._marks
+        return [y for _, _, _, points, _ in marks for point in points for y in point[1:] if math.isfinite(y)]
 
     def _log(self) -> bool:
         """Whether the values span so much that a linear scale would hide most of them."""
