@@ -251,7 +251,6 @@ class View(Progress):
     def __init__(self, run: ExpertRun):
         config = run.config
         self._run, self._epochs = run, config.train_epochs
-        self._reached = ""  # by the last epoch, in words
         super().__init__(config.num_experts * config.train_epochs, "experts", initial=run.epochs_done,
                          quiet=config.quiet, images=len(run.dataset.train_labels),
                          device=run.dataset.train_images.device)
@@ -270,13 +269,11 @@ class View(Progress):
         self.reach(min(self.total, self._before + self._together * (done - self._begun)))
 
     def after_epoch(self, epoch: Epoch) -> None:
-        numbers = (f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
-                   f"test {100 * epoch.test_accuracy:.1f} %")
-        self._reached = ", ".join(numbers)
-        self.show(*numbers)
+        self.show(f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
+                  f"test {100 * epoch.test_accuracy:.1f} %")
 
     def end(self, number: int) -> None:
-        self.say(f"expert {number}: {self._reached}")
+        self.say(f"expert {number}: {', '.join(self.numbers)}")
 
 
 def check_options(config: BufferConfig) -> None:

@@ -64,10 +64,8 @@ class DistilledSet(torch.utils.data.Dataset):
 
     def save(self, folder: Path, tag: str | int, dataset: Dataset) -> None:
         """Writes the published files, on the CPU, and `images_zca_{tag}.pt` (un-whitened) for a whitened dataset."""
-        here = self.detach().to("cpu")
-        files.save(here.images, folder / f"images_{tag}.pt")
-        files.save(here.labels, folder / f"labels_{tag}.pt")
-        files.save(here.lr, folder / f"lr_{tag}.pt")
+        for name, tensor in self.detach().to("cpu").tensors().items():
+            files.save(tensor, folder / f"{name}_{tag}.pt")
         if dataset.whitening is not None:
             files.save(dataset.to_pixels(self.images.detach()).cpu(), folder / f"images_zca_{tag}.pt")
 

@@ -360,6 +360,12 @@ def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
     return {name: options[name] for name in names if name not in default or options[name] != default[name]}
 
 
+def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:
+    """What a program is given to have these options again: the dataset, the network and what is not the default."""
+    known = {name: value for name, value in options.items() if name in defaults(config_type)}
+    return {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, config_type)
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The options that have another value than before, in words; empty if there are none."""
     return ", ".join(f"{name} ({before[name]} there, {value} here)"

@@ -12,7 +12,7 @@ from PIL import Image
 from distill.distilled_set import DistilledSet, class_indices, labels_fit
 from distill.results import EvaluationResult, RunResult, Score, read_result
 from utils import files
-from utils.config import EvaluationConfig, changed, defaults, from_repository
+from utils.config import EvaluationConfig, from_repository, worth_giving
 from utils.errors import UserError
 from utils.metrics import percent
 from utils.program.commands import command
@@ -159,11 +159,9 @@ def _stated(file: str, result: RunResult | EvaluationResult, name: str) -> tuple
 
 def _command(options: dict[str, Any], name: str) -> str:
     """The evaluation that gave a result: its options that are not the defaults, less paths."""
-    allowed = defaults(EvaluationConfig)
-    given = {key: value for key, value in changed(options, EvaluationConfig).items()
-             if key in allowed and not key.endswith(("_path", "_dir"))}
-    given = {"dataset": options["dataset"], "model": options["model"]} | given | {"data_dir": name}
-    return command("distill/evaluation.py", given, from_repository)
+    given = {key: value for key, value in worth_giving(options, EvaluationConfig).items()
+             if not key.endswith(("_path", "_dir"))}
+    return command("distill/evaluation.py", given | {"data_dir": name}, from_repository)
 
 
 def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationResult:

@@ -83,12 +83,9 @@ def _share(count: int | None, total: int) -> str:
 
 
 def _summary(run: FinishedRun) -> Markup:
-    parts = [draw.facts(facts(run))]
-    if run.missing:
-        parts.append(draw.note("This folder does not hold:", run.missing))
-    if run.learned_nothing:
-        parts.append(draw.note("Every update was skipped, so nothing was learned."))
-    return joined(*parts)
+    missing = [draw.note("This folder does not hold:", run.missing)] if run.missing else []
+    nothing = [draw.note("Every update was skipped, so nothing was learned.")] if run.learned_nothing else []
+    return joined(draw.facts(facts(run)), *missing, *nothing)
 
 
 # --- images --------------------------------------------------------------------------------------------------
@@ -202,15 +199,11 @@ def _numbers(run: FinishedRun) -> Markup:
     some: list[Iteration] = numbers_every(run.metrics.iterations, TABLE_ROWS)
     iterations = [[f"{step.iteration:,}", curves.loss_in_words(step, ".4g"), f"{step.lr:.4g}", str(step.start_epoch),
                    f"below {step.bound}", "yes" if step.updated else "skipped"] for step in some]
-    found = []
-    if scores:
-        found.append(draw.folded("Accuracies as a table", draw.table(
-            "Accuracy at each evaluation", ["iteration", "set and network", "accuracy", "networks"], scores)))
-    if iterations:
-        found.append(draw.folded("Iterations as a table", draw.table(
-            f"{len(some)} of {len(run.metrics.iterations):,} iterations",
-            ["iteration", "matching loss", "α after it", "start epoch", "window", "updated"], iterations)))
-    return joined(*found)
+    tables = [("Accuracies as a table", "Accuracy at each evaluation",
+               ["iteration", "set and network", "accuracy", "networks"], scores),
+              ("Iterations as a table", f"{len(some)} of {len(run.metrics.iterations):,} iterations",
+               ["iteration", "matching loss", "α after it", "start epoch", "window", "updated"], iterations)]
+    return joined(*(draw.folded(name, draw.table(caption, head, rows)) for name, caption, head, rows in tables if rows))
 
 
 def _options(run: FinishedRun) -> Markup:
@@ -225,11 +218,11 @@ def _options(run: FinishedRun) -> Markup:
 
     rest = [name for name in run.config if name not in differing]
     head = ["option", "this run", "default", "meaning"]
-    found = draw.table(f"{len(differing)} options that differ from the defaults", head, map(row, differing), "options")
+    tables = draw.table(f"{len(differing)} options that differ from the defaults", head, map(row, differing), "options")
     if rest:
-        found += draw.folded(f"The other {len(rest)} options, at their defaults",
-                             draw.table("Options at their defaults", head, map(row, rest), "options"))
-    return found
+        tables += draw.folded(f"The other {len(rest)} options, at their defaults",
+                              draw.table("Options at their defaults", head, map(row, rest), "options"))
+    return tables
 
 
 def _reproduce(run: FinishedRun) -> Markup:
@@ -254,6 +247,5 @@ def machine_of(run: FinishedRun) -> dict[str, str]:
 
 def _machine(run: FinishedRun) -> Markup:
     rows = list(machine_of(run).items())
-    if not rows:
-        return draw.paragraph("Not recorded.")
-    return draw.table("What the run was made with", ["what", "value"], rows)
+    made_with = "What the run was made with"
+    return draw.table(made_with, ["what", "value"], rows) if rows else draw.paragraph("Not recorded.")

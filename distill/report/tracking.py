@@ -44,11 +44,10 @@ class Tracker:
         self._best: dict[str, list[float]] = resumed["best"] if resumed else {}
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or "auto"  # wandb's own switch
-        if mode == "disabled":
-            return
-        if mode == "auto" and not _has_account():
-            if not quiet:
-                note("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb offline)")
+        absent = mode == "auto" and not _has_account()
+        if absent and not quiet:
+            note("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb offline)")
+        if absent or mode == "disabled":
             return
         try:
             import wandb  # slow to import, so only where it is used

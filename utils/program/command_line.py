@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config import GROUPS, YAML_FAILURES, Config, DataConfig, about, from_root, has_effect, make, path_options
+from utils.config import GROUPS, YAML_FAILURES, Config, about, from_root, has_effect, make, path_options
 from utils.errors import UserError, unknown_name
 
 
@@ -34,8 +34,10 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     parser = _parser(config_type, description, yaml_file)
     known, rest = parser.parse_known_args(arguments)
     options = {name.replace("-", "_"): value for name, value in vars(known).items()}
+    if rest and rest[0].startswith("--"):
+        raise _unknown("option", rest[0].split("=")[0], config_type, prefix="--")
     if rest:
-        raise _unexpected(rest[0], config_type)
+        raise UserError(f"unexpected argument {rest[0]!r}; options are written --key value (see --help)")
     path = options.pop("cfg", None)
     from_yaml = read_yaml(path, config_type) if path is not None else {}
     paths = path_options(config_type)
@@ -45,7 +47,9 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
         if options.get(name):
             options[name] = os.path.abspath(os.path.expanduser(options[name]))
     config = make(config_type, **root_values | options)
-    _warn_without_effect(config, from_yaml | options)
+    unused = [name for name in from_yaml | options if not has_effect(config, name)]
+    if unused:
+        print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
     return config
 
 
@@ -84,18 +88,6 @@ def _unknown(kind: str, name: str, config_type: type, prefix: str = "") -> UserE
     """The refusal of an option; only options that do something are suggested."""
     return unknown_name(kind, name, [prefix + known for known in _names(config_type)
                                      if about(known, config_type)["effect"]])
-
-
-def _unexpected(argument: str, config_type: type) -> UserError:
-    if argument.startswith("--"):
-        return _unknown("option", argument.split("=")[0], config_type, prefix="--")
-    return UserError(f"unexpected argument {argument!r}; options are written --key value (see --help)")
-
-
-def _warn_without_effect(config: DataConfig, given: dict[str, Any]) -> None:
-    unused = [name for name in given if not has_effect(config, name)]
-    if unused:
-        print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
