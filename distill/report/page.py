@@ -14,7 +14,7 @@ from distill.report.pictures import Pictures
 from distill.report.record import FinishedRun
 from distill.report.svg import numbers_every
 from distill.report.template import code, document, draw, joined, option
-from distill.results import EMA, NORMAL, Iteration, Score
+from distill.results import EMA, Iteration, Score
 from utils.config import DistillConfig, about, changed, defaults
 from utils.metrics import percent
 from utils.program.console import duration
@@ -96,46 +96,16 @@ def _images(run: FinishedRun) -> Markup:
     if pictures is None:
         return draw.paragraph("There are no pictures in this folder.")
     rows, shown = pictures.rows(), len(pictures.which)
-    words = draw.paragraph(" ".join(_about_images(run, pictures)))
+    best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
+    words = draw.about_images(pictures, rows, run.config.get("labels"), _labels_moved(pictures), best.iteration)
     most = max(map(len, rows.values()))
     if most == 1:
         cards = [_card(pictures, row, shown <= OPEN_UP_TO) for of_class in rows.values() for row in of_class]
-        return joined(words, draw.cards(cards, shown > OPEN_UP_TO))
+        return joined(words, draw.cards(pictures, cards, shown > OPEN_UP_TO))
     classes = [(pictures.classes[number], [_card(pictures, row, shown <= OPEN_UP_TO, alone=False) for row in of_class])
                for number, of_class in rows.items()]
-    return joined(words, draw.cards_by_class(classes, "beside" if most == 2 else "below"))  # two leave room for others
-
-
-def _about_images(run: FinishedRun, pictures: Pictures) -> list[str]:
-    rows, shown, total = pictures.rows(), len(pictures.which), pictures.ipc * len(pictures.classes)
-    parts = ["Images are un-whitened, clipped at ±2.5 standard deviations of the set, and scaled each to its own "
-             "range."]
-    if pictures.neighbour is not None:
-        parts.append("Beside each is its nearest neighbour: of the training images of its class the one that is "
-                     "nearest to it in pixels.")
-    if pictures.start is not None:
-        parts.append(f"Under each: the {'noise' if pictures.noise else 'real image'} that it started from, where it "
-                     "became brighter (white) or darker (black; mid grey is no change; one scale for all images) "
-                     "with the change's root mean square (1 is the whole range of pixels)"
-                     + (". " if pictures.hard else f", and its {_label_words(run, pictures)}."))
-    if pictures.hard:
-        parts.append("Labels are the classes themselves.")
-    if shown < total:
-        parts.append(f"Shown are {shown:,} of the set's {total:,} images: {len(next(iter(rows.values())))} of "
-                     f"{pictures.ipc} a class, {len(rows)} of {len(pictures.classes)} classes.")
-    if pictures.version != NORMAL:
-        parts.append(f"This is the set {pictures.version}, which scored best.")
-    best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
-    if best.iteration == 0 and pictures.start is not None:
-        parts.append("The best set is that of iteration 0, before the first update: these images are those that it "
-                     "started from.")
-    return parts
-
-
-def _label_words(run: FinishedRun, pictures: Pictures) -> str:
-    words = {"soft": "soft label, which was not learned",
-             "target": "soft label as the last target expert gave it"}.get(run.config.get("labels"), "soft label")
-    return words + (", in which a mark on a bar is the value at the start" if _labels_moved(pictures) else "")
+    kind = "beside" if most == 2 else "below"  # two leave room for others
+    return joined(words, draw.cards_by_class(pictures, classes, kind))
 
 
 def _labels_moved(pictures: Pictures) -> bool:
@@ -150,20 +120,10 @@ def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> di
     """
     number, position = divmod(pictures.which[row], pictures.ipc)
     name = pictures.classes[number] + (f", image {position + 1}" if pictures.ipc > 1 else "")
-    pair, below = [(pictures.distilled[row], f"distilled image of class {name}", "distilled")], []
-    if pictures.neighbour is not None:
-        pair.append((pictures.neighbour[row], f"nearest real training image to the distilled image of class {name}",
-                     "nearest real"))
-    if pictures.start is not None and pictures.change is not None and pictures.rms is not None:
-        kind, rms = "noise" if pictures.noise else "real image", float(pictures.rms[row])
-        below = [(pictures.start[row], f"{kind} that the distilled image of class {name} started from",
-                  "start, noise" if pictures.noise else "real start"),
-                 (pictures.change[row], f"change of class {name} from its start, root mean square {rms:.2f} of the "
-                  "pixel range", f"change {rms:.2f}")]
     bars, rest = ([], "") if pictures.hard else _bars(pictures, row)
-    words = " and ".join(["start"] * bool(below) + ["label"] * bool(bars)).capitalize()
-    return {"name": name, "heading": name if alone else f"Image {position + 1}", "pair": pair, "below": below,
-            "bars": bars, "rest": rest, "words": words, "is_open": is_open}
+    words = " and ".join(["start"] * (pictures.start is not None) + ["label"] * bool(bars)).capitalize()
+    return {"row": row, "name": name, "heading": name if alone else f"Image {position + 1}", "bars": bars, "rest": rest,
+            "words": words, "is_open": is_open}
 
 
 def _bars(pictures: Pictures, row: int) -> tuple[list[dict[str, Any]], str]:
@@ -229,15 +189,7 @@ def _reproduce(run: FinishedRun) -> Markup:
     steps = commands(run)
     if not steps:
         return draw.paragraph("Without config.yaml the commands are not known.")
-    notes = ["In the root of the repository."]
-    if not steps[0][1].startswith("python buffer/"):
-        notes.append("How the experts were trained is not known: " + (
-            "their folder holds no manifest." if run.pictures and run.pictures.about else
-            "the run did not save it."))
-    device = str(run.result.environment.get("device", ""))
-    if device.startswith("cpu"):
-        notes.append(f"The same numbers to the bit need the versions below and the same device and threads: {device}.")
-    return draw.commands(notes, steps)
+    return draw.commands(steps, run.pictures and run.pictures.about, str(run.result.environment.get("device", "")))
 
 
 def machine_of(run: FinishedRun) -> dict[str, str]:

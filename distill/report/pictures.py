@@ -45,10 +45,10 @@ class Pictures:
 
     def rows(self) -> dict[int, list[int]]:
         """Rows of these tensors, by class."""
-        found: dict[int, list[int]] = {}
+        rows: dict[int, list[int]] = {}
         for row, position in enumerate(self.which):
-            found.setdefault(position // self.ipc, []).append(row)
-        return found
+            rows.setdefault(position // self.ipc, []).append(row)
+        return rows
 
     @classmethod
     def read(cls, path: Path) -> "Pictures":
@@ -67,9 +67,8 @@ class Pictures:
             shapes = {"distilled": shape, "start": shape, "neighbour": shape, "change": (n, 1, *shape[2:]), "rms": (n,),
                       "labels": (n, len(classes)), "start_labels": (n, len(classes))}
             for name, expected in shapes.items():
-                kind = torch.uint8 if name in ("distilled", "start", "neighbour", "change") else torch.float32
-                found = tuple(tensors[name].shape), tensors[name].dtype
-                if len(shape) != 4 or shape[0] != n or found != (expected, kind):
+                kind = torch.float32 if name in ("rms", "labels", "start_labels") else torch.uint8
+                if (tuple(tensors[name].shape), tensors[name].dtype, len(shape), shape[0]) != (expected, kind, 4, n):
                     raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
             if int(about["ipc"]) < 1 or not all(0 <= each // int(about["ipc"]) < len(classes) for each in which):
                 raise ValueError("positions outside the classes")

@@ -61,8 +61,7 @@ class Tracker:
     def log_step(self, record: Iteration) -> None:
         """An iteration's metrics, under their published names; `falts` is the start epoch of a skipped update."""
         values = {"Progress": record.iteration, "Grand_Loss": finite(record.loss), "Start_Epoch": record.start_epoch}
-        if not record.updated:
-            values["falts"] = record.start_epoch
+        values |= {} if record.updated else {"falts": record.start_epoch}
         self._log(record.iteration, lambda: values)
 
     def log_scores(self, step: int, scores: list[Score]) -> None:

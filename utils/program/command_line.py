@@ -104,18 +104,15 @@ def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.Ar
                     formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width))
     if yaml_file:
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
-    names = sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"])
-    for group in GROUPS:
-        options = parser.add_argument_group(f"{group} options")
-        for field in names:
-            extra = about(field.name, config_type)
-            if extra["group"] != group:
-                continue
-            hint = typing.get_type_hints(config_type)[field.name]
-            shown = field.default.get_default(call_default_factory=True)
-            text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
-                "" if shown == "" else f" [{'unset' if shown is None else shown}]")
-            metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()
-            optional = {"nargs": "?", "const": "True"} if hint is bool else {}
-            options.add_argument(f"--{field.name}", metavar=metavar, help=text.replace("%", "%%"), **optional)
+    groups = {group: parser.add_argument_group(f"{group} options") for group in GROUPS}
+    for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
+        extra = about(field.name, config_type)
+        hint = typing.get_type_hints(config_type)[field.name]
+        shown = field.default.get_default(call_default_factory=True)
+        text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
+            "" if shown == "" else f" [{'unset' if shown is None else shown}]")
+        metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()
+        optional = {"nargs": "?", "const": "True"} if hint is bool else {}
+        groups[extra["group"]].add_argument(f"--{field.name}", metavar=metavar, help=text.replace("%", "%%"),
+                                            **optional)
     return parser
