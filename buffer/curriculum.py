@@ -48,10 +48,8 @@ class Curriculum:
 
     def __init__(self, config: BufferConfig, dataset: Dataset, scores: Tensor):
         self._config = config
-        self._classes = []
-        for label in range(dataset.num_classes):
-            indices = dataset.class_indices(label).cpu()
-            self._classes.append(indices[scores[indices].argsort(stable=True)])
+        by_class = (dataset.class_indices(label).cpu() for label in range(dataset.num_classes))
+        self._classes = [indices[scores[indices].argsort(stable=True)] for indices in by_class]
 
     def indices(self, epoch: int) -> Tensor:
         first, last = epoch_share(epoch, self._config)

@@ -8,19 +8,9 @@ import json
 import shutil
 from pathlib import Path
 
+from buffer import trajectories
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.experts import DivergedError, Epoch, SavedEpochs, train_expert, work_of
-from buffer.trajectories import (
-    as_expert,
-    buffer_folder,
-    check_same_data,
-    check_same_images,
-    check_same_kind,
-    count_experts,
-    expert_files,
-    next_file,
-    write_experts,
-)
 from utils import files
 from utils.config import BufferConfig, differences, influential
 from utils.data.datasets import Dataset, check_dataset_name
@@ -50,13 +40,13 @@ def train_buffer(config: BufferConfig) -> None:
     """
     # Refuse what the options and the folder show.
     check_options(config)
-    folder = buffer_folder(config)
-    check_same_data(folder, config)
-    check_same_kind(folder, config)
+    folder = trajectories.buffer_folder(config)
+    trajectories.check_same_data(folder, config)
+    trajectories.check_same_kind(folder, config)
 
     # Load the data, and build the network, which may be refused, before anything is written.
     device, dataset = begin(config)
-    check_same_images(folder, dataset)
+    trajectories.check_same_images(folder, dataset)
     network = network_for(config.model, dataset).to(device)
     model = flat_model(config, network, work_of(config, dataset), config.micro_batch)
 
@@ -146,12 +136,12 @@ class ExpertRun:
     def __init__(self, config: BufferConfig, dataset: Dataset, folder: Path, model: FlatModel):
         self.config, self.dataset, self.folder, self.model = config, dataset, folder, model
         # Once more, now that nobody else can write: the data took a while to load.
-        check_same_kind(folder, config)
-        check_same_images(folder, dataset)
+        trajectories.check_same_kind(folder, config)
+        trajectories.check_same_images(folder, dataset)
         self.unfinished = folder / "unfinished"
         self.diverged = self.unfinished / "diverged.json"  # where a rank leaves word that one of its experts diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
-        self.written = self._judged = count_experts(folder)  # experts before these are in files, and judged
+        self.written = self._judged = trajectories.count_experts(folder)  # those before are in files, and judged
         self._at_chance = 0
         # A run after a finished one goes on counting, so that it trains other experts.
         self.first = self.written
@@ -200,7 +190,7 @@ class ExpertRun:
 
     def is_missing(self, number: int) -> bool:
         """Whether the expert is neither in a file nor trained, by whichever rank."""
-        return number >= count_experts(self.folder) and not self._is_trained(number)
+        return number >= trajectories.count_experts(self.folder) and not self._is_trained(number)
 
     def write_complete(self, partly: bool = False) -> None:
         """Judges the experts that are trained, and writes the files that are complete with them.
@@ -241,12 +231,9 @@ class ExpertRun:
     def _write(self, count: int) -> None:
         """Writes a file of the next so many experts."""
         numbers = range(self.written, self.written + count)
-        waiting = [as_expert(self.model, self.saved(number).snapshots()) for number in numbers]
+        experts = [trajectories.as_expert(self.model, self.saved(number).snapshots()) for number in numbers]
         epochs = [{"expert": number, **epoch} for number in numbers for epoch in self.saved(number).reached()]
-        last = {epoch["expert"]: epoch for epoch in epochs}
-        experts = [{"number": number, "train_accuracy": last[number]["train_accuracy"],
-                    "test_accuracy": last[number]["test_accuracy"]} for number in numbers]
-        write_experts(next_file(self.folder), waiting, self.options | {"experts": experts}, epochs)
+        trajectories.write_experts(self.folder, experts, self.options, epochs)
         self.written += count
         for number in numbers:
             shutil.rmtree(self.saved(number).folder)
@@ -264,7 +251,6 @@ class View(Progress):
     def __init__(self, run: ExpertRun):
         config = run.config
         self._run, self._epochs = run, config.train_epochs
-        self._reached = ""  # by the last epoch, in words
         super().__init__(config.num_experts * config.train_epochs, "experts", initial=run.epochs_done,
                          quiet=config.quiet, images=len(run.dataset.train_labels),
                          device=run.dataset.train_images.device)
@@ -283,13 +269,11 @@ class View(Progress):
         self.reach(min(self.total, self._before + self._together * (done - self._begun)))
 
     def after_epoch(self, epoch: Epoch) -> None:
-        numbers = (f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
-                   f"test {100 * epoch.test_accuracy:.1f} %")
-        self._reached = ", ".join(numbers)
-        self.show(*numbers)
+        self.show(f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
+                  f"test {100 * epoch.test_accuracy:.1f} %")
 
     def end(self, number: int) -> None:
-        self.say(f"expert {number}: {self._reached}")
+        self.say(f"expert {number}: {', '.join(self.numbers)}")
 
 
 def check_options(config: BufferConfig) -> None:
@@ -336,8 +320,9 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
 
 def _say_where(config: BufferConfig, folder: Path) -> None:
     """Where the experts are, and what to type next."""
+    names = ", ".join(path.name for path in trajectories.expert_files(folder))
     print(wrapped(f"{config.num_experts} experts of {config.train_epochs} epochs are trained; {shown(folder)} holds "
-                  f"{count_experts(folder)} in {', '.join(path.name for path in expert_files(folder))}"))
+                  f"{trajectories.count_experts(folder)} in {names}"))
     say_next(config, "next, to look at them:", command("scripts/inspect_buffer.py", {}, argument=folder))
     given = {name: getattr(config, name) for name in ("dataset", "res", "model", "zca", "val_fraction")}
     given |= {"subset": config.subset} if config.dataset == "ImageNet" else {}

@@ -1,5 +1,6 @@
 """Train experts and keep the whole trajectory of their parameters (MTT, section 3.1; FTD, section 3.3)."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -48,10 +49,7 @@ class SavedEpochs:
 
     def __len__(self) -> int:
         """How many follow each other without a gap, the initialisation included."""
-        number = 0
-        while self._path(number).exists():
-            number += 1
-        return number
+        return next(number for number in itertools.count() if not self._path(number).exists())
 
     @property
     def done(self) -> int:
@@ -110,9 +108,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
     optimiser = torch.optim.SGD([theta], config.lr_teacher, momentum=config.mom, weight_decay=config.l2)
     snapshots = torch.empty(config.train_epochs + 1, model.num_parameters)
     snapshots[0] = theta
-    first = _restore(saved, snapshots, theta, optimiser, network, report) if saved is not None else 0
-    if saved is not None and not len(saved):
-        saved.save(0, theta, optimiser, network, None)
+    first = 0 if saved is None else _restore(saved, snapshots, theta, optimiser, network, report)
     for epoch in range(first, config.train_epochs):
         random = generator(config.seed, "expert", number, "epoch", epoch)
         network.train()
@@ -147,7 +143,9 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
 
 def _restore(saved: SavedEpochs, snapshots: Tensor, theta: Tensor, optimiser: torch.optim.Optimizer,
              network: nn.Module, report: Callable[[Epoch], None]) -> int:
-    """Takes up the saved epochs; returns how many there are, the initialisation not counted."""
+    """Takes up the saved epochs, or saves the initialisation; returns how many there are beside that."""
+    if not len(saved):
+        saved.save(0, theta, optimiser, network, None)
     for epoch in range(len(saved)):
         state = saved[epoch]
         if state["theta"].shape != snapshots[epoch].shape:
@@ -155,8 +153,6 @@ def _restore(saved: SavedEpochs, snapshots: Tensor, theta: Tensor, optimiser: to
         snapshots[epoch] = state["theta"]
         if state["reached"]:
             report(Epoch(**state["reached"]))
-    if not len(saved):
-        return 0
     theta.copy_(snapshots[len(saved) - 1])
     if state["momentum"] is not None:
         optimiser.state[theta]["momentum_buffer"] = state["momentum"].clone().to(theta)

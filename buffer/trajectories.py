@@ -4,6 +4,7 @@ A file is a list of experts; an expert is a list of snapshots; a snapshot is a l
 `parameters()` order.
 """
 
+import itertools
 import json
 import os
 import re
@@ -39,16 +40,8 @@ def buffer_folder(config: BufferConfig | DistillConfig | BaselineConfig) -> Path
 
 def expert_files(folder: Path) -> list[Path]:
     """The expert files of a folder in the order of their numbers."""
-    found = {path: match for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))}
-    return sorted(found, key=lambda path: int(found[path][1]))
-
-
-def next_file(folder: Path) -> Path:
-    """The first free number, as the published code counts: no file is ever overwritten."""
-    number = 0
-    while (folder / f"replay_buffer_{number}.pt").exists():
-        number += 1
-    return folder / f"replay_buffer_{number}.pt"
+    numbers = {path: int(match[1]) for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def count_experts(folder: Path) -> int:
@@ -87,12 +80,9 @@ def _manifests(folder: Path) -> dict[Path, dict[str, Any]]:
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
     """The different options by which the experts of a folder were made, as far as manifests tell."""
-    found: list[dict[str, Any]] = []
-    for saved in _manifests(folder).values():
-        options = {name: value for name, value in saved.items() if name not in _FACTS}
-        if options not in found:
-            found.append(options)
-    return found
+    kinds = [{name: value for name, value in manifest.items() if name not in _FACTS}
+             for manifest in _manifests(folder).values()]
+    return [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
 
 
 def check_same_data(folder: Path, config: DataConfig) -> None:
@@ -107,7 +97,6 @@ def check_same_data(folder: Path, config: DataConfig) -> None:
         if different:
             raise UserError(f"the experts of {path} were trained on other data: {different}; give the same options, or "
                             "another --buffer_path")
-    for path, saved in manifests.items():
         _check_same_kind(path, saved, next(iter(manifests.values())))
 
 
@@ -141,19 +130,30 @@ def check_same_images(folder: Path, dataset: Dataset) -> None:
                             "give the same --data_path and options, or another --buffer_path")
 
 
-def write_experts(path: Path, experts: Sequence[Expert], manifest: dict[str, Any],
+def write_experts(folder: Path, experts: Sequence[Expert], options: dict[str, Any],
                   epochs: Sequence[dict[str, Any]]) -> None:
     """Writes an expert file, and beside it first its manifest and what each epoch reached (`.jsonl`).
+
+    Its number is the first free one, as the published code counts: no file is ever overwritten.
+
+    Args:
+        options: the run's, and the dataset's fingerprint.
+        epochs: of all the experts, in order; each says of which.
 
     Raises:
         UserError: it cannot be written.
     """
+    paths = (folder / f"replay_buffer_{number}.pt" for number in itertools.count())
+    path = next(path for path in paths if not path.exists())
+    last = {epoch["expert"]: epoch for epoch in epochs}
+    reached = [{"number": number, "train_accuracy": epoch["train_accuracy"], "test_accuracy": epoch["test_accuracy"]}
+               for number, epoch in last.items()]
     with files.atomic_write(path) as aside:
         with aside.open("wb") as file:
             torch.save(list(experts), file)
         with files.atomic_write(path.with_suffix(".jsonl")) as log:
             log.write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
-        save_config(manifest_path(path), manifest | {"sha256": files.sha256(aside)})
+        save_config(manifest_path(path), options | {"experts": reached, "sha256": files.sha256(aside)})
 
 
 def require_experts(folder: Path) -> None:
@@ -209,11 +209,7 @@ class Buffer:
         self.folder = folder
         self.model = model
         self._paths = expert_files(folder)[:max_files]
-        self._files: list[list[Expert]] = []
-        for path in self._paths:
-            experts = load_experts(path)
-            _check(path, experts, model)
-            self._files.append(experts[:max_experts])
+        self._files = [_load_checked(path, model)[:max_experts] for path in self._paths]
 
     def verify(self) -> dict[str, str]:
         """Reads every file, against its manifest's checksum or, without one, for values that are not finite.
@@ -226,15 +222,15 @@ class Buffer:
         """
         manifests = _manifests(self.folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
-            found = dict(zip([path.name for path in self._paths], pool.map(files.sha256, self._paths)))
+            checksums = dict(zip([path.name for path in self._paths], pool.map(files.sha256, self._paths)))
         for path, experts in zip(self._paths, self._files):
             expected = manifests.get(manifest_path(path), {}).get("sha256")
             if expected is None:
                 _check_finite(path, experts)
-            elif found[path.name] != expected:
+            elif checksums[path.name] != expected:
                 raise UserError(f"expert file {path} is damaged: it is not the file that {manifest_path(path).name} "
                                 "was written for; copy it again, or move both away and train the experts again")
-        return found
+        return checksums
 
     def __len__(self) -> int:
         """The number of experts."""
@@ -266,20 +262,21 @@ class Buffer:
                 for expert in torch.randperm(sizes[file], generator=random).tolist()]
 
 
-def _check(path: Path, experts: list[Expert], model: FlatModel) -> None:
-    for expert in experts:
-        # Shapes are known without touching the bytes, so looking at every snapshot costs nothing.
-        for snapshot in expert:
-            if [getattr(tensor, "shape", None) for tensor in snapshot] != model.shapes:
-                shapes = [tuple(getattr(tensor, "shape", ())) for tensor in snapshot]
-                raise UserError(f"{path} holds experts of another network: {len(shapes)} tensors, first {shapes[:1]}, "
-                                f"last {shapes[-1:]}; this one has {len(model.shapes)}, first "
-                                f"{[tuple(model.shapes[0])]}, last {[tuple(model.shapes[-1])]}; give the --model, "
-                                "--dataset and --buffer_path that trained them")
-            other = {str(tensor.dtype) for tensor in snapshot} - {"torch.float32"}
-            if other:
-                raise UserError(f"{path} holds parameters in {', '.join(sorted(other))}; float32 is needed: save them "
-                                "with .float()")
+def _load_checked(path: Path, model: FlatModel) -> list[Expert]:
+    """The experts of a file, if they are this network's: shapes are known without touching the bytes."""
+    experts = load_experts(path)
+    for snapshot in itertools.chain.from_iterable(experts):
+        if [getattr(tensor, "shape", None) for tensor in snapshot] != model.shapes:
+            shapes = [tuple(getattr(tensor, "shape", ())) for tensor in snapshot]
+            raise UserError(f"{path} holds experts of another network: {len(shapes)} tensors, first {shapes[:1]}, last "
+                            f"{shapes[-1:]}; this one has {len(model.shapes)}, first {[tuple(model.shapes[0])]}, last "
+                            f"{[tuple(model.shapes[-1])]}; give the --model, --dataset and --buffer_path that trained "
+                            "them")
+        other = {str(tensor.dtype) for tensor in snapshot} - {"torch.float32"}
+        if other:
+            raise UserError(f"{path} holds parameters in {', '.join(sorted(other))}; float32 is needed: save them with "
+                            ".float()")
+    return experts
 
 
 def _check_finite(path: Path, experts: list[Expert]) -> None:

@@ -192,18 +192,19 @@ class Distillation:
 
     def state(self) -> dict[str, Any]:
         """What the next steps depend on, beside the config; for `restore`. Of several ranks, after `merge`."""
-        return {"images": self.set.images, "labels": self.set.labels, "lr": self.set.lr, "rate": self.rate,
-                "ema": self.ema, "optimiser": self.optimiser.state_dict(),
-                "counts": {name: getattr(self, name) for name in self._COUNTS}}
+        return self._tensors() | {"optimiser": self.optimiser.state_dict(),
+                                  "counts": {name: getattr(self, name) for name in self._COUNTS}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        for own, saved in ((self.set.images, "images"), (self.set.labels, "labels"), (self.set.lr, "lr"),
-                           (self.rate, "rate"), (self.ema, "ema")):
-            if own is not None:
-                own.copy_(state[saved])
+        for name, tensor in self._tensors().items():
+            if tensor is not None:
+                tensor.copy_(state[name])
         self.optimiser.load_state_dict(state["optimiser"])
         for name, count in state["counts"].items():
             setattr(self, name, count)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return self.set.tensors() | {"rate": self.rate, "ema": self.ema}
 
     def versions(self) -> dict[str, DistilledSet]:
         """What is evaluated and saved, by the name of its folder: the set, and the one of averaged images."""

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from utils import files
@@ -66,10 +64,8 @@ class DistilledSet(torch.utils.data.Dataset):
 
     def save(self, folder: Path, tag: str | int, dataset: Dataset) -> None:
         """Writes the published files, on the CPU, and `images_zca_{tag}.pt` (un-whitened) for a whitened dataset."""
-        here = self.detach().to("cpu")
-        files.save(here.images, folder / f"images_{tag}.pt")
-        files.save(here.labels, folder / f"labels_{tag}.pt")
-        files.save(here.lr, folder / f"lr_{tag}.pt")
+        for name, tensor in self.detach().to("cpu").tensors().items():
+            files.save(tensor, folder / f"{name}_{tag}.pt")
         if dataset.whitening is not None:
             files.save(dataset.to_pixels(self.images.detach()).cpu(), folder / f"images_zca_{tag}.pt")
 
@@ -79,20 +75,13 @@ class DistilledSet(torch.utils.data.Dataset):
         Args:
             config: the options that made the set, as JSON can hold them.
         """
-        here = self.detach().to("cpu")
-        tensors = here.tensors()
+        tensors = self.tensors()
         if dataset.whitening is not None:
-            whitening = dataset.whitening.to("cpu")
-            tensors |= {"zca_mean": whitening.mean, "zca_transform": whitening.transform,
-                        "zca_inverse": whitening.inverse}
+            tensors |= {f"zca_{name}": tensor for name, tensor in dataset.whitening.tensors().items()}
         options = {name: str(value) if value == math.inf else value for name, value in config.items()}
         about = {"format": FORMAT, "dataset": dataset.name, "classes": json.dumps(dataset.classes),
                  "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(options)}
-        with files.atomic_write(path) as aside:
-            try:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata=about)
-            except SafetensorError as error:  # a full disk, in a class of its own
-                raise OSError(error) from error
+        files.save_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "DistilledSet":
@@ -106,20 +95,16 @@ class DistilledSet(torch.utils.data.Dataset):
             problem = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"distilled set {path} {problem}; give "
                             f"{files.set_in(path) or 'the path of a distilled.safetensors'}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
+            tensors, about = files.load_tensors(path)
             if about.get("format") != FORMAT:
                 raise UserError(f"{path} is not a distilled set (format {about.get('format')}, expected {FORMAT}); "
                                 "give a distilled.safetensors")
-            zca = [tensors.get(f"zca_{name}") for name in ("mean", "transform", "inverse")]
+            zca = {name.removeprefix("zca_"): tensors.pop(name) for name in list(tensors) if name.startswith("zca_")}
             space = ImageSpace(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])),
-                          None if zca[0] is None else Whitening(*zca))
-            return cls(tensors["images"], tensors["labels"], tensors["lr"], tuple(json.loads(about["classes"])), space,
-                       json.loads(about["config"]))
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is damaged or no distilled set ({error}); write or copy it again") from error
+                               Whitening(**zca) if zca else None)
+            return cls(**tensors, classes=tuple(json.loads(about["classes"])), space=space,
+                       config=json.loads(about["config"]))
 
 
 def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> DistilledSet:
@@ -155,22 +140,25 @@ def checked_set(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
     if not images.is_floating_point() or tuple(images.shape[1:]) != expected or not len(images):
         raise UserError(f"--data_dir holds {images.dtype} {list(images.shape)}; {dataset.name} needs floating-point "
                         f"images [N, {', '.join(map(str, expected))}], N at least 1")
-    soft = labels.is_floating_point() and tuple(labels.shape) == (len(images), dataset.num_classes)
-    hard = labels.dtype == torch.int64 and tuple(labels.shape) == (len(images),)
-    if not soft and not hard:
+    if not labels_fit(labels, len(images), dataset.num_classes):
         raise UserError(f"--label_dir holds {labels.dtype} {list(labels.shape)}; these {len(images)} images of "
-                        f"{dataset.name} need label logits [{len(images)}, {dataset.num_classes}] or int64 classes "
-                        f"[{len(images)}]")
-    if hard and not ((labels >= 0) & (labels < dataset.num_classes)).all():
-        raise UserError(f"--label_dir names classes outside 0 … {dataset.num_classes - 1}; give labels of "
-                        f"{dataset.name}")
+                        f"{dataset.name} need label logits [{len(images)}, {dataset.num_classes}], or int64 classes "
+                        f"[{len(images)}] with no classes outside 0 … {dataset.num_classes - 1}")
     if lr.numel() != 1 or not torch.isfinite(lr).all() or lr.item() <= 0:
         raise UserError(f"--lr_dir holds {lr.tolist() if lr.numel() < 5 else list(lr.shape)}; it must be one positive "
                         "learning rate")
-    if not torch.isfinite(images).all() or (soft and not torch.isfinite(labels).all()):
+    if not images.isfinite().all() or not labels.isfinite().all():
         raise UserError("--data_dir or --label_dir holds values that are not finite; that set cannot be evaluated")
-    return replace(distilled, images=images.float(), labels=labels.float() if soft else labels,
-                   lr=lr.float().reshape(()))
+    return replace(distilled, images=images.float(), lr=lr.float().reshape(()),
+                   labels=labels.float() if labels.is_floating_point() else labels)
+
+
+def labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
+    """Whether these are label logits of so many images, or their classes."""
+    if labels.is_floating_point():
+        return tuple(labels.shape) == (count, num_classes)
+    named = set(labels.unique().tolist())
+    return labels.dtype == torch.int64 and tuple(labels.shape) == (count,) and named <= set(range(num_classes))
 
 
 def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, str]:

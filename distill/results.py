@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import BeforeValidator, Field, RootModel, computed_field
 from pydantic.dataclasses import dataclass
 
@@ -103,6 +104,15 @@ class Metrics(NamedTuple):
     @property
     def skipped(self) -> list[Iteration]:
         return [iteration for iteration in self.iterations if not iteration.updated]
+
+    def running_mean(self) -> tuple[int, list[tuple[int, float]]]:
+        """Over how many iterations, and the mean loss around each, without the skipped ones; nothing of a short run."""
+        if len(self.iterations) < 20:
+            return 0, []
+        span = max(len(self.iterations) // 50, 5)
+        losses = torch.tensor([step.loss if step.updated else math.nan for step in self.iterations], dtype=torch.double)
+        means = losses.unfold(0, span, 1).nanmean(1)  # NaN where all were skipped, which is a gap in the line
+        return span, [(step.iteration, mean) for step, mean in zip(self.iterations[span // 2:], means.tolist())]
 
     def of_set(self, name: str) -> list[Evaluation]:
         return [evaluation for evaluation in self.evaluations if evaluation.set == name]

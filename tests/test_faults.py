@@ -76,7 +76,8 @@ def test_a_line_that_cannot_be_written_whole_is_not_written(tmp_path):
 def test_a_damaged_epoch_of_an_unfinished_expert_names_the_way_out(call, toy, toy_experts, tmp_path):
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
     folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
-    with mock.patch("buffer.expert_run.write_experts", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    stopped = mock.patch("buffer.trajectories.write_experts", side_effect=KeyboardInterrupt)
+    with stopped, pytest.raises(KeyboardInterrupt):
         call("buffer/buffer_FTD.py", *arguments)
     epoch = folder / "unfinished" / "expert_1" / "epoch_2.pt"
     epoch.write_bytes(epoch.read_bytes()[:2000])

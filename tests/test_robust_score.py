@@ -7,15 +7,7 @@ import math
 import pytest
 import torch
 
-from distill.evaluate.robust import (
-    HELD_OUT,
-    RATES,
-    augmentation_robust_score,
-    held_out,
-    label_robust_score,
-    robust_scores,
-    scaled,
-)
+from distill.evaluate.robust import HELD_OUT, RATES, held_out, robust_scores, scaled
 from tests.test_refusals import check_refusal
 from tests.test_resume import stop_at
 
@@ -25,17 +17,13 @@ EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
 def test_the_formulas():
     assert scaled(-1) == 0 and scaled(1) == 1
     assert scaled(0) == pytest.approx(1 / (1 + math.e))  # the same: (1 − 1/e) / (e − 1/e)
-    # α = 0.5 · (0.7 − 0.5) − 0.5 · (0.9 − 0.6) = −0.05
-    assert label_robust_score(0.9, 0.6, 0.7, 0.5) == pytest.approx((math.exp(-0.05) - math.exp(-1)) / 2.3504023873)
-    assert label_robust_score(0.9, 0.6, 0.7, 0.5, weight=1) == scaled(0.7 - 0.5)
-    assert label_robust_score(0.9, 0.6, 0.7, 0.5, weight=0) == scaled(0.6 - 0.9)
-    assert label_robust_score(1, 0, 0, 1) == 0 and augmentation_robust_score(1, 0, 1, 0) == 1
-    # β = 0.25 · 0.2 + 0.75 · 0.4 = 0.35
-    assert augmentation_robust_score(0.7, 0.5, 0.6, 0.2, weight=0.25) == pytest.approx(scaled(0.35))
-    at = {"syn": 0.7, "syn_hard": 0.6, "random": 0.5, "real": 0.9}
-    assert robust_scores(at) == pytest.approx({"HLR": 0.3, "IOR": 0.2, "LRS": scaled(-0.05)})
-    assert robust_scores(at | {"syn_no_aug": 0.6, "random_no_aug": 0.3}) == pytest.approx(
+    assert scaled(-0.05) == pytest.approx((math.exp(-0.05) - math.exp(-1)) / 2.3504023873)
+    # 0.5 · (0.7 − 0.5) − 0.5 · (0.9 − 0.6) = −0.05, and 0.5 · 0.2 + 0.5 · (0.6 − 0.3) = 0.25
+    at = {"syn": 0.7, "syn_hard": 0.6, "random": 0.5, "real": 0.9, "syn_no_aug": 0.6, "random_no_aug": 0.3}
+    assert robust_scores(at) == pytest.approx(
         {"HLR": 0.3, "IOR": 0.2, "LRS": scaled(-0.05), "IOR_no_aug": 0.3, "ARS": scaled(0.25)})
+    best = {"syn": 1, "syn_hard": 1, "random": 0, "real": 0, "syn_no_aug": 1, "random_no_aug": 0}
+    assert robust_scores(best)["LRS"] == robust_scores(best)["ARS"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeErr
 
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
-MAIN, METHOD, EVALUATION, FILES, SPEED = "main", "method", "evaluation", "files", "speed"
+GROUPS = MAIN, METHOD, EVALUATION, SPEED, FILES = "main", "method", "evaluation", "speed", "files"  # as --help has them
 
 
 def option(group: str, default: Any, help: str, effect: bool | str = True, decides: bool = True) -> Any:
@@ -268,9 +268,6 @@ class BaselineConfig(TrainConfig):
     json: FilePath = option(FILES, "", "write the result to this file", decides=False)
 
 
-# --- parsing -------------------------------------------------------------------------------------------------
-
-
 # --- values and what they mean -------------------------------------------------------------------------------
 
 Config = TypeVar("Config", bound=DataConfig)
@@ -361,6 +358,12 @@ def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
     default = defaults(config_type)
     names = [*(name for name in default if name in options), *(name for name in options if name not in default)]
     return {name: options[name] for name in names if name not in default or options[name] != default[name]}
+
+
+def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:
+    """What a program is given to have these options again: the dataset, the network and what is not the default."""
+    known = {name: value for name, value in options.items() if name in defaults(config_type)}
+    return {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, config_type)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import re
 import tempfile
 import warnings
 import zipfile
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
 
@@ -35,15 +37,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         UserError: the folder cannot be made or written, the disk is full, or a folder, device or pipe is in the place.
     """
     path = Path(os.path.realpath(path))  # what a link points to is written, not the link
-    try:
-        if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise UserError(f"cannot write {path}, which is {kind}; give the path of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        handle, aside = _make_aside(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; give a folder that can be written") from error
+    handle, aside = _begin(path)
     try:
         yield aside
         with open(aside, "rb") as written:
@@ -61,15 +55,28 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
                 os.close(folder)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        # torch's zip writer reports a full disk as a RuntimeError of its own.
-        torch_could_not = isinstance(error, RuntimeError) and ("inline_container" in str(error)
-                                                               or "PytorchStreamWriter" in str(error))
-        if isinstance(error, OSError) or torch_could_not:
-            reason = "the disk is full, or the file was cut" if torch_could_not else error
+        # Safetensors report a full disk by a class of their own, torch's zip writer by a RuntimeError.
+        library_could_not = isinstance(error, SafetensorError) or (
+            isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)))
+        if isinstance(error, OSError) or library_could_not:
+            reason = "the disk is full, or the file was cut" if library_could_not else error
             raise UserError(f"cannot write {path}: {reason}; free space or give another folder") from error
         raise
     finally:
         os.close(handle)
+
+
+def _begin(path: Path) -> tuple[int, Path]:
+    """What `_make_aside` makes, once nothing is in the way of a write of `path`."""
+    try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise UserError(f"cannot write {path}, which is {kind}; give the path of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        return _make_aside(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give a folder that can be written") from error
 
 
 def _make_aside(path: Path) -> tuple[int, Path]:
@@ -102,12 +109,9 @@ def check_writable(path: str | os.PathLike) -> None:
     Raises:
         UserError: it cannot be made or written.
     """
-    with contextlib.suppress(_TrialError), atomic_write(path):
-        raise _TrialError
-
-
-class _TrialError(Exception):
-    """Ends a write that was only a trial."""
+    handle, aside = _begin(Path(os.path.realpath(path)))
+    os.close(handle)
+    aside.unlink()
 
 
 def save(value: object, path: str | os.PathLike) -> None:
@@ -115,6 +119,20 @@ def save(value: object, path: str | os.PathLike) -> None:
     # Through a handle, for given a path torch writes its name into the file, and equal tensors make unequal files.
     with atomic_write(path) as aside, aside.open("wb") as file:
         torch.save(value, file)
+
+
+def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, which holds data only, never code."""
+    from safetensors.torch import save_file  # here, not above: with it comes torch, which other writes do without
+
+    with atomic_write(path) as aside:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+
+
+def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """What `save_tensors` wrote: the tensors, and the metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -144,11 +162,10 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
         yield
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{what}: {error.strerror or error}; {advice}") from error
     except Exception as error:  # damaged bytes make the readers fail in every way there is
         reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        raise UserError(f"{what} {problem} ({reason}); {advice}") from error
+        system = getattr(error, "strerror", None)  # what the system could not do says nothing of the bytes
+        raise UserError(f"{what}{f': {system}' if system else f' {problem} ({reason})'}; {advice}") from error
 
 
 def set_in(path: Path) -> Path | None:
@@ -171,20 +188,17 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
         raise UserError(f"{what} {path} {problem}; give {set_in(path) or 'the path of a file'}")
-    try:
-        # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch has to say about foreign files is said below
+    with (reading(f"{what} {path}", advice or "write or copy it again",
+                  "cannot be read (truncated, or not a torch file)"), warnings.catch_warnings()):
+        warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here
+        try:
+            # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
-            raise UserError(f"{what} {path} holds more than tensors (it would run code when loaded) and was refused; "
-                            f"{advice or 'save plain tensors with torch.save'}") from error
-        raise UserError(f"{what} {path} is damaged or not a torch file; {advice or 'write it again'}") from error
-    except Exception as error:  # damaged bytes make the readers fail in every way there is
-        reason = " ".join((str(error) or type(error).__name__).split()).split(". ")[0][:160]
-        raise UserError(f"{what} {path} cannot be read (truncated, or not a torch file): {reason}; "
-                        f"{advice or 'write or copy it again'}") from error
+        except pickle.UnpicklingError as error:
+            if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
+                raise UserError(f"{what} {path} holds more than tensors (it would run code when loaded) and was "
+                                f"refused; {advice or 'save plain tensors with torch.save'}") from error
+            raise UserError(f"{what} {path} is damaged or not a torch file; {advice or 'write it again'}") from error
 
 
 def append_json(path: Path, value: Any) -> None:

@@ -52,34 +52,16 @@ def scaled(x: float) -> float:
     return (math.exp(x) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
-def label_robust_score(real_hard: float, syn_hard: float, syn: float, random: float, weight: float = WEIGHT) -> float:
-    """LRS in [0, 1] from accuracies in [0, 1]; see the top of this file."""
-    return scaled(weight * (syn - random) - (1 - weight) * (real_hard - syn_hard))
-
-
-def augmentation_robust_score(syn: float, random: float, syn_no_aug: float, random_no_aug: float,
-                              weight: float = WEIGHT) -> float:
-    """ARS in [0, 1] from accuracies in [0, 1]; see the top of this file."""
-    return scaled(weight * (syn - random) + (1 - weight) * (syn_no_aug - random_no_aug))
-
-
-def robust_scores(at: dict[str, float], weight: float = WEIGHT) -> dict[str, float]:
-    """One network's scores.
+def robust_scores(at: dict[str, float]) -> dict[str, float]:
+    """One network's scores; see the top of this file.
 
     Args:
-        at: its mean accuracies in [0, 1]: syn, syn_hard, random, real; for ARS syn_no_aug and random_no_aug too.
+        at: its mean accuracies in [0, 1]: syn, syn_hard, random, syn_no_aug, random_no_aug, real.
     """
-    scores = {"HLR": at["real"] - at["syn_hard"], "IOR": at["syn"] - at["random"],
-              "LRS": label_robust_score(at["real"], at["syn_hard"], at["syn"], at["random"], weight)}
-    if "syn_no_aug" in at:
-        scores["IOR_no_aug"] = at["syn_no_aug"] - at["random_no_aug"]
-        scores["ARS"] = augmentation_robust_score(at["syn"], at["random"], at["syn_no_aug"], at["random_no_aug"],
-                                                  weight)
-    return scores
-
-
-def in_words(network: str, scores: dict[str, float]) -> str:
-    return f"{network}: " + ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores.items())
+    hlr, ior, ior_no_aug = (at["real"] - at["syn_hard"], at["syn"] - at["random"],
+                            at["syn_no_aug"] - at["random_no_aug"])
+    return {"HLR": hlr, "IOR": ior, "LRS": scaled(WEIGHT * ior - (1 - WEIGHT) * hlr),
+            "IOR_no_aug": ior_no_aug, "ARS": scaled(WEIGHT * ior + (1 - WEIGHT) * ior_no_aug)}
 
 
 # --- their evaluations ---------------------------------------------------------------------------------------
@@ -102,6 +84,10 @@ class Comparison(NamedTuple):
         """Its evaluations of a kind of networks, and the networks of each."""
         tried = [(_saved(accuracies, name, rate), [Job(network, 0)]) for rate in RATES if self.searched]
         return [*tried, (_saved(accuracies, name), [Job(network, number) for number in range(self.config.num_eval)])]
+
+    def at(self, rate: float) -> list[DistilledSet]:
+        """The sets, with this learning rate."""
+        return [replace(each, lr=torch.tensor(rate, device=each.lr.device)) for each in self.sets]
 
 
 def evaluate_robust(config: EvaluationConfig) -> None:
@@ -140,11 +126,9 @@ def evaluate_robust(config: EvaluationConfig) -> None:
                       aside=f" (the whole training set: {config.epoch_eval_real})")
     results = _evaluate_parts(parts, dataset, chosen_on, session)
     scores = {}
-    for network in evaluation_pool(config.eval_mode, config.model):
-        scores[network] = robust_scores({name: next(score.mean for score in result["scores"]
-                                                    if score.network == network)
-                                         for name, result in results.items()})
-        print(in_words(network, scores[network]))
+    for at, network in enumerate(evaluation_pool(config.eval_mode, config.model)):
+        scores[network] = robust_scores({name: result["scores"][at].mean for name, result in results.items()})
+        print(f"{network}: " + ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores[network].items()))
     say(config, "HLR: what hard labels miss of the whole training set, less is better; IOR: the gain over random "
                 "images; LRS, ARS: the label- and the augmentation-robust score of both, more is better")
     of_set = results["syn"]["scores"]
@@ -195,8 +179,7 @@ def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: D
                 total += part.batches * (before + len(ranks.deal(missing)))
     session.say_going_on(tested, number)
     results = {}
-    with Progress(total, "evaluate", initial=done, quiet=config.quiet,
-                  device=dataset.test_images.device) as bar:
+    with Progress(total, "evaluate", initial=done, quiet=config.quiet, device=dataset.test_images.device) as bar:
         for at, (name, part) in enumerate(parts.items(), start=1):
             bar.count = f"set {at} of {len(parts)}"
             on_epoch = partial(bar.update, part.batches // (part.config.epoch_eval_train + 1))
@@ -208,11 +191,11 @@ def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: D
                 rate = float(part.sets[0].lr)
                 if part.searched:
                     alone = replace(part.config, num_eval=1)
-                    reached = {rate: run(alone, chosen_on, _at(part.sets, rate), networks=[network],
+                    reached = {rate: run(alone, chosen_on, part.at(rate), networks=[network],
                                          accuracies=_saved(accuracies, name, rate))[0].mean for rate in RATES}
                     rate = max(reached, key=reached.__getitem__)
                     result.setdefault("held_out", {})[network] = {f"{rate:g}": at for rate, at in reached.items()}
-                (score,) = run(part.config, dataset, _at(part.sets, rate), networks=[network],
+                (score,) = run(part.config, dataset, part.at(rate), networks=[network],
                                accuracies=_saved(accuracies, name))
                 result["lr"][network] = rate
                 result["scores"].append(score)
@@ -224,7 +207,3 @@ def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: D
 def _saved(accuracies: Accuracies, name: str, rate: float | None = None) -> Accuracies:
     """Those of one part, at a rate that is tried or at the one that is used."""
     return accuracies.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")
-
-
-def _at(sets: list[DistilledSet], rate: float) -> list[DistilledSet]:
-    return [replace(each, lr=torch.tensor(rate, device=each.lr.device)) for each in sets]

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from distill.report.record import FinishedRun
-from utils.config import BufferConfig, DistillConfig, EvaluationConfig, changed, defaults, from_repository
+from utils.config import BufferConfig, DistillConfig, EvaluationConfig, changed, defaults, from_repository, worth_giving
 from utils.files import REPOSITORY
 from utils.program.commands import command
 
@@ -16,22 +16,19 @@ def commands(run: FinishedRun) -> list[tuple[str, str]]:
     """What to type, in the repository's root, to have the run again: (what it does, shell text)."""
     if not run.config:
         return []
-    found = []
+    steps = []
     experts = (run.pictures.about or {}).get("experts") if run.pictures else None
     for number, options in enumerate(experts or []):
-        known = {name: value for name, value in options.items() if name in defaults(BufferConfig)}
-        given = {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, BufferConfig)
         what = "Train the experts" if number == 0 else "Add more experts to them"
-        found.append((what, command("buffer/buffer_FTD.py", given, from_repository)))
+        given = worth_giving(options, BufferConfig)
+        steps.append((what, command("buffer/buffer_FTD.py", given, from_repository)))
     on_cpu = str(run.result.environment.get("device", "")).startswith("cpu")
-    found.append(("Distil, with the options that differ from the defaults",
-                  again(run.config, f"{run.name}_again", on_cpu)))
     options = evaluation(run.config, run.path / "Normal" / "distilled.safetensors")
-    found.append(("Evaluate the best set of this run on fresh networks",
-                  command("distill/evaluation.py", options, from_repository)))
-    page_again = command("scripts/report.py", {}, from_repository, run.path)
-    found.append(("Make this page again", page_again))
-    return found
+    return [*steps, ("Distil, with the options that differ from the defaults",
+                     again(run.config, f"{run.name}_again", on_cpu)),
+            ("Evaluate the best set of this run on fresh networks",
+             command("distill/evaluation.py", options, from_repository)),
+            ("Make this page again", command("scripts/report.py", {}, from_repository, run.path))]
 
 
 def evaluation(config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
@@ -41,10 +38,8 @@ def evaluation(config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
         config: the run's, as its folder holds it.
         data_dir: a distilled.safetensors.
     """
-    allowed = defaults(EvaluationConfig)
-    shared = {name: value for name, value in config.items()
-              if name in allowed and name not in ("no_aug", "val_fraction", "lr_teacher", "precision", "buffer_path")}
-    given = {name: shared[name] for name in ("dataset", "model") if name in shared} | changed(shared, EvaluationConfig)
+    given = worth_giving({name: value for name, value in config.items() if name not in (
+        "no_aug", "val_fraction", "lr_teacher", "precision", "buffer_path")}, EvaluationConfig)
     if "data_path" in given:
         given["data_path"] = REPOSITORY / given["data_path"]
     return given | {"data_dir": data_dir}

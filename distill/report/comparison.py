@@ -17,46 +17,45 @@ MOST_PER_CLASS = 3  # images
 
 def comparison(runs: Sequence[FinishedRun]) -> str:
     """The page."""
-    names = _distinct_names(runs)
+    named = dict(zip(_distinct_names(runs), runs))
     title = f"{len(runs)} distillation runs"
-    drawn = curves.of_several(runs, names)
-    sections = [("summary", "Summary", _numbers(runs, names)),
-                ("options", "Options that differ", _options(runs, names)),
+    drawn = curves.charts(named)
+    sections = [("summary", "Summary", _numbers(named)), ("options", "Options that differ", _options(named)),
                 ("curves", "Curves", draw.charts(drawn) if drawn else
                  draw.paragraph("None of these runs recorded iterations.")),
-                ("images", "Distilled images", _images(runs, names)),
-                ("machine", "Versions and hardware", _table("What the runs were made with", names,
-                                                            [machine_of(run) for run in runs], "not recorded"))]
-    return document(title, f"{title} side by side", "", names, sections)
+                ("images", "Distilled images", _images(named)),
+                ("machine", "Versions and hardware", _table("What the runs were made with", "what", {
+                    name: machine_of(run) for name, run in named.items()}, "not recorded"))]
+    return document(title, f"{title} side by side", "", list(named), sections)
 
 
-def _table(caption: str, names: list[str], columns: Sequence[dict[str, Any]], absent: str, *rows: list[Any]) -> Markup:
+def _table(caption: str, corner: str, columns: dict[str, dict[Any, Any]], absent: str) -> Markup:
     """A column for each run, a row for each name in any of them."""
-    known = dict.fromkeys(name for column in columns for name in column)
-    return draw.table(caption, ["what", *names],
-                      [*([name, *(column.get(name, absent) for column in columns)] for name in known), *rows])
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(column.get(name, absent) for column in columns.values())] for name in names]
+    return draw.table(caption, [corner, *columns], rows)
 
 
-def _numbers(runs: Sequence[FinishedRun], names: list[str]) -> Markup:
-    folders = ["Folder", *(code(from_repository(run.path)) for run in runs)]
-    missing = [f"{name}: {what}" for run, name in zip(runs, names) for what in run.missing]
-    return joined(_table("What each run reached", names, [dict(facts(run)) for run in runs], "none", folders),
+def _numbers(runs: dict[str, FinishedRun]) -> Markup:
+    columns = {name: dict(facts(run)) | {"Folder": code(from_repository(run.path))} for name, run in runs.items()}
+    missing = [f"{name}: {what}" for name, run in runs.items() for what in run.missing]
+    return joined(_table("What each run reached", "what", columns, "none"),
                   draw.note("Not in these folders:", missing) if missing else Markup(""))
 
 
-def _options(runs: Sequence[FinishedRun], names: list[str]) -> Markup:
-    absent = object()
-    different = [name for name in dict.fromkeys(name for run in runs for name in run.config)
-                 if any(run.config.get(name, absent) != runs[0].config.get(name, absent) for run in runs)]
+def _options(runs: dict[str, FinishedRun]) -> Markup:
+    configs = [run.config for run in runs.values()]
+    different = [name for name in dict.fromkeys(name for config in configs for name in config)
+                 if any(name not in config or config[name] != configs[0].get(name) for config in configs)]
     if not different:
         return draw.paragraph("All options are the same.")
-    rows = [[code(name), *(option(run.config[name]) if name in run.config else "without effect" for run in runs)]
-            for name in different]
-    return draw.table("Options that differ between the runs", ["option", *names], rows)
+    columns = {of: {code(name): option(run.config[name]) for name in different if name in run.config}
+               for of, run in runs.items()}
+    return _table("Options that differ between the runs", "option", columns, "without effect")
 
 
-def _images(runs: Sequence[FinishedRun], names: list[str]) -> Markup:
-    with_pictures = [run.pictures for run in runs if run.pictures]
+def _images(runs: dict[str, FinishedRun]) -> Markup:
+    with_pictures = [run.pictures for run in runs.values() if run.pictures]
     classes = list(dict.fromkeys(name for pictures in with_pictures for name in pictures.classes))
     if not classes:
         return draw.paragraph("None of these folders holds pictures.")
@@ -65,7 +64,7 @@ def _images(runs: Sequence[FinishedRun], names: list[str]) -> Markup:
     first = "The first image" if most == 1 else f"The first {most} images"
     words = (f"{first} of each class, un-whitened, clipped at ±2.5 standard deviations; below each the class that its "
              "label holds likeliest. Each run's own report shows more.")
-    cards = [(name, [(run_name, _of_class(run, name, run_name, most)) for run, run_name in zip(runs, names)])
+    cards = [(name, [(run_name, _of_class(run, name, run_name, most)) for run_name, run in runs.items()])
              for name in classes]
     return joined(draw.paragraph(words), draw.compared_cards(cards, most > 1))
 
@@ -75,12 +74,11 @@ def _of_class(run: FinishedRun, name: str, run_name: str, most: int) -> list[tup
     pictures = run.pictures
     if pictures is None or name not in pictures.classes:
         return []
-    found = []
-    for number, row in enumerate(pictures.rows().get(pictures.classes.index(name), [])[:most], start=1):
-        says = int(pictures.labels[row].argmax())
-        found.append((pictures.distilled[row], f"distilled {name}, image {number} of {run_name}",
-                      f"{pictures.classes[says]} {100 * float(pictures.labels[row, says]):.0f}\N{NO-BREAK SPACE}%"))
-    return found
+    rows = pictures.rows().get(pictures.classes.index(name), [])[:most]
+    says = {row: int(pictures.labels[row].argmax()) for row in rows}
+    return [(pictures.distilled[row], f"distilled {name}, image {number} of {run_name}",
+             f"{pictures.classes[says[row]]} {100 * float(pictures.labels[row].max()):.0f}\N{NO-BREAK SPACE}%")
+            for number, row in enumerate(rows, start=1)]
 
 
 def _distinct_names(runs: Sequence[FinishedRun]) -> list[str]:

@@ -1,31 +1,27 @@
 """A page's charts: loss, accuracy, learning rate, difficulty window and skipped updates, of one run or of several."""
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from markupsafe import Markup
 
 from distill.report.record import FinishedRun
 from distill.report.svg import Chart, thinned
 from distill.report.template import draw
-from distill.results import NORMAL, Iteration
+from distill.results import NORMAL, Iteration, Score
 from utils.metrics import percent
 
 STYLES = 6  # colours and dashes
 
 
-def of_one(run: FinishedRun) -> list[Markup]:
-    charts = [_losses([run], [run.name]), _accuracies([run], [run.name]), _rates([run], [run.name]), _window(run),
-              _skipped([run], [run.name])]
-    return [chart for chart in charts if chart]
-
-
-def of_several(runs: Sequence[FinishedRun], names: list[str]) -> list[Markup]:
-    charts = [_losses(runs, names), _accuracies(runs, names), _rates(runs, names), _skipped(runs, names),
-              *(_window(run, name) for run, name in zip(runs, names))]
-    return [chart for chart in charts if chart]
+def charts(runs: dict[str, FinishedRun]) -> list[Markup]:
+    """Of one run or, side by side, of several by their names."""
+    several = len(runs) > 1
+    drawn = [_losses(runs), _accuracies(runs), _rates(runs),
+             *(_window(run, f", {name}" if several else "") for name, run in runs.items()), _skipped(runs)]
+    return [chart for chart in drawn if chart]
 
 
 def how_many(iterations: Sequence[Iteration]) -> str:
@@ -36,32 +32,19 @@ def how_many(iterations: Sequence[Iteration]) -> str:
         if drawn < len(iterations) else "") + "."
 
 
-def running_mean(iterations: Sequence[Iteration]) -> tuple[int, list[tuple[float, float]]]:
-    """Over how many iterations, and the mean loss around each, without the skipped ones; nothing of a short run."""
-    if len(iterations) < 20:
-        return 0, []
-    span = max(len(iterations) // 50, 5)
-    losses = [step.loss if step.updated else 0.0 for step in iterations]
-    updated = [float(step.updated) for step in iterations]
-    sums = [torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0) for values in (losses, updated)]
-    total, number = (running[span:] - running[:-span] for running in sums)
-    means = (total / number).tolist()  # NaN where all were skipped, which is a gap in the line
-    return span, [(iterations[first + span // 2].iteration, mean) for first, mean in enumerate(means)]
-
-
 def loss_in_words(step: Iteration, form: str = ".3g") -> str:
     return "not finite" if math.isnan(step.loss) else f"{step.loss:{form}}"
 
 
-def _losses(runs: Sequence[FinishedRun], names: list[str]) -> Markup | None:
+def _losses(runs: dict[str, FinishedRun]) -> Markup | None:
     """Every loss and its running mean; of several runs the means alone."""
     alone = len(runs) == 1
     chart = Chart("Matching loss", "iteration", "matching loss")
     spans = []
-    for number, (run, name) in enumerate(zip(runs, names)):
-        iterations, skipped = run.metrics.iterations, run.metrics.skipped
-        points = [(step.iteration, step.loss if step.updated else math.nan) for step in iterations]
-        span, mean = running_mean(iterations)
+    for number, (name, run) in enumerate(runs.items()):
+        skipped = run.metrics.skipped
+        points = [(step.iteration, step.loss if step.updated else math.nan) for step in run.metrics.iterations]
+        span, mean = run.metrics.running_mean()
         spans.append(span)
         if alone and mean:
             chart.line(thinned(points), "raw", "each iteration")
@@ -71,72 +54,73 @@ def _losses(runs: Sequence[FinishedRun], names: list[str]) -> Markup | None:
             chart.crosses(thinned([(step.iteration, step.loss) for step in skipped]), "bad", "update skipped")
     if chart.empty:
         return None
-    threshold, words = runs[0].config.get("threshold"), ""
+    first, words = next(iter(runs.values())), ""
+    threshold = first.config.get("threshold")
     if alone and isinstance(threshold, int | float):
         words = f" Updates whose loss exceeds {threshold:g} are skipped" + (
-            ", and not in the mean; losses above the scale stand at its upper edge."
-            if runs[0].metrics.skipped else ".")
+            ", and not in the mean; losses above the scale stand at its upper edge." if first.metrics.skipped else ".")
     elif not alone and any(spans):
         words = f" Running means over {', '.join(f'{span} iterations' for span in dict.fromkeys(spans) if span)}."
-    ends = "; ".join(f"{_of(name, alone)}from {loss_in_words(run.metrics.iterations[0])} to "
-                     f"{loss_in_words(run.metrics.iterations[-1])}"
-                     for name, run in zip(names, runs) if run.metrics.iterations)
-    return chart.figure(f"From the first iteration to the last: {ends}.{words}")
+    return chart.figure(f"From the first iteration to the last: {_ends(runs, loss_in_words)}.{words}")
 
 
-def _of(name: str, alone: bool) -> str:
-    return "" if alone else f"{name}: "
+def _ends(runs: dict[str, FinishedRun], in_words: Callable[[Iteration], str]) -> str:
+    """What the runs began and ended with."""
+    return _of_each(runs, lambda run: f"from {in_words(run.metrics.iterations[0])} to "
+                                      f"{in_words(run.metrics.iterations[-1])}" if run.metrics.iterations else "")
 
 
-def _accuracies(runs: Sequence[FinishedRun], names: list[str]) -> Markup | None:
-    alone = len(runs) == 1
+def _of_each(runs: dict[str, FinishedRun], in_words: Callable[[FinishedRun], str]) -> str:
+    """What there is to say of each run, after its name where there are several."""
+    said = {name: in_words(run) for name, run in runs.items()}
+    return "; ".join(f"{name}: {words}" if len(runs) > 1 else words for name, words in said.items() if words)
+
+
+def _accuracies(runs: dict[str, FinishedRun]) -> Markup | None:
     chart = Chart("Accuracy", "iteration", "accuracy, %")
-    lines: dict[tuple[str, str, str], list[tuple[int, float, float, int]]] = {}
-    for run, run_name in zip(runs, names):
+    lines: dict[str, list[tuple[int, Score]]] = {}
+    for run_name, run in runs.items():
         for evaluation in run.metrics.evaluations:
             for score in evaluation.scores:
-                lines.setdefault((run_name, evaluation.set, score.network), []).append(
-                    (evaluation.iteration, score.mean, score.std, len(score.accuracies)))
-    spoken = []
-    for number, ((run_name, which, network), points) in enumerate(lines.items()):
-        name = (network if alone else f"{run_name}, {network}") + ("" if which == NORMAL else f", {which}")
+                name = (score.network if len(runs) == 1 else f"{run_name}, {score.network}") + (
+                    "" if evaluation.set == NORMAL else f", {evaluation.set}")
+                lines.setdefault(name, []).append((evaluation.iteration, score))
+    for number, (name, points) in enumerate(lines.items()):
         style = f"s{number % STYLES}"
-        chart.band([(at, 100 * (mean - std), 100 * (mean + std)) for at, mean, std, _ in points], style)
-        means = [(at, 100 * mean) for at, mean, _, _ in points]
+        chart.band([(at, 100 * (score.mean - score.std), 100 * (score.mean + score.std)) for at, score in points],
+                   style)
+        means = [(at, 100 * score.mean) for at, score in points]
         chart.line(means, style, name)
         chart.dots(means, style, 2.5)
-        spoken.append(f"{name}: last {percent(*points[-1][1:3])} %")
     if chart.empty:
         return None
-    counts = sorted({count for points in lines.values() for *_, count in points})
+    last = "; ".join(f"{name}: last {percent(points[-1][1].mean, points[-1][1].std)} %"
+                     for name, points in lines.items())
+    counts = sorted({len(score.accuracies) for points in lines.values() for _, score in points})
     over = f"{' or '.join(map(str, counts))} network{'' if counts == [1] else 's'}"
-    return chart.figure(f"Mean, and a band of ± one standard deviation, over {over}. {'; '.join(spoken)}.")
+    return chart.figure(f"Mean, and a band of ± one standard deviation, over {over}. {last}.")
 
 
-def _rates(runs: Sequence[FinishedRun], names: list[str]) -> Markup | None:
-    alone = len(runs) == 1
+def _rates(runs: dict[str, FinishedRun]) -> Markup | None:
     chart = Chart("Synthetic learning rate α", "iteration", "α")
-    spoken = []
-    for number, (run, name) in enumerate(zip(runs, names)):
+    for number, (name, run) in enumerate(runs.items()):
         iterations = run.metrics.iterations
         chart.line(thinned([(step.iteration, step.lr) for step in iterations]), f"s{number % STYLES}",
-                   "" if alone else name)
-        held = [(step.iteration, step.lr) for step in iterations if step.held]
-        if held:
-            chart.crosses(thinned(held), "bad", "held back")
-        if iterations:
-            spoken.append(f"{_of(name, alone)}from {iterations[0].lr:.4g} to {iterations[-1].lr:.4g}")
-    return None if chart.empty else chart.figure(f"After each update: {'; '.join(spoken)}.")
+                   "" if len(runs) == 1 else name)
+        chart.crosses(thinned([(step.iteration, step.lr) for step in iterations if step.held]), "bad", "held back")
+    if chart.empty:
+        return None
+    return chart.figure(f"After each update: {_ends(runs, lambda step: f'{step.lr:.4g}')}.")
 
 
-def _window(run: FinishedRun, name: str = "") -> Markup | None:
+def _window(run: FinishedRun, of_which: str) -> Markup | None:
     """The allowed start epochs as a band, the drawn ones as dots in it."""
     iterations = run.metrics.iterations
     if not iterations:
         return None
     lowest = run.config.get("min_start_epoch", min(step.start_epoch for step in iterations))
     lowest = lowest if isinstance(lowest, int) else 0
-    chart = Chart(f"Difficulty window{f', {name}' if name else ''}", "iteration", "start epoch", whole=True)
+    chart = Chart(f"Difficulty window{of_which}", "iteration", "start epoch", whole=True)
     # Half an epoch wider on either side, so that dots lie inside; the bound itself is exclusive.
     chart.band(thinned([(step.iteration, lowest - 0.5, step.bound - 0.5) for step in iterations]), "window",
                "allowed start epochs", steps=True)
@@ -151,19 +135,15 @@ def _window(run: FinishedRun, name: str = "") -> Markup | None:
     return chart.figure(f"Allowed start epochs: {grew}." + (f" How often each was drawn: {drawn}." if drawn else ""))
 
 
-def _skipped(runs: Sequence[FinishedRun], names: list[str]) -> Markup | None:
-    if not any(run.metrics.iterations for run in runs):
+def _skipped(runs: dict[str, FinishedRun]) -> Markup | None:
+    if not any(run.metrics.iterations for run in runs.values()):
         return None
-    alone = len(runs) == 1
-    total = "; ".join(f"{_of(name, alone)}{len(run.metrics.skipped):,} of {len(run.metrics.iterations):,}"
-                      for run, name in zip(runs, names))
-    if not any(run.metrics.skipped for run in runs):
+    total = _of_each(runs, lambda run: f"{len(run.metrics.skipped):,} of {len(run.metrics.iterations):,}")
+    if not any(run.metrics.skipped for run in runs.values()):
         return draw.chart("Skipped updates", "", 0, 0, "", [], f"None was skipped ({total}).")
     chart = Chart("Skipped updates", "iteration", "skipped so far", whole=True)
-    for number, (run, name) in enumerate(zip(runs, names)):
-        count, points = 0, []
-        for step in run.metrics.iterations:
-            count += not step.updated
-            points.append((step.iteration, count))
-        chart.line(thinned(points), f"s{number % STYLES}", "" if alone else name)
+    for number, (name, run) in enumerate(runs.items()):
+        counts = itertools.accumulate(not step.updated for step in run.metrics.iterations)
+        points = [(step.iteration, count) for step, count in zip(run.metrics.iterations, counts)]
+        chart.line(thinned(points), f"s{number % STYLES}", "" if len(runs) == 1 else name)
     return chart.figure(f"Skipped: {total}.")

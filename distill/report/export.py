@@ -9,12 +9,11 @@ import torch
 import yaml
 from PIL import Image
 
-from distill.distilled_set import DistilledSet, class_indices
-from distill.results import EvaluationResult, RunResult, Score, read_result
+from distill.distilled_set import DistilledSet, class_indices, labels_fit
+from distill.results import EvaluationResult, RunResult, read_result
 from utils import files
-from utils.config import EvaluationConfig, changed, defaults, from_repository
+from utils.config import EvaluationConfig, from_repository, worth_giving
 from utils.errors import UserError
-from utils.files import write_json
 from utils.metrics import percent
 from utils.program.commands import command
 
@@ -55,7 +54,7 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
             Image.fromarray(array.contiguous().numpy()).save(aside, format="png")
         images.append({"file": name, "class": index} | (
             {"softmax": label.float().softmax(dim=0).tolist(), "logits": label.tolist()} if soft else {}))
-    write_json(folder / "labels.json", {
+    files.write_json(folder / "labels.json", {
         "classes": list(distilled.classes), "dataset": distilled.config.get("dataset"), "lr": float(distilled.lr),
         "class_known_by": known_by, "images": images})
 
@@ -77,10 +76,7 @@ def _check(distilled: DistilledSet) -> None:
         UserError
     """
     images, labels, number = distilled.images, distilled.labels, len(distilled.classes)
-    soft = labels.is_floating_point() and tuple(labels.shape) == (len(images), number)
-    hard = labels.dtype == torch.int64 and tuple(labels.shape) == (len(images),) and bool(
-        ((labels >= 0) & (labels < number)).all())
-    if images.dim() != 4 or not len(images) or not (soft or hard):
+    if images.dim() != 4 or not len(images) or not labels_fit(labels, len(images), number):
         raise UserError(f"the set's images {list(images.shape)} and labels {list(labels.shape)} of {number} classes do "
                         "not fit each other; write it again with distill/evaluation.py --save")
     if not images.isfinite().all() or not labels.isfinite().all():
@@ -120,7 +116,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
         results: names and contents of result files.
         licence, source: see `save_card`.
     """
-    made, count, classes = distilled.config, len(distilled), len(distilled.classes)
+    made, count = distilled.config, len(distilled)
     dataset = str(made.get("dataset", "unknown"))
     title = f"{dataset}, distilled to {count} images"
     head = {"license": licence or "unknown", "task_categories": ["image-classification"],
@@ -128,19 +124,14 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
             "size_categories": [next(size for size, above in _SIZES if count < above)]}
     how = {option: value for option, value in made.items() if not option.endswith(("_path", "_dir", "_Dir"))}
     return _TEMPLATES.get_template("card.md").render(
-        head=_yaml(head), title=title, count=count, name=name, lr=f"{float(distilled.lr):.4g}",
-        per_class=f"{count // classes} a class" if count % classes == 0 else f"of {classes} classes",
-        size="×".join(map(str, distilled.images.shape[1:])), source=_markdown(source or dataset),
-        labels="soft labels (logits)" if distilled.labels.is_floating_point() else "classes as labels",
-        licence=_markdown(licence) if licence else "Unknown; find it out before you publish",
-        space="ZCA-whitened" if distilled.space.whitening is not None else "normalised by mean and deviation",
-        results=[_stated(file, result, name) for file, result in results],
-        classes=list(map(_markdown, distilled.classes)), how=_yaml(how) if how else "# not recorded\n")
+        head=_yaml(head), title=title, distilled=distilled, name=name, source=source or dataset, licence=licence,
+        results=[(file, result, _command(result.config, name) if isinstance(result, EvaluationResult) else "")
+                 for file, result in results],
+        how=_yaml(how) if how else "# not recorded\n")
 
 
 _TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
                                 lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-_TEMPLATES.filters["percent"] = percent
 
 
 def _yaml(values: dict[str, Any]) -> str:
@@ -152,22 +143,14 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", text)
 
 
-def _stated(file: str, result: RunResult | EvaluationResult, name: str) -> tuple[str, str, list[Score]]:
-    """What a result is, the command that gave it, and its scores."""
-    if isinstance(result, RunResult):
-        return (f"By the run that made the set (`{file}`), which chose it on these {result.chosen_on} images as the "
-                f"best on the way (iteration {result.best.iteration}):", "", result.best.scores)
-    return (f"Networks trained on the set, tested on the {result.tested_on} images of {result.config['dataset']} "
-            f"(`{file}`):", _command(result.config, name), result.scores)
+_TEMPLATES.filters |= {"percent": percent, "markdown": _markdown}
 
 
 def _command(options: dict[str, Any], name: str) -> str:
     """The evaluation that gave a result: its options that are not the defaults, less paths."""
-    allowed = defaults(EvaluationConfig)
-    given = {key: value for key, value in changed(options, EvaluationConfig).items()
-             if key in allowed and not key.endswith(("_path", "_dir"))}
-    given = {"dataset": options["dataset"], "model": options["model"]} | given | {"data_dir": name}
-    return command("distill/evaluation.py", given, from_repository)
+    given = {key: value for key, value in worth_giving(options, EvaluationConfig).items()
+             if not key.endswith(("_path", "_dir"))}
+    return command("distill/evaluation.py", given | {"data_dir": name}, from_repository)
 
 
 def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationResult:

@@ -54,12 +54,9 @@ def save_curves(path: Path, metrics: Metrics, threshold: float) -> None:
     iterations = [step.iteration for step in steps]
     figure, ((loss, accuracy), (lr, window)) = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
 
-    losses = np.array([step.loss for step in steps])
-    loss.plot(iterations, losses, color="0.75", linewidth=0.6)
-    if len(losses) >= 20:
-        span = max(len(losses) // 50, 5)
-        smooth = np.convolve(losses, np.full(span, 1 / span), mode="valid")
-        loss.plot(iterations[span // 2: span // 2 + len(smooth)], smooth, color="C0")
+    loss.plot(iterations, [step.loss for step in steps], color="0.75", linewidth=0.6)
+    _, means = metrics.running_mean()
+    loss.plot([at for at, _ in means], [mean for _, mean in means], color="C0")
     skipped = [(step.iteration, step.loss if math.isfinite(step.loss) else threshold) for step in metrics.skipped]
     if skipped:
         loss.scatter(*zip(*skipped), s=6, color="C3", label="skipped")

@@ -14,7 +14,7 @@ from distill.report.pictures import Pictures
 from distill.report.record import FinishedRun
 from distill.report.svg import numbers_every
 from distill.report.template import code, document, draw, joined, option
-from distill.results import EMA, NORMAL, Iteration, Score
+from distill.results import EMA, Iteration, Score
 from utils.config import DistillConfig, about, changed, defaults
 from utils.metrics import percent
 from utils.program.console import duration
@@ -83,12 +83,9 @@ def _share(count: int | None, total: int) -> str:
 
 
 def _summary(run: FinishedRun) -> Markup:
-    parts = [draw.facts(facts(run))]
-    if run.missing:
-        parts.append(draw.note("This folder does not hold:", run.missing))
-    if run.learned_nothing:
-        parts.append(draw.note("Every update was skipped, so nothing was learned."))
-    return joined(*parts)
+    missing = [draw.note("This folder does not hold:", run.missing)] if run.missing else []
+    nothing = [draw.note("Every update was skipped, so nothing was learned.")] if run.learned_nothing else []
+    return joined(draw.facts(facts(run)), *missing, *nothing)
 
 
 # --- images --------------------------------------------------------------------------------------------------
@@ -99,46 +96,16 @@ def _images(run: FinishedRun) -> Markup:
     if pictures is None:
         return draw.paragraph("There are no pictures in this folder.")
     rows, shown = pictures.rows(), len(pictures.which)
-    words = draw.paragraph(" ".join(_about_images(run, pictures)))
+    best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
+    words = draw.about_images(pictures, rows, run.config.get("labels"), _labels_moved(pictures), best.iteration)
     most = max(map(len, rows.values()))
     if most == 1:
         cards = [_card(pictures, row, shown <= OPEN_UP_TO) for of_class in rows.values() for row in of_class]
-        return joined(words, draw.cards(cards, shown > OPEN_UP_TO))
+        return joined(words, draw.cards(pictures, cards, shown > OPEN_UP_TO))
     classes = [(pictures.classes[number], [_card(pictures, row, shown <= OPEN_UP_TO, alone=False) for row in of_class])
                for number, of_class in rows.items()]
-    return joined(words, draw.cards_by_class(classes, "beside" if most == 2 else "below"))  # two leave room for others
-
-
-def _about_images(run: FinishedRun, pictures: Pictures) -> list[str]:
-    rows, shown, total = pictures.rows(), len(pictures.which), pictures.ipc * len(pictures.classes)
-    parts = ["Images are un-whitened, clipped at ±2.5 standard deviations of the set, and scaled each to its own "
-             "range."]
-    if pictures.neighbour is not None:
-        parts.append("Beside each is its nearest neighbour: of the training images of its class the one that is "
-                     "nearest to it in pixels.")
-    if pictures.start is not None:
-        parts.append(f"Under each: the {'noise' if pictures.noise else 'real image'} that it started from, where it "
-                     "became brighter (white) or darker (black; mid grey is no change; one scale for all images) "
-                     "with the change's root mean square (1 is the whole range of pixels)"
-                     + (". " if pictures.hard else f", and its {_label_words(run, pictures)}."))
-    if pictures.hard:
-        parts.append("Labels are the classes themselves.")
-    if shown < total:
-        parts.append(f"Shown are {shown:,} of the set's {total:,} images: {len(next(iter(rows.values())))} of "
-                     f"{pictures.ipc} a class, {len(rows)} of {len(pictures.classes)} classes.")
-    if pictures.version != NORMAL:
-        parts.append(f"This is the set {pictures.version}, which scored best.")
-    best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
-    if best.iteration == 0 and pictures.start is not None:
-        parts.append("The best set is that of iteration 0, before the first update: these images are those that it "
-                     "started from.")
-    return parts
-
-
-def _label_words(run: FinishedRun, pictures: Pictures) -> str:
-    words = {"soft": "soft label, which was not learned",
-             "target": "soft label as the last target expert gave it"}.get(run.config.get("labels"), "soft label")
-    return words + (", in which a mark on a bar is the value at the start" if _labels_moved(pictures) else "")
+    kind = "beside" if most == 2 else "below"  # two leave room for others
+    return joined(words, draw.cards_by_class(pictures, classes, kind))
 
 
 def _labels_moved(pictures: Pictures) -> bool:
@@ -153,20 +120,10 @@ def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> di
     """
     number, position = divmod(pictures.which[row], pictures.ipc)
     name = pictures.classes[number] + (f", image {position + 1}" if pictures.ipc > 1 else "")
-    pair, below = [(pictures.distilled[row], f"distilled image of class {name}", "distilled")], []
-    if pictures.neighbour is not None:
-        pair.append((pictures.neighbour[row], f"nearest real training image to the distilled image of class {name}",
-                     "nearest real"))
-    if pictures.start is not None and pictures.change is not None and pictures.rms is not None:
-        kind, rms = "noise" if pictures.noise else "real image", float(pictures.rms[row])
-        below = [(pictures.start[row], f"{kind} that the distilled image of class {name} started from",
-                  "start, noise" if pictures.noise else "real start"),
-                 (pictures.change[row], f"change of class {name} from its start, root mean square {rms:.2f} of the "
-                  "pixel range", f"change {rms:.2f}")]
     bars, rest = ([], "") if pictures.hard else _bars(pictures, row)
-    words = " and ".join(["start"] * bool(below) + ["label"] * bool(bars)).capitalize()
-    return {"name": name, "heading": name if alone else f"Image {position + 1}", "pair": pair, "below": below,
-            "bars": bars, "rest": rest, "words": words, "is_open": is_open}
+    words = " and ".join(["start"] * (pictures.start is not None) + ["label"] * bool(bars)).capitalize()
+    return {"row": row, "name": name, "heading": name if alone else f"Image {position + 1}", "bars": bars, "rest": rest,
+            "words": words, "is_open": is_open}
 
 
 def _bars(pictures: Pictures, row: int) -> tuple[list[dict[str, Any]], str]:
@@ -191,7 +148,8 @@ def _curves(run: FinishedRun) -> Markup:
     iterations = run.metrics.iterations
     if not iterations and not run.metrics.evaluations:
         return draw.paragraph("This run recorded no iterations.")
-    return joined(draw.paragraph(curves.how_many(iterations)), draw.charts(curves.of_one(run)), _numbers(run))
+    drawn = draw.charts(curves.charts({run.name: run}))
+    return joined(draw.paragraph(curves.how_many(iterations)), drawn, _numbers(run))
 
 
 def _numbers(run: FinishedRun) -> Markup:
@@ -201,15 +159,11 @@ def _numbers(run: FinishedRun) -> Markup:
     some: list[Iteration] = numbers_every(run.metrics.iterations, TABLE_ROWS)
     iterations = [[f"{step.iteration:,}", curves.loss_in_words(step, ".4g"), f"{step.lr:.4g}", str(step.start_epoch),
                    f"below {step.bound}", "yes" if step.updated else "skipped"] for step in some]
-    found = []
-    if scores:
-        found.append(draw.folded("Accuracies as a table", draw.table(
-            "Accuracy at each evaluation", ["iteration", "set and network", "accuracy", "networks"], scores)))
-    if iterations:
-        found.append(draw.folded("Iterations as a table", draw.table(
-            f"{len(some)} of {len(run.metrics.iterations):,} iterations",
-            ["iteration", "matching loss", "α after it", "start epoch", "window", "updated"], iterations)))
-    return joined(*found)
+    tables = [("Accuracies as a table", "Accuracy at each evaluation",
+               ["iteration", "set and network", "accuracy", "networks"], scores),
+              ("Iterations as a table", f"{len(some)} of {len(run.metrics.iterations):,} iterations",
+               ["iteration", "matching loss", "α after it", "start epoch", "window", "updated"], iterations)]
+    return joined(*(draw.folded(name, draw.table(caption, head, rows)) for name, caption, head, rows in tables if rows))
 
 
 def _options(run: FinishedRun) -> Markup:
@@ -224,26 +178,18 @@ def _options(run: FinishedRun) -> Markup:
 
     rest = [name for name in run.config if name not in differing]
     head = ["option", "this run", "default", "meaning"]
-    found = draw.table(f"{len(differing)} options that differ from the defaults", head, map(row, differing), "options")
+    tables = draw.table(f"{len(differing)} options that differ from the defaults", head, map(row, differing), "options")
     if rest:
-        found += draw.folded(f"The other {len(rest)} options, at their defaults",
-                             draw.table("Options at their defaults", head, map(row, rest), "options"))
-    return found
+        tables += draw.folded(f"The other {len(rest)} options, at their defaults",
+                              draw.table("Options at their defaults", head, map(row, rest), "options"))
+    return tables
 
 
 def _reproduce(run: FinishedRun) -> Markup:
     steps = commands(run)
     if not steps:
         return draw.paragraph("Without config.yaml the commands are not known.")
-    notes = ["In the root of the repository."]
-    if not steps[0][1].startswith("python buffer/"):
-        notes.append("How the experts were trained is not known: " + (
-            "their folder holds no manifest." if run.pictures and run.pictures.about else
-            "the run did not save it."))
-    device = str(run.result.environment.get("device", ""))
-    if device.startswith("cpu"):
-        notes.append(f"The same numbers to the bit need the versions below and the same device and threads: {device}.")
-    return draw.commands(notes, steps)
+    return draw.commands(steps, run.pictures and run.pictures.about, str(run.result.environment.get("device", "")))
 
 
 def machine_of(run: FinishedRun) -> dict[str, str]:
@@ -253,6 +199,5 @@ def machine_of(run: FinishedRun) -> dict[str, str]:
 
 def _machine(run: FinishedRun) -> Markup:
     rows = list(machine_of(run).items())
-    if not rows:
-        return draw.paragraph("Not recorded.")
-    return draw.table("What the run was made with", ["what", "value"], rows)
+    made_with = "What the run was made with"
+    return draw.table(made_with, ["what", "value"], rows) if rows else draw.paragraph("Not recorded.")

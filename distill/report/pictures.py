@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.report.figures import clip_outliers
 from utils.data.datasets import Dataset
-from utils.files import atomic_write, reading
+from utils.files import load_tensors, reading, save_tensors
 from utils.program.machine import machine
 
 FORMAT = "datm-report-1"
@@ -47,10 +45,10 @@ class Pictures:
 
     def rows(self) -> dict[int, list[int]]:
         """Rows of these tensors, by class."""
-        found: dict[int, list[int]] = {}
+        rows: dict[int, list[int]] = {}
         for row, position in enumerate(self.which):
-            found.setdefault(position // self.ipc, []).append(row)
-        return found
+            rows.setdefault(position // self.ipc, []).append(row)
+        return rows
 
     @classmethod
     def read(cls, path: Path) -> "Pictures":
@@ -60,9 +58,8 @@ class Pictures:
             UserError: it is damaged.
         """
         with reading(path, "put it back, or run again under another --run_name"):
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors, metadata = load_tensors(path)
+            about = json.loads(metadata["about"])
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, expected {FORMAT}")
             classes, which = tuple(map(str, about["classes"])), [int(each) for each in about["which"]]
@@ -70,9 +67,8 @@ class Pictures:
             shapes = {"distilled": shape, "start": shape, "neighbour": shape, "change": (n, 1, *shape[2:]), "rms": (n,),
                       "labels": (n, len(classes)), "start_labels": (n, len(classes))}
             for name, expected in shapes.items():
-                kind = torch.uint8 if name in ("distilled", "start", "neighbour", "change") else torch.float32
-                found = tuple(tensors[name].shape), tensors[name].dtype
-                if len(shape) != 4 or shape[0] != n or found != (expected, kind):
+                kind = torch.float32 if name in ("rms", "labels", "start_labels") else torch.uint8
+                if (tuple(tensors[name].shape), tensors[name].dtype, len(shape), shape[0]) != (expected, kind, 4, n):
                     raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
             if int(about["ipc"]) < 1 or not all(0 <= each // int(about["ipc"]) < len(classes) for each in which):
                 raise ValueError("positions outside the classes")
@@ -117,12 +113,7 @@ def save_pictures(path: Path, dataset: Dataset, start: tuple[Tensor, Tensor], be
                "start_labels": probabilities(start[1][which], dataset.num_classes)}
     about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
              "noise": noise, "experts": experts, "machine": machine(best[0].device)}
-    with atomic_write(path) as aside:
-        try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside,
-                      metadata={"about": json.dumps(about)})
-        except SafetensorError as error:  # a full disk, in a class of its own
-            raise OSError(error) from error
+    save_tensors(path, tensors, {"about": json.dumps(about)})
 
 
 def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:

@@ -56,7 +56,7 @@ class Chart:
 
     @property
     def empty(self) -> bool:
-        return not self._xs() or not self._ys()
+        return not self._ys()
 
     def line(self, points: Sequence[Point], style: str, name: str = "") -> None:
         self._add("line", style, name, points)
@@ -83,14 +83,9 @@ class Chart:
         if points and (kind == "crosses" or any(math.isfinite(y) for point in points for y in point[1:])):
             self._marks.append((kind, style, name, list(points), how))
 
-    def _xs(self) -> list[float]:
-        return [point[0] for _, _, _, points, _ in self._marks for point in points]
-
     def _ys(self) -> list[float]:
-        found: dict[bool, list[float]] = {True: [], False: []}
-        for kind, _, _, points, _ in self._marks:
-            found[kind == "crosses"] += [y for point in points for y in point[1:] if math.isfinite(y)]
-        return found[False] or found[True]
+        marks = [mark for mark in self._marks if mark[0] != "crosses"] or self._marks
+        return [y for _, _, _, points, _ in marks for point in points for y in point[1:] if math.isfinite(y)]
 
     def _log(self) -> bool:
         """Whether the values span so much that a linear scale would hide most of them."""
@@ -98,7 +93,8 @@ class Chart:
         return not self.whole and bool(ys) and min(ys) > 0 and max(ys) / min(ys) > LOG_FROM
 
     def _drawn(self) -> str:
-        log, xs, ys = self._log(), self._xs(), self._ys()
+        log, ys = self._log(), self._ys()
+        xs = [point[0] for _, _, _, points, _ in self._marks for point in points]
         scale = math.log10 if log else float
         x_low, x_high = _apart(min(xs), max(xs))
         low, high = _apart(scale(min(ys)), scale(max(ys)))
@@ -121,18 +117,15 @@ class Chart:
 
     def _axes(self, x: Any, y: Any, left: float, x_range: Point, values: Sequence[float]) -> str:
         right, base = self.width - self.right, self.height - self.bottom
-        parts = [f'<path class="axis" d="M{left} {base}H{right}"/>']
-        for value in values:
-            parts.append(f'<path class="axis" d="M{left} {y(value):.1f}H{right}"/><text x="{left - 6}" '
-                         f'y="{y(value) + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
-        for value in ticks(*x_range, 5, whole=True):
-            parts.append(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>')
-        middle = (left + right) / 2
-        parts.append(f'<text x="{middle}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}'
-                     "</text>")
-        parts.append(f'<text transform="translate(11 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
-                     f"{escape(self.y_label)}</text>")
-        return "".join(parts)
+        return "".join([
+            f'<path class="axis" d="M{left} {base}H{right}"/>',
+            *(f'<path class="axis" d="M{left} {y(value):.1f}H{right}"/><text x="{left - 6}" y="{y(value) + 4:.1f}" '
+              f'text-anchor="end">{_tick(value)}</text>' for value in values),
+            *(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>'
+              for value in ticks(*x_range, 5, whole=True)),
+            f'<text x="{(left + right) / 2}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}</text>',
+            f'<text transform="translate(11 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
+            f"{escape(self.y_label)}</text>"])
 
 
 def _tick(value: float) -> str:

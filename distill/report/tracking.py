@@ -44,11 +44,10 @@ class Tracker:
         self._best: dict[str, list[float]] = resumed["best"] if resumed else {}
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or "auto"  # wandb's own switch
-        if mode == "disabled":
-            return
-        if mode == "auto" and not _has_account():
-            if not quiet:
-                note("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb offline)")
+        absent = mode == "auto" and not _has_account()
+        if absent and not quiet:
+            note("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb offline)")
+        if absent or mode == "disabled":
             return
         try:
             import wandb  # slow to import, so only where it is used
@@ -62,8 +61,7 @@ class Tracker:
     def log_step(self, record: Iteration) -> None:
         """An iteration's metrics, under their published names; `falts` is the start epoch of a skipped update."""
         values = {"Progress": record.iteration, "Grand_Loss": finite(record.loss), "Start_Epoch": record.start_epoch}
-        if not record.updated:
-            values["falts"] = record.start_epoch
+        values |= {} if record.updated else {"falts": record.start_epoch}
         self._log(record.iteration, lambda: values)
 
     def log_scores(self, step: int, scores: list[Score]) -> None:

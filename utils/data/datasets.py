@@ -94,8 +94,7 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same dataset with every tensor on `device`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor | Whitening)}
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Whitening)}
         return dataclasses.replace(self, **moved)
 
 
@@ -117,10 +116,6 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
         UserError: unknown names; files that are missing, damaged or not in the expected layout; a failed download.
     """
     check_dataset_name(name)
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}; allowed: 0 (no hold-out) and fractions below 1, as 0.1")
-    if res is not None and res < 1:
-        raise UserError(f"res is {res}; give the images' side in pixels, 1 or more")
     data_path = Path(data_path).expanduser()
     try:
         train, test, classes, normal = DATASETS[name](data_path, subset, res)
@@ -209,15 +204,6 @@ def _hold_out(train: Split, fraction: float, classes: Sequence[str]) -> tuple[Sp
                             f"{name}; give a smaller one, or 0 for none")
         held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return Split(train.images[~held], train.labels[~held]), Split(train.images[held], train.labels[held])
-
-
-# --- MiniFashion, and the idx files of MNIST and Fashion-MNIST ---
-
-
-# --- what torchvision reads and downloads ---
-
-
-# --- folders of files ---
 
 
 DATASETS: dict[str, Loader] = {

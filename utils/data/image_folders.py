@@ -1,9 +1,9 @@
 """How each dataset lies on the disk: folders of image files, a folder for each class."""
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def tiny(data_path: Path, subset: str, res: int | None) -> Raw:
             test.setdefault(wnid, []).append(flat / file)
     else:
         test = _class_files("Tiny", root / "val", IMAGE_SUFFIXES)
-    return _image_folders("Tiny", root, train, test, sorted(train), 64, NORMAL_IMAGENET, resize=False)
+    return _raw("Tiny", root, train, test, sorted(train), 64, NORMAL_IMAGENET, partial(_decode, side=64, resize=False))
 
 
 def imagenet(data_path: Path, subset: str, res: int | None) -> Raw:
@@ -68,7 +68,8 @@ def imagenet(data_path: Path, subset: str, res: int | None) -> Raw:
                         "unpacks the archives this way")
     chosen = [wnids[index] for index in IMAGENET_SUBSETS[subset]]
     train, test = (_class_files("ImageNet", data_path / split, IMAGE_SUFFIXES, chosen) for split in ("train", "val"))
-    return _image_folders("ImageNet", data_path, train, test, chosen, res or 128, NORMAL_IMAGENET)
+    side = res or 128
+    return _raw("ImageNet", data_path, train, test, chosen, side, NORMAL_IMAGENET, partial(_decode, side=side))
 
 
 def image_folder(data_path: Path, subset: str, res: int | None) -> Raw:
@@ -81,26 +82,28 @@ def image_folder(data_path: Path, subset: str, res: int | None) -> Raw:
         raise UserError(f"ImageFolder: {data_path} needs train/<class>/* and test/<class>/* or val/<class>/* "
                         f"({listing(data_path)}); make these folders, one per class, with images in them")
     train, test = (_class_files("ImageFolder", data_path / split, IMAGE_SUFFIXES) for split in ("train", second))
-    return _image_folders("ImageFolder", data_path, train, test, sorted(train), res or 32, None)
+    side = res or 32
+    return _raw("ImageFolder", data_path, train, test, sorted(train), side, None, partial(_decode, side=side))
 
 
 def imagenet_1k(data_path: Path, subset: str, res: int | None) -> Raw:
     """train/<class>/*.pt and val/<class>/*.pt: one tensor [3, 64, 64] each, uint8 or floats in [0, 1]."""
     train, test = (_class_files("ImageNet1K", data_path / split, (".pt",)) for split in ("train", "val"))
     classes = sorted(train)
-    _same_classes("ImageNet1K", data_path, train, test)
     dtype = _load_tensor(train[classes[0]][0]).dtype  # the first file decides: all bytes or all floats
     dtype = torch.uint8 if dtype == torch.uint8 else torch.float32
-    train, test = (_read_files(files, classes, 64, dtype, functools.partial(_load_tensor, dtype=dtype))
-                   for files in (train, test))
-    return Raw(train, test, tuple(classes), NORMAL_IMAGENET)
+    read = partial(_load_tensor, dtype=dtype)
+    return _raw("ImageNet1K", data_path, train, test, classes, 64, NORMAL_IMAGENET, read, dtype)
 
 
-def _image_folders(name: str, root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]],
-                   classes: Sequence[str], side: int, normal, resize: bool = True) -> Raw:
-    _same_classes(name, root, train, test)
-    decode = functools.partial(_decode, side=side, resize=resize)
-    train, test = (_read_files(files, classes, side, torch.uint8, decode) for files in (train, test))
+def _raw(name: str, root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]], classes: Sequence[str],
+         side: int, normal, read: Callable[[Path], Tensor], dtype: torch.dtype = torch.uint8) -> Raw:
+    for has, lacks, where in ((test, train, "train"), (train, test, "the test or val folder")):
+        lost = sorted(set(has) - set(lacks))
+        if lost:
+            raise UserError(f"{name}: in {root}, {where} has no images of {some_of(lost)}; both need the same classes: "
+                            "add the images or remove the class")
+    train, test = (_read_files(files, classes, side, dtype, read) for files in (train, test))
     return Raw(train, test, tuple(classes), normal)
 
 
@@ -129,20 +132,12 @@ def _class_files(name: str, folder: Path, suffixes: tuple[str, ...], classes: Se
     if missing or not classes:
         raise UserError(f"{name}: {folder} has no folder for {some_of(missing) if missing else 'any class'} "
                         f"({listing(folder)}); expected one folder per class with {kinds} files in it")
-    found = {c: _files(folders[c], suffixes) or _files(folders[c] / "images", suffixes) for c in classes}
-    empty = [c for c in classes if not found[c]]
+    files = {c: _files(folders[c], suffixes) or _files(folders[c] / "images", suffixes) for c in classes}
+    empty = [c for c in classes if not files[c]]
     if empty:
         raise UserError(f"{name}: no {kinds} file in {folders[empty[0]]} ({len(empty)} of {len(classes)} class folders "
                         "are empty); add images or remove the folder")
-    return found
-
-
-def _same_classes(name: str, root: Path, train: dict, test: dict) -> None:
-    for has, lacks, where in ((test, train, "train"), (train, test, "the test or val folder")):
-        lost = sorted(set(has) - set(lacks))
-        if lost:
-            raise UserError(f"{name}: in {root}, {where} has no images of {some_of(lost)}; both need the same classes: "
-                            "add the images or remove the class")
+    return files
 
 
 def _read_files(files: dict[str, list[Path]], classes: Sequence[str], side: int, dtype: torch.dtype,
@@ -166,7 +161,7 @@ def _read_files(files: dict[str, list[Path]], classes: Sequence[str], side: int,
     return Split(images, torch.arange(len(classes)).repeat_interleave(counts))
 
 
-def _decode(path: Path, side: int, resize: bool) -> Tensor:
+def _decode(path: Path, side: int, resize: bool = True) -> Tensor:
     """An image file → [3, side, side] uint8, as torchvision's Resize(side) and CenterCrop(side) do.
 
     Raises:

@@ -8,7 +8,6 @@ import math
 import socket
 import tempfile
 import textwrap
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import REPOSITORY
+from utils.files import REPOSITORY, reading
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -156,10 +155,8 @@ def read_idx_folder(folder: Path) -> tuple[Split, Split]:
 def _read_idx(path: Path) -> Tensor:
     """An idx file of bytes: two zero bytes, 8 for uint8, the number of dimensions, each dimension in four
     big-endian bytes, the data."""
-    try:
+    with reading(path, "delete it and fetch it again"):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and fetch it again") from error
     dimensions = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     shape = [int.from_bytes(content[4 + 4 * i:8 + 4 * i], "big") for i in range(dimensions)]
     expected = 4 + 4 * dimensions + math.prod(shape)

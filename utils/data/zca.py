@@ -53,9 +53,13 @@ class Whitening:
         here = self.to(images.device)
         return (images.flatten(1) - here.mean) @ here.inverse.T
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What `Whitening(**tensors)` makes a whitening of again."""
+        return {"mean": self.mean, "transform": self.transform, "inverse": self.inverse}
+
     def to(self, device: torch.device | str) -> "Whitening":
         """The same whitening on `device`; tensors already there are not copied."""
-        return Whitening(self.mean.to(device), self.transform.to(device), self.inverse.to(device))
+        return Whitening(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
 def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
@@ -110,7 +114,7 @@ def fit(images: Tensor, cache_key: str) -> Whitening:
         fitted = ZCAWhitening(eps=EPS, compute_inv=True).fit(to_unit(images, "cpu"))
     whitening = Whitening(fitted.mean_vector, fitted.transform_matrix, fitted.transform_inv)
     try:
-        save({**_tensors(whitening), "eps": EPS, "kornia": version}, path)
+        save(whitening.tensors() | {"eps": EPS, "kornia": version}, path)
     except UserError as error:
         print(f"warning: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)",
               file=sys.stderr)
@@ -130,10 +134,6 @@ def _one_thread(wanted: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _tensors(whitening: Whitening) -> dict[str, Tensor]:
-    return {field.name: getattr(whitening, field.name) for field in dataclasses.fields(whitening)}
-
-
 def _kornia_version() -> str | None:
     try:
         return importlib.metadata.version("kornia")
@@ -145,16 +145,15 @@ def _read(path: Path, dimension: int, version: str | None) -> Whitening | None:
     """The kept fit, or None where there is none, it is damaged, or kornia has since changed."""
     if not path.is_file() or not path.stat().st_size:
         return None
-    try:
+    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
         kept = load(path, "ZCA cache file")
-        whitening = Whitening(kept["mean"], kept["transform"], kept["inverse"])
-        shapes = [tuple(tensor.shape) for tensor in _tensors(whitening).values()]
+        tensors = [kept[name] for name in ("mean", "transform", "inverse")]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
         whole = shapes == [(1, dimension), (dimension, dimension), (dimension, dimension)]
-        whole = whole and all(tensor.isfinite().all() for tensor in _tensors(whitening).values())
-        fresh = version is None or kept["kornia"] == version
-    except (UserError, KeyError, TypeError, AttributeError):
-        whole = fresh = False
-    return whitening if whole and fresh else None
+        whole = whole and all(tensor.isfinite().all() for tensor in tensors)
+        if whole and version in (None, kept["kornia"]):
+            return Whitening(*tensors)
+    return None
 
 
 def _refuse_or_announce(count: int, dimension: int) -> None:

@@ -100,10 +100,9 @@ class Autograd:
 
     def halve(self, batch: int) -> bool:
         most = min(self.micro_batch or batch, batch)
-        if not self.splits or most == 1:
-            return False
-        self.micro_batch = math.ceil(most / 2)
-        return True
+        if self.splits:
+            self.micro_batch = math.ceil(most / 2)
+        return self.splits and most > 1
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         def part(x: Tensor, y: Tensor) -> MicroBatch:

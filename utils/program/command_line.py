@@ -17,21 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config import (
-    EVALUATION,
-    FILES,
-    MAIN,
-    METHOD,
-    SPEED,
-    YAML_FAILURES,
-    Config,
-    DataConfig,
-    about,
-    from_root,
-    has_effect,
-    make,
-    path_options,
-)
+from utils.config import GROUPS, YAML_FAILURES, Config, about, from_root, has_effect, make, path_options
 from utils.errors import UserError, unknown_name
 
 
@@ -48,8 +34,10 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     parser = _parser(config_type, description, yaml_file)
     known, rest = parser.parse_known_args(arguments)
     options = {name.replace("-", "_"): value for name, value in vars(known).items()}
+    if rest and rest[0].startswith("--"):
+        raise _unknown("option", rest[0].split("=")[0], config_type, prefix="--")
     if rest:
-        raise _unexpected(rest[0], config_type)
+        raise UserError(f"unexpected argument {rest[0]!r}; options are written --key value (see --help)")
     path = options.pop("cfg", None)
     from_yaml = read_yaml(path, config_type) if path is not None else {}
     paths = path_options(config_type)
@@ -59,7 +47,9 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
         if options.get(name):
             options[name] = os.path.abspath(os.path.expanduser(options[name]))
     config = make(config_type, **root_values | options)
-    _warn_without_effect(config, from_yaml | options)
+    unused = [name for name in from_yaml | options if not has_effect(config, name)]
+    if unused:
+        print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
     return config
 
 
@@ -100,18 +90,6 @@ def _unknown(kind: str, name: str, config_type: type, prefix: str = "") -> UserE
                                      if about(known, config_type)["effect"]])
 
 
-def _unexpected(argument: str, config_type: type) -> UserError:
-    if argument.startswith("--"):
-        return _unknown("option", argument.split("=")[0], config_type, prefix="--")
-    return UserError(f"unexpected argument {argument!r}; options are written --key value (see --help)")
-
-
-def _warn_without_effect(config: DataConfig, given: dict[str, Any]) -> None:
-    unused = [name for name in given if not has_effect(config, name)]
-    if unused:
-        print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
-
-
 class Parser(argparse.ArgumentParser):
     """Whatever is wrong with a command line is a `UserError`."""
 
@@ -126,18 +104,15 @@ def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.Ar
                     formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width))
     if yaml_file:
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
-    names = sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"])
-    for group in (MAIN, METHOD, EVALUATION, SPEED, FILES):
-        options = parser.add_argument_group(f"{group} options")
-        for field in names:
-            extra = about(field.name, config_type)
-            if extra["group"] != group:
-                continue
-            hint = typing.get_type_hints(config_type)[field.name]
-            shown = field.default.get_default(call_default_factory=True)
-            text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
-                "" if shown == "" else f" [{'unset' if shown is None else shown}]")
-            metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()
-            optional = {"nargs": "?", "const": "True"} if hint is bool else {}
-            options.add_argument(f"--{field.name}", metavar=metavar, help=text.replace("%", "%%"), **optional)
+    groups = {group: parser.add_argument_group(f"{group} options") for group in GROUPS}
+    for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
+        extra = about(field.name, config_type)
+        hint = typing.get_type_hints(config_type)[field.name]
+        shown = field.default.get_default(call_default_factory=True)
+        text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
+            "" if shown == "" else f" [{'unset' if shown is None else shown}]")
+        metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()
+        optional = {"nargs": "?", "const": "True"} if hint is bool else {}
+        groups[extra["group"]].add_argument(f"--{field.name}", metavar=metavar, help=text.replace("%", "%%"),
+                                            **optional)
     return parser

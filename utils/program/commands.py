@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.config import (
-    DataConfig,
-)
+from utils.config import DataConfig
 from utils.files import REPOSITORY
 from utils.program.console import shown, wrapped
 

@@ -21,12 +21,6 @@ def network_for(name: str, dataset: Dataset) -> nn.Module:
     return build_network(name, dataset.channels, dataset.num_classes, dataset.image_size)
 
 
-def load_configured(config: DataConfig, device: torch.device) -> Dataset:
-    """The dataset that a program's config names, on the device."""
-    return load_dataset(config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
-                        val_fraction=config.val_fraction, device=device)
-
-
 def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
     """The beginning of every program: its ranks, its device, and the real data on it.
 
@@ -41,7 +35,9 @@ def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
     ranks.start(device)
     check_backend(config.backend, device)
     set_precision(config.precision, device)
-    return device, ranks.first_rank_first(lambda: load_configured(config, device))
+    return device, ranks.first_rank_first(lambda: load_dataset(
+        config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
+        val_fraction=config.val_fraction, device=device))
 
 
 def start_as_ranks(config: DataConfig) -> None:

@@ -51,19 +51,21 @@ class Pace:
         """Seconds, of the pause it is in; 0 outside."""
         return 0.0 if self._paused_at is None else perf_counter() - self._paused_at
 
+    def _measured(self) -> tuple[float, float]:
+        """Seconds, and the steps that took them."""
+        began, done_before = self._marks[0] if self._marks else self._last
+        return self._last[0] - began, self._last[1] - done_before
+
     @property
     def seconds(self) -> float | None:
         """Of a step; None while that is not known."""
-        if not self._marks or self._last[1] <= self._marks[0][1]:
-            return None
-        return (self._last[0] - self._marks[0][0]) / (self._last[1] - self._marks[0][1])
+        seconds, steps = self._measured()
+        return seconds / steps if steps > 0 else None
 
     @property
     def sure(self) -> bool:
         """Whether it was measured for long enough to say so."""
-        if not self._marks:
-            return False
-        seconds, steps = (now - then for now, then in zip(self._last, self._marks[0]))
+        seconds, steps = self._measured()
         return steps > 0 and (steps >= SURE_STEPS or seconds >= SURE_SECONDS)
 
 
@@ -88,7 +90,7 @@ class Progress(tqdm):
         self.pace = Pace()
         self.count = ""  # in the place of the steps that are done
         self._images, self._later, self._device = images, later, device
-        self._numbers: tuple[str, ...] = ()
+        self.numbers: tuple[str, ...] = ()
         self._aside = ""
         self._said = self._closing = False
         self._last_shown = (initial, "")
@@ -98,7 +100,7 @@ class Progress(tqdm):
 
     def show(self, *numbers: str) -> None:
         """The numbers of the next line, the most important first."""
-        self._numbers = numbers
+        self.numbers = numbers
 
     def update(self, n: float | None = 1) -> bool | None:
         """So many steps more, or parts of one, are done."""
@@ -109,7 +111,10 @@ class Progress(tqdm):
         updated = super().update(n)
         if not self._said and self.pace.sure:
             self._said = True
-            self._say_what_to_expect()
+            if self.seconds_left >= WORTH_SAYING:
+                memory = "" if self._device is None else (
+                    f", {peak(self._device) / 1e9:.2g} GB of {'GPU ' * (self._device.type == 'cuda')}memory so far")
+                self.say(f"to be expected: about {duration(self.seconds_left)} more{memory}")
         return updated
 
     def reach(self, done: float) -> None:
@@ -145,13 +150,6 @@ class Progress(tqdm):
             return None
         return max(0.0, self.total - self.n) * self.pace.seconds + self._later()
 
-    def _say_what_to_expect(self) -> None:
-        left = self.seconds_left
-        if left >= WORTH_SAYING:
-            memory = "" if self._device is None else (
-                f", {peak(self._device) / 1e9:.2g} GB of {'GPU ' * (self._device.type == 'cuda')}memory so far")
-            self.say(f"to be expected: about {duration(left)} more{memory}")
-
     def __str__(self) -> str:
         left = self.seconds_left
         ended = self._closing and self.n >= self.total
@@ -159,7 +157,7 @@ class Progress(tqdm):
                 "?:?? left" if left is None else f"{self.format_interval(left)} left")
         pace = self.pace.seconds
         rate = [f"{short_count(self._images / pace)} images/s"] if self._images and pace else []
-        numbers = [time, *([self._aside] if self._aside else []), *self._numbers, *rate]
+        numbers = [time, *([self._aside] if self._aside else []), *self.numbers, *rate]
         count = self.count or f"{self.n:g}/{self.total}"
         percent = f"{min(100, int(100 * self.n / self.total)) if self.total else 100} %"
         head, rest = f"{self.desc.removesuffix(': ')} {count}", ", ".join(numbers)
@@ -168,22 +166,14 @@ class Progress(tqdm):
         return self.format_meter(self.n, self.total, 0, ncols=columns_of(self.fp), ascii=self.ascii, head=head,
                                  percent=percent, rest=rest, bar_format="{head} {percent:>5} |{bar}| {rest}")
 
-    @property
-    def _finished(self) -> bool:
-        return self._closing and self.initial < self.n >= self.total
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        finished = self._closing and self.initial < self.n >= self.total
         with _unless_stopping():
-            return self._display(msg, pos)
-        return False
-
-    def _display(self, msg: str | None, pos: int | None) -> bool:
-        if self._terminal:
-            return super().display(msg, pos)
-        if (self.n, self._aside) != self._last_shown or self._finished:
-            print(str(self), file=self.fp, flush=True)
-            self._last_shown = (self.n, self._aside)
-        return True
+            if self._terminal:
+                super().display(msg, pos)
+            elif (self.n, self._aside) != self._last_shown or finished:
+                print(str(self), file=self.fp, flush=True)
+                self._last_shown = (self.n, self._aside)
 
     def close(self) -> None:
         """Leaves the last line."""
