@@ -10,7 +10,6 @@ given results state, with its command.
 Published images_*.pt, labels_*.pt and lr_*.pt become one safetensors file by distill/evaluation.py --save FILE.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.distilled_set import DistilledSet
 from distill.report.export import check_new, save_card, save_pngs
+from scripts.common import script_parser
 from utils.errors import UserError
-from utils.program.command_line import Parser
 from utils.program.console import shown
 from utils.program.entry import entry
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = script_parser(__doc__)
     parser.add_argument("set", type=Path, help="a distilled.safetensors")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write PNG files and labels.json; a new folder")
     parser.add_argument("--card", action="store_true", help="write README.md beside the set")

@@ -17,7 +17,6 @@ parameters and see the same batches, so that what they differ in comes from thei
     apart    ‖θ_s − θ′_s‖ / ‖θ′_s − θ′_0‖    how far from each other they are, of the way that the others have gone
 """
 
-import argparse
 import json
 import math
 import sys
@@ -34,11 +33,12 @@ from torch import Tensor
 
 from buffer.experts import SavedEpochs
 from buffer.trajectories import expert_files, load_experts, manifest_path
+from scripts.common import script_parser, writable
 from scripts.plots import save_buffer
 from utils.errors import UserError
-from utils.files import check_writable, finite, read_config, write_json
+from utils.files import finite, read_config, write_json
 from utils.parameters import flatten
-from utils.program.command_line import Parser
+from utils.program import console
 from utils.program.entry import entry
 from utils.program.progress import Progress
 
@@ -55,10 +55,13 @@ class Trajectory(NamedTuple):
     file: str
     epochs: int  # trained so far
     parameters: int
-    accuracies: dict[str, list[float]]  # by epoch from 1; empty where nothing recorded them
-    step: list[float]  # by start epoch
-    segment: list[float]
-    apart: list[float]  # by epoch from 1; empty where there is nothing to compare with
+    # `step` and `segment` by start epoch; `apart` by epoch from 1, empty where there is nothing to compare with; the
+    # accuracies by epoch from 1, where they were recorded.
+    series: dict[str, list[float]]
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self.series["step"]))
 
 
 def distances(snapshots: Iterable[Tensor], expert_epochs: int) -> tuple[list[float], list[float]]:
@@ -97,28 +100,25 @@ def apart(snapshots: Iterable[Tensor], others: Iterable[Tensor]) -> list[float]:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, json="the numbers, of every expert,")
     parser.add_argument("folder", type=Path, help="holds replay_buffer_*.pt")
     parser.add_argument("--expert_epochs", type=int, default=2, metavar="M", help="epochs of a segment [2]")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, of every expert")
+    parser.add_argument("--png", type=writable, metavar="FILE", help="draw it")
     options = parser.parse_args()
     if options.expert_epochs < 1:
         raise UserError(f"--expert_epochs {options.expert_epochs}: a segment has at least 1 epoch")
-    for path in filter(None, (options.png, options.json)):
-        check_writable(path)
     report, trajectories = inspect(options.folder, options.expert_epochs, options.beside)
     print_report(report, options.expert_epochs)
     if options.json:
         write_json(options.json, report)
     if options.png:
         tested = "validation" if (report["options"] or {}).get("val_fraction") else "test"
-        accuracies = {of: table([each.accuracies.get(name, []) for each in trajectories])
+        accuracies = {of: of_all(name, trajectories)
                       for of, name in zip(("training batches", f"{tested} images"), ACCURACIES)}
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
-                    {"one epoch": table([each.step for each in trajectories]),
-                     f"segment of {options.expert_epochs}": table([each.segment for each in trajectories])})
+                    {"one epoch": of_all("step", trajectories),
+                     f"segment of {options.expert_epochs}": of_all("segment", trajectories)})
 
 
 def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict[str, Any], list[Trajectory]]:
@@ -141,35 +141,37 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
                         "does not belong there")
     manifests = {path: read_config(manifest_path(path)) for path, _ in files if manifest_path(path).is_file()}
     started = read_config(unfinished) if unfinished.is_file() else None
-    trajectories: list[Trajectory] = []
+    finished: list[Trajectory] = []
     with Progress(sum(len(experts) for _, experts in files), "experts") as bar:
         for path, experts in files:
             recorded = _recorded(path)
             for expert in experts:
-                number = len(trajectories)
+                number = len(finished)
                 step, segment = distances(_thetas(expert), expert_epochs)
-                trajectories.append(Trajectory(
-                    number, path.name, len(expert) - 1, sum(map(Tensor.numel, expert[0])), recorded.get(number, {}),
-                    step, segment, apart(_thetas(expert), _thetas(others[number])) if number < len(others) else []))
+                beyond = apart(_thetas(expert), _thetas(others[number])) if number < len(others) else []
+                finished.append(Trajectory(
+                    number, path.name, len(expert) - 1, sum(map(Tensor.numel, expert[0])),
+                    {**recorded.get(number, {}), "step": step, "segment": segment, "apart": beyond}))
                 bar.update()
+    begun, unfinished_run = [], None
+    if started is not None:
+        begun, unfinished_run = _unfinished(unfinished.parent, started, expert_epochs, len(finished))
+    trajectories = finished + begun
+    if len({each.parameters for each in trajectories}) > 1:
+        raise UserError(f"{unfinished.parent} holds experts of another network than the files beside it; move them "
+                        "away")
     known = next(iter(manifests.values()), started)
-    report = {
-        "folder": str(folder), "experts": len(trajectories), "bytes": sum(path.stat().st_size for path, _ in files),
+    by_name = {name: _mean_std(of_all(name, trajectories)) for name in ("step", "segment", *ACCURACIES, "apart")}
+    return {
+        "folder": str(folder), "experts": len(finished), "bytes": sum(path.stat().st_size for path, _ in files),
         "files": [{"name": path.name, "experts": len(experts), "bytes": path.stat().st_size,
                    "manifest": path in manifests} for path, experts in files],
-        "epochs": sorted({each.epochs for each in trajectories}),
-        "options": known and {name: known[name] for name in OPTIONS if name in known}, "unfinished": None,
-        "beside": str(beside) if beside else None}
-    if started is not None:
-        report["unfinished"] = _unfinished(unfinished.parent, started, expert_epochs, len(trajectories), trajectories)
-    report["parameters"] = trajectories[0].parameters if trajectories else None
-    report["trajectories"] = [_as_json(each) for each in trajectories]
-    report["by_start_epoch"] = {name: _mean_std([getattr(each, name) for each in trajectories])
-                                for name in ("step", "segment")}
-    report["by_epoch"] = {name: _mean_std([each.accuracies.get(name, []) for each in trajectories])
-                          for name in ACCURACIES}
-    report["by_epoch"]["apart"] = _mean_std([each.apart for each in trajectories])
-    return report, trajectories
+        "epochs": sorted({each.epochs for each in finished}),
+        "options": known and {name: known[name] for name in OPTIONS if name in known}, "unfinished": unfinished_run,
+        "beside": str(beside) if beside else None,
+        "parameters": trajectories[0].parameters if trajectories else None,
+        "trajectories": [_as_json(each) for each in trajectories],
+        "by_start_epoch": {name: by_name.pop(name) for name in ("step", "segment")}, "by_epoch": by_name}, trajectories
 
 
 def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
@@ -206,9 +208,9 @@ def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
     return found
 
 
-def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int, written: int,
-                trajectories: list[Trajectory]) -> dict[str, Any]:
-    """What there is of a run that was stopped or still goes on; its experts are added to the trajectories."""
+def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int,
+                written: int) -> tuple[list[Trajectory], dict[str, Any]]:
+    """The experts of a run that was stopped or still goes on, and what there is of it."""
     begun = []
     for number in range(written, started.get("first_expert", 0) + started.get("num_experts", 0)):
         saved = SavedEpochs(folder / f"expert_{number}")
@@ -216,15 +218,12 @@ def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int, writt
             continue
         step, segment = distances((saved[epoch]["theta"] for epoch in range(len(saved))), expert_epochs)
         reached = saved.reached()
-        trajectories.append(Trajectory(number, "unfinished", len(reached), saved[0]["theta"].numel(),
-                                       {name: [each[name] for each in reached] for name in ACCURACIES}, step, segment,
-                                       []))
-        begun.append({"expert": number, "epochs": len(reached)})
-    if len({each.parameters for each in trajectories}) > 1:
-        raise UserError(f"{folder} holds experts of another network than the files beside it; move them away")
-    return {"experts": begun, "num_experts": started.get("num_experts"), "first_expert": started.get("first_expert"),
-            "train_epochs": started.get("train_epochs"),
-            "bytes": sum(path.stat().st_size for path in folder.rglob("*.pt"))}
+        accuracies = {name: [each[name] for each in reached] for name in ACCURACIES}
+        begun.append(Trajectory(number, "unfinished", len(reached), saved[0]["theta"].numel(),
+                                {**accuracies, "step": step, "segment": segment, "apart": []}))
+    return begun, {"experts": [{"expert": each.number, "epochs": each.epochs} for each in begun],
+                   **{name: started.get(name) for name in ("num_experts", "first_expert", "train_epochs")},
+                   "bytes": sum(path.stat().st_size for path in folder.rglob("*.pt"))}
 
 
 def table(rows: list[list[float]]) -> np.ndarray:
@@ -235,91 +234,84 @@ def table(rows: list[list[float]]) -> np.ndarray:
     return values
 
 
-def _mean_std(rows: list[list[float]]) -> list[dict[str, float | None]]:
+def of_all(name: str, trajectories: list[Trajectory]) -> np.ndarray:
+    """A series of all experts [experts, epochs], NaN where there is none."""
+    return table([each.series.get(name, []) for each in trajectories])
+
+
+def _mean_std(values: np.ndarray) -> list[dict[str, float | None]]:
     """Mean and standard deviation of each column, over the rows that reach it and are finite there."""
-    columns = [column[np.isfinite(column)] for column in table(rows).T]
+    columns = [column[np.isfinite(column)] for column in values.T]
     return [{"mean": float(column.mean()), "std": float(column.std())} if len(column) else {"mean": None, "std": None}
             for column in columns]
 
 
 def _as_json(each: Trajectory) -> dict[str, Any]:
-    return {"expert": each.number, "file": each.file, "epochs": each.epochs, "finite": _is_finite(each),
-            **{name: each.accuracies.get(name) for name in ACCURACIES},
-            **{name: [finite(value) for value in getattr(each, name)] for name in ("step", "segment", "apart")}}
-
-
-def _is_finite(each: Trajectory) -> bool:
-    return all(map(math.isfinite, each.step))
+    return {"expert": each.number, "file": each.file, "epochs": each.epochs, "finite": each.finite,
+            **{name: each.series.get(name) for name in ACCURACIES},
+            **{name: [finite(value) for value in each.series[name]] for name in ("step", "segment", "apart")}}
 
 
 def print_report(report: dict[str, Any], expert_epochs: int) -> None:
-    known, unfinished = report["options"], report["unfinished"]
-    name = (known or {}).get("model") or f"{Path(report['folder']).resolve().name}, by the folder's name"
-    count = f"{report['parameters']:,} parameters" if report["parameters"] else "no snapshot yet"
-    print(f"{'network':12}{name}, {count}")
-    if known:
-        print(f"{'options':12}" + ", ".join(f"{key} {value}" for key, value in known.items() if key != "model"))
-    else:
-        print(f"{'options':12}unknown: no manifest beside the files, as with published ones")
-    epochs = report["epochs"]
-    print(f"{'experts':12}{report['experts']} in {len(report['files'])} files, {_size(report['bytes'])}"
-          + (f", epochs 0 … {epochs[0]}" + (f" (some to {epochs[-1]})" if len(epochs) > 1 else "") if epochs else ""))
+    known, unfinished, epochs = report["options"], report["unfinished"], report["epochs"]
+
+    def say(what: str, text: str) -> None:
+        print(f"{what:12}{text}")
+
+    say("network", ((known or {}).get("model") or f"{Path(report['folder']).resolve().name}, by the folder's name")
+        + (f", {report['parameters']:,} parameters" if report["parameters"] else ", no snapshot yet"))
+    say("options", ", ".join(f"{key} {value}" for key, value in known.items() if key != "model") if known else
+        "unknown: no manifest beside the files, as with published ones")
+    say("experts", f"{report['experts']} in {len(report['files'])} files, {console.short_count(report['bytes'])}B"
+        + (f", epochs 0 … {epochs[0]}" + (f" (some to {epochs[-1]})" if len(epochs) > 1 else "") if epochs else ""))
     without = [file["name"] for file in report["files"] if not file["manifest"]]
     if known and without:
-        print(f"{'unknown':12}options and checksums of {', '.join(without)}")
+        say("unknown", f"options and checksums of {', '.join(without)}")
     if unfinished:
+        size = f"{console.short_count(unfinished['bytes'])}B"
         begun = ", ".join(f"expert {each['expert']}: {each['epochs']}" for each in unfinished["experts"])
-        print(f"{'unfinished':12}a run of {unfinished['num_experts']} experts of {unfinished['train_epochs']} epochs, "
-              f"from expert {unfinished['first_expert']} on; epochs so far: {begun or 'none'}; "
-              f"{_size(unfinished['bytes'])}")
+        say("unfinished", f"a run of {unfinished['num_experts']} experts of {unfinished['train_epochs']} epochs, from "
+            f"expert {unfinished['first_expert']} on; epochs so far: {begun or 'none'}; {size}")
     diverged = [str(each["expert"]) for each in report["trajectories"] if not each["finite"]]
     if diverged:
-        print(f"{'not finite':12}experts {', '.join(diverged)}: they diverged, or their file is damaged")
+        say("not finite", f"experts {', '.join(diverged)}: they diverged, or their file is damaged")
     last = [[row[name][-1] for row in report["trajectories"] if row[name]] for name in ACCURACIES]
-    if any(last):
-        tested = "validation" if known and known.get("val_fraction") else "test"
-        print(f"{'accuracy':12}after the last epoch: " + "; ".join(
-            f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
-            for of, values in zip(("train", tested), last) if values))
-    else:
-        print(f"{'accuracy':12}unknown: not recorded beside the files")
+    tested = "validation" if known and known.get("val_fraction") else "test"
+    say("accuracy", "after the last epoch: " + "; ".join(
+        f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
+        for of, values in zip(("train", tested), last) if values) if any(last) else
+        "unknown: not recorded beside the files")
     if report["beside"]:
         compared = sum(bool(each["apart"]) for each in report["trajectories"])
-        print(f"{'beside':12}{compared} experts of the same numbers in {report['beside']}")
+        say("beside", f"{compared} experts of the same numbers in {report['beside']}")
     if epochs:
         most = epochs[0] - expert_epochs + 1
-        print(f"{'window':12}--expert_epochs {expert_epochs} allows "
-              + (f"--max_start_epoch {most} or less" if most > 0 else "no window: the experts are too short"))
-    _print_table(report, expert_epochs)
+        say("window", f"--expert_epochs {expert_epochs} allows "
+            + (f"--max_start_epoch {most} or less" if most > 0 else "no window: the experts are too short"))
+    print(f"\n{console.table(_by_epoch(report, expert_epochs))}")
 
 
-def _print_table(report: dict[str, Any], expert_epochs: int) -> None:
+def _by_epoch(report: dict[str, Any], expert_epochs: int) -> list[list[str]]:
+    """The rows of the table."""
     by_start, by_epoch = report["by_start_epoch"], report["by_epoch"]
-    total = max(len(by_start["step"]) + 1, 1)
-    rows = [("epoch s", "train, %", "test, %", "step", f"segment of {expert_epochs}")]
     # Accuracies are recorded from epoch 1 on.
-    columns = [([None, *by_epoch[name]], 100, ".1f") for name in ACCURACIES]
-    columns += [(by_start[name], 1, ".4f") for name in ("step", "segment")]
+    columns = [(head, [None, *by_epoch[name]], 100, ".1f") for head, name in zip(("train, %", "test, %"), ACCURACIES)]
+    columns += [("step", by_start["step"], 1, ".4f"), (f"segment of {expert_epochs}", by_start["segment"], 1, ".4f")]
     if report["beside"]:
-        rows = [(*rows[0], "apart")]
-        columns.append(([None, *by_epoch["apart"]], 1, ".4f"))
-    for epoch in dict.fromkeys(np.linspace(0, total - 1, min(total, MOST_ROWS)).round().astype(int).tolist()):
-        rows.append((str(epoch), *(_cell(values[epoch] if epoch < len(values) else None, scale, digits)
-                                   for values, scale, digits in columns)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    print()
-    for row in rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+        columns.append(("apart", [None, *by_epoch["apart"]], 1, ".4f"))
+    last = len(by_start["step"])
+    shown = np.linspace(0, last, min(last + 1, MOST_ROWS)).round().astype(int)
+    rows = [["epoch s", *(head for head, *_ in columns)]]
+    for epoch in dict.fromkeys(shown.tolist()):
+        rows.append([str(epoch), *(_cell(values[epoch] if epoch < len(values) else None, scale, digits)
+                                   for _, values, scale, digits in columns)])
+    return rows
 
 
 def _cell(value: dict[str, float | None] | None, scale: float, digits: str) -> str:
     if value is None or value["mean"] is None:
         return "-"
     return f"{scale * value['mean']:{digits}} ± {scale * value['std']:{digits}}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The file holds the first 600 training and the first 100 test images of each clas
 one implementation has not changed for decades, so that the bytes are the same everywhere.
 """
 
-import argparse
 import bz2
 import hashlib
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.common import script_parser
 from utils.data.sources import MINIFASHION, MINIFASHION_SHA256, fashion_mnist_folders, pack_minifashion, read_idx_folder
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
@@ -22,7 +22,7 @@ from utils.program.entry import entry
 
 def main() -> None:
     folders = fashion_mnist_folders(REPOSITORY / "dataset")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--source", type=Path, help="folder of the four idx files, gzipped or not (default: the first "
                         f"of {', '.join(map(str, folders))} that is there)")
     parser.add_argument("--out", type=Path, default=MINIFASHION, help="file to write (default: %(default)s)")

@@ -6,7 +6,6 @@ RUN is a run's folder, whose report.html is made again from what lies in it; of 
 the page. Several are compared in --out (default: comparison.html in the current folder).
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from distill.report.figures import clip_outliers
 from distill.report.page import PAGE, page
 from distill.report.pictures import Pictures, chosen, probabilities, scaled_bytes
 from distill.report.record import FinishedRun, read_run
+from scripts.common import script_parser
 from utils.errors import UserError
 from utils.files import write_text
 from utils.program.console import shown
@@ -26,7 +26,7 @@ from utils.program.entry import entry
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to put the page")
     given = parser.parse_args()

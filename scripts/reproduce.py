@@ -14,7 +14,6 @@ another command made is made again). Rows of another form, or made by other comm
 named.
 """
 
-import argparse
 import fnmatch
 import json
 import os
@@ -29,14 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from buffer.trajectories import manifest_path
 from distill.results import NORMAL, EvaluationResult, Metrics, RunResult, Score
+from scripts.common import script_parser
 from scripts.plots import save_by_images, save_races, save_windows
 from scripts.steps import Ledger, Step, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write, reading, write_json, write_text
 from utils.metrics import percent
-from utils.program.command_line import Parser, read_yaml
-from utils.program.console import duration, shown
+from utils.program.command_line import read_yaml
+from utils.program.console import duration, shown, table
 from utils.program.entry import entry
 from utils.program.locks import locked
 
@@ -72,17 +72,18 @@ class Form:
     at: int  # those at which single ideas are taken away
     seeds: tuple[int, ...]  # of the distillations there
     cross: int  # the images per class of the cross-architecture table
-    cross_lr: dict[str, float]  # networks there that are tested at another rate than the learned one too
-    cross_random_lr: float  # of random images there
-    networks: int  # of each evaluation
     epoch_eval: dict[int, int]  # epochs of an evaluation, by images per class
     whole_epochs: int
-    whole_lr: float
     random_lr: float  # of real images; a table shows what random_lrs reach on the held-out ones
-    random_lrs: tuple[float, ...]
     backend: str  # of the experts; the configs have their own
-    threads: int | None  # of each command; the bits depend on it
-    tried: tuple[tuple[str, int, str, tuple[str, ...]], ...]  # where a row fell short: what, images, name, options
+    threads: int | None = None  # of each command; the bits depend on it
+    whole_lr: float = 0.01
+    random_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    networks: int = 5  # of each evaluation
+    cross_lr: dict[str, float] = field(default_factory=dict)  # networks there that another rate is tested on too
+    cross_random_lr: float = 0.01  # of random images there
+    # Where a row fell short: what, images per class, name, window, options.
+    tried: tuple[tuple[str, int, str, str, tuple[str, ...]], ...] = ()
 
     @property
     def ipcs(self) -> tuple[int, ...]:
@@ -91,25 +92,26 @@ class Form:
     def config(self, ipc: int) -> str:
         return f"{self.configs}/IPC{ipc}.yaml"
 
+    def window(self, name: str) -> list[str]:
+        """The options of one that does not grow."""
+        first, end = self.windows[name]
+        return [f"--min_start_epoch={first}", f"--max_start_epoch={end}", "--Sequential_Generation=False"]
+
 
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
     windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
-    cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, cross_random_lr=0.01, networks=5,
-    epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, whole_lr=0.01, random_lr=0.03,
-    random_lrs=(0.003, 0.01, 0.03, 0.1), backend="compile", threads=1, tried=(
-        ("the middle window at 1 a class without the threshold", 1, "window_middle_no_threshold",
-         ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf")),
-        ("the same from a smaller α", 1, "window_middle_unskipped",
-         ("--min_start_epoch=3", "--max_start_epoch=6", "--Sequential_Generation=False", "--threshold=inf",
-          "--lr_teacher=0.01")),
-        ("the late window at 10 a class without the threshold", 10, "window_late_no_threshold",
-         ("--min_start_epoch=6", "--max_start_epoch=9", "--Sequential_Generation=False", "--threshold=inf"))))
+    cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, random_lr=0.03,
+    backend="compile", threads=1, tried=(
+        ("the middle window at 1 a class without the threshold", 1, "window_middle_no_threshold", "middle",
+         ("--threshold=inf",)),
+        ("the same from a smaller α", 1, "window_middle_unskipped", "middle", ("--threshold=inf", "--lr_teacher=0.01")),
+        ("the late window at 10 a class without the threshold", 10, "window_late_no_threshold", "late",
+         ("--threshold=inf",))))
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
-    cross_lr={}, cross_random_lr=0.01, networks=5, epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60,
-    whole_lr=0.01, random_lr=0.01, random_lrs=(0.003, 0.01, 0.03, 0.1), backend="auto", threads=None, tried=())
+    epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, random_lr=0.01, backend="auto")
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,7 @@ class Plan:
         for ipc in form.windows_at:
             self.windows[ipc] = {
                 name: self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc, f"window_{name}",
-                                      f"--min_start_epoch={first}", f"--max_start_epoch={end}",
-                                      "--Sequential_Generation=False")
+                                      *form.window(name))
                 for name, (first, end) in form.windows.items()}
             self.tables[f"the difficulty window, {ipc} a class"] = list(self.windows[ipc].values())
         self.tables[f"single ideas, {at} a class"] = [
@@ -166,8 +167,9 @@ class Plan:
                 ("experts by plain SGD", "sgd_experts", (), "SGD"),
                 ("experts by GSAM with ρ = 2", "rho_2_experts", (), "FTD_2"))]
         if form.tried:
-            self.tables["tried where a row fell short"] = [self._distilled(says, ipc, name, *options)
-                                                           for says, ipc, name, options in form.tried]
+            self.tables["tried where a row fell short"] = [
+                self._distilled(says, ipc, name, *form.window(window), *options)
+                for says, ipc, name, window, options in form.tried]
         (exact,) = self.main[cross]["exact"].made_by
         self.tables[f"other networks, {cross} a class"] = [
             self._baseline(METHODS["random"], f"ipc{cross}_random_networks", cross, "--eval_mode=M",
@@ -186,8 +188,8 @@ class Plan:
 
     @property
     def rows(self) -> Iterator[Row]:
-        for table in self.tables.values():
-            yield from table
+        for rows in self.tables.values():
+            yield from rows
 
     def _add(self, step: Step) -> Step:
         if step not in self.steps:
@@ -319,8 +321,7 @@ class Results:
     def __init__(self, plan: Plan, folder: Path, ledger: Ledger | None = None):
         self.folder, self.ledger = folder, ledger or Ledger(folder / "commands.json")
         self.others: list[str] = []  # steps that were made, or whose needs were, by other commands
-        self._evaluations: dict[str, EvaluationResult] = {}
-        self._looks: dict[str, dict[str, Any]] = {}
+        self._found: dict[str, Any] = {}  # by the name of the step
         self._tested: set[Step] = set()
         for step in plan.steps:
             path = folder / step.result.name
@@ -329,33 +330,33 @@ class Results:
             if not self._is_of_plan(step):
                 self.others.append(step.name)
             elif step.kind == LOOK:
-                self._looks[step.name] = _read_look(path)
+                self._found[step.name] = _read_look(path)
             else:
-                self._evaluations[step.name] = EvaluationResult.read(path, AGAIN, problem="is damaged")
+                self._found[step.name] = EvaluationResult.read(path, AGAIN, problem="is damaged")
                 self._tested.update(step.needs)
-        if self.others and not (self._evaluations or self._looks):
+        if self.others and not self._found:
             raise UserError(f"nothing in {shown(folder)} is of this form ({self.others[0]} was made by another "
                             "command); give or leave out --small, or give another folder")
 
     def _is_of_plan(self, step: Step) -> bool:
         return self.ledger.knows(step) and all(map(self._is_of_plan, step.needs))
 
-    def of(self, step: Step) -> EvaluationResult | None:
-        return self._evaluations.get(step.name)
+    def of(self, step: Step) -> Any:
+        """An evaluation's `EvaluationResult`, or what a look at experts found; None until it is there."""
+        return self._found.get(step.name)
 
-    def look(self, step: Step) -> dict[str, Any] | None:
-        """At experts."""
-        return self._looks.get(step.name)
-
-    def any(self) -> EvaluationResult | None:
-        return next((found for found in self._evaluations.values() if found.environment), None)
+    def environment(self) -> dict[str, Any]:
+        """Of one of the evaluations, if one says it."""
+        results = [found for found in self._found.values() if isinstance(found, EvaluationResult)]
+        return next((found.environment for found in results if found.environment), {})
 
     def cell(self, row: Row, network: str | None = None) -> Cell | None:
         """Of the network of that name, or of the first; None until all its sets are tested."""
         if not all(map(self.of, row.evaluations)):
             return None
-        scores = [score for evaluation in map(self.of, row.evaluations)
-                  for score in [score for score in evaluation.scores if network in (None, score.network)][:1]]
+        of_network = [[score for score in self.of(step).scores if network in (None, score.network)]
+                      for step in row.evaluations]
+        scores = [scores[0] for scores in of_network if scores]
         if len(scores) < 2:
             return Cell(scores[0], str(len(scores[0].accuracies))) if scores else None
         return Cell(Score(scores[0].network, [score.mean for score in scores]),
@@ -419,7 +420,7 @@ def gather(plan: Plan, results: Results) -> None:
                     copy(step.result.parent / "images.png", f"{step.name}.png")
     untimed = {step.name for step in plan.experts.values()}
     for kind, step in plan.experts.items():
-        if results.look(plan.looks[kind]) is not None:
+        if results.of(plan.looks[kind]) is not None:
             copy(step.products[-1], f"experts_{kind}.yaml")
             copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
     # The results have their own times; the experts have not.
@@ -433,59 +434,58 @@ def gather(plan: Plan, results: Results) -> None:
 
 def write_tables(plan: Plan, results: Results) -> None:
     """`tables.md`: the accuracies that are there, each with what made it."""
-    form, about = plan.form, results.any()
+    form, environment = plan.form, results.environment()
     lines = [f"# {form.dataset}, {form.model}, {form.experts} experts of {form.epochs} epochs", "",
              "Accuracy, %, on the test images where a table does not say otherwise: mean ± standard deviation (the "
              "population's) over the networks that are trained on a set, or, of several sets, over the sets. `--seed "
              "0` where a command gives no other. Each random row's networks have random images of their own. Of "
              "several sets the first one's command and times are shown; `reproduce.sh --list --only ROW` prints all."]
-    if about:
+    if environment:
         threads = f"`OMP_NUM_THREADS={form.threads}`, " if form.threads else ""
-        environment = about.environment
         lines[-1] += (f" Each command: {threads}{environment['device']}, torch {environment['torch']}, "
                       f"{environment['date']}.")
-    lines += ["", *_main_table(plan, results)]
+    lines += ["", _main_table(plan, results), "", "The published figures are of ConvNet with 128 channels."]
     for title, rows in plan.tables.items():
         networks = results.networks(rows)
-        heads = networks if len(networks) > 1 else ["accuracy, %"]
-        lines += ["", f"## {title[0].upper()}{title[1:]}", "",
-                  f"| row | set | {' | '.join(heads)} | networks | updates skipped | distillation + test | command |",
-                  "|---" * (len(heads) + 6) + "|"]
+        many = len(networks) > 1
+        shown = [("row", "set", *(networks if many else ["accuracy, %"]), "networks", "updates skipped",
+                  "distillation + test", "command")]
         for row in rows:
-            cells = [results.cell(row, network) for network in (networks if len(networks) > 1 else [None])]
+            cells = [results.cell(row, network) for network in (networks if many else [None])]
             count = next((cell.count for cell in cells if cell), "–")
             updates = results.updates(row)
             # Of a set that another row has made the evaluation is what tells the rows apart.
-            step = row.evaluations[0] if len(networks) > 1 or not row.made_by else row.made_by[0]
-            lines.append(f"| {row.name} | {row.says} | {' | '.join(str(cell or '–') for cell in cells)} | {count} | "
-                         f"{'{} of {}'.format(*updates) if updates else '–'} | {results.took(row)} | `{step}` |")
+            step = row.evaluations[0] if many or not row.made_by else row.made_by[0]
+            shown.append((row.name, row.says, *(str(cell or "–") for cell in cells), count,
+                          "{} of {}".format(*updates) if updates else "–", results.took(row), f"`{step}`"))
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(shown)]
     lines += ["", "## Experts", "",
               "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "
-              "see the same batches, of the way that these have gone.", "",
-              "| row | ρ | accuracy on held-out images, % | apart, % | trained in | command |", "|---" * 6 + "|"]
+              "see the same batches, of the way that these have gone.", ""]
+    shown = [("row", "ρ", "accuracy on held-out images, %", "apart, %", "trained in", "command")]
     for kind, step in plan.experts.items():
-        look = results.look(plan.looks[kind])
+        look = results.of(plan.looks[kind])
         cells = [_percent(**look["by_epoch"][name][-1]) if look else "–" for name in ("test_accuracy", "apart")]
         seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
-        lines.append(f"| experts_{kind} | {RHO[kind]:g} | {' | '.join(cells)} | "
-                     f"{duration(seconds) if seconds else '–'} | `{step}` |")
+        shown.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–", f"`{step}`"))
     tested = plan.main[form.at]["exact"].evaluations[0]
-    lines += ["", "## Evaluations", "", "A distilled set is tested like this one:", "", "```", str(tested), "```", ""]
+    lines += [table(shown), "", "## Evaluations", "", "A distilled set is tested like this one:", "",
+              "```", str(tested), "```", ""]
     write_text(results.folder / "tables.md", "\n".join(lines))
 
 
-def _main_table(plan: Plan, results: Results) -> list[str]:
+def _main_table(plan: Plan, results: Results) -> str:
     ipcs = plan.form.ipcs
-    lines = ["| | " + " | ".join(f"{ipc} a class" for ipc in ipcs) + " |", "|---" * (len(ipcs) + 1) + "|"]
-    lines += [f"| {says} | " + " | ".join(str(results.cell(plan.main[ipc][name]) or "–") for ipc in ipcs) + " |"
-              for name, says in METHODS.items()]
+    none = [""] * (len(ipcs) - 1)
+    rows = [["", *(f"{ipc} a class" for ipc in ipcs)]]
+    rows += [[says, *(str(results.cell(plan.main[ipc][name]) or "–") for ipc in ipcs)]
+             for name, says in METHODS.items()]
     (whole,) = plan.tables["the whole training set"]
-    lines += [f"| the whole training set | {results.cell(whole) or '–'} |" + " |" * (len(ipcs) - 1)]
+    rows.append(["the whole training set", str(results.cell(whole) or "–"), *none])
     for method, figures in PUBLISHED.items():
         at = dict(zip(PUBLISHED_IPCS, figures))
-        lines.append(f"| published: {method} | " + " | ".join(str(at.get(ipc, "–")) for ipc in ipcs) + " |")
-    return [*lines, f"| published: the whole training set | {PUBLISHED_WHOLE} |" + " |" * (len(ipcs) - 1), "",
-            "The published figures are of ConvNet with 128 channels."]
+        rows.append([f"published: {method}", *(str(at.get(ipc, "–")) for ipc in ipcs)])
+    return table([*rows, ["published: the whole training set", str(PUBLISHED_WHOLE), *none]])
 
 
 def write_plots(plan: Plan, results: Results) -> None:
@@ -524,7 +524,7 @@ def race(results: Results, row: Row) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = script_parser(__doc__)
     parser.add_argument("--small", action="store_true", help="the form for a CPU")
     parser.add_argument("--jobs", type=int, metavar="N", help="commands at once [a CPU's cores; 1 on a GPU]")
     parser.add_argument("--only", nargs="+", action="extend", metavar="PATTERN",

@@ -11,14 +11,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.results import EvaluationResult
+from scripts.common import script_parser
 from utils.metrics import percent
-from utils.program.command_line import Parser
 from utils.program.console import table
 from utils.program.entry import entry
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = script_parser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--by_network", action="store_true", help="a row for each result, a column for each network")
     options = parser.parse_args()

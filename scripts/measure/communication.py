@@ -13,7 +13,6 @@ for one A100, divided by the number of ranks; for each vector a ring's time, 2 (
 2 (n − 1) messages. More ranks stop paying where the next doubling takes longer than what there is.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +27,13 @@ tune_process()  # before torch is imported
 
 import torch
 
-from scripts.measure.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
-from utils.files import write_json
+from scripts.common import save_report, script_parser
+from scripts.measure.projection import BENCHMARKS, GPUS, fit, published
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program import ranks
+from utils.program.console import table
 from utils.program.entry import entry
-from utils.program.machine import environment
 
 GPU = list(GPUS)[-1]
 LINKS = {  # name → bytes a second between neighbours of the ring, seconds for a message, ranks
@@ -85,32 +84,30 @@ def ring(size: int, bandwidth: float, latency: float, ranks: int) -> float:
 def project() -> None:
     rho, crossings = fit(BENCHMARKS)
     print(f"a step on {GPU}, divided among ranks, and the sums of its two vectors; on paper\n")
-    print("| config | bytes a step | " + " | ".join(f"{name}: share | stops paying beyond" for name in LINKS) + " |")
-    print("|---" * (2 + 2 * len(LINKS)) + "|")
-    for name, config in published():
-        alone = seconds_per_iteration(config, GPU, rho, crossings) / config.syn_steps
-        channels, height, width, classes, _ = IMAGES[config.dataset]
-        size = costs(config.model, channels, height, width, classes).theta
-        cells = []
+    rows = [("config", "bytes a step", *(head for name in LINKS for head in (f"{name}: share", "stops paying beyond")))]
+    for setting in published():
+        alone = setting.seconds(GPU, rho, crossings) / setting.config.syn_steps
+        row = [setting.name, f"{2 * setting.costs.theta / 1e6:.1f} MB"]
         for bandwidth, latency, shown_at in LINKS.values():
-            sums = {count: 2 * ring(size, bandwidth, latency, count) for count in range(1, MOST_RANKS + 1)}
+            sums = {count: 2 * ring(setting.costs.theta, bandwidth, latency, count)
+                    for count in range(1, MOST_RANKS + 1)}
             step = {count: alone / count + sums[count] for count in sums}
             most = 1
             while most < MOST_RANKS and step[2 * most] < step[most]:
                 most *= 2
             share = sums[shown_at] / step[shown_at]
-            limit = f"{MOST_RANKS} or more" if most == MOST_RANKS else f"{most}"
-            cells.append(f"{100 * share:.0f} %, {alone / step[shown_at]:.1f} times as fast | {limit}")
-        print(f"| {name} | {2 * size / 1e6:.1f} MB | {' | '.join(cells)} |")
+            row += [f"{100 * share:.0f} %, {alone / step[shown_at]:.1f} times as fast",
+                    f"{MOST_RANKS} or more" if most == MOST_RANKS else f"{most}"]
+        rows.append(row)
+    print(table(rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, json="what was measured")
     parser.add_argument("--project", action="store_true", help="project instead of measuring")
     parser.add_argument("--model", default="ConvNetW32")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", help="write what was measured to this file")
     arguments = parser.parse_args()
     if arguments.project:
         return project()
@@ -119,11 +116,10 @@ def main() -> None:
     print(f"{found['ranks']} ranks, {arguments.model} ({found['parameters']} parameters), batch {arguments.batch}: "
           f"{found['bytes_per_step'] / 1e6:.2f} MB a step; computing {1000 * found['compute_seconds']:.1f} ms, summing "
           f"{1000 * found['communicate_seconds']:.1f} ms, {100 * found['share']:.0f} % of the time")
-    if arguments.json and ranks.first():
-        write_json(arguments.json, {
+    if ranks.first():
+        save_report(arguments.json, {
             "command": f"torchrun --standalone --nproc_per_node={found['ranks']} scripts/measure/communication.py "
-                       f"--model {arguments.model} --batch {arguments.batch} --rounds {arguments.rounds}",
-            **found, "environment": environment(torch.device("cpu"))})
+                       f"--model {arguments.model} --batch {arguments.batch} --rounds {arguments.rounds}", **found})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ relative error of their gradient, and the cosine between the gradients of all im
 compiled, with its form of the convolutions, run without the compiler.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -18,15 +17,15 @@ import torch
 from torch import Tensor
 
 from distill.matching import match_trajectory
+from scripts.common import save_report, script_parser
 from utils.config import DistillConfig, make
 from utils.data import augment
 from utils.derivatives.convnet_pass import ConvNetPass
 from utils.derivatives.engine import HandWritten
-from utils.files import write_json
 from utils.networks import build_network
 from utils.parameters import FlatModel
+from utils.program.console import table
 from utils.program.entry import entry
-from utils.program.machine import environment
 from utils.program.prepare import dsa_groups
 from utils.program.seeds import generator, seeded
 
@@ -67,19 +66,18 @@ def errors(draw: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, json="every draw's errors")
     parser.add_argument("--draws", type=int, default=10, metavar="N")
-    parser.add_argument("--json", metavar="FILE", help="write every draw's errors to this file")
     args = parser.parse_args()
     draws = [errors(draw) for draw in range(args.draws)]
-    print("| kind | median draw | best | worst | cosine, median |\n|---|---|---|---|---|")
+    rows = [("kind", "median draw", "best", "worst", "cosine, median")]
     for kind in KINDS:
         values = [draw[kind]["median_image"] for draw in draws]
         cosine = statistics.median(draw[kind]["cosine"] for draw in draws)
-        print(f"| {kind} | {statistics.median(values):.1e} | {min(values):.1e} | {max(values):.1e} | {cosine:.4f} |")
-    if args.json:
-        write_json(args.json, {"steps": STEPS, "batch": BATCH, "draws": draws,
-                               "environment": environment(torch.device("cpu"))})
+        errors_of = [f"{pick(values):.1e}" for pick in (statistics.median, min, max)]
+        rows.append((kind, *errors_of, f"{cosine:.4f}"))
+    print(table(rows))
+    save_report(args.json, {"steps": STEPS, "batch": BATCH, "draws": draws})
 
 
 if __name__ == "__main__":

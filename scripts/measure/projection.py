@@ -13,8 +13,8 @@ augmentation) and a micro-batch of adjoint. Less memory than a micro-batch of 10
 in this model.
 """
 
-import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +25,13 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+from scripts.common import script_parser
 from utils.config import DistillConfig, make
 from utils.derivatives.choose import ADJOINT_FACTOR, activation_bytes
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import build_network
-from utils.program.console import duration
+from utils.program.console import duration, table
 from utils.program.entry import entry
 
 BENCHMARKS = [REPOSITORY / "results" / "benchmark" / name for name in ("cpu_w32.json", "cpu.json")]
@@ -38,9 +39,10 @@ MICRO_BATCH = 100  # in the column `matching`
 SMALLEST = 10  # samples at a time, below which a GPU has no work
 GPUS = {  # name → GB, TF32 TFLOP/s, GB/s
     "8 GB (RTX 3070)": (8, 20.3, 448), "24 GB (RTX 3090)": (24, 35.6, 936), "80 GB (A100)": (80, 156, 2039)}
-IMAGES = {  # dataset → C, H, W, classes, images
-    "CIFAR10": (3, 32, 32, 10, 60_000), "CIFAR100": (3, 32, 32, 100, 60_000), "Tiny": (3, 64, 64, 200, 110_000),
-    "ImageNet1K": (3, 64, 64, 1000, 1_330_000)}
+IMAGES = {  # dataset → (C, H, W), classes, images
+    "CIFAR10": ((3, 32, 32), 10, 60_000), "CIFAR100": ((3, 32, 32), 100, 60_000), "Tiny": ((3, 64, 64), 200, 110_000),
+    "FashionMNIST": ((1, 28, 28), 10, 70_000), "MiniFashion": ((1, 28, 28), 10, 7_000),
+    "ImageNet1K": ((3, 64, 64), 1000, 1_330_000)}
 
 
 class Costs(NamedTuple):
@@ -51,11 +53,11 @@ class Costs(NamedTuple):
     theta: int
 
 
-def costs(network: str, channels: int, height: int, width: int, classes: int) -> Costs:
+def costs(network: str, image: tuple[int, int, int], classes: int) -> Costs:
     with torch.device("meta"):
-        built = build_network(network, channels, classes, (height, width))
+        built = build_network(network, image[0], classes, image[1:])
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            built(torch.empty(1, channels, height, width))
+            built(torch.empty(1, *image))
     parameters = sum(each.numel() for each in built.parameters())
     return Costs(counter.get_total_flops(), activation_bytes(built), 4 * parameters)
 
@@ -73,7 +75,7 @@ def fit(paths: list[Path]) -> tuple[float, float]:
                 shape = measured["shape"]
                 exact = next((row for row in measured["methods"] if row["method"] == "exact"), None)
                 if shape["name"] in ("cpu_w32", "cpu") and exact:
-                    cost = costs(shape["network"], *shape["image"], shape["classes"])
+                    cost = costs(shape["network"], tuple(shape["image"]), shape["classes"])
                     rows[shape["name"]] = (12 * cost.flops / product, cost.activations / copy,
                                            exact["median"] / shape["steps"] / shape["batch"])
         (a, b, t), (d, e, u) = rows["cpu_w32"], rows["cpu"]
@@ -84,56 +86,65 @@ def fit(paths: list[Path]) -> tuple[float, float]:
     return determinant / (t * e - b * u), (a * u - d * t) / determinant
 
 
-def published() -> list[tuple[str, DistillConfig]]:
-    """DATM's published settings, by name."""
+class Setting(NamedTuple):
+    """A config, and what it is for the model above."""
+
+    name: str
+    config: DistillConfig
+    image: tuple[int, int, int]
+    classes: int
+    images: int  # synthetic ones
+    batch: int  # B, of an inner step
+    costs: Costs
+
+    def seconds(self, gpu: str, rho: float, crossings: float) -> float:
+        """An iteration's, on one of `GPUS`."""
+        _, tflops, bandwidth = GPUS[gpu]
+        return self.config.syn_steps * self.batch * (
+            12 * self.costs.flops / (rho * 1e12 * tflops) + crossings * self.costs.activations / (1e9 * bandwidth))
+
+
+def setting(name: str, config: DistillConfig) -> Setting:
+    image, classes, _ = IMAGES[config.dataset]
+    images = config.ipc * classes
+    return Setting(f"{name} ipc {config.ipc}", config, image, classes, images, min(config.batch_syn or images, images),
+                   costs(config.model, image, classes))
+
+
+def published() -> list[Setting]:
+    """DATM's published settings."""
     settings = []
     for folder in ("CIFAR-10", "CIFAR-100", "TinyImageNet"):
         paths = (REPOSITORY / "configs" / folder / "ConvIN").glob("*.yaml")
         for path in sorted(paths, key=lambda each: len(each.name)):
-            config = make(DistillConfig, **yaml.safe_load(path.read_text()))
-            settings.append((f"{folder} ipc {config.ipc}", config))
+            settings.append(setting(folder, make(DistillConfig, **yaml.safe_load(path.read_text()))))
     return settings
 
 
-def seconds_per_iteration(config: DistillConfig, gpu: str, rho: float, crossings: float) -> float:
-    """On one of `GPUS`, by the model above."""
-    channels, height, width, classes, _ = IMAGES[config.dataset]
-    images = config.ipc * classes
-    cost = costs(config.model, channels, height, width, classes)
-    _, tflops, bandwidth = GPUS[gpu]
-    return config.syn_steps * min(config.batch_syn or images, images) * (
-        12 * cost.flops / (rho * 1e12 * tflops) + crossings * cost.activations / (1e9 * bandwidth))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--benchmark", type=Path, nargs="+", metavar="FILE", default=BENCHMARKS)
     rho, crossings = fit(parser.parse_args().benchmark)
     print(f"fitted: ρ {rho:.2f} of the matrix product rate, c {crossings:.0f} times through the activations\n")
-    settings = published()
     # Not published: Tiny's network, steps and batch at 64×64, for 1,000 classes.
-    settings += [(f"ImageNet-1K 64×64 ipc {ipc}", make(
-        DistillConfig, dataset="ImageNet1K", model="ConvNetD4", ipc=ipc, syn_steps=20, batch_syn=1000, Iteration=10000))
-        for ipc in (10, 50)]
-    print("| config | T × B | data | matching | " + " | ".join(GPUS) + " |")
-    print("|---" * (4 + len(GPUS)) + "|")
-    for name, config in settings:
-        channels, height, width, classes, real = IMAGES[config.dataset]
-        images = config.ipc * classes
-        batch = min(config.batch_syn or images, images)
-        cost = costs(config.model, channels, height, width, classes)
-        pixels = 4 * channels * height * width
-        data = real * pixels
-        matching = cost.theta * (config.syn_steps + 6) + 6 * images * (pixels + 4 * classes)
-        one = ADJOINT_FACTOR * cost.activations
+    more = [setting("ImageNet-1K 64×64", make(DistillConfig, dataset="ImageNet1K", model="ConvNetD4", ipc=ipc,
+                                              syn_steps=20, batch_syn=1000, Iteration=10000)) for ipc in (10, 50)]
+    rows = [("config", "T × B", "data", "matching", *GPUS)]
+    for each in [*published(), *more]:
+        config = each.config
+        pixels = 4 * math.prod(each.image)
+        data = IMAGES[config.dataset][2] * pixels
+        matching = each.costs.theta * (config.syn_steps + 6) + 6 * each.images * (pixels + 4 * each.classes)
+        one = ADJOINT_FACTOR * each.costs.activations
         cells = []
         for gpu, (gigabytes, _, _) in GPUS.items():
-            second = seconds_per_iteration(config, gpu, rho, crossings)
+            second = each.seconds(gpu, rho, crossings)
             fits = data + matching + one * SMALLEST < 1e9 * gigabytes
             cells.append(f"{duration(second)}, {duration(second * config.Iteration)}" if fits else "does not fit")
-        matching += one * min(batch, MICRO_BATCH)
-        sizes = f"{config.syn_steps} × {batch} | {data / 1e9:.1f} GB | {matching / 1e9:.1f} GB"
-        print(f"| {name} | {sizes} | {' | '.join(cells)} |")
+        matching += one * min(each.batch, MICRO_BATCH)
+        sizes = [f"{size / 1e9:.1f} GB" for size in (data, matching)]
+        rows.append((each.name, f"{config.syn_steps} × {each.batch}", *sizes, *cells))
+    print(table(rows))
 
 
 if __name__ == "__main__":

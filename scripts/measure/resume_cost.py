@@ -8,7 +8,6 @@ set, the start) at every iteration, as `distill/loop.py` does. The iterations on
 `--seconds`. Beside it: how fast expert files are verified, and what that is of a run with 100 experts of 100 epochs.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -22,29 +21,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 
 from distill.results import METRICS, RESULT
-from scripts.measure.projection import BENCHMARKS, GPUS, IMAGES, costs, fit, published, seconds_per_iteration
-from utils.config import DistillConfig
-from utils.files import sha256, write_json
+from scripts.common import save_report, script_parser
+from scripts.measure.projection import BENCHMARKS, GPUS, Setting, fit, published
+from utils.files import sha256
 from utils.program import interrupt
+from utils.program.console import table
 from utils.program.entry import entry
-from utils.program.machine import environment
 from utils.program.run_folder import RunFolder
 
 GPU = list(GPUS)[-1]
 EXPERTS, EPOCHS, FILES = 100, 100, 8
 
 
-def state_of(config: DistillConfig) -> dict[str, Any]:
+def state_of(setting: Setting) -> dict[str, Any]:
     """Tensors as large as a run's: the set, its momenta, the best set and the start."""
-    channels, height, width, classes, _ = IMAGES[config.dataset]
-    images = config.ipc * classes
-    return {name: {"images": torch.randn(images, channels, height, width), "labels": torch.randn(images, classes)}
+    return {name: {"images": torch.randn(setting.images, *setting.image),
+                   "labels": torch.randn(setting.images, setting.classes)}
             for name in ("set", "momenta", "best", "start")}
 
 
-def measure(config: DistillConfig, iteration: float, seconds: float, folder: Path) -> dict[str, float]:
+def measure(setting: Setting, iteration: float, seconds: float, folder: Path) -> dict[str, float]:
     """How long saving takes, and its share of the time, with iterations of so many seconds."""
-    run, state = RunFolder(folder, config, METRICS, RESULT), state_of(config)
+    run, state = RunFolder(folder, setting.config, METRICS, RESULT), state_of(setting)
     run.start()
     run.save_state(lambda: state)  # the first one, before any iteration
     once = run.save_seconds
@@ -75,31 +73,29 @@ def verification(folder: Path, size: int = 1 << 30) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, json="what was measured")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each config [20]")
-    parser.add_argument("--json", help="write what was measured to this file")
     arguments = parser.parse_args()
     rho, crossings = fit(BENCHMARKS)
-    rows = {}
+    configs = {}
     print(f"iterations as long as projected for {GPU}\n")
-    print("| config | state | saved in | an iteration | share of the time | verifying 100 experts, share of the run |")
-    print("|---" * 6 + "|")
+    rows = [("config", "state", "saved in", "an iteration", "share of the time",
+             "verifying 100 experts, share of the run")]
     with tempfile.TemporaryDirectory() as folder:
         rate = verification(Path(folder))
-        for name, config in published():
-            iteration = seconds_per_iteration(config, GPU, rho, crossings)
-            row = measure(config, iteration, arguments.seconds, Path(folder) / name)
-            cost = costs(config.model, *IMAGES[config.dataset][:4])
-            row["verify_seconds"] = EXPERTS * (EPOCHS + 1) * cost.theta / rate
-            row["verify_share"] = row["verify_seconds"] / (config.Iteration * iteration)
-            rows[name] = row
-            print(f"| {name} | {row['state_mb']:.1f} MB | {row['save_seconds']:.2g} s | {iteration:.2g} s | "
-                  f"{100 * row['share']:.2f} % | {row['verify_seconds']:.0f} s, {100 * row['verify_share']:.2f} % |")
+        for setting in published():
+            iteration = setting.seconds(GPU, rho, crossings)
+            verify = EXPERTS * (EPOCHS + 1) * setting.costs.theta / rate
+            found = measure(setting, iteration, arguments.seconds, Path(folder) / setting.name) | {
+                "verify_seconds": verify, "verify_share": verify / (setting.config.Iteration * iteration)}
+            configs[setting.name] = found
+            rows.append((setting.name, f"{found['state_mb']:.1f} MB", f"{found['save_seconds']:.2g} s",
+                         f"{iteration:.2g} s", f"{100 * found['share']:.2f} %",
+                         f"{verify:.0f} s, {100 * found['verify_share']:.2f} %"))
+    print(table(rows))
     print(f"\nexpert files are verified at {rate / 1e9:.2f} GB/s")
-    if arguments.json:
-        write_json(arguments.json, {"command": f"python scripts/measure/resume_cost.py --seconds {arguments.seconds:g}",
-                                    "gpu_of_the_projection": GPU, "verified_bytes_per_second": rate, "configs": rows,
-                                    "environment": environment(torch.device("cpu"))})
+    save_report(arguments.json, {"command": f"python scripts/measure/resume_cost.py --seconds {arguments.seconds:g}",
+                                 "gpu_of_the_projection": GPU, "verified_bytes_per_second": rate, "configs": configs})
 
 
 if __name__ == "__main__":
