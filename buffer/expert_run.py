@@ -8,6 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from buffer import trajectories
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.experts import DivergedError, Epoch, SavedEpochs, train_expert, work_of
@@ -53,13 +55,7 @@ def train_buffer(config: BufferConfig) -> None:
     # Take the folder; begin, or go on with what is unfinished there.
     with kept_to_this_run(folder, "give another --buffer_path"):
         run = ranks.first_rank_first(lambda: ExpertRun(config, dataset, folder, model))
-        announce(config, device, describe_engine(model.engine, min(config.batch_train, len(dataset.train_labels))),
-                 f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
-                 f"({len(dataset.train_labels)} images) · {shown(folder)}")
-        if run.resumes:
-            say(config, f"going on with an unfinished run: {run.trained} of {config.num_experts} experts are trained")
-        elif run.first:
-            say(config, f"{run.first} experts are there already; this trains others")
+        run.announce(device)
 
         # Order the images from easy to hard, if epochs are to use some of them only.
         curriculum = None
@@ -84,15 +80,15 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
         UserError: several in a row did not learn, or a file cannot be written.
         Stopped: a signal came; what was finished is saved.
     """
-    with View(run) as view:
-        for number in range(run.written, run.end):
+    with ExpertView(run) as view:
+        for number in range(run.written, run.end_number):
             # An expert that diverged ends the run, whichever rank's it was.
             if run.diverged.exists():
                 break
 
             # Train this one, unless another rank does, or has meanwhile.
             try:
-                with locked(run.unfinished / f"lock_{number}", "-"):
+                with locked(run.unfinished / f"lock_{number}", advice="which nobody reads"):
                     if run.is_missing(number):
                         train_one(run, number, curriculum, view)
             except LockedError:
@@ -107,7 +103,7 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
         # Once all ranks are here: write what is left, and clear up.
         ranks.barrier()
         diverged = json.loads(run.diverged.read_text()) if run.diverged.exists() else None
-        ranks.barrier()
+        ranks.barrier()  # all have read it before the first one clears up
         if ranks.first():
             view.reach(run.epochs_done)  # of all ranks
             run.write_complete(partly=diverged is not None)
@@ -116,11 +112,12 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
             raise DivergedError(diverged)
 
 
-def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view: "View") -> None:
+def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view: "ExpertView") -> None:
     """Trains one expert, from its first epoch or from where it was saved."""
     view.begin(number)
-    train_expert(run.config, run.dataset, number, view.after_epoch, curriculum, run.saved(number), view.after_batch)
-    view.end(number)
+    train_expert(run.config, run.dataset, number, curriculum=curriculum, saved=run.saved(number),
+                 report=view.after_epoch, progress=view.after_batch)
+    view.finished(number)
 
 
 class ExpertRun:
@@ -144,11 +141,11 @@ class ExpertRun:
         self.written = self._judged = trajectories.count_experts(folder)  # those before are in files, and judged
         self._at_chance = 0
         # A run after a finished one goes on counting, so that it trains other experts.
-        self.first = self.written
+        self.first_number = self.written
         self.resumes = (self.unfinished / "run.yaml").exists() and config.resume == "auto"
         if self.resumes:
             before = files.read_config(self.unfinished / "run.yaml")
-            self.first = before.pop("first_expert", self.written)
+            self.first_number = before.pop("first_expert", self.written)
             now = {name: value for name, value in self.options.items()
                    if name not in ("num_experts", "save_interval", "buffer_path", "data_path")}
             different = differences(before, now)
@@ -159,28 +156,43 @@ class ExpertRun:
             self._start()
 
     def _start(self) -> None:
-        _check_room(self.config, self.folder, self.model, max(0, self.end - self.written), self.unfinished)
+        _check_room(self.config, self.folder, self.model, max(0, self.end_number - self.written), self.unfinished)
         if not self.resumes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        files.save_config(self.unfinished / "run.yaml", self.options | {"first_expert": self.first})
+        files.save_config(self.unfinished / "run.yaml", self.options | {"first_expert": self.first_number})
         for number in range(self.written):  # what a kill after a file was written left
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
 
+    def announce(self, device: torch.device) -> None:
+        """The first lines."""
+        config, images = self.config, len(self.dataset.train_labels)
+        announce(config, device, describe_engine(self.model.engine, min(config.batch_train, images)),
+                 f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
+                 f"({images} images) · {shown(self.folder)}")
+        if self.resumes:
+            say(config, f"going on with an unfinished run: {self.trained} of {config.num_experts} experts are trained")
+        elif self.first_number:
+            say(config, f"{self.first_number} experts are there already; this trains others")
+
     @property
-    def end(self) -> int:
-        return self.first + self.config.num_experts
+    def end_number(self) -> int:
+        return self.first_number + self.config.num_experts
+
+    @property
+    def _numbers(self) -> range:
+        return range(self.first_number, self.end_number)
 
     @property
     def trained(self) -> int:
         """How many of the run's experts are, in files or not."""
-        return sum(number < self.written or self._is_trained(number) for number in range(self.first, self.end))
+        return sum(number < self.written or self._is_trained(number) for number in self._numbers)
 
     @property
     def epochs_done(self) -> int:
         """Of all the run's experts."""
         epochs = self.config.train_epochs
         return sum(epochs if number < self.written else self.saved(number).done
-                   for number in range(self.first, self.end))
+                   for number in self._numbers)
 
     def saved(self, number: int) -> SavedEpochs:
         return SavedEpochs(self.unfinished / f"expert_{number}")
@@ -201,11 +213,11 @@ class ExpertRun:
         Raises:
             UserError: several in a row did not learn.
         """
-        while self._judged < self.end and self._is_trained(self._judged):
+        while self._judged < self.end_number and self._is_trained(self._judged):
             self._judge(self._judged, self.saved(self._judged)[self.config.train_epochs]["reached"]["train_accuracy"])
             self._judged += 1
         while self.written < self._judged:
-            number = min(self.config.save_interval, (self._judged if partly else self.end) - self.written)
+            number = min(self.config.save_interval, (self._judged if partly else self.end_number) - self.written)
             if self.written + number > self._judged:
                 return
             self._write(number)
@@ -245,7 +257,7 @@ class ExpertRun:
         shutil.rmtree(self.unfinished)
 
 
-class View(Progress):
+class ExpertView(Progress):
     """What an expert run shows while it trains."""
 
     def __init__(self, run: ExpertRun):
@@ -272,7 +284,7 @@ class View(Progress):
         self.show(f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
                   f"test {100 * epoch.test_accuracy:.1f} %")
 
-    def end(self, number: int) -> None:
+    def finished(self, number: int) -> None:
         self.say(f"expert {number}: {', '.join(self.numbers)}")
 
 

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
+from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill.distillation import matched_part
-from distill.evaluate.networks import check_evaluation
+from distill.evaluate.networks import check_evaluation, check_pool
 from distill.initialize import check_ipc
 from distill.plan import batch_size
 from distill.schedule import start_epoch_bound
@@ -20,6 +19,7 @@ from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.console import shown
+from utils.program.prepare import network_for
 
 
 def check_options(config: DistillConfig) -> None:
@@ -50,12 +50,14 @@ def check_unrolled(config: DistillConfig) -> None:
                         "in float32; leave that out, or give --matching exact, which has the same gradient")
 
 
-def check_ranks(config: DistillConfig, network: nn.Module) -> None:
-    """Refuses what several ranks cannot share.
+def check_networks(config: DistillConfig, dataset: Dataset) -> None:
+    """Refuses networks that cannot read these images, those of the evaluation too, and what ranks cannot share.
 
     Raises:
         UserError
     """
+    check_pool(config, dataset)
+    network = network_for(config.model, dataset)
     if ranks.size() == 1:
         return
     if config.matching == "unroll":
@@ -67,10 +69,20 @@ def check_ranks(config: DistillConfig, network: nn.Module) -> None:
     if has_batch_norm(network):
         raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
                         "cannot share one; start a single process, or take a network without batch norm")
-    if next(network.parameters()).device.type == "cuda" and ranks.ranks_here() > torch.cuda.device_count():
+    if dataset.train_images.device.type == "cuda" and ranks.ranks_here() > torch.cuda.device_count():
         raise UserError(f"{ranks.ranks_here()} ranks on this machine of {torch.cuda.device_count()} GPU(s); a "
                         "distillation takes one for each rank: give torchrun --nproc_per_node="
                         f"{torch.cuda.device_count()}")
+
+
+def check_experts(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> None:
+    """Refuses experts of other images, and a difficulty window that does not fit them.
+
+    Raises:
+        UserError
+    """
+    check_same_images(buffer.folder, dataset)
+    check_window(config, buffer)
 
 
 def check_window(config: DistillConfig, buffer: Buffer) -> None:

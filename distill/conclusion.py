@@ -5,6 +5,7 @@ from pathlib import Path
 
 from buffer.trajectories import made_by
 from distill.distillation import FIXED_SEGMENTS
+from distill.distilled_set import WHOLE
 from distill.progression import Progression
 from distill.report import figures
 from distill.report.commands import evaluation
@@ -32,15 +33,14 @@ def conclude(progression: Progression) -> None:
     for name, evaluated in best.items():
         # Once more: a run that was killed just after it wrote them may have gone on to another best set.
         evaluated.set.save(folder.path / name, "best", dataset)
-        evaluated.set.save_whole(folder.path / name / "distilled.safetensors", dataset, influential(config))
+        evaluated.set.save_whole(folder.path / name / WHOLE, dataset, influential(config))
     version = max(best, key=lambda name: best[name].scores[0].mean)
     shown_set = best[version].set
     figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images),
                         dataset.to_pixels(shown_set.images), dataset.classes)
     figures.save_curves(folder.path / "curves.png", Metrics.read(folder.log), config.threshold)
-    save_pictures(folder.path / PICTURES, dataset, (start.images, start.labels),
-                         (shown_set.images, shown_set.labels), version, config.pix_init == "noise",
-                         made_by(distillation.buffer.folder))
+    save_pictures(folder.path / PICTURES, dataset, (start.images, start.labels), (shown_set.images, shown_set.labels),
+                  version, config.pix_init == "noise", made_by(distillation.buffer.folder))
     summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {chosen_on} images "
                         f"{percent(evaluated.scores[0].mean, evaluated.scores[0].std)} % at iteration "
                         f"{evaluated.iteration}" for name, evaluated in best.items())
@@ -61,9 +61,9 @@ def conclude(progression: Progression) -> None:
 
 def say_finished(folder: RunFolder) -> None:
     """Of a run that is not run again."""
+    summary = RunResult.read(folder.result).summary
     if ranks.first():
         folder.forget_state()  # if the run was killed between its result and this
-    summary = RunResult.read(folder.result).summary
     print(wrapped(f"{shown(folder.path)} is finished ({summary}); give another --run_name or --seed to run it again"))
 
 
@@ -72,9 +72,9 @@ def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best:
     print(f"in {shown(path)}{'' if config.quiet else ':'}")
     say(config, f"  {PAGE:<29} the run on one page, for a browser")
     for name in versions:
-        say(config, f"  {name + '/distilled.safetensors':<29} the best set; beside it as images_best.pt, …")
+        say(config, f"  {f'{name}/{WHOLE}':<29} the best set; beside it as images_best.pt, …")
     say(config, "  images.png, curves.png, metrics.jsonl, config.yaml, result.json")
-    whole = path / best / "distilled.safetensors"
+    whole = path / best / WHOLE
     options = evaluation(influential(config), whole) | commands.device_given(config.device)
     commands.say_next(config, "next, to test the set on fresh networks, and to have its images as PNG files:",
                       commands.command("distill/evaluation.py", options),

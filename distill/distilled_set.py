@@ -20,6 +20,7 @@ from utils.data.zca import Whitening
 from utils.errors import UserError
 
 FORMAT = "datm-distilled-set-1"
+WHOLE = "distilled.safetensors"  # the self-describing file
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class DistilledSet(torch.utils.data.Dataset):
         if not path.is_file():
             problem = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"distilled set {path} {problem}; give "
-                            f"{files.set_in(path) or 'the path of a distilled.safetensors'}")
+                            f"{set_in(path) or 'the path of a distilled.safetensors'}")
         with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
             tensors, about = files.load_tensors(path)
             if about.get("format") != FORMAT:
@@ -105,6 +106,11 @@ class DistilledSet(torch.utils.data.Dataset):
                                Whitening(**zca) if zca else None)
             return cls(**tensors, classes=tuple(json.loads(about["classes"])), space=space,
                        config=json.loads(about["config"]))
+
+
+def set_in(folder: Path) -> Path | None:
+    """The distilled set in a run's folder, which may be what was meant by the folder."""
+    return next(iter(sorted(folder.glob(f"**/{WHOLE}"))), None) if folder.is_dir() else None
 
 
 def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> DistilledSet:
@@ -179,7 +185,7 @@ def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, st
 def _tensor(path: str, option: str, usual_name: str) -> Tensor:
     if not path:
         raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
-    value = files.load(path, what=f"{option} file")
+    value = files.load(path, what=f"{option} file", instead=set_in(Path(path)))
     if isinstance(value, float):
         value = torch.tensor(value)
     if not isinstance(value, Tensor):

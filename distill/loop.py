@@ -1,19 +1,16 @@
-"""The distillation on one page: refuse · load · build · begin or go on · iterate · conclude."""
+"""The distillation on one page: refuse · load · build · refuse · begin or go on · iterate · conclude."""
 
-import sys
 from dataclasses import replace
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_images
+from buffer.trajectories import Buffer, buffer_folder
 from distill import checks, estimate, plan
 from distill.conclusion import conclude, say_finished
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.evaluate.networks import check_pool
 from distill.initialize import initial_set
-from distill.progression import Progression, View, rounding
-from distill.report.tracking import Tracker
+from distill.progression import DistillView, Progression
 from distill.results import METRICS, RESULT, VERSIONS
-from utils.config import DistillConfig, as_dict
+from utils.config import DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
@@ -33,32 +30,33 @@ def distill(config: DistillConfig) -> None:
     checks.check_options(config)
 
     # Load the data.
-    device, dataset = begin(config)
+    _, dataset = begin(config)
 
     # Build the student.
-    check_pool(config, dataset)
-    network = network_for(config.model, dataset).to(device)
-    checks.check_ranks(config, network)
-    student = (FlatModel(network, "plain") if config.matching == "unroll" else
-               flat_model(config if ranks.size() == 1 else replace(config, backend="eager"), network,
-                          plan.work_of(config, dataset), config.micro_batch))
+    checks.check_networks(config, dataset)
+    student = student_of(config, dataset)
+
+    # A dry run ends here, with an estimate.
     if config.dry_run:
         checks.check_images(config, dataset)
         estimate.report(config, dataset, student)
         return
 
-    # Open the experts.
+    # Open the experts; refuse those of other data, and a difficulty window that does not fit them.
     buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
-    check_same_images(buffer.folder, dataset)
-    checks.check_window(config, buffer)
+    checks.check_experts(config, dataset, buffer)
 
-    # Take the run's folder; a finished run is not run again.
+    # Take the run's folder.
     path = plan.run_folder(config)
     with kept_to_this_run(path, "give another --run_name"):
         folder = RunFolder(path, config, METRICS, RESULT)
+
+        # A finished run is not run again.
         if folder.finished:
             say_finished(folder)
             return
+
+        # Refuse what cannot fit the memory.
         checks.check_memory(config, dataset, student)
 
         # Distil, from the beginning or from where the run was saved.
@@ -68,47 +66,49 @@ def distill(config: DistillConfig) -> None:
         conclude(progression)
 
 
+def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
+    """The network that is matched, with the engine that the config asks for."""
+    network = network_for(config.model, dataset).to(dataset.train_images.device)
+    if config.matching == "unroll":  # which is autograd's own affair
+        return FlatModel(network, "plain")
+    if ranks.size() > 1:  # a rank's share of a batch changes in every step, and compiled code is for one size
+        config = replace(config, backend="eager")
+    return flat_model(config, network, plan.work_of(config, dataset), config.micro_batch)
+
+
 def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> Progression:
     """The distillation in its folder, at its first iteration or at the one at which it was saved.
 
     Raises:
         UserError: what was saved is damaged, or was made of other images or experts.
     """
-    device = dataset.train_images.device
-
-    # What was saved, if it was made of these images and experts.
+    # What was saved, if it was made of these images and experts; None at the beginning.
     saved = ranks.from_first_rank(lambda: folder.unfinished if config.resume == "auto" else None)
     data = ranks.from_first_rank(lambda: {"images": dataset.fingerprint, **buffer.verify()})
-    if saved:
-        checks.check_same_run(saved["data"], data, folder.path, buffer.folder)
+    checks.check_same_run(saved["data"] if saved else data, data, folder.path, buffer.folder)
 
     # The set to start from: real images, and what experts say of them.
     if saved:
         start, notes = DistilledSet(**saved["start"]), saved["notes"]
     else:
         start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, buffer))
-    start = start.to(device)
+    start = start.to(dataset.train_images.device)
 
     # The folder, and the first lines.
-    folder.start(saved["log_bytes"] if saved else None, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)])
+    folder.start(saved, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)])
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
-    announce(config, device, engine,
+    announce(config, start.images.device, engine,
              f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
              f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs}")
     for note in notes:
         say(config, f"note: {note}")
 
-    # The state, as it begins or as it was.
-    tracker = Tracker(config.wandb if ranks.first() else "disabled", config.project, folder.path.name,
-                      as_dict(config), folder.path, saved["tracker"] if saved else None, config.quiet)
-    progression = Progression(config, dataset, Distillation(config, dataset, buffer, start), start, notes, engine, data,
-                              folder, tracker)
+    # The state, as it begins or as it was saved.
+    distillation = Distillation(config, dataset, buffer, start)
+    progression = Progression(config, dataset, distillation, start, notes, engine, data, folder)
     if saved:
         progression.restore(saved)
-        say(config, f"going on at iteration {progression.iteration}, where the run was saved")
-        if saved["engine"] != engine or saved["environment"] != rounding(device):
-            print(f"note: it was last on {saved['engine']} on {', '.join(saved['environment'].values())}; what "
-                  "follows may be rounded otherwise", file=sys.stderr)
+    progression.track(saved)
     return progression
 
 
@@ -118,20 +118,21 @@ def iterate(progression: Progression) -> None:
     Raises:
         Stopped: a signal came; the state is saved.
     """
-    config, distillation, folder = progression.config, progression.distillation, progression.folder
-    with View(progression) as view:
+    config, distillation = progression.config, progression.distillation
+    with DistillView(progression) as view:
         for iteration in range(progression.iteration, config.Iteration + 1):
             # Save when it is time to, and stop where a signal asks for it.
-            stop, due = ranks.any_of(interrupt.requested(), folder.save_due())
+            stop, due = ranks.any_of(interrupt.requested(), progression.folder.save_due())
             if stop or due:
                 distillation.merge()
                 progression.save()
             if stop:
                 interrupt.stop()
 
-            # Evaluate the set; keep the best.
+            # Evaluate the set, unless that was done before the run was stopped here; keep the best.
             if plan.is_evaluated(config, iteration) and not progression.evaluated:
-                progression.evaluate(view)
+                scores = progression.evaluate(view)
+                progression.keep_best(scores, view)
 
             # Publish the set, whatever it scores.
             if plan.is_published(config, iteration):
@@ -148,5 +149,7 @@ def iterate(progression: Progression) -> None:
             record = distillation.learn(iteration, segment, match)
 
             # Record it.
-            progression.advance(record)
+            progression.log(record)
+            progression.tracker.log_step(record)
+            progression.go_on()
             view.stepped(record)

@@ -14,15 +14,16 @@ from distill.evaluate.networks import epochs_to_come, evaluate
 from distill.evaluate.saved_accuracies import Accuracies, digest
 from distill.report.tracking import Tracker
 from distill.results import NORMAL, Best, Evaluation, Iteration, Metrics, Score, append_metrics
-from utils.config import DistillConfig
+from utils.config import DistillConfig, as_dict
 from utils.data.datasets import Dataset
 from utils.program import interrupt, ranks
+from utils.program.console import note, say
 from utils.program.machine import environment
 from utils.program.progress import Progress
 from utils.program.run_folder import RunFolder
 
 
-class Evaluated(NamedTuple):
+class Candidate(NamedTuple):
     """A set on the way, and how it scored; the first network of the pool decides which is the best, as published."""
 
     iteration: int
@@ -45,13 +46,13 @@ class Progression:
     """
 
     def __init__(self, config: DistillConfig, dataset: Dataset, distillation: Distillation, start: DistilledSet,
-                 notes: list[str], engine: str, data: dict[str, str], folder: RunFolder, tracker: Tracker):
+                 notes: list[str], engine: str, data: dict[str, str], folder: RunFolder):
         self.config, self.dataset, self.distillation = config, dataset, distillation
-        self.start, self.notes, self.engine, self.data = start, notes, engine, data
-        self.folder, self.tracker = folder, tracker
+        self.start, self.notes, self.engine, self.data, self.folder = start, notes, engine, data, folder
         self.iteration = 0
         self.evaluated = False  # whether this iteration's evaluation is done
-        self.best: dict[str, Evaluated] = {}
+        self.best: dict[str, Candidate] = {}
+        self._accuracies: dict[str, Accuracies] = {}  # of the evaluation that is under way
         self._seconds_before, self._began = 0.0, perf_counter()
 
     @property
@@ -64,26 +65,37 @@ class Progression:
 
     def _state(self) -> dict[str, Any]:
         """For `restore`; it shares its tensors, so it must be saved before the next step."""
-        best = {name: {"iteration": evaluated.iteration, "set": evaluated.set.tensors(),
-                       "scores": [[score.network, score.accuracies] for score in evaluated.scores]}
-                for name, evaluated in self.best.items()}
+        best = {name: {"iteration": candidate.iteration, "set": candidate.set.tensors(),
+                       "scores": [[score.network, score.accuracies] for score in candidate.scores]}
+                for name, candidate in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
                 "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
                 "halved": self.distillation.buffer.model.halved, "environment": rounding(self.start.images.device),
                 "distillation": self.distillation.state(), "tracker": self.tracker.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what was saved; says where, and what is different here."""
         device = self.start.images.device
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
-        self.best = {name: Evaluated(saved["iteration"], DistilledSet(**saved["set"]).to(device),
+        self.best = {name: Candidate(saved["iteration"], DistilledSet(**saved["set"]).to(device),
                                      [Score(*score) for score in saved["scores"]])
                      for name, saved in state["best"].items()}
         for batch in state["halved"]:
             self.distillation.buffer.model.halve(batch)
         self.distillation.restore(state["distillation"])
+        say(self.config, f"going on at iteration {self.iteration}, where the run was saved")
+        if (state["engine"], state["environment"]) != (self.engine, rounding(device)):
+            note(f"note: it was last on {state['engine']} on {', '.join(state['environment'].values())}; what follows "
+                 "may be rounded otherwise")
 
-    def evaluate(self, view: "View") -> None:
-        """Evaluates the set, and the one of averaged images; keeps and publishes what scored best so far.
+    def track(self, state: dict[str, Any] | None) -> None:
+        """Opens a run of wandb, or the one that a saved state had; of several ranks the first does."""
+        self.tracker = Tracker(self.config.wandb if ranks.first() else "disabled", self.config.project,
+                               self.folder.path.name, as_dict(self.config), self.folder.path,
+                               state and state["tracker"], self.config.quiet)
+
+    def evaluate(self, view: "DistillView") -> dict[str, list[Score]]:
+        """Evaluates the set, and the one of averaged images; the scores of each, by its name.
 
         Raises:
             Stopped: a signal came; what was found is saved, and this iteration's evaluation goes on from there.
@@ -92,38 +104,40 @@ class Progression:
         if ranks.size() > 1:  # a rank that waits for the others' networks cannot save when it is told to stop
             self.save()
         versions = self.distillation.versions()
-        found = {name: ranks.from_first_rank(partial(Accuracies, self.folder.path / f"{name}.unfinished", digest(each)))
-                 for name, each in versions.items()}
-        epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in found.values())
+        self._accuracies = {name: ranks.from_first_rank(partial(
+            Accuracies, self.folder.path / f"{name}.unfinished", digest(distilled)))
+            for name, distilled in versions.items()}
+        epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in self._accuracies.values())
         try:  # all of them before any is recorded, so that a signal finds the state as it was before
             with view.aside("evaluating", epochs) as tick:
                 scores = {name: evaluate(self.config, self.dataset, distilled, "iteration", self.iteration,
-                                         on_epoch=partial(_after_epoch, tick), accuracies=found[name])
+                                         on_epoch=partial(_after_epoch, tick), accuracies=self._accuracies[name])
                           for name, distilled in versions.items()}
         except interrupt.Stopped as stopped:
             if stopped.waited:
                 self.save()
             raise
-        view.evaluated(scores[NORMAL], max(accuracies.seconds for accuracies in found.values()))
-        for name, distilled in versions.items():
-            self._record(name, Evaluated(self.iteration, distilled, scores[name]), view)
+        view.evaluated(scores[NORMAL], max(accuracies.seconds for accuracies in self._accuracies.values()))
+        return scores
+
+    def keep_best(self, scores: dict[str, list[Score]], view: "DistillView") -> None:
+        """Records an evaluation, publishes each set that scored best so far, and saves."""
+        for name, distilled in self.distillation.versions().items():
+            now = Candidate(self.iteration, distilled, scores[name])
+            if name not in self.best or now.scores[0].mean > self.best[name].scores[0].mean:
+                self.best[name] = now
+                self._write(name, distilled, "best", self.iteration)
+            self.log(Evaluation(self.iteration, scores[name], name))
+            which = "" if name == NORMAL else f", {name}"
+            view.say(f"iteration {self.iteration}{which}: {', '.join(map(str, scores[name]))}")
+        normal = self.distillation.versions()[NORMAL]
+        self.tracker.log_scores(self.iteration, scores[NORMAL])
+        self.tracker.log_set(self.iteration, normal.images, float(normal.lr), self.dataset, self.config.ipc,
+                             self.config.force_save)
         self.evaluated = True
         self.save()
-        for accuracies in found.values():
+        for accuracies in self._accuracies.values():
             accuracies.forget()
-
-    def _record(self, name: str, now: Evaluated, view: "View") -> None:
-        """Records an evaluation, and the set as the best where it is."""
-        if name not in self.best or now.scores[0].mean > self.best[name].scores[0].mean:
-            self.best[name] = now
-            self._write(name, now.set, "best", now.iteration)
-        self._log(Evaluation(now.iteration, now.scores, name))
-        normal = name == NORMAL
-        view.say(f"iteration {now.iteration}{'' if normal else ', ' + name}: {', '.join(map(str, now.scores))}")
-        if normal:
-            self.tracker.log_scores(now.iteration, now.scores)
-            self.tracker.log_set(now.iteration, now.set.images, float(now.set.lr), self.dataset, self.config.ipc,
-                                 self.config.force_save)
 
     def publish(self) -> None:
         """Writes the set as it is, under the iteration's number."""
@@ -135,15 +149,14 @@ class Progression:
         for tag in tags if ranks.first() else ():
             distilled.save(self.folder.path / name, tag, self.dataset)
 
-    def advance(self, record: Iteration) -> None:
-        """Records an iteration, and goes to the next one."""
-        self._log(record)
-        self.tracker.log_step(record)
-        self.iteration, self.evaluated = record.iteration + 1, False
-
-    def _log(self, line: Iteration | Evaluation) -> None:
+    def log(self, line: Iteration | Evaluation) -> None:
+        """One line of metrics.jsonl."""
         if ranks.first():
             append_metrics(self.folder.log, line)
+
+    def go_on(self) -> None:
+        """To the next iteration."""
+        self.iteration, self.evaluated = self.iteration + 1, False
 
 
 def _after_epoch(tick: Callable[[], None]) -> None:
@@ -157,7 +170,7 @@ def rounding(device: torch.device) -> dict[str, str]:
     return {name: here[name] for name in ("torch", "device")}
 
 
-class View(Progress):
+class DistillView(Progress):
     """What a distillation shows while it runs."""
 
     def __init__(self, progression: Progression):

@@ -91,9 +91,9 @@ class Metrics(NamedTuple):
     evaluations: list[Evaluation]
 
     @classmethod
-    def read(cls, path: Path) -> "Metrics":
+    def read(cls, path: Path, advice: str = _AGAIN) -> "Metrics":
         found = cls([], [])
-        with reading(path, _AGAIN):
+        with reading(path, advice):
             for text in path.read_text().splitlines():
                 if "start_epoch" in (line := json.loads(text)):
                     found.iterations.append(_validated(Iteration, line))
@@ -154,8 +154,8 @@ class RunResult:
         write_json(path, as_json(self))
 
     @classmethod
-    def read(cls, path: Path) -> "RunResult":
-        with reading(path, _AGAIN):
+    def read(cls, path: Path, advice: str = _AGAIN) -> "RunResult":
+        with reading(path, advice):
             return _validated(cls, json.loads(path.read_text()))
 
 
@@ -177,7 +177,8 @@ class EvaluationResult:
         Args:
             robust: what `--robust_score` adds, so that its file serves wherever that of an evaluation does.
         """
-        write_json(path, as_json(self) | robust)
+        values = as_json(self) | robust
+        write_json(path, {name: value for name, value in values.items() if name != "lr" or value is not None})
 
     @classmethod
     def read(cls, path: Path, advice: str, name: str = "",

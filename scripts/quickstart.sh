@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Distils MiniFashion, real images of this repository, to one image a class and shows what that is worth:
 #     bash scripts/quickstart.sh
-# Every command it runs is printed as you would type it. What exists already is used again; delete quickstart/ to
-# start over.
+# Every command it runs is printed as you would type it. What the same command made already is used again, what another
+# one made is made again; delete quickstart/ to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
@@ -14,13 +14,16 @@ test_it="$data --num_eval=5 --epoch_eval_train=300"
 mkdir -p "$out"
 
 step() {  # step MADE RESULT COMMAND…: runs the command, unless it made the result that is there; MADE is all it makes
-    local made=$1 result=$2 made_by=$out/.made_by_$(basename "$1")
+    local made=$1 result=$2 made_by=$out/.made_by_$(basename "$2")
     shift 2
     if [ -e "$result" ] && [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
         printf '\n# %s is there already\n' "$result"
         return
     fi
-    if [ -e "$made_by" ] || [ -e "$result" ]; then rm -rf "$made" "$made_by"; fi  # another command made it
+    if [ -e "$made_by" ] || [ -e "$result" ]; then
+        printf '\n# %s was made by another command, and is made again\n' "$made"
+        rm -rf "$made" "$made_by"
+    fi
     printf '\n$ %s\n' "$*"
     "$@"
     printf '%s\n' "$*" >"$made_by"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.distilled_set import DistilledSet
+from distill.distilled_set import WHOLE, DistilledSet
 from distill.report.comparison import comparison
 from distill.report.figures import clip_outliers
 from distill.report.page import PAGE, page
 from distill.report.pictures import Pictures, chosen, probabilities, scaled_bytes
 from distill.report.record import FinishedRun, read_run
+from distill.results import NORMAL
 from scripts.common import script_parser
 from utils.errors import UserError
 from utils.files import write_text
@@ -41,7 +42,7 @@ def main() -> None:
 
 def with_pictures(run: FinishedRun) -> FinishedRun:
     """The run of an older version with what its distilled set shows: its images and labels."""
-    path = run.path / "Normal" / "distilled.safetensors"
+    path = run.path / NORMAL / WHOLE
     if run.pictures is not None or not path.is_file():
         return run
     distilled = DistilledSet.load(path)

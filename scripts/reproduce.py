@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from buffer.trajectories import manifest_path
+from distill.distilled_set import WHOLE
 from distill.results import NORMAL, EvaluationResult, Metrics, RunResult, Score
 from scripts.common import script_parser
 from scripts.plots import save_by_images, save_races, save_windows
-from scripts.steps import Ledger, Step, run_steps
+from scripts.steps import Ledger, Step, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write, reading, write_json, write_text
@@ -230,7 +231,7 @@ class Plan:
             steps.append(self._add(Step(
                 f"ipc{ipc}_{run_name}", REPETITION if seed and networks > 1 else DISTILLATION,
                 ("python", "distill/DATM.py", f"--cfg={path}", *options, *([f"--seed={seed}"] if seed else []),
-                 f"--run_name={run_name}"), folder / "result.json", (folder / "Normal" / "distilled.safetensors",),
+                 f"--run_name={run_name}"), folder / "result.json", (folder / NORMAL / WHOLE,),
                 folder, (self.experts[experts],), read_yaml(path, DistillConfig))))
         return self._tested(says, f"ipc{ipc}_{name}", ipc, steps, networks=networks)
 
@@ -284,14 +285,6 @@ class Plan:
             names = dict.fromkeys([*(row.name for row in self.rows), *(f"experts_{kind}" for kind in self.looks)])
             raise UserError(f"--only {' '.join(patterns)}: no row fits; the rows are {', '.join(names)}")
         return rows, [step for step in self.steps if step in steps]
-
-
-def in_order(steps: Sequence[Step]) -> list[Step]:
-    """So that each comes after those it needs."""
-    found: dict[Step, None] = {}
-    while len(found) < len(steps):
-        found |= dict.fromkeys(step for step in steps if all(need in found for need in step.needs))
-    return list(found)
 
 
 def _images(ipc: int) -> str:
@@ -369,7 +362,7 @@ class Results:
     def run(self, step: Step) -> RunResult | None:
         """What a distillation ended with, if its set was tested."""
         path = self.folder / f"{step.name}.run.json"
-        return RunResult.read(path) if step in self._tested and path.exists() else None
+        return RunResult.read(path, AGAIN) if step in self._tested and path.exists() else None
 
     def updates(self, row: Row) -> tuple[int, int] | None:
         """How many updates the row's first distillation skipped, and of how many."""
@@ -381,7 +374,7 @@ class Results:
         path = self.folder / f"{row.made_by[0].name}.metrics.jsonl" if row.made_by else None
         if path is None or row.made_by[0] not in self._tested or not path.exists():
             return Metrics([], [])
-        return Metrics.read(path)
+        return Metrics.read(path, AGAIN)
 
     def took(self, row: Row) -> str:
         """The first set's time and that of its evaluation, in words."""

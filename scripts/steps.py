@@ -46,8 +46,21 @@ class Step:
         return shlex.join(self.command[next(at for at, word in enumerate(self.command) if word.endswith(".py")):])
 
     @property
+    def made(self) -> Path:
+        """All that the command makes."""
+        return self.folder or self.result
+
+    @property
     def done(self) -> bool:
         return all(path.exists() for path in (self.result, *self.products))
+
+
+def in_order(steps: Sequence[Step]) -> list[Step]:
+    """So that each comes after those it needs."""
+    ordered: dict[Step, None] = {}
+    while len(ordered) < len(steps):
+        ordered |= dict.fromkeys(step for step in steps if all(need in ordered for need in step.needs))
+    return list(ordered)
 
 
 class Ledger:
@@ -65,31 +78,32 @@ class Ledger:
         with reading(f"{path}, which says what each result was made by,",
                      f"restore it, or move {path.parent} away to start over"):
             self.made: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-            assert all(isinstance(made["asked"], str) and made.get("seconds", 0) >= 0 for made in self.made.values())
+            if not all(isinstance(made["asked"], str) and made.get("seconds", 0) >= 0 for made in self.made.values()):
+                raise ValueError("a command or its seconds are missing")
 
     def knows(self, step: Step) -> bool:
         """Whether what there is of the step, if anything, was made by its command."""
         made = self.made.get(step.name)
         return made is not None and (made["asked"], made.get("config")) == (step.asked, step.config)
 
-    def begin(self, step: Step) -> None:
-        """A step that is not done, or was made by another command, is begun or goes on.
+    def check(self, step: Step) -> None:
+        """Refuses to make again what nobody knows to be made by a step.
 
         Raises:
-            UserError: there is a result of which nobody knows what made it.
+            UserError
         """
-        if not self.knows(step):
-            self._remove(step)
+        if step.name not in self.made and step.made.exists():
+            raise UserError(f"nobody knows which command made {step.made}; move it away")
+
+    def begin(self, step: Step) -> None:
+        """A step goes on, or is begun; what another command made, or what was made of something else, is removed."""
+        if step.done or not self.knows(step):
+            if step.made.is_dir():
+                shutil.rmtree(step.made)
+            step.made.unlink(missing_ok=True)
+        if not step.made.exists():
             self.made[step.name] = {"asked": step.asked, "config": step.config, "seconds": 0.0}
             self.write()
-
-    def _remove(self, step: Step) -> None:
-        old = step.folder or step.result
-        if step.name not in self.made and old.exists():
-            raise UserError(f"{old} was made by nobody knows what; move it away")
-        if old.is_dir():
-            shutil.rmtree(old)
-        old.unlink(missing_ok=True)
 
     def add(self, step: Step, seconds: float) -> None:
         """So many more seconds were spent on it."""
@@ -135,8 +149,13 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
         UserError: a command failed, and the others were stopped.
     """
     check_writable(output / "commands")
-    waiting = [step for step in steps if not (step.done and ledger.knows(step))]
-    done, total = {step for step in steps if step not in waiting}, len(waiting)
+    waiting: list[Step] = []
+    for step in in_order(steps):  # what was made of something that is made again is made again too
+        if not (step.done and ledger.knows(step)) or set(step.needs) & set(waiting):
+            ledger.check(step)
+            waiting.append(step)
+    waiting = [step for step in steps if step in waiting]
+    done, total = set(steps) - set(waiting), len(waiting)
     running: dict[subprocess.Popen, _Running] = {}
     if waiting:
         print(f"{total} of {len(steps)} commands are to be run; what each prints goes to {output}/", flush=True)

@@ -84,7 +84,7 @@ def test_experts_go_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
 def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, number, trained, ranks_there, reached):
     """Three experts of four epochs; half of the third epoch is done."""
     run = object.__new__(expert_run.ExpertRun)
-    run.config, run.first, run.written = make(BufferConfig, num_experts=3, train_epochs=4), 0, 0
+    run.config, run.first_number, run.written = make(BufferConfig, num_experts=3, train_epochs=4), 0, 0
     run.dataset, run.unfinished = mock.MagicMock(), tmp_path
     for each in trained:
         (tmp_path / f"expert_{each}").mkdir()
@@ -92,8 +92,8 @@ def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, num
             (tmp_path / f"expert_{each}" / f"epoch_{epoch}.pt").touch()
     monkeypatch.setattr(ranks, "size", lambda: ranks_there)
     monkeypatch.setattr(ranks, "rank", lambda: 0)
-    monkeypatch.setattr(expert_run, "train_expert", lambda *arguments: arguments[-1](2.5))
-    with mock.patch.object(expert_run.View, "reach") as reach, expert_run.View(run) as view:
+    monkeypatch.setattr(expert_run, "train_expert", lambda *arguments, progress, **options: progress(2.5))
+    with mock.patch.object(expert_run.ExpertView, "reach") as reach, expert_run.ExpertView(run) as view:
         expert_run.train_one(run, number, None, view)
     reach.assert_called_once_with(reached)
 
@@ -220,9 +220,9 @@ def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):
             "import runpy\n"
             "import buffer.expert_run as experts\n"
             "train = experts.train_expert\n"
-            "def bad(config, dataset, number, *rest):\n"
+            "def bad(config, dataset, number, **rest):\n"
             "    if number == 2: raise experts.DivergedError('expert 2 diverged in epoch 1')\n"
-            "    return train(config, dataset, number, *rest)\n"
+            "    return train(config, dataset, number, **rest)\n"
             "experts.train_expert = bad\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')")
     (tmp_path / "worker.py").write_text(code)
@@ -255,5 +255,6 @@ def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
                             (4, "auto")):
         monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)
         start_as_ranks(make(DistillConfig, device=listed))
-    start_as_ranks(make(DistillConfig, device="auto", parall_eva=True))
+    start_as_ranks(make(DistillConfig, device="auto", parall_eva=True))  # of a distillation only a list does
+    start_as_ranks(make(EvaluationConfig, device="auto", parall_eva=True))
     assert started == [4, 2, 4]

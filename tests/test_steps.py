@@ -34,7 +34,7 @@ pathlib.Path(result).write_text(f"{how}({text})")
 DRIVER = """
 import os, pathlib, sys
 from tests.test_steps import worker
-from utils.files import locked
+from utils.program.locks import locked
 from utils.program.entry import entry
 from scripts.steps import Ledger, run_steps
 folder = pathlib.Path(sys.argv[1])
@@ -76,14 +76,15 @@ def test_each_step_is_run_once_after_those_it_needs(folder, capsys):
     assert "commands" not in capsys.readouterr().out
 
 
-def test_what_another_command_made_is_made_again(folder):
+def test_what_another_command_made_is_made_again_and_what_was_made_of_it(folder):
     first = worker(folder, "first", "a")
-    run_all(folder, first)
-    run_all(folder, worker(folder, "first", "b"))
-    assert first.result.read_text() == "b()"
-    with_config = replace(worker(folder, "first", "b"), config={"ipc": 1})  # other options in its YAML
+    last = worker(folder, "last", "c", (first,))
+    run_all(folder, first, last)
+    changed = worker(folder, "first", "b")
+    run_all(folder, changed, worker(folder, "last", "c", (changed,)))
+    assert last.result.read_text() == "c(b())"
     first.result.write_text("old")
-    run_all(folder, with_config)
+    run_all(folder, replace(changed, config={"ipc": 1}))  # other options in its YAML
     assert first.result.read_text() == "b()"
 
 
@@ -104,7 +105,7 @@ def test_a_failure_says_why_and_stops_the_others(folder):
 def test_results_of_unknown_origin_and_a_damaged_ledger_are_refused(folder):
     step = worker(folder, "first", "a")
     step.result.write_text("mine")
-    with pytest.raises(UserError, match="nobody knows"):
+    with pytest.raises(UserError, match="nobody knows which command"):
         run_all(folder, step)
     for text in ("{", "[]", '{"first": 1}', '{"first": {"asked": 1, "seconds": 0}}'):
         (folder / "made.json").write_text(text)

@@ -13,7 +13,6 @@ GROUND = ["utils.errors", "utils.files", "utils.memory", "utils.metrics", "utils
 UNDER_CONFIG = [*GROUND, "utils.parameters", "utils.data", "utils.derivatives"]
 SETS = ["distill.schedule", "distill.matching", "distill.distilled_set", "distill.results", "distill.shared_model"]
 STATE = [*SETS, "distill.initialize", "distill.distillation", "buffer.trajectories"]
-ENTRIES = ["distill.DATM", "distill.DATM_tesla", "distill.evaluation", "distill.baseline"]
 
 # A module (or all in a package; the longest name that fits counts) → what it may import of this repository.
 MAY_IMPORT = {

@@ -164,7 +164,8 @@ class TrainConfig(DataConfig):
     batch_train: Count = option(EVALUATION, 256, "training batch")
     lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate; for DATM.py the start of the learned one")
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
-    parall_eva: bool = option(SPEED, False, "spread the evaluation's networks over all GPUs", decides=False)
+    parall_eva: bool = option(SPEED, False, "evaluation.py, baseline.py: a rank for each GPU; DATM.py has its device "
+                              "list for that", decides=False)
 
 
 @config_class

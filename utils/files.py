@@ -160,7 +160,7 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged bytes make the readers fail in every way there is
         reason = " ".join((str(error) or type(error).__name__).split())[:160]
@@ -168,18 +168,15 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
         raise UserError(f"{what}{f': {system}' if system else f' {problem} ({reason})'}; {advice}") from error
 
 
-def set_in(path: Path) -> Path | None:
-    """The distilled set in a run's folder, which may be what was meant by the folder."""
-    return next(iter(sorted(path.glob("**/distilled.safetensors"))), None) if path.is_dir() else None
-
-
-def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None):
+def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None,
+         instead: Path | None = None):
     """`torch.load` of tensors and plain containers on the CPU; code in the file is never run.
 
     Args:
         what: what the file should be, for the message ("image file", "buffer", …).
         mmap: leave the tensors' bytes on disk until they are touched.
         advice: what to do about one that is damaged or refused; None: write it again.
+        instead: what may have been meant by a path that is none.
 
     Raises:
         UserError: missing, truncated, not a torch file, or holding more than tensors.
@@ -187,7 +184,7 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
     path = Path(path)
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{what} {path} {problem}; give {set_in(path) or 'the path of a file'}")
+        raise UserError(f"{what} {path} {problem}; give {instead or 'the path of a file'}")
     with (reading(f"{what} {path}", advice or "write or copy it again",
                   "cannot be read (truncated, or not a torch file)"), warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here

@@ -76,9 +76,13 @@ class Comparison(NamedTuple):
     searched: bool  # whether its learning rate is chosen among RATES
 
     @property
+    def batches_per_epoch(self) -> int:
+        return math.ceil(len(self.sets[0]) / self.config.batch_train)
+
+    @property
     def batches(self) -> int:
         """Of the training of one network."""
-        return math.ceil(len(self.sets[0]) / self.config.batch_train) * (self.config.epoch_eval_train + 1)
+        return self.batches_per_epoch * (self.config.epoch_eval_train + 1)
 
     def runs(self, name: str, network: str, accuracies: Accuracies) -> list[tuple[Accuracies, list[Job]]]:
         """Its evaluations of a kind of networks, and the networks of each."""
@@ -182,7 +186,7 @@ def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: D
     with Progress(total, "evaluate", initial=done, quiet=config.quiet, device=dataset.test_images.device) as bar:
         for at, (name, part) in enumerate(parts.items(), start=1):
             bar.count = f"set {at} of {len(parts)}"
-            on_epoch = partial(bar.update, part.batches // (part.config.epoch_eval_train + 1))
+            on_epoch = partial(bar.update, part.batches_per_epoch)
             run = partial(evaluate, augmented=not part.config.no_aug, on_epoch=on_epoch)
             result: dict[str, Any] = {
                 "what": part.what, "images": len(part.sets[0]), "augmented": not part.config.no_aug,

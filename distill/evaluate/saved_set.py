@@ -44,9 +44,9 @@ def prepared(config: EvaluationConfig, opened: DistilledSet) -> tuple[Dataset, D
     _note_other_space(config, opened)
     distilled = checked_set(opened, dataset).to(device)
     check_pool(config, dataset)
+    if config.json:
+        check_writable(config.json)  # a refusal comes before anything is written, or long work
     if config.save and ranks.first():
-        if config.json:
-            check_writable(config.json)  # a refusal comes before anything is written
         distilled.save_whole(Path(config.save), dataset, influential(config))
     return dataset, distilled
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from utils.data import augment
+from utils.data.augment import Drawer
 from utils.parameters import FlatModel
-from utils.program.prepare import Drawer
 
 # The published optimiser.
 MOMENTUM = 0.9

@@ -6,7 +6,9 @@ from typing import Any
 
 import yaml
 
+from distill.distilled_set import WHOLE
 from distill.report.record import FinishedRun
+from distill.results import NORMAL
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, changed, defaults, from_repository, worth_giving
 from utils.files import REPOSITORY
 from utils.program.commands import command
@@ -23,7 +25,7 @@ def commands(run: FinishedRun) -> list[tuple[str, str]]:
         given = worth_giving(options, BufferConfig)
         steps.append((what, command("buffer/buffer_FTD.py", given, from_repository)))
     on_cpu = str(run.result.environment.get("device", "")).startswith("cpu")
-    options = evaluation(run.config, run.path / "Normal" / "distilled.safetensors")
+    options = evaluation(run.config, run.path / NORMAL / WHOLE)
     return [*steps, ("Distil, with the options that differ from the defaults",
                      again(run.config, f"{run.name}_again", on_cpu)),
             ("Evaluate the best set of this run on fresh networks",

@@ -25,7 +25,7 @@ def charts(runs: dict[str, FinishedRun]) -> list[Markup]:
 
 
 def how_many(iterations: Sequence[Iteration]) -> str:
-    """Of the iterations are drawn, in words."""
+    """How many of the iterations are drawn, in words."""
     drawn = len(thinned(iterations))
     return f"{len(iterations):,} iterations" + (
         f", of which {drawn:,}, evenly spaced, are drawn; averages are over all of them"

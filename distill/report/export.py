@@ -162,7 +162,9 @@ def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationR
     advice = "give a file of evaluation.py --json, or the result.json of the set's run"
     result = read_result(path, f"--result {path}", advice)
     if isinstance(result, EvaluationResult):
-        dataset = result.config.get("dataset")
+        if not {"dataset", "model"} <= result.config.keys():
+            raise UserError(f"--result {path} is not a result (its config has no dataset or no model); {advice}")
+        dataset = result.config["dataset"]
         made_of = distilled.config.get("dataset", dataset)
         if result.what != "distilled images" or (result.images, dataset) != (len(distilled), made_of):
             raise UserError(f"--result {path} is of {result.images} images of {dataset} ({result.what}), not of these "

@@ -1,6 +1,6 @@
 """Weights & Biases, when it is there: the published keys, pictures and histograms; never in the way.
 
-Metrics always go to `metrics.jsonl` as well (`utils.program.run_folder.RunFolder`), so nothing is lost without it.
+Metrics always go to `metrics.jsonl` as well, so nothing is lost without it.
 """
 
 import netrc

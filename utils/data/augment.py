@@ -50,6 +50,10 @@ class Draw:
                                  for name, values in self.parameters.items()})
 
 
+Drawer = Callable[[int, torch.Generator], Draw | None]
+"""(batch size, generator) → the augmentation of that batch."""
+
+
 def parse_strategy(strategy: str) -> tuple[str, ...]:
     """`color_crop_…` → its groups; `none` or an empty string → no group.
 

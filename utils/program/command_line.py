@@ -8,7 +8,6 @@ repository's root, where the published `../dataset/` and `../buffer_storage/` me
 import argparse
 import os
 import shutil
-import sys
 import typing
 from dataclasses import fields
 from functools import partial
@@ -19,6 +18,7 @@ import yaml
 
 from utils.config import GROUPS, YAML_FAILURES, Config, about, from_root, has_effect, make, path_options
 from utils.errors import UserError, unknown_name
+from utils.program.console import note
 
 
 def parse(config_type: type[Config], description: str, arguments: list[str] | None = None,
@@ -49,7 +49,7 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     config = make(config_type, **root_values | options)
     unused = [name for name in from_yaml | options if not has_effect(config, name)]
     if unused:
-        print(f"note: accepted, but without effect: {', '.join(unused)}", file=sys.stderr)
+        note(f"note: accepted, but without effect: {', '.join(unused)}")
     return config
 
 

@@ -1,13 +1,13 @@
 """What every program does before its computation: a config becomes objects."""
 
 import os
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from utils.config import DataConfig
+from utils.config import DataConfig, DistillConfig, TrainConfig
 from utils.data import augment
+from utils.data.augment import Drawer
 from utils.data.datasets import Dataset, load_dataset
 from utils.derivatives.choose import Work, check_backend, set_precision
 from utils.networks import build_network
@@ -42,12 +42,12 @@ def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
 
 def start_as_ranks(config: DataConfig) -> None:
     """Starts this command again as a rank for each of several GPUs, and ends with them: for those that `device` lists
-    (published configs list up to four), or with `--parall_eva` for all."""
+    (published configs list up to four), or, where networks are tested with `--parall_eva`, for all."""
     if "LOCAL_RANK" in os.environ or getattr(config, "dry_run", False):
         return
     gpus = listed_gpus(config.device)
-    if getattr(config, "parall_eva", False) and config.device in ("auto", "cuda"):
-        gpus = list(range(torch.cuda.device_count()))
+    if isinstance(config, TrainConfig) and config.parall_eva and not isinstance(config, DistillConfig):
+        gpus = gpus or list(range(torch.cuda.device_count()))
     if len(gpus) > 1:
         ranks.launch(len(gpus))
 
@@ -65,10 +65,6 @@ def dsa_groups(config: DataConfig, inner_loop: bool = False) -> tuple[str, ...]:
     """
     groups = augment.parse_strategy(config.dsa_strategy)
     return groups if config.dsa and not (inner_loop and config.no_aug) else ()
-
-
-Drawer = Callable[[int, torch.Generator], augment.Draw | None]
-"""(batch size, generator) → the augmentation of that batch."""
 
 
 def drawer(config: DataConfig, dataset: Dataset, older_operations: tuple[str, ...]) -> Drawer:

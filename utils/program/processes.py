@@ -66,7 +66,7 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
                 for process in set(multiprocessing.active_children()) - others:
                     process.kill()
                 if isinstance(error, BrokenProcessPool):
-                    raise UserError("a process that computed a part was ended from outside, perhaps for lack of "
+                    raise UserError("a helper process was ended from outside, perhaps for lack of "
                                     "memory; run it again with OMP_NUM_THREADS=1, which does one part at a time"
                                     ) from error
                 raise

@@ -1,4 +1,4 @@
-"""What a program says while it runs: lines as wide as the terminal, a bar of the numbers that matter, the time left."""
+"""A bar of the numbers that matter, how fast it goes and the time left; plain lines where there is no terminal."""
 
 import contextlib
 import sys
@@ -83,6 +83,8 @@ class Progress(tqdm):
         later: seconds that come on top of the steps that are left.
         device: whose memory is told.
     """
+
+    disable = True  # until it is made
 
     def __init__(self, total: int, description: str, *, initial: float = 0, quiet: bool = False, images: float = 0,
                  later: Callable[[], float] = lambda: 0.0, device: torch.device | None = None):

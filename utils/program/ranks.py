@@ -1,9 +1,8 @@
-"""The ranks that torchrun starts: several processes that share a run.
+"""The ranks that torchrun starts: several processes that run the same program on the same data and share its work.
 
-Every rank runs the same program on the same data. What they share is as small as can be: experts are taken from one
-queue; networks of an evaluation are dealt out (`deal`, `gather`); of a distillation each rank
-owns the synthetic images whose index is its own modulo the number of ranks, and only vectors as long as θ are summed
-(`own_rows`, `sum_`). Without torchrun there is one rank, and all of this does nothing.
+Lists of jobs are dealt out (`deal`, `gather`); of tensors with a row for each sample a rank owns the rows whose index
+is its own modulo the number of ranks (`own_rows`), and only vectors as long as θ are summed (`sum_`). Without torchrun
+there is one rank, and all of this does nothing.
 """
 
 import datetime
@@ -136,7 +135,7 @@ def sum_(tensor: Tensor) -> Tensor:
 
 
 def own_rows(indices: Tensor) -> Tensor:
-    """Which of some rows of the synthetic set are this rank's: booleans, shaped as the indices."""
+    """Which of some rows are this rank's: booleans, shaped as the indices."""
     return indices % size() == rank()
 
 
@@ -170,5 +169,3 @@ def launch(processes: int) -> NoReturn:
     except SignalException as stopped:  # the ranks were told, and saved what they had
         sys.exit(128 + stopped.sigval)
     sys.exit(0)
-
-

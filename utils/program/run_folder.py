@@ -18,7 +18,7 @@ from utils.program import ranks
 from utils.program.console import note, shown
 from utils.program.locks import locked
 
-STATE_FORMAT = "datm-checkpoint-2"
+STATE_FORMAT, LOG_BYTES = "datm-checkpoint-1", "metrics_bytes"  # as saved states have them
 SAVE_SECONDS = 1.0  # at least, between two saves of a run's state
 SAVE_SHARE = 0.005  # of a run's time, at most, that goes into them
 
@@ -82,10 +82,11 @@ class RunFolder:
                             "to start over, or another --run_name")
         return state
 
-    def start(self, log_bytes: int | None = None, made: Sequence[str] = ()) -> None:
-        """Saves the config and begins the log, or goes on with its first so many bytes.
+    def start(self, saved: dict[str, Any] | None = None, made: Sequence[str] = ()) -> None:
+        """Saves the config and begins the log, or goes on with as much of it as there was when a state was saved.
 
         Args:
+            saved: that state.
             made: what an unfinished run may have put beside them, removed at a new beginning.
 
         Raises:
@@ -93,7 +94,8 @@ class RunFolder:
         """
         if not ranks.first():
             return
-        if log_bytes is None:
+        log_bytes = saved[LOG_BYTES] if saved else 0
+        if not saved:
             if self.log.exists():
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")
             self.forget_state()  # first, for it counts on the others
@@ -103,11 +105,11 @@ class RunFolder:
                 else:
                     (self.path / name).unlink(missing_ok=True)
         save_config(self.path / "config.yaml", self._config)
-        if log_bytes and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
+        if saved and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
             raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
                             "give --resume never to start over, or another --run_name")
         self.log.touch()
-        os.truncate(self.log, log_bytes or 0)
+        os.truncate(self.log, log_bytes)
 
     def save_due(self) -> bool:
         """Whether it is time to save the run's state again: so seldom that it takes `SAVE_SHARE` of the time."""
@@ -122,7 +124,7 @@ class RunFolder:
         with self.log.open("rb") as log:  # on the disk before the state that counts on it
             os.fsync(log.fileno())
             size = os.fstat(log.fileno()).st_size
-        save(state() | {"format": STATE_FORMAT, "log_bytes": size}, self._state)
+        save(state() | {"format": STATE_FORMAT, LOG_BYTES: size}, self._state)
         self._saved_at = perf_counter()
         self.save_seconds = self._saved_at - began
 
