@@ -15,7 +15,7 @@ from utils.config import BufferConfig
 from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import cache_folder, load, save
-from utils.metrics import cross_entropy
+from utils.loss_and_accuracy import cross_entropy
 from utils.networks import has_batch_norm
 from utils.program.prepare import network_for
 from utils.program.progress import Progress

@@ -15,9 +15,9 @@ from utils import files
 from utils.config import BufferConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
-from utils.derivatives.choose import Work
+from utils.derivatives.choose_engine import Work
 from utils.errors import UserError
-from utils.metrics import accuracy, count_correct
+from utils.loss_and_accuracy import accuracy, count_correct
 from utils.parameters import FlatModel
 from utils.program import interrupt
 from utils.program.prepare import drawer, flat_model, network_for

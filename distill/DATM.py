@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.program.tuning import tune_process
+from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 

@@ -12,7 +12,7 @@ from distill.plan import batch_size
 from distill.schedule import start_epoch_bound
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
-from utils.derivatives.choose import activation_bytes
+from utils.derivatives.choose_engine import activation_bytes
 from utils.errors import UserError
 from utils.memory import available
 from utils.networks import has_batch_norm

@@ -16,7 +16,7 @@ from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet
 from distill.initialize import expert_logits
 from distill.matching import Match, Part, deep_part, far_part, match_trajectory, matching_loss
-from distill.results import EMA, NORMAL, Iteration
+from distill.result_files import EMA, NORMAL, Iteration
 from distill.schedule import start_epoch_bound
 from distill.shared_model import SharedModel
 from utils.config import DistillConfig

@@ -14,8 +14,8 @@ from utils.config import DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
+from utils.loss_and_accuracy import accuracy
 from utils.memory import peak, reset_peak
-from utils.metrics import accuracy
 from utils.parameters import FlatModel
 from utils.program.console import duration
 from utils.program.device import describe

@@ -1,15 +1,15 @@
-"""The distillation on one page: refuse · load · build · refuse · begin or go on · iterate · conclude."""
+"""The distillation on one page: refuse · load · build · refuse · begin or go on · iterate · finish."""
 
 from dataclasses import replace
 
 from buffer.trajectories import Buffer, buffer_folder
 from distill import checks, estimate, plan
-from distill.conclusion import conclude, say_finished
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
+from distill.finish import finish, say_finished
 from distill.initialize import initial_set
-from distill.progression import DistillView, Progression
-from distill.results import METRICS, RESULT, VERSIONS
+from distill.result_files import METRICS, RESULT, VERSIONS
+from distill.run_state import DistillView, RunState
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
@@ -60,10 +60,10 @@ def distill(config: DistillConfig) -> None:
         checks.check_memory(config, dataset, student)
 
         # Distil, from the beginning or from where the run was saved.
-        progression = begin_or_go_on(config, dataset, buffer, folder)
+        run = begin_or_go_on(config, dataset, buffer, folder)
         with interrupt.deferred():
-            iterate(progression)
-        conclude(progression)
+            iterate(run)
+        finish(run)
 
 
 def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
@@ -76,7 +76,7 @@ def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
     return flat_model(config, network, plan.work_of(config, dataset), config.micro_batch)
 
 
-def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> Progression:
+def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> RunState:
     """The distillation in its folder, at its first iteration or at the one at which it was saved.
 
     Raises:
@@ -105,42 +105,42 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, fold
 
     # The state, as it begins or as it was saved.
     distillation = Distillation(config, dataset, buffer, start)
-    progression = Progression(config, dataset, distillation, start, notes, engine, data, folder)
+    run = RunState(config, dataset, distillation, start, notes, engine, data, folder)
     if saved:
-        progression.restore(saved)
-    progression.track(saved)
-    return progression
+        run.restore(saved)
+    run.track(saved)
+    return run
 
 
-def iterate(progression: Progression) -> None:
+def iterate(run: RunState) -> None:
     """Runs all iterations that are left.
 
     Raises:
         Stopped: a signal came; the state is saved.
     """
-    config, distillation = progression.config, progression.distillation
-    with DistillView(progression) as view:
-        for iteration in range(progression.iteration, config.Iteration + 1):
+    config, distillation = run.config, run.distillation
+    with DistillView(run) as view:
+        for iteration in range(run.iteration, config.Iteration + 1):
             # Save when it is time to, and stop where a signal asks for it.
-            stop, due = ranks.any_of(interrupt.requested(), progression.folder.save_due())
+            stop, due = ranks.any_of(interrupt.requested(), run.folder.save_due())
             if stop or due:
                 distillation.merge()
-                progression.save()
+                run.save()
             if stop:
                 interrupt.stop()
 
             # Evaluate the set, unless that was done before the run was stopped here; keep the best.
-            if plan.is_evaluated(config, iteration) and not progression.evaluated:
-                scores = progression.evaluate(view)
-                progression.keep_best(scores, view)
+            if plan.is_evaluated(config, iteration) and not run.evaluated:
+                scores = run.evaluate(view)
+                run.keep_best(scores, view)
 
             # Publish the set, whatever it scores.
             if plan.is_published(config, iteration):
-                progression.publish()
+                run.publish()
 
             # Nobody would see an update after the last evaluation.
             if iteration == config.Iteration:
-                progression.save()
+                run.save()
                 break
 
             # One iteration: draw a segment of an expert's trajectory, match it, and update images, labels and α.
@@ -149,7 +149,7 @@ def iterate(progression: Progression) -> None:
             record = distillation.learn(iteration, segment, match)
 
             # Record it.
-            progression.log(record)
-            progression.tracker.log_step(record)
-            progression.go_on()
+            run.log(record)
+            run.tracker.log_step(record)
+            run.go_on()
             view.stepped(record)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from utils.data import augment as dsa
-from utils.metrics import cross_entropy
+from utils.loss_and_accuracy import cross_entropy
 from utils.parameters import FlatModel
 
 METHODS = ("exact", "unroll", "tesla")

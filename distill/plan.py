@@ -4,7 +4,7 @@ from pathlib import Path
 
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
-from utils.derivatives.choose import Work
+from utils.derivatives.choose_engine import Work
 from utils.networks import evaluation_pool
 from utils.program.run_folder import config_name
 

@@ -14,7 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.common import script_parser
-from utils.data.sources import MINIFASHION, MINIFASHION_SHA256, fashion_mnist_folders, pack_minifashion, read_idx_folder
+from utils.data.disk_layouts import (
+    MINIFASHION,
+    MINIFASHION_SHA256,
+    fashion_mnist_folders,
+    pack_minifashion,
+    read_idx_folder,
+)
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
 from utils.program.entry import entry

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.report.figures import pyplot, save_figure
+from distill.report.matplotlib_figures import pyplot, save_figure
 
 
 def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[str, np.ndarray]) -> None:

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.distilled_set import WHOLE, DistilledSet
 from distill.report.comparison import comparison
-from distill.report.figures import clip_outliers
+from distill.report.matplotlib_figures import clip_outliers
 from distill.report.page import PAGE, page
-from distill.report.pictures import Pictures, chosen, probabilities, scaled_bytes
-from distill.report.record import FinishedRun, read_run
-from distill.results import NORMAL
+from distill.report.page_pictures import Pictures, chosen, probabilities, scaled_bytes
+from distill.report.read_run import FinishedRun, read_run
+from distill.result_files import NORMAL
 from scripts.common import script_parser
 from utils.errors import UserError
 from utils.files import write_text

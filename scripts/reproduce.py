@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from buffer.trajectories import manifest_path
 from distill.distilled_set import WHOLE
-from distill.results import NORMAL, EvaluationResult, Metrics, RunResult, Score
+from distill.result_files import NORMAL, EvaluationResult, Metrics, RunResult, Score
 from scripts.common import script_parser
 from scripts.plots import save_by_images, save_races, save_windows
-from scripts.steps import Ledger, Step, in_order, run_steps
+from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write, reading, write_json, write_text
-from utils.metrics import percent
+from utils.loss_and_accuracy import percent
 from utils.program.command_line import read_yaml
 from utils.program.console import duration, shown, table
 from utils.program.entry import entry

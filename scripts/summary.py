@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.results import EvaluationResult
+from distill.result_files import EvaluationResult
 from scripts.common import script_parser
-from utils.metrics import percent
+from utils.loss_and_accuracy import percent
 from utils.program.console import table
 from utils.program.entry import entry
 

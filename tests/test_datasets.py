@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.data import datasets, image_folders, sources
+from utils.data import datasets, disk_layouts, image_folders
 from utils.data.datasets import DATASETS, load_dataset
-from utils.data.sources import Split
+from utils.data.disk_layouts import Split
 from utils.errors import UserError
 from utils.files import REPOSITORY
 
-ORIGINALS = sources.DEBIAN_FASHION_MNIST
+ORIGINALS = disk_layouts.DEBIAN_FASHION_MNIST
 needs_originals = pytest.mark.skipif(not (ORIGINALS / "train-images-idx3-ubyte.gz").is_file(),
                                      reason=f"no original Fashion-MNIST in {ORIGINALS} (Debian: dataset-fashion-mnist)")
 
@@ -36,7 +36,7 @@ def isolated(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setenv("DATM_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path_factory.mktemp("debian") / "nothing")
+    monkeypatch.setattr(disk_layouts, "DEBIAN_FASHION_MNIST", tmp_path_factory.mktemp("debian") / "nothing")
 
 
 def refused(match, name, path, **kwargs):
@@ -65,11 +65,11 @@ def write_image(path, pixels):
 
 
 def test_minifashion_content():
-    content = bz2.decompress(sources.MINIFASHION.read_bytes())
-    assert hashlib.sha256(content).hexdigest() == sources.MINIFASHION_SHA256
-    assert sources.MINIFASHION.stat().st_size < 4_000_000
-    assert "Zalando SE" in (sources.MINIFASHION.parent / "LICENSE").read_text()
-    train, test = sources.unpack_minifashion(content)
+    content = bz2.decompress(disk_layouts.MINIFASHION.read_bytes())
+    assert hashlib.sha256(content).hexdigest() == disk_layouts.MINIFASHION_SHA256
+    assert disk_layouts.MINIFASHION.stat().st_size < 4_000_000
+    assert "Zalando SE" in (disk_layouts.MINIFASHION.parent / "LICENSE").read_text()
+    train, test = disk_layouts.unpack_minifashion(content)
     assert torch.equal(train.labels, torch.arange(10).repeat_interleave(600))
     assert torch.equal(test.labels, torch.arange(10).repeat_interleave(100))
 
@@ -100,7 +100,7 @@ def test_minifashion_whitened():
 
 
 def test_minifashion_damaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MINIFASHION", tmp_path / "minifashion.bz2")
+    monkeypatch.setattr(disk_layouts, "MINIFASHION", tmp_path / "minifashion.bz2")
     refused("missing or damaged.*make_minifashion", "MiniFashion", "")
     (tmp_path / "minifashion.bz2").write_bytes(b"BZh9 nonsense")
     refused("missing or damaged", "MiniFashion", "")
@@ -117,7 +117,7 @@ def make_minifashion(*arguments):
 def test_make_minifashion_rebuilds_bit_for_bit(tmp_path):
     done = make_minifashion("--source", ORIGINALS, "--out", tmp_path / "again.bz2")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "again.bz2").read_bytes() == sources.MINIFASHION.read_bytes()
+    assert (tmp_path / "again.bz2").read_bytes() == disk_layouts.MINIFASHION.read_bytes()
 
 
 def test_make_minifashion_refuses_what_is_not_the_original(tmp_path):
@@ -141,7 +141,7 @@ def write_idx_folder(folder, packed=False, train=30, test=20):
     folder.mkdir(parents=True)
     arrays = [random_bytes(train, 28, 28), np.arange(train, dtype=np.uint8) % 10,
               random_bytes(test, 28, 28, seed=1), np.arange(test, dtype=np.uint8) % 10]
-    for name, array in zip(sources.IDX_FILES, arrays):
+    for name, array in zip(disk_layouts.IDX_FILES, arrays):
         if packed:
             (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
         else:
@@ -165,7 +165,7 @@ def test_idx_folder(tmp_path, name, packed):
 
 @needs_originals
 def test_debians_fashion_mnist_is_read_where_data_path_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", ORIGINALS)
+    monkeypatch.setattr(disk_layouts, "DEBIAN_FASHION_MNIST", ORIGINALS)
     data = load_dataset("FashionMNIST", tmp_path / "none")
     assert data.train_images.shape == (60000, 1, 28, 28) and data.test_images.shape == (10000, 1, 28, 28)
     assert data.train_labels.bincount().tolist() == [6000] * 10

@@ -12,9 +12,9 @@ from test_matching import assert_equal_matches, problem
 
 from buffer.gsam import gsam_gradient
 from distill.matching import match_trajectory
-from utils.derivatives import choose
+from utils.derivatives import choose_engine
 from utils.derivatives import engine as engines
-from utils.derivatives.choose import Work, micro_batch_for, repays, set_precision
+from utils.derivatives.choose_engine import Work, micro_batch_for, repays, set_precision
 from utils.derivatives.convnet_pass import ConvNetPass, covers
 from utils.derivatives.convolution import Columns, Direct, Winograd
 from utils.derivatives.engine import HandWritten, equal_parts
@@ -374,7 +374,7 @@ def test_compiling_repays_long_runs_of_large_networks():
                                                  ("ConvNetD1W4NNNP", (1, 4, 4), 2 * 4 * 64 + CLASSES)])
 def test_activations_are_counted(name, shape, values):
     network = build_network(name, shape[0], CLASSES, shape[1:])
-    assert choose.activation_bytes(network) == 4 * values
+    assert choose_engine.activation_bytes(network) == 4 * values
     assert next(network.parameters()).device == CPU
     assert network(torch.zeros(1, *shape)).isfinite().all()
     assert micro_batch_for(network, 4 * values * 5 + 1) == 5
@@ -436,7 +436,7 @@ def test_precision_is_set_for_products_and_convolutions(monkeypatch, precision, 
 # --- compiled ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(choose._compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(choose_engine._compiler() is None, reason="no C++ compiler")
 def test_compiled_code_equals_autograd():
     """For real, and once for all networks of a plan."""
     graphs = torch._dynamo.utils.counters["stats"]

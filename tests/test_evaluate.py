@@ -5,7 +5,7 @@ import torch
 
 from distill.evaluate.train import learning_rate, train_network
 from distill.initialize import class_labels, expert_labels, predicted_correctly, random_real
-from distill.results import Score
+from distill.result_files import Score
 from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.networks import build_network

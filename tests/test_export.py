@@ -14,7 +14,7 @@ from PIL import Image
 
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.export import card, folder_names
-from distill.results import EvaluationResult, Score
+from distill.result_files import EvaluationResult, Score
 from utils.data.datasets import load_dataset
 from utils.files import REPOSITORY
 

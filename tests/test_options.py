@@ -25,7 +25,7 @@ from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.data import augment
 from utils.data.datasets import load_dataset
 from utils.errors import UserError
-from utils.metrics import accuracy
+from utils.loss_and_accuracy import accuracy
 from utils.parameters import FlatModel
 from utils.program.prepare import drawer, network_for
 from utils.program.processes import in_processes

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from utils.metrics import cross_entropy
+from utils.loss_and_accuracy import cross_entropy
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 

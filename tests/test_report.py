@@ -13,9 +13,10 @@ import torch
 import yaml
 
 from distill.report import page as report
-from distill.report import pictures, record, svg
+from distill.report import page_pictures, svg
 from distill.report.commands import commands
 from distill.report.comparison import comparison
+from distill.report.read_run import read_run
 from tests.browser import CHROMIUM, browser
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, influential
 from utils.program.command_line import parse
@@ -138,14 +139,14 @@ def test_it_is_made_again_from_the_folder_alone(call, runs, copied):
 
 
 def test_neighbours_are_the_nearest_of_the_class(runs, toy_data):
-    saved = record.read_run(runs[0]).pictures
+    saved = read_run(runs[0]).pictures
     best = torch.load(runs[0] / "Normal" / "images_zca_best.pt", weights_only=True)
     low, high = best.mean() - 2.5 * best.std(), best.mean() + 2.5 * best.std()
     real = toy_data.to_pixels(toy_data.train_images)
     for row, position in enumerate(saved.which):
         distance = (real - best[position].clamp(low, high)).square().sum((1, 2, 3))
         distance[toy_data.train_labels != position // 2] = torch.inf
-        nearest = pictures.scaled_bytes(real[distance.argmin()][None])[0]
+        nearest = page_pictures.scaled_bytes(real[distance.argmin()][None])[0]
         assert (saved.neighbour[row].int() - nearest.int()).abs().max() <= 1
 
 
@@ -158,20 +159,20 @@ def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
     images = real[torch.arange(15) * 3] + torch.randn(15, 3, 8, 8)
     other = toy_data.train_labels[None] != classes[:, None]
     expected = real[(torch.cdist(images.flatten(1), real.flatten(1)) + 1000 * other).argmin(1)]
-    plain = pictures._neighbours(replace(toy_data, train_energy=None), images, classes.tolist())
+    plain = page_pictures._neighbours(replace(toy_data, train_energy=None), images, classes.tolist())
     seen = []
     invert = type(toy_data.whitening).invert
     monkeypatch.setattr(type(toy_data.whitening), "invert",
                         lambda self, some: [seen.append(len(some)), invert(self, some)][1])
-    found = pictures._neighbours(toy_data, images, classes.tolist())
+    found = page_pictures._neighbours(toy_data, images, classes.tolist())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(plain, expected, atol=1e-5, rtol=0)
-    assert sum(seen) == 15 * pictures.NEAR
+    assert sum(seen) == 15 * page_pictures.NEAR
 
 
 def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
     """What the page says to type is read as the options that the run had, and its experts."""
-    run = record.read_run(runs[1])
+    run = read_run(runs[1])
     (_, experts), (_, distil), (_, evaluation), (_, again) = commands(run)
     text = re.search(r"<<'END'\n(.*)END\n", distil, re.DOTALL)[1]
     (tmp_path / "again.yaml").write_text(text)
@@ -191,7 +192,7 @@ def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
 def test_infinity_survives_the_commands(copied, tmp_path):
     config = yaml.safe_load((copied / "config.yaml").read_text()) | {"threshold": float("inf")}
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
-    text = re.search(r"<<'END'\n(.*)END\n", commands(record.read_run(copied))[1][1], re.DOTALL)[1]
+    text = re.search(r"<<'END'\n(.*)END\n", commands(read_run(copied))[1][1], re.DOTALL)[1]
     (tmp_path / "again.yaml").write_text(text)
     assert parse(DistillConfig, "", ["--cfg", str(tmp_path / "again.yaml")], yaml_file=True).threshold == float("inf")
 
@@ -217,7 +218,7 @@ def test_what_is_strange_is_escaped(copied):
     (strange / "result.json").write_text(json.dumps(result))
     metrics = (strange / "metrics.jsonl").read_text().replace('"ConvNetD1W4"', json.dumps(STRANGE))
     (strange / "metrics.jsonl").write_text(metrics)
-    run = record.read_run(strange)
+    run = read_run(strange)
     object.__setattr__(run.pictures, "classes", (STRANGE, "b", "c"))
     assert "<b>" in report.page(run) and "<script" not in report.page(run) + comparison([run, run])
     page = check(report.page(run))
@@ -264,7 +265,7 @@ def test_what_is_no_run_folder_is_one_line(call, tmp_path):
 
 def page_of(folder, **others):
     """The page of a run, some of its pictures' fields being others."""
-    run = record.read_run(folder)
+    run = read_run(folder)
     return check(report.page(replace(run, pictures=replace(run.pictures, **others))))
 
 
@@ -277,7 +278,7 @@ def test_labels_that_are_classes_have_no_bars(runs):
 
 
 def test_labels_that_stayed_have_no_marks(runs, copied):
-    labels = record.read_run(runs[0]).pictures.start_labels
+    labels = read_run(runs[0]).pictures.start_labels
     assert 'style="left:' in page_of(runs[0]).source and "a mark on a bar" in page_of(runs[0]).source
     config = yaml.safe_load((copied / "config.yaml").read_text()) | {"labels": "soft"}
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
@@ -293,7 +294,7 @@ def test_a_run_that_learned_nothing_says_so(copied):
     result = json.loads((copied / "result.json").read_text())
     result["best"]["iteration"] = 0
     (copied / "result.json").write_text(json.dumps(result))
-    page = check(report.page(record.read_run(copied)))
+    page = check(report.page(read_run(copied)))
     assert "Every update was skipped, so nothing was learned" in page.source
     assert "iteration 0, before the first update" in page.source
     (loss, *_) = [each for each in page.all("figure") if each.attributes.get("class") == "chart"]
@@ -312,7 +313,7 @@ def test_numbers_at_an_axis_are_not_cut():
 @pytest.mark.parametrize(("num_classes", "ipc", "size"), [
     (10, 1, 784), (10, 50, 3072), (100, 50, 3072), (200, 10, 12288), (10, 10, 3 * 128 * 128), (1000, 50, 12288)])
 def test_large_sets_are_thinned(num_classes, ipc, size):
-    which = pictures.chosen(num_classes, ipc, size)
+    which = page_pictures.chosen(num_classes, ipc, size)
     assert len(set(which)) == len(which) > 0 and max(which) < num_classes * ipc
     # As if nothing could be compressed: image, neighbour and start in full, the change in one colour.
     assert len(which) * (3.4 * size * 4 / 3 + 3000) < 9_000_000
@@ -323,7 +324,7 @@ def test_long_runs_are_thinned(copied):
     lines = [{"iteration": number, "loss": None if number % 50 == 3 else 0.5, "updated": number % 50 != 3,
               "held": False, "lr": 0.01, "start_epoch": number % 7, "bound": 8} for number in range(9000)]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = report.page(record.read_run(copied))
+    source = report.page(read_run(copied))
     page = check(source)
     assert "9,000 iterations, of which 2,000, evenly spaced, are drawn" in source
     assert max(len(re.findall("[ML]", each.attributes["d"])) for each in page.all("path")) <= 4 * svg.MOST_POINTS
@@ -336,7 +337,7 @@ def test_any_losses_can_be_drawn(copied, losses):
     lines = [{"iteration": number, "loss": loss, "updated": loss is not None, "held": loss is None, "lr": 0.0,
               "start_epoch": 0, "bound": 1} for number, loss in enumerate(losses)]
     (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    check(report.page(record.read_run(copied)))
+    check(report.page(read_run(copied)))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.results import Best, Evaluation, EvaluationResult, Iteration, RunResult, Score, append_metrics
+from distill.result_files import Best, Evaluation, EvaluationResult, Iteration, RunResult, Score, append_metrics
 from scripts.reproduce import FULL, SMALL, Plan, Results, race, windows, write_tables
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
 from utils.errors import UserError

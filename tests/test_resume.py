@@ -173,7 +173,7 @@ def without_times(result):
                                                ("evaluate", 4), ("evaluate", 6)])
 def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
     _, whole = distil_to("whole")
-    where = importlib.import_module("distill.progression" if attribute == "evaluate" else "distill.distillation")
+    where = importlib.import_module("distill.run_state" if attribute == "evaluate" else "distill.distillation")
     with stop_at(where, attribute, number):
         done, parts = distil_to("parts", expect=130)
     assert (parts / "checkpoint.pt").exists() and "python distill/DATM.py" in done.stderr
@@ -186,7 +186,7 @@ def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
 
 def test_a_stop_at_the_very_end_loses_nothing(distil_to):
     _, whole = distil_to("whole")
-    with stop_at(importlib.import_module("distill.report.figures"), "save_curves", 1):
+    with stop_at(importlib.import_module("distill.report.matplotlib_figures"), "save_curves", 1):
         distil_to("parts", expect=130)
     _, parts = distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)

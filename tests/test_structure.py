@@ -9,9 +9,9 @@ import pytest
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
 from utils.files import REPOSITORY
 
-GROUND = ["utils.errors", "utils.files", "utils.memory", "utils.metrics", "utils.networks"]
+GROUND = ["utils.errors", "utils.files", "utils.memory", "utils.loss_and_accuracy", "utils.networks"]
 UNDER_CONFIG = [*GROUND, "utils.parameters", "utils.data", "utils.derivatives"]
-SETS = ["distill.schedule", "distill.matching", "distill.distilled_set", "distill.results", "distill.shared_model"]
+SETS = ["distill.schedule", "distill.matching", "distill.distilled_set", "distill.result_files", "distill.shared_model"]
 STATE = [*SETS, "distill.initialize", "distill.distillation", "buffer.trajectories"]
 
 # A module (or all in a package; the longest name that fits counts) → what it may import of this repository.
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     **{f"distill.{module}": UNDER_CONFIG for module in ("schedule", "matching")},
     **{f"distill.{module}": ["utils", *STATE] for module in ("initialize", "distillation")},
     "distill.evaluate": ["utils", *STATE, "distill.evaluate"],
-    "distill.report": ["utils", "distill.results", "distill.distilled_set", "distill.report"],
+    "distill.report": ["utils", "distill.result_files", "distill.distilled_set", "distill.report"],
     "distill": ["utils", "distill", "buffer.trajectories"],
 }
 PATHS = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill.report.tracking import Tracker
-from distill.results import Iteration, Score
+from distill.report.wandb_log import Tracker
+from distill.result_files import Iteration, Score
 
 STEP = Iteration(3, 0.5, False, 0.1, 7, 9, expert=0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from utils.derivatives.choose import NOTHING, Work, select_engine
+from utils.derivatives.choose_engine import NOTHING, Work, select_engine
 from utils.derivatives.engine import Adjoint, Engine, describe_engine
 
 Result = TypeVar("Result")
@@ -25,7 +25,7 @@ class FlatModel:
     Args:
         network: any `nn.Module`, on its device; it keeps the mode (train or eval) it is in.
         backend, precision, micro_batch, work: how derivatives are computed, see `select_engine` of
-            `utils.derivatives.choose`.
+            `utils.derivatives.choose_engine`.
 
     Raises:
         UserError: the network or the machine cannot have what they ask for.

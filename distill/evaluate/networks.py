@@ -10,12 +10,12 @@ from torch import nn
 from distill.distilled_set import DistilledSet
 from distill.evaluate.saved_accuracies import Accuracies, Job
 from distill.evaluate.train import train_network
-from distill.results import Score
+from distill.result_files import Score
 from utils.config import TrainConfig
 from utils.data import augment
 from utils.data.datasets import Dataset, check_dataset_name
-from utils.derivatives.choose import Work, seconds_uncompiled
-from utils.metrics import accuracy
+from utils.derivatives.choose_engine import Work, seconds_uncompiled
+from utils.loss_and_accuracy import accuracy
 from utils.networks import check_network_name, evaluation_pool
 from utils.program import ranks
 from utils.program.prepare import drawer, dsa_groups, flat_model, network_for

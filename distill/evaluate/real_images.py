@@ -7,8 +7,8 @@ from torch import Tensor
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill.distilled_set import DistilledSet
+from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
-from distill.evaluate.session import evaluate_and_say
 from distill.initialize import expert_labels, random_real
 from utils.config import BaselineConfig
 from utils.data.datasets import Dataset

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from distill.distilled_set import DistilledSet, read_set
+from distill.evaluate.evaluation_run import Session
 from distill.evaluate.networks import check_evaluation, evaluate
 from distill.evaluate.real_images import check_experts, drawn, real_sets
 from distill.evaluate.saved_accuracies import Accuracies, Job
 from distill.evaluate.saved_set import prepared, with_classes
-from distill.evaluate.session import Session
-from distill.results import as_json
+from distill.result_files import as_json
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.data.datasets import Dataset
 from utils.errors import UserError

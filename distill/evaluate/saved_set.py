@@ -5,8 +5,8 @@ import dataclasses
 from pathlib import Path
 
 from distill.distilled_set import DistilledSet, checked_set, class_indices, read_set
+from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
-from distill.evaluate.session import evaluate_and_say
 from utils.config import EvaluationConfig, influential
 from utils.data.datasets import Dataset
 from utils.errors import UserError

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from distill.distilled_set import WHOLE
-from distill.report.record import FinishedRun
-from distill.results import NORMAL
+from distill.report.read_run import FinishedRun
+from distill.result_files import NORMAL
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, changed, defaults, from_repository, worth_giving
 from utils.files import REPOSITORY
 from utils.program.commands import command

@@ -7,8 +7,8 @@ from markupsafe import Markup
 
 from distill.report import curves
 from distill.report.page import facts, machine_of
-from distill.report.pictures import IMAGE_BYTES
-from distill.report.record import FinishedRun
+from distill.report.page_pictures import IMAGE_BYTES
+from distill.report.read_run import FinishedRun
 from distill.report.template import code, document, draw, joined, option
 from utils.config import from_repository
 

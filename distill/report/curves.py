@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from distill.report.record import FinishedRun
+from distill.report.read_run import FinishedRun
 from distill.report.svg import Chart, thinned
 from distill.report.template import draw
-from distill.results import NORMAL, Iteration, Score
-from utils.metrics import percent
+from distill.result_files import NORMAL, Iteration, Score
+from utils.loss_and_accuracy import percent
 
 STYLES = 6  # colours and dashes
 

@@ -10,11 +10,11 @@ import yaml
 from PIL import Image
 
 from distill.distilled_set import DistilledSet, class_indices, labels_fit
-from distill.results import EvaluationResult, RunResult, read_result
+from distill.result_files import EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import EvaluationConfig, from_repository, worth_giving
 from utils.errors import UserError
-from utils.metrics import percent
+from utils.loss_and_accuracy import percent
 from utils.program.commands import command
 
 # The sizes that hubs sort sets by: each below this number of images.
@@ -109,7 +109,7 @@ def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence:
 
 def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult | EvaluationResult]],
          licence: str = "", source: str = "") -> str:
-    """The card's text, by the template card.md. No path of the machine that made the set is in it.
+    """The card's text, by the template card_template.md. No path of the machine that made the set is in it.
 
     Args:
         name: of the set's file.
@@ -123,7 +123,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
             "tags": ["dataset-distillation"], "pretty_name": title,
             "size_categories": [next(size for size, above in _SIZES if count < above)]}
     how = {option: value for option, value in made.items() if not option.endswith(("_path", "_dir", "_Dir"))}
-    return _TEMPLATES.get_template("card.md").render(
+    return _TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, distilled=distilled, name=name, source=source or dataset, licence=licence,
         results=[(file, result, _command(result.config, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],

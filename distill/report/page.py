@@ -10,13 +10,13 @@ from markupsafe import Markup
 
 from distill.report import curves
 from distill.report.commands import commands
-from distill.report.pictures import Pictures
-from distill.report.record import FinishedRun
+from distill.report.page_pictures import Pictures
+from distill.report.read_run import FinishedRun
 from distill.report.svg import numbers_every
 from distill.report.template import code, document, draw, joined, option
-from distill.results import EMA, Iteration, Score
+from distill.result_files import EMA, Iteration, Score
 from utils.config import DistillConfig, about, changed, defaults
-from utils.metrics import percent
+from utils.loss_and_accuracy import percent
 from utils.program.console import duration
 
 PAGE = "report.html"

@@ -42,7 +42,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.program.tuning import tune_process
+from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
@@ -59,8 +59,8 @@ from utils.config import BufferConfig, DistillConfig, make
 from utils.data import augment
 from utils.errors import UserError
 from utils.files import REPOSITORY, write_json
+from utils.loss_and_accuracy import count_correct, cross_entropy
 from utils.memory import peak, reset_peak
-from utils.metrics import count_correct, cross_entropy
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program.console import table

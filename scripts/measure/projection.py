@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.common import script_parser
 from utils.config import DistillConfig, make
-from utils.derivatives.choose import ADJOINT_FACTOR, activation_bytes
+from utils.derivatives.choose_engine import ADJOINT_FACTOR, activation_bytes
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import build_network

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from distill.results import METRICS, RESULT
+from distill.result_files import METRICS, RESULT
 from scripts.common import save_report, script_parser
 from scripts.measure.projection import BENCHMARKS, GPUS, Setting, fit, published
 from utils.files import sha256

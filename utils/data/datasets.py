@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.data.disk_layouts import Loader, Split, cifar, fashion_mnist, minifashion, mnist, some_of, svhn
 from utils.data.image_folders import image_folder, imagenet, imagenet_1k, tiny
-from utils.data.sources import Loader, Split, cifar, fashion_mnist, minifashion, mnist, some_of, svhn
 from utils.data.zca import Whitening, fit, to_unit
 from utils.errors import UserError, unknown_name
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from utils.data.sources import Raw, Split, listing, some_of
+from utils.data.disk_layouts import Raw, Split, listing, some_of
 from utils.errors import UserError, unknown_name
 from utils.files import load
 from utils.memory import available

@@ -1,4 +1,4 @@
-"""How a step's derivatives are computed: by autograd or by hand, compiled or captured; chosen in choose.py.
+"""How a step's derivatives are computed: by autograd or by hand, compiled or captured; chosen in choose_engine.py.
 
 An engine does the two things of which training, matching and evaluation consist:
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from utils.derivatives.convnet_pass import ConvNetPass, Weights
-from utils.metrics import cross_entropy
+from utils.loss_and_accuracy import cross_entropy
 from utils.networks import ConvNetPlan
 
 

@@ -9,7 +9,7 @@ from utils.config import DataConfig, DistillConfig, TrainConfig
 from utils.data import augment
 from utils.data.augment import Drawer
 from utils.data.datasets import Dataset, load_dataset
-from utils.derivatives.choose import Work, check_backend, set_precision
+from utils.derivatives.choose_engine import Work, check_backend, set_precision
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program import ranks

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.report.pictures import PICTURES, Pictures
-from distill.results import METRICS, RESULT, Metrics, RunResult
+from distill.report.page_pictures import PICTURES, Pictures
+from distill.result_files import METRICS, RESULT, Metrics, RunResult
 from utils.errors import UserError
 from utils.files import read_config
 

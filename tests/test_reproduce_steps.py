@@ -1,4 +1,4 @@
-"""scripts/steps.py: commands that make files from each other's files."""
+"""scripts/reproduce_steps.py: commands that make files from each other's files."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.steps import Ledger, Step, run_steps
+from scripts.reproduce_steps import Ledger, Step, run_steps
 from utils.errors import UserError
 from utils.program.locks import locked
 
@@ -33,10 +33,10 @@ pathlib.Path(result).write_text(f"{how}({text})")
 """
 DRIVER = """
 import os, pathlib, sys
-from tests.test_steps import worker
+from tests.test_reproduce_steps import worker
 from utils.program.locks import locked
 from utils.program.entry import entry
-from scripts.steps import Ledger, run_steps
+from scripts.reproduce_steps import Ledger, run_steps
 folder = pathlib.Path(sys.argv[1])
 def main():
     with locked(folder, "end it") as lock:

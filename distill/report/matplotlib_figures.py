@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from distill.results import NORMAL, Metrics
+from distill.result_files import NORMAL, Metrics
 from utils.files import atomic_write
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate, work_of
 from distill.evaluate.saved_accuracies import Accuracies, key_of
-from distill.results import EvaluationResult, Score
+from distill.result_files import EvaluationResult, Score
 from utils.config import BaselineConfig, EvaluationConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine

@@ -12,8 +12,8 @@ from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate
 from distill.evaluate.saved_accuracies import Accuracies, digest
-from distill.report.tracking import Tracker
-from distill.results import NORMAL, Best, Evaluation, Iteration, Metrics, Score, append_metrics
+from distill.report.wandb_log import Tracker
+from distill.result_files import NORMAL, Best, Evaluation, Iteration, Metrics, Score, append_metrics
 from utils.config import DistillConfig, as_dict
 from utils.data.datasets import Dataset
 from utils.program import interrupt, ranks
@@ -35,7 +35,7 @@ class Candidate(NamedTuple):
         return Best(self.iteration, float(self.set.lr), self.scores)
 
 
-class Progression:
+class RunState:
     """A distillation on its way, and what its folder holds of it.
 
     Args:
@@ -173,15 +173,15 @@ def rounding(device: torch.device) -> dict[str, str]:
 class DistillView(Progress):
     """What a distillation shows while it runs."""
 
-    def __init__(self, progression: Progression):
-        config, dataset = progression.config, progression.dataset
-        self._progression = progression
-        reached = Metrics.read(progression.folder.log).of_set(NORMAL) if ranks.first() else []
+    def __init__(self, run: RunState):
+        config, dataset = run.config, run.dataset
+        self._run = run
+        reached = Metrics.read(run.folder.log).of_set(NORMAL) if ranks.first() else []
         self._accuracy = reached[-1].scores[0].mean if reached else None
         self._evaluation: float | None = None  # seconds of the last one
         self._record: Iteration | None = None  # of the last iteration
         self._in_iterations = plan.evaluation_in_iterations(config, dataset)
-        super().__init__(config.Iteration, "distil", initial=progression.iteration, quiet=config.quiet,
+        super().__init__(config.Iteration, "distil", initial=run.iteration, quiet=config.quiet,
                          images=config.syn_steps * plan.batch_size(config, dataset), later=self._evaluations_left,
                          device=dataset.train_images.device)
 
@@ -200,13 +200,13 @@ class DistillView(Progress):
             return self.show(*accuracy)
         self.show(f"loss {self._record.loss:.3f}", *accuracy, f"α {self._record.lr:.3g}",
                   f"start epoch {self._record.start_epoch}",
-                  f"skipped {self._progression.distillation.skipped}")
+                  f"skipped {self._run.distillation.skipped}")
 
     def _evaluations_left(self) -> float:
         """Seconds; before the first evaluation by the pace of the iterations."""
-        progression = self._progression
+        run = self._run
         seconds = self._evaluation or self._in_iterations * (self.pace.seconds or 0.0)
-        left = plan.evaluations(progression.config, progression.iteration)
-        if progression.evaluated and plan.is_evaluated(progression.config, progression.iteration):
+        left = plan.evaluations(run.config, run.iteration)
+        if run.evaluated and plan.is_evaluated(run.config, run.iteration):
             left -= 1
         return max(0.0, left * seconds - self.pace.paused_for)

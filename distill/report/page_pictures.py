@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.report.figures import clip_outliers
+from distill.report.matplotlib_figures import clip_outliers
 from utils.data.datasets import Dataset
 from utils.files import load_tensors, reading, save_tensors
 from utils.program.machine import machine

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.report.figures import clip_outliers
-from distill.results import Iteration, Score
+from distill.report.matplotlib_figures import clip_outliers
+from distill.result_files import Iteration, Score
 from utils.data.datasets import Dataset
 from utils.files import finite
 from utils.program.console import note

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, RootModel, computed_field
 from pydantic.dataclasses import dataclass
 
 from utils.files import append_json, reading, write_json
-from utils.metrics import percent
+from utils.loss_and_accuracy import percent
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
 VERSIONS = NORMAL, EMA = "Normal", "EMA"  # the folders of the sets, as published, and of those with averaged images

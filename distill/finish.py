@@ -6,26 +6,26 @@ from pathlib import Path
 from buffer.trajectories import made_by
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import WHOLE
-from distill.progression import Progression
-from distill.report import figures
+from distill.report import matplotlib_figures
 from distill.report.commands import evaluation
 from distill.report.page import PAGE, page
-from distill.report.pictures import PICTURES, save_pictures
-from distill.report.record import read_run
-from distill.results import EMA, NORMAL, FixedLoss, Metrics, RunResult
+from distill.report.page_pictures import PICTURES, save_pictures
+from distill.report.read_run import read_run
+from distill.result_files import EMA, NORMAL, FixedLoss, Metrics, RunResult
+from distill.run_state import RunState
 from utils.config import DistillConfig, influential
 from utils.files import write_text
-from utils.metrics import percent
+from utils.loss_and_accuracy import percent
 from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
 from utils.program.machine import environment
 from utils.program.run_folder import RunFolder
 
 
-def conclude(progression: Progression) -> None:
+def finish(run: RunState) -> None:
     """Writes what a finished run leaves, and says where."""
-    config, dataset, best, folder = progression.config, progression.dataset, progression.best, progression.folder
-    distillation, start = progression.distillation, progression.start
+    config, dataset, best, folder = run.config, run.dataset, run.best, run.folder
+    distillation, start = run.distillation, run.start
     before, after = (distillation.fixed_loss(distilled) for distilled in (start, distillation.set))
     if not ranks.first():
         return
@@ -36,20 +36,20 @@ def conclude(progression: Progression) -> None:
         evaluated.set.save_whole(folder.path / name / WHOLE, dataset, influential(config))
     version = max(best, key=lambda name: best[name].scores[0].mean)
     shown_set = best[version].set
-    figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images),
+    matplotlib_figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images),
                         dataset.to_pixels(shown_set.images), dataset.classes)
-    figures.save_curves(folder.path / "curves.png", Metrics.read(folder.log), config.threshold)
+    matplotlib_figures.save_curves(folder.path / "curves.png", Metrics.read(folder.log), config.threshold)
     save_pictures(folder.path / PICTURES, dataset, (start.images, start.labels), (shown_set.images, shown_set.labels),
                   version, config.pix_init == "noise", made_by(distillation.buffer.folder))
     summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {chosen_on} images "
                         f"{percent(evaluated.scores[0].mean, evaluated.scores[0].std)} % at iteration "
                         f"{evaluated.iteration}" for name, evaluated in best.items())
     RunResult(summary, best[NORMAL].result, best[EMA].result if EMA in best else None, chosen_on,
-              distillation.skipped, distillation.held, progression.seconds,
+              distillation.skipped, distillation.held, run.seconds,
               FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device)).write(folder.result)
     folder.forget_state()
     write_text(folder.path / PAGE, page(read_run(folder.path)))
-    progression.tracker.finish()
+    run.tracker.finish()
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     say(config, f"{distillation.skipped} of {config.Iteration} updates skipped, α held back {distillation.held} times")
     if distillation.skipped == config.Iteration > 0:
