@@ -248,6 +248,5 @@ def finite(value: float) -> float | None:
 
 def cache_folder() -> Path:
     """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`."""
-    if os.environ.get("DATM_CACHE"):
-        return Path(os.environ["DATM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "datm"
+    folder = os.environ.get("DATM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/datm"
+    return Path(folder).expanduser()

@@ -94,7 +94,9 @@ def fit(images: Tensor, cache_key: str) -> Whitening:
     """
     dimension = images[0].numel()
     path = cache_folder() / f"zca_{hashlib.sha256(f'{cache_key} eps={EPS}'.encode()).hexdigest()[:32]}.pt"
-    version = _kornia_version()
+    version = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("kornia")
     kept = _read(path, dimension, version)
     if kept is not None:
         return kept
@@ -132,13 +134,6 @@ def _one_thread(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _kornia_version() -> str | None:
-    try:
-        return importlib.metadata.version("kornia")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _read(path: Path, dimension: int, version: str | None) -> Whitening | None:
