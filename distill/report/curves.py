@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from markupsafe import Markup
 
@@ -22,14 +22,6 @@ def charts(runs: dict[str, FinishedRun]) -> list[Markup]:
     drawn = [_losses(runs), _accuracies(runs), _rates(runs),
              *(_window(run, f", {name}" if several else "") for name, run in runs.items()), _skipped(runs)]
     return [chart for chart in drawn if chart]
-
-
-def how_many(iterations: Sequence[Iteration]) -> str:
-    """Of the iterations are drawn, in words."""
-    drawn = len(thinned(iterations))
-    return f"{len(iterations):,} iterations" + (
-        f", of which {drawn:,}, evenly spaced, are drawn; averages are over all of them"
-        if drawn < len(iterations) else "") + "."
 
 
 def loss_in_words(step: Iteration, form: str = ".3g") -> str:

@@ -13,7 +13,7 @@ from distill.report import curves
 from distill.report.commands import commands
 from distill.report.pictures import Pictures
 from distill.report.record import FinishedRun
-from distill.report.svg import numbers_every
+from distill.report.svg import numbers_every, thinned
 from distill.report.template import code, document, draw, joined, option
 from distill.results import EMA, Iteration, Score
 from utils.config import DistillConfig, about, changed, defaults
@@ -30,7 +30,8 @@ TABLE_ROWS = 20
 def page(run: FinishedRun) -> str:
     """The page of one run."""
     config = run.config
-    lead = [config.get("dataset"), config.get("model"), config and _images_a_class(config.get("ipc")),
+    ipc = config.get("ipc")
+    lead = [config.get("dataset"), config.get("model"), config and f"{ipc} image{'s' * (ipc != 1)} a class",
             config and f"{config.get('matching')} gradient", run.result.environment.get("date")]
     sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
                 ("curves", "Curves", _curves(run)), ("options", "Options", _options(run)),
@@ -68,10 +69,6 @@ def facts(run: FinishedRun) -> list[tuple[str, str]]:
 
 def _recorded(value: Any, as_text: Callable[[Any], str]) -> str:
     return "not recorded" if value is None else as_text(value)
-
-
-def _images_a_class(ipc: Any) -> str:
-    return f"{ipc} image{'' if ipc == 1 else 's'} a class"
 
 
 def _share(count: int, total: int) -> str:
@@ -145,8 +142,8 @@ def _curves(run: FinishedRun) -> Markup:
     iterations = run.metrics.iterations
     if not iterations and not run.metrics.evaluations:
         return draw.paragraph("This run recorded no iterations.")
-    drawn = draw.charts(curves.charts({run.name: run}))
-    return joined(draw.paragraph(curves.how_many(iterations)), drawn, _numbers(run))
+    how_many = draw.how_many(len(iterations), len(thinned(iterations)))
+    return joined(how_many, draw.charts(curves.charts({run.name: run})), _numbers(run))
 
 
 def _numbers(run: FinishedRun) -> Markup:

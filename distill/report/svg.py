@@ -1,5 +1,6 @@
 """Curves as inline SVG: axes, lines, bands, dots and crosses, coloured by the style sheet of the page."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partialmethod
@@ -136,11 +137,8 @@ def _apart(low: float, high: float) -> tuple[float, float]:
 
 def _mark(kind: str, style: str, points: Sequence[Point], radius: float = 2.0, steps: bool = False) -> str:
     if kind == "line":
-        path, begun = [], False
-        for x, y in points:
-            if math.isfinite(y):
-                path.append(f"{'L' if begun else 'M'}{x:.1f} {y:.1f}")
-            begun = math.isfinite(y)
+        path = [f"{'L' if math.isfinite(before) else 'M'}{x:.1f} {y:.1f}"
+                for (_, before), (x, y) in itertools.pairwise([(0, math.nan), *points]) if math.isfinite(y)]
     elif kind == "band":
         edges = [point for point in points if all(map(math.isfinite, point))]
         if steps:
