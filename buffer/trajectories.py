@@ -151,8 +151,7 @@ def write_experts(folder: Path, experts: Sequence[Expert], options: dict[str, An
     with files.atomic_write(path) as aside:
         with aside.open("wb") as file:
             torch.save(list(experts), file)
-        with files.atomic_write(path.with_suffix(".jsonl")) as log:
-            log.write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+        files.write_text(path.with_suffix(".jsonl"), "".join(json.dumps(epoch) + "\n" for epoch in epochs))
         save_config(manifest_path(path), options | {"experts": reached, "sha256": files.sha256(aside)})
 
 

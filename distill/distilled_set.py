@@ -91,10 +91,7 @@ class DistilledSet(torch.utils.data.Dataset):
             UserError: missing, damaged, or another kind of file.
         """
         path = Path(path)
-        if not path.is_file():
-            problem = "is not a file" if path.exists() else "does not exist"
-            raise UserError(f"distilled set {path} {problem}; give "
-                            f"{files.set_in(path) or 'the path of a distilled.safetensors'}")
+        files.check_is_file(path, "distilled set", "the path of a distilled.safetensors")
         with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
             tensors, about = files.load_tensors(path)
             if about.get("format") != FORMAT:

@@ -92,24 +92,24 @@ class Progression:
         if ranks.size() > 1:  # a rank that waits for the others' networks cannot save when it is told to stop
             self.save()
         versions = self.distillation.versions()
-        found = {name: ranks.from_first_rank(partial(Accuracies, self.folder.path / f"{name}.unfinished", digest(each)))
+        saved = {name: ranks.from_first_rank(partial(Accuracies, self.folder.path / f"{name}.unfinished", digest(each)))
                  for name, each in versions.items()}
-        epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in found.values())
+        epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in saved.values())
         try:  # all of them before any is recorded, so that a signal finds the state as it was before
             with view.aside("evaluating", epochs) as tick:
                 scores = {name: evaluate(self.config, self.dataset, distilled, "iteration", self.iteration,
-                                         on_epoch=partial(_after_epoch, tick), accuracies=found[name])
+                                         on_epoch=partial(_after_epoch, tick), accuracies=saved[name])
                           for name, distilled in versions.items()}
         except interrupt.Stopped as stopped:
             if stopped.waited:
                 self.save()
             raise
-        view.evaluated(scores[NORMAL], max(accuracies.seconds for accuracies in found.values()))
+        view.evaluated(scores[NORMAL], max(accuracies.seconds for accuracies in saved.values()))
         for name, distilled in versions.items():
             self._record(name, Evaluated(self.iteration, distilled, scores[name]), view)
         self.evaluated = True
         self.save()
-        for accuracies in found.values():
+        for accuracies in saved.values():
             accuracies.forget()
 
     def _record(self, name: str, now: Evaluated, view: "View") -> None:

@@ -168,9 +168,16 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
         raise UserError(f"{what}{f': {system}' if system else f' {problem} ({reason})'}; {advice}") from error
 
 
-def set_in(path: Path) -> Path | None:
-    """The distilled set in a run's folder, which may be what was meant by the folder."""
-    return next(iter(sorted(path.glob("**/distilled.safetensors"))), None) if path.is_dir() else None
+def check_is_file(path: Path, what: str, wanted: str = "the path of a file") -> None:
+    """Refuses what is no file; for a run's folder, the distilled set in it may be what was meant.
+
+    Raises:
+        UserError
+    """
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "does not exist"
+        in_folder = next(iter(sorted(path.glob("**/distilled.safetensors"))), None) if path.is_dir() else None
+        raise UserError(f"{what} {path} {problem}; give {in_folder or wanted}")
 
 
 def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None):
@@ -185,9 +192,7 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
         UserError: missing, truncated, not a torch file, or holding more than tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{what} {path} {problem}; give {set_in(path) or 'the path of a file'}")
+    check_is_file(path, what)
     with (reading(f"{what} {path}", advice or "write or copy it again",
                   "cannot be read (truncated, or not a torch file)"), warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here
