@@ -151,8 +151,7 @@ def write_experts(folder: Path, experts: Sequence[Expert], options: dict[str, An
     with files.atomic_write(path) as aside:
         with aside.open("wb") as file:
             torch.save(list(experts), file)
-        with files.atomic_write(path.with_suffix(".jsonl")) as log:
-            log.write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+        files.write_text(path.with_suffix(".jsonl"), "".join(json.dumps(epoch) + "\n" for epoch in epochs))
         save_config(manifest_path(path), options | {"experts": reached, "sha256": files.sha256(aside)})
 
 
@@ -210,6 +209,7 @@ class Buffer:
         self.model = model
         self._paths = expert_files(folder)[:max_files]
         self._files = [_load_checked(path, model)[:max_experts] for path in self._paths]
+        self._experts = [expert for experts in self._files for expert in experts]
 
     def verify(self) -> dict[str, str]:
         """Reads every file, against its manifest's checksum or, without one, for values that are not finite.
@@ -234,7 +234,7 @@ class Buffer:
 
     def __len__(self) -> int:
         """The number of experts."""
-        return sum(self.experts_per_file)
+        return len(self._experts)
 
     @property
     def experts_per_file(self) -> list[int]:
@@ -243,15 +243,11 @@ class Buffer:
     @property
     def epochs(self) -> int:
         """The last epoch that every expert has a snapshot of; epoch 0 is the initialisation."""
-        return min(len(expert) for experts in self._files for expert in experts) - 1
+        return min(map(len, self._experts)) - 1
 
     def snapshot(self, number: int, epoch: int) -> Tensor:
         """θ [P], a copy: expert `number` (counted through the files in order) after `epoch` epochs (−1: the last)."""
-        for experts in self._files:
-            if number < len(experts):
-                return flatten(experts[number][epoch])
-            number -= len(experts)
-        raise AssertionError("expert number out of range")
+        return flatten(self._experts[number][epoch])
 
     def walk_order(self, random: torch.Generator) -> list[int]:
         """Every expert once: the files in random order, the experts within each in random order."""

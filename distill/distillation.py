@@ -97,10 +97,10 @@ class Distillation:
         self.part = matched_part(config)
         self.skipped = self.held = self.held_in_a_row = self.lost_in_a_row = 0
         # What SGD moves in α's stead: α itself, or log α.
-        log = config.lr_param == "log"
-        self.rate = self.set.lr.log() if log else self.set.lr
+        self.learns_log = config.lr_param == "log"
+        self.rate = self.set.lr.log() if self.learns_log else self.set.lr
         # A step of log α moves α by α² times what a step of α does; the scale makes the first steps agree.
-        scale = 1 / config.lr_teacher**2 if log else 1.0
+        scale = 1 / config.lr_teacher**2 if self.learns_log else 1.0
         self.optimiser = torch.optim.SGD([
             {"params": [self.set.images], "lr": config.lr_img, "momentum": MOMENTUM},
             {"params": [self.rate], "lr": config.lr_lr * scale, "momentum": MOMENTUM}])
@@ -166,12 +166,11 @@ class Distillation:
 
     def update(self, match: Match) -> None:
         """One step of SGD on images, α and, if they are learned, labels; each with its own rate, as published."""
-        log = self.config.lr_param == "log"
         self.set.images.grad = match.grad_images
         self.set.labels.grad = match.grad_labels
-        self.rate.grad = match.grad_lr * self.set.lr if log else match.grad_lr  # ∂/∂log α = α ∂/∂α
+        self.rate.grad = match.grad_lr * self.set.lr if self.learns_log else match.grad_lr  # ∂/∂log α = α ∂/∂α
         self.optimiser.step()
-        if log:
+        if self.learns_log:
             self.set.lr.copy_(self.rate.exp())
         if self.ema is not None:
             self.ema.lerp_(self.set.images, 1 - self.config.ema_decay)
@@ -179,7 +178,7 @@ class Distillation:
     def _hold_rate(self, lr: float) -> None:
         """Puts α back and forgets its momentum, which would only push it over again."""
         self.set.lr.fill_(lr)
-        self.rate.copy_(self.set.lr.log() if self.config.lr_param == "log" else self.set.lr)
+        self.rate.copy_(self.set.lr.log() if self.learns_log else self.set.lr)
         self.optimiser.state[self.rate].pop("momentum_buffer", None)
 
     def merge(self) -> None:

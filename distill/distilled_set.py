@@ -92,10 +92,7 @@ class DistilledSet(torch.utils.data.Dataset):
             UserError: missing, damaged, or another kind of file.
         """
         path = Path(path)
-        if not path.is_file():
-            problem = "is not a file" if path.exists() else "does not exist"
-            raise UserError(f"distilled set {path} {problem}; give "
-                            f"{set_in(path) or 'the path of a distilled.safetensors'}")
+        files.check_is_file(path, "distilled set", set_in(path) or f"the path of a {WHOLE}")
         with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
             tensors, about = files.load_tensors(path)
             if about.get("format") != FORMAT:
@@ -185,7 +182,7 @@ def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, st
 def _tensor(path: str, option: str, usual_name: str) -> Tensor:
     if not path:
         raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
-    value = files.load(path, what=f"{option} file", instead=set_in(Path(path)))
+    value = files.load(path, what=f"{option} file", instead=set_in(Path(path)) or "the path of a file")
     if isinstance(value, float):
         value = torch.tensor(value)
     if not isinstance(value, Tensor):

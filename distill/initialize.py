@@ -105,27 +105,27 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
     check_ipc(dataset, ipc)
     chosen, notes = [], []
     for label in range(dataset.num_classes):
-        found: list[int] = []
+        members: list[int] = []
         left = _shuffled(dataset, label, random)
         for theta in experts():
             wrong = []
             for indices in left.split(WALK):
                 right = expert_logits(model, theta, dataset.train_images[indices]).argmax(dim=1).cpu() == label
-                found += indices[right].tolist()
+                members += indices[right].tolist()
                 wrong.append(indices[~right])
-                if len(found) >= ipc:
+                if len(members) >= ipc:
                     break
-            if len(found) >= ipc:
+            if len(members) >= ipc:
                 break
             left = torch.cat(wrong)
-        if len(found) < ipc:
-            missing = ipc - len(found)
+        if len(members) < ipc:
+            missing = ipc - len(members)
             theta = next(iter(experts()))
             confidence = expert_logits(model, theta, dataset.train_images[left])[:, label].cpu()
-            notes.append(f"class {dataset.classes[label]}: only {len(found)} of {ipc} images that an expert predicts "
+            notes.append(f"class {dataset.classes[label]}: only {len(members)} of {ipc} images that an expert predicts "
                          f"correctly; the {missing} with the highest logit of the class fill the rest")
-            found += left[confidence.topk(missing).indices].tolist()
-        chosen += found[:ipc]
+            members += left[confidence.topk(missing).indices].tolist()
+        chosen += members[:ipc]
     return torch.tensor(chosen), notes
 
 

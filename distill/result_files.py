@@ -92,14 +92,14 @@ class Metrics(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, advice: str = _AGAIN) -> "Metrics":
-        found = cls([], [])
+        metrics = cls([], [])
         with reading(path, advice):
             for text in path.read_text().splitlines():
                 if "start_epoch" in (line := json.loads(text)):
-                    found.iterations.append(_validated(Iteration, line))
+                    metrics.iterations.append(_validated(Iteration, line))
                 elif "scores" in line:
-                    found.evaluations.append(_validated(Evaluation, line))
-        return found
+                    metrics.evaluations.append(_validated(Evaluation, line))
+        return metrics
 
     @property
     def skipped(self) -> list[Iteration]:

@@ -85,6 +85,12 @@ def option(group: str, default: Any, help: str, effect: bool | str = True, decid
                  json_schema_extra={"group": group, "effect": effect, "decides": decides})
 
 
+# Options of several programs.
+MICRO_BATCH = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: chosen by the "
+                     "memory at hand", decides=False)
+RESUME = option(FILES, "auto", "auto: go on with an unfinished run of the same options; never: discard it and start "
+                "over", decides=False)
+
 config_class = dataclass(frozen=True, kw_only=True, config={"coerce_numbers_to_str": True})
 
 
@@ -144,10 +150,8 @@ class BufferConfig(DataConfig):
     rm_epoch_second: Index = option(METHOD, 60, "PAD: epoch from which more of them are", effect="pad")
     rm_easy_ratio_first: Fraction = option(METHOD, 0.1, "PAD: share left out from rm_epoch_first", effect="pad")
     rm_easy_ratio_second: Fraction = option(METHOD, 0.2, "PAD: share left out from rm_epoch_second", effect="pad")
-    micro_batch: Count | None = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: "
-                                       "chosen by the memory at hand", decides=False)
-    resume: Literal["auto", "never"] = option(FILES, "auto", "auto: go on with an unfinished run of the same options; "
-                                              "never: discard it and start over", decides=False)
+    micro_batch: Count | None = MICRO_BATCH
+    resume: Literal["auto", "never"] = RESUME
     save_interval: Count = option(FILES, 10, "experts per file")
     buffer_path: FolderPath = option(FILES, "buffers", "folder of the expert files")
 
@@ -213,8 +217,7 @@ class DistillConfig(TrainConfig):
     data_path: FolderPath = option(FILES, "../dataset/", "folder of the real data")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the expert files")
     log_path: FolderPath = option(FILES, "logged_files", "folder of the results", decides=False)
-    resume: Literal["auto", "never"] = option(FILES, "auto", "auto: go on with an unfinished run of the same options; "
-                                              "never: discard it and start over", decides=False)
+    resume: Literal["auto", "never"] = RESUME
     run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config",
                                          decides=False)
     force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50 too", decides=False)
@@ -222,8 +225,7 @@ class DistillConfig(TrainConfig):
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
         FILES, "auto", "Weights & Biases; auto: online where an account is known, else not at all", decides=False)
     project: str = option(FILES, "TEST", "wandb project", decides=False)
-    micro_batch: Count | None = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: "
-                                       "chosen by the memory at hand", decides=False)
+    micro_batch: Count | None = MICRO_BATCH
     dry_run: bool = option(SPEED, False, "estimate time and memory on this machine, and stop", decides=False)
     device: Device = option(SPEED, [0], "auto, cpu, cuda, cuda:N or a list of GPU indices", decides=False)
     lr_init: float = option(METHOD, 0.01, "unused", effect=False)

@@ -168,8 +168,22 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
         raise UserError(f"{what}{f': {system}' if system else f' {problem} ({reason})'}; {advice}") from error
 
 
+def check_is_file(path: Path, what: str, instead: str | Path = "the path of a file") -> None:
+    """Refuses what is no file.
+
+    Args:
+        instead: what to give.
+
+    Raises:
+        UserError
+    """
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"{what} {path} {problem}; give {instead}")
+
+
 def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None,
-         instead: Path | None = None):
+         instead: str | Path = "the path of a file"):
     """`torch.load` of tensors and plain containers on the CPU; code in the file is never run.
 
     Args:
@@ -182,9 +196,7 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
         UserError: missing, truncated, not a torch file, or holding more than tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{what} {path} {problem}; give {instead or 'the path of a file'}")
+    check_is_file(path, what, instead)
     with (reading(f"{what} {path}", advice or "write or copy it again",
                   "cannot be read (truncated, or not a torch file)"), warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here
@@ -245,6 +257,5 @@ def finite(value: float) -> float | None:
 
 def cache_folder() -> Path:
     """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`."""
-    if os.environ.get("DATM_CACHE"):
-        return Path(os.environ["DATM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "datm"
+    folder = os.environ.get("DATM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/datm"
+    return Path(folder).expanduser()

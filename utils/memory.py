@@ -40,23 +40,21 @@ def available(device: torch.device | None = None) -> float:
     if device is not None and device.type == "cuda":  # what torch holds and does not use is free too
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    found = [math.inf]
+    limits = [math.inf]
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        found += [1024 * float(line.split()[1]) for line in meminfo.read_text().splitlines()
-                  if line.startswith("MemAvailable:")]
+        limits += [1024 * float(line.split()[1]) for line in meminfo.read_text().splitlines()
+                   if line.startswith("MemAvailable:")]
     group = Path("/sys/fs/cgroup")  # a container's
     with contextlib.suppress(OSError, ValueError):  # no limit is written as a word
         taken = float((group / "memory.current").read_text())
         taken -= sum(float(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines()
                      if line.startswith("inactive_file "))  # of which the system would let go
-        found.append(float((group / "memory.max").read_text()) - taken)
-    return min(found)
+        limits.append(float((group / "memory.max").read_text()) - taken)
+    return min(limits)
 
 
 def _status(key: str) -> float:
     """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return 1024 * float(line.split()[1])
-    raise AssertionError(key)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * float(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

@@ -55,40 +55,20 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
     sets = (distilled,) if isinstance(distilled, DistilledSet) else tuple(distilled)
     train = Training(config, tested, sets, address, augmented, work_of(config, sets[0]))
 
-    if ranks.size() > 1:
-        _shared_among_ranks(train, jobs, on_epoch, accuracies)
-    else:
-        if processes := _processes_that_pay(train, jobs):
-            _in_processes(train, jobs, processes, on_epoch, accuracies)
-        _one_after_another(train, accuracies.missing(jobs), on_epoch, accuracies)
+    processes = 0 if ranks.size() > 1 else _processes_that_pay(train, jobs)
+    if processes:
+        # As many networks as make full rounds; what is left then has all threads to itself. With a share of the threads
+        # and of the work, an engine is chosen as with all of both.
+        shared = dataclasses.replace(train, sets=tuple(distilled.detach() for distilled in train.sets),
+                                     work=Work(train.work.gradients / processes))
+        full_rounds = jobs[:len(jobs) - len(jobs) % processes]
+        in_processes(shared, accuracies.missing(full_rounds), processes, on_epoch, accuracies.add)
+    mine = ranks.deal(accuracies.missing(jobs))
+    for job in mine:
+        accuracies.add(job, train(job, on_epoch))
+    accuracies.learn(ranks.gather({job: accuracies[job] for job in mine}))
     return [Score(name, [accuracies[Job(name, number)] for number in range(config.num_eval)])
             for name in dict.fromkeys(job.network for job in jobs)]
-
-
-# --- where the networks are trained --------------------------------------------------------------------------
-
-
-def _one_after_another(train: "Training", jobs: Sequence[Job], on_epoch: Callable[[], None],
-                       accuracies: Accuracies) -> None:
-    for job in jobs:
-        accuracies.add(job, train(job, on_epoch))
-
-
-def _shared_among_ranks(train: "Training", jobs: Sequence[Job], on_epoch: Callable[[], None],
-                        accuracies: Accuracies) -> None:
-    mine = ranks.deal(accuracies.missing(jobs))
-    _one_after_another(train, mine, on_epoch, accuracies)
-    accuracies.learn(ranks.gather({job: accuracies[job] for job in mine}))
-
-
-def _in_processes(train: "Training", jobs: Sequence[Job], processes: int, on_epoch: Callable[[], None],
-                  accuracies: Accuracies) -> None:
-    """As many networks as make full rounds; what is left then has all threads to itself."""
-    full_rounds = jobs[:len(jobs) - len(jobs) % processes]
-    # With a share of the threads and of the work, an engine is chosen as with all of both.
-    shared = dataclasses.replace(train, sets=tuple(distilled.detach() for distilled in train.sets),
-                                 work=Work(train.work.gradients / processes))
-    in_processes(shared, accuracies.missing(full_rounds), processes, on_epoch, accuracies.add)
 
 
 def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:

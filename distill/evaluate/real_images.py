@@ -1,7 +1,5 @@
 """`distill/baseline.py`: real images in the place of a distilled set, which distillation has to beat."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -71,16 +69,16 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
     if config.ipc is None:
         return [DistilledSet(images, labels, lr)], "the whole training set"
     what = f"{config.ipc} random real images a class"
-    sets = [DistilledSet(images[chosen], labels[chosen], lr)
-            for chosen in (each.to(device) for each in drawn(config, dataset))]
+    chosen = torch.cat(drawn(config, dataset)).to(device)
+    images, labels = images[chosen], labels[chosen]
     if config.label_source == "experts":
         model = FlatModel(network_for(config.model, dataset).to(device))
         check_same_images(buffer_folder(config), dataset)
         buffer = Buffer(buffer_folder(config), model)
         buffer.verify()
         thetas = (buffer.snapshot(number, -1).to(device) for number in range(len(buffer)))
-        labels, _ = expert_labels(model, thetas, *(torch.cat(each) for each in zip(
-            *((each.images, each.labels) for each in sets))))
-        sets = [replace(each, labels=own) for each, own in zip(sets, labels.split(len(sets[0])))]
+        labels, _ = expert_labels(model, thetas, images, labels)
         what += " with expert labels"
+    each_has = config.ipc * dataset.num_classes
+    sets = [DistilledSet(*parts, lr) for parts in zip(images.split(each_has), labels.split(each_has))]
     return sets, what

@@ -135,9 +135,8 @@ def evaluate_robust(config: EvaluationConfig) -> None:
         print(f"{network}: " + ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores[network].items()))
     say(config, "HLR: what hard labels miss of the whole training set, less is better; IOR: the gain over random "
                 "images; LRS, ARS: the label- and the augmentation-robust score of both, more is better")
-    of_set = results["syn"]["scores"]
     of_parts = {name: result | {"scores": list(map(as_json, result["scores"]))} for name, result in results.items()}
-    session.write(of_set, None, robust_scores=scores, weight=WEIGHT, results=of_parts)
+    session.write(results["syn"]["scores"], None, robust_scores=scores, weight=WEIGHT, results=of_parts)
 
 
 def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset:

@@ -112,7 +112,7 @@ def key_of(config: TrainConfig, dataset: Dataset, *sets: DistilledSet) -> str:
 
 def digest(distilled: DistilledSet) -> str:
     """The same for the same set, to the bit."""
-    found = hashlib.sha256()
-    for tensor in (distilled.images, distilled.labels, distilled.lr):
-        found.update(tensor.cpu().numpy().tobytes())
-    return found.hexdigest()
+    content = hashlib.sha256()
+    for tensor in distilled.tensors().values():
+        content.update(tensor.cpu().numpy().tobytes())
+    return content.hexdigest()

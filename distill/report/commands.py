@@ -18,12 +18,10 @@ def commands(run: FinishedRun) -> list[tuple[str, str]]:
     """What to type, in the repository's root, to have the run again: (what it does, shell text)."""
     if not run.config:
         return []
-    steps = []
     experts = (run.pictures.about or {}).get("experts") if run.pictures else None
-    for number, options in enumerate(experts or []):
-        what = "Train the experts" if number == 0 else "Add more experts to them"
-        given = worth_giving(options, BufferConfig)
-        steps.append((what, command("buffer/buffer_FTD.py", given, from_repository)))
+    steps = [("Add more experts to them" if number else "Train the experts",
+              command("buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository))
+             for number, options in enumerate(experts or [])]
     on_cpu = str(run.result.environment.get("device", "")).startswith("cpu")
     options = evaluation(run.config, run.path / NORMAL / WHOLE)
     return [*steps, ("Distil, with the options that differ from the defaults",

@@ -61,12 +61,9 @@ def _images(runs: dict[str, FinishedRun]) -> Markup:
         return draw.paragraph("None of these folders holds pictures.")
     room = IMAGE_BYTES // (len(classes) * len(runs) * max(pictures.distilled[0].numel() for pictures in with_pictures))
     most = max(1, min(MOST_PER_CLASS, room, max(pictures.ipc for pictures in with_pictures)))
-    first = "The first image" if most == 1 else f"The first {most} images"
-    words = (f"{first} of each class, un-whitened, clipped at ±2.5 standard deviations; below each the class that its "
-             "label holds likeliest. Each run's own report shows more.")
     cards = [(name, [(run_name, _of_class(run, name, run_name, most)) for run_name, run in runs.items()])
              for name in classes]
-    return joined(draw.paragraph(words), draw.compared_cards(cards, most > 1))
+    return draw.compared_cards(cards, most)
 
 
 def _of_class(run: FinishedRun, name: str, run_name: str, most: int) -> list[tuple[Any, str, str]]:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from markupsafe import Markup
 
@@ -22,14 +22,6 @@ def charts(runs: dict[str, FinishedRun]) -> list[Markup]:
     drawn = [_losses(runs), _accuracies(runs), _rates(runs),
              *(_window(run, f", {name}" if several else "") for name, run in runs.items()), _skipped(runs)]
     return [chart for chart in drawn if chart]
-
-
-def how_many(iterations: Sequence[Iteration]) -> str:
-    """How many of the iterations are drawn, in words."""
-    drawn = len(thinned(iterations))
-    return f"{len(iterations):,} iterations" + (
-        f", of which {drawn:,}, evenly spaced, are drawn; averages are over all of them"
-        if drawn < len(iterations) else "") + "."
 
 
 def loss_in_words(step: Iteration, form: str = ".3g") -> str:
@@ -91,7 +83,7 @@ def _accuracies(runs: dict[str, FinishedRun]) -> Markup | None:
                    style)
         means = [(at, 100 * score.mean) for at, score in points]
         chart.line(means, style, name)
-        chart.dots(means, style, 2.5)
+        chart.dots(means, style, radius=2.5)
     if chart.empty:
         return None
     last = "; ".join(f"{name}: last {percent(points[-1][1].mean, points[-1][1].std)} %"
@@ -125,7 +117,7 @@ def _window(run: FinishedRun, of_which: str) -> Markup | None:
     chart.band(thinned([(step.iteration, lowest - 0.5, step.bound - 0.5) for step in iterations]), "window",
                "allowed start epochs", steps=True)
     chart.dots(thinned([(step.iteration, step.start_epoch) for step in iterations if step.updated]), "s0",
-               1.2 if len(iterations) > 500 else 2.0, "drawn, updated")
+               "drawn, updated", radius=1.2 if len(iterations) > 500 else 2.0)
     chart.crosses(thinned([(step.iteration, step.start_epoch) for step in run.metrics.skipped]), "bad",
                   "drawn, update skipped")
     first, last = iterations[0].bound - 1, iterations[-1].bound - 1

@@ -48,11 +48,10 @@ def save_images(path: Path, real: Tensor, distilled: Tensor, classes: tuple[str,
 
 def save_curves(path: Path, metrics: Metrics, threshold: float) -> None:
     """A PNG of a run's matching loss, accuracy, learning rate and start epochs."""
-    plt = pyplot()
     steps = metrics.iterations
     scores = [(evaluation.iteration, evaluation.scores[0]) for evaluation in metrics.of_set(NORMAL)]
     iterations = [step.iteration for step in steps]
-    figure, ((loss, accuracy), (lr, window)) = plt.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
+    figure, ((loss, accuracy), (lr, window)) = pyplot().subplots(2, 2, figsize=(9, 5.5), layout="constrained")
 
     loss.plot(iterations, [step.loss for step in steps], color="0.75", linewidth=0.6)
     _, means = metrics.running_mean()

@@ -4,6 +4,7 @@ It is made of a `FinishedRun`, which is plain data, so that it can be made again
 page.html, how it looks report.css.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from markupsafe import Markup
@@ -12,7 +13,7 @@ from distill.report import curves
 from distill.report.commands import commands
 from distill.report.page_pictures import Pictures
 from distill.report.read_run import FinishedRun
-from distill.report.svg import numbers_every
+from distill.report.svg import numbers_every, thinned
 from distill.report.template import code, document, draw, joined, option
 from distill.result_files import EMA, Iteration, Score
 from utils.config import DistillConfig, about, changed, defaults
@@ -29,7 +30,8 @@ TABLE_ROWS = 20
 def page(run: FinishedRun) -> str:
     """The page of one run."""
     config = run.config
-    lead = [config.get("dataset"), config.get("model"), config and _images_a_class(config.get("ipc")),
+    ipc = config.get("ipc")
+    lead = [config.get("dataset"), config.get("model"), config and f"{ipc} image{'s' * (ipc != 1)} a class",
             config and f"{config.get('matching')} gradient", run.result.environment.get("date")]
     sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
                 ("curves", "Curves", _curves(run)), ("options", "Options", _options(run)),
@@ -50,34 +52,26 @@ def facts(run: FinishedRun) -> list[tuple[str, str]]:
     result, best = run.result, run.result.best
     fixed, score, updates = result.fixed_loss, best.scores[0], len(run.metrics.iterations)
     networks = len(score.accuracies)
-    found = [(f"Best accuracy on the {result.chosen_on or 'test'} images", in_words(score)),
-             ("Measured on", f"{networks} network{'s' * (networks != 1)} ({score.network})"),
-             ("Reached at iteration", f"{best.iteration:,}")]
-    if result.best_ema:
-        found.append(("Best accuracy of the averaged images (EMA)", in_words(result.best_ema.scores[0])))
-    loss = "not recorded" if fixed.segments is None else f"{_number(fixed.before)} → {_number(fixed.after)}"
-    return [*found, (f"Matching loss before → after, over {fixed.segments or ''} fixed segments", loss),
-            ("Learning rate α of the best set", _number(best.lr)),
-            ("Skipped updates (loss above the threshold, or not finite)", _share(result.skipped, updates)),
-            ("α held back", "not recorded" if result.held is None else _times(result.held)),
-            ("Time", "not recorded" if result.seconds is None else duration(result.seconds))]
+    averaged = [result.best_ema.scores[0]] if result.best_ema else []
+    loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
+    return [(f"Best accuracy on the {result.chosen_on or 'test'} images", in_words(score)),
+            ("Measured on", f"{networks} network{'s' * (networks != 1)} ({score.network})"),
+            ("Reached at iteration", f"{best.iteration:,}"),
+            *(("Best accuracy of the averaged images (EMA)", in_words(score)) for score in averaged),
+            (f"Matching loss before → after, over {fixed.segments or ''} fixed segments",
+             _recorded(fixed.segments, lambda _: loss)),
+            ("Learning rate α of the best set", f"{best.lr:.4g}"),
+            ("Skipped updates (loss above the threshold, or not finite)",
+             _recorded(result.skipped, lambda count: _share(count, updates))),
+            ("α held back", _recorded(result.held, lambda count: ["never", "once", f"{count:,} times"][min(count, 2)])),
+            ("Time", _recorded(result.seconds, duration))]
 
 
-def _number(value: float | None) -> str:
-    return "not recorded" if value is None else f"{value:.4g}"
+def _recorded(value: Any, as_text: Callable[[Any], str]) -> str:
+    return "not recorded" if value is None else as_text(value)
 
 
-def _times(count: int) -> str:
-    return "never" if count == 0 else "once" if count == 1 else f"{count:,} times"
-
-
-def _images_a_class(ipc: Any) -> str:
-    return f"{ipc} image{'' if ipc == 1 else 's'} a class"
-
-
-def _share(count: int | None, total: int) -> str:
-    if count is None:
-        return "not recorded"
+def _share(count: int, total: int) -> str:
     return f"{count:,}" + (f" of {total:,}" if total else "") + (
         f" ({100 * count / total:.1f} %)" if total and count else "")
 
@@ -148,8 +142,8 @@ def _curves(run: FinishedRun) -> Markup:
     iterations = run.metrics.iterations
     if not iterations and not run.metrics.evaluations:
         return draw.paragraph("This run recorded no iterations.")
-    drawn = draw.charts(curves.charts({run.name: run}))
-    return joined(draw.paragraph(curves.how_many(iterations)), drawn, _numbers(run))
+    how_many = draw.how_many(len(iterations), len(thinned(iterations)))
+    return joined(how_many, draw.charts(curves.charts({run.name: run})), _numbers(run))
 
 
 def _numbers(run: FinishedRun) -> Markup:

@@ -1,7 +1,9 @@
 """Curves as inline SVG: axes, lines, bands, dots and crosses, coloured by the style sheet of the page."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from functools import partialmethod
 from typing import Any, TypeVar
 
 from markupsafe import Markup, escape
@@ -58,19 +60,16 @@ class Chart:
     def empty(self) -> bool:
         return not self._ys()
 
-    def line(self, points: Sequence[Point], style: str, name: str = "") -> None:
-        self._add("line", style, name, points)
+    def _add(self, kind: str, points: Sequence[Point], style: str, name: str = "", **how: Any) -> None:
+        if points and (kind == "crosses" or any(math.isfinite(y) for point in points for y in point[1:])):
+            self._marks.append((kind, style, name, list(points), how))
 
-    def band(self, points: Sequence[Point], style: str, name: str = "", steps: bool = False) -> None:
-        """From (x, low, high); with `steps` each holds until the next x."""
-        self._add("band", style, name, points, steps=steps)
-
-    def dots(self, points: Sequence[Point], style: str, radius: float, name: str = "") -> None:
-        self._add("dots", style, name, points, radius=radius)
-
-    def crosses(self, points: Sequence[Point], style: str, name: str = "") -> None:
-        """Exceptions, for which the scale makes no room: those above it, or not finite, stand at the upper edge."""
-        self._add("crosses", style, name, points)
+    line = partialmethod(_add, "line")
+    # From (x, low, high); with `steps` each holds until the next x.
+    band = partialmethod(_add, "band")
+    dots = partialmethod(_add, "dots")  # of a `radius`
+    # Exceptions, for which the scale makes no room: those above it, or not finite, stand at the upper edge.
+    crosses = partialmethod(_add, "crosses")
 
     def figure(self, words: str) -> Markup:
         """The chart as a `figure`; its words say what it shows, for those who do not see it too."""
@@ -78,10 +77,6 @@ class Chart:
         title = f"{self.title}{' (logarithmic scale)' if self._log() else ''}"
         label = f"{title}: {self.y_label} over {self.x_label}. {words}"
         return draw.chart(title, label, self.width, self.height, Markup(self._drawn()), legend, words)
-
-    def _add(self, kind: str, style: str, name: str, points: Sequence[Point], **how: Any) -> None:
-        if points and (kind == "crosses" or any(math.isfinite(y) for point in points for y in point[1:])):
-            self._marks.append((kind, style, name, list(points), how))
 
     def _ys(self) -> list[float]:
         marks = [mark for mark in self._marks if mark[0] != "crosses"] or self._marks
@@ -142,11 +137,8 @@ def _apart(low: float, high: float) -> tuple[float, float]:
 
 def _mark(kind: str, style: str, points: Sequence[Point], radius: float = 2.0, steps: bool = False) -> str:
     if kind == "line":
-        path, begun = [], False
-        for x, y in points:
-            if math.isfinite(y):
-                path.append(f"{'L' if begun else 'M'}{x:.1f} {y:.1f}")
-            begun = math.isfinite(y)
+        path = [f"{'L' if math.isfinite(before) else 'M'}{x:.1f} {y:.1f}"
+                for (_, before), (x, y) in itertools.pairwise([(0, math.nan), *points]) if math.isfinite(y)]
     elif kind == "band":
         edges = [point for point in points if all(map(math.isfinite, point))]
         if steps:

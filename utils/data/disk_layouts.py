@@ -245,7 +245,6 @@ def svhn(data_path: Path, subset: str, res: int | None) -> Raw:
     if missing:
         _download("SVHN", data_path, lambda root: [source(root, split=split, download=True) for split in missing],
                   dict(missing.values()))
-    splits = [source(data_path, split=split) for split in ("train", "test")]
-    train, test = (Split(torch.from_numpy(np.ascontiguousarray(split.data)), torch.from_numpy(split.labels))
-                   for split in splits)
-    return Raw(train, test, DIGITS, NORMAL_SVHN)
+    splits = (source(data_path, split=split) for split in ("train", "test"))
+    return Raw(*(Split(torch.from_numpy(np.ascontiguousarray(split.data)), torch.from_numpy(split.labels))
+                 for split in splits), DIGITS, NORMAL_SVHN)

@@ -17,7 +17,7 @@ from utils.memory import available
 
 EPS = 0.1  # the published ridge, added to the eigenvalues of the covariance
 CHUNK = 4096  # images whitened at a time: bounds the extra memory of `apply`, large enough for full matmul speed
-ONE_THREAD = 1024  # dimensions up to which a fit runs on one thread: see `_one_thread`
+ONE_THREAD = 1024  # dimensions up to which a fit runs on one thread: see `_threads`
 LARGE = 4096  # dimensions from which a fit is announced, since it takes minutes
 
 
@@ -94,7 +94,9 @@ def fit(images: Tensor, cache_key: str) -> Whitening:
     """
     dimension = images[0].numel()
     path = cache_folder() / f"zca_{hashlib.sha256(f'{cache_key} eps={EPS}'.encode()).hexdigest()[:32]}.pt"
-    version = _kornia_version()
+    version = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("kornia")
     kept = _read(path, dimension, version)
     if kept is not None:
         return kept
@@ -110,7 +112,7 @@ def fit(images: Tensor, cache_key: str) -> Whitening:
     except ImportError as error:
         raise UserError(f"kornia {version} cannot be imported ({error}); install one that matches torch "
                         f"{torch.__version__}") from error
-    with _one_thread(dimension <= ONE_THREAD):
+    with _threads(1 if dimension <= ONE_THREAD else torch.get_num_threads()):
         fitted = ZCAWhitening(eps=EPS, compute_inv=True).fit(to_unit(images, "cpu"))
     whitening = Whitening(fitted.mean_vector, fitted.transform_matrix, fitted.transform_inv)
     try:
@@ -122,23 +124,15 @@ def fit(images: Tensor, cache_key: str) -> Whitening:
 
 
 @contextlib.contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
+def _threads(number: int) -> Iterator[None]:
     """The SVD's many short parallel sections wait for each other: in 784 dimensions it takes 0.3 s on one thread, and
     16 s on two where another process keeps the cores busy."""
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
-        if wanted:
-            torch.set_num_threads(1)
         yield
     finally:
-        torch.set_num_threads(threads)
-
-
-def _kornia_version() -> str | None:
-    try:
-        return importlib.metadata.version("kornia")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        torch.set_num_threads(before)
 
 
 def _read(path: Path, dimension: int, version: str | None) -> Whitening | None:

@@ -4,7 +4,7 @@ import copy
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,17 +85,12 @@ def activation_bytes(network: nn.Module) -> int:
     The network must come from `build_network`, which notes the shape of its images.
     """
     network_copy = copy.deepcopy(network).to("meta").eval()
-    elements = 0
-
-    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal elements
-        elements += output.numel()
-
+    elements: list[int] = []
     for module in network_copy.modules():
         if not list(module.children()):
-            module.register_forward_hook(count)
+            module.register_forward_hook(lambda module, inputs, output: elements.append(output.numel()))
     network_copy(torch.empty(1, *network.image_shape, device="meta", dtype=next(network_copy.parameters()).dtype))
-    return 4 * elements
+    return 4 * sum(elements)
 
 
 def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:

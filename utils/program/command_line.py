@@ -53,10 +53,6 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     return config
 
 
-def _names(config_type: type) -> list[str]:
-    return [field.name for field in fields(config_type)]
-
-
 def read_yaml(path: str | Path, config_type: type) -> dict[str, Any]:
     """The options of a `--cfg` file, as text.
 
@@ -75,9 +71,9 @@ def read_yaml(path: str | Path, config_type: type) -> dict[str, Any]:
         raise UserError(f"--cfg {path} is not YAML{where}; write one `key: value` a line") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise UserError(f"--cfg {path} is not a list of options; write one `key: value` a line")
-    given = [key.value for key, _ in node.value]
+    given, known = [key.value for key, _ in node.value], {field.name for field in fields(config_type)}
     for name in given:
-        if name not in _names(config_type):
+        if name not in known:
             raise UserError(f"--cfg {path}: {_unknown('key', name, config_type)}")
         if given.count(name) > 1:
             raise UserError(f"--cfg {path} gives {name!r} {given.count(name)} times; keep one of them")
@@ -86,8 +82,8 @@ def read_yaml(path: str | Path, config_type: type) -> dict[str, Any]:
 
 def _unknown(kind: str, name: str, config_type: type, prefix: str = "") -> UserError:
     """The refusal of an option; only options that do something are suggested."""
-    return unknown_name(kind, name, [prefix + known for known in _names(config_type)
-                                     if about(known, config_type)["effect"]])
+    return unknown_name(kind, name, [prefix + field.name for field in fields(config_type)
+                                     if about(field.name, config_type)["effect"]])
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """A bar of the numbers that matter, how fast it goes and the time left; plain lines where there is no terminal."""
 
 import contextlib
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -126,12 +127,10 @@ class Progress(tqdm):
     @contextlib.contextmanager
     def aside(self, doing: str, steps: int) -> Iterator[Callable[[], None]]:
         """Something else in between, of so many steps; yields what to call after each of them."""
-        done = 0
+        done = itertools.count(1)
 
         def after_step() -> None:
-            nonlocal done
-            done += 1
-            self._aside = f"{doing} {100 * done // max(1, steps)} %"
+            self._aside = f"{doing} {100 * next(done) // max(1, steps)} %"
             self.update(0)
 
         self._aside = f"{doing} 0 %"

@@ -85,13 +85,13 @@ def deal(jobs: Sequence[Job]) -> Sequence[Job]:
     return jobs[rank()::size()]
 
 
-def gather(found: dict[Any, Any]) -> dict[Any, Any]:
+def gather(own: dict[Any, Any]) -> dict[Any, Any]:
     """The union of what all ranks found, on all of them."""
     if size() == 1:
-        return found
-    all_found: list[Any] = [None] * size()
-    dist.all_gather_object(all_found, found)
-    return {key: value for each in all_found for key, value in each.items()}
+        return own
+    of_all: list[Any] = [None] * size()
+    dist.all_gather_object(of_all, own)
+    return {key: value for each in of_all for key, value in each.items()}
 
 
 def from_first_rank(make: Callable[[], Result]) -> Result:
