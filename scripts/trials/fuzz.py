@@ -18,7 +18,7 @@ import argparse
 import collections
 import dataclasses
 import gc
-import io
+import itertools
 import json
 import math
 import os
@@ -57,18 +57,19 @@ import matplotlib.pyplot
 
 import utils.config
 import utils.program.console
+from scripts.common import script_parser
+from scripts.trials import common
+from scripts.trials.common import BUFFER, DATM, EVALUATION
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
-from utils.files import write_json
+from utils.errors import shortened
+from utils.files import REPOSITORY
 from utils.program.entry import entry
-from utils.program.machine import environment
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TIMEOUT = 20  # seconds of the processor
 WAIT = 120.0  # seconds, where other programs keep the processor busy
 MEMORY = 16 << 30  # bytes of address space
 LONGEST_LINE = 1000  # characters of a refusal
-BUFFER, DATM, TESLA = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/DATM_tesla.py"
-EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
+TESLA, BASELINE = "distill/DATM_tesla.py", "distill/baseline.py"
 ENTRIES = {BUFFER: BufferConfig, DATM: DistillConfig, TESLA: TeslaConfig, EVALUATION: EvaluationConfig,
            BASELINE: BaselineConfig}
 SHARES = {BUFFER: 2, DATM: 3, TESLA: 1, EVALUATION: 2, BASELINE: 2}  # of the inputs
@@ -83,24 +84,14 @@ LATE = re.compile(r"diverged in epoch|times in a row")
 # --- what is there: a dataset, experts, a distilled set, odd files ---------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class Sandbox:
     """`shared/`, which no input may change, and `work/`, made anew for each input, where it stands."""
 
-    root: Path
-
-    @property
-    def shared(self) -> Path:
-        return self.root / "shared"
-
-    @property
-    def work(self) -> Path:
-        return self.root / "work"
-
-    @property
-    def repository(self) -> Path:
-        """Stands in the place of the repository, which paths in a YAML are relative to."""
-        return self.work / "repository"
+    def __init__(self, root: Path):
+        self.root, self.shared, self.work = root, root / "shared", root / "work"
+        self.repository = self.work / "repository"  # stands in its place: paths in a YAML are relative to it
+        # Of an input, beside what it must not change.
+        self.outputs = [root.with_name("stdout"), root.with_name("stderr")]
 
     def build(self) -> None:
         random = np.random.default_rng(0)
@@ -111,10 +102,7 @@ class Sandbox:
                     pixels = random.integers(0, 160, (8, 8, 3), dtype=np.uint8)
                     pixels[:, :, channel] += 60
                     Image.fromarray(pixels).save(self.shared / "toy" / split / name / f"{number}.png")
-        (self.shared / "set").mkdir()
-        torch.save(torch.randn(3, 3, 8, 8), self.shared / "set" / "images_best.pt")
-        torch.save(torch.randn(3, 3), self.shared / "set" / "labels_best.pt")
-        torch.save(torch.tensor(0.01), self.shared / "set" / "lr_best.pt")
+        common.write_set(self.shared / "set", torch.randn(3, 3, 8, 8), torch.randn(3, 3))
         usual = {**self.usual(BUFFER), "num_experts": "2", "train_epochs": str(EPOCHS),
                  "buffer_path": str(self.shared / "experts")}
         outcome = self.run(Case(BUFFER, [f"--{name}={value}" for name, value in usual.items()], None, True))
@@ -134,9 +122,7 @@ class Sandbox:
                     "expert_epochs": "1", "max_start_epoch": "2", "Sequential_Generation": "False", "lr_img": "10",
                     "lr_y": "1", "threshold": "1000", "log_path": "out/log"}
         if script == EVALUATION:
-            files = {f"{option}_dir": str(self.shared / "set" / f"{name}_best.pt")
-                     for option, name in (("data", "images"), ("label", "labels"), ("lr", "lr"))}
-            return {**data, **evaluation, **files, "json": "out/result.json"}
+            return {**data, **evaluation, **common.set_files(self.shared / "set"), "json": "out/result.json"}
         return {**data, **evaluation, **experts, "ipc": "1", "json": "out/result.json"}
 
     def renew(self) -> None:
@@ -156,13 +142,9 @@ class Sandbox:
 
     def allows(self, path: str) -> bool:
         """Whether a path, from either of the places it can be relative to, is one that a run may write to."""
-        if path.startswith(("/proc/", "/dev/null")):
-            return True
-        return all(self._inside(os.path.abspath(os.path.join(start, os.path.expanduser(path))))
-                   for start in (self.work, self.repository))
-
-    def _inside(self, path: str) -> bool:
-        return path == str(self.work) or path.startswith((f"{self.work}{os.sep}", f"{self.shared}{os.sep}"))
+        allowed = tuple(f"{folder}{os.sep}" for folder in (self.work, self.shared))
+        return path.startswith(("/proc/", "/dev/null")) or all(
+            f"{absolute(start, path)}{os.sep}".startswith(allowed) for start in (self.work, self.repository))
 
     def hidden(self, text: str) -> str:
         """The text without paths of this machine."""
@@ -170,13 +152,8 @@ class Sandbox:
 
     def files(self) -> dict[str, tuple[int, int]]:
         """Every file but what is kept for the next run, with its size and time of change."""
-        found = {}
-        for folder, _, names in os.walk(self.root):
-            names = [name for name in names if name.startswith(".") or folder != str(self.root / "cache")]
-            for name in names:
-                status = os.lstat(path := os.path.join(folder, name))
-                found[path] = (status.st_size, status.st_mtime_ns)
-        return found
+        return {path: status for path, status in common.state(self.root).items()
+                if os.path.basename(path).startswith(".") or os.path.dirname(path) != os.environ["DATM_CACHE"]}
 
     # --- running an input ---
 
@@ -185,49 +162,44 @@ class Sandbox:
         self.renew()
         if case.yaml is not None:
             (self.work / "given.yaml").write_bytes(case.yaml.content)
-        before = self.files()
-        outputs = [self.root / name for name in ("stdout", "stderr")]
-        began = perf_counter()
+        before, began = self.files(), perf_counter()
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            self._child(case, outputs)
+            self._child(case)
         code = _wait(child)
-        out, err = (path.read_bytes().decode(errors="backslashreplace") for path in outputs)
-        after = {path: status for path, status in self.files().items() if Path(path) not in outputs}
-        changed = [path for path, status in before.items() if path in before.keys() - set(map(str, outputs))
-                   and after.get(path) != status]
+        out, err = (path.read_bytes().decode(errors="backslashreplace") for path in self.outputs)
+        after = self.files()
+        changed = [path for path, status in before.items() if after.get(path) != status]
         return Outcome(code, out, err, sorted(after.keys() - before.keys()), changed, perf_counter() - began)
 
-    def _child(self, case: "Case", outputs: list[Path]) -> typing.NoReturn:
+    def _child(self, case: "Case") -> typing.NoReturn:
         code = 1
         try:
             os.setpgid(0, 0)
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            resource.setrlimit(resource.RLIMIT_CPU, (TIMEOUT, TIMEOUT + 1))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            for number, path in enumerate(outputs, 1):
+            for limit, most in ((resource.RLIMIT_AS, (MEMORY, MEMORY)), (resource.RLIMIT_CPU, (TIMEOUT, TIMEOUT + 1)),
+                                (resource.RLIMIT_CORE, (0, 0))):
+                resource.setrlimit(limit, most)
+            for number, path in enumerate(self.outputs, 1):
                 os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), number)
             # As Python makes them where the locale is a UTF-8 one.
-            sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8", errors="strict")
-            sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8",
-                                          errors="backslashreplace", line_buffering=True)
+            sys.stdout.reconfigure(encoding="utf-8", errors="strict", line_buffering=False)
+            sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
             os.chdir(self.work)
             utils.config.REPOSITORY = utils.program.console.REPOSITORY = self.repository
             sys.argv = [str(REPOSITORY / case.script), *case.arguments]
-            try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
-                code = 0
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-            sys.stdout.flush()
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
-            code = 1
             traceback.print_exc()
         finally:
-            with open(os.devnull, "w") as nowhere:
-                sys.stdout = sys.stderr = nowhere
-            os._exit(code)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
 
 
 def _wait(child: int) -> int | str:
@@ -243,11 +215,15 @@ def _wait(child: int) -> int | str:
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
+def absolute(start: Path, path: str) -> str:
+    return os.path.abspath(os.path.join(start, os.path.expanduser(path)))
+
+
 class Yaml(typing.NamedTuple):
     """A YAML file and what it means; None: nothing, so that it must be refused."""
 
     content: bytes
-    meaning: list[tuple[str, str]] | None
+    meaning: dict[str, str] | None
 
 
 class Case(typing.NamedTuple):
@@ -259,12 +235,14 @@ class Case(typing.NamedTuple):
     plain: bool  # made of nothing odd, so that it must run
 
     def command(self, sandbox: Sandbox) -> str:
-        line = shlex.join(["python", self.script, *(each if len(each) < 400 else f"{each[:60]}…({len(each)} characters)"
-                                                    for each in self.arguments)])
-        if self.yaml is not None:
-            content = self.yaml.content
-            line += f"   # given.yaml: {content[:600]!r}{'' if len(content) <= 600 else f'… ({len(content)} bytes)'}"
-        return sandbox.hidden(line)
+        content = f"   # given.yaml: {shortened(repr(self.yaml.content), 600)}" if self.yaml else ""
+        return sandbox.hidden(shlex.join(["python", self.script, *map(shortened, self.arguments)]) + content)
+
+
+    @property
+    def hints(self) -> dict[str, typing.Any]:
+        """Option → its type."""
+        return typing.get_type_hints(ENTRIES[self.script])
 
 
 class Outcome(typing.NamedTuple):
@@ -303,104 +281,78 @@ def read(name: str, text: str, hint: typing.Any) -> typing.Any:
         if text.lower() in NOTHING:
             return None
         (hint,) = (each for each in types if each is not type(None))
+    value, means = text, True  # names; and the device, which no run saves
     if typing.get_origin(hint) is typing.Literal:
-        if text not in typing.get_args(hint):
-            raise MeaninglessError(f"{name} {text!r}")
-        return text
-    if hint is bool:
-        if text.lower() not in YES | NO:
-            raise MeaninglessError(f"{name} {text!r}")
-        return text.lower() in YES
-    if hint in (int, float):
+        means = text in typing.get_args(hint)
+    elif hint is bool:
+        value, means = text.lower() in YES, text.lower() in YES | NO
+    elif hint in (int, float):
+        whole = re.fullmatch(r"\s*([+-]?[\d_]+)\.0*\s*", text)  # 2.0 is the whole number 2
         try:
-            whole = re.fullmatch(r"\s*([+-]?[\d_]+)\.0*\s*", text)  # 2.0 is the whole number 2
             value = hint(whole[1] if whole and hint is int else text)
-        except ValueError as error:
-            raise MeaninglessError(f"{name} {text!r}") from error
-        if math.isnan(value) or (value < 0 and name not in SIGNED) or (abs(value) == math.inf and name != "threshold"):
-            raise MeaninglessError(f"{name} {text!r}")
-        return value
-    return text  # names; and the device, which no run saves
+        except ValueError:
+            value = math.nan
+        means = (value >= 0 or (value < 0 and name in SIGNED)) and (abs(value) < math.inf or name == "threshold")
+    if not means:
+        raise MeaninglessError(f"{name} {text!r}")
+    return value
 
 
-def command_line(case: Case) -> dict[str, str] | None:
-    """Option → its last text on the command line; None if it asks for help.
+class HelpError(Exception):
+    """Help is asked for."""
+
+
+class Reader(argparse.ArgumentParser):
+    """Python's own reader of command lines, which says by exceptions what it found."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise MeaninglessError(message)
+
+    def print_help(self, file: object = None) -> typing.NoReturn:
+        raise HelpError
+
+
+def command_line(case: Case) -> dict[str, str]:
+    """Option → its last text on the command line.
 
     Raises:
         MeaninglessError: not options and their values alone.
+        HelpError
     """
-    hints = typing.get_type_hints(ENTRIES[case.script]) | ({"cfg": str} if case.script in WITH_YAML else {})
-    given: dict[str, str] = {}
-    tokens = collections.deque(case.arguments)
-
-    def is_value(token: str) -> bool:
-        """Not an option: a negative number, a dash alone, or anything that has a space in it, may begin with a dash."""
-        return (not token.startswith("-") or token == "-" or re.fullmatch(r"-\d+|-\d*\.\d+", token) is not None
-                or (" " in token and token.split("=")[0].removeprefix("--") not in hints))
-
-    while tokens:
-        token = tokens.popleft()
-        if token in ("--help", "-h"):
-            return None
-        name, equals, text = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or name not in hints:
-            raise MeaninglessError(token)
-        if not equals:
-            if tokens and is_value(tokens[0]):
-                text = tokens.popleft()
-            elif hints[name] is bool:
-                text = "True"
-            else:
-                raise MeaninglessError(f"{token} without a value")
-        given[name] = text
-    return given
+    reader = Reader(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, hint in (case.hints | ({"cfg": str} if case.script in WITH_YAML else {})).items():
+        reader.add_argument(f"--{name}", **({"nargs": "?", "const": "True"} if hint is bool else {}))
+    return vars(reader.parse_args(case.arguments))
 
 
-def meaning(case: Case, sandbox: Sandbox) -> dict[str, typing.Any] | None:
-    """Option → value of everything the entry has; None if it asks for help.
+def meaning(case: Case, sandbox: Sandbox) -> dict[str, typing.Any]:
+    """Option → value of everything the entry has.
 
     Raises:
         MeaninglessError
+        HelpError
     """
-    given = command_line(case)
-    if given is None:
-        return None
-    hints = typing.get_type_hints(ENTRIES[case.script])
+    given, hints = command_line(case), case.hints
     values = {field.name: field.default.get_default(call_default_factory=True)
               for field in dataclasses.fields(ENTRIES[case.script])}
     values |= {name: _from_repository(values[name], sandbox) for name in PATHS & values.keys()}
     if case.script in WITH_YAML:
-        if "cfg" not in given:
-            raise MeaninglessError("no --cfg")
-        content = case.yaml
-        if given.pop("cfg") != "given.yaml":
-            published = (REPOSITORY / case.arguments[-1].removeprefix("--cfg=")).resolve()
-            if published.suffix != ".yaml" or not published.is_relative_to(REPOSITORY / "configs"):
-                raise MeaninglessError("no such --cfg")
-            # One key a line, so that it needs no YAML to read it.
-            lines = [line.split("#")[0].split(":", 1) for line in published.read_text().splitlines()]
-            content = Yaml(b"", [(line[0].strip(), line[1].strip()) for line in lines if len(line) == 2])
-        if content is None or content.meaning is None:
+        if given.pop("cfg", None) != "given.yaml" or case.yaml.meaning is None:
             raise MeaninglessError("no such YAML")
-        for name, text in content.meaning:
+        for name, text in case.yaml.meaning.items():
             if name not in hints:
                 raise MeaninglessError(name)
-            values[name] = _from_repository(text, sandbox) if name in PATHS else _lenient(name, text, hints, given)
+            if name not in given:  # else it may be wrong
+                values[name] = _from_repository(text, sandbox) if name in PATHS else read(name, text, hints[name])
     for name, text in given.items():
-        values[name] = (os.path.abspath(os.path.join(sandbox.work, os.path.expanduser(text))) if name in PATHS and text
-                        else read(name, text, hints[name]))
+        values[name] = absolute(sandbox.work, text) if name in PATHS and text else read(name, text, hints[name])
     return values
-
-
-def _lenient(name: str, text: str, hints: dict[str, typing.Any], given: dict[str, str]) -> typing.Any:
-    """A value of a YAML, which may be wrong where the command line gives another."""
-    return None if name in given else read(name, text, hints[name])
 
 
 def _from_repository(text: str, sandbox: Sandbox) -> str:
     while text.startswith(("../", "./")):
         text = text.split("/", 1)[1]
-    return os.path.normpath(os.path.join(sandbox.repository, os.path.expanduser(text))) if text else text
+    return absolute(sandbox.repository, text) if text else text
 
 
 # --- what must hold ---------------------------------------------------------------------------------------------
@@ -419,16 +371,15 @@ def problems(case: Case, outcome: Outcome, sandbox: Sandbox) -> list[str]:
     if outcome.code == "timeout":
         return found
     if outcome.code == 2:
-        found += _problems_of_refusal(case, outcome)
-    elif outcome.code == 0:
-        try:
-            values = meaning(case, sandbox)
-            found += _problems_of_run(case, values, outcome, sandbox)
-        except MeaninglessError as error:
-            found.append(f"exit code 0 for what means nothing: {str(error)[:200]}")
-    else:
-        found.append(f"exit code {outcome.code}")
-    return found
+        return found + _problems_of_refusal(case, outcome)
+    if outcome.code != 0:
+        return [*found, f"exit code {outcome.code}"]
+    try:
+        return found + _problems_of_run(case, meaning(case, sandbox), outcome, sandbox)
+    except HelpError:
+        return found + ([] if outcome.stdout.startswith("usage: ") and not outcome.new else ["help that is none"])
+    except MeaninglessError as error:
+        return [*found, f"exit code 0 for what means nothing: {str(error)[:200]}"]
 
 
 def _problems_of_refusal(case: Case, outcome: Outcome) -> list[str]:
@@ -450,20 +401,14 @@ def _problems_of_refusal(case: Case, outcome: Outcome) -> list[str]:
     return found
 
 
-def _problems_of_run(case: Case, values: dict[str, typing.Any] | None, outcome: Outcome, sandbox: Sandbox) -> list[str]:
-    if values is None:
-        return [] if outcome.stdout.startswith("usage: ") and not outcome.new else ["help that is none"]
+def _problems_of_run(case: Case, values: dict[str, typing.Any], outcome: Outcome, sandbox: Sandbox) -> list[str]:
     own = {values.get("json"), values.get("save")}  # whatever lies there is meant to be replaced
     found = [f"{Path(path).name} was changed" for path in outcome.changed if path not in own]
     if values.get("dry_run"):
         return found + (["a dry run wrote files"] if outcome.new else [])
     try:
-        if case.script == BUFFER:
-            saved = _check_experts(values)
-        elif case.script in WITH_YAML:
-            saved = _check_distillation(values)
-        else:
-            saved = _check_evaluation(values)
+        check = {BUFFER: _check_experts, DATM: _check_distillation, TESLA: _check_distillation}
+        saved = check.get(case.script, _check_evaluation)(values)
     except (OSError, AssertionError, LookupError, ValueError) as error:
         return [*found, f"exit code 0 without its result: {type(error).__name__} {str(error)[:300]}"]
     for name, value in saved.items():
@@ -472,10 +417,11 @@ def _problems_of_run(case: Case, values: dict[str, typing.Any] | None, outcome: 
             value = os.path.normpath(sandbox.repository / value)
         if value != expected or type(value) is not type(expected):
             found.append(f"--{name} is {value!r}, and should be {expected!r}")
-    fields = {field.name: field.default.json_schema_extra["effect"] for field in
-              dataclasses.fields(ENTRIES[case.script])}
-    lost = [name for name, effect in fields.items() if name not in NOT_SAVED and name not in saved
-            and (values[effect] if isinstance(effect, str) else effect)]
+    effects = {field.name: field.default.json_schema_extra["effect"] for field in
+               dataclasses.fields(ENTRIES[case.script])}
+    # An option has an effect, has none, or has one if another option is set.
+    lost = [name for name, effect in effects.items() if name not in NOT_SAVED | saved.keys()
+            and values.get(effect, effect)]
     return found + ([f"not saved: {', '.join(lost)}"] if saved and lost else [])
 
 
@@ -632,17 +578,16 @@ def odd_values(name: str, sandbox: Sandbox) -> st.SearchStrategy[str]:
 def cases(draw: typing.Callable[..., typing.Any], script: str, sandbox: Sandbox) -> Case:
     """Inputs of an entry: one in five of nothing odd."""
     plain = draw(st.integers(0, 4)) == 0
-    good = GOOD[script]
+    good, hints = GOOD[script], typing.get_type_hints(ENTRIES[script])
     options = list(sandbox.usual(script).items())
     for name in draw(st.lists(st.sampled_from(sorted(good)), max_size=4, unique=True)):
         options.append((name, draw(st.sampled_from(good[name]))))
     wild: list[list[str]] = []
     odd_yaml = False
     if not plain:
-        names = [field.name for field in dataclasses.fields(ENTRIES[script])]
         kinds = ["value", "value", "value", "token", "name"] + ["yaml", "yaml"] * (script in WITH_YAML)
         for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=2)):
-            name = draw(st.sampled_from(names))
+            name = draw(st.sampled_from(list(hints)))
             if kind == "value":
                 if draw(st.booleans()):
                     options = [each for each in options if each[0] != name]
@@ -654,45 +599,31 @@ def cases(draw: typing.Callable[..., typing.Any], script: str, sandbox: Sandbox)
             else:
                 odd_yaml = True
         options = draw(st.permutations(options)) if draw(st.booleans()) else options
-    content, extra = None, []
+    content = None
     if script in WITH_YAML:
-        published = sorted((REPOSITORY / "configs").glob("*/*/*.yaml"))
-        if not odd_yaml and draw(st.integers(0, 3)) == 0:
-            # The usual options come on the command line, and so override the published ones.
-            values = {name: draw(st.sampled_from(GOOD[DATM][name])) for name in ("batch_syn", "lr_lr",
-                                                      "skip_first_eva")}
-            tamed = {**values, "eval_mode": "S", "min_start_epoch": "0", "batch_train": "16", "loss_ratio": "0",
-                     "matching": "tesla", "micro_batch": "None", "Initialize_Label_With_Another_Model": "False",
-                     "depth_ratio": "0", "labels": "learned", "precision": "auto", "backend": "auto"}
-            options = [*tamed.items(), *options]
-            extra = [[f"--cfg={draw(st.sampled_from(published))}"]]
-        else:
-            inside = {index for index in range(len(options)) if draw(st.booleans())}
-            pairs = [pair for index, pair in enumerate(options) if index in inside]
-            options = [pair for index, pair in enumerate(options) if index not in inside]
-            content = draw(odd_yamls(pairs, sandbox) if odd_yaml else plain_yamls(list(dict(pairs).items()), sandbox))
-            if content.meaning is None:  # what is wrong in it must not be overridden
-                words = set(re.findall(r"\w+", content.content[:10000].decode(errors="replace")))
-                options = [pair for pair in options if pair[0] not in words]
-            wild.insert(0, draw(st.sampled_from([["--cfg=given.yaml"], ["--cfg", "given.yaml"]])))
-    pieces = [draw(spelt(name, text, typing.get_type_hints(ENTRIES[script])[name])) for name, text in options]
-    if plain:
-        pieces = [*wild, *pieces]
-    else:
-        for tokens in wild:
-            pieces.insert(draw(st.integers(0, len(pieces))), tokens)
-    # A published config is the last argument, where `meaning` looks for it.
-    return Case(script, [token for piece in [*pieces, *extra] for token in piece], content, plain)
+        inside = draw(st.lists(st.booleans(), min_size=len(options), max_size=len(options)))
+        pairs = dict(itertools.compress(options, inside))
+        options = [pair for pair, given in zip(options, inside) if not given]
+        content = draw((odd_yamls if odd_yaml else plain_yamls)(pairs, sandbox))
+        if content.meaning is None:  # what is wrong in it must not be overridden
+            words = set(re.findall(r"\w+", content.content[:10000].decode(errors="replace")))
+            options = [pair for pair in options if pair[0] not in words]
+        wild.insert(0, draw(st.sampled_from([["--cfg=given.yaml"], ["--cfg", "given.yaml"]])))
+    pieces = [draw(spelt(name, text, hints[name])) for name, text in options]
+    for tokens in wild:
+        pieces.insert(0 if plain else draw(st.integers(0, len(pieces))), tokens)
+    return Case(script, [token for tokens in pieces for token in tokens], content, plain)
 
 
 def misspelt(name: str) -> st.SearchStrategy[str]:
     """An option's name with one letter less, twice or in the other case, two swapped, cut, or with something behind."""
-    places = st.integers(0, len(name) - 1)
-    return st.one_of(
-        places.map(lambda at: name[:at] + name[at + 1:]), places.map(lambda at: name[:at] + name[at] + name[at:]),
-        places.map(lambda at: name[:at] + name[at].swapcase() + name[at + 1:]),
-        places.map(lambda at: name[:at] + name[at:at + 2][::-1] + name[at + 2:]), places.map(lambda at: name[:at]),
-        st.text(min_size=1, max_size=4).map(lambda more: name + more), st.just(name.replace("_", "-")))
+    def at(place: int) -> list[str]:
+        before, letter, behind = name[:place], name[place], name[place + 1:]
+        return [before + behind, before + 2 * letter + behind, before + letter.swapcase() + behind,
+                before + behind[:1] + letter + behind[1:], before]
+
+    return st.one_of(st.integers(0, len(name) - 1).map(at).flatmap(st.sampled_from),
+                     st.text(min_size=1, max_size=4).map(lambda more: name + more), st.just(name.replace("_", "-")))
 
 
 def spelt(name: str, text: str, hint: typing.Any) -> st.SearchStrategy[list[str]]:
@@ -708,12 +639,12 @@ def spelt(name: str, text: str, hint: typing.Any) -> st.SearchStrategy[list[str]
 # --- YAML files ---
 
 
-def plain_yamls(pairs: list[tuple[str, str]], sandbox: Sandbox) -> st.SearchStrategy[Yaml]:
+def plain_yamls(pairs: dict[str, str], sandbox: Sandbox) -> st.SearchStrategy[Yaml]:
     """One key a line, quoted in one of the ways that YAML has."""
-    pairs = [(name, text) for name, text in pairs if name not in PATHS or sandbox.allows(text)]
+    pairs = {name: text for name, text in pairs.items() if name not in PATHS or sandbox.allows(text)}
 
     def write(quotes: list[int]) -> Yaml:
-        lines = [f"{name}: {_quoted(text, quote)}" for (name, text), quote in zip(pairs, quotes)]
+        lines = [f"{name}: {_quoted(text, quote)}" for (name, text), quote in zip(pairs.items(), quotes)]
         # A file of no keys is refused.
         return Yaml("\n".join(["canvas_size: 2" if not lines else "# a comment", *lines, ""]).encode(), pairs)
 
@@ -730,54 +661,49 @@ def _quoted(text: str, quote: int) -> str:
     return json.dumps(text)
 
 
-def odd_yamls(pairs: list[tuple[str, str]], sandbox: Sandbox) -> st.SearchStrategy[Yaml]:
+def odd_yamls(pairs: dict[str, str], sandbox: Sandbox) -> st.SearchStrategy[Yaml]:
     """Files that are not YAML, no options, or options written in ways that YAML allows."""
     layers = b"[" + b", ".join([b"x"] * 9) + b"]"
     for level in range(9):
         layers = b"[&b%d %s, %s]" % (level, layers, b", ".join([b"*b%d" % level] * 9))
+    no_keys = [b"momentun", b"lr-img", b"IPC", b"help", b"3", b"true", b"null", b"~", b"''", b'"a\\nb"', b'"\\e[31m"',
+               b"? " + b"k" * 2000 + b"\n"]
+    no_numbers = [b"0o2", b"0x2", b"2024-01-05", b"\xff", b"\x1b[31m", b"1\x00", b"", b"9" * 100000, b"[" * 3000,
+                  b"[" * 400 + b"]" * 400, layers, b"[1", b"'x", b'"\\q"', b"*missing", b"!!binary aGFsbG8="]
+    texts = [b"ipc", b"data_path", b"log_path", b"buffer_path", b"model", b"dataset", b"run_name", b"dsa_strategy",
+             b"device"]
     refused = [
         b"", b"\n\n", b"# nothing\n", b"---\n", b"--- \n...\n", b"null\n", b"3\n", b"ipc\n", b"- ipc\n- 1\n", b"[]\n",
-        b"ipc: 1\n---\nipc: 2\n", b"ipc: 1\nipc: 2\n", b"ipc: 1\n'ipc': 1\n", b"ipc: {a: 1}\n", b"ipc: [1]\n",
-        b"zca: [True]\n", b"ipc: &a [*a]\n", b"&a ipc: *a\n", b"ipc: *missing\n", b"<<: {ipc: 1}\n", b"? [a]\n: 1\n",
-        b"? {a: 1}\n: 1\n", b"ipc: \t1\n\t- x\n", b"a: b: c\n", b"ipc: [1\n", b"ipc: 'x\n", b'ipc: "\\q"\n',
+        b"ipc: 1\n---\nipc: 2\n", b"ipc: 1\nipc: 2\n", b"ipc: 1\n'ipc': 1\n", b"ipc: &a [*a]\n", b"&a ipc: *a\n",
+        b"<<: {ipc: 1}\n", b"? [a]\n: 1\n", b"? {a: 1}\n: 1\n", b"ipc: \t1\n\t- x\n", b"a: b: c\n",
         b"%YAML 9.9\n---\nipc: 1\n", b"!!python/object/apply:os.system ['touch pwned']\n",
         b"ipc: !!python/object/apply:os.system ['touch pwned']\n", b"ipc: !!python/name:os.system\nzca: maybe\n",
-        b"ipc: !!binary aGFsbG8=\n", b"!!set {ipc, zca}\n", b"? ipc\n? zca\n", b"\x89PNG\r\n\x1a\n\x00\xff",
-        bytes(range(256)), b"\xff\xfei\x00p\x00c\x00", b"ipc: \xff\n", b"ipc: 1\x00\n", b"ipc: \x1b[31m\n",
-        b'ipc: "\\0"\n', b'data_path: "a\\0b"\n', b'log_path: "a\\0b"\n', b'buffer_path: "\\0"\n', b'model: "\\0"\n',
-        b'dataset: "\\0"\n', b'run_name: "a\\0b"\n', b'dsa_strategy: "\\0"\n', b'device: "\\0"\n', b"momentun: 1\n",
-        b"lr-img: 1\n", b"IPC: 1\n", b"ipc : 1\n ipc: 2\n", b"help: 1\n", b"cfg: given.yaml\n", b"3: 4\n", b"true: 1\n",
-        b"null: 1\n", b"~: 1\n", b"'': 1\n", b'"a\\nb": 1\n', b'"\\e[31m": 1\n', b"? " + b"k" * 2000 + b"\n: 1\n",
-        b"ipc: " + b"9" * 100000 + b"\n", b"ipc: " + b"[" * 3000 + b"\n", b"ipc: " + b"[" * 400 + b"]" * 400 + b"\n",
-        b"model: " + b"x" * 1000000 + b"\n", b"ipc: " + layers + b"\n",
-        b"".join(b"unknown%d: 1\n" % number for number in range(5000)), b"device: [[0]]\n", b"device: [a]\n",
-        b"device: {}\n", b"device: [" + b"0, " * 500 + b"x]\n", b"data_path: [a]\n", b"data_path: {}\n",
-        b"project: [a]\n", b"run_name: {a: 1}\n", b"zca:\n", b"ipc:\n", b"threshold: .nan\n", b"lr_img: .inf\n",
-        b"lr_img: 1e400\n", b"ipc: 0o2\n", b"ipc: 0x2\n", b"Iteration: 1:30\n", b"ipc: 2024-01-05\n"]
-    kept = [
-        (b"{}\n", []), (b"ipc: &a 2\nnum_eval: *a\n", [("ipc", "2"), ("num_eval", "2")]),
-        (b"ipc: !!int 2\n", [("ipc", "2")]), (b"ipc: !!str 2\n", [("ipc", "2")]),
-        (b"{ipc: 2, ema: yes}\n", [("ipc", "2"), ("ema", "yes")]), (b"--- # config\nipc: 2\n...\n", [("ipc", "2")]),
-        (b"\xef\xbb\xbfipc: 2\n", [("ipc", "2")]), (b"ipc: 2\r\nlr_y: 3\r\n", [("ipc", "2"), ("lr_y", "3")]),
-        (b"%YAML 1.1\n---\nipc: 2\n", [("ipc", "2")]), (b"? ipc\n: 2\n", [("ipc", "2")]),
-        (b"'ipc': \"2\"\n", [("ipc", "2")]),
-        (b"lr_lr: 1e-5\nema: on\nseed: 010\n", [("lr_lr", "1e-5"), ("ema", "on"), ("seed", "010")]),
-        (b"batch_syn:\nmax_files: ~\nmax_experts: null\n",
-         [("batch_syn", ""), ("max_files", "~"), ("max_experts", "null")]),
-        (b"project: |\n  two\n  lines\nipc: 2\n", [("project", "two\nlines\n"), ("ipc", "2")]),
-        (b"seed: 1_000\nipc: 2.0\n", [("seed", "1_000"), ("ipc", "2.0")]),
-        (b"threshold: .inf\n", [("threshold", ".inf")]), (b"seed: 1:30\n", [("seed", "1:30")]),
-        (b"ema: y\nload_all: n\n", [("ema", "y"), ("load_all", "n")]),
-        (b"run_name: 2024-01-05\nproject: 'null'\n", [("run_name", "2024-01-05"), ("project", "null")]),
-        (b"#" * 1000000 + b"\nipc: 2\n", [("ipc", "2")]), (b"device: [0, 1]\n", [("device", "[0, 1]")]),
-        (b"{\"ipc\": 2, \"ema\": true, \"batch_syn\": null}", [("ipc", "2"), ("ema", "true"), ("batch_syn", "null")])]
-    pieces = dict(pairs)
-    written = plain_yamls(list(pieces.items()), sandbox)
+        b"!!set {ipc, zca}\n", b"? ipc\n? zca\n", b"\x89PNG\r\n\x1a\n\x00\xff", bytes(range(256)),
+        b"\xff\xfei\x00p\x00c\x00", b"ipc : 1\n ipc: 2\n", b"cfg: given.yaml\n", b"model: " + b"x" * 1000000 + b"\n",
+        b"".join(b"unknown%d: 1\n" % number for number in range(5000)), b"device: [" + b"0, " * 500 + b"x]\n",
+        b"zca:\n", b"threshold: .nan\n", b"lr_img: .inf\n", b"lr_img: 1e400\n", b"Iteration: 1:30\n",
+        *(b"%s: 1\n" % key for key in no_keys), *(b"ipc: %s\n" % number for number in no_numbers),
+        *(b'%s: "a\\0b"\n' % name for name in texts),
+        *(b"%s: %s\n" % each for each in itertools.product((*texts, b"zca"), (b"[a]", b"[[0]]", b"{}", b"{a: 1}")))]
+    kept = {
+        b"{}\n": {}, b"ipc: &a 2\nnum_eval: *a\n": {"ipc": "2", "num_eval": "2"}, b"ipc: !!int 2\n": {"ipc": "2"},
+        b"ipc: !!str 2\n": {"ipc": "2"}, b"{ipc: 2, ema: yes}\n": {"ipc": "2", "ema": "yes"},
+        b"--- # config\nipc: 2\n...\n": {"ipc": "2"}, b"\xef\xbb\xbfipc: 2\n": {"ipc": "2"},
+        b"ipc: 2\r\nlr_y: 3\r\n": {"ipc": "2", "lr_y": "3"}, b"%YAML 1.1\n---\nipc: 2\n": {"ipc": "2"},
+        b"? ipc\n: 2\n": {"ipc": "2"}, b"'ipc': \"2\"\n": {"ipc": "2"},
+        b"lr_lr: 1e-5\nema: on\nseed: 010\n": {"lr_lr": "1e-5", "ema": "on", "seed": "010"},
+        b"batch_syn:\nmax_files: ~\nmax_experts: null\n": {"batch_syn": "", "max_files": "~", "max_experts": "null"},
+        b"project: |\n  two\n  lines\nipc: 2\n": {"project": "two\nlines\n", "ipc": "2"},
+        b"seed: 1_000\nipc: 2.0\n": {"seed": "1_000", "ipc": "2.0"}, b"threshold: .inf\n": {"threshold": ".inf"},
+        b"seed: 1:30\n": {"seed": "1:30"}, b"ema: y\nload_all: n\n": {"ema": "y", "load_all": "n"},
+        b"run_name: 2024-01-05\nproject: 'null'\n": {"run_name": "2024-01-05", "project": "null"},
+        b"#" * 1000000 + b"\nipc: 2\n": {"ipc": "2"}, b"device: [0, 1]\n": {"device": "[0, 1]"},
+        b'{"ipc": 2, "ema": true, "batch_syn": null}': {"ipc": "2", "ema": "true", "batch_syn": "null"}}
+    written = plain_yamls(pairs, sandbox)
+    meaningless = (st.sampled_from(refused), st.binary(max_size=60), st.text(max_size=60).map(str.encode))
     return st.one_of(
-        st.sampled_from(refused).map(lambda content: Yaml(content, None)),
-        st.sampled_from(kept).map(lambda each: Yaml(*each)),
-        st.binary(max_size=60).map(lambda content: Yaml(content, None)),
-        st.text(max_size=60).map(lambda text: Yaml(text.encode(), None)),
+        *(contents.map(lambda content: Yaml(content, None)) for contents in meaningless),
+        st.sampled_from(list(kept.items())).map(lambda each: Yaml(*each)),
         st.tuples(written, st.text(min_size=1, max_size=10)).map(
             lambda each: Yaml(each[0].content + f"{json.dumps(each[1])}: 1\n".encode(), None)),
         written)
@@ -795,17 +721,17 @@ def refuse_connections() -> None:
 
 def fuzz(inputs: int, seed: int, sandbox: Sandbox) -> dict[str, typing.Any]:
     """Runs so many inputs; returns counts by entry and exit code, and every failure."""
-    counts: dict[str, collections.Counter] = {script: collections.Counter() for script in ENTRIES}
-    failures, timeouts, plain, slowest = [], [], 0, 0.0
+    codes: dict[str, collections.Counter] = {script: collections.Counter() for script in ENTRIES}
+    plain, seconds, failures, timeouts = [], [], [], []
 
     def one(case: Case) -> None:
-        nonlocal plain, slowest
         outcome = sandbox.run(case)
-        counts[case.script][str(outcome.code)] += 1
-        plain, slowest = plain + case.plain, max(slowest, outcome.seconds)
+        codes[case.script][str(outcome.code)] += 1
+        plain.append(case.plain)
+        seconds.append(outcome.seconds)
         command = case.command(sandbox)
-        if (done := sum(map(sum, (each.values() for each in counts.values())))) % 100 == 0:
-            print(f"{done} inputs, {len(failures)} failures", file=sys.stderr, flush=True)
+        if len(plain) % 100 == 0:
+            print(f"{len(plain)} inputs, {len(failures)} failures", file=sys.stderr, flush=True)
         if outcome.code == "timeout":
             timeouts.append(command)
         if found := problems(case, outcome, sandbox):
@@ -819,23 +745,21 @@ def fuzz(inputs: int, seed: int, sandbox: Sandbox) -> dict[str, typing.Any]:
                                        database=None, phases=[hypothesis.Phase.generate],
                                        suppress_health_check=list(hypothesis.HealthCheck))
         hypothesis.seed(seed)(settings(hypothesis.given(cases(script, sandbox))(one)))()
-    return {"inputs": sum(map(sum, (each.values() for each in counts.values()))), "seed": seed,
-            "of_nothing_odd": plain,
-            "exit_codes": {script: dict(sorted(count.items())) for script, count in counts.items()},
-            "timeouts": timeouts, "failures": failures, "slowest_seconds": round(slowest, 1)}
+    return {"inputs": len(plain), "seed": seed, "of_nothing_odd": sum(plain),
+            "exit_codes": {script: dict(sorted(count.items())) for script, count in codes.items()},
+            "timeouts": timeouts, "failures": failures, "slowest_seconds": round(max(seconds), 1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, json="the counts and every failure")
     parser.add_argument("--inputs", type=int, default=1000, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--json", metavar="FILE", help="write the counts and every failure to this file")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # of whatever odd text a failing command line holds
     torch.set_num_threads(1)
     refuse_connections()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        sandbox = Sandbox(Path(folder).resolve())
+        sandbox = Sandbox(Path(folder).resolve() / "sandbox")
         os.environ |= {"DATM_CACHE": str(sandbox.root / "cache"), "HOME": str(sandbox.work / "home"), "COLUMNS": "100",
                        "WANDB_API_KEY": "", "WANDB_MODE": "", "NETRC": os.devnull, "CUDA_VISIBLE_DEVICES": ""}
         sandbox.build()
@@ -843,9 +767,9 @@ def main() -> None:
         gc.freeze()  # so that the children's collections do not copy the parent's pages
         began = perf_counter()
         report = fuzz(args.inputs, args.seed, sandbox)
+        report["seconds"] = round(perf_counter() - began)
         sandbox.renew()  # nothing unreadable is left to delete
         (sandbox.work / "unreadable").chmod(0o700)
-    report |= {"seconds": round(perf_counter() - began), "environment": environment(torch.device("cpu"))}
     gc.unfreeze()
     print(f"{report['inputs']} inputs, seed {args.seed}, {report['of_nothing_odd']} of nothing odd, in "
           f"{report['seconds']} s (the slowest {report['slowest_seconds']} s)")
@@ -854,10 +778,7 @@ def main() -> None:
     for command in report["timeouts"]:
         print(f"timeout: {command}")
     print(f"{len(report['failures'])} failures")
-    if args.json:
-        write_json(args.json, report)
-    if report["failures"]:
-        sys.exit(1)
+    common.conclude(args.json, report, failed=bool(report["failures"]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""What the trials have in common: small settings of the programs, processes of them, and the end of a trial."""
+
+import contextlib
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.common import save_report
+from utils.files import REPOSITORY
+
+BUFFER, DATM, EVALUATION = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/evaluation.py"
+COMMON = ("--dataset=MiniFashion", "--model=ConvNetD1W4", "--zca", "--device=cpu", "--backend=eager")
+TRAIN = (*COMMON, "--num_experts=3", "--train_epochs=2", "--save_interval=2", "--rho_max=0.01", "--rho_min=0.01",
+         "--batch_train=256")
+DISTIL = ("--cfg=configs/MiniFashion/ConvIN/IPC1.yaml", *COMMON, "--expert_epochs=1", "--max_start_epoch=2",
+          "--run_name=run", "--wandb=disabled")
+EXPERTS = "buffers/MiniFashion/ConvNetD1W4"  # where the programs put their files, in --buffer_path=buffers
+RUN = "logs/MiniFashion/1/ConvNetD1W4/run"  # and in --log_path=logs
+MOST_SECONDS = 300  # that a run may take
+TEMPORARY = re.compile(r"\..+\.\w{8}(\.\w+)?")
+
+
+def set_files(folder: Path | str) -> dict[str, str]:
+    """The options that give the three files of a distilled set."""
+    return {option: f"{folder}/{name}_best.pt"
+            for option, name in (("data_dir", "images"), ("label_dir", "labels"), ("lr_dir", "lr"))}
+
+
+def write_set(folder: Path, images: Any, labels: Any, lr: float = 0.01) -> None:
+    folder.mkdir()
+    for path, value in zip(set_files(folder).values(), (images, labels, torch.tensor(lr))):
+        torch.save(value, path)
+
+
+def surroundings(cache: Path) -> dict[str, str]:
+    """The environment: one thread for every run, and a folder of the trial's own for the whitening."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"OMP_NUM_THREADS": "1", "DATM_CACHE": str(cache), "PYTHONUNBUFFERED": "1", "PATH": path,
+                         "COLUMNS": "100"}
+
+
+def start(command: Sequence[str], cache: Path, **streams: Any) -> subprocess.Popen:
+    """A program and its options as a process."""
+    return subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=surroundings(cache), text=True, **streams)
+
+
+def temporary(folder: Path) -> list[str]:
+    """The temporary files below a folder, which a killed program may leave, and no other."""
+    return sorted(path.name for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name))
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a file does: its size and its time, by its path."""
+    found = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # it was renamed meanwhile
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode):
+                found[str(path)] = status.st_size, status.st_mtime_ns
+    return found
+
+
+def conclude(path: Path | None, report: dict[str, Any], failed: bool) -> None:
+    """Writes the report, if that is asked for; exit code 1 if something failed."""
+    save_report(path, report)
+    if failed:
+        sys.exit(1)
