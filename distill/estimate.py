@@ -35,17 +35,14 @@ class Estimate(NamedTuple):
     matching_bytes: float
     data_bytes: int
 
-    @property
-    def seconds(self) -> float:
-        return self.iteration * self.iterations + self.evaluation * self.evaluations
-
     def __str__(self) -> str:
+        seconds = self.iteration * self.iterations + self.evaluation * self.evaluations
         return (f"an iteration takes about {duration(self.iteration)}, {self.iterations} of them "
                 f"{duration(self.iteration * self.iterations)}\n"
                 f"an evaluation takes about {duration(self.evaluation)}, {self.evaluations} of them "
                 f"{duration(self.evaluation * self.evaluations)}\n"
                 f"matching takes about {self.matching_bytes / 1e9:.2g} GB beside {self.data_bytes / 1e9:.2g} GB of "
-                f"data; the whole run about {duration(self.seconds)}")
+                f"data; the whole run about {duration(seconds)}")
 
 
 def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estimate:

@@ -6,12 +6,12 @@ from pathlib import Path
 from buffer.trajectories import made_by
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import WHOLE
-from distill.report import matplotlib_figures
 from distill.report.commands import evaluation
+from distill.report.matplotlib_figures import save_curves, save_images
 from distill.report.page import PAGE, page
 from distill.report.page_pictures import PICTURES, save_pictures
 from distill.report.read_run import read_run
-from distill.result_files import EMA, NORMAL, FixedLoss, Metrics, RunResult
+from distill.result_files import EMA, NORMAL, Best, FixedLoss, Metrics, RunResult
 from distill.run_state import RunState
 from utils.config import DistillConfig, influential
 from utils.files import write_text
@@ -24,39 +24,47 @@ from utils.program.run_folder import RunFolder
 
 def finish(run: RunState) -> None:
     """Writes what a finished run leaves, and says where."""
-    config, dataset, best, folder = run.config, run.dataset, run.best, run.folder
-    distillation, start = run.distillation, run.start
-    before, after = (distillation.fixed_loss(distilled) for distilled in (start, distillation.set))
+    config, dataset, start, folder = run.config, run.dataset, run.start, run.folder
+
+    # The matching loss before and after, to which all ranks contribute; the first one does the rest.
+    before, after = (run.distillation.fixed_loss(distilled) for distilled in (start, run.distillation.set))
     if not ranks.first():
         return
+
+    # The best sets: once more, as a run that was killed just after it wrote them may have gone on to another best set.
+    for name, best in run.best.items():
+        best.set.save(folder.path / name, "best", dataset)
+        best.set.save_whole(folder.path / name / WHOLE, dataset, influential(config))
+    version = max(run.best, key=lambda name: run.best[name].scores[0].mean)
+    images, labels = run.best[version].set.images, run.best[version].set.labels
+
+    # The pictures.
+    save_images(folder.path / "images.png", dataset.to_pixels(start.images), dataset.to_pixels(images), dataset.classes)
+    save_curves(folder.path / "curves.png", Metrics.read(folder.log), config.threshold)
+    save_pictures(folder.path / PICTURES, dataset, (start.images, start.labels), (images, labels), version,
+                  config.pix_init == "noise", made_by(run.distillation.buffer.folder))
+
+    # The result, with which the run counts as finished, and its page.
     chosen_on = "validation" if config.val_fraction else "test"
-    for name, evaluated in best.items():
-        # Once more: a run that was killed just after it wrote them may have gone on to another best set.
-        evaluated.set.save(folder.path / name, "best", dataset)
-        evaluated.set.save_whole(folder.path / name / WHOLE, dataset, influential(config))
-    version = max(best, key=lambda name: best[name].scores[0].mean)
-    shown_set = best[version].set
-    matplotlib_figures.save_images(folder.path / "images.png", dataset.to_pixels(start.images),
-                        dataset.to_pixels(shown_set.images), dataset.classes)
-    matplotlib_figures.save_curves(folder.path / "curves.png", Metrics.read(folder.log), config.threshold)
-    save_pictures(folder.path / PICTURES, dataset, (start.images, start.labels), (shown_set.images, shown_set.labels),
-                  version, config.pix_init == "noise", made_by(distillation.buffer.folder))
+    results = {name: Best(best.iteration, float(best.set.lr), best.scores) for name, best in run.best.items()}
     summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {chosen_on} images "
-                        f"{percent(evaluated.scores[0].mean, evaluated.scores[0].std)} % at iteration "
-                        f"{evaluated.iteration}" for name, evaluated in best.items())
-    RunResult(summary, best[NORMAL].result, best[EMA].result if EMA in best else None, chosen_on,
-              distillation.skipped, distillation.held, run.seconds,
-              FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device)).write(folder.result)
+                        f"{percent(best.scores[0].mean, best.scores[0].std)} % at iteration {best.iteration}"
+                        for name, best in results.items())
+    skipped, held = run.distillation.skipped, run.distillation.held
+    RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
+              FixedLoss(before, after, FIXED_SEGMENTS), environment(images.device)).write(folder.result)
     folder.forget_state()
     write_text(folder.path / PAGE, page(read_run(folder.path)))
     run.tracker.finish()
+
+    # What was reached, and where it lies.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
-    say(config, f"{distillation.skipped} of {config.Iteration} updates skipped, α held back {distillation.held} times")
-    if distillation.skipped == config.Iteration > 0:
+    say(config, f"{skipped} of {config.Iteration} updates skipped, α held back {held} times")
+    if skipped == config.Iteration > 0:
         note(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
              f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
     print(wrapped(summary))
-    _say_where(config, folder.path, best, version)
+    _say_where(config, folder.path, run.best, version)
 
 
 def say_finished(folder: RunFolder) -> None:

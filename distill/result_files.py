@@ -24,9 +24,6 @@ METRICS, RESULT = "metrics.jsonl", "result.json"
 VERSIONS = NORMAL, EMA = "Normal", "EMA"  # the folders of the sets, as published, and of those with averaged images
 _AGAIN = "put it back, or run again under another --run_name"
 
-Loss = Annotated[float, BeforeValidator(lambda loss: math.nan if loss is None else loss)]
-"""NaN where it was not finite, which JSON writes as null."""
-
 TestedOn = Literal["test", "validation"]
 
 
@@ -61,7 +58,8 @@ class Iteration:
     """One iteration of a distillation."""
 
     iteration: int
-    loss: Loss
+    # NaN where it was not finite, which JSON writes as null.
+    loss: Annotated[float, BeforeValidator(lambda loss: math.nan if loss is None else loss)]
     updated: bool
     lr: float  # α after it
     start_epoch: int

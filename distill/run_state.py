@@ -13,7 +13,7 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate
 from distill.evaluate.saved_accuracies import Accuracies, digest
 from distill.report.wandb_log import Tracker
-from distill.result_files import NORMAL, Best, Evaluation, Iteration, Metrics, Score, append_metrics
+from distill.result_files import NORMAL, Evaluation, Iteration, Metrics, Score, append_metrics
 from utils.config import DistillConfig, as_dict
 from utils.data.datasets import Dataset
 from utils.program import interrupt, ranks
@@ -30,9 +30,6 @@ class Candidate(NamedTuple):
     set: DistilledSet
     scores: list[Score]
 
-    @property
-    def result(self) -> Best:
-        return Best(self.iteration, float(self.set.lr), self.scores)
 
 
 class RunState:

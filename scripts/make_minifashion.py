@@ -13,17 +13,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 from scripts.common import script_parser
 from utils.data.disk_layouts import (
+    FASHION_CLASSES,
     MINIFASHION,
+    MINIFASHION_PER_CLASS,
     MINIFASHION_SHA256,
+    Split,
     fashion_mnist_folders,
-    pack_minifashion,
     read_idx_folder,
 )
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
 from utils.program.entry import entry
+
+
+def pack(train: Split, test: Split) -> bytes:
+    """Whole Fashion-MNIST → the content of MiniFashion, before compression.
+
+    Training images, training labels, test images, test labels: each as plain bytes, sorted by class and within a
+    class in the order of the original file.
+    """
+    content = b""
+    for (images, labels), per_class in zip((train, test), MINIFASHION_PER_CLASS):
+        chosen = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in range(len(FASHION_CLASSES))])
+        content += images[chosen].numpy().tobytes() + labels[chosen].to(torch.uint8).numpy().tobytes()
+    return content
 
 
 def main() -> None:
@@ -35,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
 
     source = args.source or next((folder for folder in folders if folder.is_dir()), folders[-1])
-    content = pack_minifashion(*read_idx_folder(source))
+    content = pack(*read_idx_folder(source))
     digest = hashlib.sha256(content).hexdigest()
     if digest != MINIFASHION_SHA256:
         raise UserError(f"the files in {source} are not the original Fashion-MNIST (SHA-256 of the selection is "

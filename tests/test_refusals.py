@@ -148,7 +148,7 @@ def test_a_run_name_is_free_again_after_a_refusal(call, toy, toy_experts, tmp_pa
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=x",
                  "--Iteration=0"]
     call(DATM, *arguments, "--Label_Model_Timestamp=9", expect=2)
-    with mock.patch.multiple("distill.report.matplotlib_figures", save_images=mock.Mock(), save_curves=mock.Mock()):
+    with mock.patch.multiple("distill.finish", save_images=mock.Mock(), save_curves=mock.Mock()):
         call(DATM, *arguments, "--Label_Model_Timestamp=3")
 
 

@@ -186,7 +186,7 @@ def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
 
 def test_a_stop_at_the_very_end_loses_nothing(distil_to):
     _, whole = distil_to("whole")
-    with stop_at(importlib.import_module("distill.report.matplotlib_figures"), "save_curves", 1):
+    with stop_at(importlib.import_module("distill.finish"), "save_curves", 1):
         distil_to("parts", expect=130)
     _, parts = distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)

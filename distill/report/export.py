@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import yaml
 from PIL import Image
 
 from distill.distilled_set import DistilledSet, class_indices, labels_fit
+from distill.report.template import TEMPLATES
 from distill.result_files import EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import EvaluationConfig, from_repository, worth_giving
@@ -123,15 +123,11 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
             "tags": ["dataset-distillation"], "pretty_name": title,
             "size_categories": [next(size for size, above in _SIZES if count < above)]}
     how = {option: value for option, value in made.items() if not option.endswith(("_path", "_dir", "_Dir"))}
-    return _TEMPLATES.get_template("card_template.md").render(
+    return TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, distilled=distilled, name=name, source=source or dataset, licence=licence,
         results=[(file, result, _command(result.config, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
         how=_yaml(how) if how else "# not recorded\n")
-
-
-_TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
-                                lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
 
 def _yaml(values: dict[str, Any]) -> str:
@@ -143,7 +139,7 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", text)
 
 
-_TEMPLATES.filters |= {"percent": percent, "markdown": _markdown}
+TEMPLATES.filters |= {"percent": percent, "markdown": _markdown}
 
 
 def _command(options: dict[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""The page's template (page.html) and what its macros take: pictures, paths and options as HTML."""
+"""The templates: page.html, whose macros draw a page, and what these take: pictures, paths and options as HTML."""
 
 import base64
 import io
@@ -21,10 +21,11 @@ def _png(pixels: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-_environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
-                                  lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-_environment.filters["png"] = _png
-draw: Any = _environment.get_template("page.html").module
+TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=jinja2.select_autoescape(["html"]),
+                               trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+                               keep_trailing_newline=True)
+TEMPLATES.filters["png"] = _png
+draw: Any = TEMPLATES.get_template("page.html").module
 """The macros of page.html by name; each returns HTML."""
 
 

@@ -79,21 +79,9 @@ def minifashion(data_path: Path, subset: str, res: int | None) -> Raw:
     return Raw(*unpack_minifashion(content), FASHION_CLASSES, NORMAL_FASHION)
 
 
-def pack_minifashion(train: Split, test: Split) -> bytes:
-    """Whole Fashion-MNIST → the content of MiniFashion, before compression.
-
-    Training images, training labels, test images, test labels: each as plain bytes, sorted by class and within a
-    class in the order of the original file.
-    """
-    content = b""
-    for (images, labels), per_class in zip((train, test), MINIFASHION_PER_CLASS):
-        chosen = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in range(len(FASHION_CLASSES))])
-        content += images[chosen].numpy().tobytes() + labels[chosen].to(torch.uint8).numpy().tobytes()
-    return content
-
-
 def unpack_minifashion(content: bytes) -> tuple[Split, Split]:
-    """The inverse of `pack_minifashion`: images [10 · per class, 1, 28, 28] uint8, labels int64."""
+    """Training images, training labels, test images, test labels, each as plain bytes, sorted by class → images
+    [10 · per class, 1, 28, 28] uint8, labels int64."""
     counts = [len(FASHION_CLASSES) * per_class for per_class in MINIFASHION_PER_CLASS]
     lengths = [length for count in counts for length in (count * 28 * 28, count)]
     train_images, train_labels, test_images, test_labels = torch.frombuffer(bytearray(content),
