@@ -164,8 +164,9 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
         raise
     except Exception as error:  # damaged bytes make the readers fail in every way there is
         reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        system = getattr(error, "strerror", None)  # what the system could not do says nothing of the bytes
-        raise UserError(f"{what}{f': {system}' if system else f' {problem} ({reason})'}; {advice}") from error
+        # The system names the file that it cannot open; a place that damaged bytes send it to has no name.
+        unopened = isinstance(error, OSError) and error.filename is not None
+        raise UserError(f"{what}{f': {error.strerror}' if unopened else f' {problem} ({reason})'}; {advice}") from error
 
 
 def check_is_file(path: Path, what: str, instead: str | Path = "the path of a file") -> None:
