@@ -36,7 +36,7 @@ from buffer.trajectories import expert_files, load_experts, manifest_path
 from scripts.common import script_parser, writable
 from scripts.plots import save_buffer
 from utils.errors import UserError
-from utils.files import finite, read_config, write_json
+from utils.files import finite, read_config, reading, write_json
 from utils.parameters import flatten
 from utils.program import console
 from utils.program.entry import entry
@@ -196,15 +196,12 @@ def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
     log = path.with_suffix(".jsonl")
     if not log.is_file():
         return found
-    try:
+    with reading(log, "copy it again, or move it away, and its accuracies are unknown"):
         for line in log.read_text().splitlines():
             epoch = json.loads(line)
             of_expert = found.setdefault(epoch["expert"], {name: [] for name in ACCURACIES})
             for name in ACCURACIES:
                 of_expert[name].append(float(epoch[name]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{log} is damaged ({type(error).__name__}: {error}); copy it again, or move it away, and its "
-                        "accuracies are unknown") from error
     return found
 
 

@@ -403,7 +403,7 @@ def gather(plan: Plan, results: Results) -> None:
             with atomic_write(results.folder / name) as aside:
                 aside.write_bytes(source.read_bytes())
 
-    pictured = {row.made_by[0] for rows in plan.main.values() for row in [rows["exact"]]}
+    pictured = {rows["exact"].made_by[0] for rows in plan.main.values()}
     for row in plan.rows:
         for step, evaluation in zip(row.made_by, row.evaluations):
             if results.of(evaluation) is not None:

@@ -28,8 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.common import script_parser
 from utils.config import DistillConfig, make
 from utils.derivatives.choose_engine import ADJOINT_FACTOR, activation_bytes
-from utils.errors import UserError
-from utils.files import REPOSITORY
+from utils.files import REPOSITORY, reading
 from utils.networks import build_network
 from utils.program.console import duration, table
 from utils.program.entry import entry
@@ -65,23 +64,20 @@ def costs(network: str, image: tuple[int, int, int], classes: int) -> Costs:
 def fit(paths: list[Path]) -> tuple[float, float]:
     """ρ and c, from the two shapes, each in its own report or both in one."""
     rows = {}
-    try:
+    advice = "make one with scripts/measure/benchmark.py --part matching --shape cpu_w32 cpu --json FILE"
+    with reading(f"--benchmark {' '.join(map(str, paths))}", advice, "is no benchmark of cpu_w32 and cpu"):
         reports = [json.loads(path.read_text()) for path in paths]
         # What else the machine did slowed some of these down: the best is its own.
         product, copy = (1e9 * max(report["rates"][name] for report in reports)
                          for name in ("product_gflops", "copy_gb_per_s"))
-        for report in reports:
-            for measured in report["matching"]:
-                shape = measured["shape"]
-                exact = next((row for row in measured["methods"] if row["method"] == "exact"), None)
-                if shape["name"] in ("cpu_w32", "cpu") and exact:
-                    cost = costs(shape["network"], tuple(shape["image"]), shape["classes"])
-                    rows[shape["name"]] = (12 * cost.flops / product, cost.activations / copy,
-                                           exact["median"] / shape["steps"] / shape["batch"])
+        for measured in (measured for report in reports for measured in report["matching"]):
+            shape = measured["shape"]
+            exact = next((row for row in measured["methods"] if row["method"] == "exact"), None)
+            if shape["name"] in ("cpu_w32", "cpu") and exact:
+                cost = costs(shape["network"], tuple(shape["image"]), shape["classes"])
+                rows[shape["name"]] = (12 * cost.flops / product, cost.activations / copy,
+                                       exact["median"] / shape["steps"] / shape["batch"])
         (a, b, t), (d, e, u) = rows["cpu_w32"], rows["cpu"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--benchmark {' '.join(map(str, paths))}: no benchmark of cpu_w32 and cpu ({error}); make one "
-                        "with scripts/measure/benchmark.py --part matching --shape cpu_w32 cpu --json FILE") from error
     determinant = a * e - b * d
     return determinant / (t * e - b * u), (a * u - d * t) / determinant
 
