@@ -31,6 +31,7 @@ from utils.program.run_folder import kept_to_this_run
 
 AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
 MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
+CONFIG_EPOCHS = 5  # up to which the window of this one reaches
 CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # distils any experts; others in configs/ suit their own data better
 
 
@@ -179,20 +180,16 @@ class ExpertRun:
         return self.first_number + self.config.num_experts
 
     @property
-    def _numbers(self) -> range:
-        return range(self.first_number, self.end_number)
-
-    @property
     def trained(self) -> int:
         """How many of the run's experts are, in files or not."""
-        return sum(number < self.written or self._is_trained(number) for number in self._numbers)
+        return sum(number < self.written or self._is_trained(number)
+                   for number in range(self.first_number, self.end_number))
 
     @property
     def epochs_done(self) -> int:
         """Of all the run's experts."""
-        epochs = self.config.train_epochs
-        return sum(epochs if number < self.written else self.saved(number).done
-                   for number in self._numbers)
+        return sum(self.config.train_epochs if number < self.written else self.saved(number).done
+                   for number in range(self.first_number, self.end_number))
 
     def saved(self, number: int) -> SavedEpochs:
         return SavedEpochs(self.unfinished / f"expert_{number}")
@@ -332,14 +329,16 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
 
 def _say_where(config: BufferConfig, folder: Path) -> None:
     """Where the experts are, and what to type next."""
-    names = ", ".join(path.name for path in trajectories.expert_files(folder))
     print(wrapped(f"{config.num_experts} experts of {config.train_epochs} epochs are trained; {shown(folder)} holds "
-                  f"{trajectories.count_experts(folder)} in {names}"))
+                  f"{trajectories.count_experts(folder)} in "
+                  f"{', '.join(path.name for path in trajectories.expert_files(folder))}"))
     say_next(config, "next, to look at them:", command("scripts/inspect_buffer.py", {}, argument=folder))
-    given = {name: getattr(config, name) for name in ("dataset", "res", "model", "zca", "val_fraction")}
-    given |= {"subset": config.subset} if config.dataset == "ImageNet" else {}
-    given = {name: value for name, value in given.items() if value or name == "zca"}
-    options = {"cfg": files.REPOSITORY / CONFIG, **given,
+    names = ["dataset", "model", "zca", *(["subset"] if config.dataset == "ImageNet" else []),
+             *(name for name in ("res", "val_fraction") if getattr(config, name))]
+    options = {"cfg": files.REPOSITORY / CONFIG, **{name: getattr(config, name) for name in names},
+               # Segments of one epoch fit trajectories of any length.
+               **({"expert_epochs": 1, "max_start_epoch": config.train_epochs}
+                  if config.train_epochs < CONFIG_EPOCHS else {}),
                "data_path": Path(config.data_path), "buffer_path": Path(config.buffer_path),
                **device_given(config.device)}
     say_next(config, "and to distil them, with this or another file of configs/, and with its options as suits:",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
+from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
 from distill.distillation import matched_part
 from distill.evaluate.networks import check_evaluation, check_pool
 from distill.initialize import check_ipc
@@ -73,16 +73,6 @@ def check_networks(config: DistillConfig, dataset: Dataset) -> None:
         raise UserError(f"{ranks.ranks_here()} ranks on this machine of {torch.cuda.device_count()} GPU(s); a "
                         "distillation takes one for each rank: give torchrun --nproc_per_node="
                         f"{torch.cuda.device_count()}")
-
-
-def check_experts(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> None:
-    """Refuses experts of other images, and a difficulty window that does not fit them.
-
-    Raises:
-        UserError
-    """
-    check_same_images(buffer.folder, dataset)
-    check_window(config, buffer)
 
 
 def check_window(config: DistillConfig, buffer: Buffer) -> None:

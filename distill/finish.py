@@ -72,7 +72,7 @@ def say_finished(folder: RunFolder) -> None:
     summary = RunResult.read(folder.result).summary
     if ranks.first():
         folder.forget_state()  # if the run was killed between its result and this
-    print(wrapped(f"{shown(folder.path)} is finished ({summary}); give another --run_name or --seed to run it again"))
+    print(wrapped(f"{shown(folder.path)} is finished ({summary}); give another --run_name to run it again"))
 
 
 def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best: str) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from buffer.trajectories import Buffer, buffer_folder
+from buffer.trajectories import Buffer, buffer_folder, check_same_images
 from distill import checks, estimate, plan
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
@@ -44,7 +44,8 @@ def distill(config: DistillConfig) -> None:
 
     # Open the experts; refuse those of other data, and a difficulty window that does not fit them.
     buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
-    checks.check_experts(config, dataset, buffer)
+    check_same_images(buffer.folder, dataset)
+    checks.check_window(config, buffer)
 
     # Take the run's folder.
     path = plan.run_folder(config)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, RootModel, computed_field
+from pydantic import BeforeValidator, Field, RootModel, ValidationError, computed_field
 from pydantic.dataclasses import dataclass
 
 from utils.files import append_json, reading, write_json
@@ -24,7 +24,6 @@ METRICS, RESULT = "metrics.jsonl", "result.json"
 VERSIONS = NORMAL, EMA = "Normal", "EMA"  # the folders of the sets, as published, and of those with averaged images
 _AGAIN = "put it back, or run again under another --run_name"
 
-TestedOn = Literal["test", "validation"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class RunResult:
     summary: str
     best: Best
     best_ema: Best | None = None
-    chosen_on: TestedOn | None = None
+    chosen_on: Literal["test", "validation"] | None = None
     skipped: int | None = None  # updates
     held: int | None = None  # times that α was held back
     seconds: float | None = None
@@ -165,7 +164,7 @@ class EvaluationResult:
     images: int
     scores: Scores
     lr: float | None = None
-    tested_on: TestedOn = "test"
+    tested_on: Literal["test", "validation"] = "test"
     seconds: float | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
@@ -202,4 +201,8 @@ def as_json(record: Any) -> Any:
 
 
 def _validated(kind: type, value: Any) -> Any:
-    return RootModel[kind].model_validate(value).root
+    try:
+        return RootModel[kind].model_validate(value).root
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{' '.join(map(str, problem['loc'])) or 'all of it'}: {problem['msg']}") from None

@@ -251,8 +251,7 @@ def test_the_printed_commands_lead_from_experts_to_pictures(call, toy, environme
     inspect, distil = typed(said.stdout)
     assert "1 in 1 file" in type_in(inspect, environment, cwd)
     assert "--res=8" in distil
-    small = ("--Iteration=2 --syn_steps=2 --eval_it=2 --epoch_eval_train=1 --num_eval=1 --expert_epochs=1 "
-             "--max_start_epoch=2 --Sequential_Generation=False")
+    small = "--Iteration=2 --syn_steps=2 --eval_it=2 --epoch_eval_train=1 --num_eval=1"
     evaluate, export = typed(type_in(f"{distil} {small} --threshold=inf --log_path='{tmp_path / 'my logs'}'",
                                      environment, cwd))
     assert "ConvNetD1W4: " in type_in(evaluate, environment, cwd) and "--epoch_eval_train=1" in evaluate

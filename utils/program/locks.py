@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import socket
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 from utils.errors import UserError
+
+TRIES = 100  # to make a folder that others take away; where there never is one, such as below /proc, it ends
 
 
 class LockedError(UserError):
@@ -31,13 +34,13 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
     """
     path = folder / ".lock"
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    while True:
+    for tried in itertools.count():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
-        except FileNotFoundError:  # whoever held the lock took the folder away in between
-            continue
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and tried < TRIES:
+                continue  # whoever held the lock took the folder away in between
             raise UserError(f"cannot write {folder}: {error.strerror or error}; give a folder that can be written"
                             ) from error
         with file:
