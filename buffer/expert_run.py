@@ -31,7 +31,6 @@ from utils.program.run_folder import kept_to_this_run
 
 AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
 MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
-CONFIG_EPOCHS = 5  # up to which the window of this one reaches
 CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # distils any experts; others in configs/ suit their own data better
 
 
@@ -336,9 +335,8 @@ def _say_where(config: BufferConfig, folder: Path) -> None:
     names = ["dataset", "model", "zca", *(["subset"] if config.dataset == "ImageNet" else []),
              *(name for name in ("res", "val_fraction") if getattr(config, name))]
     options = {"cfg": files.REPOSITORY / CONFIG, **{name: getattr(config, name) for name in names},
-               # Segments of one epoch fit trajectories of any length.
-               **({"expert_epochs": 1, "max_start_epoch": config.train_epochs}
-                  if config.train_epochs < CONFIG_EPOCHS else {}),
+               # Its window reaches to epoch 5; segments of one epoch fit trajectories of any length.
+               **({"expert_epochs": 1, "max_start_epoch": config.train_epochs} if config.train_epochs < 5 else {}),
                "data_path": Path(config.data_path), "buffer_path": Path(config.buffer_path),
                **device_given(config.device)}
     say_next(config, "and to distil them, with this or another file of configs/, and with its options as suits:",

@@ -13,8 +13,6 @@ from typing import TextIO
 
 from utils.errors import UserError
 
-TRIES = 100  # to make a folder that others take away; where there never is one, such as below /proc, it ends
-
 
 class LockedError(UserError):
     """Another process writes to the folder."""
@@ -39,8 +37,9 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and tried < TRIES:
-                continue  # whoever held the lock took the folder away in between
+            # Whoever held the lock took the folder away in between; but below /proc, say, none can ever be made.
+            if isinstance(error, FileNotFoundError) and tried < 100:
+                continue
             raise UserError(f"cannot write {folder}: {error.strerror or error}; give a folder that can be written"
                             ) from error
         with file:
