@@ -36,6 +36,7 @@ from utils.errors import UserError
 from utils.networks import evaluation_pool
 from utils.program import ranks
 from utils.program.console import say
+from utils.program.prepare import take_device
 from utils.program.progress import Progress
 from utils.program.seeds import generator
 
@@ -104,12 +105,13 @@ def evaluate_robust(config: EvaluationConfig) -> None:
         if getattr(config, name):
             raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
     check_evaluation(config)
+    device = take_device(config)
     opened = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
     real_config = BaselineConfig(
         **{field.name: getattr(config, field.name) for field in fields(TrainConfig)}, buffer_path=config.buffer_path,
         label_source="experts" if opened.labels.is_floating_point() else "hard")
     check_experts(real_config)
-    dataset, distilled = prepared(config, opened)
+    dataset, distilled = prepared(config, opened, device)
     ipc, rest = divmod(len(distilled), dataset.num_classes)
     if rest:
         raise UserError(f"--robust_score: {len(distilled)} images of {dataset.num_classes} classes cannot be compared "

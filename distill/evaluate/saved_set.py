@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from distill.distilled_set import DistilledSet, checked_set, class_indices, read_set
 from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
@@ -13,7 +15,7 @@ from utils.errors import UserError
 from utils.files import check_writable, read_config
 from utils.program import ranks
 from utils.program.console import note
-from utils.program.prepare import begin
+from utils.program.prepare import load_data, take_device
 
 
 def evaluate_files(config: EvaluationConfig) -> None:
@@ -23,7 +25,9 @@ def evaluate_files(config: EvaluationConfig) -> None:
         UserError: files or options that do not fit the dataset.
     """
     check_evaluation(config)
-    dataset, distilled = prepared(config, read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher))
+    device = take_device(config)
+    opened = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
+    dataset, distilled = prepared(config, opened, device)
     what, notes = "distilled images", []
     if config.hard_labels:
         distilled, known_by = with_classes(distilled, dataset)
@@ -31,7 +35,7 @@ def evaluate_files(config: EvaluationConfig) -> None:
     evaluate_and_say(config, dataset, [distilled], what, *notes)
 
 
-def prepared(config: EvaluationConfig, opened: DistilledSet) -> tuple[Dataset, DistilledSet]:
+def prepared(config: EvaluationConfig, opened: DistilledSet, device: torch.device) -> tuple[Dataset, DistilledSet]:
     """The dataset and, of the same kind, the set, both on the device; the set is saved whole where `save` says so.
 
     Args:
@@ -40,7 +44,7 @@ def prepared(config: EvaluationConfig, opened: DistilledSet) -> tuple[Dataset, D
     Raises:
         UserError: files or options that do not fit.
     """
-    device, dataset = begin(config)
+    dataset = load_data(config, device)
     _note_other_space(config, opened)
     distilled = checked_set(opened, dataset).to(device)
     check_pool(config, dataset)

@@ -25,7 +25,17 @@ def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
     """The beginning of every program: its ranks, its device, and the real data on it.
 
     Raises:
-        UserError: see `select_device`, `check_backend`, `set_precision` and `load_dataset`.
+        UserError: see `take_device` and `load_dataset`.
+    """
+    device = take_device(config)
+    return device, load_data(config, device)
+
+
+def take_device(config: DataConfig) -> torch.device:
+    """The device a config asks for, set to its precision and fit for its backend; of several ranks, this one's.
+
+    Raises:
+        UserError: see `select_device`, `check_backend` and `set_precision`.
     """
     start_as_ranks(config)
     device = select_device(config.device)
@@ -35,7 +45,12 @@ def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
     ranks.start(device)
     check_backend(config.backend, device)
     set_precision(config.precision, device)
-    return device, ranks.first_rank_first(lambda: load_dataset(
+    return device
+
+
+def load_data(config: DataConfig, device: torch.device) -> Dataset:
+    """The real data that a config names."""
+    return ranks.first_rank_first(lambda: load_dataset(
         config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
         val_fraction=config.val_fraction, device=device))
 
