@@ -78,7 +78,8 @@ def _share(count: int, total: int) -> str:
 
 def _summary(run: FinishedRun) -> Markup:
     missing = [draw.note("This folder does not hold:", run.missing)] if run.missing else []
-    nothing = [draw.note("Every update was skipped, so nothing was learned.")] if run.learned_nothing else []
+    learned_nothing = 0 < len(run.metrics.iterations) == len(run.metrics.skipped)
+    nothing = [draw.note("Every update was skipped, so nothing was learned.")] if learned_nothing else []
     return joined(draw.facts(facts(run)), *missing, *nothing)
 
 

@@ -26,10 +26,6 @@ class FinishedRun:
     def name(self) -> str:
         return self.path.name
 
-    @property
-    def learned_nothing(self) -> bool:
-        return 0 < len(self.metrics.iterations) == len(self.metrics.skipped)
-
 
 def read_run(path: Path) -> FinishedRun:
     """A finished run's folder. What an older one does not hold is named in `missing`.

@@ -107,9 +107,8 @@ def _pictures(images: Tensor, lr: float, dataset: Dataset, show: bool) -> dict[s
     import wandb
 
     values: dict[str, Any] = {"Pixels": wandb.Histogram(_finite(images)), "Synthetic_LR": lr}
-    views = {"Synthetic": images}
-    if dataset.whitening is not None:
-        views["Reconstructed"] = dataset.to_pixels(images)
+    reconstructed = {} if dataset.whitening is None else {"Reconstructed": dataset.to_pixels(images)}
+    views = {"Synthetic": images, **reconstructed}
     if show:
         for kind, pixels in views.items():
             values[f"{kind}_Images"] = wandb.Image(_grid(pixels))

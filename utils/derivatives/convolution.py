@@ -50,13 +50,10 @@ class Direct:
     def lift_kernel(self, w: Tensor) -> Tensor:
         return w.contiguous(memory_format=torch.channels_last)
 
-    def lower_kernel(self, product: Tensor) -> Tensor:
-        return product
-
-    def _same(self, tensor: Tensor) -> Tensor:
+    def lower_kernel(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    lift_input = lower_input = lift_output = lower_output = _same
+    lift_input = lower_input = lift_output = lower_output = lower_kernel
 
     def forward(self, v: Tensor, u: Tensor) -> Tensor:
         a, w = _planes(v, self.dtype), _typed(u, self.dtype)

@@ -40,7 +40,8 @@ def take_device(config: DataConfig) -> torch.device:
     start_as_ranks(config)
     device = select_device(config.device)
     if device.type == "cuda" and ranks.size() > 1:
-        device = ranks.own_gpu(listed_gpus(config.device) or list(range(torch.cuda.device_count())))
+        gpus = listed_gpus(config.device) or list(range(torch.cuda.device_count()))  # ranks share them if they are more
+        device = torch.device("cuda", gpus[int(os.environ.get("LOCAL_RANK", ranks.rank())) % len(gpus)])
         torch.cuda.set_device(device)
     ranks.start(device)
     check_backend(config.backend, device)

@@ -61,11 +61,6 @@ def start(device: torch.device) -> None:
     interrupt.install()
 
 
-def own_gpu(gpus: Sequence[int]) -> torch.device:
-    """This rank's among the GPUs of its machine; ranks share them where there are more of them."""
-    return torch.device("cuda", gpus[int(os.environ.get("LOCAL_RANK", rank())) % len(gpus)])
-
-
 def lost_contact(error: RuntimeError) -> bool:
     """Whether a rank's error is that another one is gone."""
     said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
@@ -105,12 +100,9 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
 
 def first_rank_first(make: Callable[[], Result]) -> Result:
     """What each rank makes for itself, once the first one has: what that leaves in a cache or a folder serves all."""
-    if first():
-        made = make()
-        barrier()
-        return made
+    made = make() if first() else None
     barrier()
-    return make()
+    return made if first() else make()
 
 
 def barrier() -> None:
