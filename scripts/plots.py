@@ -72,25 +72,6 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, boo
     save_figure(figure, path)
 
 
-def save_races(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
-    """A PNG of accuracies on the way, a panel for each number of images.
-
-    Args:
-        panels: title → run → (minutes, accuracy, %).
-    """
-    figure, rows = pyplot().subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained",
-                                      squeeze=False)
-    for axes, (title, runs) in zip(rows[0], panels.items()):
-        for name, points in runs.items():
-            if points:
-                axes.plot(*zip(*points), marker=".", label=name)
-        axes.set(title=title, xlabel="minutes")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    rows[0][0].set_ylabel("accuracy on held-out images, one network, %", fontsize=8)
-    save_figure(figure, path)
-
-
 def _mean_and_spread(axes, at: range, values: np.ndarray, colour: str, label: str) -> None:
     """Mean over the rows, a line, and one standard deviation on each side."""
     values = np.ma.masked_invalid(values)

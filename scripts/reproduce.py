@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 
 from buffer.trajectories import manifest_path
 from distill.distilled_set import WHOLE
 from distill.result_files import NORMAL, EvaluationResult, Metrics, RunResult, Score
 from scripts.common import script_parser
-from scripts.plots import save_by_images, save_races, save_windows
+from scripts.plots import save_by_images, save_windows
 from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
@@ -482,16 +483,13 @@ def _main_table(plan: Plan, results: Results) -> str:
 
 
 def write_plots(plan: Plan, results: Results) -> None:
-    """`accuracy.png` (methods by images per class), `windows.png`, `gradients.png` (exact and TESLA on the way)."""
+    """`accuracy.png` (methods by images per class) and `windows.png`."""
     curves = {says: [(ipc, 100 * cell.score.mean, 100 * cell.score.std) for ipc, rows in plan.main.items()
                      if (cell := results.cell(rows[name]))] for name, says in METHODS.items()}
     whole = results.cell(plan.tables["the whole training set"][0])
     levels = {"the whole training set": 100 * whole.score.mean} if whole else {}
     save_by_images(results.folder / "accuracy.png", curves, levels)
     save_windows(results.folder / "windows.png", {_images(ipc): windows(plan, results, ipc) for ipc in plan.windows})
-    save_races(results.folder / "gradients.png", {_images(ipc): {
-        says: race(results, plan.main[ipc][name]) for name, says in (("exact", "exact"), ("tesla", "TESLA"))}
-        for ipc in plan.main})
 
 
 def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, float, bool]]:
@@ -504,16 +502,6 @@ def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, fl
             found.append((f"{first} – {end - 1}", 100 * cell.score.mean, 100 * cell.score.std,
                           not updates or 2 * updates[0] < updates[1]))
     return found
-
-
-def race(results: Results, row: Row) -> list[tuple[float, float]]:
-    """Minutes into a run and the accuracy on held-out images, %, at its evaluations; an iteration takes the run's
-    mean."""
-    metrics, run = results.metrics(row), results.run(row.made_by[0])
-    if not run or not run.seconds or not metrics.iterations:
-        return []
-    minutes = run.seconds / 60 / len(metrics.iterations)
-    return [(evaluation.iteration * minutes, 100 * evaluation.scores[0].mean) for evaluation in metrics.of_set(NORMAL)]
 
 
 def main() -> None:
@@ -551,21 +539,14 @@ def main() -> None:
     with locked(form.root, "end it, or what is left of it if it was killed") as lock:
         ledger = Ledger(form.root / "commands.json")
         if not options.tables:
-            if not options.small:
-                _warn_without_gpu()
+            if not options.small and not torch.cuda.is_available():
+                print("note: without a GPU this form takes weeks; --small is made for a CPU", file=sys.stderr)
             environment = os.environ | ({"OMP_NUM_THREADS": str(form.threads)} if form.threads else {})
             environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
             run_steps(steps, jobs, form.root / "output", ledger, environment, lock)
         results = Results(plan, form.root / "results", ledger)
         gather(plan, results)
         report(plan, rows, results)
-
-
-def _warn_without_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        print("note: without a GPU this form takes weeks; --small is made for a CPU", file=sys.stderr)
 
 
 def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
@@ -580,7 +561,7 @@ def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
             print(f"{row.name:{width}}  {network}: {said}")
     for name in results.others:
         print(f"note: {name} is left out: it was made by another command", file=sys.stderr)
-    print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, gradients.png, a JSON file for each row")
+    print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, a JSON file for each row")
 
 
 if __name__ == "__main__":

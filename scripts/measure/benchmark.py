@@ -28,7 +28,6 @@ import contextlib
 import gc
 import json
 import math
-import resource
 import shlex
 import statistics
 import subprocess
@@ -351,12 +350,8 @@ def median_time(call: Call, device: torch.device) -> float:
 def worker(shape: Shape, device: torch.device, method: str, max_seconds: float) -> dict[str, Any]:
     """What `--worker` prints: the peak memory of one method, or why there is none."""
     ((_, _, call),) = matching_calls(shape, device, [method])
-    with contextlib.suppress(OSError, ValueError):  # only where there is /proc
-        # Fails where memory ends, instead of taking it from other programs; if it comes to that, it is killed first.
-        Path("/proc/self/oom_score_adj").write_text("1000")
-        if device.type == "cpu":
-            most = proc_bytes("self/status", "VmData") + int(0.95 * proc_bytes("meminfo", "MemAvailable"))
-            resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    with contextlib.suppress(OSError):  # only where there is /proc
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends it is killed before other programs
     took = attempt(call, device, max_seconds)
     if isinstance(took, str):
         return {"status": took}
@@ -366,11 +361,6 @@ def worker(shape: Shape, device: torch.device, method: str, max_seconds: float) 
     synchronise(device)
     found = {"status": "measured", "peak_host_bytes": max(0, peak(CPU) - before)}
     return found | ({"peak_device_bytes": peak(device)} if device.type == "cuda" else {})
-
-
-def proc_bytes(file: str, field: str) -> int:
-    line = next(line for line in Path("/proc", file).read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) << 10
 
 
 def memory_of(shape: Shape, device: torch.device, method: str, clock: Clock, max_seconds: float) -> dict[str, Any]:
@@ -398,7 +388,7 @@ def show(part: str, methods: list[dict[str, Any]], title: str) -> None:
     baseline, unit = PARTS[part][0], CALLS[part][3]
     columns: list[tuple[str, str, Callable[[Any], str]]] = [
         ("median", f"s per {unit}", short), ("min", "min", short), ("max", "max", short),
-        ("seconds", "rounds", how_many), ("ratio", f"time / {baseline}", short),
+        ("seconds", "rounds", lambda values: str(len(values))), ("ratio", f"time / {baseline}", short),
         ("peak_host_bytes", "host peak, MB", megabytes), ("peak_device_bytes", "GPU peak, MB", megabytes),
         ("fraction_of_rate", "of rate", short)]
     # Where nothing was measured the first column still says why.
@@ -410,10 +400,6 @@ def show(part: str, methods: list[dict[str, Any]], title: str) -> None:
             cells[0] = row["status"]
         rows.append((row["method"], row["engine"], *cells))
     print(f"\n{title}\n\n{table(rows)}", flush=True)
-
-
-def how_many(values: Sequence[float]) -> str:
-    return str(len(values))
 
 
 def short(value: float) -> str:

@@ -2,15 +2,10 @@
 
     torchrun --standalone --nproc_per_node=2 scripts/measure/communication.py [--model ConvNetW32 --batch 50
         --json FILE]
-    python scripts/measure/communication.py --project
 
-The first measures, over gloo on CPUs: each inner step sums one vector of P + 2 numbers going forward (the gradient, the
-loss, the number of samples) and one going back (the co-state's). Ranks that only sum, and ranks that only compute their
-share, take turns, `--rounds` times; medians.
-
-The second projects the published configs, on paper, for GPUs: the step's arithmetic by `scripts/measure/projection.py`
-for one A100, divided by the number of ranks; for each vector a ring's time, 2 (n − 1)/n · bytes / bandwidth and
-2 (n − 1) messages. More ranks stop paying where the next doubling takes longer than what there is.
+Over gloo on CPUs: each inner step sums one vector of P + 2 numbers going forward (the gradient, the loss, the number of
+samples) and one going back (the co-state's). Ranks that only sum, and ranks that only compute their share, take turns,
+`--rounds` times; medians.
 """
 
 import sys
@@ -28,17 +23,10 @@ tune_process()  # before torch is imported
 import torch
 
 from scripts.common import save_report, script_parser
-from scripts.measure.projection import BENCHMARKS, GPUS, fit, published
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.console import table
 from utils.program.entry import entry
-
-GPU = list(GPUS)[-1]
-LINKS = {  # name → bytes a second between neighbours of the ring, seconds for a message, ranks
-    "8 GPUs, NVLink": (300e9, 5e-6, 8), "4 nodes of one GPU, 100 Gb/s": (12.5e9, 20e-6, 4)}
-MOST_RANKS = 64
 
 
 def measure(model_name: str, batch: int, rounds: int) -> dict[str, float]:
@@ -76,41 +64,12 @@ def _timed(work: Callable[[], None]) -> float:
     return perf_counter() - began
 
 
-def ring(size: int, bandwidth: float, latency: float, ranks: int) -> float:
-    """Seconds to sum a vector of so many bytes over a ring of ranks (Patarasuk & Yuan, 2009)."""
-    return 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * latency
-
-
-def project() -> None:
-    rho, crossings = fit(BENCHMARKS)
-    print(f"a step on {GPU}, divided among ranks, and the sums of its two vectors; on paper\n")
-    rows = [("config", "bytes a step", *(head for name in LINKS for head in (f"{name}: share", "stops paying beyond")))]
-    for setting in published():
-        alone = setting.seconds(GPU, rho, crossings) / setting.config.syn_steps
-        row = [setting.name, f"{2 * setting.costs.theta / 1e6:.1f} MB"]
-        for bandwidth, latency, shown_at in LINKS.values():
-            sums = {count: 2 * ring(setting.costs.theta, bandwidth, latency, count)
-                    for count in range(1, MOST_RANKS + 1)}
-            step = {count: alone / count + sums[count] for count in sums}
-            most = 1
-            while most < MOST_RANKS and step[2 * most] < step[most]:
-                most *= 2
-            share = sums[shown_at] / step[shown_at]
-            row += [f"{100 * share:.0f} %, {alone / step[shown_at]:.1f} times as fast",
-                    f"{MOST_RANKS} or more" if most == MOST_RANKS else f"{most}"]
-        rows.append(row)
-    print(table(rows))
-
-
 def main() -> None:
     parser = script_parser(__doc__, json="what was measured")
-    parser.add_argument("--project", action="store_true", help="project instead of measuring")
     parser.add_argument("--model", default="ConvNetW32")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
-    if arguments.project:
-        return project()
     ranks.start(torch.device("cpu"))
     found = measure(arguments.model, arguments.batch, arguments.rounds)
     print(f"{found['ranks']} ranks, {arguments.model} ({found['parameters']} parameters), batch {arguments.batch}: "

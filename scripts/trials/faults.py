@@ -130,10 +130,12 @@ class Scene:
         assert not list(self.folder.rglob(MARKER)), "code in a file was run"
         self.row |= {"program": Path(command[0]).name, "exit_code": 2, "printed": shortened(errors[0], self.folder)}
 
-    def unnoticed(self, why: str, *command: str) -> None:
-        """Runs a program that does not mind; fills the row."""
+    def answered(self, unnoticed: str, *command: str) -> None:
+        """Runs a program that does not mind, for the reason that is given, or that must be refused; fills the row."""
+        if not unnoticed:
+            return self.refused(*command)
         self.run(*command)
-        self.row |= {"program": Path(command[0]).name, "exit_code": 0, "printed": f"nothing: {why}"}
+        self.row |= {"program": Path(command[0]).name, "exit_code": 0, "printed": f"nothing: {unnoticed}"}
 
     def wait_for(self, pattern: str, process: subprocess.Popen) -> Path:
         """The first file of that pattern on the disk, as soon as it is there."""
@@ -248,10 +250,14 @@ def in_read_only_folder(scene: Scene, script: str) -> None:
         scene.refused(*scene.usual(script))
 
 
-def damaged_experts(scene: Scene, damage: Callable[[Path], None], script: str = DATM,
-                    manifests: bool = True) -> None:
+def damaged_experts(scene: Scene, damage: Callable[[Path], None], script: str = DATM, manifests: bool = True,
+                    unnoticed: str = "") -> None:
+    """
+    Args:
+        unnoticed: why the program does not mind; else it is refused.
+    """
     damage(scene.copy_experts(manifests))
-    scene.refused(*scene.usual(script))
+    scene.answered(unnoticed, *scene.usual(script))
 
 
 def damaged_set(scene: Scene, **tensors: Any) -> None:
@@ -301,10 +307,8 @@ def interrupted(scene: Scene, damage: Callable[[Path], None], script: str, patte
         left = scene.wait_for(pattern, process)
         process.kill()
     damage(left)
-    if unnoticed:
-        scene.unnoticed(unnoticed, *command)
-    else:
-        scene.refused(*command)
+    scene.answered(unnoticed, *command)
+    if not unnoticed:
         scene.run(*command, "--resume=never")
 
 
@@ -321,15 +325,6 @@ def experts_of_another_rho(scene: Scene) -> None:
 def experts_of_another_rho_are_added(scene: Scene) -> None:
     scene.copy_experts()
     scene.refused(*scene.usual(BUFFER), *RHO)
-
-
-def unnoticed_flip(scene: Scene) -> None:
-    flip_fraction(scene.copy_experts(manifests=False))
-    scene.unnoticed("without a checksum it cannot be noticed", *scene.usual(DATM))
-
-
-def not_injected(scene: Scene) -> None:
-    raise SkippedError("not injected")
 
 
 # --- what is done to a file ----------------------------------------------------------------------------------
@@ -392,7 +387,8 @@ fault("published expert file (no manifest) cut", damaged_experts, cut, manifests
 fault("a bit flipped in an expert file, the value stays finite", damaged_experts, flip_fraction)
 fault("a bit flipped in a published expert file, the value becomes infinite", damaged_experts, flip_exponent,
       manifests=False)
-fault("a bit flipped in a published expert file, the value stays finite", unnoticed_flip)
+fault("a bit flipped in a published expert file, the value stays finite", damaged_experts, flip_fraction,
+      manifests=False, unnoticed="without a checksum it cannot be noticed")
 fault("NaN in a published expert file", damaged_experts, put_nan, manifests=False)
 fault("expert file with code in it", damaged_experts, put_code, manifests=False)
 fault("experts of another rho are added to a folder", experts_of_another_rho_are_added)
@@ -413,7 +409,6 @@ fault("distilled set with code in it", set_with_code)
 fault("distilled images with NaN", set_with_nan)
 fault("distilled set of another number of classes", damaged_set, labels=torch.randn(10, 100))
 fault("distilled set of another image size", damaged_set, images=torch.randn(10, 1, 32, 32))
-fault("a GPU runs out of memory", not_injected)
 
 
 # --- the program ---------------------------------------------------------------------------------------------
