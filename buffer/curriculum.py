@@ -4,6 +4,7 @@ How hard an image is, is measured by GraNd (Paul et al., NeurIPS 2021): the norm
 alone, early in training, averaged over networks.
 """
 
+import contextlib
 import hashlib
 import math
 
@@ -17,6 +18,7 @@ from utils.errors import UserError
 from utils.files import cache_folder, load, save
 from utils.loss_and_accuracy import cross_entropy
 from utils.networks import has_batch_norm
+from utils.program.console import note
 from utils.program.prepare import network_for
 from utils.program.progress import Progress
 from utils.program.seeds import generator, seeded
@@ -69,14 +71,19 @@ def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -
     key = (dataset.fingerprint, config.zca, config.model, config.lr_teacher, config.batch_train, config.seed, NETWORKS,
            EPOCHS)
     path = cache_folder() / f"grand_{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.pt"
-    if path.is_file():
-        return load(path, "GraNd cache file")
+    with contextlib.suppress(UserError):  # a damaged one, or none, is made again
+        kept = load(path, "GraNd cache file")
+        if isinstance(kept, Tensor) and kept.shape == dataset.train_labels.shape and kept.isfinite().all():
+            return kept
     scores = torch.zeros(len(dataset.train_labels))
     with Progress(NETWORKS, "GraNd", quiet=config.quiet) as bar:
         for number in range(NETWORKS):
             scores += _grand_of_one(config, dataset, number, device) / NETWORKS
             bar.update()
-    save(scores, path)
+    try:
+        save(scores, path)
+    except UserError as error:
+        note(f"note: GraNd is not kept for the next run: {error} (DATM_CACHE names another folder)")
     return scores
 
 

@@ -14,7 +14,7 @@ from buffer import trajectories
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.experts import DivergedError, Epoch, SavedEpochs, train_expert, work_of
 from utils import files
-from utils.config import BufferConfig, differences, influential
+from utils.config import BufferConfig, differences, identity, influential
 from utils.data.datasets import Dataset, check_dataset_name
 from utils.derivatives.engine import describe_engine
 from utils.errors import UserError
@@ -107,7 +107,7 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
         if ranks.first():
             view.reach(run.epochs_done)  # of all ranks
             run.write_complete(partly=diverged is not None)
-            run.clear()
+            run.clear(partly=diverged is not None)
         if diverged:  # it would again, so there was nothing to go on from
             raise DivergedError(diverged)
 
@@ -146,9 +146,7 @@ class ExpertRun:
         if self.resumes:
             before = files.read_config(self.unfinished / "run.yaml")
             self.first_number = before.pop("first_expert", self.written)
-            now = {name: value for name, value in self.options.items()
-                   if name not in ("num_experts", "save_interval", "buffer_path", "data_path")}
-            different = differences(before, now)
+            different = differences(before, identity(config) | {"fingerprint": dataset.fingerprint})
             if different:
                 raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
                                 "with it, --resume never to discard it, or another --buffer_path")
@@ -197,8 +195,9 @@ class ExpertRun:
         return len(self.saved(number)) > self.config.train_epochs
 
     def is_missing(self, number: int) -> bool:
-        """Whether the expert is neither in a file nor trained, by whichever rank."""
-        return number >= trajectories.count_experts(self.folder) and not self._is_trained(number)
+        """Whether the expert is neither trained nor in a file, by whichever rank."""
+        # In this order, for its epochs are removed only once they are in a file.
+        return not self._is_trained(number) and number >= trajectories.count_experts(self.folder)
 
     def write_complete(self, partly: bool = False) -> None:
         """Judges the experts that are trained, and writes the files that are complete with them.
@@ -214,7 +213,8 @@ class ExpertRun:
             self._judged += 1
         while self.written < self._judged:
             number = min(self.config.save_interval, (self._judged if partly else self.end_number) - self.written)
-            if self.written + number > self._judged:
+            if self.written + number > self._judged or not all(
+                    map(self._is_trained, range(self.written, self.written + number))):  # somebody removed epochs
                 return
             self._write(number)
 
@@ -246,11 +246,23 @@ class ExpertRun:
         for number in numbers:
             shutil.rmtree(self.saved(number).folder)
 
-    def clear(self) -> None:
-        """Removes what was kept for going on."""
+    def clear(self, partly: bool = False) -> None:
+        """Removes what was kept for going on.
+
+        Args:
+            partly: an expert diverged, so that those after it will never be there.
+
+        Raises:
+            UserError: an expert is in no file.
+        """
+        if self.written < self.end_number and not partly:
+            missing = [number for number in range(self.written, self.end_number) if not self._is_trained(number)]
+            raise UserError(f"epochs of {', '.join(f'expert {number}' for number in missing)} are gone from "
+                            f"{self.unfinished}, so that experts from {self.written} on are not written yet; the same "
+                            "command trains what is missing")
         # The run file first: without it nothing here counts.
-        (self.unfinished / "run.yaml").unlink()
-        shutil.rmtree(self.unfinished)
+        (self.unfinished / "run.yaml").unlink(missing_ok=True)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
 class ExpertView(Progress):

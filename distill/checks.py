@@ -1,14 +1,15 @@
 """What is refused before a distillation begins."""
 
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
 from distill.distillation import matched_part
+from distill.distilled_set import WHOLE
 from distill.evaluate.networks import check_evaluation, check_pool
-from distill.initialize import check_ipc
 from distill.plan import batch_size
+from distill.result_files import NORMAL
 from distill.schedule import start_epoch_bound
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
@@ -20,6 +21,7 @@ from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.console import shown
 from utils.program.prepare import network_for
+from utils.program.run_folder import RunFolder
 
 
 def check_options(config: DistillConfig) -> None:
@@ -116,26 +118,28 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
                         f"{free / 1e9:.1f} GB are free on {device}; {advice}")
 
 
-def check_images(config: DistillConfig, dataset: Dataset) -> None:
-    """Refuses more real images to start from than a class has.
-
-    Raises:
-        UserError
-    """
-    if config.pix_init != "noise":
-        check_ipc(dataset, config.ipc)
-
-
-def check_same_run(before: dict[str, str], now: dict[str, str], folder: Path, experts: Path) -> None:
-    """Refuses to go on with a run that was begun with other images or experts.
+def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],
+                   folder: RunFolder) -> None:
+    """Refuses to go on with a run that was begun with other data, that is beyond what is asked of it, or whose state
+    is gone.
 
     Args:
-        before, now: checksums by name.
+        saved: what was saved of the run, if anything.
+        data: checksums of all that it reads, by name.
 
     Raises:
         UserError
     """
-    different = sorted(name for name in {**before, **now} if before.get(name) != now.get(name))
+    if folder.finished and saved is None:
+        raise UserError(f"{shown(folder.path)} is finished, and cannot go on to --Iteration {config.Iteration} without "
+                        "its checkpoint.pt; give another --run_name and --pix_init "
+                        f"{shown(folder.path / NORMAL / WHOLE)}")
+    if saved is None:
+        return
+    different = sorted(name for name in {**saved["data"], **data} if saved["data"].get(name) != data.get(name))
     if different:
-        raise UserError(f"{shown(folder)} was begun with other data: {', '.join(different)} differ (experts in "
-                        f"{experts}); put back what it had, or give --resume never to start over")
+        raise UserError(f"{shown(folder.path)} was begun with other data: {', '.join(different)} differ; put back what "
+                        f"it had, or give another --run_name{'' if folder.finished else ' or --resume never'}")
+    if saved["iteration"] > config.Iteration:
+        raise UserError(f"--Iteration {config.Iteration}: {shown(folder.path)} is at iteration {saved['iteration']} "
+                        "already; give at least that")

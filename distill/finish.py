@@ -7,14 +7,13 @@ from buffer.trajectories import made_by
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import WHOLE
 from distill.report.commands import evaluation
-from distill.report.matplotlib_figures import save_curves, save_images
-from distill.report.page import PAGE, page
+from distill.report.page import PAGE
 from distill.report.page_pictures import PICTURES, save_pictures
 from distill.report.read_run import read_run
-from distill.result_files import EMA, NORMAL, Best, FixedLoss, Metrics, RunResult
+from distill.report.show import missing, noting_failure, show
+from distill.result_files import EMA, NORMAL, Best, FixedLoss, RunResult
 from distill.run_state import RunState
 from utils.config import DistillConfig, influential
-from utils.files import write_text
 from utils.loss_and_accuracy import percent
 from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
@@ -23,7 +22,7 @@ from utils.program.run_folder import RunFolder
 
 
 def finish(run: RunState) -> None:
-    """Writes what a finished run leaves, and says where."""
+    """Writes what a finished run leaves, and says where: first the result, then what shows it, which may fail."""
     config, dataset, start, folder = run.config, run.dataset, run.start, run.folder
 
     # The matching loss before and after, to which all ranks contribute; the first one does the rest.
@@ -38,13 +37,12 @@ def finish(run: RunState) -> None:
     version = max(run.best, key=lambda name: run.best[name].scores[0].mean)
     images, labels = run.best[version].set.images, run.best[version].set.labels
 
-    # The pictures.
-    save_images(folder.path / "images.png", dataset.to_pixels(start.images), dataset.to_pixels(images), dataset.classes)
-    save_curves(folder.path / "curves.png", Metrics.read(folder.log), config.threshold)
-    save_pictures(folder.path / PICTURES, dataset, (start.images, start.labels), (images, labels), version,
-                  config.pix_init == "noise", made_by(run.distillation.buffer.folder))
+    # What the pictures need, while there is the dataset; the run is whole without it.
+    with noting_failure(folder.path, PICTURES):
+        save_pictures(folder.path / PICTURES, dataset, (start.images, start.labels), (images, labels), version,
+                      config.pix_init == "noise", made_by(run.distillation.buffer.folder))
 
-    # The result, with which the run counts as finished, and its page.
+    # The result, with which the run counts as finished; then its pictures and its page.
     chosen_on = "validation" if config.val_fraction else "test"
     results = {name: Best(best.iteration, float(best.set.lr), best.scores) for name, best in run.best.items()}
     summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {chosen_on} images "
@@ -53,9 +51,8 @@ def finish(run: RunState) -> None:
     skipped, held = run.distillation.skipped, run.distillation.held
     RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
               FixedLoss(before, after, FIXED_SEGMENTS), environment(images.device)).write(folder.result)
-    folder.forget_state()
-    write_text(folder.path / PAGE, page(read_run(folder.path)))
     run.tracker.finish()
+    show(read_run(folder.path))
 
     # What was reached, and where it lies.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
@@ -68,11 +65,12 @@ def finish(run: RunState) -> None:
 
 
 def say_finished(folder: RunFolder) -> None:
-    """Of a run that is not run again."""
+    """Of a run that is not run again; what is missing of its pictures and its page is made up."""
     summary = RunResult.read(folder.result).summary
     if ranks.first():
-        folder.forget_state()  # if the run was killed between its result and this
-    print(wrapped(f"{shown(folder.path)} is finished ({summary}); give another --run_name to run it again"))
+        show(read_run(folder.path), missing(folder.path))
+    print(wrapped(f"{shown(folder.path)} is finished ({summary}); give a larger --Iteration to go on with it, or "
+                  "another --run_name to run it again"))
 
 
 def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best: str) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from buffer.trajectories import Buffer, check_same_data
-from distill.distilled_set import DistilledSet
-from utils.config import DistillConfig
+from distill.distilled_set import DistilledSet, checked_set, class_indices
+from utils.config import STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.errors import UserError
+from utils.files import check_is_file, sha256
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program.prepare import network_for
@@ -22,27 +23,54 @@ from utils.program.seeds import generator
 WALK = 256  # images of a class that are judged at a time
 
 
-def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:
-    """The set that a distillation starts from, on the CPU, and notes on what had to be mended.
-
-    Images of class c occupy rows c·ipc … (c+1)·ipc − 1.
+def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buffer:
+    """The experts that label the first images: those that are matched, all of their folder, or another network's.
 
     Raises:
-        UserError: ipc larger than a class; experts without the snapshot `Label_Model_Timestamp`.
+        UserError: the other network's are missing, or not of this data.
     """
-    device = dataset.train_images.device
-    random = generator(config.seed, "initialize")
     if config.Initialize_Label_With_Another_Model:
-        network = network_for(config.Initialize_Label_Model, dataset).to(device)
+        network = network_for(config.Initialize_Label_Model, dataset).to(dataset.train_images.device)
         if not config.Initialize_Label_Model_Dir:
             raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
                             "that network's replay_buffer_*.pt")
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
         check_same_data(buffer.folder, config)
-        buffer.verify()
     elif config.max_files or config.max_experts:
         buffer = Buffer(buffer.folder, buffer.model)  # all experts label, whichever are matched
-        buffer.verify()
+    return buffer
+
+
+def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer) -> dict[str, str]:
+    """Of all that a distillation reads, by name: what tells it from one of the same options, wherever files lie.
+
+    Raises:
+        UserError: an expert file is damaged, or the set to start from is missing.
+    """
+    found = {"images": dataset.fingerprint, **buffer.verify()}
+    if labellers is not buffer:
+        found |= {f"labels by {name}": checksum for name, checksum in labellers.verify().items()}
+    if config.pix_init not in STARTS:
+        check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
+        found["the set to start from"] = sha256(config.pix_init)
+    return found
+
+
+def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:
+    """The set that a distillation starts from, on the CPU, and notes on what had to be mended.
+
+    Images of class c occupy rows c·ipc … (c+1)·ipc − 1.
+
+    Args:
+        buffer: the experts that label the images.
+
+    Raises:
+        UserError: experts without the snapshot `Label_Model_Timestamp`; a saved set that does not fit.
+    """
+    if config.pix_init not in STARTS:
+        return saved_start(config, dataset), []
+    device = dataset.train_images.device
+    random = generator(config.seed, "initialize")
     model, timestamp = buffer.model, config.Label_Model_Timestamp
     if not -1 <= timestamp <= buffer.epochs:
         raise UserError(f"--Label_Model_Timestamp {timestamp}: the experts in {buffer.folder} have snapshots 0 … "
@@ -51,7 +79,7 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     def experts() -> Iterator[Tensor]:
         return (buffer.snapshot(number, timestamp).to(device) for number in range(len(buffer)))
 
-    notes = []
+    notes = [] if config.pix_init == "noise" else drawn_again(dataset, config.ipc)
     classes = torch.arange(dataset.num_classes, device=device).repeat_interleave(config.ipc)
     if config.pix_init == "noise":
         shape = (len(classes), dataset.channels, *dataset.image_size)
@@ -59,7 +87,8 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     elif config.pix_init == "real":
         images = dataset.train_images[random_real(dataset, config.ipc, random).to(device)]
     else:
-        chosen, notes = predicted_correctly(model, experts, dataset, config.ipc, random)
+        chosen, filled = predicted_correctly(model, experts, dataset, config.ipc, random)
+        notes += filled
         images = dataset.train_images[chosen.to(device)]
 
     if config.labels == "hard":
@@ -75,14 +104,28 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     return DistilledSet(images, labels, torch.tensor(config.lr_teacher)).to("cpu"), notes
 
 
-def random_real(dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
-    """Indices [K·ipc] of `ipc` random training images of each class, classes in order.
+def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
+    """The set of `--pix_init FILE`, on the CPU; with hard labels, its classes.
 
     Raises:
-        UserError: a class has fewer images.
+        UserError: it is not of this dataset, or of another number of images per class.
     """
-    check_ipc(dataset, ipc)
-    return torch.cat([_shuffled(dataset, label, random)[:ipc] for label in range(dataset.num_classes)])
+    distilled = checked_set(DistilledSet.load(config.pix_init), dataset)
+    classes, _ = class_indices(distilled, dataset.num_classes)
+    if len(distilled) != config.ipc * dataset.num_classes:
+        raise UserError(f"--pix_init {config.pix_init} holds {len(distilled)} images; --ipc {config.ipc} of "
+                        f"{dataset.num_classes} classes are {config.ipc * dataset.num_classes}: give the --ipc that it "
+                        "was made with")
+    if config.labels != "hard" and not distilled.labels.is_floating_point():
+        raise UserError(f"--pix_init {config.pix_init} holds classes and no soft labels; give --labels hard")
+    labels = classes if config.labels == "hard" else distilled.labels
+    return DistilledSet(distilled.images, labels, distilled.lr)
+
+
+def random_real(dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
+    """Indices [K·ipc] of `ipc` random training images of each class, classes in order; of a class that has fewer, all
+    of them, and then again."""
+    return torch.cat([_repeated(_shuffled(dataset, label, random), ipc) for label in range(dataset.num_classes)])
 
 
 def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]], dataset: Dataset, ipc: int,
@@ -98,11 +141,7 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
 
     Returns:
         The indices, and a line for every class that had to be filled.
-
-    Raises:
-        UserError: a class has fewer than `ipc` images.
     """
-    check_ipc(dataset, ipc)
     chosen, notes = [], []
     for label in range(dataset.num_classes):
         members: list[int] = []
@@ -118,15 +157,16 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
             if len(members) >= ipc:
                 break
             left = torch.cat(wrong)
-        if len(members) < ipc:
-            missing = ipc - len(members)
+        missing = min(ipc, len(dataset.class_indices(label))) - len(members)
+        if missing > 0:
             theta = next(iter(experts()))
             confidence = expert_logits(model, theta, dataset.train_images[left])[:, label].cpu()
-            notes.append(f"class {dataset.classes[label]}: only {len(members)} of {ipc} images that an expert predicts "
-                         f"correctly; the {missing} with the highest logit of the class fill the rest")
+            notes.append(f"class {dataset.classes[label]}: only {len(members)} of {len(members) + missing} images that "
+                         f"an expert predicts correctly; the {missing} with the highest logit of the class fill the "
+                         "rest")
             members += left[confidence.topk(missing).indices].tolist()
-        chosen += members[:ipc]
-    return torch.tensor(chosen), notes
+        chosen.append(_repeated(torch.tensor(members), ipc))
+    return torch.cat(chosen), notes
 
 
 def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, classes: Tensor) -> tuple[Tensor, int]:
@@ -176,14 +216,14 @@ def _shuffled(dataset: Dataset, label: int, random: torch.Generator) -> Tensor:
     return indices[torch.randperm(len(indices), generator=random)]
 
 
-def check_ipc(dataset: Dataset, ipc: int) -> None:
-    """Refuses more images than a class has.
+def _repeated(indices: Tensor, count: int) -> Tensor:
+    """So many of them, from the first again where they are fewer."""
+    return indices[torch.arange(count) % len(indices)]
 
-    Raises:
-        UserError
-    """
-    sizes = [len(dataset.class_indices(label)) for label in range(dataset.num_classes)]
-    smallest = min(range(dataset.num_classes), key=sizes.__getitem__)
-    if ipc > sizes[smallest]:
-        raise UserError(f"--ipc {ipc}: class {dataset.classes[smallest]!r} of {dataset.name} has only "
-                        f"{sizes[smallest]} training images; give at most that many")
+
+def drawn_again(dataset: Dataset, ipc: int) -> list[str]:
+    """A line for the classes that have fewer than `ipc` training images, if there are any."""
+    sizes = {name: len(dataset.class_indices(label)) for label, name in enumerate(dataset.classes)}
+    small = sorted((name for name in sizes if sizes[name] < ipc), key=sizes.__getitem__)
+    return [f"{len(small)} classes have fewer than {ipc} training images ({small[0]} has {sizes[small[0]]}); the rest "
+            "is drawn again"] if small else []

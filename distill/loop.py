@@ -7,7 +7,7 @@ from distill import checks, estimate, plan
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.finish import finish, say_finished
-from distill.initialize import initial_set
+from distill.initialize import checksums, initial_set, labellers_of
 from distill.result_files import METRICS, RESULT, VERSIONS
 from distill.run_state import DistillView, RunState
 from utils.config import DistillConfig
@@ -38,7 +38,6 @@ def distill(config: DistillConfig) -> None:
 
     # A dry run ends here, with an estimate.
     if config.dry_run:
-        checks.check_images(config, dataset)
         estimate.report(config, dataset, student)
         return
 
@@ -47,13 +46,17 @@ def distill(config: DistillConfig) -> None:
     check_same_images(buffer.folder, dataset)
     checks.check_window(config, buffer)
 
+    # Know the run by its options and by the checksums of all that it reads.
+    labellers = labellers_of(config, dataset, buffer)
+    data = ranks.from_first_rank(lambda: checksums(config, dataset, buffer, labellers))
+
     # Take the run's folder.
-    path = plan.run_folder(config)
+    path = plan.run_folder(config, data)
     with kept_to_this_run(path, "give another --run_name"):
         folder = RunFolder(path, config, METRICS, RESULT)
 
-        # A finished run is not run again.
-        if folder.finished:
+        # A run that is done is not run again; what shows it is made up, if it was stopped before that.
+        if folder.is_done:
             say_finished(folder)
             return
 
@@ -61,7 +64,7 @@ def distill(config: DistillConfig) -> None:
         checks.check_memory(config, dataset, student)
 
         # Distil, from the beginning or from where the run was saved.
-        run = begin_or_go_on(config, dataset, buffer, folder)
+        run = begin_or_go_on(config, dataset, buffer, labellers, data, folder)
         with interrupt.deferred():
             iterate(run)
         finish(run)
@@ -72,27 +75,31 @@ def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
     network = network_for(config.model, dataset).to(dataset.train_images.device)
     if config.matching == "unroll":  # which is autograd's own affair
         return FlatModel(network, "plain")
-    if ranks.size() > 1:  # a rank's share of a batch changes in every step, and compiled code is for one size
+    # A rank's share of a batch changes in every step, and compiled code is for one size.
+    if ranks.size() > 1 and config.backend == "auto":
         config = replace(config, backend="eager")
     return flat_model(config, network, plan.work_of(config, dataset), config.micro_batch)
 
 
-def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> RunState:
+def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer, data: dict[str, str],
+                   folder: RunFolder) -> RunState:
     """The distillation in its folder, at its first iteration or at the one at which it was saved.
 
-    Raises:
-        UserError: what was saved is damaged, or was made of other images or experts.
-    """
-    # What was saved, if it was made of these images and experts; None at the beginning.
-    saved = ranks.from_first_rank(lambda: folder.unfinished if config.resume == "auto" else None)
-    data = ranks.from_first_rank(lambda: {"images": dataset.fingerprint, **buffer.verify()})
-    checks.check_same_run(saved["data"] if saved else data, data, folder.path, buffer.folder)
+    Args:
+        data: checksums of all that it reads.
 
-    # The set to start from: real images, and what experts say of them.
+    Raises:
+        UserError: what was saved is damaged, or was made of other data.
+    """
+    # What was saved, if it was made of the same data; None at the beginning.
+    saved = ranks.from_first_rank(lambda: folder.saved_state if config.resume == "auto" else None)
+    checks.check_same_run(config, saved, data, folder)
+
+    # The set to start from: real images, and what experts say of them; or a saved set.
     if saved:
         start, notes = DistilledSet(**saved["start"]), saved["notes"]
     else:
-        start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, buffer))
+        start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, labellers))
     start = start.to(dataset.train_images.device)
 
     # The folder, and the first lines.

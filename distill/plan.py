@@ -6,7 +6,7 @@ from utils.config import DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.networks import evaluation_pool
-from utils.program.run_folder import config_name
+from utils.program.run_folder import run_id
 
 SAVE_INTERVAL = 1000  # an iteration divisible by this is always published
 
@@ -54,7 +54,8 @@ def work_of(config: DistillConfig, dataset: Dataset) -> Work:
     return Work(matched=config.Iteration * config.syn_steps * batch_size(config, dataset))
 
 
-def run_folder(config: DistillConfig) -> Path:
-    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the name defaults to one made of the config."""
-    name = config.run_name or f"{config.matching}_seed{config.seed}_{config_name(config)}"
+def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
+    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the name defaults to one made of the config and
+    the checksums of the data."""
+    name = config.run_name or f"{config.matching}_seed{config.seed}_{run_id(config, data)}"
     return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name

@@ -91,7 +91,7 @@ class Metrics(NamedTuple):
     def read(cls, path: Path, advice: str = _AGAIN) -> "Metrics":
         metrics = cls([], [])
         with reading(path, advice):
-            for text in path.read_text().splitlines():
+            for text in filter(str.strip, path.read_text().splitlines()):
                 if "start_epoch" in (line := json.loads(text)):
                     metrics.iterations.append(_validated(Iteration, line))
                 elif "scores" in line:

@@ -1,31 +1,38 @@
 """What scripts have in common: a command line, and a report as JSON."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from utils.files import check_writable, write_json
+from utils.files import check_output, write_json
 from utils.program.command_line import Parser
 from utils.program.machine import environment
 
 
-def script_parser(description: str, json: str = "") -> Parser:
+def script_parser(description: str, json: str = "", key: str = "environment") -> Parser:
     """
     Args:
         json: what `--json` writes; empty: there is no such option.
+        key: by which one that it wrote before is known.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     if json:
-        parser.add_argument("--json", type=writable, metavar="FILE", help=f"write {json} to this file")
+        parser.add_argument("--json", type=output("--json", f"json:{key}"), metavar="FILE",
+                            help=f"write {json} to this file")
     return parser
 
 
-def writable(path: str) -> Path:
-    """The type of an option: a file that will be written, refused at once if it cannot be."""
-    check_writable(path)
-    return Path(path)
+def output(option: str, kind: str) -> Callable[[str], Path]:
+    """The type of an option: a file that will be written, refused at once if it cannot be, or if another kind of file
+    is there (`utils.files.check_output`)."""
+    def checked(path: str) -> Path:
+        check_output(option, path, kind, {})
+        return Path(path)
+
+    return checked
 
 
 def save_report(path: Path | None, report: dict[str, Any]) -> None:

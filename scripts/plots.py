@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.report.matplotlib_figures import pyplot, save_figure
+from distill.report.matplotlib_figures import drawing
 
 
 def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[str, np.ndarray]) -> None:
@@ -14,19 +14,18 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
         accuracies: what of → [experts, epochs 1…E] in [0, 1], NaN where unknown; may be empty.
         distances: what of → [experts, start epochs 0…]; NaN where an expert has no such snapshot.
     """
-    figure, (accuracy, distance) = pyplot().subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for colour, (name, values) in zip(("C2", "C0"), accuracies.items()):
-        _mean_and_spread(accuracy, range(1, values.shape[1] + 1), 100 * values, colour, name)
-    if accuracies:
-        accuracy.legend(fontsize=8)
-    else:
-        accuracy.text(0.5, 0.5, "not recorded", transform=accuracy.transAxes, ha="center", va="center", color="0.5")
-    accuracy.set(title="accuracy of the experts, %", xlabel="epoch")
-    for colour, (name, values) in zip(("C1", "C4"), distances.items()):
-        _mean_and_spread(distance, range(values.shape[1]), values, colour, name)
-    distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
-    distance.legend(fontsize=8)
-    save_figure(figure, path)
+    with drawing(path, 1, 2, size=(9, 3.5)) as ((accuracy, distance),):
+        for colour, (name, values) in zip(("C2", "C0"), accuracies.items()):
+            _mean_and_spread(accuracy, range(1, values.shape[1] + 1), 100 * values, colour, name)
+        if accuracies:
+            accuracy.legend(fontsize=8)
+        else:
+            accuracy.text(0.5, 0.5, "not recorded", transform=accuracy.transAxes, ha="center", va="center", color="0.5")
+        accuracy.set(title="accuracy of the experts, %", xlabel="epoch")
+        for colour, (name, values) in zip(("C1", "C4"), distances.items()):
+            _mean_and_spread(distance, range(values.shape[1]), values, colour, name)
+        distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
+        distance.legend(fontsize=8)
 
 
 def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]], levels: dict[str, float]) -> None:
@@ -36,20 +35,19 @@ def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]]
         curves: method → (images per class, mean, standard deviation), %; those of no point are left out.
         levels: what else there is to compare with → %.
     """
-    figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
-    for method, points in curves.items():
-        if points:
-            at, means, deviations = zip(*points)
-            axes.errorbar(at, means, deviations, marker="o", markersize=4, capsize=3, label=method)
-    for name, level in levels.items():
-        axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label=name)
-    at = sorted({point[0] for points in curves.values() for point in points})
-    axes.set(xscale="log", xlabel="images a class", ylabel="test accuracy, %")
-    axes.set_xticks(at, [str(each) for each in at])
-    axes.minorticks_off()
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
-    save_figure(figure, path)
+    with drawing(path) as ((axes,),):
+        for method, points in curves.items():
+            if points:
+                at, means, deviations = zip(*points)
+                axes.errorbar(at, means, deviations, marker="o", markersize=4, capsize=3, label=method)
+        for name, level in levels.items():
+            axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label=name)
+        at = sorted({point[0] for points in curves.values() for point in points})
+        axes.set(xscale="log", xlabel="images a class", ylabel="test accuracy, %")
+        axes.set_xticks(at, [str(each) for each in at])
+        axes.minorticks_off()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
 
 
 def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, bool]]]) -> None:
@@ -58,18 +56,16 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, boo
     Args:
         panels: title → (window in words, mean, standard deviation, %, whether most updates were made).
     """
-    figure, rows = pyplot().subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained",
-                                      squeeze=False, sharey=True)
-    for axes, (title, points) in zip(rows[0], panels.items()):
-        for at, (_, mean, deviation, updated) in enumerate(points):
-            axes.errorbar(at, mean, deviation, marker="o", capsize=3, color="C0", mfc=None if updated else "white")
-        axes.set_xticks(range(len(points)), [name for name, *_ in points])
-        axes.set(title=title, xlabel="start epochs", xlim=(-0.5, max(len(points), 1) - 0.5))
-        if not all(updated for *_, updated in points):
-            axes.plot([], [], "o", color="C0", mfc="white", label="most updates skipped")
-            axes.legend(fontsize=8)
-    rows[0][0].set_ylabel("test accuracy, %")
-    save_figure(figure, path)
+    with drawing(path, 1, len(panels), size=(3 * len(panels), 3.2), sharey=True) as rows:
+        for axes, (title, points) in zip(rows[0], panels.items()):
+            for at, (_, mean, deviation, updated) in enumerate(points):
+                axes.errorbar(at, mean, deviation, marker="o", capsize=3, color="C0", mfc=None if updated else "white")
+            axes.set_xticks(range(len(points)), [name for name, *_ in points])
+            axes.set(title=title, xlabel="start epochs", xlim=(-0.5, max(len(points), 1) - 0.5))
+            if not all(updated for *_, updated in points):
+                axes.plot([], [], "o", color="C0", mfc="white", label="most updates skipped")
+                axes.legend(fontsize=8)
+        rows[0][0].set_ylabel("test accuracy, %")
 
 
 def _mean_and_spread(axes, at: range, values: np.ndarray, colour: str, label: str) -> None:

@@ -2,8 +2,9 @@
 
     python scripts/report.py RUN [RUN …] [--out FILE]
 
-RUN is a run's folder, whose report.html is made again from what lies in it; of one RUN, --out says where else to put
-the page. Several are compared in --out (default: comparison.html in the current folder).
+RUN is a run's folder, whose report.html is made again from what lies in it, and its images.png and curves.png if they
+are missing; of one RUN, --out says where else to put the page. Several are compared in --out (default: comparison.html
+in the current folder).
 """
 
 import sys
@@ -14,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.distilled_set import WHOLE, DistilledSet
 from distill.report.comparison import comparison
-from distill.report.matplotlib_figures import clip_outliers
 from distill.report.page import PAGE, page
-from distill.report.page_pictures import Pictures, chosen, probabilities, scaled_bytes
+from distill.report.page_pictures import Pictures, chosen, clip_outliers, probabilities, scaled_bytes
 from distill.report.read_run import FinishedRun, read_run
+from distill.report.show import missing, show
 from distill.result_files import NORMAL
-from scripts.common import script_parser
+from scripts.common import output, script_parser
 from utils.errors import UserError
 from utils.files import write_text
 from utils.program.console import shown
@@ -29,12 +30,15 @@ from utils.program.entry import entry
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to put the page")
+    parser.add_argument("--out", metavar="FILE", type=output("--out", "html"),
+                        help="where to put the page")
     given = parser.parse_args()
     runs = [with_pictures(read_run(path)) for path in given.runs]
     out = given.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))
     pages = {out: page(runs[0])} if len(runs) == 1 else {
         **{run.path / PAGE: page(run) for run in runs}, out: comparison(runs)}
+    for run in runs:
+        show(run, [name for name in missing(run.path) if name != PAGE])
     for path, text in pages.items():
         write_text(path, text)
         print(f"{shown(path)} ({len(text.encode()) / 1e6:.1f} MB)")

@@ -396,7 +396,7 @@ def distil(call, toy, toy_experts, tmp_path_factory):
     """Options → the folder of a run with them, without its pictures, which the runs above draw."""
     def distil(*options, script="distill/DATM.py"):
         logs = tmp_path_factory.mktemp("toy_logs")
-        with mock.patch.multiple("distill.finish", save_images=mock.Mock(), save_curves=mock.Mock()):
+        with mock.patch.multiple("distill.report.show", save_images=mock.Mock(), save_curves=mock.Mock()):
             call(script, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={logs}", *options)
         (saved,) = logs.rglob("config.yaml")
         return saved.parent

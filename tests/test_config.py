@@ -13,7 +13,7 @@ from utils.config import BaselineConfig, BufferConfig, DistillConfig, Evaluation
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.program.command_line import parse
-from utils.program.run_folder import config_name
+from utils.program.run_folder import run_id
 
 CONFIGS = [BufferConfig, DistillConfig, TeslaConfig, EvaluationConfig, BaselineConfig]
 PUBLISHED_YAMLS = sorted((REPOSITORY / "configs").glob("*/*/IPC*.yaml"))
@@ -143,7 +143,7 @@ def test_a_boolean_alone_means_true():
     ("zca", "maybe", "--zca maybe: it must be a valid boolean"),
     ("val_fraction", "1.5", "--val_fraction 1.5: it must be less than 1"),
     ("val_fraction", "-0.1", "--val_fraction -0.1: it must be greater than or equal to 0"),
-    ("pix_init", "nothing", "it must be 'samples_predicted_correctly', 'real' or 'noise'"),
+    ("pix_init", "nothing", "it must be samples_predicted_correctly, real, noise, or the path"),
     ("matching", "Exact", "it must be 'exact', 'unroll' or 'tesla'"),
     ("max_files", "0", "--max_files 0: it must be greater than or equal to 1"),
     ("device", "[cpu]", "--device")])
@@ -249,13 +249,12 @@ def test_the_defaults_of_paths_do_not_depend_on_where_the_user_stands(written, t
     assert config.data_path == str(REPOSITORY / "dataset") and config.log_path == str(REPOSITORY / "logged_files")
 
 
-def test_the_same_folder_makes_the_same_run_from_anywhere(written, monkeypatch):
-    path, configs = written("ipc: 1"), []
-    for folder, buffers in ((REPOSITORY, "some_buffers"), (REPOSITORY / "distill", "../some_buffers"),
-                            (REPOSITORY / "distill", str(REPOSITORY / "some_buffers"))):
-        monkeypatch.chdir(folder)
-        configs.append(distill_config(path, "--buffer_path", buffers))
-    assert len({config_name(config) for config in configs}) == 1
+def test_what_is_computed_makes_the_run_and_not_where_it_lies_or_how_far_it_goes(written):
+    path, data = written("ipc: 1"), {"images": "a"}
+    run = run_id(distill_config(path), data)
+    assert run == run_id(distill_config(path, "--buffer_path=x", "--data_path=y", "--Iteration=9", "--quiet"), data)
+    assert run != run_id(distill_config(path), {"images": "b"})
+    assert run != run_id(distill_config(path, "--pix_init=real"), data)
 
 
 def test_the_home_of_an_unknown_user_is_no_crash(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -213,6 +214,28 @@ def test_a_command_starts_its_own_ranks(torchrun, toy, toy_experts, tmp_path):
     _, err = torchrun(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--rho_max=1", f"--buffer_path={tmp_path}",
                    expect=2)
     assert err.count("buffer_FTD.py: error: --rho_max 1 --rho_min 0.01") == 1 and "Traceback" not in err
+
+
+def test_ranks_of_other_options_are_refused(torchrun, toy, tmp_path):
+    (tmp_path / "worker.py").write_text(
+        "import os, runpy, sys; sys.path.insert(0, '.'); sys.argv = [*sys.argv[1:], '--seed=' + os.environ['RANK']]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')")
+    _, err = torchrun(2, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}",
+                      expect=2)
+    assert "started with different options: seed (0 there, 1 here)" in err and not list(tmp_path.rglob("unfinished"))
+
+
+def test_an_expert_that_is_written_just_now_is_not_trained_again(monkeypatch):
+    """Its epochs go once it is in a file, which may be between the two looks at what there is."""
+    written = []
+
+    def count_experts(folder):
+        written.append(True)  # by the first rank, just after this one has looked
+        return len(written) - 1
+
+    run = SimpleNamespace(folder=None, _is_trained=lambda number: not written)
+    monkeypatch.setattr("buffer.trajectories.count_experts", count_experts)
+    assert not expert_run.ExpertRun.is_missing(run, 0)
 
 
 def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):

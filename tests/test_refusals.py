@@ -109,7 +109,7 @@ def test_what_the_experts_refuse(refused, options, phrases):
     (["--threshold=nan"], ["--threshold nan"]),
     (["--lr_img=1e300"], ["--lr_img 1e300: it must be less than or equal to"]),
     (["--lr_teacher=1e-200", "--lr_param=log"], ["--lr_teacher 1e-200: it must be greater than or equal to 0.0000"]),
-    (["--pix_init=zeros"], ["--pix_init zeros", "'samples_predicted_correctly', 'real' or 'noise'"]),
+    (["--pix_init=zeros"], ["--pix_init zeros", "samples_predicted_correctly, real, noise, or the path"]),
     (["--matching=unroll", "--micro_batch=2", "--backend=compile"],
      ["--matching unroll --backend compile --micro_batch 2", "plain autograd", "--matching exact"]),
     (["--micro_batch=2", "--model=ConvNetD1W4BN", "--dry_run"], ["--micro_batch 2", "batch norm"]),
@@ -122,8 +122,7 @@ def test_what_the_distillation_refuses(refused, options, phrases):
 
 
 LATE = {
-    "ipc beyond a class": (["--ipc=25"], ["--ipc 25: class 'blue' of ImageFolder has only 24 training images",
-                                          "give at most"]),
+    "a start that is not there": (["--pix_init=x.safetensors"], ["--pix_init", "x.safetensors does not exist"]),
     "snapshot beyond the last": (["--Label_Model_Timestamp=4"], ["--Label_Model_Timestamp 4", "0 … 3", "-1 for the"]),
     "snapshot before the first": (["--Label_Model_Timestamp=-2"], ["--Label_Model_Timestamp -2", "0 … 3"]),
     "unknown labelling network": (["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=ConvNett"],
@@ -148,7 +147,7 @@ def test_a_run_name_is_free_again_after_a_refusal(call, toy, toy_experts, tmp_pa
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=x",
                  "--Iteration=0"]
     call(DATM, *arguments, "--Label_Model_Timestamp=9", expect=2)
-    with mock.patch.multiple("distill.finish", save_images=mock.Mock(), save_curves=mock.Mock()):
+    with mock.patch.multiple("distill.report.show", save_images=mock.Mock(), save_curves=mock.Mock()):
         call(DATM, *arguments, "--Label_Model_Timestamp=3")
 
 
@@ -176,7 +175,6 @@ def test_a_learning_rate_that_would_turn_negative_is_held_and_then_stops_the_run
 
 
 @pytest.mark.parametrize("options, phrases", [
-    (["--ipc=25"], ["--ipc 25", "only 24"]),
     (["--ipc=None", "--label_source=experts"], ["--label_source experts --ipc None", "give --ipc a number"]),
     (["--label_source=soft"], ["--label_source soft", "'hard' or 'experts'"]),
     (["--label_source=experts", "--buffer_path=/nowhere"], ["no replay_buffer_*.pt in /nowhere"]),

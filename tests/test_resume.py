@@ -45,7 +45,8 @@ def stop_at(target, attribute, call_number, at_once=False):
 def tensors_in(folder):
     """Every tensor file and every line of metrics below a folder, by name."""
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
-    found = {name: path.read_bytes() for name, path in paths.items() if path.suffix in (".pt", ".jsonl")}
+    found = {name: path.read_bytes() for name, path in paths.items()  # a checkpoint holds times
+             if path.suffix in (".pt", ".jsonl") and path.name != "checkpoint.pt"}
     # Their metadata come in any order.
     found |= {name: {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
               for name, path in paths.items() if path.suffix == ".safetensors"}
@@ -181,22 +182,125 @@ def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
     assert "going on at iteration" in done.stdout
     assert tensors_in(whole) == tensors_in(parts)
     assert without_times(whole / "result.json") == without_times(parts / "result.json")
-    assert not (parts / "checkpoint.pt").exists() and not (parts / ".lock").exists()
+    assert not (parts / ".lock").exists()
 
 
 def test_a_stop_at_the_very_end_loses_nothing(distil_to):
     _, whole = distil_to("whole")
-    with stop_at(importlib.import_module("distill.finish"), "save_curves", 1):
-        distil_to("parts", expect=130)
-    _, parts = distil_to("parts")
-    assert tensors_in(whole) == tensors_in(parts)
+    for module, function, ends in (("distill.finish", "save_pictures", "in "),
+                                   ("distill.report.show", "save_curves", "is finished")):
+        with stop_at(importlib.import_module(module), function, 1):
+            distil_to(function, expect=130)
+        done, parts = distil_to(function)
+        assert ends in done.stdout and tensors_in(whole) == tensors_in(parts)
+        assert {path.name for path in parts.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_a_kill_after_the_result_leaves_a_finished_run(distil_to):
+def test_a_picture_that_fails_is_a_note_and_is_made_up_by_the_same_command(distil_to, monkeypatch):
+    monkeypatch.setattr("distill.report.show.save_curves", mock.Mock(side_effect=RuntimeError("no pencil")))
     done, folder = distil_to("log")
-    (folder / "checkpoint.pt").write_bytes(b"")
+    assert done.stderr.count("curves.png could not be made (RuntimeError: no pencil)") == 1
+    assert (folder / "report.html").exists() and (folder / "result.json").exists()
+    monkeypatch.undo()
+    (folder / "report.html").unlink()
     done, _ = distil_to("log")
-    assert "is finished" in done.stdout and not (folder / "checkpoint.pt").exists()
+    assert "is finished" in done.stdout and (folder / "curves.png").exists() and (folder / "report.html").exists()
+
+
+def test_whatever_a_user_has_set_for_pictures_and_named_classes_a_run_finishes(run, toy, toy_experts, tmp_path):
+    """A notebook's backend that is not there, a matplotlibrc of the user's, and classes that no font can show."""
+    data = shutil.copytree(toy.data, tmp_path / "data")
+    for split in ("train", "test"):
+        for name, odd in (("blue", b"a\xff"), ("green", b"b $\\frac{$"), ("red", b"c\n")):
+            os.rename(data / split / name, os.fsencode(data / split) + b"/" + odd)
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: nowhere\n")
+    with mock.patch.dict(os.environ, MPLBACKEND="module://nowhere.backend", MATPLOTLIBRC=str(tmp_path)):
+        done = run("distill/DATM.py", *toy.distil, f"--data_path={data}", f"--buffer_path={toy_experts}",
+                   "--Iteration=0", f"--log_path={tmp_path}")
+    (folder,) = tmp_path.glob("ImageFolder/2/ConvNetD1W4/*")
+    assert "could not" not in done.stderr and all((folder / name).exists() for name in ("images.png", "report.html"))
+
+
+def test_a_finished_run_goes_on_for_more_iterations(distil_to):
+    _, whole = distil_to("whole")
+    distil_to("parts", "--Iteration=4")
+    done, parts = distil_to("parts")
+    assert "going on at iteration 4" in done.stdout
+    assert tensors_in(whole) == tensors_in(parts)
+    assert without_times(whole / "result.json") == without_times(parts / "result.json")
+    assert "is finished" in distil_to("parts", "--Iteration=4")[0].stdout
+    done, _ = distil_to("parts", "--resume=never", "--lr_y=3", "--Iteration=8", expect=2)
+    assert "holds a finished run of other options: lr_y" in done.stderr and "--resume never" not in done.stderr
+    (parts / "checkpoint.pt").unlink()
+    done, _ = distil_to("parts", "--Iteration=8", expect=2)
+    assert "without its checkpoint.pt; give another --run_name and --pix_init" in done.stderr
+    assert (parts / "result.json").exists()
+
+
+def test_a_run_starts_from_a_saved_set(distil_to):
+    _, folder = distil_to("log")
+    start = f"--pix_init={folder}/Normal/distilled.safetensors"
+    _, again = distil_to("again", start, "--Iteration=0")
+    for name, tensor in load_file(folder / "Normal/distilled.safetensors").items():
+        assert torch.equal(load_file(again / "Normal/distilled.safetensors")[name], tensor)
+    done, _ = distil_to("other", start, "--ipc=1", expect=2)
+    assert "holds 6 images; --ipc 1 of 3 classes are 3" in done.stderr
+
+
+def test_a_run_goes_on_where_its_data_and_experts_lie_elsewhere_now(call, toy, toy_experts, tmp_path):
+    arguments = [*toy.distil, f"--log_path={tmp_path / 'log'}"]
+    with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 3):
+        call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}", expect=130)
+    data, experts = (shutil.copytree(each, tmp_path / name) for each, name in ((toy.data, "d"), (toy_experts, "e")))
+    done = call("distill/DATM.py", *arguments, f"--buffer_path={experts}", f"--data_path={data}")
+    assert "going on at iteration" in done.stdout
+    # Other experts make another run.
+    for path in experts.rglob("replay_buffer_1.*"):
+        path.unlink()
+    done = call("distill/DATM.py", *arguments, f"--buffer_path={experts}", f"--data_path={data}")
+    assert "going on" not in done.stdout and "is finished" not in done.stdout
+
+
+def test_a_log_that_an_editor_touched_is_read(distil_to):
+    with stop_at(importlib.import_module("distill.run_state"), "evaluate", 3):
+        _, folder = distil_to("log", expect=130)
+    (folder / "metrics.jsonl").write_bytes(b"\n" + (folder / "metrics.jsonl").read_bytes().replace(b"\n", b"\r\n"))
+    done, _ = distil_to("log", expect=2)
+    assert "metrics.jsonl" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_expert_is_lost_whose_epochs_were_removed(call, toy, tmp_path):
+    arguments = [*toy.train, "--save_interval=3", f"--buffer_path={tmp_path}"]
+    expert_run = importlib.import_module("buffer.expert_run")
+    trained = expert_run.train_one
+
+    def train_one(run, number, *rest):
+        trained(run, number, *rest)
+        if number == 1:
+            (run.saved(0).folder / "epoch_0.pt").unlink()
+    with mock.patch.object(expert_run, "train_one", train_one):
+        done = call("buffer/buffer_FTD.py", *arguments, expect=2)
+    assert "epochs of expert 0 are gone" in done.stderr and not list(tmp_path.rglob("replay_buffer_*"))
+    call("buffer/buffer_FTD.py", *arguments)
+    (path,) = tmp_path.rglob("replay_buffer_*.pt")
+    assert len(torch.load(path)) == 3
+
+
+def test_no_output_is_an_input_or_another_file(call, toy, toy_experts, distil_to, tmp_path):
+    _, folder = distil_to("log")
+    whole, expert_file = folder / "Normal/distilled.safetensors", toy_experts.joinpath(*EXPERTS, "replay_buffer_0.pt")
+    evaluation = ["distill/evaluation.py", *toy.evaluate, f"--data_dir={whole}"]
+    before = {path: path.read_bytes() for path in (*folder.rglob("*"), expert_file) if path.is_file()}
+    for command, said in (
+            ([*evaluation, f"--json={whole}"], "--json"), ([*evaluation, f"--save={whole}"], "--save"),
+            ([*evaluation, f"--json={tmp_path}/x", f"--save={tmp_path}/x"], "is the file of --"),
+            ([*evaluation, f"--json={folder}/result.json"], "holds something else"),
+            (["distill/baseline.py", *toy.evaluate, f"--json={expert_file}"], "holds something else"),
+            (["scripts/inspect_buffer.py", expert_file.parent, f"--png={expert_file}"], "holds something else"),
+            (["scripts/inspect_buffer.py", expert_file.parent, f"--json={folder}/result.json"], "holds something else"),
+            (["scripts/report.py", folder, f"--out={folder}/result.json"], "holds something else")):
+        assert said in call(*command, expect=2).stderr
+    assert before == {path: path.read_bytes() for path in before} and not (tmp_path / "x").exists()
 
 
 def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(distil_to):

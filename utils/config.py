@@ -36,12 +36,19 @@ def _possible_path(value: str) -> str:
     return value
 
 
+# Made absolute when the config is parsed; a file may be left out, a folder not.
 FilePath = Annotated[str, "path", AfterValidator(_possible_path)]
-"""A path, or nothing; made absolute when the config is parsed."""
-
 FolderPath = Annotated[str, "path", Field(min_length=1), AfterValidator(_possible_path)]
-"""A path that must be given."""
+STARTS = ("samples_predicted_correctly", "real", "noise")
 
+
+def _start(value: str) -> str:
+    if value not in STARTS and not value.endswith(".safetensors"):
+        raise ValueError(f"it must be {', '.join(STARTS)}, or the path of a distilled.safetensors")
+    return _possible_path(value)
+
+
+Start = Annotated[str, "path", AfterValidator(_start)]
 Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if _is_digits(value) else value)]
 """`auto`, `cpu`, `cuda`, `cuda:1`, or a list of GPU indices such as `[0, 1]`."""
 
@@ -57,9 +64,7 @@ def _folder_name(value: str) -> str:
     return value
 
 
-FolderName = Annotated[str, AfterValidator(_folder_name)]
-"""A name that stays inside its folder."""
-
+FolderName = Annotated[str, AfterValidator(_folder_name)]  # which stays inside its folder
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 # Inside float32; a learning rate's own rate even over the square of a learning rate, which `lr_param: log` makes of it.
@@ -70,19 +75,23 @@ YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeErr
 
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
+HOW_MUCH = "how much"
 GROUPS = MAIN, METHOD, EVALUATION, SPEED, FILES = "main", "method", "evaluation", "speed", "files"  # as --help has them
 
 
-def option(group: str, default: Any, help: str, effect: bool | str = True, decides: bool = True) -> Any:
+def option(group: str, default: Any, help: str, effect: bool | str = True, decides: bool | str = True,
+           writes: str = "") -> Any:
     """A field of a config: its help group, its default, its sentence of help.
 
     Args:
         effect: False: accepted, unused; the name of a switch: without effect unless that is on.
-        decides: whether the result depends on it, or only where a run happens and what it writes.
+        decides: whether the result depends on it, or only where a run happens and what it writes; HOW_MUCH: it says
+            how far a run goes, so that the same run can be asked for more.
+        writes: of a file that the program writes, how to know one of its kind (`utils.files.check_output`).
     """
     default = {"default_factory": partial(list, default)} if isinstance(default, list) else {"default": default}
     return Field(**default, description=help,
-                 json_schema_extra={"group": group, "effect": effect, "decides": decides})
+                 json_schema_extra={"group": group, "effect": effect, "decides": decides, "writes": writes})
 
 
 # Options of several programs.
@@ -131,7 +140,7 @@ class DataConfig:
 class BufferConfig(DataConfig):
     """Expert training, `buffer/buffer_FTD.py`."""
 
-    num_experts: Count = option(MAIN, 100, "experts to train")
+    num_experts: Count = option(MAIN, 100, "experts to train", decides=HOW_MUCH)
     train_epochs: Count = option(MAIN, 50, "epochs of each expert")
     lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate, constant")
     batch_train: Count = option(METHOD, 256, "training batch")
@@ -152,7 +161,7 @@ class BufferConfig(DataConfig):
     rm_easy_ratio_second: Fraction = option(METHOD, 0.2, "PAD: share left out from rm_epoch_second", effect="pad")
     micro_batch: Count | None = MICRO_BATCH
     resume: Literal["auto", "never"] = RESUME
-    save_interval: Count = option(FILES, 10, "experts per file")
+    save_interval: Count = option(FILES, 10, "experts per file", decides=HOW_MUCH)
     buffer_path: FolderPath = option(FILES, "buffers", "folder of the expert files")
 
 
@@ -177,7 +186,8 @@ class DistillConfig(TrainConfig):
     """Distillation, `distill/DATM.py`."""
 
     ipc: Count = option(MAIN, 1, "synthetic images per class")
-    Iteration: Index = option(MAIN, 5000, "distillation iterations; the loop runs 0..Iteration inclusive")
+    Iteration: Index = option(MAIN, 5000, "distillation iterations; the loop runs 0..Iteration inclusive; a finished "
+                              "run goes on where this is larger", decides=HOW_MUCH)
     zca: bool = option(METHOD, True, "whiten the images (ZCA, eps 0.1)")
     matching: Literal["exact", "unroll", "tesla"] = option(METHOD, "exact", "how the gradient is computed")
     labels: Literal["learned", "soft", "hard", "target"] = option(
@@ -194,8 +204,8 @@ class DistillConfig(TrainConfig):
     lr_y: Rate = option(METHOD, 2.0, "SGD rate of the label logits")
     Momentum_y: Annotated[float, Field(ge=0, lt=1)] = option(METHOD, 0.9, "momentum of the label logits")
     batch_syn: Count | None = option(METHOD, None, "synthetic batch of an inner step; unset: the whole set")
-    pix_init: Literal["samples_predicted_correctly", "real", "noise"] = option(
-        METHOD, "samples_predicted_correctly", "how the images start")
+    pix_init: Start = option(METHOD, STARTS[0], f"how the images start: {', '.join(STARTS)}, or a "
+                             "distilled.safetensors, to start from its images, labels and rate")
     expert_epochs: Count = option(METHOD, 2, "expert epochs M between start and target")
     syn_steps: Count = option(METHOD, 80, "inner steps T on the synthetic set")
     min_start_epoch: Index = option(METHOD, 0, "first epoch of the difficulty window")
@@ -256,8 +266,9 @@ class EvaluationConfig(TrainConfig):
                                     "expert's, since as many as the set's would take days", effect="robust_score")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "robust_score: folder of the experts that label the "
                                      "random images", effect="robust_score")
-    json: FilePath = option(FILES, "", "write the result to this file", decides=False)
-    save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors", decides=False)
+    json: FilePath = option(FILES, "", "write the result to this file", decides=False, writes="json:what")
+    save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors", decides=False,
+                            writes="safetensors")
 
 
 @config_class
@@ -268,7 +279,7 @@ class BaselineConfig(TrainConfig):
     label_source: Literal["hard", "experts"] = option(METHOD, "hard", "the images' own labels, or, as DATM starts, "
                                                       "the mean logits of the experts that are right")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts, for label_source experts")
-    json: FilePath = option(FILES, "", "write the result to this file", decides=False)
+    json: FilePath = option(FILES, "", "write the result to this file", decides=False, writes="json:what")
 
 
 # --- values and what they mean -------------------------------------------------------------------------------
@@ -343,16 +354,30 @@ def influential(config: DataConfig) -> dict[str, Any]:
             if about(name, type(config))["decides"] and has_effect(config, name)}
 
 
+def identity(config: DataConfig) -> dict[str, Any]:
+    """The options that tell a run from another one: those that decide what is computed, but not for how long, nor
+    where files lie, which may have been moved; what is in them is known by checksums."""
+    return {name: value for name, value in influential(config).items()
+            if about(name, type(config))["decides"] is True and not is_path(name, value, type(config))}
+
+
 def path_options(config_type: type) -> dict[str, Any]:
-    """The options that are paths, with their defaults."""
+    """The options that are paths, or may be, with their defaults."""
     hints = typing.get_type_hints(config_type, include_extras=True)
     return {field.name: field.default.default for field in fields(config_type)
             if "path" in typing.get_args(hints[field.name])}
 
 
+def is_path(name: str, value: Any, config_type: type) -> bool:
+    """Whether the value that an option has is a path."""
+    named = name == "pix_init" and not str(value).endswith(".safetensors")
+    return bool(value) and not named and name in path_options(config_type)
+
+
 def defaults(config_type: type) -> dict[str, Any]:
     """What each option is when it is not given, paths as `influential` has them."""
-    rooted = {name: from_root(value) for name, value in path_options(config_type).items()}
+    rooted = {name: from_root(value) for name, value in path_options(config_type).items()
+              if is_path(name, value, config_type)}
     return {name: from_repository(value) for name, value in as_dict(make(config_type, **rooted)).items()}
 
 

@@ -13,7 +13,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,52 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Makes the folder of a file that will be written later, and tries to write there: better now than after hours.
+    """Tries to write where a file will be written later, better now than after hours; leaves nothing.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: it cannot be written.
     """
-    handle, aside = _begin(Path(os.path.realpath(path)))
+    path = Path(os.path.realpath(path))
+    made = [folder for folder in path.parents if not folder.exists()]
+    handle, aside = _begin(path)
     os.close(handle)
     aside.unlink()
+    with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
+        for folder in made:
+            folder.rmdir()
+
+
+# How a file begins, by its kind; a safetensors with the length of its head.
+_BEGINS = {"png": rb"\x89PNG", "html": rb"(?i)\s*<!doctype html", "safetensors": rb"(?s).{8}\{", "json": rb"\s*\{"}
+
+
+def check_output(option: str, path: str | os.PathLike, kind: str, others: Mapping[str, str | os.PathLike]) -> None:
+    """Refuses a file to write that cannot be written, that is another option's too, or in whose place there is a file
+    of another kind, which is somebody else's.
+
+    Args:
+        option: as it was given, for the message.
+        kind: png, html, safetensors, json, or json:KEY, one that has this key.
+        others: the files of other options.
+
+    Raises:
+        UserError
+    """
+    path = Path(os.path.realpath(path))
+    for other, given in others.items():
+        if path == Path(os.path.realpath(given)):
+            raise UserError(f"{option} {path} is the file of {other} too; give another one")
+    check_writable(path)
+    if not path.exists() or not path.stat().st_size:
+        return
+    kind, _, key = kind.partition(":")
+    with path.open("rb") as file:
+        is_ours = re.match(_BEGINS[kind], file.read(512))
+    if is_ours and key:
+        with contextlib.suppress(ValueError):
+            is_ours = key in json.loads(path.read_bytes())
+    if not is_ours:
+        raise UserError(f"{option} {path} is there and holds something else; give another file, or move it away")
 
 
 def save(value: object, path: str | os.PathLike) -> None:
@@ -142,9 +180,9 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes a whole text file, or leaves what is there."""
+    """Writes a whole text file, or leaves what is there; bytes of a file's name that are no text are spelt out."""
     with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

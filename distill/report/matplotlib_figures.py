@@ -1,57 +1,58 @@
-"""Pictures: distilled images beside real ones, curves of a run, what is in a buffer, what runs are worth."""
+"""Pictures by matplotlib: distilled images beside real ones, and the curves of a run."""
 
+import contextlib
 import math
+import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from distill.report.page_pictures import Pictures
 from distill.result_files import NORMAL, Metrics
 from utils.files import atomic_write
 
 
-def clip_outliers(images: Tensor, deviations: float = 2.5) -> Tensor:
-    """Values clamped at the mean ± 2.5 standard deviations of the whole tensor, as published pictures are."""
-    mean, std = images.mean(), images.std()
-    return images.clamp(mean - deviations * std, mean + deviations * std)
+def save_images(path: Path, pictures: Pictures) -> None:
+    """A PNG of each class's first starting images and what became of them, at most 20 classes.
+
+    One image per class: a column for each class, the starting one above the distilled one. More: a row for each class.
+    """
+    rows = list(pictures.rows().items())[:20]
+    per_class = min(len(of_class) for _, of_class in rows)
+    pairs = [[*pictures.start[of_class[:per_class]], *pictures.distilled[of_class[:per_class]]] for _, of_class in rows]
+    side_labels = [shown_name(pictures.classes[number]) for number, _ in rows]
+    top_labels = ["noise" if pictures.noise else "real", *[""] * (per_class - 1),
+                  "distilled", *[""] * (per_class - 1)]
+    if per_class == 1:
+        pairs, side_labels, top_labels = list(zip(*pairs)), top_labels, side_labels
+    with drawing(path, len(pairs), len(pairs[0]), size=(1.2 + 0.9 * len(pairs[0]), 0.3 + 0.9 * len(pairs))) as axes:
+        for row_axes, row, side_label in zip(axes, pairs, side_labels):
+            for axis, image, top_label in zip(row_axes, row, top_labels):
+                axis.imshow(image[0] if len(image) == 1 else image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+                axis.set(xticks=[], yticks=[])
+                if row is pairs[0]:
+                    axis.set_title(top_label, fontsize=8)
+            row_axes[0].set_ylabel(side_label, rotation=0, ha="right", va="center", fontsize=8)
 
 
-def save_images(path: Path, real: Tensor, distilled: Tensor, classes: tuple[str, ...], columns: int = 10) -> None:
-    """A PNG of each class's first real starting images and what became of them, at most 20 classes.
-
-    One image a class: a column for each class, the real one above the distilled one. More: a row for each class.
+def save_curves(path: Path, metrics: Metrics, threshold: float | None) -> None:
+    """A PNG of a run's matching loss, accuracy, learning rate and start epochs.
 
     Args:
-        real, distilled: pixels [K·ipc, C, H, W], classes in order; the distilled are clipped at ±2.5 σ and each
-            image is scaled to its own range.
-        columns: at most so many images a class on each side.
+        threshold: where skipped updates whose loss was not finite are drawn; None: nowhere.
     """
-    ipc = len(distilled) // len(classes)
-    shown, classes = min(ipc, columns), classes[:20]
-    distilled = clip_outliers(distilled)
-    firsts = range(0, len(classes) * ipc, ipc)
-    pairs = [[*real[first:first + shown], *distilled[first:first + shown]] for first in firsts]
-    side_labels, top_labels = list(classes), ["real", *[""] * (shown - 1), "distilled", *[""] * (shown - 1)]
-    if ipc == 1:
-        pairs, side_labels, top_labels = list(zip(*pairs)), top_labels, side_labels
-    figure, axes = pyplot().subplots(len(pairs), len(pairs[0]), squeeze=False, layout="constrained",
-                                      figsize=(1.2 + 0.9 * len(pairs[0]), 0.3 + 0.9 * len(pairs)))
-    for row_axes, row, side_label in zip(axes, pairs, side_labels):
-        for axis, image, top_label in zip(row_axes, row, top_labels):
-            axis.imshow(_as_picture(image), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-            if row is pairs[0]:
-                axis.set_title(top_label, fontsize=8)
-        row_axes[0].set_ylabel(side_label, rotation=0, ha="right", va="center", fontsize=8)
-    save_figure(figure, path)
+    with drawing(path, 2, 2, size=(9, 5.5)) as axes:
+        _draw_curves(axes, metrics, math.nan if threshold is None else threshold)
 
 
-def save_curves(path: Path, metrics: Metrics, threshold: float) -> None:
-    """A PNG of a run's matching loss, accuracy, learning rate and start epochs."""
+def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
     steps = metrics.iterations
     scores = [(evaluation.iteration, evaluation.scores[0]) for evaluation in metrics.of_set(NORMAL)]
     iterations = [step.iteration for step in steps]
-    figure, ((loss, accuracy), (lr, window)) = pyplot().subplots(2, 2, figsize=(9, 5.5), layout="constrained")
+    (loss, accuracy), (lr, window) = axes
 
     loss.plot(iterations, [step.loss for step in steps], color="0.75", linewidth=0.6)
     _, means = metrics.running_mean()
@@ -76,27 +77,34 @@ def save_curves(path: Path, metrics: Metrics, threshold: float) -> None:
     window.step(iterations, [step.bound for step in steps], color="0.4", linewidth=0.8, label="bound, exclusive")
     window.set(title="start epoch", xlabel="iteration")
     window.legend(fontsize=8)
-    save_figure(figure, path)
 
 
-def _as_picture(image: Tensor) -> np.ndarray:
-    """[C, H, W] of any range → [H, W] or [H, W, 3] in [0, 1]."""
-    image = image.detach().float().cpu()
-    low, high = image.min(), image.max()
-    image = (image - low) / (high - low).clamp(min=1e-8)
-    return (image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()
+def shown_name(name: str) -> str:
+    """A name with what no font can show replaced: bytes of a folder's name that are no text, line ends."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
 
 
-def pyplot():
+@contextlib.contextmanager
+def drawing(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 4),
+            **options: Any) -> Iterator[Any]:
+    """Axes [rows, columns] to draw on, written as a PNG at the end.
+
+    Whatever a user has set for figures of their own does not matter here.
+
+    Args:
+        size: width and height in inches.
+        options: of matplotlib's `subplots`.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # a notebook hands on its own, which need not be here
     import matplotlib  # slow to import, and only a finished run draws
+    from matplotlib.figure import Figure  # of no window system, unlike pyplot's
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save_figure(figure, path: Path) -> None:
-    with atomic_write(path) as aside:
-        figure.savefig(aside, dpi=130, format="png")
-    pyplot().close(figure)
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a font without a name's letters draws boxes in their place
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure.subplots(rows, columns, squeeze=False, **options)
+        with atomic_write(path) as aside:
+            figure.savefig(aside, dpi=130, format="png")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.report.matplotlib_figures import clip_outliers
 from utils.data.datasets import Dataset
 from utils.files import load_tensors, reading, save_tensors
 from utils.program.machine import machine
@@ -139,6 +138,12 @@ def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
     real = dataset.to_pixels(dataset.train_images[near.flatten()]).view(len(pixels), NEAR, *pixels.shape[1:])
     best = (real - pixels[:, None]).square().sum((2, 3, 4)).argmin(1)
     return real[torch.arange(len(pixels), device=pixels.device), best]
+
+
+def clip_outliers(images: Tensor, deviations: float = 2.5) -> Tensor:
+    """Values clamped at the mean ± 2.5 standard deviations of the whole tensor, as published pictures are."""
+    mean, std = images.mean(), images.std()
+    return images.clamp(mean - deviations * std, mean + deviations * std)
 
 
 def scaled_bytes(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.report.matplotlib_figures import clip_outliers
+from distill.report.page_pictures import clip_outliers
 from distill.result_files import Iteration, Score
 from utils.data.datasets import Dataset
 from utils.files import finite

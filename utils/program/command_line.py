@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from utils.config import GROUPS, YAML_FAILURES, Config, about, from_root, has_effect, make, path_options
+from utils.config import GROUPS, YAML_FAILURES, Config, about, from_root, has_effect, is_path, make, path_options
 from utils.errors import UserError, unknown_name
 from utils.program.console import note
 
@@ -43,8 +43,9 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     paths = path_options(config_type)
     root_values = paths | from_yaml
     for name in paths:
-        root_values[name] = from_root(root_values[name])
-        if options.get(name):
+        if is_path(name, root_values[name], config_type):
+            root_values[name] = from_root(root_values[name])
+        if is_path(name, options.get(name), config_type):
             options[name] = os.path.abspath(os.path.expanduser(options[name]))
     config = make(config_type, **root_values | options)
     unused = [name for name in from_yaml | options if not has_effect(config, name)]

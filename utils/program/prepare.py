@@ -5,11 +5,13 @@ import os
 import torch
 from torch import nn
 
-from utils.config import DataConfig, DistillConfig, TrainConfig
+from utils.config import DataConfig, DistillConfig, TrainConfig, about, as_dict, differences, influential, path_options
 from utils.data import augment
 from utils.data.augment import Drawer
 from utils.data.datasets import Dataset, load_dataset
 from utils.derivatives.choose_engine import Work, check_backend, set_precision
+from utils.errors import UserError
+from utils.files import check_output
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program import ranks
@@ -44,9 +46,41 @@ def take_device(config: DataConfig) -> torch.device:
         device = torch.device("cuda", gpus[int(os.environ.get("LOCAL_RANK", ranks.rank())) % len(gpus)])
         torch.cuda.set_device(device)
     ranks.start(device)
+    _check_same_options(config)
     check_backend(config.backend, device)
     set_precision(config.precision, device)
+    check_outputs(config)
     return device
+
+
+def check_outputs(config: DataConfig) -> None:
+    """Refuses files to write that cannot be written, that are read or written as something else too, or in whose place
+    another kind of file is, before long work.
+
+    Raises:
+        UserError
+    """
+    given = {name: value for name, value in as_dict(config).items() if value and name in path_options(type(config))}
+    for name, path in given.items():
+        kind = about(name, type(config))["writes"]
+        if kind:
+            check_output(f"--{name}", path, kind, {f"--{other}": given[other] for other in given if other != name})
+
+
+def _check_same_options(config: DataConfig) -> None:
+    """Refuses ranks that were started with different options, whose work would be mixed.
+
+    Raises:
+        UserError
+    """
+    paths = path_options(type(config))  # which each machine may have of its own
+    own = {name: value for name, value in influential(config).items() if name not in paths}
+    of_all = ranks.gather({ranks.rank(): own})
+    for number, options in of_all.items():
+        different = differences(of_all[0], options)
+        if different:
+            raise UserError(f"ranks 0 and {number} were started with different options: {different}; give all ranks "
+                            "the same")
 
 
 def load_data(config: DataConfig, device: torch.device) -> Dataset:

@@ -85,7 +85,7 @@ class Progress(tqdm):
         device: whose memory is told.
     """
 
-    disable = True  # until it is made
+    disable, _terminal = True, False  # until it is made
 
     def __init__(self, total: int, description: str, *, initial: float = 0, quiet: bool = False, images: float = 0,
                  later: Callable[[], float] = lambda: 0.0, device: torch.device | None = None):

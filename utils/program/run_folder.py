@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from utils.config import DataConfig, defaults, differences, influential
+from utils.config import HOW_MUCH, DataConfig, about, as_dict, defaults, differences, identity, influential
 from utils.errors import UserError
 from utils.files import load, read_config, save, save_config
 from utils.program import ranks
@@ -28,17 +28,17 @@ def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextMan
     return locked(folder, advice) if ranks.first() else contextlib.nullcontext()
 
 
-def config_name(config: DataConfig) -> str:
-    """A short name that is the same for the same options."""
-    text = json.dumps(influential(config), sort_keys=True)
+def run_id(config: DataConfig, data: dict[str, str]) -> str:
+    """A short name that is the same for the same run: the same options and the same data, by its checksums."""
+    text = json.dumps([identity(config), data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class RunFolder:
     """One run's `config.yaml`, its log, and its result, with which it counts as finished.
 
-    While it runs, `checkpoint.pt` holds what it needs to go on after it was stopped or killed; `save_seconds` is how
-    long it last took to save it. Of several ranks only the first one writes.
+    `checkpoint.pt` holds what it needs to go on, after it was stopped or killed, or for more than was first asked for;
+    `save_seconds` is how long it last took to save it. Of several ranks only the first one writes.
 
     Making one writes nothing; `start` does.
 
@@ -57,19 +57,24 @@ class RunFolder:
         saved = path / "config.yaml"
         # An option that is younger than the run had no other value than its default.
         before = defaults(type(config)) | read_config(saved) if saved.exists() else self._config
-        different = differences(before, self._config)
-        discarded = getattr(config, "resume", None) == "never" and not self.finished
-        if different and not discarded:
-            raise UserError(f"{path} holds a run of other options: {different}; give those to go on with it, another "
-                            "--run_name, or --resume never to discard it unless it is finished")
+        different = differences(before, identity(config))
+        discards = getattr(config, "resume", None) == "never"
+        if different and (self.finished or not discards):
+            advice = "another --run_name" if self.finished else "another --run_name, or --resume never to discard it"
+            raise UserError(f"{path} holds a {'finished ' * self.finished}run of other options: {different}; give "
+                            f"those to go on with it, or {advice}")
+        # A finished run goes on where more is asked of it than it did.
+        self.is_done = self.finished and (discards or not any(
+            value > before[name] for name, value in as_dict(config).items()
+            if about(name, type(config))["decides"] == HOW_MUCH))
 
     @property
     def finished(self) -> bool:
         return self.result.exists()
 
     @property
-    def unfinished(self) -> dict[str, Any] | None:
-        """What a run that was stopped or killed last saved of itself (`save_state`), else None.
+    def saved_state(self) -> dict[str, Any] | None:
+        """What the run last saved of itself (`save_state`), or None.
 
         Raises:
             UserError: it is damaged.
@@ -98,12 +103,13 @@ class RunFolder:
         if not saved:
             if self.log.exists():
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")
-            self.forget_state()  # first, for it counts on the others
+            self._state.unlink(missing_ok=True)  # first, for it counts on the others
             for name in made:
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name)
                 else:
                     (self.path / name).unlink(missing_ok=True)
+        self.result.unlink(missing_ok=True)  # of a finished run that goes on
         save_config(self.path / "config.yaml", self._config)
         if saved and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
             raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
@@ -127,7 +133,3 @@ class RunFolder:
         save(state() | {"format": STATE_FORMAT, LOG_BYTES: size}, self._state)
         self._saved_at = perf_counter()
         self.save_seconds = self._saved_at - began
-
-    def forget_state(self) -> None:
-        """Removes what `save_state` saved, which is of no use any more."""
-        self._state.unlink(missing_ok=True)

@@ -1,0 +1,48 @@
+"""What shows a finished run: pictures and a page, each made of what lies in its folder, so at any time again."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from distill.report.matplotlib_figures import save_curves, save_images
+from distill.report.page import PAGE, page
+from distill.report.read_run import FinishedRun
+from utils.files import write_text
+from utils.program.console import note, shown
+
+
+def _images(run: FinishedRun, path: Path) -> None:
+    if run.pictures is not None and run.pictures.start is not None:  # else there is nothing to compare with
+        save_images(path, run.pictures)
+
+
+def _curves(run: FinishedRun, path: Path) -> None:
+    save_curves(path, run.metrics, run.config.get("threshold"))
+
+
+_MAKERS: dict[str, Callable[[FinishedRun, Path], None]] = {
+    "images.png": _images, "curves.png": _curves, PAGE: lambda run, path: write_text(path, page(run))}
+SHOWN = tuple(_MAKERS)
+
+
+def show(run: FinishedRun, names: Sequence[str] = SHOWN) -> None:
+    """Makes those of SHOWN in a finished run's folder; what cannot be made is a note, and the others are made."""
+    for name in names:
+        with noting_failure(run.path, name):
+            _MAKERS[name](run, run.path / name)
+
+
+def missing(folder: Path) -> list[str]:
+    """Those of SHOWN that a finished run's folder does not hold."""
+    return [name for name in SHOWN if not (folder / name).exists()]
+
+
+@contextlib.contextmanager
+def noting_failure(folder: Path, name: str) -> Iterator[None]:
+    """A picture is not worth a run: whatever goes wrong with it is a note."""
+    try:
+        yield
+    except Exception as error:  # libraries that draw fail in every way there is
+        reason = " ".join((str(error) or type(error).__name__).split())[:160]
+        note(f"note: {shown(folder / name)} could not be made ({type(error).__name__}: {reason}); scripts/report.py "
+             f"{shown(folder)} makes it again")
