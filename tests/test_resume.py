@@ -261,7 +261,8 @@ def test_a_run_goes_on_where_its_data_and_experts_lie_elsewhere_now(call, toy, t
     assert "going on" not in done.stdout and "is finished" not in done.stdout
 
 
-def test_a_log_that_an_editor_touched_is_read(distil_to):
+@pytest.mark.filterwarnings("error")  # as a traceback that is printed by the interpreter, and not raised, becomes
+def test_a_log_that_an_editor_touched_is_refused_in_a_line(distil_to):
     with stop_at(importlib.import_module("distill.run_state"), "evaluate", 3):
         _, folder = distil_to("log", expect=130)
     (folder / "metrics.jsonl").write_bytes(b"\n" + (folder / "metrics.jsonl").read_bytes().replace(b"\n", b"\r\n"))
