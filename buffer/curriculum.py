@@ -1,7 +1,7 @@
 """PAD's expert curriculum: which training images an epoch uses, from easy to hard (Li et al., PAD, section 3.2).
 
 How hard an image is, is measured by GraNd (Paul et al., NeurIPS 2021): the norm of the loss gradient for that image
-alone, early in training, averaged over networks.
+alone, early in training, averaged over networks; so does PAD's code, where its paper says EL2N.
 """
 
 import contextlib

@@ -204,7 +204,8 @@ def class_labels(model: FlatModel, theta: Tensor, dataset: Dataset, ipc: int, ra
 @torch.no_grad()
 def expert_logits(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
     """What an expert θ [P] says of x [B, C, H, W]: logits [B, K], without a graph."""
-    # Experts carry no running statistics, so their batch norms can only normalise by the batch at hand.
+    # Experts carry no running statistics, so their batch norms can only normalise by the batch at hand (published: by
+    # mean 0 and variance 1, where a fresh network's begin).
     model.network.train(has_batch_norm(model.network))
     logits = torch.cat([model(theta, part) for part in x.split(WALK)])
     model.network.train()

@@ -8,7 +8,7 @@ from utils.derivatives.choose_engine import Work
 from utils.networks import evaluation_pool
 from utils.program.run_folder import run_id
 
-SAVE_INTERVAL = 1000  # an iteration divisible by this is always published
+SAVE_INTERVAL = 1000  # the set of an iteration divisible by this is always written
 
 
 def batch_size(config: DistillConfig, dataset: Dataset) -> int:
@@ -24,7 +24,7 @@ def is_evaluated(config: DistillConfig, iteration: int) -> bool:
 
 
 def is_published(config: DistillConfig, iteration: int) -> bool:
-    """Whether the set is written at this iteration whatever it scores, as the published code does."""
+    """Whether the set is written at this iteration whatever it scores (published: never without an evaluation)."""
     return iteration == config.Iteration or iteration % SAVE_INTERVAL == 0
 
 

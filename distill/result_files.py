@@ -41,7 +41,7 @@ class Score:
     @computed_field
     @property
     def std(self) -> float:
-        """The population's standard deviation (numpy's default), as published tables use."""
+        """The population's standard deviation (numpy's default), as the published code has it."""
         return float(np.std(self.accuracies))
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class Score:
 
 
 Scores = Annotated[list[Score], Field(min_length=1)]
-"""One of each kind; the first decides which set is the best, as published."""
+"""One of each kind; the first decides which set is the best."""
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,14 @@ from utils.program.run_folder import RunFolder
 
 
 class Candidate(NamedTuple):
-    """A set on the way, and how it scored; the first network of the pool decides which is the best, as published."""
+    """A set on the way, and how it scored.
+
+    The first network of the pool decides which is the best; in the published code any that beats its own best does.
+    """
 
     iteration: int
     set: DistilledSet
     scores: list[Score]
-
 
 
 class RunState:

@@ -8,7 +8,7 @@ import yaml
 from test_datasets import write_cifar, write_tiny
 
 from utils import files
-from utils.config import DistillConfig
+from utils.config import BufferConfig, DistillConfig
 from utils.data.zca import Whitening
 from utils.files import REPOSITORY
 from utils.program.command_line import parse
@@ -69,7 +69,7 @@ def test_values_are_the_published(name, capsys):
     assert capsys.readouterr().err == ("note: accepted, but without effect: ema_decay\n")
 
 
-# SPEC 8.
+# SPEC 8. TESLA's lr_img is half of the published one: its code moves the images by half of the gradient.
 RELATED = {
     "CIFAR-100/MTT/IPC1": dict(syn_steps=20, expert_epochs=3, max_start_epoch=20, lr_img=1000, lr_lr=1e-5,
                                lr_teacher=0.01, zca=True, labels="hard", matching="exact"),
@@ -77,13 +77,14 @@ RELATED = {
                                lr_teacher=0.001, zca=True, labels="hard", ema=True, ema_decay=0.9995),
     "CIFAR-100/FTD/IPC10": dict(syn_steps=20, expert_epochs=2, max_start_epoch=40, lr_img=1000, lr_lr=1e-5,
                                 lr_teacher=0.01, zca=True, labels="hard", ema=True, ema_decay=0.9995),
-    "CIFAR-10/TESLA/IPC1": dict(syn_steps=50, expert_epochs=2, max_start_epoch=5, lr_img=1000, lr_lr=1e-7,
-                                lr_teacher=0.01, labels="hard", matching="tesla"),
-    "CIFAR-100/TESLA/IPC50": dict(syn_steps=80, expert_epochs=2, max_start_epoch=40, lr_img=1000, lr_lr=1e-5,
-                                  lr_teacher=0.01, batch_syn=125, zca=True, matching="tesla"),
-    "ImageNet-1K/TESLA/IPC1": dict(syn_steps=10, expert_epochs=3, max_start_epoch=10, lr_img=10000, lr_lr=1e-4,
-                                   lr_teacher=0.01, batch_syn=100, model="ConvNetD4", labels="target",
-                                   matching="tesla"),
+    "CIFAR-10/TESLA/IPC1": dict(syn_steps=50, expert_epochs=2, max_start_epoch=5, lr_img=500, lr_lr=1e-7,
+                                lr_teacher=0.01, zca=False, labels="hard", matching="tesla", num_eval=3),
+    "CIFAR-100/TESLA/IPC50": dict(syn_steps=80, expert_epochs=2, max_start_epoch=40, lr_img=500, lr_lr=1e-5,
+                                  lr_teacher=0.01, batch_syn=125, zca=True, labels="hard", matching="tesla",
+                                  num_eval=3),
+    "ImageNet-1K/TESLA/IPC1": dict(syn_steps=10, expert_epochs=3, max_start_epoch=10, lr_img=5000, lr_lr=1e-4,
+                                   lr_teacher=0.01, batch_syn=100, model="ConvNetD4", zca=False, labels="target",
+                                   matching="tesla", num_eval=3),
 }
 
 
@@ -91,8 +92,27 @@ RELATED = {
 def test_values_of_the_relatives_are_the_published(name):
     config = load(name)
     assert {key: getattr(config, key) for key in RELATED[name]} == RELATED[name]
-    assert (config.min_start_epoch, config.Sequential_Generation, config.Iteration) == (0, False, 5000)
+    assert (config.min_start_epoch, config.Sequential_Generation) == (0, False)
+    assert config.Iteration == (10000 if "TESLA" in name else 5000)
     assert config.threshold == float("inf")
+
+
+# Of the experts, as the header has them: rho, alpha (FTD, table 7), how many.
+EXPERTS = {"CIFAR-100/MTT/IPC1": (0, None, 100), "CIFAR-10/FTD/IPC10": (0.01, 0.3, 100),
+           "CIFAR-100/FTD/IPC10": (0.01, 1.0, 100), "CIFAR-10/TESLA/IPC1": (0, None, 100),
+           "CIFAR-100/TESLA/IPC50": (0, None, 100), "ImageNet-1K/TESLA/IPC1": (0, None, 50)}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_relatives_experts_are_the_published(name):
+    header = (CONFIGS / f"{name}.yaml").read_text().split("buffer_FTD.py ")[1].split("#   python")[0]
+    config = parse(BufferConfig, "", header.replace("#", "").split())
+    rho, alpha, experts = EXPERTS[name]
+    assert (config.rho_max, config.rho_min, config.num_experts, config.train_epochs) == (rho, rho, experts, 50)
+    assert alpha is None or config.alpha == alpha  # without effect where rho is 0
+    distil = load(name)
+    assert (config.dataset, config.model, config.zca) == (distil.dataset, distil.model, distil.zca)
+    assert config.buffer_path.endswith("buffer_storage") and distil.buffer_path.endswith("buffer_storage")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*/*.yaml")), ids=lambda path: path.stem)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from distill.result_files import Best, Evaluation, EvaluationResult, Iteration, RunResult, Score, append_metrics
+from scripts import reproduce
 from scripts.reproduce import FULL, SMALL, Plan, Results, windows, write_tables
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
 from utils.errors import UserError
@@ -254,3 +255,21 @@ def test_readme_has_the_numbers_of_the_results():
         at = iter([each for name in names for each in found[name]])
         for quoted in re.findall(number, "|".join(cells)):
             assert quoted in at, f"{quoted} in {line}"  # in this order
+
+
+def test_what_is_to_beat_and_what_is_published_are_said_alike():
+    """In README, in the configs' headers and in the tables that `reproduce.py` makes."""
+    small, configs = REPOSITORY / "results/FashionMNIST/small", REPOSITORY / "configs"
+    texts = {path: path.read_text() for path in (REPOSITORY / "README.md", small / "tables.md")}
+    for path, text in texts.items():
+        for figures in (*reproduce.PUBLISHED.values(), (reproduce.PUBLISHED_WHOLE,)):
+            assert any(all(f"{figure}" in line for figure in figures) for line in text.splitlines()), (path, figures)
+    random = [(small / f"ipc{ipc}_random.json", configs / f"FashionMNIST/ConvIN_W32/IPC{ipc}.yaml") for ipc in
+              reproduce.PUBLISHED_IPCS]
+    random.append((REPOSITORY / "results/quickstart/random.json", configs / "MiniFashion/ConvIN/IPC1.yaml"))
+    for result, config in random:
+        mean = json.loads(result.read_text())["scores"][0]["mean"]
+        assert f"To beat: random real images, {100 * mean:.1f} %." in config.read_text(), config
+    for ipc, mtt in zip(reproduce.PUBLISHED_IPCS, reproduce.PUBLISHED["MTT, by later papers"]):
+        header = (configs / f"FashionMNIST/ConvIN/IPC{ipc}.yaml").read_text()
+        assert f"MTT, {mtt} %" in header and f"{reproduce.PUBLISHED_WHOLE} %" in header

@@ -230,7 +230,7 @@ class DistillConfig(TrainConfig):
     resume: Literal["auto", "never"] = RESUME
     run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config",
                                          decides=False)
-    force_save: bool = option(FILES, False, "wandb pictures beyond ipc 50 too", decides=False)
+    force_save: bool = option(FILES, False, "wandb pictures from ipc 50 on too", decides=False)
     record_loss: bool = option(FILES, False, "record the loss; metrics.jsonl always does", effect=False)
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
         FILES, "auto", "Weights & Biases; auto: online where an account is known, else not at all", decides=False)

@@ -1,5 +1,8 @@
 """Weights & Biases, when it is there: the published keys, pictures and histograms; never in the way.
 
+Pictures, histograms and `Synthetic_LR` come at every evaluation; in the published code the former with each set that is
+saved, the latter at every iteration.
+
 Metrics always go to `metrics.jsonl` as well, so nothing is lost without it.
 """
 
@@ -21,7 +24,7 @@ from utils.program.console import note
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
-PICTURES_UP_TO_IPC = 50  # beyond it pictures are huge; --force_save logs them all the same
+PICTURES_UP_TO_IPC = 50  # from it on pictures are huge; --force_save logs them all the same
 CONNECT_SECONDS = 20.0
 
 

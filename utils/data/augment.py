@@ -86,7 +86,8 @@ def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[in
     """The older augmentation (DC, Zhao et al., ICLR 2021): one of `operations` for each image, uniformly.
 
     Shifts by up to 4 pixels (`crop`), scales by 0.8 … 1.2, rotates by ±45°, or adds noise of deviation 0.001. An image
-    whose turn it is not gets the operation's identity.
+    whose turn it is not gets the operation's identity. Published: shifts of −3 … 4, whole degrees of −45 … 44, what
+    shifts and rotations uncover filled with the batch's mean, not with zeros, and other interpolation.
     """
     if not operations:
         return None
@@ -114,7 +115,8 @@ OLDER_FOR_EXPERTS = ("crop", "scale", "rotate")  # whatever the dataset, as in t
 
 
 def older_operations(dataset: str, network: str) -> tuple[str, ...]:
-    """Where the published evaluation uses the older augmentation: on MNIST, and for ConvNetBN; nowhere else."""
+    """Where DC's evaluation uses the older augmentation: on MNIST, and for ConvNetBN; nowhere else. (DATM's published
+    evaluation has this table too, and fails with `--dsa False`.)"""
     if network == "ConvNetBN":
         return ("crop", "noise")
     return ("crop", "scale", "rotate") if dataset == "MNIST" else ()

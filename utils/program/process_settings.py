@@ -1,4 +1,4 @@
-"""What makes torch fast on a CPU and must be set before it is imported; the entries do, nothing else."""
+"""What makes torch fast on a CPU and must be set before it is imported: by programs alone, when they start."""
 
 import ctypes
 import os
