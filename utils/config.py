@@ -8,6 +8,7 @@ number, `False` is false, `None` and `null` are nothing.
 import contextlib
 import errno
 import os
+import re
 import reprlib
 import typing
 from dataclasses import fields
@@ -70,6 +71,20 @@ YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeErr
 
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
+
+def _sides(value: Any) -> Any:
+    """`32x48` as it is kept; of a square one side."""
+    if not isinstance(value, str) or not re.search("[x×]", value, re.IGNORECASE):
+        return value
+    sides = re.fullmatch(r"\s*0*([1-9]\d{0,8})\s*[x×]\s*0*([1-9]\d{0,8})\s*", value, re.IGNORECASE | re.ASCII)
+    if not sides:
+        raise ValueError("it must be a number of pixels, or height and width, such as 32x48")
+    return int(sides[1]) if sides[1] == sides[2] else "x".join(sides.groups())
+
+
+Resolution = Annotated[Count | Annotated[str, Field(pattern=r"^\d+x\d+$")] | None, BeforeValidator(_sides)]
+"""The side of a square, or `HxW`."""
+
 GROUPS = MAIN, METHOD, EVALUATION, SPEED, FILES = "main", "method", "evaluation", "speed", "files"  # as --help has them
 
 
@@ -108,7 +123,7 @@ class DataConfig:
     model: str = option(MAIN, "ConvNet", "ConvNet with any of D1-D8, W1-W4096, AS AR AL, NN BN LN IN GN, NP MP AP; "
                         "MLP, LeNet, AlexNet, VGG11, VGG11BN, ResNet18, ResNet18BN, ResNet18_AP, ResNet18BN_AP, each "
                         "also _Tiny")
-    res: Count | None = option(MAIN, None, "image size; unset: the dataset's own")
+    res: Resolution = option(MAIN, None, "image size: a square's side, or HxW such as 32x48; unset: the dataset's own")
     seed: int = option(MAIN, 0, "the same seed gives the same result")
     zca: bool = option(METHOD, False, "whiten the images (ZCA, eps 0.1)")
     dsa: bool = option(METHOD, True, "augment training batches by DSA")
