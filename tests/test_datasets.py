@@ -474,17 +474,18 @@ def test_sixteen_bits_and_floats_become_eight(tmp_path, capsys):
     eight = np.rint(values / 257)
     own_images(tmp_path, a=(values, ".png", {}), b=(values, ".tif", {}), c=(values.astype(np.int32), ".tiff", {}),
                d=(values, ".pgm", {}), e=((values / 65535).astype(np.float32), ".tif", {}),
-               f=(values.astype(">u2"), ".tif", {}))
-    expected = torch.from_numpy(eight).int().expand(6, 1, 8, 8)
+               f=(values.astype(">u2"), ".tif", {}),
+               g=(65535 - values, ".tif", {"tiffinfo": {262: 0}}))  # where white is zero
+    expected = torch.from_numpy(eight).int().expand(7, 1, 8, 8)
     assert torch.equal(read_bytes(tmp_path, res=8), expected)
-    assert "note: ImageFolder: 12 images are of 16 bits or floats, made 8 bits (" in capsys.readouterr().err
-    own_images(tmp_path, g=(random_bytes(8, 8, 3), ".png", {}), h=(values // 16, ".png", {}))
-    assert torch.equal(read_bytes(tmp_path, res=8)[:6], expected.expand(6, 3, 8, 8))
+    assert "note: ImageFolder: 14 images are of 16 bits or floats, made 8 bits (" in capsys.readouterr().err
+    own_images(tmp_path, h=(random_bytes(8, 8, 3), ".png", {}), i=(values // 16, ".png", {}))
+    assert torch.equal(read_bytes(tmp_path, res=8)[:7], expected.expand(7, 3, 8, 8))
     assert "2 images are of 16 bits that use less than 12 of them" in capsys.readouterr().err
     for wrong in (values.astype(np.int32) * 2, -values.astype(np.int32), values.astype(np.float32),
                   np.full((8, 8), np.nan, dtype=np.float32)):
-        own_images(tmp_path, i=(wrong, ".tif", {}))
-        refused(r"i.tif has values from .*Pillow's mode [IF]\)", "ImageFolder", tmp_path)
+        own_images(tmp_path, j=(wrong, ".tif", {}))
+        refused(r"j.tif has values from .*Pillow's mode [IF]\)", "ImageFolder", tmp_path)
 
 
 def test_transparency_lies_over_white_and_exif_turns(tmp_path, capsys):
@@ -530,6 +531,30 @@ def test_what_lies_deeper_is_read_and_what_is_left_out_is_said(tmp_path, call):
                 tmp_path / "result.json")
     assert "note: ImageFolder: 7 files are left out: 2 × broken link, 2 × .txt, 1 × " in done.stderr
     assert len(read_bytes(tmp_path)) == 5
+
+
+def test_grey_pictures_that_are_wider_than_high_from_experts_to_export(tmp_path, call):
+    for split, count in (("train", 6), ("test", 2)):
+        for c in range(2):
+            for number in range(count):
+                pixels = random_bytes(16, 30, seed=number) // 2 + np.uint8(100) * (np.arange(30) // 15 == c)
+                write_image(tmp_path / split / str(c) / f"{number}.png", pixels.astype(np.uint8))
+    common = ["--dataset=ImageFolder", f"--data_path={tmp_path}", "--res=8x12", "--model=ConvNetD1W4", "--device=cpu",
+              "--zca"]
+    call(REPOSITORY / "buffer" / "buffer_FTD.py", *common, "--train_epochs=2", "--num_experts=1", "--rho_max=0.01",
+         "--rho_min=0.01", f"--buffer_path={tmp_path}/buffer")
+    call(REPOSITORY / "distill" / "DATM.py", "--cfg", REPOSITORY / "configs" / "MiniFashion" / "ConvIN" / "IPC1.yaml",
+         *common, "--Iteration=2", "--eval_it=2", "--expert_epochs=1", "--max_start_epoch=1", "--syn_steps=2",
+         "--current_max_start_epoch=1", "--num_eval=1", "--epoch_eval_train=1", f"--buffer_path={tmp_path}/buffer",
+         f"--log_path={tmp_path}/log")
+    made, = (tmp_path / "log").glob("**/Normal/distilled.safetensors")
+    call(REPOSITORY / "distill" / "evaluation.py", *common, f"--data_dir={made}", "--num_eval=1",
+         "--epoch_eval_train=1")
+    call(REPOSITORY / "scripts" / "export.py", made, f"--png={tmp_path}/png")
+    with Image.open(tmp_path / "png" / "0" / "00.png") as picture:
+        assert (picture.size, picture.mode) == ((12, 8), "L")
+    done = call(REPOSITORY / "distill" / "baseline.py", *common, "--res=8x", expect=2)
+    assert "--res 8x: it must be a number of pixels, or height and width, such as 32x48" in done.stderr
 
 
 def test_a_format_that_starts_a_program_is_no_image(tmp_path, monkeypatch):
@@ -608,7 +633,7 @@ def test_wrong_imagenet(imagenet):
             imagenet)
     (imagenet / "train" / "n02111889" / "a.JPEG").unlink()
     (imagenet / "train" / "n02111889" / "b.JPEG").rename(imagenet / "train" / "n02111889" / "b.heic")
-    refused("no .jpg/.jpeg/.png file in .*n02111889 .*left out: 1 .heic", "ImageNet", imagenet, subset="imagewoof")
+    refused("no .jpg/.jpeg/.png file in .*n02111889 .*left out: 1 × .heic", "ImageNet", imagenet, subset="imagewoof")
     shutil.rmtree(imagenet / "train" / "n02111889")
     refused("train has no folder for n02111889 ", "ImageNet", imagenet, subset="imagewoof")
     refused("no folder for .*does not exist", "ImageNet", imagenet / "nothing")

@@ -47,10 +47,17 @@ class Picture(NamedTuple):
 
 
 @functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
 def suffixes() -> frozenset[str]:
     """Of the files that `read_image` reads, as Pillow knows them: .jpg, .jfif, .png, …"""
     # MPO, several JPEGs in one file, is opened as the first of them.
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats(), "MPO"))
 
 
 @contextlib.contextmanager
@@ -99,7 +106,7 @@ def read_image(path: Path, size: tuple[int, int], channels: int = 3, resize: boo
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats()) as image:
             yield image
     except UserError:
         raise
@@ -108,7 +115,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except Exception as error:  # decoders meet damage with exceptions of every kind
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # the system's, not the file's: a permission, the disk
-        raise UserError(f"{path} is not a readable image ({error}); fetch it again or delete it") from error
+        raise UserError(f"{path} is not a readable image ({error}); fetch it again, save it as PNG, or "
+                        "delete it") from error
 
 
 @contextlib.contextmanager
@@ -117,7 +125,7 @@ def _memory_for(image: Image.Image, path: Path) -> Iterator[None]:
         yield
         return
     copies = 2 if image.mode in ("L", "RGB") else 5  # converted, its alpha, white below it
-    need = 4 * copies * image.width * image.height + 16 * image.height  # and two pointers a row
+    need = 4 * copies * image.width * image.height + 24 * image.height  # and pointers to each row
     with _one_large:
         free = available()
         if need > free:
@@ -162,7 +170,7 @@ def _of_8_bits(image: Image.Image, path: Path, tags: dict) -> tuple[Image.Image,
         raise UserError(f"{path} has values from {low:g} to {high:g} (Pillow's mode {image.mode}); an image has 8 "
                         "bits, 16 bits (0 to 65535) or floats in [0, 1]: write it as one of these")
     pixels = np.rint(values * np.float32(255) / np.float32(top)).astype(np.uint8)
-    if top > 1 and tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow sees to in 8 bits only
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow sees to in 8 bits only
         pixels = 255 - pixels
     clear = image.info.get("transparency")
     alpha = None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
