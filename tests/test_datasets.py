@@ -200,8 +200,9 @@ def test_damaged_idx_files(tmp_path):
     for content in (gzip.decompress(whole)[:-1], gzip.decompress(whole) + b"0", b"<html>404</html>", b"", b"\0\0\x08"):
         plain.write_bytes(content)
         refused("not a whole idx file", "MNIST", tmp_path)
-    plain.write_bytes(idx(random_bytes(29, 28, 28)))
-    refused("do not belong together", "MNIST", tmp_path)
+    for shape in ((29, 28, 28), (30, 0, 28)):
+        plain.write_bytes(idx(random_bytes(*shape)))
+        refused("do not belong together", "MNIST", tmp_path)
     plain.write_bytes(idx(random_bytes(30, 20, 28)))
     refused("training and test images of 20×28 and 28×28 pixels do not belong together", "MNIST", tmp_path)
     plain.write_bytes(idx(random_bytes(30, 28, 28)))

@@ -134,7 +134,7 @@ def read_idx_folder(folder: Path) -> tuple[Split, Split]:
     tensors = [_read_idx(_idx_path(folder, file)) for file in IDX_FILES]
     splits = []
     for images, labels in (tensors[:2], tensors[2:]):
-        if images.dim() != 3 or labels.shape != images.shape[:1]:
+        if images.dim() != 3 or 0 in images.shape[1:] or labels.shape != images.shape[:1]:
             raise UserError(f"in {folder}, images of shape {list(images.shape)} and labels of shape "
                             f"{list(labels.shape)} do not belong together; fetch the four files again")
         splits.append(Split(images.unsqueeze(1), labels.long()))
