@@ -5,7 +5,7 @@ import errno
 import functools
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +140,7 @@ def _as_seen(image: Image.Image, path: Path) -> tuple[Image.Image, list[str]]:
     several, orientation = False, 1
     with contextlib.suppress(Exception):  # what follows the first picture may be damaged
         several = getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's: depth, a smaller copy
-    tags = dict(getattr(image, "tag_v2", {}))
+    tags = getattr(image, "tag_v2", {})
     image.load()
     with contextlib.suppress(Exception):  # or its EXIF
         orientation = image.getexif().get(ORIENTATION)
@@ -161,7 +161,7 @@ def _as_seen(image: Image.Image, path: Path) -> tuple[Image.Image, list[str]]:
     return image, remarks + [FIRST] * several
 
 
-def _of_8_bits(image: Image.Image, path: Path, tags: dict) -> tuple[Image.Image, Image.Image | None, float]:
+def _of_8_bits(image: Image.Image, path: Path, tags: Mapping) -> tuple[Image.Image, Image.Image | None, float]:
     """Of modes I, I;16 and F → the image, its alpha if a value stands for transparent, and its largest value."""
     values = np.asarray(image)
     top = 1 if image.mode == "F" else 2**12 - 1 if tags.get(BITS_PER_SAMPLE) == (12,) else 2**16 - 1
