@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from utils.data import datasets, disk_layouts, image_folders
+from utils.data import images as image_files
 from utils.data.datasets import DATASETS, load_dataset
 from utils.data.disk_layouts import Split
 from utils.errors import UserError
@@ -199,8 +200,11 @@ def test_damaged_idx_files(tmp_path):
     for content in (gzip.decompress(whole)[:-1], gzip.decompress(whole) + b"0", b"<html>404</html>", b"", b"\0\0\x08"):
         plain.write_bytes(content)
         refused("not a whole idx file", "MNIST", tmp_path)
-    plain.write_bytes(idx(random_bytes(29, 28, 28)))
-    refused("do not belong together", "MNIST", tmp_path)
+    for shape in ((29, 28, 28), (30, 0, 28)):
+        plain.write_bytes(idx(random_bytes(*shape)))
+        refused("do not belong together", "MNIST", tmp_path)
+    plain.write_bytes(idx(random_bytes(30, 20, 28)))
+    refused("training and test images of 20×28 and 28×28 pixels do not belong together", "MNIST", tmp_path)
     plain.write_bytes(idx(random_bytes(30, 28, 28)))
     labels = folder / "train-labels-idx1-ubyte.gz"
     labels.write_bytes(gzip.compress(idx(np.full(30, 11, dtype=np.uint8))))
@@ -439,6 +443,145 @@ def test_image_folder_resizes_like_torchvision_and_measures(tmp_path):
     assert load_dataset("ImageFolder", tmp_path, res=16).fingerprint == data.fingerprint
 
 
+def own_images(root, **files):
+    """One class, in train/ and test/, of files `name=(pixels or image, suffix, options of saving)`."""
+    for split in ("train", "test"):
+        (root / split / "a").mkdir(parents=True, exist_ok=True)
+        for name, (image, suffix, options) in files.items():
+            image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+            image.save(root / split / "a" / f"{name}{suffix}", **options)
+    return root
+
+
+def read_bytes(root, **kwargs):
+    """The training images, [N, C, H, W] in 0 … 255."""
+    data = load_dataset("ImageFolder", root, **kwargs)
+    return (data.to_pixels(data.train_images) * 255).round().int()
+
+
+def test_squares_are_torchvisions_to_the_bit(tmp_path):
+    from torchvision.transforms import v2
+
+    shapes = [tuple(np.random.default_rng(seed).integers(1, 90, 2)) for seed in range(60)] + [(2000, 1), (3, 700)]
+    pictures = [Image.fromarray(random_bytes(*shape, 3, seed=seed)) for seed, shape in enumerate(shapes)]
+    own_images(tmp_path, **{f"{number:02}": (picture, ".png", {}) for number, picture in enumerate(pictures)})
+    theirs = v2.Compose([v2.Resize(24), v2.CenterCrop(24), v2.PILToTensor()])
+    assert torch.equal(read_bytes(tmp_path, res=24), torch.stack([theirs(picture) for picture in pictures]).int())
+
+
+def test_sixteen_bits_and_floats_become_eight(tmp_path, capsys):
+    """Grey ones are one channel; beside a picture in colour three."""
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+    eight = np.rint(values / 257)
+    own_images(tmp_path, a=(values, ".png", {}), b=(values, ".tif", {}), c=(values.astype(np.int32), ".tiff", {}),
+               d=(values, ".pgm", {}), e=((values / 65535).astype(np.float32), ".tif", {}),
+               f=(values.astype(">u2"), ".tif", {}),
+               g=(65535 - values, ".tif", {"tiffinfo": {262: 0}}))  # where white is zero
+    expected = torch.from_numpy(eight).int().expand(7, 1, 8, 8)
+    assert torch.equal(read_bytes(tmp_path, res=8), expected)
+    assert "note: ImageFolder: 14 images are of 16 bits or floats, made 8 bits (" in capsys.readouterr().err
+    own_images(tmp_path, h=(random_bytes(8, 8, 3), ".png", {}), i=(values // 16, ".png", {}))
+    assert torch.equal(read_bytes(tmp_path, res=8)[:7], expected.expand(7, 3, 8, 8))
+    assert "2 images are of 16 bits that use less than 12 of them" in capsys.readouterr().err
+    for wrong in (values.astype(np.int32) * 2, -values.astype(np.int32), values.astype(np.float32),
+                  np.full((8, 8), np.nan, dtype=np.float32)):
+        own_images(tmp_path, j=(wrong, ".tif", {}))
+        refused(r"j.tif has values from .*Pillow's mode [IF]\)", "ImageFolder", tmp_path)
+
+
+def test_transparency_lies_over_white_and_exif_turns(tmp_path, capsys):
+    pixels = random_bytes(8, 8, 4)
+    pixels[0, :, 3], pixels[1:, :, 3] = 0, 255
+    seen = pixels[..., :3].copy()
+    seen[0] = 255
+    lying, exif = Image.fromarray(random_bytes(8, 8, 3, seed=1)), Image.Exif()
+    exif[0x0112] = 6
+    palette = Image.fromarray(pixels[..., :3]).quantize(16)
+    grey = Image.fromarray(pixels[..., 0])
+    with_alpha = Image.merge("LA", (grey, Image.fromarray(pixels[..., 3])))
+    own_images(tmp_path, a=(pixels, ".png", {}), b=(with_alpha, ".png", {}),
+               c=(palette, ".png", {"transparency": 3}), d=(palette, ".gif", {"transparency": 3}),
+               e=(grey, ".png", {"transparency": int(pixels[1, 1, 0])}), f=(lying, ".png", {"exif": exif}),
+               g=(np.dstack([pixels[..., :3], np.full((8, 8), 255, np.uint8)]), ".png", {}))
+    keyed = np.array(palette.convert("RGB"))
+    keyed[np.array(palette) == 3] = 255
+    clear = np.where(pixels[..., :1] == pixels[1, 1, 0], 255, pixels[..., :1]).repeat(3, 2)
+    expected = [seen, seen[..., :1].repeat(3, 2), keyed, keyed, clear, np.rot90(lying, -1), pixels[..., :3]]
+    assert np.array_equal(read_bytes(tmp_path, res=8).permute(0, 2, 3, 1), np.stack(expected))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 2 and "10 images are transparent, laid over white (" in said
+    assert "2 images are turned as the EXIF says (" in said
+
+
+def test_what_lies_deeper_is_read_and_what_is_left_out_is_said(tmp_path, call):
+    own_images(tmp_path, a=(random_bytes(8, 8, 3), ".gif", {}), b=(random_bytes(8, 8, 3), ".jfif", {"format": "JPEG"}))
+    train = tmp_path / "train"
+    (train / "a" / "deeper" / "still").mkdir(parents=True)
+    for place in ("deeper/still/c.JPG", "deeper/d.png", ".hidden.png"):
+        write_image(train / "a" / place, random_bytes(8, 8, 3))
+    write_image(train / "loose.png", random_bytes(8, 8, 3))
+    (train / "a" / "linked.png").symlink_to(train / "a" / "deeper" / "d.png")
+    (train / "a" / "broken.png").symlink_to("nothing")
+    (train / "a" / "self.png").symlink_to("self.png")
+    (train / "a" / "deeper" / "up").symlink_to("..")
+    (train / "a" / "x.txt").write_text("")
+    (train / "a" / "y.txt").write_text("")
+    os.mkfifo(train / "a" / "pipe.png")
+    done = call(REPOSITORY / "distill" / "baseline.py", "--dataset=ImageFolder", f"--data_path={tmp_path}", "--res=8",
+                "--model=MLP", "--num_eval=1", "--epoch_eval_train=1", "--device=cpu", "--ipc=None", "--json",
+                tmp_path / "result.json")
+    assert "note: ImageFolder: 7 files are left out: 2 × broken link, 2 × .txt, 1 × " in done.stderr
+    assert len(read_bytes(tmp_path)) == 5
+
+
+def test_grey_pictures_that_are_wider_than_high_from_experts_to_export(tmp_path, call):
+    for split, count in (("train", 6), ("test", 2)):
+        for c in range(2):
+            for number in range(count):
+                pixels = random_bytes(16, 30, seed=number) // 2 + np.uint8(100) * (np.arange(30) // 15 == c)
+                write_image(tmp_path / split / str(c) / f"{number}.png", pixels.astype(np.uint8))
+    common = ["--dataset=ImageFolder", f"--data_path={tmp_path}", "--res=8x12", "--model=ConvNetD1W4", "--device=cpu",
+              "--zca"]
+    call(REPOSITORY / "buffer" / "buffer_FTD.py", *common, "--train_epochs=2", "--num_experts=1", "--rho_max=0.01",
+         "--rho_min=0.01", f"--buffer_path={tmp_path}/buffer")
+    call(REPOSITORY / "distill" / "DATM.py", "--cfg", REPOSITORY / "configs" / "MiniFashion" / "ConvIN" / "IPC1.yaml",
+         *common, "--Iteration=2", "--eval_it=2", "--expert_epochs=1", "--max_start_epoch=1", "--syn_steps=2",
+         "--current_max_start_epoch=1", "--num_eval=1", "--epoch_eval_train=1", f"--buffer_path={tmp_path}/buffer",
+         f"--log_path={tmp_path}/log")
+    made, = (tmp_path / "log").glob("**/Normal/distilled.safetensors")
+    call(REPOSITORY / "distill" / "evaluation.py", *common, f"--data_dir={made}", "--num_eval=1",
+         "--epoch_eval_train=1")
+    call(REPOSITORY / "scripts" / "export.py", made, f"--png={tmp_path}/png")
+    with Image.open(tmp_path / "png" / "0" / "00.png") as picture:
+        assert (picture.size, picture.mode) == ((12, 8), "L")
+    done = call(REPOSITORY / "distill" / "baseline.py", *common, "--res=8x", expect=2)
+    assert "--res 8x: it must be a number of pixels, or height and width, such as 32x48" in done.stderr
+
+
+def test_a_format_that_starts_a_program_is_no_image(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    own_images(tmp_path, a=(random_bytes(8, 8, 3), ".png", {"format": "EPS"}))
+    refused("a.png is not a readable image", "ImageFolder", tmp_path)
+    assert not (tmp_path / "started").exists()
+
+
+def test_large_and_long_pictures(tmp_path, monkeypatch, recwarn):
+    strip = random_bytes(1, 40_000, 3)
+    own_images(tmp_path, a=(strip, ".png", {}))
+    monkeypatch.setattr(image_files, "ORDINARY", 2**17)
+    long = read_bytes(tmp_path)
+    monkeypatch.undo()
+    assert (read_bytes(tmp_path) - long).abs().max() <= 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+    assert torch.equal(read_bytes(tmp_path), read_bytes(tmp_path)) and not len(recwarn)
+    monkeypatch.setattr(image_files, "LARGE", 40_000)
+    monkeypatch.setattr(image_files, "available", lambda: 10_000)
+    refused("a.png has 40000×1 pixels and needs .*GiB of memory to be read", "ImageFolder", tmp_path)
+    assert Image.MAX_IMAGE_PIXELS == 5
+
+
 def test_image_folder_of_one_colour(tmp_path):
     for split in ("train", "test"):
         write_image(tmp_path / split / "black" / "1.png", np.zeros((8, 8, 3), dtype=np.uint8))
@@ -467,39 +610,49 @@ def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """1000 class folders, with two images and one for validation in imagewoof's; pixel values tell the index."""
-    for index in range(1000):
-        (tmp_path / "train" / f"n{index:08d}").mkdir(parents=True)
-    for index in image_folders.IMAGENET_SUBSETS["imagewoof"]:
-        for split, file, value in (("train", "a.JPEG", index % 256), ("train", "b.JPEG", 0), ("val", "c.JPEG", 9)):
-            write_image(tmp_path / split / f"n{index:08d}" / file, np.full((20, 30, 3), value, dtype=np.uint8))
+    """Imagewoof's ten folders as it comes, and another; two images of a class and one for validation."""
+    for c, wnid in enumerate(image_folders.IMAGENET_SUBSETS["imagewoof"].split()):
+        for split, file, value in (("train", "a.JPEG", c), ("train", "b.JPEG", 0), ("val", "c.JPEG", 9)):
+            write_image(tmp_path / split / wnid / file, np.full((20, 30, 3), value, dtype=np.uint8))
+    (tmp_path / "train" / "n01440764").mkdir()
     return tmp_path
 
 
 def test_imagenet_subset(imagenet):
     data = load_dataset("ImageNet", imagenet, subset="imagewoof", res=16)
-    order = image_folders.IMAGENET_SUBSETS["imagewoof"]
-    assert data.classes == tuple(f"n{index:08d}" for index in order)
+    assert data.classes == tuple(image_folders.IMAGENET_SUBSETS["imagewoof"].split())
     assert data.train_images.shape == (20, 3, 16, 16) and data.test_images.shape == (10, 3, 16, 16)
     first = data.to_pixels(data.train_images)[::2, 0, 0, 0] * 255
-    assert first.round().int().tolist() == [index % 256 for index in order]
+    assert first.round().int().tolist() == list(range(10))
     assert data.train_labels.tolist() == [c for c in range(10) for _ in range(2)]
     assert load_dataset("ImageNet", imagenet, subset="imagewoof").image_size == (128, 128)
 
 
 def test_wrong_imagenet(imagenet):
     refused("unknown ImageNet subset 'imagewof'; did you mean 'imagewoof'", "ImageNet", imagenet, subset="imagewof")
-    refused("no .jpg/.jpeg/.png file in .*n00000000", "ImageNet", imagenet)  # imagenette's folders are empty
-    shutil.rmtree(imagenet / "val" / "n00000193")
-    refused("val has no folder for n00000193", "ImageNet", imagenet, subset="imagewoof")
-    (imagenet / "train" / "n00000500").rmdir()
-    refused("999 class folders in .*expected all 1000", "ImageNet", imagenet, subset="imagewoof")
-    refused("0 class folders in .*does not exist", "ImageNet", imagenet / "nothing")
+    refused("train has no folder for n02102040, .* and 6 more .*expected the ten WordNet ids of imagenette", "ImageNet",
+            imagenet)
+    (imagenet / "train" / "n02111889" / "a.JPEG").unlink()
+    (imagenet / "train" / "n02111889" / "b.JPEG").rename(imagenet / "train" / "n02111889" / "b.heic")
+    refused("no .jpg/.jpeg/.png file in .*n02111889 .*left out: 1 × .heic", "ImageNet", imagenet, subset="imagewoof")
+    shutil.rmtree(imagenet / "train" / "n02111889")
+    refused("train has no folder for n02111889 ", "ImageNet", imagenet, subset="imagewoof")
+    refused("no folder for .*does not exist", "ImageNet", imagenet / "nothing")
 
 
-def test_imagenet_subsets_are_ten_different_classes():
-    for indices in image_folders.IMAGENET_SUBSETS.values():
-        assert len(set(indices)) == 10 and 0 <= min(indices) and max(indices) < 1000
+def test_imagenet_subsets_are_in_the_published_order():
+    """Published are the positions of the classes among the sorted thousand."""
+    published = {
+        "imagenette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
+        "imagewoof": (193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
+        "imagemeow": (281, 282, 283, 284, 285, 291, 292, 290, 289, 287),
+        "imagesquawk": (84, 130, 88, 144, 145, 22, 96, 9, 100, 89),
+        "imagefruit": (953, 954, 949, 950, 951, 957, 952, 945, 943, 948),
+        "imageyellow": (309, 986, 954, 951, 987, 779, 599, 291, 72, 11)}
+    assert list(image_folders.IMAGENET_SUBSETS) == list(published)
+    for subset, positions in published.items():
+        ids = image_folders.IMAGENET_SUBSETS[subset].split()
+        assert len(set(ids)) == 10 and np.array_equal(np.argsort(ids), np.argsort(positions))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])

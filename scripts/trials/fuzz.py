@@ -55,7 +55,7 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot
 
-import utils.config
+import utils.config.values
 import utils.program.console
 from scripts.common import script_parser
 from scripts.trials import common
@@ -186,7 +186,7 @@ class Sandbox:
             sys.stdout.reconfigure(encoding="utf-8", errors="strict", line_buffering=False)
             sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
             os.chdir(self.work)
-            utils.config.REPOSITORY = utils.program.console.REPOSITORY = self.repository
+            utils.config.values.REPOSITORY = utils.program.console.REPOSITORY = self.repository
             sys.argv = [str(REPOSITORY / case.script), *case.arguments]
             runpy.run_path(sys.argv[0], run_name="__main__")
             code = 0

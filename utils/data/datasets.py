@@ -100,7 +100,8 @@ class Dataset:
 
 
 def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imagenette", zca: bool = False,
-                 res: int | None = None, val_fraction: float = 0.0, device: torch.device | str = "cpu") -> Dataset:
+                 res: int | str | None = None, val_fraction: float = 0.0,
+                 device: torch.device | str = "cpu") -> Dataset:
     """Reads a dataset whole.
 
     Args:
@@ -108,7 +109,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
         data_path: the folder that holds the dataset, or into which it is downloaded. MiniFashion needs none.
         subset: which ten classes, for ImageNet.
         zca: whiten (`utils.data.zca`, fitted on the training images) instead of normalising by mean and std.
-        res: side in pixels, for ImageNet (128 unless given) and ImageFolder (32); the others have their own.
+        res: side in pixels, or `HxW`, for ImageNet (128 unless given) and ImageFolder (32); the others have their own.
         val_fraction: hold out this fraction of each class's training images, in place of the test images. Which
             ones is drawn from a generator seeded with HOLD_OUT_SEED. The whitening is that of all training images.
         device: where the tensors go; normalising and whitening happen there.
@@ -118,14 +119,15 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     """
     check_dataset_name(name)
     data_path = Path(data_path).expanduser()
+    size = None if res is None else (res, res) if isinstance(res, int) else tuple(map(int, res.split("x")))
     try:
-        train, test, classes, normal = DATASETS[name](data_path, subset, res)
+        train, test, classes, normal = DATASETS[name](data_path, subset, size)
     except OSError as error:
         raise UserError(f"{name} in {data_path} cannot be read: {error}; check its files and permissions") from error
-    side = train.images.shape[-1]
-    if res not in (None, side, PUBLISHED_RES):
-        raise UserError(f"res is {res}, but {name} has images of {side}×{side} pixels; leave res out, or use dataset "
-                        "ImageFolder, which resizes")
+    height, width = train.images.shape[2:]
+    if size not in (None, (height, width)) and res != PUBLISHED_RES:
+        raise UserError(f"res is {res}, but {name} has images of {height}×{width} pixels; leave res out, or use "
+                        "dataset ImageFolder, which resizes")
     _check_labels(name, "training", train.labels, classes)
     _check_labels(name, "test", test.labels, classes)
     train_key = _sha256(*train)

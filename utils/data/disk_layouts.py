@@ -51,7 +51,8 @@ class Raw(NamedTuple):
     normal: tuple[tuple[float, ...], tuple[float, ...]] | None  # (mean, std); None: measured on the training images
 
 
-Loader = Callable[[Path, str, int | None], Raw]  # (data_path, subset, res)
+Size = tuple[int, int] | None  # (H, W) that is asked for
+Loader = Callable[[Path, str, Size], Raw]  # (data_path, subset, size)
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
@@ -67,7 +68,7 @@ def listing(folder: Path) -> str:
     return f"it holds {some_of(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
 
 
-def minifashion(data_path: Path, subset: str, res: int | None) -> Raw:
+def minifashion(data_path: Path, subset: str, size: Size) -> Raw:
     """The first 600 training and 100 test images of each class of Fashion-MNIST; in the repository."""
     try:
         content = bz2.decompress(MINIFASHION.read_bytes())
@@ -95,12 +96,12 @@ def fashion_mnist_folders(data_path: Path) -> list[Path]:
     return [data_path / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST]
 
 
-def fashion_mnist(data_path: Path, subset: str, res: int | None) -> Raw:
+def fashion_mnist(data_path: Path, subset: str, size: Size) -> Raw:
     train, test = _idx_or_download("FashionMNIST", data_path, fashion_mnist_folders(data_path))
     return Raw(train, test, FASHION_CLASSES, NORMAL_FASHION)
 
 
-def mnist(data_path: Path, subset: str, res: int | None) -> Raw:
+def mnist(data_path: Path, subset: str, size: Size) -> Raw:
     train, test = _idx_or_download("MNIST", data_path, [data_path / "MNIST" / "raw"])
     return Raw(train, test, DIGITS, NORMAL_MNIST)
 
@@ -124,7 +125,7 @@ def read_idx_folder(folder: Path) -> tuple[Split, Split]:
     """The four files of MNIST's layout, unpacked or gzipped → (training, test), images [N, 1, H, W] uint8.
 
     Raises:
-        UserError: a file is missing or damaged, or images and labels do not belong together.
+        UserError: a file is missing or damaged, or the four do not belong together.
     """
     missing = [file for file in IDX_FILES if _idx_path(folder, file) is None]
     if missing:
@@ -133,10 +134,14 @@ def read_idx_folder(folder: Path) -> tuple[Split, Split]:
     tensors = [_read_idx(_idx_path(folder, file)) for file in IDX_FILES]
     splits = []
     for images, labels in (tensors[:2], tensors[2:]):
-        if images.dim() != 3 or labels.shape != images.shape[:1]:
+        if images.dim() != 3 or 0 in images.shape[1:] or labels.shape != images.shape[:1]:
             raise UserError(f"in {folder}, images of shape {list(images.shape)} and labels of shape "
                             f"{list(labels.shape)} do not belong together; fetch the four files again")
         splits.append(Split(images.unsqueeze(1), labels.long()))
+    if tensors[0].shape[1:] != tensors[2].shape[1:]:
+        sizes = " and ".join("×".join(map(str, images.shape[1:])) for images in (tensors[0], tensors[2]))
+        raise UserError(f"in {folder}, training and test images of {sizes} pixels do not belong together; fetch the "
+                        "four files again")
     return tuple(splits)
 
 
@@ -191,7 +196,7 @@ def _download(name: str, data_path: Path, fetch: Callable[[str], object], files:
         socket.setdefaulttimeout(patience)
 
 
-def cifar(name: str, data_path: Path, subset: str, res: int | None) -> Raw:
+def cifar(name: str, data_path: Path, subset: str, size: Size) -> Raw:
     """CIFAR10 or CIFAR100: the extracted folder, else the archive, else a download. Files are checked by md5."""
     source = getattr(_torchvision_datasets(), name)
     from torchvision.datasets.utils import check_integrity
@@ -214,7 +219,7 @@ def cifar(name: str, data_path: Path, subset: str, res: int | None) -> Raw:
     return Raw(train, test, tuple(splits[0].classes), NORMAL_CIFAR)
 
 
-def svhn(data_path: Path, subset: str, res: int | None) -> Raw:
+def svhn(data_path: Path, subset: str, size: Size) -> Raw:
     """train_32x32.mat and test_32x32.mat, checked by md5; the digit 0 has the label 0."""
     source = _torchvision_datasets().SVHN
     from torchvision.datasets.utils import check_integrity

@@ -1,35 +1,78 @@
 """How each dataset lies on the disk: folders of image files, a folder for each class."""
 
+import itertools
+import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from utils.data.disk_layouts import Raw, Split, listing, some_of
-from utils.errors import UserError, unknown_name
+from utils.data.disk_layouts import Raw, Size, Split, listing, some_of
+from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
+from utils.errors import UserError, one_line, unknown_name
 from utils.files import load
 from utils.memory import available
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
 NORMAL_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Indices into ImageNet's 1000 sorted WordNet ids; the position here is the label.
-IMAGENET_SUBSETS = {
-    "imagenette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
-    "imagewoof": (193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
-    "imagemeow": (281, 282, 283, 284, 285, 291, 292, 290, 289, 287),
-    "imagesquawk": (84, 130, 88, 144, 145, 22, 96, 9, 100, 89),
-    "imagefruit": (953, 954, 949, 950, 951, 957, 952, 945, 943, 948),
-    "imageyellow": (309, 986, 954, 951, 987, 779, 599, 291, 72, 11),
-}
+# WordNet ids; the position is the label.
+IMAGENET_SUBSETS = dict(
+    imagenette="n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257",
+    imagewoof="n02096294 n02093754 n02111889 n02088364 n02086240 n02089973 n02087394 n02115641 n02099601 n02105641",
+    imagemeow="n02123045 n02123159 n02123394 n02123597 n02124075 n02129165 n02129604 n02128925 n02128757 n02127052",
+    imagesquawk="n01806143 n02007558 n01818515 n02051845 n02056570 n01614925 n01843383 n01518878 n01860187 n01819313",
+    imagefruit="n07753275 n07753592 n07745940 n07747607 n07749582 n07768694 n07753113 n07720875 n07718472 n07742313",
+    imageyellow="n02206856 n12057211 n07753592 n07749582 n12144580 n04146614 n03530642 n02129165 n01773157 n01531178",
+)
 
 
-def tiny(data_path: Path, subset: str, res: int | None) -> Raw:
+class Notes:
+    """What a user may not expect of a dataset's files: counted while they are looked for and read, said once."""
+
+    def __init__(self, name: str, passed_over: Collection[str] = ()) -> None:
+        """
+        Args:
+            name: of the dataset.
+            passed_over: suffixes of files that belong to it, and are not images.
+        """
+        self.name, self._passed_over = name, passed_over
+        self._left_out, self._images = Counter(), Counter()
+        self._first: dict[str, Path] = {}
+
+    def left_out(self, why: str, path: Path) -> None:
+        if why not in self._passed_over:
+            self._left_out[why] += 1
+            self._first.setdefault(why, path)
+
+    def image(self, remark: str, path: Path) -> None:
+        self._images[remark] += 1
+        self._first.setdefault(remark, path)
+
+    def why_left_out(self) -> str:
+        """3 × .txt, 1 × broken link (PATH, of the first)"""
+        if not self._left_out:
+            return ""
+        kinds = self._left_out.most_common()
+        return f"{some_of([f'{count} × {why}' for why, count in kinds])} ({self._first[kinds[0][0]]})"
+
+    def say(self) -> None:
+        if self._left_out:
+            count = self._left_out.total()
+            self._say(f"{count} file{'s are' if count > 1 else ' is'} left out: {self.why_left_out()}")
+        for remark, count in self._images.items():
+            self._say(f"{count} image{'s are' if count > 1 else ' is'} {remark} ({self._first[remark]})")
+
+    def _say(self, text: str) -> None:
+        print(one_line(UserError(f"note: {self.name}: {text}")), file=sys.stderr)
+
+
+@unlimited()
+def tiny(data_path: Path, subset: str, size: Size) -> Raw:
     """Tiny ImageNet, 3×64×64: `data_path` is tiny-imagenet-200 or the folder that holds it.
 
     train/<wnid>/images/* (the archive) or train/<wnid>/*; val/images/* with val/val_annotations.txt (the archive),
@@ -39,11 +82,12 @@ def tiny(data_path: Path, subset: str, res: int | None) -> Raw:
     root = next((root for root in (data_path, data_path / "tiny-imagenet-200") if (root / "train").is_dir()), None)
     if root is None:
         raise UserError(f"Tiny: no train/ in {data_path} ({listing(data_path)}); {expected}, unpacked there")
-    train = _class_files("Tiny", root / "train", IMAGE_SUFFIXES)
+    notes = Notes("Tiny", passed_over=(".txt",))  # the archive has them beside its images
+    train = _class_files(notes, root / "train", suffixes())
     flat, annotations = root / "val" / "images", root / "val" / "val_annotations.txt"
     if _subfolders(flat):
-        test = _class_files("Tiny", flat, IMAGE_SUFFIXES)
-    elif _files(flat, IMAGE_SUFFIXES):
+        test = _class_files(notes, flat, suffixes())
+    elif flat.is_dir() and _files(notes, flat, suffixes()):
         if not annotations.is_file():
             raise UserError(f"Tiny: {flat} holds images but {annotations}, which says their classes, is missing; take "
                             "it from the archive, or sort the images into val/images/<wnid>/")
@@ -52,58 +96,64 @@ def tiny(data_path: Path, subset: str, res: int | None) -> Raw:
             file, wnid = line.split("\t")[:2] if "\t" in line else (line, "?")
             test.setdefault(wnid, []).append(flat / file)
     else:
-        test = _class_files("Tiny", root / "val", IMAGE_SUFFIXES)
-    return _raw("Tiny", root, train, test, sorted(train), 64, NORMAL_IMAGENET, partial(_decode, side=64, resize=False))
+        test = _class_files(notes, root / "val", suffixes())
+    read = partial(read_image, size=(64, 64), resize=False)
+    return _raw(notes, root, train, test, sorted(train), (3, 64, 64), NORMAL_IMAGENET, read)
 
 
-def imagenet(data_path: Path, subset: str, res: int | None) -> Raw:
-    """Ten classes of ImageNet: train/<wnid>/* and val/<wnid>/*, shorter side to `res` (128), centre crop."""
+@unlimited()
+def imagenet(data_path: Path, subset: str, size: Size) -> Raw:
+    """Ten classes of ImageNet: train/<wnid>/* and val/<wnid>/*, all thousand or the ten, as Imagenette comes; made as
+    small as covers `size` (128×128), centre crop."""
     if subset not in IMAGENET_SUBSETS:
         raise unknown_name("ImageNet subset", subset, IMAGENET_SUBSETS)
-    folder = data_path / "train"
-    wnids = sorted(_subfolders(folder))
-    if len(wnids) != 1000:
-        raise UserError(f"ImageNet: {len(wnids)} class folders in {folder} ({listing(folder)}), expected all 1000 "
-                        "WordNet ids, whose order numbers the classes; torchvision.datasets.ImageNet(root, split) "
-                        "unpacks the archives this way")
-    chosen = [wnids[index] for index in IMAGENET_SUBSETS[subset]]
-    train, test = (_class_files("ImageNet", data_path / split, IMAGE_SUFFIXES, chosen) for split in ("train", "val"))
-    side = res or 128
-    return _raw("ImageNet", data_path, train, test, chosen, side, NORMAL_IMAGENET, partial(_decode, side=side))
+    chosen = IMAGENET_SUBSETS[subset].split()
+    notes, size = Notes("ImageNet"), size or (128, 128)
+    expected = (f"the ten WordNet ids of {subset}, as its own download or torchvision.datasets.ImageNet(root, split) "
+                "unpacks them: folders")
+    train, test = (_class_files(notes, data_path / split, suffixes(), chosen, expected) for split in ("train", "val"))
+    return _raw(notes, data_path, train, test, chosen, (3, *size), NORMAL_IMAGENET, partial(read_image, size=size))
 
 
-def image_folder(data_path: Path, subset: str, res: int | None) -> Raw:
-    """A user's own images: train/<class>/* and test/<class>/* (else val/<class>/*), read as RGB.
+@unlimited()
+def image_folder(data_path: Path, subset: str, size: Size) -> Raw:
+    """A user's own images: train/<class>/* and test/<class>/* (else val/<class>/*), read as one channel if all are
+    grey, else as RGB.
 
-    Shorter side to `res` (32), centre crop. Mean and std are measured on the training images.
+    Made as small as covers `size` (32×32), centre crop. Mean and std are measured on the training images.
     """
     second = next((split for split in ("test", "val") if (data_path / split).is_dir()), None)
     if second is None or not (data_path / "train").is_dir():
         raise UserError(f"ImageFolder: {data_path} needs train/<class>/* and test/<class>/* or val/<class>/* "
                         f"({listing(data_path)}); make these folders, one per class, with images in them")
-    train, test = (_class_files("ImageFolder", data_path / split, IMAGE_SUFFIXES) for split in ("train", second))
-    side = res or 32
-    return _raw("ImageFolder", data_path, train, test, sorted(train), side, None, partial(_decode, side=side))
+    notes, size = Notes("ImageFolder"), size or (32, 32)
+    train, test = (_class_files(notes, data_path / split, suffixes()) for split in ("train", second))
+    channels = 1 if all(map(is_grey, itertools.chain(*train.values(), *test.values()))) else 3
+    return _raw(notes, data_path, train, test, sorted(train), (channels, *size), None,
+                partial(read_image, size=size, channels=channels))
 
 
-def imagenet_1k(data_path: Path, subset: str, res: int | None) -> Raw:
+def imagenet_1k(data_path: Path, subset: str, size: Size) -> Raw:
     """train/<class>/*.pt and val/<class>/*.pt: one tensor [3, 64, 64] each, uint8 or floats in [0, 1]."""
-    train, test = (_class_files("ImageNet1K", data_path / split, (".pt",)) for split in ("train", "val"))
+    notes = Notes("ImageNet1K")
+    train, test = (_class_files(notes, data_path / split, (".pt",)) for split in ("train", "val"))
     classes = sorted(train)
     dtype = _load_tensor(train[classes[0]][0]).dtype  # the first file decides: all bytes or all floats
     dtype = torch.uint8 if dtype == torch.uint8 else torch.float32
-    read = partial(_load_tensor, dtype=dtype)
-    return _raw("ImageNet1K", data_path, train, test, classes, 64, NORMAL_IMAGENET, read, dtype)
+    return _raw(notes, data_path, train, test, classes, (3, 64, 64), NORMAL_IMAGENET,
+                lambda path: Picture(_load_tensor(path, dtype)), dtype)
 
 
-def _raw(name: str, root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]], classes: Sequence[str],
-         side: int, normal, read: Callable[[Path], Tensor], dtype: torch.dtype = torch.uint8) -> Raw:
+def _raw(notes: Notes, root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]], classes: Sequence[str],
+         shape: tuple[int, int, int], normal, read: Callable[[Path], Picture],
+         dtype: torch.dtype = torch.uint8) -> Raw:
     for has, lacks, where in ((test, train, "train"), (train, test, "the test or val folder")):
         lost = sorted(set(has) - set(lacks))
         if lost:
-            raise UserError(f"{name}: in {root}, {where} has no images of {some_of(lost)}; both need the same classes: "
-                            "add the images or remove the class")
-    train, test = (_read_files(files, classes, side, dtype, read) for files in (train, test))
+            raise UserError(f"{notes.name}: in {root}, {where} has no images of {some_of(lost)}; both need the same "
+                            "classes: add the images or remove the class")
+    train, test = (_read_files(notes, files, classes, shape, dtype, read) for files in (train, test))
+    notes.say()
     return Raw(train, test, tuple(classes), normal)
 
 
@@ -114,74 +164,77 @@ def _subfolders(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The visible files of these kinds, sorted by name; none where there is no such folder."""
-    if not folder.is_dir():
+def _files(notes: Notes, folder: Path, suffixes: Collection[str], above: tuple[os.stat_result, ...] = ()) -> list[Path]:
+    """The visible files of these kinds in a folder, sorted by name, and then those of its folders."""
+    here = folder.stat()
+    if any(os.path.samestat(here, each) for each in above):
+        notes.left_out("link in a circle", folder)
         return []
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.lower().endswith(suffixes) and entry.is_file()]
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
+        entries = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    files, folders = [], []
+    for entry in entries:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        # scandir knows what an entry is, so that only links cost a look; a path takes one to itself for a broken one.
+        entry_or_path = Path(entry) if entry.is_symlink() else entry
+        if entry_or_path.is_dir():
+            folders.append(folder / entry.name)
+        elif suffix in suffixes and entry_or_path.is_file():
+            files.append(folder / entry.name)
+        else:
+            is_file = entry_or_path.is_file()
+            kind = (suffix or "without a suffix") if is_file else "broken link" if entry.is_symlink() else "no file"
+            notes.left_out(kind, folder / entry.name)
+    return files + [file for each in folders for file in _files(notes, each, suffixes, (*above, here))]
 
 
-def _class_files(name: str, folder: Path, suffixes: tuple[str, ...], classes: Sequence[str] | None = None):
-    """Class → files in <class>/ or <class>/images/, for these classes or all folders there are."""
-    kinds = "/".join(suffixes[:3])
+def _class_files(notes: Notes, folder: Path, suffixes: Collection[str], classes: Sequence[str] | None = None,
+                 expected: str = "one folder per class") -> dict[str, list[Path]]:
+    """Class → files in <class>/ and deeper, for these classes or all folders there are."""
+    kinds = ".jpg/.jpeg/.png" if ".png" in suffixes else "/".join(suffixes)
     folders = _subfolders(folder)
-    classes = list(folders) if classes is None else classes
+    if classes is None:
+        classes = list(folders)
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix.lower() in suffixes and path.name not in folders and not path.name.startswith("."):
+                notes.left_out("outside the classes' folders", path)
     missing = [c for c in classes if c not in folders]
     if missing or not classes:
-        raise UserError(f"{name}: {folder} has no folder for {some_of(missing) if missing else 'any class'} "
-                        f"({listing(folder)}); expected one folder per class with {kinds} files in it")
-    files = {c: _files(folders[c], suffixes) or _files(folders[c] / "images", suffixes) for c in classes}
+        raise UserError(f"{notes.name}: {folder} has no folder for {some_of(missing) if missing else 'any class'} "
+                        f"({listing(folder)}); expected {expected} with {kinds} files in it")
+    files = {c: _files(notes, folders[c], suffixes) for c in classes}
     empty = [c for c in classes if not files[c]]
     if empty:
-        raise UserError(f"{name}: no {kinds} file in {folders[empty[0]]} ({len(empty)} of {len(classes)} class folders "
-                        "are empty); add images or remove the folder")
+        there = notes.why_left_out()
+        raise UserError(f"{notes.name}: no {kinds} file in {folders[empty[0]]} ({len(empty)} of {len(classes)} class "
+                        f"folders are empty{f'; left out: {there}' if there else ''}); add images or remove the folder")
     return files
 
 
-def _read_files(files: dict[str, list[Path]], classes: Sequence[str], side: int, dtype: torch.dtype,
-                read: Callable[[Path], Tensor]) -> Split:
+def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[str], shape: tuple[int, int, int],
+                dtype: torch.dtype, read: Callable[[Path], Picture]) -> Split:
     """All files, class by class, with a few threads: decoding releases Python's lock."""
     paths = [path for c in classes for path in files[c]]
-    need = len(paths) * 3 * side * side * (4 + dtype.itemsize)  # as read, and as float32 beside it
+    need = len(paths) * math.prod(shape) * (4 + dtype.itemsize)  # as read, and as float32 beside it
     free = available()
     if need > free:
-        raise UserError(f"{len(paths)} images of 3×{side}×{side}, {paths[0]} the first, need {need / 2**30:.1f} GiB of "
-                        f"memory, {free / 2**30:.1f} GiB is available; use a machine with more, or fewer images")
-    images = torch.empty(len(paths), 3, side, side, dtype=dtype)
+        raise UserError(f"{len(paths)} images of {'×'.join(map(str, shape))}, {paths[0]} the first, need "
+                        f"{need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB is available; use a machine with "
+                        "more, or fewer images")
+    images = torch.empty(len(paths), *shape, dtype=dtype)
 
-    def read_some(start: int) -> None:
+    def read_some(start: int) -> list[tuple[str, Path]]:
+        remarks = []
         for row, path in enumerate(paths[start:start + 64], start):
-            images[row] = read(path)
+            images[row], found = read(path)
+            remarks += [(remark, path) for remark in found]
+        return remarks
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(read_some, range(0, len(paths), 64)))
+        for remark, path in itertools.chain.from_iterable(pool.map(read_some, range(0, len(paths), 64))):
+            notes.image(remark, path)
     counts = torch.tensor([len(files[c]) for c in classes])
     return Split(images, torch.arange(len(classes)).repeat_interleave(counts))
-
-
-def _decode(path: Path, side: int, resize: bool = True) -> Tensor:
-    """An image file → [3, side, side] uint8, as torchvision's Resize(side) and CenterCrop(side) do.
-
-    Raises:
-        UserError: not an image, or of another size where `resize` is off.
-    """
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except Exception as error:  # decoders meet damage with exceptions of every kind
-        raise UserError(f"{path} is not a readable image ({error}); fetch it again or delete it") from error
-    width, height = image.size
-    if (width, height) != (side, side):
-        if not resize:
-            raise UserError(f"{path} has {width}×{height} pixels, expected {side}×{side}; fetch the original images, "
-                            "or use dataset ImageFolder, which resizes")
-        short = min(width, height)
-        width, height = int(side * width / short), int(side * height / short)
-        left, top = round((width - side) / 2), round((height - side) / 2)
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _load_tensor(path: Path, dtype: torch.dtype | None = None) -> Tensor:

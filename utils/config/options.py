@@ -1,79 +1,30 @@
 """The options of the programs: one frozen, typed config each.
 
 An option is a field of its program's dataclass: name, type, bounds, default, one sentence of help, whether it has an
-effect and whether it decides the result, each stated once. Values of any spelling are taken (`make`): `1e-5` is a
-number, `False` is false, `None` and `null` are nothing.
+effect and whether it decides the result, each stated once.
 """
 
-import contextlib
-import errno
-import os
-import reprlib
-import typing
-from dataclasses import fields
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import pydantic
-import yaml
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from utils.errors import UserError, shortened
-from utils.files import REPOSITORY
-
-
-def _possible_path(value: str) -> str:
-    """Refuses what no file system can hold, for which the system calls have errors of their own."""
-    try:
-        os.lstat(value)
-    except ValueError:
-        raise ValueError("it must not hold a null character") from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise ValueError("it is longer than a path can be; give a shorter one") from None
-    return value
-
-
-# Made absolute when the config is parsed; a file may be left out, a folder not.
-FilePath = Annotated[str, "path", AfterValidator(_possible_path)]
-FolderPath = Annotated[str, "path", Field(min_length=1), AfterValidator(_possible_path)]
-STARTS = ("samples_predicted_correctly", "real", "noise")
-
-
-def _start(value: str) -> str:
-    if value not in STARTS and not value.endswith(".safetensors"):
-        raise ValueError(f"it must be {', '.join(STARTS)}, or the path of a distilled.safetensors")
-    return _possible_path(value)
-
-
-Start = Annotated[str, "path", AfterValidator(_start)]
-Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if _is_digits(value) else value)]
-"""`auto`, `cpu`, `cuda`, `cuda:1`, or a list of GPU indices such as `[0, 1]`."""
-
-
-def _is_digits(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and value.isdecimal() and len(value) < 10)
-
-
-def _folder_name(value: str) -> str:
-    _possible_path(value)
-    if "/" in value or "\\" in value or not value.strip("."):
-        raise ValueError("it must be the name of a folder, without / and more than dots")
-    return value
-
-
-FolderName = Annotated[str, AfterValidator(_folder_name)]  # which stays inside its folder
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
-# Inside float32; a learning rate's own rate even over the square of a learning rate, which `lr_param: log` makes of it.
-LearningRate = Annotated[float, Field(ge=1e-10, le=3e38, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
-RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
-YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
-
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+from utils.config.option_types import (
+    STARTS,
+    Count,
+    Device,
+    FilePath,
+    FolderName,
+    FolderPath,
+    Fraction,
+    Index,
+    LearningRate,
+    Rate,
+    RateOfRate,
+    Resolution,
+    Start,
+)
 
 HOW_MUCH = "how much"
 GROUPS = MAIN, METHOD, EVALUATION, SPEED, FILES = "main", "method", "evaluation", "speed", "files"  # as --help has them
@@ -117,7 +68,7 @@ class DataConfig:
     model: str = option(MAIN, "ConvNet", "ConvNet with any of D1-D8, W1-W4096, AS AR AL, NN BN LN IN GN, NP MP AP; "
                         "MLP, LeNet, AlexNet, VGG11, VGG11BN, ResNet18, ResNet18BN, ResNet18_AP, ResNet18BN_AP, each "
                         "also _Tiny")
-    res: Count | None = option(MAIN, None, "image size; unset: the dataset's own")
+    res: Resolution = option(MAIN, None, "image size: a square's side, or HxW such as 32x48; unset: the dataset's own")
     seed: int = option(MAIN, 0, "the same seed gives the same result")
     zca: bool = option(METHOD, False, "whiten the images (ZCA, eps 0.1)")
     dsa: bool = option(METHOD, True, "augment training batches by DSA")
@@ -280,121 +231,3 @@ class BaselineConfig(TrainConfig):
                                                       "the mean logits of the experts that are right")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts, for label_source experts")
     json: FilePath = option(FILES, "", "write the result to this file", decides=False, writes="json:what")
-
-
-# --- values and what they mean -------------------------------------------------------------------------------
-
-Config = TypeVar("Config", bound=DataConfig)
-
-
-def make(config_type: type[Config], **values: Any) -> Config:
-    """A config from values of any spelling (text, numbers, lists).
-
-    Raises:
-        UserError: the first value that is wrong, what it should be, and how the option is spelt.
-    """
-    try:
-        return config_type(**{name: _spelt(name, value, config_type) for name, value in values.items()})
-    except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0]) if problem["loc"] else "config"
-        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
-        message = message.split(", unable")[0].replace("String should have", "it must have")
-        # A YAML's aliases can make of a few lines a value that is too large to be written out.
-        value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))
-        raise UserError(f"--{name} {shortened(value)}: {message}") from None
-
-
-def as_dict(config: DataConfig) -> dict[str, Any]:
-    """All options by name, ready for YAML or JSON."""
-    return {field.name: getattr(config, field.name) for field in fields(config)}
-
-
-def has_effect(config: DataConfig, name: str) -> bool:
-    """Whether an option does anything, given the others."""
-    effect = about(name, type(config))["effect"]
-    return getattr(config, effect) if isinstance(effect, str) else effect
-
-
-def _spelt(name: str, value: Any, config_type: type) -> Any:
-    """The spellings that YAML and the command line allow beyond the type's own."""
-    hint = typing.get_type_hints(config_type)[name]
-    if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
-        return None
-    if isinstance(value, str) and value.startswith("[") and list[int] in typing.get_args(hint):
-        with contextlib.suppress(*YAML_FAILURES):
-            return yaml.load(value, yaml.BaseLoader)
-    return value
-
-
-def about(name: str, config_type: type) -> dict[str, Any]:
-    """What an option says of itself: group, effect, decides, help."""
-    field = next(field for field in fields(config_type) if field.name == name)
-    return field.default.json_schema_extra | {"help": field.default.description}
-
-
-def from_root(value: Any) -> Any:
-    """A path of a YAML or a default: `../x` and `./x` mean `x` at the repository's root."""
-    if not value or not isinstance(value, str):
-        return value
-    value = os.path.expanduser(value)
-    while value.startswith(("../", "./")):
-        value = value.split("/", 1)[1]
-    return os.path.normpath(REPOSITORY / value)
-
-
-def from_repository(value: Any) -> Any:
-    """A path inside the repository relative to it, as saved configs have it; any other value as it is."""
-    return str(value).removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str | Path) else value
-
-
-def influential(config: DataConfig) -> dict[str, Any]:
-    """The options that decide the result, paths inside the repository relative to it."""
-    return {name: from_repository(value) for name, value in as_dict(config).items()
-            if about(name, type(config))["decides"] and has_effect(config, name)}
-
-
-def identity(config: DataConfig) -> dict[str, Any]:
-    """The options that tell a run from another one: those that decide what is computed, but not for how long, nor
-    where files lie, which may have been moved; what is in them is known by checksums."""
-    return {name: value for name, value in influential(config).items()
-            if about(name, type(config))["decides"] is True and not is_path(name, value, type(config))}
-
-
-def path_options(config_type: type) -> dict[str, Any]:
-    """The options that are paths, or may be, with their defaults."""
-    hints = typing.get_type_hints(config_type, include_extras=True)
-    return {field.name: field.default.default for field in fields(config_type)
-            if "path" in typing.get_args(hints[field.name])}
-
-
-def is_path(name: str, value: Any, config_type: type) -> bool:
-    """Whether the value that an option has is a path."""
-    named = name == "pix_init" and not str(value).endswith(".safetensors")
-    return bool(value) and not named and name in path_options(config_type)
-
-
-def defaults(config_type: type) -> dict[str, Any]:
-    """What each option is when it is not given, paths as `influential` has them."""
-    rooted = {name: from_root(value) for name, value in path_options(config_type).items()
-              if is_path(name, value, config_type)}
-    return {name: from_repository(value) for name, value in as_dict(make(config_type, **rooted)).items()}
-
-
-def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """The options that differ from the defaults, in the order in which they are declared; unknown ones last."""
-    default = defaults(config_type)
-    names = [*(name for name in default if name in options), *(name for name in options if name not in default)]
-    return {name: options[name] for name in names if name not in default or options[name] != default[name]}
-
-
-def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """What a program is given to have these options again: the dataset, the network and what is not the default."""
-    known = {name: value for name, value in options.items() if name in defaults(config_type)}
-    return {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, config_type)
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The options that have another value than before, in words; empty if there are none."""
-    return ", ".join(f"{name} ({before[name]} there, {value} here)"
-                     for name, value in now.items() if name in before and before[name] != value)

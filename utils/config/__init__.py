@@ -1,0 +1,32 @@
+"""The options of the programs: their types, what there is, and what values mean. Import from here."""
+
+from utils.config.option_types import STARTS
+from utils.config.options import (
+    GROUPS,
+    HOW_MUCH,
+    BaselineConfig,
+    BufferConfig,
+    DataConfig,
+    DistillConfig,
+    EvaluationConfig,
+    TeslaConfig,
+    TrainConfig,
+)
+from utils.config.values import (
+    YAML_FAILURES,
+    Config,
+    about,
+    as_dict,
+    changed,
+    defaults,
+    differences,
+    from_repository,
+    from_root,
+    has_effect,
+    identity,
+    influential,
+    is_path,
+    make,
+    path_options,
+    worth_giving,
+)

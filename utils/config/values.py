@@ -1,0 +1,135 @@
+"""Configs from values of any spelling, and what their values mean.
+
+`1e-5` is a number, `False` is false, `None` and `null` are nothing.
+"""
+
+import contextlib
+import os
+import reprlib
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from utils.config.options import DataConfig
+from utils.errors import UserError, shortened
+from utils.files import REPOSITORY
+
+YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
+Config = TypeVar("Config", bound=DataConfig)
+
+
+def make(config_type: type[Config], **values: Any) -> Config:
+    """A config from values of any spelling (text, numbers, lists).
+
+    Raises:
+        UserError: the first value that is wrong, what it should be, and how the option is spelt.
+    """
+    try:
+        return config_type(**{name: _spelt(name, value, config_type) for name, value in values.items()})
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0]) if problem["loc"] else "config"
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+        message = message.split(", unable")[0].replace("String should have", "it must have")
+        # A YAML's aliases can make of a few lines a value that is too large to be written out.
+        value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))
+        raise UserError(f"--{name} {shortened(value)}: {message}") from None
+
+
+def as_dict(config: DataConfig) -> dict[str, Any]:
+    """All options by name, ready for YAML or JSON."""
+    return {field.name: getattr(config, field.name) for field in fields(config)}
+
+
+def has_effect(config: DataConfig, name: str) -> bool:
+    """Whether an option does anything, given the others."""
+    effect = about(name, type(config))["effect"]
+    return getattr(config, effect) if isinstance(effect, str) else effect
+
+
+def _spelt(name: str, value: Any, config_type: type) -> Any:
+    """The spellings that YAML and the command line allow beyond the type's own."""
+    hint = typing.get_type_hints(config_type)[name]
+    if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
+        return None
+    if isinstance(value, str) and value.startswith("[") and list[int] in typing.get_args(hint):
+        with contextlib.suppress(*YAML_FAILURES):
+            return yaml.load(value, yaml.BaseLoader)
+    return value
+
+
+def about(name: str, config_type: type) -> dict[str, Any]:
+    """What an option says of itself: group, effect, decides, help."""
+    field = next(field for field in fields(config_type) if field.name == name)
+    return field.default.json_schema_extra | {"help": field.default.description}
+
+
+def from_root(value: Any) -> Any:
+    """A path of a YAML or a default: `../x` and `./x` mean `x` at the repository's root."""
+    if not value or not isinstance(value, str):
+        return value
+    value = os.path.expanduser(value)
+    while value.startswith(("../", "./")):
+        value = value.split("/", 1)[1]
+    return os.path.normpath(REPOSITORY / value)
+
+
+def from_repository(value: Any) -> Any:
+    """A path inside the repository relative to it, as saved configs have it; any other value as it is."""
+    return str(value).removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str | Path) else value
+
+
+def influential(config: DataConfig) -> dict[str, Any]:
+    """The options that decide the result, paths inside the repository relative to it."""
+    return {name: from_repository(value) for name, value in as_dict(config).items()
+            if about(name, type(config))["decides"] and has_effect(config, name)}
+
+
+def identity(config: DataConfig) -> dict[str, Any]:
+    """The options that tell a run from another one: those that decide what is computed, but not for how long, nor
+    where files lie, which may have been moved; what is in them is known by checksums."""
+    return {name: value for name, value in influential(config).items()
+            if about(name, type(config))["decides"] is True and not is_path(name, value, type(config))}
+
+
+def path_options(config_type: type) -> dict[str, Any]:
+    """The options that are paths, or may be, with their defaults."""
+    hints = typing.get_type_hints(config_type, include_extras=True)
+    return {field.name: field.default.default for field in fields(config_type)
+            if "path" in typing.get_args(hints[field.name])}
+
+
+def is_path(name: str, value: Any, config_type: type) -> bool:
+    """Whether the value that an option has is a path."""
+    named = name == "pix_init" and not str(value).endswith(".safetensors")
+    return bool(value) and not named and name in path_options(config_type)
+
+
+def defaults(config_type: type) -> dict[str, Any]:
+    """What each option is when it is not given, paths as `influential` has them."""
+    rooted = {name: from_root(value) for name, value in path_options(config_type).items()
+              if is_path(name, value, config_type)}
+    return {name: from_repository(value) for name, value in as_dict(make(config_type, **rooted)).items()}
+
+
+def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
+    """The options that differ from the defaults, in the order in which they are declared; unknown ones last."""
+    default = defaults(config_type)
+    names = [*(name for name in default if name in options), *(name for name in options if name not in default)]
+    return {name: options[name] for name in names if name not in default or options[name] != default[name]}
+
+
+def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:
+    """What a program is given to have these options again: the dataset, the network and what is not the default."""
+    known = {name: value for name, value in options.items() if name in defaults(config_type)}
+    return {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, config_type)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The options that have another value than before, in words; empty if there are none."""
+    return ", ".join(f"{name} ({before[name]} there, {value} here)"
+                     for name, value in now.items() if name in before and before[name] != value)
