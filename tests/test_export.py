@@ -204,9 +204,13 @@ def test_a_set_whose_tensors_do_not_fit_is_refused(call, tmp_path):
     from safetensors.torch import save_file
 
     about = {"format": "datm-distilled-set-1", "classes": '["a", "b"]', "mean": "[0.5]", "std": "[0.5]", "config": "{}"}
-    for tensors, phrase in (({"labels": torch.zeros(3, 2)}, "do not fit"),
-                            ({"labels": torch.zeros(2, 3)}, "do not fit"),
+    for tensors, phrase in (({"labels": torch.zeros(3, 2)}, "[3, 2]; these 2 images of it need label logits [2, 2]"),
+                            ({"labels": torch.zeros(2, 3)}, "[2, 3]; these 2 images of it need label logits [2, 2]"),
                             ({"images": torch.full((2, 1, 4, 4), torch.nan)}, "not finite"),
+                            ({"images": torch.full((2, 1, 4, 4), 1e300, dtype=torch.float64)}, "not finite in float32"),
+                            ({"labels": torch.full((2, 2), 1e300, dtype=torch.float64)}, "not finite in float32"),
+                            ({"pixels": torch.zeros(2, 1, 4, 5)}, "needs floating-point images [N, 1, 4, 4]"),
+                            ({"lr": torch.tensor(1e300, dtype=torch.float64)}, "one positive learning rate"),
                             ({"images": torch.zeros(2, 5, 4, 4)}, "5 channels")):
         whole = {"images": torch.zeros(2, 1, 4, 4), "labels": torch.eye(2), "lr": torch.tensor(0.1)} | tensors
         save_file(whole, tmp_path / "set.safetensors", about)
