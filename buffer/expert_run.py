@@ -225,7 +225,7 @@ class ExpertRun:
             UserError: nor did those before it.
         """
         chance = 1 / self.dataset.num_classes
-        if learned > AT_CHANCE * chance:
+        if learned > AT_CHANCE * chance or learned == 1:  # of one class there is nothing more to learn
             self._at_chance = 0
             return
         self._at_chance += 1

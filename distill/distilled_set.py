@@ -1,25 +1,30 @@
 """A distilled set and its files.
 
 The published ones are three: `images_{tag}.pt`, `labels_{tag}.pt`, `lr_{tag}.pt`. Beside them `distilled.safetensors`
-holds the set whole, with its whitening, class names and config; safetensors hold data only, never code.
+holds the set whole, as networks see it and as pictures, with its class names and config; safetensors hold data only,
+never code. Its whitening, which is far larger, lies in the disk cache, or beside it where it travelled.
 """
 
+import functools
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from utils import files
 from utils.data.datasets import Dataset, ImageSpace
-from utils.data.zca import Whitening
+from utils.data.zca import KeptWhitening, Whitening
 from utils.errors import UserError
+from utils.program.console import note
 
-FORMAT = "datm-distilled-set-1"
+FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier held the whitening, and no pictures
 WHOLE = "distilled.safetensors"  # the self-describing file
 
 
@@ -27,7 +32,7 @@ WHOLE = "distilled.safetensors"  # the self-describing file
 class DistilledSet(torch.utils.data.Dataset):
     """Images in the space that networks are trained in, their labels, and the learning rate to train with.
 
-    A ready `torch.utils.data.Dataset` of (image [C, H, W], label). `space` and `classes` are there if the set was
+    A ready `torch.utils.data.Dataset` of (image [C, H, W], label). What stands below `lr` is there if the set was
     loaded from a self-describing file.
     """
 
@@ -35,8 +40,11 @@ class DistilledSet(torch.utils.data.Dataset):
     labels: Tensor  # label logits [N, K], or classes [N] int64
     lr: Tensor  # α, a scalar
     classes: tuple[str, ...] = ()
-    space: ImageSpace | None = None
     config: dict[str, Any] = field(default_factory=dict)  # the options that made it
+    mean: tuple[float, ...] = ()  # of its space, see `ImageSpace`
+    std: tuple[float, ...] = ()
+    whitening: Whitening | KeptWhitening | None = None
+    pictures: Tensor | None = None  # [N, C, H, W], see `pixels`; files of the earlier format hold none
 
     def __len__(self) -> int:
         return len(self.images)
@@ -44,10 +52,22 @@ class DistilledSet(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
 
+    @functools.cached_property
+    def space(self) -> ImageSpace:
+        """What makes of pixels what networks see, and the reverse.
+
+        Raises:
+            UserError: the images are whitened, and the whitening is neither in the disk cache nor beside the set.
+        """
+        assert self.mean, "only a set from DistilledSet.load knows its space"
+        whitening = self.whitening
+        if isinstance(whitening, KeptWhitening):
+            whitening = whitening.read(self.images[0].numel())
+        return ImageSpace(self.mean, self.std, whitening)
+
     def pixels(self) -> Tensor:
-        """The images as pictures [N, C, H, W]: un-whitened, around [0, 1], not clipped."""
-        assert self.space is not None, "only a set from DistilledSet.load knows its space"
-        return self.space.to_pixels(self.images)
+        """The images as pictures [N, C, H, W]: un-whitened, around [0, 1], not clipped. Needs no whitening."""
+        return self.space.to_pixels(self.images) if self.pictures is None else self.pictures
 
     def detach(self) -> "DistilledSet":
         """A copy that later updates of this set do not touch."""
@@ -57,11 +77,12 @@ class DistilledSet(torch.utils.data.Dataset):
         return self._each(lambda tensor: tensor.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `DistilledSet(**tensors)` makes a set of again, without its space, classes and config."""
+        """What `DistilledSet(**tensors)` makes a set of again, without what a self-describing file adds."""
         return {"images": self.images, "labels": self.labels, "lr": self.lr}
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "DistilledSet":
-        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+        pictures = None if self.pictures is None else change(self.pictures)
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()}, pictures=pictures)
 
     def save(self, folder: Path, tag: str | int, dataset: Dataset) -> None:
         """Writes the published files, on the CPU, and `images_zca_{tag}.pt` (un-whitened) for a whitened dataset."""
@@ -76,33 +97,44 @@ class DistilledSet(torch.utils.data.Dataset):
         Args:
             config: the options that made the set, as JSON can hold them.
         """
-        tensors = self.tensors()
-        if dataset.whitening is not None:
-            tensors |= {f"zca_{name}": tensor for name, tensor in dataset.whitening.tensors().items()}
         options = {name: str(value) if value == math.inf else value for name, value in config.items()}
         about = {"format": FORMAT, "dataset": dataset.name, "classes": json.dumps(dataset.classes),
                  "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(options)}
-        files.save_tensors(path, tensors, about)
+        if dataset.whitening is not None:
+            about["whitening"] = dataset.whitening.fingerprint
+        files.save_tensors(path, self.tensors() | {"pixels": dataset.to_pixels(self.images.detach())}, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "DistilledSet":
-        """Reads a file of `save_whole`.
+        """Reads a file of `save_whole`, of this format or the earlier one.
 
         Raises:
-            UserError: missing, damaged, or another kind of file.
+            UserError: missing, damaged, another kind of file, or tensors that do not fit each other or are not finite.
         """
         path = Path(path)
         files.check_is_file(path, "distilled set", set_in(path) or f"the path of a {WHOLE}")
         with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
             tensors, about = files.load_tensors(path)
-            if about.get("format") != FORMAT:
+            if about.get("format") not in (FORMAT, EARLIER):
                 raise UserError(f"{path} is not a distilled set (format {about.get('format')}, expected {FORMAT}); "
                                 "give a distilled.safetensors")
-            zca = {name.removeprefix("zca_"): tensors.pop(name) for name in list(tensors) if name.startswith("zca_")}
-            space = ImageSpace(tuple(json.loads(about["mean"])), tuple(json.loads(about["std"])),
-                               Whitening(**zca) if zca else None)
-            return cls(**tensors, classes=tuple(json.loads(about["classes"])), space=space,
-                       config=json.loads(about["config"]))
+            config = json.loads(about["config"], parse_constant=str)
+            classes = tuple(map(str, json.loads(about["classes"])))
+            mean, std = (tuple(map(float, json.loads(about[name]))) for name in ("mean", "std"))
+            if not isinstance(config, dict):
+                raise ValueError("its config is no table of options")
+            whitening = None
+            if fingerprint := about.get("whitening"):
+                if not re.fullmatch("[0-9a-f]{32}", fingerprint):  # part of a file's name
+                    raise ValueError("its whitening's fingerprint is none")
+                whitening = KeptWhitening(fingerprint, path.parent)
+            elif "zca_mean" in tensors:
+                whitening = Whitening(*(tensors.pop(f"zca_{name}") for name in ("mean", "transform", "inverse")))
+            pictures = tensors.pop("pixels", None)
+            distilled = cls(**tensors, classes=classes, config=config, mean=mean, std=std, whitening=whitening,
+                            pictures=pictures)
+        # Whoever reads a set can rely on it: there is nothing to check in an export or a page.
+        return _checked(distilled, "it", tuple(distilled.images.shape[1:]), len(classes), [str(path)] * 3)
 
 
 def set_in(folder: Path) -> Path | None:
@@ -111,49 +143,92 @@ def set_in(folder: Path) -> Path | None:
 
 
 def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> DistilledSet:
-    """Reads a saved set, as it is.
+    """Reads a saved set.
 
     Args:
         data_dir, label_dir, lr_dir: the three *files* (published names); an empty lr_dir means `default_lr`. Or
-            data_dir alone, a `distilled.safetensors`.
+            data_dir alone, a `distilled.safetensors`; or, without a label_dir, the `res_*.pt` of DC and DSA.
 
     Raises:
         UserError: a missing or unreadable file.
     """
     if data_dir.endswith(".safetensors"):
-        given = [option for option, path in (("--label_dir", label_dir), ("--lr_dir", lr_dir)) if path]
-        if given:
-            raise UserError(f"{given[0]} beside --data_dir {data_dir}, which holds images, labels and learning rate; "
-                            "leave it out")
+        _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
         return DistilledSet.load(data_dir)
-    images = _tensor(data_dir, "--data_dir", "images_best.pt")
-    labels = _tensor(label_dir, "--label_dir", "labels_best.pt")
-    lr = _tensor(lr_dir, "--lr_dir", "lr_best.pt") if lr_dir else torch.tensor(default_lr)
-    return DistilledSet(images, labels, lr)
+    images, config = _read(data_dir, "--data_dir", "images_best.pt"), {}
+    if isinstance(images, dict) and "data" in images:
+        _check_alone(data_dir, "images and labels", label_dir=label_dir)
+        (images, labels), config = _condensed(images["data"], data_dir), {"zca": False}
+        label_dir = data_dir
+    else:
+        labels = _read(label_dir, "--label_dir", "labels_best.pt")
+    lr = _read(lr_dir, "--lr_dir", "lr_best.pt") if lr_dir else default_lr
+    return DistilledSet(_tensor(images, "--data_dir", data_dir), _tensor(labels, "--label_dir", label_dir),
+                        _tensor(lr, "--lr_dir", lr_dir), config=config)
 
 
-def checked_set(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
+def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "logits") -> DistilledSet:
     """The set as float32 (classes as int64), if its tensors fit each other and the dataset.
+
+    Args:
+        label_kind: what labels that are no classes are: "logits" or "probabilities", of which logits are made.
 
     Raises:
         UserError: they do not, or hold values that are not finite.
     """
-    images, labels, lr = distilled.images, distilled.labels, distilled.lr
-    expected = (dataset.channels, *dataset.image_size)
-    if not images.is_floating_point() or tuple(images.shape[1:]) != expected or not len(images):
-        raise UserError(f"--data_dir holds {images.dtype} {list(images.shape)}; {dataset.name} needs floating-point "
-                        f"images [N, {', '.join(map(str, expected))}], N at least 1")
-    if not labels_fit(labels, len(images), dataset.num_classes):
-        raise UserError(f"--label_dir holds {labels.dtype} {list(labels.shape)}; these {len(images)} images of "
-                        f"{dataset.name} need label logits [{len(images)}, {dataset.num_classes}], or int64 classes "
-                        f"[{len(images)}] with no classes outside 0 … {dataset.num_classes - 1}")
-    if lr.numel() != 1 or not torch.isfinite(lr).all() or lr.item() <= 0:
-        raise UserError(f"--lr_dir holds {lr.tolist() if lr.numel() < 5 else list(lr.shape)}; it must be one positive "
-                        "learning rate")
-    if not images.isfinite().all() or not labels.isfinite().all():
-        raise UserError("--data_dir or --label_dir holds values that are not finite; that set cannot be evaluated")
-    return replace(distilled, images=images.float(), lr=lr.float().reshape(()),
-                   labels=labels.float() if labels.is_floating_point() else labels)
+    distilled = _checked(distilled, dataset.name, (dataset.channels, *dataset.image_size), dataset.num_classes)
+    labels, soft = distilled.labels, distilled.labels.is_floating_point()
+    probable = soft and bool((labels >= 0).all()) and bool((labels.sum(dim=1) - 1).abs().max() < 1e-3)
+    if label_kind == "probabilities":
+        if not probable:
+            raise UserError("--label_kind probabilities: the labels are "
+                            f"{'not rows of at least 0 that sum to 1' if soft else 'classes'}; leave it out")
+        # Softmax gives them back; the least positive number stands for 0, which has no logarithm.
+        return replace(distilled, labels=labels.clamp_min(torch.finfo(labels.dtype).tiny).log())
+    if probable:
+        note("note: each row of labels is at least 0 and sums to 1, as probabilities do; they are taken for logits, as "
+             "published: give --label_kind probabilities if they are probabilities")
+    return distilled
+
+
+def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], num_classes: int,
+             read_from: Sequence[str] = ("--data_dir", "--label_dir", "--lr_dir")) -> DistilledSet:
+    """The set as float32 (classes as int64), if its tensors fit these images and classes.
+
+    Args:
+        whose: the images and classes are, in words.
+        read_from: where images, labels and learning rate are from, for the message.
+
+    Raises:
+        UserError: they do not, or hold values that are not finite in float32.
+    """
+    # Casts come first, as they make large values infinite.
+    images, labels, lr = (_cast(tensor) for tensor in distilled.tensors().values())
+    pictures = images if distilled.pictures is None else _cast(distilled.pictures)
+    in_images, in_labels, in_lr = read_from
+    if (not images.is_floating_point() or images.dim() != 4 or tuple(images.shape[1:]) != image_shape
+            or not images.numel() or pictures.shape != images.shape):
+        raise UserError(f"{in_images} holds {distilled.images.dtype} {list(images.shape)}; {whose} needs "
+                        f"floating-point images [N, {', '.join(map(str, image_shape))}], N at least 1")
+    if not labels_fit(labels, len(images), num_classes):
+        raise UserError(f"{in_labels} holds {distilled.labels.dtype} {list(labels.shape)}; these {len(images)} images "
+                        f"of {whose} need label logits [{len(images)}, {num_classes}], or int64 classes "
+                        f"[{len(images)}] with no classes outside 0 … {num_classes - 1}")
+    if lr.numel() != 1 or lr.is_complex() or not lr.isfinite().all() or lr.item() <= 0:
+        held = distilled.lr.tolist() if lr.numel() < 5 else list(lr.shape)
+        raise UserError(f"{in_lr} holds {held} as learning rate; it must be one positive learning rate")
+    for name, tensor in ((in_images, images), (in_labels, labels), (in_images, pictures)):
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite in float32; that set cannot be used")
+    return replace(distilled, images=images, labels=labels, lr=lr.float().reshape(()),
+                   pictures=None if distilled.pictures is None else pictures)
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    """As sets are used: floating-point numbers of any size as float32, whole ones as int64."""
+    if tensor.is_floating_point():
+        return tensor.float()
+    return tensor if tensor.is_complex() or tensor.dtype == torch.bool else tensor.long()
 
 
 def labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
@@ -179,12 +254,41 @@ def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, st
     return distilled.labels.argmax(dim=1), "the largest soft label"
 
 
-def _tensor(path: str, option: str, usual_name: str) -> Tensor:
+def _check_alone(data_dir: str, what: str, **others: str) -> None:
+    """Refuses files beside one that holds the same."""
+    if given := [option for option, path in others.items() if path]:
+        raise UserError(f"--{given[0]} beside --data_dir {data_dir}, which holds {what}; leave it out")
+
+
+# What the accuracies in a file of DC are made of, which are numbers of numpy's, whose module has had two names.
+_scalar = np.float64().__reduce__()[0]
+_NUMBERS = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+_NUMBERS += [np.dtype, type(np.dtype(np.float64))]
+
+
+def _read(path: str, option: str, usual_name: str) -> Any:
     if not path:
         raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
-    value = files.load(path, what=f"{option} file", instead=set_in(Path(path)) or "the path of a file")
+    with torch.serialization.safe_globals(_NUMBERS):
+        return files.load(path, what=f"{option} file", instead=set_in(Path(path)) or "the path of a file")
+
+
+def _condensed(sets: Any, path: str) -> tuple[Any, Any]:
+    """The images and the classes of the first set in a file of DC, DSA or DM: [[images, classes], …], one for each
+    repetition of their experiment."""
+    if not isinstance(sets, list) or not sets or not all(isinstance(each, list) and len(each) == 2 for each in sets):
+        raise UserError(f"--data_dir {path} is no res_*.pt of DC, DSA or DM, whose \"data\" is [[images, classes], …]; "
+                        "give files of one tensor each, with --label_dir")
+    if len(sets) > 1:
+        note(f"note: {path} holds {len(sets)} sets; the first is taken")
+    return sets[0]
+
+
+def _tensor(value: Any, option: str, path: str) -> Tensor:
     if isinstance(value, float):
         value = torch.tensor(value)
     if not isinstance(value, Tensor):
         raise UserError(f"{option} {path} holds a {type(value).__name__}, not a tensor; give a tensor's file")
+    if value.layout != torch.strided or value.is_meta:
+        raise UserError(f"{option} {path} holds a sparse tensor, or one without values; save a plain one")
     return value.detach()

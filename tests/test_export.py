@@ -109,6 +109,23 @@ def test_grey_pictures_have_one_channel(call, tmp_path):
 
 def test_folders_are_names_that_every_file_system_takes():
     assert folder_names(("a/b", "..", "Cat", "cat", "n02 dog")) == ["a-b", "class", "Cat 2", "cat 3", "n02 dog"]
+    assert folder_names(("Cat", "cat", "Cat 0")) == ["Cat 0 0", "cat 1", "Cat 0 2"]
+    strange = ("a?", "a*", "a.", "a", "", "..", "STRASSE", "straße", "labels.json", "caf\udce9", "é" * 200,
+               *("x" * 300 + end for end in "12"))
+    names = folder_names(strange)
+    assert len({name.casefold() for name in names} | {"labels.json"}) == len(strange) + 1
+    assert all(0 < len(name.encode()) < 255 and "/" not in name and name.strip(" .") == name for name in names)
+
+
+def test_no_picture_of_one_class_is_written_over_by_another(call, tmp_path):
+    from safetensors.torch import save_file
+
+    about = {"format": "datm-distilled-set-1", "classes": '["a?", "a*", "labels.json"]', "mean": "[0.5]",
+             "std": "[0.5]", "config": "{}"}
+    save_file({"images": torch.zeros(3, 1, 4, 4), "labels": torch.eye(3), "lr": torch.tensor(0.1)},
+              tmp_path / "set.safetensors", about)
+    call(EXPORT, tmp_path / "set.safetensors", f"--png={tmp_path / 'png'}")
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 3 and (tmp_path / "png" / "labels.json").is_file()
 
 
 # --- the card ------------------------------------------------------------------------------------------------
@@ -154,6 +171,28 @@ def test_a_card_states_the_licence_and_the_source_that_it_is_given(call, whole):
     text = (whole.parent / "README.md").read_text()
     assert front(text)["license"] == "cc-by-4.0" and "| cc-by-4.0 |" in text and r"Photographs of \<mine\>" in text
     assert front(text)["size_categories"] == ["n<1K"] and front(text)["task_categories"] == ["image-classification"]
+
+
+def test_what_a_foreign_set_and_result_say_is_text_in_a_card(whole):
+    """Markdown marks, tags, ends of blocks and of lines, and what is no text."""
+    bad = "x\n```\n# shout\n<script>alert(1)</script> `` ![p](http://x)\n---\n"
+    foreign = dataclasses.replace(DistilledSet.load(whole), config={"dataset": bad, "note": bad, bad: 1},
+                                  classes=(bad, "caf\udce9", "b"))
+    result = EvaluationResult("distilled images", 6, [Score(bad, [0.5])], config={"dataset": bad, "model": bad})
+    text = card(foreign, "a`b\".safetensors", [(bad, result)], bad, bad)
+    assert len(front(text)["tags"]) == 1
+    outside, fence = [], ""
+    for line in text.split("---\n", 2)[2].splitlines():
+        mark = re.fullmatch(r" {0,3}(`{3,})[a-z]*", line)
+        if mark and (not fence or (len(mark[1]) >= len(fence) and not line.strip("` "))):
+            fence = "" if fence else mark[1]
+        elif not fence:
+            outside.append(line)
+    assert not fence and [line for line in outside if line.startswith("#")] == [
+        line for line in outside if re.match(r"# x|## (Accuracy|Use|How it was made)$", line)]
+    shown = re.sub(r"`[^`]*`", "", re.sub(r"\\.", "", "\n".join(outside)))
+    assert not re.search(r"<script|!\[|`", shown)
+    assert 'DistilledSet.load("a`b\\".safetensors")' in text or "DistilledSet.load(\"a`b\\u0022.safetensors\")" in text
 
 
 def test_class_names_are_text_in_a_card(whole):
@@ -204,9 +243,13 @@ def test_a_set_whose_tensors_do_not_fit_is_refused(call, tmp_path):
     from safetensors.torch import save_file
 
     about = {"format": "datm-distilled-set-1", "classes": '["a", "b"]', "mean": "[0.5]", "std": "[0.5]", "config": "{}"}
-    for tensors, phrase in (({"labels": torch.zeros(3, 2)}, "do not fit"),
-                            ({"labels": torch.zeros(2, 3)}, "do not fit"),
+    for tensors, phrase in (({"labels": torch.zeros(3, 2)}, "[3, 2]; these 2 images of it need label logits [2, 2]"),
+                            ({"labels": torch.zeros(2, 3)}, "[2, 3]; these 2 images of it need label logits [2, 2]"),
                             ({"images": torch.full((2, 1, 4, 4), torch.nan)}, "not finite"),
+                            ({"images": torch.full((2, 1, 4, 4), 1e300, dtype=torch.float64)}, "not finite in float32"),
+                            ({"labels": torch.full((2, 2), 1e300, dtype=torch.float64)}, "not finite in float32"),
+                            ({"pixels": torch.zeros(2, 1, 4, 5)}, "needs floating-point images [N, 1, 4, 4]"),
+                            ({"lr": torch.tensor(1e300, dtype=torch.float64)}, "one positive learning rate"),
                             ({"images": torch.zeros(2, 5, 4, 4)}, "5 channels")):
         whole = {"images": torch.zeros(2, 1, 4, 4), "labels": torch.eye(2), "lr": torch.tensor(0.1)} | tensors
         save_file(whole, tmp_path / "set.safetensors", about)

@@ -21,7 +21,7 @@ def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
     whole.save_whole(path, toy_data, {"seed": 0})
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, hard))
     try:
         with pytest.raises(UserError, match=r"cannot write .*distilled\.safetensors: .*; free space"):
             whole.save_whole(path, toy_data, {"seed": 1})

@@ -1,6 +1,7 @@
 """Networks: parameters and logits against the published code's, names, refusals, derivatives."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from distill.evaluate.networks import check_pool
+from utils.config import EvaluationConfig, make
 from utils.errors import UserError
 from utils.networks import (
     EVALUATION_POOLS,
@@ -161,6 +164,17 @@ def test_evaluation_pool(mode, model, names):
 
 def test_evaluation_pools_hold_known_names():
     assert {name for pool in EVALUATION_POOLS.values() for name in pool} <= set(NAMES)
+
+
+@pytest.mark.parametrize("mode", ["M", "BN"])
+def test_of_64x64_images_the_classics_of_a_pool_are_the_tiny_ones(mode):
+    """Which read them."""
+    pool = evaluation_pool(mode, "ConvNetD4", (64, 64))
+    assert pool == [name if name.startswith("ConvNet") else f"{name}_Tiny" for name in EVALUATION_POOLS[mode]]
+    dataset = SimpleNamespace(channels=3, num_classes=2, image_size=(64, 64))
+    check_pool(make(EvaluationConfig, eval_mode=mode), dataset)
+    assert evaluation_pool("S", "ResNet18BN_Tiny", (64, 64)) == ["ResNet18_Tiny"]
+    assert evaluation_pool("C", "MLP", (64, 64)) == ["MLP", "ConvNet"]
 
 
 def test_unknown_evaluation_mode_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -168,6 +169,20 @@ def test_an_evaluation_goes_on_after_a_killed_rank(torchrun, start, toy, tmp_pat
     out, _ = torchrun(2, *arguments, f"--json={tmp_path / 'two.json'}")
     one, two = (json.loads((tmp_path / name).read_text())["scores"] for name in ("one.json", "two.json"))
     assert "of 5 networks were tested" in out and one == two and not list(tmp_path.glob("*.unfinished*"))
+
+
+def test_the_seconds_of_an_evaluation_are_of_one_clock(monkeypatch):
+    """The first rank sends what it read to others, whose clocks began at another time."""
+    now = [1e6]
+    monkeypatch.setattr("distill.evaluate.saved_accuracies.perf_counter", lambda: now[0])
+    sent = Accuracies()
+    now[0] += 5
+    part, sent = sent.part("a/"), pickle.dumps(sent)
+    assert part.seconds == 5
+    now[0] = 7.0
+    received = pickle.loads(sent)
+    now[0] += 2
+    assert received.seconds == 7
 
 
 def test_no_rank_writes_once_the_first_may_remove_the_files(monkeypatch, toy_data, tmp_path):

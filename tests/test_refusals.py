@@ -367,6 +367,9 @@ NAN = torch.full((6, 3, 8, 8), torch.nan)
     (dict(images=[torch.zeros(3, 8, 8)] * 6), ["--data_dir", "holds a list, not a tensor"]),
     (dict(images=NAN), ["not finite"]),
     (dict(images=torch.zeros(6, 3, 8, 8).index_fill(0, torch.tensor([5]), torch.inf)), ["not finite"]),
+    (dict(images=torch.full((6, 3, 8, 8), 1e300, dtype=torch.float64)), ["--data_dir", "not finite in float32"]),
+    (dict(images=torch.zeros(6, 3, 8, 8).to_sparse()), ["--data_dir", "sparse"]),
+    (dict(images=torch.zeros(6, 3, 8, 8, device="meta")), ["--data_dir", "without values"]),
     (dict(images=torch.zeros(0, 3, 8, 8), labels=torch.zeros(0, 3)), ["--data_dir", "[0, 3, 8, 8]"]),
     (dict(labels=torch.randn(6, 10)), ["--label_dir", "[6, 10]", "[6, 3]", "int64 classes [6]"]),
     (dict(labels=torch.randn(5, 3)), ["--label_dir", "[5, 3]", "these 6 images", "[6, 3]"]),
@@ -375,11 +378,15 @@ NAN = torch.full((6, 3, 8, 8), torch.nan)
     (dict(labels=torch.tensor([0, 1, 2, 3, 0, 0])), ["--label_dir", "classes outside 0 … 2"]),
     (dict(labels=torch.tensor([0, 1, 2, -1, 0, 0])), ["--label_dir", "classes outside 0 … 2"]),
     (dict(labels=torch.full((6, 3), torch.nan)), ["not finite"]),
+    (dict(labels=torch.full((6, 3), 1e300, dtype=torch.float64)), ["--label_dir", "not finite in float32"]),
+    (dict(labels=torch.zeros(6, dtype=torch.bool)), ["--label_dir", "torch.bool [6]"]),
     (dict(labels={"labels": 3}), ["--label_dir", "holds a dict, not a tensor"]),
     (dict(lr=torch.tensor(-0.01)), ["--lr_dir", "-0.00999", "one positive learning rate"]),
     (dict(lr=torch.tensor(0.0)), ["--lr_dir", "one positive learning rate"]),
     (dict(lr=torch.tensor(torch.nan)), ["--lr_dir", "nan", "one positive learning rate"]),
     (dict(lr=torch.tensor([0.01, 0.02])), ["--lr_dir", "0.01999", "one positive learning rate"]),
+    (dict(lr=torch.tensor(1e300, dtype=torch.float64)), ["--lr_dir", "one positive learning rate"]),
+    (dict(lr=torch.tensor(0.01 + 1j)), ["--lr_dir", "one positive learning rate"]),
     (dict(lr="0.01"), ["--lr_dir", "holds a str, not a tensor"])])
 def test_a_spoilt_set_is_refused(refused, sets, spoilt, phrases):
     sets.write(**spoilt)

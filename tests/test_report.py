@@ -1,6 +1,7 @@
 """The report of a run: what is in it, that it can be made again, and what a browser makes of it."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,7 +18,9 @@ from distill.report import page as report
 from distill.report import page_pictures, svg
 from distill.report.commands import commands
 from distill.report.comparison import comparison
+from distill.report.matplotlib_figures import save_curves
 from distill.report.read_run import read_run
+from distill.result_files import Iteration, Metrics
 from tests.browser import CHROMIUM, browser
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, influential
 from utils.program.command_line import parse
@@ -136,6 +140,17 @@ def test_it_is_made_again_from_the_folder_alone(call, runs, copied):
     assert (runs[0] / "report.html").read_text() == before
     call("scripts/report.py", runs[0], "--out", copied / "other.html")
     assert (copied / "other.html").read_text() == before
+
+
+def test_the_picture_of_the_curves_shows_the_loss_as_the_page_does(monkeypatch, tmp_path):
+    """A skipped update's loss is a gap in the line, and not in the running mean."""
+    steps = [Iteration(at, [0.5, 1e6, math.nan][at % 3], at % 3 == 0, 0.1, 0, 1) for at in range(40)]
+    metrics, drawn = Metrics(steps, []), []
+    monkeypatch.setattr("distill.report.matplotlib_figures.save_figure", lambda figure, path: drawn.append(figure))
+    save_curves(tmp_path / "curves.png", metrics, 1.0)
+    raw, mean = drawn[0].axes[0].lines
+    assert np.nanmax(raw.get_ydata()) == 0.5 and np.isnan(raw.get_ydata()).sum() == 26
+    assert list(zip(mean.get_xdata(), mean.get_ydata())) == metrics.running_mean()[1]
 
 
 def test_neighbours_are_the_nearest_of_the_class(runs, toy_data):

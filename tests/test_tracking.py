@@ -1,6 +1,11 @@
 """wandb: the published keys where it is, and out of the way where it is not."""
 
+import contextlib
 import json
+import os
+import pty
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +15,7 @@ import torch
 
 from distill.report.wandb_log import Tracker
 from distill.result_files import Iteration, Score
+from utils.files import REPOSITORY
 
 STEP = Iteration(3, 0.5, False, 0.1, 7, 9, expert=0)
 
@@ -36,6 +42,8 @@ def fake(monkeypatch):
     """A wandb that keeps what it is told."""
     run = FakeRun()
     module = SimpleNamespace(init=lambda **options: setattr(run, "options", options) or run,
+                             setup=lambda settings: SimpleNamespace(settings=SimpleNamespace(
+                                 mode=os.environ.get("WANDB_MODE") or "online")),
                              Settings=lambda **settings: settings, Histogram=lambda values: ("histogram", values),
                              Image=lambda picture: ("image", picture))
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -113,12 +121,47 @@ def test_pictures_that_cannot_be_made_do_not_stop_a_run(fake, toy_data, tmp_path
     assert not fake.finished
 
 
-def test_wandb_mode_of_the_environment_is_heeded(no_account, fake, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    Tracker("auto", "P", "run", {}, tmp_path)
-    assert fake.options["mode"] == "offline"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert Tracker("auto", "P", "run", {}, tmp_path)._run is None and capsys.readouterr().err == ""
+def test_wandbs_own_settings_decide_unless_it_is_told_to_go_online(tmp_path):
+    """The real package's, with an account; what `wandb offline` and `wandb disabled` write is a file."""
+    code = ("import os, sys, wandb\nfrom pathlib import Path\nfrom distill.report.wandb_log import Tracker\n"
+            "wandb.init = lambda **options: print(options['mode'])\n"
+            "for name, value, asked in (('MODE', 'dryrun', 'auto'), ('DISABLED', 'true', 'auto'),\n"
+            "                           ('DISABLED', 'false', 'auto'), ('file', 'offline', 'auto'),\n"
+            "                           ('file', 'disabled', 'auto'), ('file', 'disabled', 'online')):\n"
+            "    os.environ.pop('WANDB_MODE', None)\n    os.environ.pop('WANDB_DISABLED', None)\n"
+            "    if name == 'file':\n        os.makedirs('wandb', exist_ok=True)\n"
+            "        Path('wandb/settings').write_text(f'[default]\\nmode = {value}\\n')\n"
+            "    else:\n        os.environ[f'WANDB_{name}'] = value\n"
+            "    print(name, value, asked, end=': ')\n"
+            "    Tracker(asked, 'P', 'run', {}, Path('.'))\n    print()\n    wandb.teardown()\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env=environment | {"PYTHONPATH": str(REPOSITORY), "WANDB_API_KEY": "0" * 40,
+                                             "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:1"})
+    assert [line for line in done.stdout.splitlines() if line] == [
+        "MODE dryrun auto: offline", "DISABLED true auto: ", "DISABLED false auto: online",
+        "file offline auto: offline", "file disabled auto: ", "file disabled online: online"], done.stderr
+
+
+def test_no_account_is_never_asked_for(tmp_path):
+    """On a terminal too, where wandb would ask."""
+    code = ("import sys\nfrom pathlib import Path\nfrom distill.report.wandb_log import Tracker\n"
+            "Tracker('online', 'P', 'run', {}, Path('.'))\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [sys.executable, "-c", code], environment | {
+            "PYTHONPATH": str(REPOSITORY), "NETRC": os.devnull, "HOME": str(tmp_path), "TERM": "xterm",
+            "WANDB_BASE_URL": "http://127.0.0.1:1"})
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while b"choice" not in said and (part := os.read(terminal, 4096)):
+            said += part
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert b"wandb is off (No API key configured" in said, said
 
 
 def test_a_distillation_logs_every_step_and_evaluation(fake, call, toy, toy_experts, tmp_path):

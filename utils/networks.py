@@ -338,8 +338,11 @@ def check_network_name(name: str) -> None:
         ConvNetPlan.parse(name)
 
 
-def evaluation_pool(mode: str, model: str) -> list[str]:
+def evaluation_pool(mode: str, model: str, image_size: tuple[int, int] | None = None) -> list[str]:
     """The names of the networks that the evaluation mode `mode` trains, for a set distilled with `model`.
+
+    Args:
+        image_size: for 64×64 images the classics are their `_Tiny` forms, which read them; MLP reads any.
 
     Raises:
         UserError: no such mode.
@@ -351,7 +354,9 @@ def evaluation_pool(mode: str, model: str) -> list[str]:
     }
     if mode not in pools:
         raise unknown_name("eval_mode", mode, pools)
-    return list(dict.fromkeys(pools[mode]))  # mode C of a ConvNet would train it twice
+    tiny = CLASSICS.keys() - {"MLP"} if image_size and _stride(image_size) == 2 else ()
+    # Mode C of a ConvNet would train it twice.
+    return [f"{name}_Tiny" if name in tiny else name for name in dict.fromkeys(pools[mode])]
 
 
 def has_batch_norm(network: nn.Module) -> bool:

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from distill.distilled_set import DistilledSet
-from distill.evaluate.networks import epochs_to_come, evaluate, work_of
+from distill.evaluate.networks import epochs_to_come, evaluate, pool, work_of
 from distill.evaluate.saved_accuracies import Accuracies, key_of
 from distill.result_files import EvaluationResult, Score
 from utils.config import BaselineConfig, EvaluationConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.files import check_writable
-from utils.networks import evaluation_pool
 from utils.program import ranks
 from utils.program.console import announce, say, shown
 from utils.program.machine import environment
@@ -35,7 +34,7 @@ class Session:
         if config.json:
             check_writable(config.json)
         self.config, self.what, self.set = config, what, sets[0]
-        networks = evaluation_pool(config.eval_mode, config.model)
+        networks = pool(config, dataset)
         # The engine that networks of the first kind get; made for this alone, which costs next to nothing.
         model = flat_model(config, network_for(networks[0], dataset).to(self.set.images.device),
                            work_of(config, self.set))
@@ -68,7 +67,7 @@ def evaluate_and_say(config: EvaluationConfig | BaselineConfig, dataset: Dataset
     """Evaluates with a progress bar, prints the scores and writes them to `--json`; arguments as those of `Session`."""
     session = Session(config, dataset, sets, what, *notes)
     accuracies, epochs = session.accuracies, config.epoch_eval_train + 1
-    networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval
+    networks = len(pool(config, dataset)) * config.num_eval
     session.say_going_on(len(accuracies), networks)
     before = len(accuracies) * epochs
     with Progress(before + epochs_to_come(config, accuracies), "evaluate", initial=before, quiet=config.quiet,

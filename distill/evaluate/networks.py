@@ -48,7 +48,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
         networks: these kinds, in the place of the pool.
     """
     accuracies = Accuracies() if accuracies is None else accuracies
-    jobs = [Job(name, number) for name in networks or evaluation_pool(config.eval_mode, config.model)
+    jobs = [Job(name, number) for name in networks or pool(config, dataset)
             for number in range(config.num_eval)]
     tested = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
                                  train_labels=dataset.train_labels[:0].clone(), whitening=None)
@@ -142,5 +142,10 @@ def check_pool(config: TrainConfig, dataset: Dataset) -> None:
     Raises:
         UserError: a network that cannot read these images.
     """
-    for name in evaluation_pool(config.eval_mode, config.model):
+    for name in pool(config, dataset):
         network_for(name, dataset)
+
+
+def pool(config: TrainConfig, dataset: Dataset) -> list[str]:
+    """The names of the networks that are evaluated on a dataset."""
+    return evaluation_pool(config.eval_mode, config.model, dataset.image_size)

@@ -8,11 +8,18 @@ By network, accuracies A in [0, 1] and means over the networks:
     ARS = scaled(γ · IOR + (1 − γ) · IOR without augmentation)          augmentation-robust score
     scaled(x) = (exp(x) − exp(−1)) / (e − exp(−1)), w = γ = 0.5
 
-(Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300, and its documentation.) It
-differs in this: DD-Ranking averages the scores of single runs; here a score is that of the means. There and here each
-network is trained on random images of its own, and the rates for hard labels and for random images are the best of
-five, which DD-Ranking finds on the test images, by the accuracy after the best epoch; here they are found on training
-images that are held out for it, and all accuracies are those after the last epoch.
+(Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300, its documentation and its
+code.) There and here each network is trained on random images of its own, and the rates for hard labels and for random
+images are the best of five. It differs in this:
+
+    there                                                       here
+    the average of the scores of single runs                    the score of the mean accuracies
+    the best of all tested epochs                               the accuracy after the last epoch
+    a rate is chosen by one network each, on the test images    by the mean of all networks, on held-out training images
+    hard labels: without augmentation, unless asked for         with it, as everything but the two without augmentation
+    random images: labels of a teacher, or the mean of several  the mean of the experts that are right
+    the rate drops and the momentum stays                       the momentum is forgotten, as DATM's evaluation does
+    real data: a rate, drop and length set for each network     --lr_teacher and --epoch_eval_real, with the same drop
 """
 
 import math
@@ -23,20 +30,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill.distilled_set import DistilledSet, read_set
+from distill.distilled_set import DistilledSet
 from distill.evaluate.evaluation_run import Session
-from distill.evaluate.networks import check_evaluation, evaluate
+from distill.evaluate.networks import evaluate, pool
 from distill.evaluate.real_images import check_experts, drawn, real_sets
 from distill.evaluate.saved_accuracies import Accuracies, Job
-from distill.evaluate.saved_set import prepared, with_classes
+from distill.evaluate.saved_set import opened, with_classes
 from distill.result_files import as_json
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.data.datasets import Dataset
 from utils.errors import UserError
-from utils.networks import evaluation_pool
 from utils.program import ranks
 from utils.program.console import say
-from utils.program.prepare import take_device
 from utils.program.progress import Progress
 from utils.program.seeds import generator
 
@@ -77,18 +82,13 @@ class Comparison(NamedTuple):
     searched: bool  # whether its learning rate is chosen among RATES
 
     @property
-    def batches_per_epoch(self) -> int:
-        return math.ceil(len(self.sets[0]) / self.config.batch_train)
+    def rates(self) -> tuple[float, ...]:
+        """Those that are tried."""
+        return RATES if self.searched else ()
 
     @property
-    def batches(self) -> int:
-        """Of the training of one network."""
-        return self.batches_per_epoch * (self.config.epoch_eval_train + 1)
-
-    def runs(self, name: str, network: str, accuracies: Accuracies) -> list[tuple[Accuracies, list[Job]]]:
-        """Its evaluations of a kind of networks, and the networks of each."""
-        tried = [(_saved(accuracies, name, rate), [Job(network, 0)]) for rate in RATES if self.searched]
-        return [*tried, (_saved(accuracies, name), [Job(network, number) for number in range(self.config.num_eval)])]
+    def batches_per_epoch(self) -> int:
+        return math.ceil(len(self.sets[0]) / self.config.batch_train)
 
     def at(self, rate: float) -> list[DistilledSet]:
         """The sets, with this learning rate."""
@@ -104,22 +104,21 @@ def evaluate_robust(config: EvaluationConfig) -> None:
     for name in ("hard_labels", "no_aug"):
         if getattr(config, name):
             raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
-    check_evaluation(config)
-    device = take_device(config)
-    opened = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
-    real_config = BaselineConfig(
-        **{field.name: getattr(config, field.name) for field in fields(TrainConfig)}, buffer_path=config.buffer_path,
-        label_source="experts" if opened.labels.is_floating_point() else "hard")
-    check_experts(real_config)
-    dataset, distilled = prepared(config, opened, device)
+
+    def real_config(distilled: DistilledSet, ipc: int = 1) -> BaselineConfig:
+        return BaselineConfig(
+            **{field.name: getattr(config, field.name) for field in fields(TrainConfig)}, ipc=ipc,
+            buffer_path=config.buffer_path, label_source="experts" if distilled.labels.is_floating_point() else "hard")
+
+    dataset, distilled = opened(config, lambda distilled: check_experts(real_config(distilled)))
     ipc, rest = divmod(len(distilled), dataset.num_classes)
     if rest:
         raise UserError(f"--robust_score: {len(distilled)} images of {dataset.num_classes} classes cannot be compared "
                         "with as many random ones of each class; give a set with equally many of each")
-    real_config = replace(real_config, ipc=ipc)
-    random, of_random = real_sets(real_config, dataset)
-    whole, of_whole = real_sets(replace(real_config, ipc=None, label_source="hard"), dataset)
-    chosen_on = held_out(dataset, drawn(real_config, dataset)[0], generator(config.seed, "robust", "rates"))
+    of_each = real_config(distilled, ipc)
+    random, of_random = real_sets(of_each, dataset)
+    whole, of_whole = real_sets(replace(of_each, ipc=None, label_source="hard"), dataset)
+    chosen_on = held_out(dataset, torch.cat(drawn(of_each, dataset)), generator(config.seed, "robust", "rates"))
     (hard, known_by), what = with_classes(distilled, dataset), "distilled images"
     bare = replace(config, no_aug=True)
     parts = {"syn": Comparison(what, config, [distilled], False),
@@ -132,7 +131,7 @@ def evaluate_robust(config: EvaluationConfig) -> None:
                       aside=f" (the whole training set: {config.epoch_eval_real})")
     results = _evaluate_parts(parts, dataset, chosen_on, session)
     scores = {}
-    for at, network in enumerate(evaluation_pool(config.eval_mode, config.model)):
+    for at, network in enumerate(pool(config, dataset)):
         scores[network] = robust_scores({name: result["scores"][at].mean for name, result in results.items()})
         print(f"{network}: " + ", ".join(f"{name} {100 * value:.2f} %" for name, value in scores[network].items()))
     say(config, "HLR: what hard labels miss of the whole training set, less is better; IOR: the gain over random "
@@ -169,39 +168,32 @@ def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: D
     Args:
         chosen_on: its test images are those on which learning rates are chosen.
     """
-    config, accuracies = session.config, session.accuracies
-    networks = evaluation_pool(config.eval_mode, config.model)
+    config, accuracies, networks = session.config, session.accuracies, pool(session.config, dataset)
 
     # One bar over them all, in batches, as an epoch of the training set takes far longer than one of the set.
-    total = done = tested = number = 0
-    for name, part in parts.items():
-        for network in networks:
-            for saved, jobs in part.runs(name, network, accuracies):
-                missing = saved.missing(jobs)
-                before = len(jobs) - len(missing)
-                number, tested = number + len(jobs), tested + before
-                done += part.batches * before
-                total += part.batches * (before + len(ranks.deal(missing)))
-    session.say_going_on(tested, number)
+    runs = [(part.batches_per_epoch * (part.config.epoch_eval_train + 1),
+             _saved(accuracies, name, rate).missing([Job(network, number) for number in range(config.num_eval)]))
+            for name, part in parts.items() for network in networks for rate in (*part.rates, None)]
+    done = sum(batches * (config.num_eval - len(missing)) for batches, missing in runs)
+    total = done + sum(batches * len(ranks.deal(missing)) for batches, missing in runs)
+    number = config.num_eval * len(runs)
+    session.say_going_on(number - sum(len(missing) for _, missing in runs), number)
     results = {}
     with Progress(total, "evaluate", initial=done, quiet=config.quiet, device=dataset.test_images.device) as bar:
         for at, (name, part) in enumerate(parts.items(), start=1):
             bar.count = f"set {at} of {len(parts)}"
-            on_epoch = partial(bar.update, part.batches_per_epoch)
-            run = partial(evaluate, augmented=not part.config.no_aug, on_epoch=on_epoch)
+            run = partial(evaluate, part.config, augmented=not part.config.no_aug,
+                          on_epoch=partial(bar.update, part.batches_per_epoch))
             result: dict[str, Any] = {
                 "what": part.what, "images": len(part.sets[0]), "augmented": not part.config.no_aug,
                 "epochs": part.config.epoch_eval_train, "lr": {}, "scores": []}
             for network in networks:
-                rate = float(part.sets[0].lr)
-                if part.searched:
-                    alone = replace(part.config, num_eval=1)
-                    reached = {rate: run(alone, chosen_on, part.at(rate), networks=[network],
-                                         accuracies=_saved(accuracies, name, rate))[0].mean for rate in RATES}
-                    rate = max(reached, key=reached.__getitem__)
+                reached = {rate: run(chosen_on, part.at(rate), networks=[network],
+                                     accuracies=_saved(accuracies, name, rate))[0].mean for rate in part.rates}
+                rate = max(reached, key=reached.__getitem__, default=float(part.sets[0].lr))
+                if reached:
                     result.setdefault("held_out", {})[network] = {f"{rate:g}": at for rate, at in reached.items()}
-                (score,) = run(part.config, dataset, part.at(rate), networks=[network],
-                               accuracies=_saved(accuracies, name))
+                (score,) = run(dataset, part.at(rate), networks=[network], accuracies=_saved(accuracies, name))
                 result["lr"][network] = rate
                 result["scores"].append(score)
                 bar.say(f"{part.what}, learning rate {rate:.4g} · {score}")

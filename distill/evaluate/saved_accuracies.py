@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,13 @@ class Accuracies:
     def seconds(self) -> float:
         """How long it took to find them."""
         return self._seconds_before + perf_counter() - self._began
+
+    # A clock means nothing on another machine, to which the first rank sends this: what has passed goes, and counts on.
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_seconds_before": self.seconds}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _began=perf_counter())
 
     def __len__(self) -> int:
         return len(self._accuracies)

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from distill.distilled_set import DistilledSet, checked_set, class_indices, read_set
 from distill.evaluate.evaluation_run import evaluate_and_say
@@ -24,10 +25,7 @@ def evaluate_files(config: EvaluationConfig) -> None:
     Raises:
         UserError: files or options that do not fit the dataset.
     """
-    check_evaluation(config)
-    device = take_device(config)
-    opened = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
-    dataset, distilled = prepared(config, opened, device)
+    dataset, distilled = opened(config)
     what, notes = "distilled images", []
     if config.hard_labels:
         distilled, known_by = with_classes(distilled, dataset)
@@ -35,18 +33,23 @@ def evaluate_files(config: EvaluationConfig) -> None:
     evaluate_and_say(config, dataset, [distilled], what, *notes)
 
 
-def prepared(config: EvaluationConfig, opened: DistilledSet, device: torch.device) -> tuple[Dataset, DistilledSet]:
+def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lambda distilled: None
+           ) -> tuple[Dataset, DistilledSet]:
     """The dataset and, of the same kind, the set, both on the device; the set is saved whole where `save` says so.
 
     Args:
-        opened: the set as it was saved.
+        check: refuses a set before anything large is loaded.
 
     Raises:
         UserError: files or options that do not fit.
     """
+    check_evaluation(config)
+    device = take_device(config)
+    read = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
+    check(read)
     dataset = load_data(config, device)
-    _note_other_space(config, opened)
-    distilled = checked_set(opened, dataset).to(device)
+    _note_other_space(config, read, dataset)
+    distilled = checked_set(read, dataset, config.label_kind).to(device)
     check_pool(config, dataset)
     if config.json:
         check_writable(config.json)  # a refusal comes before anything is written, or long work
@@ -61,13 +64,22 @@ def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSe
     return dataclasses.replace(distilled, labels=classes), f"the class of an image is known by {known_by}"
 
 
-def _note_other_space(config: EvaluationConfig, distilled: DistilledSet) -> None:
-    """Says so where the options that made the set, if they lie beside it, are not those of this evaluation."""
+def _note_other_space(config: EvaluationConfig, distilled: DistilledSet, dataset: Dataset) -> None:
+    """Says so where the images are of another space than the dataset: by the options that made the set, if they are
+    known or lie beside it, or by the numbers of its space."""
     beside = Path(config.data_dir).parent.parent / "config.yaml"
     made = distilled.config
     if not made and beside.is_file():
         with contextlib.suppress(UserError):  # whatever lies there need not be ours
             made = read_config(beside)
-    for name in ("dataset", "zca"):
-        if name in made and made[name] != getattr(config, name):
-            note(f"note: the set was made with {name} {made[name]}, and is tested with {name} {getattr(config, name)}")
+    other = [name for name in ("dataset", "zca") if name in made and made[name] != getattr(config, name)]
+    for name in other:
+        note(f"note: the set was made with {name} {made[name]}, and is tested with {name} {getattr(config, name)}")
+    ours, its = (dataset.mean, dataset.std), (distilled.mean, distilled.std)
+    here, there = (each.whitening.fingerprint if each.whitening else "" for each in (dataset, distilled))
+    if not other and here and there and here != there:
+        note(f"note: the set was whitened by other training images than those of {dataset.name} in {config.data_path} "
+             f"(fingerprint {there} there, {here} here)")
+    elif not other and not here and not there and distilled.mean and not np.allclose(ours, its, atol=1e-3):
+        note(f"note: the set was normalised by mean {its[0]} and deviation {its[1]}, and is tested with {ours[0]} and "
+             f"{ours[1]}")

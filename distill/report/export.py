@@ -1,6 +1,7 @@
 """A distilled set for others: pictures in folders of classes, and a card that says what the set is."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 import yaml
 from PIL import Image
 
-from distill.distilled_set import DistilledSet, class_indices, labels_fit
+from distill.distilled_set import DistilledSet, class_indices
 from distill.report.template import TEMPLATES
 from distill.result_files import EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import EvaluationConfig, from_repository, worth_giving
+from utils.data.zca import Whitening
 from utils.errors import UserError
 from utils.loss_and_accuracy import percent
 from utils.program.commands import command
@@ -22,11 +24,20 @@ _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K
           ("1M<n<10M", 10_000_000))
 
 
+LABELS = "labels.json"
+LONGEST_NAME = 200  # bytes; most file systems take 255
+
+
 def folder_names(classes: tuple[str, ...]) -> list[str]:
-    """A folder for each class: its name, less what not every file system takes."""
-    names = [re.sub(r"[^\w .()+-]", "-", name).strip(" .") or "class" for name in classes]
-    seen = [name.lower() for name in names]  # some file systems take upper and lower case for the same
-    return [name if seen.count(name.lower()) == 1 else f"{name} {index}" for index, name in enumerate(names)]
+    """A folder for each class: its name, less what not every file system takes; one of its own, whatever the names."""
+    names = [re.sub(r"[^\w .()+-]", "-", name).encode()[:LONGEST_NAME].decode(errors="ignore").strip(" .") or "class"
+             for name in classes]
+    while True:
+        # Some file systems take upper and lower case for the same.
+        taken = Counter([name.casefold() for name in names] + [LABELS])
+        if max(taken.values()) == 1:
+            return names
+        names = [name if taken[name.casefold()] == 1 else f"{name} {index}" for index, name in enumerate(names)]
 
 
 def save_pngs(distilled: DistilledSet, folder: Path) -> None:
@@ -38,9 +49,8 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     Raises:
         UserError: the folder holds something already, or the images are no pictures.
     """
-    _check(distilled)
     check_new(folder)
-    pixels = (255 * distilled.pixels().float().clamp(0, 1)).round().to(torch.uint8)
+    pixels = (255 * distilled.pixels().clamp(0, 1)).round().to(torch.uint8)
     if pixels.shape[1] not in (1, 3):
         raise UserError(f"images of {pixels.shape[1]} channels are no pictures; PNG takes 1 or 3")
     indices, known_by = class_indices(distilled, len(distilled.classes))
@@ -53,8 +63,8 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
         with files.atomic_write(folder / name) as aside:
             Image.fromarray(array.contiguous().numpy()).save(aside, format="png")
         images.append({"file": name, "class": index} | (
-            {"softmax": label.float().softmax(dim=0).tolist(), "logits": label.tolist()} if soft else {}))
-    files.write_json(folder / "labels.json", {
+            {"softmax": label.softmax(dim=0).tolist(), "logits": label.tolist()} if soft else {}))
+    files.write_json(folder / LABELS, {
         "classes": list(distilled.classes), "dataset": distilled.config.get("dataset"), "lr": float(distilled.lr),
         "class_known_by": known_by, "images": images})
 
@@ -69,18 +79,17 @@ def check_new(folder: Path) -> None:
         raise UserError(f"--png {folder} is a file, or holds some already; give a folder that is new or empty")
 
 
-def _check(distilled: DistilledSet) -> None:
-    """Refuses tensors that a damaged or foreign file may hold and no export can show.
+def whitening_of(distilled: DistilledSet) -> Whitening:
+    """The set's, to be written beside it.
 
     Raises:
-        UserError
+        UserError: it is not whitened, its whitening is not here, or it has no fingerprint to be found again by.
     """
-    images, labels, number = distilled.images, distilled.labels, len(distilled.classes)
-    if images.dim() != 4 or not len(images) or not labels_fit(labels, len(images), number):
-        raise UserError(f"the set's images {list(images.shape)} and labels {list(labels.shape)} of {number} classes do "
-                        "not fit each other; write it again with distill/evaluation.py --save")
-    if not images.isfinite().all() or not labels.isfinite().all():
-        raise UserError("the set holds values that are not finite; it cannot be exported")
+    whitening = distilled.space.whitening
+    if whitening is None or not whitening.fingerprint:
+        raise UserError("--whitening: the set " + ("is not whitened" if whitening is None else
+                        "is of an earlier format, whose file holds its whitening") + "; leave it out")
+    return whitening
 
 
 # --- the card ------------------------------------------------------------------------------------------------
@@ -98,12 +107,12 @@ def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence:
     Raises:
         UserError: there is a README.md, or a result is damaged or that of another set.
     """
-    _check(distilled)
     target = path.parent / "README.md"
     if target.exists():
         raise UserError(f"{target} exists, and may have been edited; move it away to have it written")
     results = [(file.name, _read_result(file, distilled)) for file in results]
-    files.write_text(target, card(distilled, path.name, results, licence, source))
+    text = card(distilled, path.name, results, licence, source)
+    files.write_text(target, text.encode(errors="replace").decode())  # a file's name need not be text
     return target
 
 
@@ -117,7 +126,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
         licence, source: see `save_card`.
     """
     made, count = distilled.config, len(distilled)
-    dataset = str(made.get("dataset", "unknown"))
+    dataset, licence = _line(made.get("dataset", "unknown")), _line(licence)
     title = f"{dataset}, distilled to {count} images"
     head = {"license": licence or "unknown", "task_categories": ["image-classification"],
             "tags": ["dataset-distillation"], "pretty_name": title,
@@ -127,19 +136,34 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
         head=_yaml(head), title=title, distilled=distilled, name=name, source=source or dataset, licence=licence,
         results=[(file, result, _command(result.config, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
-        how=_yaml(how) if how else "# not recorded\n")
+        how=_yaml(how) if how else "# not recorded")
 
 
 def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _markdown(text: str) -> str:
-    """Text as Markdown shows it: what would be its marks, as characters."""
-    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", text)
+def _line(text: Any) -> str:
+    return " ".join(str(text).split())
 
 
-TEMPLATES.filters |= {"percent": percent, "markdown": _markdown}
+def _markdown(text: Any) -> str:
+    """Text as Markdown shows it, on one line: what would be its marks, as characters."""
+    return re.sub(r"([\\`*\[\]<>|&~$#!])", r"\\\1", _line(text))
+
+
+def _code(text: Any) -> str:
+    """Text as code within a line; backticks, which would end it, as apostrophes."""
+    return f"`{_line(text).replace('`', chr(39))}`"
+
+
+def _block(text: str, language: str = "") -> str:
+    """Lines as a block of code; its fence is longer than any row of backticks in it, which would end it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+TEMPLATES.filters |= {"percent": percent, "markdown": _markdown, "code": _code, "block": _block}
 
 
 def _command(options: dict[str, Any], name: str) -> str:

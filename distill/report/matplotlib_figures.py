@@ -54,7 +54,8 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
     iterations = [step.iteration for step in steps]
     (loss, accuracy), (lr, window) = axes
 
-    loss.plot(iterations, [step.loss for step in steps], color="0.75", linewidth=0.6)
+    # As in the page: losses of skipped updates are gaps in the line, and not in the mean.
+    loss.plot(iterations, [step.loss if step.updated else math.nan for step in steps], color="0.75", linewidth=0.6)
     _, means = metrics.running_mean()
     loss.plot([at for at, _ in means], [mean for _, mean in means], color="C0")
     skipped = [(step.iteration, step.loss if math.isfinite(step.loss) else threshold) for step in metrics.skipped]

@@ -32,9 +32,9 @@ class Tracker:
     """Logs to a wandb run, or to nothing.
 
     Args:
-        mode: `auto` goes online where an account is known and is silent elsewhere; `offline` writes files into
-            `folder` for `wandb sync`; `disabled` never imports wandb. Whatever fails is said in one line, and the run
-            goes on without.
+        mode: `auto` does what wandb's own settings say, which goes online where an account is known and is silent
+            elsewhere; `online` overrides them; `offline` writes files into `folder` for `wandb sync`; `disabled` never
+            imports wandb. Nothing asks for a login. Whatever fails is said in one line, and the run goes on without.
         resumed: the `state` of a tracker whose run goes on here.
         quiet: say nothing of a missing account.
     """
@@ -45,19 +45,22 @@ class Tracker:
         self._id = resumed["id"] if resumed else uuid.uuid4().hex[:8]
         # network → mean and standard deviation of its best score
         self._best: dict[str, list[float]] = resumed["best"] if resumed else {}
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or "auto"  # wandb's own switch
-        absent = mode == "auto" and not _has_account()
-        if absent and not quiet:
-            note("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb offline)")
-        if absent or mode == "disabled":
-            return
         try:
+            if mode == "auto":
+                mode = _own_mode()
+                if mode == "online" and not _has_account():
+                    mode = "disabled"
+                    if not quiet:
+                        note("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb "
+                             "offline)")
+            if mode == "disabled":
+                return
             import wandb  # slow to import, so only where it is used
 
+            wandb.setup(settings=wandb.Settings(silent=True))  # or `init` would ask for a login, on a terminal
             settings = wandb.Settings(init_timeout=CONNECT_SECONDS, console="off", silent=True)
             self._run = wandb.init(project=project, name=name, config=config, dir=str(folder), settings=settings,
-                                   id=self._id, resume="allow", mode="offline" if mode == "offline" else "online")
+                                   id=self._id, resume="allow", mode=mode)
         except Exception as error:  # wandb fails in many ways, and none of them may stop a distillation
             self._off(error)
 
@@ -122,6 +125,20 @@ def _pictures(images: Tensor, lr: float, dataset: Dataset, show: bool) -> dict[s
 
 def _finite(pixels: Tensor) -> Tensor:
     return pixels.nan_to_num(posinf=0.0, neginf=0.0)
+
+
+def _own_mode() -> Mode:
+    """What wandb's own settings say: its variables, and the files that `wandb offline` or `wandb disabled` write."""
+    if os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no"):  # which newer ones do not read
+        return "disabled"
+    own, here = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb", os.environ.get("WANDB_DIR") or "."
+    files = [os.path.expanduser(f"{folder}/settings") for folder in (own, f"{here}/wandb", f"{here}/.wandb")]
+    if not os.environ.get("WANDB_MODE") and not any(map(os.path.exists, files)):
+        return "online"  # as wandb would say, less the seconds that importing it takes
+    import wandb
+
+    mode = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode
+    return {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}.get(mode, "online")
 
 
 def _has_account() -> bool:

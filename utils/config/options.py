@@ -208,9 +208,11 @@ class EvaluationConfig(TrainConfig):
 
     batch_train: Count = option(EVALUATION, 128, "training batch")
     data_dir: FilePath = option(FILES, "", "file of the distilled images, or a distilled.safetensors, which holds all "
-                                "three")
+                                "three, or a res_*.pt of DC, DSA or DM, without learning rate")
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
+    label_kind: Literal["logits", "probabilities"] = option(
+        METHOD, "logits", "what the numbers of soft labels are; published ones are logits")
     hard_labels: bool = option(METHOD, False, "train on the images' classes instead of their soft labels")
     robust_score: bool = option(EVALUATION, False, "DD-Ranking's scores: evaluate also what the set is compared with")
     epoch_eval_real: Count = option(EVALUATION, 50, "robust_score: epochs on the whole training set; as many as an "
