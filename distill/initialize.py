@@ -111,6 +111,10 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
         UserError: it is not of this dataset, or of another number of images per class.
     """
     distilled = checked_set(DistilledSet.load(config.pix_init), dataset)
+    here, there = (each.whitening.fingerprint if each.whitening else "none" for each in (dataset, distilled))
+    if there and here != there:
+        raise UserError(f"--pix_init {config.pix_init}: its images are whitened by other ones than those here "
+                        f"({there} there, {here} here); give the --zca and the data that it was made with")
     classes, _ = class_indices(distilled, dataset.num_classes)
     if len(distilled) != config.ipc * dataset.num_classes:
         raise UserError(f"--pix_init {config.pix_init} holds {len(distilled)} images; --ipc {config.ipc} of "

@@ -11,7 +11,6 @@ from distill.result_files import EvaluationResult, Score
 from utils.config import BaselineConfig, EvaluationConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
-from utils.files import check_writable
 from utils.program import ranks
 from utils.program.console import announce, say, shown
 from utils.program.machine import environment
@@ -31,8 +30,6 @@ class Session:
 
     def __init__(self, config: EvaluationConfig | BaselineConfig, dataset: Dataset, sets: Sequence[DistilledSet],
                  what: str, *notes: str, aside: str = "", beside: Sequence[DistilledSet] = ()):
-        if config.json:
-            check_writable(config.json)
         self.config, self.what, self.set = config, what, sets[0]
         networks = pool(config, dataset)
         # The engine that networks of the first kind get; made for this alone, which costs next to nothing.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill.distilled_set import DistilledSet
-from utils.config import TrainConfig, influential
+from utils.config import TrainConfig, identity
 from utils.data.datasets import Dataset
 from utils.files import write_json
 from utils.program import ranks
@@ -112,7 +112,7 @@ class Accuracies:
 def key_of(config: TrainConfig, dataset: Dataset, *sets: DistilledSet) -> str:
     """The same for the same options, dataset and sets, on the same kind of machine."""
     here = environment(sets[0].images.device)
-    key = hashlib.sha256(json.dumps([influential(config), config.backend, here["torch"], here["device"],
+    key = hashlib.sha256(json.dumps([identity(config), config.backend, here["torch"], here["device"],
                                      dataset.fingerprint, *map(digest, sets)]).encode())
     return key.hexdigest()
 

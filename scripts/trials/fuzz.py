@@ -280,7 +280,9 @@ def read(name: str, text: str, hint: typing.Any) -> typing.Any:
     if type(None) in types:
         if text.lower() in NOTHING:
             return None
-        (hint,) = (each for each in types if each is not type(None))
+        if name == "res" and (sides := re.fullmatch(r"\s*0*([1-9]\d*)\s*[x×]\s*0*([1-9]\d*)\s*", text, re.IGNORECASE)):
+            return int(sides[1]) if sides[1] == sides[2] else f"{sides[1]}x{sides[2]}"
+        hint = next(each for each in types if each is not type(None))
     value, means = text, True  # names; and the device, which no run saves
     if typing.get_origin(hint) is typing.Literal:
         means = text in typing.get_args(hint)
@@ -475,7 +477,7 @@ _EVERY = {
     "seed": ["0", "7", "-3", "+5", "007", "1_000", "4.0", "99999999999999999999"], "dsa": BOOLEANS,
     "dsa_strategy": ["color", "flip_scale", "none", "", "color_crop_cutout_flip_scale_rotate"],
     "backend": ["auto", "plain", "eager"], "precision": ["auto", "fp32", "bf16"], "batch_real": ["1", "256"],
-    "device": ["cpu", "auto", "0", "[0]", "[0, 1]"], "res": ["8", "8.0"], "subset": ["imagewoof"]}
+    "device": ["cpu", "auto", "0", "[0]", "[0, 1]"], "res": ["8", "8.0", "8x8"], "subset": ["imagewoof"]}
 _TRAINED = {
     "batch_train": ["1", "16", "1000000000000"], "lr_teacher": ["0.01", "1e-2", ".01", "1E-2", "0.0100"],
     "no_aug": BOOLEANS, "parall_eva": BOOLEANS, "num_eval": ["1", "2"], "epoch_eval_train": ["1", "2", "1.0"],
@@ -535,7 +537,8 @@ ODD_NAMES = {
     "matching": ["unroll", "Exact", "tesla "], "backend": ["graph", "Plain"], "precision": ["tf32", "fp16", "BF16"],
     "run_name": [".", "..", "...", "a/b", "../x", "\\", " ", "x" * 300, ".hidden", "a\nb", "\x1b[31m", "\udcff", "~"],
     "label_source": ["experts", "soft"], "rho_max": ["0", "2", "1e30"], "lr_teacher": ["1e30", "0", "1e-300", "1e308"],
-    "lr_img": ["1e38", "1e300"], "lr_lr": ["1e30", "1"], "lr_y": ["1e38"], "res": ["4", "16", "7", "1", "1000000"],
+    "lr_img": ["1e38", "1e300"], "lr_lr": ["1e30", "1"], "lr_y": ["1e38"],
+    "res": ["4", "16", "7", "1", "1000000", "8x8", "8×12", "x8", "8x", "0x8"],
     "val_fraction": ["0.5", "0.9", "0.99", "1", "1e-9"], "Initialize_Label_With_Another_Model": ["True"],
     "min_start_epoch": ["1", "2"], "expert_epochs": ["2", "4"], "pad": ["True"], "wandb": ["Auto", "yes"],
     "loss_ratio": ["0.5", "0.999"], "depth_ratio": ["0.999"], "dry_run": ["True"], "train_epochs": ["9" * 20]}
