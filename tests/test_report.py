@@ -146,7 +146,7 @@ def test_the_picture_of_the_curves_shows_the_loss_as_the_page_does(monkeypatch, 
     """A skipped update's loss is a gap in the line, and not in the running mean."""
     steps = [Iteration(at, [0.5, 1e6, math.nan][at % 3], at % 3 == 0, 0.1, 0, 1) for at in range(40)]
     metrics, drawn = Metrics(steps, []), []
-    monkeypatch.setattr("distill.report.matplotlib_figures.save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     save_curves(tmp_path / "curves.png", metrics, 1.0)
     raw, mean = drawn[0].axes[0].lines
     assert np.nanmax(raw.get_ydata()) == 0.5 and np.isnan(raw.get_ydata()).sum() == 26
