@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -27,6 +28,15 @@ MOST_SECONDS = 300  # that a run may take
 TEMPORARY = re.compile(r"\..+\.\w{8}(\.\w+)?")
 
 
+def obey_permissions() -> None:
+    """Starts this trial again without root's right to read and write everything, so that closed folders are met as any
+    user meets them; other rights, such as to mount a disk, stay. Anybody else is left as they are."""
+    status = Path("/proc/self/status")
+    rights = re.search(r"CapEff:\s*(\w+)", status.read_text()) if status.exists() else None
+    if rights and int(rights[1], 16) & 0b110 and shutil.which("setpriv"):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        os.execvp("setpriv", ["setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable, *sys.argv])
+
+
 def set_files(folder: Path | str) -> dict[str, str]:
     """The options that give the three files of a distilled set."""
     return {option: f"{folder}/{name}_best.pt"
@@ -46,9 +56,16 @@ def surroundings(cache: Path) -> dict[str, str]:
                          "COLUMNS": "100"}
 
 
-def start(command: Sequence[str], cache: Path, **streams: Any) -> subprocess.Popen:
-    """A program and its options as a process."""
-    return subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=surroundings(cache), text=True, **streams)
+def start(command: Sequence[str], cache: Path, wrapper: Sequence[str] = (), more: dict[str, str] | None = None,
+          **streams: Any) -> subprocess.Popen:
+    """A program and its options as a process.
+
+    Args:
+        wrapper: what it is started by.
+        more: of its environment.
+    """
+    environment = surroundings(cache) | (more or {})
+    return subprocess.Popen([*wrapper, sys.executable, *command], cwd=REPOSITORY, env=environment, text=True, **streams)
 
 
 def temporary(folder: Path) -> list[str]:

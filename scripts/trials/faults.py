@@ -2,11 +2,12 @@
 
     python scripts/trials/faults.py [--only WORD …] [--json FILE]
 
-Every fault must be answered by exit code 2 and one line; nothing that lay there before may change, and no temporary
-file may stay. Where the fault can be mended (space on the disk), it is, and the same command must then go on to its
-end. Full and read-only disks are small tmpfs, which want root on Linux; what cannot be injected is said to be skipped.
+Every fault must be answered by exit code 2 and one line, or not matter; nothing that lay there before may change, and
+no temporary file may stay. Where the fault can be mended (space on the disk), it is, and the same command must then go
+on to its end. Full and read-only disks are small tmpfs, which want root on Linux; root is without its right to enter
+closed folders. What cannot be injected is said to be skipped.
 
-All on MiniFashion with a narrow network; about five minutes.
+All on MiniFashion with a narrow network; about six minutes.
 """
 
 import contextlib
@@ -36,7 +37,10 @@ from utils.program.console import table
 from utils.program.entry import entry
 from utils.program.progress import Progress
 
-MARKER = "it ran"
+MARKER, FOREIGN = "it ran", "somebody else's"
+# Lists of lists of lists, each of which names the one before nine times.
+LAUGHS = b"a0: &a0 [x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (number, number, b", ".join([b"*a%d" % (number - 1)] * 9)) for number in range(1, 30))
 EPOCH = "buffers/*/*/unfinished/expert_{}/epoch_1.pt"  # of an expert that is being trained
 METRICS, CHECKPOINT, RESULT = (f"{common.RUN}/{name}" for name in ("metrics.jsonl", "checkpoint.pt", "result.json"))
 RHO = ("--rho_max=0.05", "--rho_min=0.05")  # another one than that of the experts that are there
@@ -67,6 +71,7 @@ class Scene:
         self.disk = folder / "disk"  # where a small disk is mounted, if one is
         self.disk.mkdir(parents=True)
         self.row: dict[str, Any] = {}
+        self.environment: dict[str, str] = {}  # what a fault adds to that of the programs
 
     def copy_experts(self, manifests: bool = True) -> Path:
         """Three experts in two files; without their manifests they are as published ones are. The first file."""
@@ -99,12 +104,13 @@ class Scene:
             EVALUATION: [*common.COMMON, "--epoch_eval_train=40", "--num_eval=6", f"--json={self.disk}/result.json",
                          *files]}[script]]
 
-    def start(self, *command: str) -> subprocess.Popen:
-        return common.start(command, self._cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def start(self, *command: str, wrapper: tuple[str, ...] = ()) -> subprocess.Popen:
+        return common.start(command, self._cache, wrapper, self.environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
-    def run(self, *command: str, expect: int = 0) -> str:
+    def run(self, *command: str, expect: int = 0, wrapper: tuple[str, ...] = ()) -> str:
         """What a program printed on stderr."""
-        with self.start(*command) as process:
+        with self.start(*command, wrapper=wrapper) as process:
             out, err = process.communicate(timeout=common.MOST_SECONDS)
         assert process.returncode == expect, f"exit code {process.returncode} instead of {expect}\n{out}\n{err}"
         assert "Traceback" not in err, err
@@ -130,11 +136,11 @@ class Scene:
         assert not list(self.folder.rglob(MARKER)), "code in a file was run"
         self.row |= {"program": Path(command[0]).name, "exit_code": 2, "printed": shortened(errors[0], self.folder)}
 
-    def answered(self, unnoticed: str, *command: str) -> None:
+    def answered(self, unnoticed: str, *command: str, wrapper: tuple[str, ...] = ()) -> None:
         """Runs a program that does not mind, for the reason that is given, or that must be refused; fills the row."""
         if not unnoticed:
             return self.refused(*command)
-        self.run(*command)
+        self.run(*command, wrapper=wrapper)
         self.row |= {"program": Path(command[0]).name, "exit_code": 0, "printed": f"nothing: {unnoticed}"}
 
     def wait_for(self, pattern: str, process: subprocess.Popen) -> Path:
@@ -327,6 +333,91 @@ def experts_of_another_rho_are_added(scene: Scene) -> None:
     scene.refused(*scene.usual(BUFFER), *RHO)
 
 
+def closed_folder(scene: Scene, script: str, option: str = "", variable: str = "", unnoticed: str = "") -> None:
+    """A path below a folder that may not be entered, in an option or a variable of the environment."""
+    scene.prepare(script)
+    closed = scene.folder / "closed"
+    closed.mkdir(mode=0)
+    try:
+        if os.access(closed, os.X_OK):
+            raise SkippedError("this user may enter every folder")
+        scene.environment |= {variable: str(closed / "x")} if variable else {}
+        scene.answered(unnoticed, *scene.usual(script), *([f"--{option}={closed}/x"] if option else []))
+    finally:
+        closed.chmod(0o700)
+
+
+def nobody_listens(scene: Scene, script: str, how: str, results: str) -> None:
+    """A program whose output cannot be written does its work all the same.
+
+    Args:
+        how: where bash sends the output.
+        results: the pattern of what the program makes.
+    """
+    scene.prepare(script)
+    scene.answered("nobody listens, and it goes on", *scene.usual(script),
+                   wrapper=("bash", "-c", f'set -o pipefail; "$@" {how}', "bash"))
+    assert list(scene.disk.glob(results)), "it made nothing"
+
+
+def hostile(scene: Scene, prepare: Callable[[Scene], list[str]], script: str = DATM, unnoticed: str = "") -> None:
+    """
+    Args:
+        prepare: puts what somebody else made where the program meets it; options for it.
+        unnoticed: why the program does not mind; else it is refused.
+    """
+    scene.prepare(script)
+    scene.answered(unnoticed, *scene.usual(script), *prepare(scene))
+    foreign = scene.folder / "foreign"
+    assert not foreign.exists() or foreign.read_text() == FOREIGN, "a file of somebody else was written"
+
+
+def aliases_in_a_manifest(scene: Scene) -> list[str]:
+    (scene.disk / common.EXPERTS / "replay_buffer_0.yaml").write_bytes(LAUGHS)
+    return []
+
+
+def aliases_in_a_config(scene: Scene) -> list[str]:
+    scene.disk.joinpath(common.RUN).mkdir(parents=True)
+    scene.disk.joinpath(common.RUN, "config.yaml").write_bytes(LAUGHS)
+    return []
+
+
+def linked_lock(scene: Scene) -> list[str]:
+    scene.disk.joinpath(common.RUN).mkdir(parents=True)
+    scene.disk.joinpath(common.RUN, ".lock").symlink_to(scene.folder / "foreign")
+    (scene.folder / "foreign").write_text(FOREIGN)
+    return []
+
+
+def foreign_files_beside(scene: Scene) -> list[str]:
+    names = [".result.json.original", ".result.json.12345678.json", "result.json.unfinished_notes.txt"]
+    for name in names:
+        (scene.disk / name).write_text(FOREIGN)
+    scene.run(*scene.usual(EVALUATION))
+    assert all((scene.disk / name).read_text() == FOREIGN for name in names)
+    return []
+
+
+def result_over_experts(scene: Scene) -> list[str]:
+    return [f"--json={scene.copy_experts()}"]
+
+
+def postscript_as_png(scene: Scene) -> list[str]:
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            path = scene.folder / "own" / split / name / "0.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"
+                             + f"({scene.folder / MARKER}) (w) file closefile showpage\n".encode())
+    return ["--dataset=ImageFolder", f"--data_path={scene.folder}/own"]
+
+
+def own_backend_of_pictures(scene: Scene) -> list[str]:
+    scene.environment["MPLBACKEND"] = "module://not_here.backend"
+    return []
+
+
 # --- what is done to a file ----------------------------------------------------------------------------------
 
 
@@ -408,13 +499,34 @@ fault("unfinished result of an evaluation cut", interrupted, cut, EVALUATION, "r
 fault("distilled set with code in it", set_with_code)
 fault("distilled images with NaN", set_with_nan)
 fault("distilled set of another number of classes", damaged_set, labels=torch.randn(10, 100))
+fault("distilled images of 1e300, infinite in float32", damaged_set,
+      images=torch.full((10, 1, 28, 28), 1e300, dtype=torch.float64))
 fault("distilled set of another image size", damaged_set, images=torch.randn(10, 1, 32, 32))
+
+for _option, _script in (("buffer_path", BUFFER), ("data_path", BUFFER), ("log_path", DATM), ("buffer_path", DATM),
+                         ("data_dir", EVALUATION), ("json", EVALUATION), ("save", EVALUATION)):
+    fault(f"a folder that may not be entered, --{_option} of {Path(_script).name}", closed_folder, _script, _option)
+fault("a cache folder that may not be entered", closed_folder, BUFFER, variable="DATM_CACHE")
+for _how, _where in (("is full", ">/dev/full 2>&1"), ("is closed", ">&- 2>&-"),
+                     ("has lost its reader", "2>&1 | head -n 1 >/dev/null")):
+    fault(f"the output {_how}", nobody_listens, DATM, _where, RESULT)
+
+fault("a manifest of aliases of aliases", hostile, aliases_in_a_manifest)
+fault("a config.yaml of aliases of aliases", hostile, aliases_in_a_config)
+fault("a .lock that links to somebody else's file", hostile, linked_lock)
+fault("hidden files of somebody else's beside the result", hostile, foreign_files_beside, EVALUATION,
+      unnoticed="it leaves them")
+fault("the result in the place of an expert file", hostile, result_over_experts, EVALUATION)
+fault("PostScript in an image named .png", hostile, postscript_as_png, BUFFER)
+fault("a picture backend of the user's that is not there", hostile, own_backend_of_pictures,
+      unnoticed="its pictures are its own")
 
 
 # --- the program ---------------------------------------------------------------------------------------------
 
 
 def main() -> None:
+    common.obey_permissions()
     parser = script_parser(__doc__, json="the table")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="faults whose names have one of these")
     args = parser.parse_args()

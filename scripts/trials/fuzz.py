@@ -3,11 +3,12 @@
     python scripts/trials/fuzz.py [--inputs 1000] [--seed 0] [--json FILE]
 
 Hypothesis draws the inputs: tiny settings that are known to run, with none, one or two odd options, values, files or
-YAMLs among them. Each is run in a forked child that has imported everything already, in a folder of its own, on three
-colours as dataset. Checked are: the exit code is 0 or 2, and 0 for an input made of nothing odd; no traceback, no
-warning; a refusal is one readable line, leaves no new file and changes none; whatever happens, no half-written file is
-left. After exit code 0, `read`, which knows nothing of the program's own parser, says what each option must mean, and
-what the run saved of its options, and what it made, are compared with that.
+YAMLs among them; the output of some goes nowhere. Each is run in a forked child that has imported everything already,
+in a folder of its own, on three colours as dataset, and without root's right to enter every folder. Checked are: the
+exit code is 0 or 2, and 0 for an input made of nothing odd; no traceback, no warning; a refusal is one readable line,
+leaves no new file and changes none; whatever happens, no half-written file is left. After exit code 0, `read`, which
+knows nothing of the program's own parser, says what each option must mean, and what the run saved of its options, and
+what it made, are compared with that.
 
 Left out, since they take minutes or need the network: `--backend compile`, `--wandb online` and `offline`, downloads
 (every connection is refused), and large values of what multiplies the work. An input that takes more than 20 s
@@ -182,6 +183,10 @@ class Sandbox:
                 resource.setrlimit(limit, most)
             for number, path in enumerate(self.outputs, 1):
                 os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), number)
+                if case.unheard == "full":
+                    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+                elif case.unheard:
+                    os.close(number)
             # As Python makes them where the locale is a UTF-8 one.
             sys.stdout.reconfigure(encoding="utf-8", errors="strict", line_buffering=False)
             sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
@@ -233,11 +238,12 @@ class Case(typing.NamedTuple):
     arguments: list[str]
     yaml: Yaml | None
     plain: bool  # made of nothing odd, so that it must run
+    unheard: str = ""  # "full", "closed": where the output goes, if nobody is to hear it
 
     def command(self, sandbox: Sandbox) -> str:
         content = f"   # given.yaml: {shortened(repr(self.yaml.content), 600)}" if self.yaml else ""
-        return sandbox.hidden(shlex.join(["python", self.script, *map(shortened, self.arguments)]) + content)
-
+        output = {"full": " >/dev/full 2>&1", "closed": " >&- 2>&-"}.get(self.unheard, "")
+        return sandbox.hidden(shlex.join(["python", self.script, *map(shortened, self.arguments)]) + output + content)
 
     @property
     def hints(self) -> dict[str, typing.Any]:
@@ -379,7 +385,8 @@ def problems(case: Case, outcome: Outcome, sandbox: Sandbox) -> list[str]:
     try:
         return found + _problems_of_run(case, meaning(case, sandbox), outcome, sandbox)
     except HelpError:
-        return found + ([] if outcome.stdout.startswith("usage: ") and not outcome.new else ["help that is none"])
+        is_help = outcome.stdout.startswith("usage: ") or case.unheard
+        return found + ([] if is_help and not outcome.new else ["help that is none"])
     except MeaninglessError as error:
         return [*found, f"exit code 0 for what means nothing: {str(error)[:200]}"]
 
@@ -388,6 +395,8 @@ def _problems_of_refusal(case: Case, outcome: Outcome) -> list[str]:
     found = [f"{Path(path).name} was changed by a refused input" for path in outcome.changed]
     if case.plain:
         found.append("a good input was refused")
+    if case.unheard:  # nor can what it left be told from what came before a late refusal
+        return found
     # As a terminal counts lines: Unicode's other line ends are characters like any other.
     lines = [line for line in outcome.stderr.split("\n") if line.strip()]
     errors = [line for line in lines if line.startswith(f"{Path(case.script).name}: error: ")]
@@ -615,7 +624,8 @@ def cases(draw: typing.Callable[..., typing.Any], script: str, sandbox: Sandbox)
     pieces = [draw(spelt(name, text, hints[name])) for name, text in options]
     for tokens in wild:
         pieces.insert(0 if plain else draw(st.integers(0, len(pieces))), tokens)
-    return Case(script, [token for tokens in pieces for token in tokens], content, plain)
+    unheard = draw(st.sampled_from([*[""] * 8, "full", "closed"]))
+    return Case(script, [token for tokens in pieces for token in tokens], content, plain, unheard)
 
 
 def misspelt(name: str) -> st.SearchStrategy[str]:
@@ -754,6 +764,7 @@ def fuzz(inputs: int, seed: int, sandbox: Sandbox) -> dict[str, typing.Any]:
 
 
 def main() -> None:
+    common.obey_permissions()
     parser = script_parser(__doc__, json="the counts and every failure")
     parser.add_argument("--inputs", type=int, default=1000, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
