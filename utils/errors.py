@@ -14,14 +14,18 @@ class UserError(Exception):
     """
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """A message as one line that a terminal can show: no line ends, no control characters, its middle left out if long.
 
     What was given is part of it, and may hold anything.
     """
-    words = " ".join(str(error).split())
-    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in words)
-    return shortened(text, LONGEST)
+    return shortened(printable(" ".join(str(error).split())), LONGEST)
+
+
+def printable(text: str, kept: str = "") -> str:
+    """The text, each control character as an escape, but for those that are kept."""
+    return "".join(each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
+                   for each in text)
 
 
 def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
