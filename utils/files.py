@@ -257,6 +257,19 @@ def finite(value: float) -> float | None:
 
 
 def cache_folder() -> Path:
-    """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`."""
+    """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`.
+
+    Raises:
+        UserError: this user has no home, or may not enter it.
+    """
     folder = os.environ.get("DATM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/datm"
-    return Path(folder).expanduser()
+    try:
+        path = Path(folder).expanduser()
+        path.stat()
+    except FileNotFoundError:  # it will be made
+        pass
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "this user has no home"
+        raise UserError(f"the cache folder {folder}: {reason}; let DATM_CACHE name a folder that can be written"
+                        ) from error
+    return path
