@@ -250,7 +250,7 @@ class ExpertRun:
         """Removes what was kept for going on."""
         # The run file first: without it nothing here counts.
         (self.unfinished / "run.yaml").unlink()
-        shutil.rmtree(self.unfinished)
+        files.remove(self.unfinished)
 
 
 class ExpertView(Progress):

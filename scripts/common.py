@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from utils.files import check_writable, write_json
+from utils.files import check_writable, given, write_json
 from utils.program.command_line import Parser
 from utils.program.machine import environment
 
@@ -25,7 +25,7 @@ def script_parser(description: str, json: str = "") -> Parser:
 def writable(path: str) -> Path:
     """The type of an option: a file that will be written, refused at once if it cannot be."""
     check_writable(path)
-    return Path(path)
+    return given(path)
 
 
 def save_report(path: Path | None, report: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from distill.report.read_run import FinishedRun, read_run
 from distill.result_files import NORMAL
 from scripts.common import script_parser
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import given, write_text
 from utils.program.console import shown
 from utils.program.entry import entry
 
@@ -30,9 +30,10 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to put the page")
-    given = parser.parse_args()
-    runs = [with_pictures(read_run(path)) for path in given.runs]
-    out = given.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))
+    options = parser.parse_args()
+    runs = [with_pictures(read_run(path)) for path in options.runs]
+    page_path = runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html")
+    out = given(options.out) if options.out else page_path
     pages = {out: page(runs[0])} if len(runs) == 1 else {
         **{run.path / PAGE: page(run) for run in runs}, out: comparison(runs)}
     for path, text in pages.items():

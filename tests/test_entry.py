@@ -80,4 +80,4 @@ def test_a_current_folder_that_was_removed_is_refused(tmp_path, environment):
     (tmp_path / "gone").mkdir()
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "gone", env=os.environ | environment, text=True,
                           capture_output=True)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("DATM.py: error: the current folder: No")
+    assert done.returncode == 2 and done.stderr.startswith("DATM.py: error: the current folder: No such file")

@@ -1,7 +1,7 @@
 """The one exception for mistakes that a user can mend."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST = 900  # characters of a refusal
 LONGEST_GIVEN = 200  # of what was given, in a refusal
@@ -36,9 +36,23 @@ def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> UserError:
     """The refusal of a name that is not in a table, naming the nearest one that is."""
     allowed = list(allowed)
-    by_lower = {name.lower(): name for name in allowed}
-    near = difflib.get_close_matches(str(given).lower(), list(by_lower), n=1, cutoff=0.5)
-    guess = f"did you mean {by_lower[near[0]]!r}? " if near else ""
+    guess = _nearest(str(given), allowed)
     # A long list after a good guess buries it.
     rest = "(--help lists all)" if guess and len(allowed) > 40 else f"allowed: {', '.join(allowed)}"
-    return UserError(f"unknown {kind} {shortened(str(given))!r}; {guess}{rest}")
+    return UserError(f"unknown {kind} {shortened(str(given))!r}; {f'{guess} ' if guess else ''}{rest}")
+
+
+def unknown_names(kind: str, given: Sequence[str], allowed: Sequence[str]) -> UserError:
+    """The refusal of all names that are not in a table, each with the nearest one that is."""
+    if len(given) == 1:
+        return unknown_name(kind, given[0], allowed)
+    guesses = [(name, _nearest(name, allowed)) for name in given]
+    words = ", ".join(f"{shortened(name)!r}{f' ({guess})' if guess else ''}" for name, guess in guesses)
+    return UserError(f"unknown {kind}s {words}; --help lists all")
+
+
+def _nearest(given: str, allowed: Iterable[str]) -> str:
+    """A question, or nothing where no name is near."""
+    by_lower = {name.lower().lstrip("-"): name for name in allowed}
+    near = difflib.get_close_matches(given.lower().lstrip("-"), list(by_lower), n=1, cutoff=0.65)
+    return f"did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -5,11 +5,14 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import re
+import shutil
+import stat
 import tempfile
 import warnings
 import zipfile
@@ -24,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+ASIDE = ".datm-"  # in the names of files that are not whole yet, and in no other's
 
 
 @contextlib.contextmanager
@@ -31,12 +35,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success flushes it to disk and renames it over `path`.
 
     A reader sees the old file or the new one, never a part. If the block raises, nothing is left behind; what a killed
-    process left of the same file is removed.
+    process left of the same file is removed. A link in the place is replaced, and what it points to stays: somebody
+    else may have put it there. For a link of the user's, see `given`.
 
     Raises:
         UserError: the folder cannot be made or written, the disk is full, or a folder, device or pipe is in the place.
     """
-    path = Path(os.path.realpath(path))  # what a link points to is written, not the link
+    path = Path(path)
     handle, aside = _begin(path)
     try:
         yield aside
@@ -66,10 +71,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.close(handle)
 
 
+def given(path: str | os.PathLike) -> Path:
+    """Where to write what the user wants at a path: where that is a link, in the file that it points to."""
+    return Path(os.path.realpath(path))
+
+
 def _begin(path: Path) -> tuple[int, Path]:
     """What `_make_aside` makes, once nothing is in the way of a write of `path`."""
     try:
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file() and not path.is_symlink():
             kind = "a folder" if path.is_dir() else "not a regular file"
             raise UserError(f"cannot write {path}, which is {kind}; give the path of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +92,7 @@ def _begin(path: Path) -> tuple[int, Path]:
 def _make_aside(path: Path) -> tuple[int, Path]:
     """A new file beside `path`, locked through the handle, so that it can be told from one whose writer was killed."""
     while True:
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{ASIDE}", suffix=path.suffix)
         taken = False  # whether another process, quicker than the lock, takes it for abandoned
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,8 +107,9 @@ def _make_aside(path: Path) -> tuple[int, Path]:
 
 def _remove_abandoned(path: Path) -> None:
     """Removes what killed processes left of their writes of `path`: nobody holds the lock of those."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
-        with contextlib.suppress(OSError), left.open("rb") as file:  # gone meanwhile, another user's, or being written
+    for left in path.parent.glob(f".{glob.escape(path.name)}{ASIDE}????????{glob.escape(path.suffix)}"):
+        # It may be gone meanwhile, another user's, or being written.
+        with contextlib.suppress(OSError), open(left, "rb", opener=own) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
 
@@ -109,7 +120,7 @@ def check_writable(path: str | os.PathLike) -> None:
     Raises:
         UserError: it cannot be made or written.
     """
-    handle, aside = _begin(Path(os.path.realpath(path)))
+    handle, aside = _begin(given(path))
     os.close(handle)
     aside.unlink()
 
@@ -203,12 +214,38 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
         warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here
         try:
             # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
                 raise UserError(f"{what} {path} holds more than tensors (it would run code when loaded) and was "
                                 f"refused; {advice or 'save plain tensors with torch.save'}") from error
             raise UserError(f"{what} {path} is damaged or not a torch file; {advice or 'write it again'}") from error
+    odd = _odd_tensor(value)
+    if odd:
+        raise UserError(f"{what} {path} holds {odd}; {advice or 'save plain tensors of real numbers'}")
+    return value
+
+
+def _odd_tensor(value: object) -> str | None:
+    """A tensor in nested containers that arithmetic does not take as it takes others, in words."""
+    waiting, seen = [value], set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, torch.Tensor):
+            kinds = {"a sparse tensor": each.layout != torch.strided, "a tensor without values": each.is_meta,
+                     "a quantized tensor": each.is_quantized, "complex numbers": each.is_complex()}
+            if odd := next((kind for kind, it_is in kinds.items() if it_is), None):
+                return odd
+        elif isinstance(each, dict | list | tuple) and id(each) not in seen:  # one may hold another many times
+            seen.add(id(each))
+            waiting += each.values() if isinstance(each, dict) else each
+    return None
+
+
+def cut_lines(path: Path, size: int) -> None:
+    """Keeps so many bytes of a file of lines, and makes it if there is none; a link in its place is refused."""
+    with _lines(path) as file:
+        file.truncate(size)
 
 
 def append_json(path: Path, value: Any) -> None:
@@ -217,17 +254,100 @@ def append_json(path: Path, value: Any) -> None:
     Raises:
         UserError: it cannot be written; the file is as it was.
     """
-    before = None
-    try:
-        with path.open("ab", buffering=0) as file:
-            before = file.tell()
-            line = (json.dumps(value) + "\n").encode()
+    with _lines(path) as file:
+        before = file.seek(0, os.SEEK_END)
+        line = (json.dumps(value) + "\n").encode()
+        try:
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)  # half a line may have found room
+            raise
+
+
+@contextlib.contextmanager
+def _lines(path: Path) -> Iterator[io.FileIO]:
+    """A file to add lines to, opened."""
+    try:
+        with io.FileIO(path, "a", opener=own) as file:
+            yield file
     except OSError as error:
-        if before is not None:
-            os.truncate(path, before)  # half a line may have found room
         raise UserError(f"cannot write {path}: {error.strerror}; free space or give another folder") from error
+
+
+def own(path: str | os.PathLike, flags: int) -> int:
+    """Opens a file of our own to write to it (an `opener`): through a link in its place it might be anybody's.
+
+    Raises:
+        OSError: it is a link, or no file at all.
+    """
+    in_the_way = OSError(errno.ELOOP, f"{os.path.basename(path)} is a link or no file; move it away", os.fspath(path))
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise in_the_way if error.errno in (errno.ELOOP, errno.ENXIO) else error from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise in_the_way
+    return handle
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with what is in it, if it is there; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A text in UTF-8, whoever wrote it, from a file or a pipe. Nobody is waited for at a pipe without a writer.
+
+    Raises:
+        OSError: it cannot be read, or is a folder or a device, which may have no end.
+        UnicodeDecodeError
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(handle).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is a folder or a device", os.fspath(path))
+    os.set_blocking(handle, True)
+    with open(handle, encoding="utf-8") as file:
+        return file.read()
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds; inside `reading`, for it fails in many ways."""
+    return json.loads(read_text(path))
+
+
+def read_yaml(path: str | os.PathLike, loader: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.SafeLoader
+              ) -> dict[Any, Any]:
+    """The options in a YAML file, whoever wrote it: each once, and no aliases, by which a few lines become more than a
+    machine holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: what is wrong, in words that go on from its name, and what to do.
+    """
+    try:
+        text = read_text(path)
+        node = yaml.compose(text, yaml.BaseLoader)  # first, for it soon gives up on what is nested deeply
+        alias = next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None)
+        options = None if alias else yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        where = f" near line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise ValueError(f"is not YAML{where}; write one `key: value` a line") from error
+    if alias:
+        raise ValueError(f"holds the alias *{alias.anchor} in line {alias.start_mark.line + 1}; write its value there")
+    if not isinstance(options, dict):
+        raise ValueError("is not a list of options; write one `key: value` a line")
+    names = [key.value for key, _ in node.value]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"gives {twice!r} {names.count(twice)} times; keep one of them")
+    return options
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -237,10 +357,7 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     with reading(path, "it held the options of what lies beside it: put it back, or move what lies beside it away"):
-        options = yaml.safe_load(path.read_text())
-        if not isinstance(options, dict):
-            raise ValueError("it is not a list of options")
-        return options
+        return read_yaml(path)
 
 
 def save_config(path: Path, options: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from distill.evaluate.networks import check_evaluation, check_pool
 from utils.config import EvaluationConfig, influential
 from utils.data.datasets import Dataset
 from utils.errors import UserError
-from utils.files import check_writable, read_config
+from utils.files import check_writable, given, read_config
 from utils.program import ranks
 from utils.program.console import note
 from utils.program.prepare import load_data, take_device
@@ -51,7 +51,7 @@ def prepared(config: EvaluationConfig, opened: DistilledSet, device: torch.devic
     if config.json:
         check_writable(config.json)  # a refusal comes before anything is written, or long work
     if config.save and ranks.first():
-        distilled.save_whole(Path(config.save), dataset, influential(config))
+        distilled.save_whole(given(config.save), dataset, influential(config))
     return dataset, distilled
 
 

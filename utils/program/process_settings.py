@@ -16,8 +16,8 @@ def tune_process() -> None:
     try:
         os.getcwd()
     except OSError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: the current folder: {error.strerror}; it was removed or may not "
-              "be entered: change to another (cd)", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: the current folder: {error.strerror}; it was removed or may "
+              "not be entered: change to another (cd)", file=sys.stderr)
         sys.exit(2)
 
     # Read by torch's thread pool (libgomp) when torch is first imported. By default a thread that waits for the others
