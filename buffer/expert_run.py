@@ -262,7 +262,7 @@ class ExpertRun:
                             "command trains what is missing")
         # The run file first: without it nothing here counts.
         (self.unfinished / "run.yaml").unlink(missing_ok=True)
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        files.remove(self.unfinished)
 
 
 class ExpertView(Progress):

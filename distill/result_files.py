@@ -17,7 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field, RootModel, ValidationError, computed_field
 from pydantic.dataclasses import dataclass
 
-from utils.files import append_json, reading, write_json
+from utils.files import append_json, given, read_json, read_text, reading, write_json
 from utils.loss_and_accuracy import percent
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
@@ -91,7 +91,7 @@ class Metrics(NamedTuple):
     def read(cls, path: Path, advice: str = _AGAIN) -> "Metrics":
         metrics = cls([], [])
         with reading(path, advice):
-            for text in filter(str.strip, path.read_text().splitlines()):
+            for text in filter(str.strip, read_text(path).splitlines()):
                 if "start_epoch" in (line := json.loads(text)):
                     metrics.iterations.append(_validated(Iteration, line))
                 elif "scores" in line:
@@ -153,7 +153,7 @@ class RunResult:
     @classmethod
     def read(cls, path: Path, advice: str = _AGAIN) -> "RunResult":
         with reading(path, advice):
-            return _validated(cls, json.loads(path.read_text()))
+            return _validated(cls, read_json(path))
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,13 @@ class EvaluationResult:
             robust: what `--robust_score` adds, so that its file serves wherever that of an evaluation does.
         """
         values = as_json(self) | robust
-        write_json(path, {name: value for name, value in values.items() if name != "lr" or value is not None})
+        write_json(given(path), {name: value for name, value in values.items() if name != "lr" or value is not None})
 
     @classmethod
     def read(cls, path: Path, advice: str, name: str = "",
              problem: str = "is not the result of an evaluation") -> "EvaluationResult":
         with reading(name or path, advice, problem):
-            return _validated(cls, json.loads(path.read_text()))
+            return _validated(cls, read_json(path))
 
 
 def read_result(path: Path, name: str, advice: str) -> RunResult | EvaluationResult:
@@ -191,7 +191,7 @@ def read_result(path: Path, name: str, advice: str) -> RunResult | EvaluationRes
         name, advice: of the message, where it is neither.
     """
     with reading(name, advice, "is not a result"):
-        values = json.loads(path.read_text())
+        values = read_json(path)
         return _validated(RunResult if "best" in values else EvaluationResult, values)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from utils.files import check_output, write_json
+from utils.files import check_output, given, write_json
 from utils.program.command_line import Parser
 from utils.program.machine import environment
 
@@ -30,7 +30,7 @@ def output(option: str, kind: str) -> Callable[[str], Path]:
     is there (`utils.files.check_output`)."""
     def checked(path: str) -> Path:
         check_output(option, path, kind, {})
-        return Path(path)
+        return given(path)
 
     return checked
 

@@ -36,7 +36,7 @@ from buffer.trajectories import expert_files, load_experts, manifest_path
 from scripts.common import output, script_parser
 from scripts.plots import save_buffer
 from utils.errors import UserError
-from utils.files import finite, read_config, reading, write_json
+from utils.files import finite, read_config, read_text, reading, write_json
 from utils.parameters import flatten
 from utils.program import console
 from utils.program.entry import entry
@@ -197,7 +197,7 @@ def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
     if not log.is_file():
         return found
     with reading(log, "copy it again, or move it away, and its accuracies are unknown"):
-        for line in log.read_text().splitlines():
+        for line in read_text(log).splitlines():
             epoch = json.loads(line)
             of_expert = found.setdefault(epoch["expert"], {name: [] for name in ACCURACIES})
             for name in ACCURACIES:

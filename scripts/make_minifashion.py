@@ -26,7 +26,7 @@ from utils.data.disk_layouts import (
     read_idx_folder,
 )
 from utils.errors import UserError
-from utils.files import REPOSITORY, atomic_write
+from utils.files import REPOSITORY, atomic_write, given
 from utils.program.entry import entry
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     if digest != MINIFASHION_SHA256:
         raise UserError(f"the files in {source} are not the original Fashion-MNIST (SHA-256 of the selection is "
                         f"{digest}, expected {MINIFASHION_SHA256}); fetch the four files again")
-    with atomic_write(args.out) as aside:
+    with atomic_write(given(args.out)) as aside:
         aside.write_bytes(bz2.compress(content, 9))
     print(f"wrote {args.out}")
 

@@ -30,8 +30,7 @@ from utils.program.entry import entry
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder")
-    parser.add_argument("--out", metavar="FILE", type=output("--out", "html"),
-                        help="where to put the page")
+    parser.add_argument("--out", metavar="FILE", type=output("--out", "html"), help="where to put the page")
     given = parser.parse_args()
     runs = [with_pictures(read_run(path)) for path in given.runs]
     out = given.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))

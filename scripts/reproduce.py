@@ -15,7 +15,6 @@ named.
 """
 
 import fnmatch
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from scripts.plots import save_by_images, save_windows
 from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
-from utils.files import REPOSITORY, atomic_write, reading, write_json, write_text
+from utils.files import REPOSITORY, atomic_write, read_json, reading, write_json, write_text
 from utils.loss_and_accuracy import percent
 from utils.program.command_line import read_yaml
 from utils.program.console import duration, shown, table
@@ -387,7 +386,7 @@ class Results:
 
 def _read_look(path: Path) -> dict[str, Any]:
     with reading(path, AGAIN):
-        look = json.loads(path.read_text())
+        look = read_json(path)
         for name in ("test_accuracy", "apart"):
             _percent(**look["by_epoch"][name][-1])
         return look

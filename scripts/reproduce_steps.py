@@ -1,10 +1,8 @@
 """Commands that make files from each other's files: each run once, several at a time, going on where it was stopped."""
 
 import contextlib
-import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +14,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from utils.errors import UserError
-from utils.files import check_writable, reading, write_json
+from utils.files import check_writable, read_json, reading, remove, write_json
 from utils.program import interrupt
 from utils.program.console import duration
 
@@ -77,7 +75,7 @@ class Ledger:
         self._path = path
         with reading(f"{path}, which says what each result was made by,",
                      f"restore it, or move {path.parent} away to start over"):
-            self.made: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+            self.made: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
             if not all(isinstance(made["asked"], str) and made.get("seconds", 0) >= 0 for made in self.made.values()):
                 raise ValueError("a command or its seconds are missing")
 
@@ -98,9 +96,7 @@ class Ledger:
     def begin(self, step: Step) -> None:
         """A step goes on, or is begun; what another command made, or what was made of something else, is removed."""
         if step.done or not self.knows(step):
-            if step.made.is_dir():
-                shutil.rmtree(step.made)
-            step.made.unlink(missing_ok=True)
+            remove(step.made)
         if not step.made.exists():
             self.made[step.name] = {"asked": step.asked, "config": step.config, "seconds": 0.0}
             self.write()

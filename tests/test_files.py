@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import re
 import resource
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 
 import pytest
@@ -73,16 +75,18 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
 
 def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
     path = tmp_path / "x.pt"
-    left = [tmp_path / ".x.pt.abcd_123.pt", tmp_path / ".y.pt.abcd_123.pt", tmp_path / ".x.pt.notes.pt"]
-    for each in left:
-        each.write_text("half")
+    left = tmp_path / ".x.pt.datm-abcd_123.pt"
+    foreign = [".x.pt.abcd_123.pt", ".x.pt.original.pt", ".y.pt.datm-abcd_123.pt"]
+    for name in (left, *foreign):
+        (tmp_path / name).write_text("half")
+    os.mkfifo(tmp_path / ".x.pt.datm-pipe_123.pt")  # which nobody opens
     with files.atomic_write(path) as aside:
         aside.write_text("first")
-        assert not left[0].exists() and left[1].exists() and left[2].exists()
+        assert not left.exists()
         with files.atomic_write(path) as other:  # as another process would at the same time
-            assert aside.exists()
+            assert aside.exists() and other.name.startswith(".x.pt.datm-")
             other.write_text("second")
-    assert path.read_text() == "first" and listing(tmp_path) == [".x.pt.notes.pt", ".y.pt.abcd_123.pt", "x.pt"]
+    assert path.read_text() == "first" and listing(tmp_path) == sorted([*foreign, ".x.pt.datm-pipe_123.pt", "x.pt"])
 
 
 def test_a_file_that_is_taken_for_abandoned_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
@@ -259,7 +263,92 @@ def test_a_pipe_or_folder_in_the_place_is_left_alone(tmp_path):
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and (tmp_path / "folder").is_dir()
 
 
-def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "link.pt").symlink_to(tmp_path / "target.pt")
-    files.save(torch.ones(2), tmp_path / "link.pt")
-    assert (tmp_path / "link.pt").is_symlink() and files.load(tmp_path / "target.pt").tolist() == [1, 1]
+def test_a_link_is_written_through_only_where_the_user_gave_it(tmp_path):
+    """Whoever wrote a run's folder, or may write to the cache's, may have put a link to anybody's file there."""
+    (tmp_path / "target").write_text("anybody's")
+    link = tmp_path / "link"
+    for write in (lambda: files.append_json(link, 1), lambda: files.cut_lines(link, 0)):
+        link.symlink_to(tmp_path / "target")
+        with pytest.raises(UserError, match="cannot write .*/link: link is a link or no file; move it away"):
+            write()
+        link.unlink()
+    link.symlink_to(tmp_path / "target")
+    files.write_text(link, "ours")
+    assert (tmp_path / "target").read_text() == "anybody's" and link.read_text() == "ours" and not link.is_symlink()
+    link.unlink()
+    link.symlink_to(tmp_path / "target")
+    files.write_text(files.given(link), "the user's")
+    assert link.is_symlink() and (tmp_path / "target").read_text() == "the user's"
+
+
+def test_of_a_link_to_a_folder_only_the_link_is_removed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "kept").touch()
+    (tmp_path / "Normal").symlink_to("disk")
+    for name in ("Normal", "disk", "absent"):
+        files.remove(tmp_path / name)
+        assert listing(tmp_path) == (["disk"] if name == "Normal" else [])
+
+
+ODD = {"a sparse tensor": torch.eye(2).to_sparse(), "a tensor without values": torch.zeros(2, device="meta"),
+       "complex numbers": torch.tensor(0.01j)}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_that_arithmetic_does_not_take_is_refused(tmp_path, kind):
+    torch.save([{"a": torch.zeros(2)}, [ODD[kind]]], tmp_path / "x.pt")
+    with pytest.raises(UserError, match=f"x.pt holds {kind}; save plain tensors"):
+        files.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("a: &a [1, 1]\nb: [*a, *a]\n", "holds the alias .a in line 2; write its value there"),
+    ("a: 1\na: 2\n", "gives 'a' 2 times; keep one"), ("[" * 5000, "is not YAML"), ("- 1\n", "is not a list of options"),
+    ("a: " + "1" * 5000, "is not YAML"), (b"a: \xff\n", "is not YAML"), ("pipe", "is not a list of options"),
+    ("folder", "Is a directory, or a device")])
+def test_a_yaml_of_others_is_refused_in_one_line_and_soon(tmp_path, text, problem):
+    path = tmp_path / "config.yaml"
+    if text == "pipe":  # to which nobody writes
+        os.mkfifo(path)
+    elif text == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=problem):
+        files.read_config(path)
+
+
+def test_a_text_comes_from_a_pipe_too():
+    """As the shell's <(…) gives one."""
+    reader, writer = os.pipe()
+    threading.Timer(0.2, lambda: (os.write(writer, "α: 1\n".encode()), os.close(writer))).start()
+    assert files.read_text(f"/dev/fd/{reader}") == "α: 1\n"
+    os.close(reader)
+
+
+# --- files of others beside ours -----------------------------------------------------------------------------
+
+
+def test_an_evaluation_leaves_the_files_of_others(call, toy, tmp_path):
+    foreign = [".r.original", "r.unfinished_notes.txt", "r.unfinished.old", ".r.json.12345678"]
+    for name in foreign:
+        (tmp_path / name).write_text("mine")
+    call("distill/baseline.py", *toy.evaluate, f"--json={tmp_path / 'r'}")
+    assert listing(tmp_path) == sorted([*foreign, "r"])
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "Normal"])
+def test_a_link_in_a_runs_folder_leads_to_no_file_and_to_another_disk(call, toy, toy_experts, tmp_path, name):
+    """The folder may be somebody else's; but a user may have put a link to a disk with room into it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    run = tmp_path / "ImageFolder/2/ConvNetD1W4/run"
+    run.mkdir(parents=True)
+    (run / name).symlink_to(tmp_path / "mine" / ("" if name == "Normal" else "file"))
+    done = call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}",
+                "--Iteration=0", "--run_name=run", "--wandb=disabled", expect=0 if name == "Normal" else 2)
+    assert (tmp_path / "mine" / "file").read_text() == "mine" and (run / name).is_symlink()
+    if name == "Normal":
+        assert "distilled.safetensors" in listing(tmp_path / "mine")
+    else:
+        assert re.search(rf"cannot write .*/run.*: {name} is a link or no file", done.stderr)

@@ -296,3 +296,21 @@ def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
     start_as_ranks(make(DistillConfig, device="auto", parall_eva=True))  # of a distillation only a list does
     start_as_ranks(make(EvaluationConfig, device="auto", parall_eva=True))
     assert started == [4, 2, 4]
+
+
+@pytest.mark.parametrize("variables, wrong", [
+    ("", None), ("WORLD_SIZE=1", None), ("WORLD_SIZE=", None), ("RANK=0", None), ("RANK=x MASTER_ADDR=h", None),
+    ("WORLD_SIZE=2", "RANK is not"), ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=h", "MASTER_PORT is not"),
+    ("WORLD_SIZE=2 RANK=1 MASTER_PORT=9", "MASTER_ADDR is not"), ("WORLD_SIZE=two RANK=1", "WORLD_SIZE is 'two'"),
+    ("WORLD_SIZE=2 RANK=2 MASTER_ADDR=h MASTER_PORT=9", "RANK is '2'"),
+    ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=h MASTER_PORT=99999", "MASTER_PORT is '99999'"),
+    ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=h MASTER_PORT=9 LOCAL_WORLD_SIZE=-1", "LOCAL_WORLD_SIZE is '-1'")])
+def test_without_torchrun_there_is_one_process_or_a_refusal(call, monkeypatch, variables, wrong):
+    """Lightning, Slurm and old shells leave some of its variables behind."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (each.split("=") for each in f"LOCAL_RANK=0 {variables}".split()):
+        monkeypatch.setenv(name, value)
+    refusal = call("scripts/summary.py", expect=2).stderr
+    assert refusal.count("\n") == 1 and (f", but {wrong}" in refusal if wrong else "RESULT.json" in refusal)
+    assert ranks.size() == 1 and ranks.first()

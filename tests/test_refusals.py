@@ -207,6 +207,8 @@ def test_a_path_longer_than_a_path_can_be_is_refused(refused, script, options):
 
 @pytest.mark.parametrize("content, phrases", [
     (b"lr_image: 100\nipc: 1\n", ["unknown key 'lr_image'; did you mean 'lr_img'"]),
+    (b"lr_image: 1\nfoo: 2\nipc: 1\nsynsteps: 3\n", [
+        "unknown keys 'lr_image' (did you mean 'lr_img'?), 'foo', 'synsteps' (did you mean 'syn_steps'?); --help"]),
     (b"Iteration 100\n", ["is not a list of options", "`key: value`"]),
     (b"a: b: c\n", ["is not YAML near line 1", "`key: value`"]),
     (b"ipc: 1\nlr_y: [1\n", ["is not YAML near line 3"]),
@@ -233,15 +235,18 @@ def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
     assert str(path) in done.stderr or "--" in phrases[0]
 
 
-@pytest.mark.parametrize("name", ["ipc", "device", "data_path"])
-def test_a_value_that_aliases_make_huge_is_refused_at_once(call, tmp_path, name):
+@pytest.mark.parametrize("whose", ["config", "manifest"])
+def test_aliases_which_make_a_few_lines_huge_are_refused_at_once(call, toy, toy_experts, tmp_path, whose):
     """Twelve short lists, each of nine times the one before: written out, the last would fill the memory."""
     layers = "[" + ", ".join("x" * 9) + "]"
     for level in range(12):
         layers = f"[&a{level} {layers}" + f", *a{level}" * 8 + "]"
-    path = tmp_path / "given.yaml"
-    path.write_text(f"{name}: {layers}\n")
-    check_refusal(call(DATM, "--cfg", path, expect=2), f"--{name} [[[")
+    experts = tmp_path / "ImageFolder/ConvNetD1W4"
+    shutil.copytree(toy_experts / "ImageFolder/ConvNetD1W4", experts)
+    path = tmp_path / "given.yaml" if whose == "config" else experts / "replay_buffer_0.yaml"
+    path.write_text(f"dataset: {layers}\n")
+    given = toy.distil if whose == "manifest" else ["--cfg", path]
+    check_refusal(call(DATM, *given, f"--buffer_path={tmp_path}", expect=2), path.name, "the alias *a")
 
 
 def test_a_config_that_is_not_there_is_refused(call, tmp_path):

@@ -1,7 +1,7 @@
 """The one exception for mistakes that a user can mend."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST = 900  # characters of a refusal
 LONGEST_GIVEN = 200  # of what was given, in a refusal
@@ -14,14 +14,18 @@ class UserError(Exception):
     """
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """A message as one line that a terminal can show: no line ends, no control characters, its middle left out if long.
 
     What was given is part of it, and may hold anything.
     """
-    words = " ".join(str(error).split())
-    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in words)
-    return shortened(text, LONGEST)
+    return shortened(printable(" ".join(str(error).split())), LONGEST)
+
+
+def printable(text: str, kept: str = "") -> str:
+    """The text, each control character as an escape, but for those that are kept."""
+    return "".join(each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
+                   for each in text)
 
 
 def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
@@ -32,9 +36,23 @@ def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> UserError:
     """The refusal of a name that is not in a table, naming the nearest one that is."""
     allowed = list(allowed)
-    by_lower = {name.lower(): name for name in allowed}
-    near = difflib.get_close_matches(str(given).lower(), list(by_lower), n=1, cutoff=0.5)
-    guess = f"did you mean {by_lower[near[0]]!r}? " if near else ""
+    guess = _nearest(str(given), allowed)
     # A long list after a good guess buries it.
     rest = "(--help lists all)" if guess and len(allowed) > 40 else f"allowed: {', '.join(allowed)}"
-    return UserError(f"unknown {kind} {shortened(str(given))!r}; {guess}{rest}")
+    return UserError(f"unknown {kind} {shortened(str(given))!r}; {f'{guess} ' if guess else ''}{rest}")
+
+
+def unknown_names(kind: str, given: Sequence[str], allowed: Sequence[str]) -> UserError:
+    """The refusal of all names that are not in a table, each with the nearest one that is."""
+    if len(given) == 1:
+        return unknown_name(kind, given[0], allowed)
+    guesses = [(name, _nearest(name, allowed)) for name in given]
+    words = ", ".join(f"{shortened(name)!r}{f' ({guess})' if guess else ''}" for name, guess in guesses)
+    return UserError(f"unknown {kind}s {words}; --help lists all")
+
+
+def _nearest(given: str, allowed: Iterable[str]) -> str:
+    """A question, or nothing where no name is near."""
+    by_lower = {name.lower().lstrip("-"): name for name in allowed}
+    near = difflib.get_close_matches(given.lower().lstrip("-"), list(by_lower), n=1, cutoff=0.65)
+    return f"did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-import glob
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +15,7 @@ import numpy as np
 from distill.distilled_set import DistilledSet
 from utils.config import TrainConfig, identity
 from utils.data.datasets import Dataset
-from utils.files import write_json
+from utils.files import read_json, write_json
 from utils.program import ranks
 from utils.program.console import note, shown
 from utils.program.machine import environment
@@ -42,8 +42,8 @@ class Accuracies:
         self._accuracies: dict[str, float] = {}
         self._seconds_before, self._began = 0.0, perf_counter()
         for file in self._files():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # whatever it is, it can be found again
-                saved = json.loads(file.read_text())
+            with contextlib.suppress(Exception):  # whatever it is, it can be found again
+                saved = read_json(file)
                 if saved["key"] == key:
                     self._accuracies |= saved["accuracies"]
                     self._seconds_before = max(self._seconds_before, float(saved["seconds"]))
@@ -103,7 +103,10 @@ class Accuracies:
 
     def _files(self) -> list[Path]:
         """The file, and those of other ranks."""
-        return [] if self._path is None else sorted(self._path.parent.glob(f"{glob.escape(self._path.name)}*"))
+        if self._path is None:
+            return []
+        name = re.compile(re.escape(self._path.name) + r"(\.[0-9]+)?")
+        return sorted(path for path in self._path.parent.glob("*") if name.fullmatch(path.name))
 
     def _name(self, job: Job) -> str:
         return f"{self._prefix}{job.network}/{job.number}"

@@ -13,7 +13,7 @@ from distill.evaluate.networks import check_evaluation, check_pool
 from utils.config import EvaluationConfig, influential
 from utils.data.datasets import Dataset
 from utils.errors import UserError
-from utils.files import read_config
+from utils.files import given, read_config
 from utils.program import ranks
 from utils.program.console import note
 from utils.program.prepare import load_data, take_device
@@ -52,7 +52,7 @@ def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lam
     distilled = checked_set(read, dataset, config.label_kind).to(device)
     check_pool(config, dataset)
     if config.save and ranks.first():
-        distilled.save_whole(Path(config.save), dataset, influential(config))
+        distilled.save_whole(given(config.save), dataset, influential(config))
     return dataset, distilled
 
 

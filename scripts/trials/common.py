@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from scripts.common import save_report
-from utils.files import REPOSITORY
+from utils.files import ASIDE, REPOSITORY
 
 BUFFER, DATM, EVALUATION = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/evaluation.py"
 COMMON = ("--dataset=MiniFashion", "--model=ConvNetD1W4", "--zca", "--device=cpu", "--backend=eager")
@@ -25,7 +25,7 @@ DISTIL = ("--cfg=configs/MiniFashion/ConvIN/IPC1.yaml", *COMMON, "--expert_epoch
 EXPERTS = "buffers/MiniFashion/ConvNetD1W4"  # where the programs put their files, in --buffer_path=buffers
 RUN = "logs/MiniFashion/1/ConvNetD1W4/run"  # and in --log_path=logs
 MOST_SECONDS = 300  # that a run may take
-TEMPORARY = re.compile(r"\..+\.\w{8}(\.\w+)?")
+TEMPORARY = re.compile(rf"\..+{re.escape(ASIDE)}\w{{8}}(\.\w+)?")
 
 
 def obey_permissions() -> None:

@@ -13,7 +13,6 @@ from utils.config.options import (
     TrainConfig,
 )
 from utils.config.values import (
-    YAML_FAILURES,
     Config,
     about,
     as_dict,

@@ -11,13 +11,13 @@ import shutil
 import typing
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from utils.config import GROUPS, YAML_FAILURES, Config, about, from_root, has_effect, is_path, make, path_options
-from utils.errors import UserError, unknown_name
+from utils import files
+from utils.config import GROUPS, Config, about, from_root, has_effect, is_path, make, path_options
+from utils.errors import UserError, unknown_names
 from utils.program.console import note
 
 
@@ -35,7 +35,8 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     known, rest = parser.parse_known_args(arguments)
     options = {name.replace("-", "_"): value for name, value in vars(known).items()}
     if rest and rest[0].startswith("--"):
-        raise _unknown("option", rest[0].split("=")[0], config_type, prefix="--")
+        unknown = [each.split("=")[0] for each in rest if each.startswith("--")]
+        raise unknown_names("option", unknown, _useful(config_type, "--"))
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options are written --key value (see --help)")
     path = options.pop("cfg", None)
@@ -54,37 +55,30 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     return config
 
 
-def read_yaml(path: str | Path, config_type: type) -> dict[str, Any]:
+def read_yaml(path: str, config_type: type) -> dict[str, Any]:
     """The options of a `--cfg` file, as text.
 
     Raises:
         UserError: it cannot be read, is not YAML, or has a key that is unknown or given twice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
         # The base loader leaves every value text, so that a YAML and the command line are read by the same rules.
-        values, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text, yaml.BaseLoader)
+        values = files.read_yaml(path, yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"--cfg {path or repr(path)}: {error.strerror}; give the path of a YAML file such as "
                         "configs/MiniFashion/ConvIN/IPC1.yaml") from error
-    except YAML_FAILURES as error:
-        where = f" near line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"--cfg {path} is not YAML{where}; write one `key: value` a line") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UserError(f"--cfg {path} is not a list of options; write one `key: value` a line")
-    given, known = [key.value for key, _ in node.value], {field.name for field in fields(config_type)}
-    for name in given:
-        if name not in known:
-            raise UserError(f"--cfg {path}: {_unknown('key', name, config_type)}")
-        if given.count(name) > 1:
-            raise UserError(f"--cfg {path} gives {name!r} {given.count(name)} times; keep one of them")
+    except ValueError as error:
+        raise UserError(f"--cfg {path} {error}") from error
+    known = {field.name for field in fields(config_type)}
+    unknown = [str(name) for name in values if name not in known]
+    if unknown:
+        raise UserError(f"--cfg {path}: {unknown_names('key', unknown, _useful(config_type))}")
     return values
 
 
-def _unknown(kind: str, name: str, config_type: type, prefix: str = "") -> UserError:
-    """The refusal of an option; only options that do something are suggested."""
-    return unknown_name(kind, name, [prefix + field.name for field in fields(config_type)
-                                     if about(field.name, config_type)["effect"]])
+def _useful(config_type: type, prefix: str = "") -> list[str]:
+    """The options to suggest: those that do something."""
+    return [prefix + field.name for field in fields(config_type) if about(field.name, config_type)["effect"]]
 
 
 class Parser(argparse.ArgumentParser):

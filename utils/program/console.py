@@ -81,7 +81,11 @@ def announce(config: DataConfig, device: torch.device, engine: str, *lines: str)
 def shown(path: Path | str) -> str:
     """A path as the user would type it: relative to the current folder where both are in the repository, or it lies
     below that folder."""
-    path, here = Path(path), Path.cwd()
+    path = Path(path)
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed meanwhile
+        return str(path)
     if path.is_relative_to(here):
         return str(path.relative_to(here))
     together = path.is_relative_to(REPOSITORY) and here.is_relative_to(REPOSITORY)

@@ -1,6 +1,6 @@
 """The one end of every program: its result, a refusal in one line, a signal, or memory that is full."""
 
-import io
+import errno
 import os
 import shlex
 import sys
@@ -14,6 +14,7 @@ import torch
 
 from utils.errors import UserError, one_line
 from utils.program import interrupt, ranks
+from utils.program.streams import Stream, make_safe
 
 RANK_WAITS = 3.0  # seconds for the first rank to speak
 
@@ -21,13 +22,13 @@ RANK_WAITS = 3.0  # seconds for the first rank to speak
 def entry(main: Callable[[], None]) -> None:
     """Runs an entry script; a user's mistake becomes one line on stderr and exit code 2, a signal 128 + its number."""
     name = Path(sys.argv[0]).name
+    make_safe()
     interrupt.install()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in one file with stderr, lines come in the order they were said in
-        sys.stdout.reconfigure(line_buffering=True)
     if not ranks.first():  # the first rank speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
     try:
+        ranks.check_variables()
         main()
         interrupt.ignore()  # nothing is left to be stopped
         ranks.barrier()
@@ -53,9 +54,28 @@ def entry(main: Callable[[], None]) -> None:
             ranks.leave(code)
         _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. The same command goes on from "
                    f"what is saved, if anything{_to_go_on()}", code)
-    except BrokenPipeError:  # whoever read the output (head, say) has seen enough
-        _close_pipes()
-        sys.exit(141)
+    except OSError as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        _last_line(f"{name}: error: {one_line(refusal)}", 2)
+
+
+def _refusal(error: OSError) -> str | None:
+    """What the system refused, in words: a path, the current folder, or room; None where it may be a mistake of ours.
+
+    Every call that takes a path may raise it, even one that only asks whether something is there.
+    """
+    said = error.strerror or error
+    if isinstance(error.filename, str | bytes | os.PathLike):
+        return f"{os.fsdecode(error.filename)}: {said}; give a path that can be read and written by this user"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE):
+        return f"a file cannot be read or written: {said}; free space, or use another disk"
+    try:
+        os.getcwd()
+    except OSError as gone:
+        return f"the current folder: {gone.strerror}; it was removed or may not be entered: change to another (cd)"
+    return None
 
 
 def _to_go_on() -> str:
@@ -82,17 +102,8 @@ def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoRetur
         interrupt.restore()
         time.sleep(wait)
         text = f"rank {ranks.rank()}: {text.strip()}"
-        sys.stderr = sys.__stderr__
-    try:
-        print(text, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads them may have been interrupted too
-        _close_pipes()
+        sys.stderr = Stream(sys.__stderr__)
+    print(text, file=sys.stderr, flush=True)
+    sys.stdout.flush()
     ranks.leave(code)
     sys.exit(code)
-
-
-def _close_pipes() -> None:
-    """So that the interpreter does not complain of them at its exit."""
-    for number in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)

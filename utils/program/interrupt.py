@@ -7,6 +7,7 @@ next safe point, with everything saved; a second one does not wait.
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import NoReturn
@@ -72,12 +73,10 @@ def _receive(number: int, frame: object) -> None:
     first, _received, _received_at = _received is None, number, time.monotonic()
     if not (first and _deferring):
         raise Stopped(number)
-    if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all
-        return
     # Not print: the signal may have come while the main program was printing.
     name = signal.Signals(number).name
-    with contextlib.suppress(OSError):  # a pipe whose reader was interrupted too
-        os.write(2, f"\n{name}: finishing this step and saving; once more to stop at once\n".encode())
+    with contextlib.suppress(OSError):  # nobody listens any more
+        os.write(sys.stderr.fileno(), f"\n{name}: finishing this step and saving; once more to stop at once\n".encode())
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from utils.errors import UserError
+from utils.files import own
 
 
 class LockedError(UserError):
@@ -35,7 +36,7 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
     for tried in itertools.count():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
+            file = open(path, "a+", opener=own)
         except OSError as error:
             # Whoever held the lock took the folder away in between; but below /proc, say, none can ever be made.
             if isinstance(error, FileNotFoundError) and tried < 100:

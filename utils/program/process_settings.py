@@ -9,7 +9,17 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1
 
 
 def tune_process() -> None:
-    """Changes this process: how threads wait, and what becomes of freed memory."""
+    """Changes this process: how threads wait, and what becomes of freed memory.
+
+    Ends it where it stands nowhere: torch's own libraries cannot be loaded there, and blame themselves.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: the current folder: {error.strerror}; it was removed or may "
+              "not be entered: change to another (cd)", file=sys.stderr)
+        sys.exit(2)
+
     # Read by torch's thread pool (libgomp) when torch is first imported. By default a thread that waits for the others
     # spins for milliseconds; where other programs want the cores too, that makes everything ten times slower and more.
     # This bound is a hundredth of the default: within the noise of it on an idle machine.

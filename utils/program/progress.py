@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from utils.memory import peak
-from utils.program import interrupt, ranks
+from utils.program import ranks
 from utils.program.console import columns_of, duration, short_count, wrapped
 
 PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
@@ -141,8 +141,7 @@ class Progress(tqdm):
     def say(self, text: str) -> None:
         """A line of its own."""
         if not self.disable:
-            with _unless_stopping():
-                (self.write if self._terminal else print)(wrapped(text))
+            (self.write if self._terminal else print)(wrapped(text))
 
     @property
     def seconds_left(self) -> float | None:
@@ -169,12 +168,11 @@ class Progress(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         finished = self._closing and self.initial < self.n >= self.total
-        with _unless_stopping():
-            if self._terminal:
-                super().display(msg, pos)
-            elif (self.n, self._aside) != self._last_shown or finished:
-                print(str(self), file=self.fp, flush=True)
-                self._last_shown = (self.n, self._aside)
+        if self._terminal:
+            super().display(msg, pos)
+        elif (self.n, self._aside) != self._last_shown or finished:
+            print(str(self), file=self.fp, flush=True)
+            self._last_shown = (self.n, self._aside)
 
     def close(self) -> None:
         """Leaves the last line."""
@@ -184,13 +182,3 @@ class Progress(tqdm):
         self.display()
         self.disable = True
         self._decr_instances(self)
-
-
-@contextlib.contextmanager
-def _unless_stopping() -> Iterator[None]:
-    """A broken pipe matters, but not to a run that is about to stop: what reads it may have been interrupted too."""
-    try:
-        yield
-    except BrokenPipeError:
-        if not interrupt.requested():
-            raise

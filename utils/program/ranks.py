@@ -7,6 +7,7 @@ there is one rank, and all of this does nothing.
 
 import datetime
 import os
+import re
 import signal
 import sys
 import uuid
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from utils.errors import UserError
 from utils.program import interrupt
 
 Job = TypeVar("Job")
@@ -35,8 +37,35 @@ def rank() -> int:
 
 
 def size() -> int:
-    """1 without torchrun, whatever else may have set its other variables."""
-    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+    """1 without torchrun, whatever else may have set some of its variables."""
+    return 1 if _wrong_variable() else int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
+
+
+def check_variables() -> None:
+    """Refuses variables that ask for several ranks and do not say which one this is, or how they meet.
+
+    Raises:
+        UserError
+    """
+    wrong = _wrong_variable()
+    if wrong:
+        value = os.environ.get(wrong)
+        raise UserError(f"LOCAL_RANK and WORLD_SIZE {os.environ['WORLD_SIZE']!r} are set, as torchrun does for one of "
+                        f"several processes, but {wrong} is {'not' if value is None else repr(value)}; start it by "
+                        "torchrun, or unset LOCAL_RANK for a single process")
+
+
+def _wrong_variable() -> str | None:
+    """That of torchrun's which contradicts the others; Lightning, Slurm and old shells leave some of them behind."""
+    if "LOCAL_RANK" not in os.environ or (os.environ.get("WORLD_SIZE") or "1") == "1":
+        return None
+    numbers = {name: int(text) if re.fullmatch("[0-9]{1,9}", text := os.environ.get(name, default)) else -1
+               for name, default in (("WORLD_SIZE", ""), ("RANK", ""), ("LOCAL_RANK", ""), ("LOCAL_WORLD_SIZE", "1"),
+                                     ("MASTER_PORT", ""))}
+    possible = {"WORLD_SIZE": numbers["WORLD_SIZE"] > 0, "RANK": 0 <= numbers["RANK"] < numbers["WORLD_SIZE"],
+                "LOCAL_RANK": numbers["LOCAL_RANK"] >= 0, "LOCAL_WORLD_SIZE": numbers["LOCAL_WORLD_SIZE"] > 0,
+                "MASTER_PORT": 0 < numbers["MASTER_PORT"] < 2**16, "MASTER_ADDR": bool(os.environ.get("MASTER_ADDR"))}
+    return next((name for name, it_is in possible.items() if not it_is), None)
 
 
 def ranks_here() -> int:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +12,7 @@ from typing import Any
 
 from utils.config import HOW_MUCH, DataConfig, about, as_dict, defaults, differences, identity, influential
 from utils.errors import UserError
-from utils.files import load, read_config, save, save_config
+from utils.files import cut_lines, load, read_config, remove, save, save_config
 from utils.program import ranks
 from utils.program.console import note, shown
 from utils.program.locks import locked
@@ -105,17 +104,14 @@ class RunFolder:
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")
             self._state.unlink(missing_ok=True)  # first, for it counts on the others
             for name in made:
-                if (self.path / name).is_dir():
-                    shutil.rmtree(self.path / name)
-                else:
-                    (self.path / name).unlink(missing_ok=True)
+                if not (self.path / name).is_symlink():  # the user's, to another disk
+                    remove(self.path / name)
         self.result.unlink(missing_ok=True)  # of a finished run that goes on
         save_config(self.path / "config.yaml", self._config)
         if saved and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
             raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
                             "give --resume never to start over, or another --run_name")
-        self.log.touch()
-        os.truncate(self.log, log_bytes)
+        cut_lines(self.log, log_bytes)
 
     def save_due(self) -> bool:
         """Whether it is time to save the run's state again: so seldom that it takes `SAVE_SHARE` of the time."""

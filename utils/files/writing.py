@@ -1,29 +1,29 @@
-"""Whole files only: written aside and renamed, read without running code."""
+"""Whole files only: written aside and renamed, and never in the place of somebody else's."""
 
 import contextlib
 import errno
 import fcntl
 import glob
-import hashlib
+import io
 import json
 import math
 import os
-import pickle
 import re
+import shutil
+import stat
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from utils.errors import UserError
+from utils.files.reading import read_json
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+ASIDE = ".datm-"  # in the names of files that are not whole yet, and in no other's
 
 
 @contextlib.contextmanager
@@ -31,12 +31,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success flushes it to disk and renames it over `path`.
 
     A reader sees the old file or the new one, never a part. If the block raises, nothing is left behind; what a killed
-    process left of the same file is removed.
+    process left of the same file is removed. A link in the place is replaced, and what it points to stays: somebody
+    else may have put it there. For a link of the user's, see `given`.
 
     Raises:
         UserError: the folder cannot be made or written, the disk is full, or a folder, device or pipe is in the place.
     """
-    path = Path(os.path.realpath(path))  # what a link points to is written, not the link
+    path = Path(path)
     handle, aside = _begin(path)
     try:
         yield aside
@@ -66,10 +67,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.close(handle)
 
 
+def given(path: str | os.PathLike) -> Path:
+    """Where to write what the user wants at a path: where that is a link, in the file that it points to."""
+    return Path(os.path.realpath(path))
+
+
 def _begin(path: Path) -> tuple[int, Path]:
     """What `_make_aside` makes, once nothing is in the way of a write of `path`."""
     try:
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file() and not path.is_symlink():
             kind = "a folder" if path.is_dir() else "not a regular file"
             raise UserError(f"cannot write {path}, which is {kind}; give the path of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +88,7 @@ def _begin(path: Path) -> tuple[int, Path]:
 def _make_aside(path: Path) -> tuple[int, Path]:
     """A new file beside `path`, locked through the handle, so that it can be told from one whose writer was killed."""
     while True:
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{ASIDE}", suffix=path.suffix)
         taken = False  # whether another process, quicker than the lock, takes it for abandoned
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,8 +103,9 @@ def _make_aside(path: Path) -> tuple[int, Path]:
 
 def _remove_abandoned(path: Path) -> None:
     """Removes what killed processes left of their writes of `path`: nobody holds the lock of those."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.????????{glob.escape(path.suffix)}"):
-        with contextlib.suppress(OSError), left.open("rb") as file:  # gone meanwhile, another user's, or being written
+    for left in path.parent.glob(f".{glob.escape(path.name)}{ASIDE}????????{glob.escape(path.suffix)}"):
+        # It may be gone meanwhile, another user's, or being written.
+        with contextlib.suppress(OSError), open(left, "rb", opener=own) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
 
@@ -109,7 +116,7 @@ def check_writable(path: str | os.PathLike) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    path = given(path)
     made = [folder for folder in path.parents if not folder.exists()]
     handle, aside = _begin(path)
     os.close(handle)
@@ -135,9 +142,9 @@ def check_output(option: str, path: str | os.PathLike, kind: str, others: Mappin
     Raises:
         UserError
     """
-    path = Path(os.path.realpath(path))
-    for other, given in others.items():
-        if path == Path(os.path.realpath(given)):
+    path = given(path)
+    for other, its in others.items():
+        if path == given(its):
             raise UserError(f"{option} {path} is the file of {other} too; give another one")
     check_writable(path)
     if not path.exists() or not path.stat().st_size:
@@ -146,8 +153,8 @@ def check_output(option: str, path: str | os.PathLike, kind: str, others: Mappin
     with path.open("rb") as file:
         is_ours = re.match(_BEGINS[kind], file.read(512))
     if is_ours and key:
-        with contextlib.suppress(ValueError):
-            is_ours = key in json.loads(path.read_bytes())
+        with contextlib.suppress(ValueError, RecursionError):
+            is_ours = key in read_json(path)
     if not is_ours:
         raise UserError(f"{option} {path} is there and holds something else; give another file, or move it away")
 
@@ -167,118 +174,10 @@ def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
 
-def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
-    """What `save_tensors` wrote: the tensors, and the metadata."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """A file's SHA-256, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_text(path: Path | str, text: str) -> None:
     """Writes a whole text file, or leaves what is there; bytes of a file's name that are no text are spelt out."""
     with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Iterator[None]:
-    """Whatever goes wrong inside, while a file is read and understood, is said in one line.
-
-    Args:
-        what: the file, or it as the user knows it.
-        advice: what to do about it.
-
-    Raises:
-        UserError
-    """
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # damaged bytes make the readers fail in every way there is
-        reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        # The system names the file that it cannot open; a place that damaged bytes send it to has no name.
-        unopened = isinstance(error, OSError) and error.filename is not None
-        raise UserError(f"{what}{f': {error.strerror}' if unopened else f' {problem} ({reason})'}; {advice}") from error
-
-
-def check_is_file(path: Path, what: str, instead: str | Path = "the path of a file") -> None:
-    """Refuses what is no file.
-
-    Args:
-        instead: what to give.
-
-    Raises:
-        UserError
-    """
-    if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{what} {path} {problem}; give {instead}")
-
-
-def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None,
-         instead: str | Path = "the path of a file"):
-    """`torch.load` of tensors and plain containers on the CPU; code in the file is never run.
-
-    Args:
-        what: what the file should be, for the message ("image file", "buffer", …).
-        mmap: leave the tensors' bytes on disk until they are touched.
-        advice: what to do about one that is damaged or refused; None: write it again.
-        instead: what may have been meant by a path that is none.
-
-    Raises:
-        UserError: missing, truncated, not a torch file, or holding more than tensors.
-    """
-    path = Path(path)
-    check_is_file(path, what, instead)
-    with (reading(f"{what} {path}", advice or "write or copy it again",
-                  "cannot be read (truncated, or not a torch file)"), warnings.catch_warnings()):
-        warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here
-        try:
-            # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
-                raise UserError(f"{what} {path} holds more than tensors (it would run code when loaded) and was "
-                                f"refused; {advice or 'save plain tensors with torch.save'}") from error
-            raise UserError(f"{what} {path} is damaged or not a torch file; {advice or 'write it again'}") from error
-
-
-def append_json(path: Path, value: Any) -> None:
-    """Adds one line to a JSONL file.
-
-    Raises:
-        UserError: it cannot be written; the file is as it was.
-    """
-    before = None
-    try:
-        with path.open("ab", buffering=0) as file:
-            before = file.tell()
-            line = (json.dumps(value) + "\n").encode()
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        if before is not None:
-            os.truncate(path, before)  # half a line may have found room
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or give another folder") from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """What `save_config` wrote.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    with reading(path, "it held the options of what lies beside it: put it back, or move what lies beside it away"):
-        options = yaml.safe_load(path.read_text())
-        if not isinstance(options, dict):
-            raise ValueError("it is not a list of options")
-        return options
 
 
 def save_config(path: Path, options: dict[str, Any]) -> None:
@@ -294,7 +193,78 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def cut_lines(path: Path, size: int) -> None:
+    """Keeps so many bytes of a file of lines, and makes it if there is none; a link in its place is refused."""
+    with _lines(path) as file:
+        file.truncate(size)
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Adds one line to a JSONL file.
+
+    Raises:
+        UserError: it cannot be written; the file is as it was.
+    """
+    with _lines(path) as file:
+        before = file.seek(0, os.SEEK_END)
+        line = (json.dumps(value) + "\n").encode()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)  # half a line may have found room
+            raise
+
+
+@contextlib.contextmanager
+def _lines(path: Path) -> Iterator[io.FileIO]:
+    """A file to add lines to, opened."""
+    try:
+        with io.FileIO(path, "a", opener=own) as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or give another folder") from error
+
+
+def own(path: str | os.PathLike, flags: int) -> int:
+    """Opens a file of our own to write to it (an `opener`): through a link in its place it might be anybody's.
+
+    Raises:
+        OSError: it is a link, or no file at all.
+    """
+    in_the_way = OSError(errno.ELOOP, f"{os.path.basename(path)} is a link or no file; move it away", os.fspath(path))
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise in_the_way if error.errno in (errno.ELOOP, errno.ENXIO) else error from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise in_the_way
+    return handle
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with what is in it, if it is there; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def cache_folder() -> Path:
-    """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`."""
+    """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`.
+
+    Raises:
+        UserError: this user has no home, or may not enter it.
+    """
     folder = os.environ.get("DATM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/datm"
-    return Path(folder).expanduser()
+    try:
+        path = Path(folder).expanduser()
+        path.stat()
+    except FileNotFoundError:  # it will be made
+        pass
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "this user has no home"
+        raise UserError(f"the cache folder {folder}: {reason}; let DATM_CACHE name a folder that can be written"
+                        ) from error
+    return path

@@ -1,0 +1,94 @@
+"""How a program ends where the system refuses something: in one line, with exit code 2."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from distill.evaluate.saved_set import evaluate_files
+from scripts import export, inspect_buffer, report, summary
+from scripts.common import script_parser
+from utils import files
+from utils.config import EvaluationConfig
+from utils.files import REPOSITORY
+from utils.program import interrupt
+from utils.program.command_line import parse
+from utils.program.entry import entry
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A program ignores them at its end, and what is started from here would inherit that."""
+    handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def ordinary_user():
+    """Root may enter every folder; inside, this process is somebody who may not."""
+    if os.geteuid():
+        yield
+        return
+    try:
+        os.setegid(65534)
+        os.seteuid(65534)
+    except OSError:
+        pytest.skip("root cannot become an ordinary user here")
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def evaluation():
+    evaluate_files(parse(EvaluationConfig, evaluation.__doc__))
+
+
+PROGRAMS = {"evaluation of tensors": (evaluation, "--data_dir={}/x.pt"), "report": (report.main, "{}/x"),
+            "evaluation of a set": (evaluation, "--data_dir={}/x.safetensors"), "summary": (summary.main, "{}/x"),
+            "measurement": (lambda: script_parser("", json="it").parse_args(), "--json={}/x"),
+            "look": (inspect_buffer.main, "{}/x"), "cards": (export.main, "{}/x --card"),
+            "whitening": (files.cache_folder, "")}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_folder_that_may_not_be_entered_is_one_line(tmp_path, monkeypatch, capsys, program):
+    main, arguments = PROGRAMS[program]
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    monkeypatch.setenv("DATM_CACHE", str(closed / "cache"))
+    monkeypatch.setattr(sys, "argv", [program, *arguments.format(closed).split()])
+    with ordinary_user(), pytest.raises(SystemExit) as ended:
+        entry(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and str(closed) in said and "Permission denied; " in said
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, capsys):
+    for name in ("DATM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user whom the system does not know
+    with pytest.raises(SystemExit):
+        entry(files.cache_folder)
+    assert "this user has no home; let DATM_CACHE name a folder" in capsys.readouterr().err
+
+
+def test_what_is_no_matter_of_a_path_stays_a_traceback():
+    with pytest.raises(ConnectionResetError):
+        entry(lambda: exec("raise ConnectionResetError(104, 'a mistake of ours')"))
+
+
+def test_a_current_folder_that_was_removed_is_refused(tmp_path, environment):
+    program = ["python", str(REPOSITORY / "distill/DATM.py"), "--help"]
+    code = f"import os; os.rmdir(os.getcwd()); os.execv({sys.executable!r}, {program})"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "gone", env=os.environ | environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith("DATM.py: error: the current folder: No such file")

@@ -1,0 +1,35 @@
+"""Files, read and written safely. Import from here."""
+
+from pathlib import Path
+
+from utils.files.reading import (
+    check_is_file,
+    load,
+    load_tensors,
+    read_config,
+    read_json,
+    read_text,
+    read_yaml,
+    reading,
+    sha256,
+)
+from utils.files.writing import (
+    ASIDE,
+    append_json,
+    atomic_write,
+    cache_folder,
+    check_output,
+    check_writable,
+    cut_lines,
+    finite,
+    given,
+    own,
+    remove,
+    save,
+    save_config,
+    save_tensors,
+    write_json,
+    write_text,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
