@@ -31,7 +31,7 @@ class Score:
     """Test accuracies of the networks of one kind, each trained from its own initialisation."""
 
     network: str
-    accuracies: Annotated[list[float], Field(min_length=1)]
+    accuracies: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 
     @computed_field
     @property

@@ -2,6 +2,9 @@
 
 import contextlib
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +22,7 @@ from utils.derivatives.convnet_pass import ConvNetPass, covers
 from utils.derivatives.convolution import Columns, Direct, Winograd
 from utils.derivatives.engine import HandWritten, equal_parts
 from utils.errors import UserError
+from utils.files import REPOSITORY
 from utils.networks import ConvNetPlan, build_network
 from utils.parameters import FlatModel
 
@@ -357,7 +361,36 @@ def test_a_network_from_elsewhere_is_left_to_autograd():
 ])
 def test_compiles_where_that_is_asked_for_or_repaid(monkeypatch, backend, work, compiler, name):
     monkeypatch.setattr("shutil.which", lambda program: f"/usr/bin/{program}" if compiler else None)
+    monkeypatch.setattr(choose_engine, "_why_not_compiled", lambda device: None)
+    choose_engine._can_compile.cache_clear()
     assert FlatModel(network_of("ConvNetD2W4"), backend, work=Work(matched=work)).engine.name == name
+
+
+COMPILES_NOT = """
+from utils.derivatives import choose_engine
+from utils.parameters import FlatModel
+from utils.networks import build_network
+choose_engine.COMPILING_PAYS = -1
+for _ in range(2):
+    print(FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)), "auto").engine.name)
+choose_engine.check_backend("compile", choose_engine.torch.device("cpu"))
+"""
+
+
+def test_a_compiler_that_cannot_build_is_noted_once_and_refused_where_it_is_asked_for(tmp_path, environment):
+    """As without Python's headers; the tests' own folder keeps what was built before out of it."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\ncase $* in *-version*) echo g++ 13; exit;; esac\n"
+                        "echo 'x.cpp:1:10: fatal error: Python.h: No such file or directory' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", COMPILES_NOT], cwd=REPOSITORY, text=True, capture_output=True,
+                          env=os.environ | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CXX": "g++",
+                                                          "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    reason = f"{compiler} is here and cannot build what torch compiles (x.cpp:1:10: fatal error: Python.h: No such"
+    assert done.stdout == f"{MIXED}\n" * 2
+    first, *_, last = done.stderr.splitlines()
+    assert first.startswith(f"note: not compiled, though this is long enough to repay it: {reason}")
+    assert f"UserError: --backend compile: {reason}" in last and done.stderr.count("note: ") == 1
 
 
 def test_compiling_repays_long_runs_of_large_networks():

@@ -1,8 +1,10 @@
 """Which engine computes a network's derivatives here, in how large micro-batches, and in what arithmetic."""
 
 import copy
+import functools
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from utils.derivatives.convnet_pass import covers
-from utils.derivatives.engine import Autograd, Captured, Engine, HandWritten, Mixed, shared_pass
-from utils.errors import UserError
+from utils.derivatives.engine import (
+    Autograd,
+    Captured,
+    Engine,
+    HandWritten,
+    Mixed,
+    quietly_compiled,
+    shared_pass,
+)
+from utils.errors import UserError, shortened
 from utils.memory import available
 from utils.networks import has_batch_norm
 
@@ -64,7 +74,7 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     dtype = torch.bfloat16 if precision == "bf16" else None
     fast = backend != "plain" and covers(network)
     worthwhile = fast and backend == "auto" and device.type == "cpu" and _compiler() and repays(network, work)
-    compiled = fast and bool(backend == "compile" or worthwhile)
+    compiled = fast and bool(backend == "compile" or (worthwhile and _can_compile(device)))
     engine: Engine
     engine = plain = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
                               splits=not has_batch_norm(network))
@@ -125,13 +135,15 @@ def check_backend(backend: str, device: torch.device) -> None:
     """Refuses a backend that nothing here can run.
 
     Raises:
-        UserError: CUDA graphs on a CPU, or compiling without a compiler.
+        UserError: CUDA graphs on a CPU, or compiling without a compiler that can.
     """
     if backend == "graph" and device.type != "cuda":
         raise UserError("--backend graph captures CUDA graphs, and this runs on the CPU; give auto, eager or compile")
     if backend == "compile" and not _compiler():
         raise UserError("--backend compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one "
                         "or give --backend eager")
+    if backend == "compile" and _why_not_compiled(device):
+        raise UserError(f"--backend compile: {_why_not_compiled(device)}; mend that, or give --backend eager")
 
 
 def set_precision(precision: str, device: torch.device) -> None:
@@ -146,6 +158,28 @@ def set_precision(precision: str, device: torch.device) -> None:
         leaf = "ieee" if precision == "fp32" else "tf32"
         torch.backends.cuda.matmul.fp32_precision = leaf
         torch.backends.cudnn.conv.fp32_precision = leaf
+
+
+@functools.cache
+def _can_compile(device: torch.device) -> bool:
+    """Whether code can be compiled here; says so once where it cannot."""
+    reason = _why_not_compiled(device)
+    if reason:
+        print(f"note: not compiled, though this is long enough to repay it: {reason}", file=sys.stderr)
+    return reason is None
+
+
+@functools.cache
+def _why_not_compiled(device: torch.device) -> str | None:
+    """Why code cannot be compiled here although there is a compiler, in words, found by compiling next to nothing; None
+    where it can. Python's headers may be missing, or the temporary folder may not hold programs."""
+    try:
+        quietly_compiled(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # compilers fail in every way there is
+        lines = str(error).splitlines() or [type(error).__name__]
+        told = next((line for line in lines if "error: " in line), lines[0])
+        return f"{_compiler()} is here and cannot build what torch compiles ({shortened(' '.join(told.split()))})"
+    return None
 
 
 def _compiler() -> str | None:

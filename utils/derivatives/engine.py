@@ -191,10 +191,14 @@ class HandWritten:
 
 @cache
 def _compiled(network_pass: ConvNetPass) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both derivatives compiled, once a pass; for fixed shapes, of which a run has few, since that is faster."""
+    """Both derivatives compiled, once a pass."""
+    return tuple(map(quietly_compiled, (network_pass.gradient, network_pass.adjoint)))
+
+
+def quietly_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call; for fixed shapes, of which a run has few, since that is faster."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns wherever there is no GPU
-    return tuple(torch.compile(each, fullgraph=True, dynamic=False)
-                 for each in (network_pass.gradient, network_pass.adjoint))
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 @cache

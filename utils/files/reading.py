@@ -123,7 +123,7 @@ def read_text(path: str | os.PathLike) -> str:
         os.close(handle)
         raise OSError(errno.EINVAL, "Is a directory, or a device", os.fspath(path))
     os.set_blocking(handle, True)
-    with open(handle, encoding="utf-8") as file:
+    with open(handle, encoding="utf-8-sig") as file:  # editors put a mark at its beginning
         return file.read()
 
 

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from utils.config import DataConfig, changed, influential
+from utils.errors import printable
 from utils.files import REPOSITORY
 from utils.program.device import describe, describe_precision
 
@@ -94,6 +95,7 @@ def shown(path: Path | str) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows, the first of them the heads, as a Markdown table with columns of one width."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
