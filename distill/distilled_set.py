@@ -289,6 +289,4 @@ def _tensor(value: Any, option: str, path: str) -> Tensor:
         value = torch.tensor(value)
     if not isinstance(value, Tensor):
         raise UserError(f"{option} {path} holds a {type(value).__name__}, not a tensor; give a tensor's file")
-    if value.layout != torch.strided or value.is_meta:
-        raise UserError(f"{option} {path} holds a sparse tensor, or one without values; save a plain one")
     return value.detach()

@@ -182,8 +182,8 @@ def distilled(run, experts, tmp_path_factory):
 
 def test_a_run_leaves_the_published_files(distilled):
     folder, _, done = distilled
-    assert names(folder) == ["Normal", "config.yaml", "curves.png", "images.png", "metrics.jsonl", "report.html",
-                             "report.safetensors", "result.json"]
+    assert names(folder) == ["Normal", "checkpoint.pt", "config.yaml", "curves.png", "images.png", "metrics.jsonl",
+                             "report.html", "report.safetensors", "result.json"]
     kinds = {"images": (10, 1, 28, 28), "labels": (10, 10), "lr": (), "images_zca": (10, 1, 28, 28)}
     tags = {path.name.removeprefix("lr_").removesuffix(".pt") for path in (folder / "Normal").glob("lr_*.pt")}
     assert {"best", "4"} <= tags <= {"best", "0", "2", "4"}
@@ -271,7 +271,7 @@ def test_a_run_name_of_other_options_is_refused_with_what_differs(call, distille
     folder, arguments, _ = distilled
     before = contents(folder)
     done = call("distill/DATM.py", *arguments, "--lr_img=7", "--seed=3", expect=2)
-    assert "holds a run of other options: " in done.stderr
+    assert "holds a finished run of other options: " in done.stderr
     different = done.stderr.split("other options: ")[1].split("; give those")[0]
     assert different == "seed (0 there, 3 here), lr_img (100.0 there, 7.0 here)"
     assert contents(folder) == before

@@ -391,7 +391,7 @@ NAN = torch.full((6, 3, 8, 8), torch.nan)
     (dict(lr=torch.tensor(torch.nan)), ["--lr_dir", "nan", "one positive learning rate"]),
     (dict(lr=torch.tensor([0.01, 0.02])), ["--lr_dir", "0.01999", "one positive learning rate"]),
     (dict(lr=torch.tensor(1e300, dtype=torch.float64)), ["--lr_dir", "one positive learning rate"]),
-    (dict(lr=torch.tensor(0.01 + 1j)), ["--lr_dir", "one positive learning rate"]),
+    (dict(lr=torch.tensor(0.01 + 1j)), ["--lr_dir", "complex numbers"]),
     (dict(lr="0.01"), ["--lr_dir", "holds a str, not a tensor"])])
 def test_a_spoilt_set_is_refused(refused, sets, spoilt, phrases):
     sets.write(**spoilt)

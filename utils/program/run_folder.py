@@ -59,9 +59,10 @@ class RunFolder:
         different = differences(before, identity(config))
         discards = getattr(config, "resume", None) == "never"
         if different and (self.finished or not discards):
-            advice = "another --run_name" if self.finished else "another --run_name, or --resume never to discard it"
+            advice = "another --run_name" if self.finished else (
+                "those to go on with it, another --run_name, or --resume never to discard it")
             raise UserError(f"{path} holds a {'finished ' * self.finished}run of other options: {different}; give "
-                            f"those to go on with it, or {advice}")
+                            f"{advice}")
         # A finished run goes on where more is asked of it than it did.
         self.is_done = self.finished and (discards or not any(
             value > before[name] for name, value in as_dict(config).items()
