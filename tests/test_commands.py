@@ -272,7 +272,7 @@ def test_a_run_name_of_other_options_is_refused_with_what_differs(call, distille
     before = contents(folder)
     done = call("distill/DATM.py", *arguments, "--lr_img=7", "--seed=3", expect=2)
     assert "holds a finished run of other options: " in done.stderr
-    different = done.stderr.split("other options: ")[1].split("; give those")[0]
+    different = done.stderr.split("other options: ")[1].split("; give another")[0]
     assert different == "seed (0 there, 3 here), lr_img (100.0 there, 7.0 here)"
     assert contents(folder) == before
 
