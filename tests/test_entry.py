@@ -92,3 +92,14 @@ def test_a_current_folder_that_was_removed_is_refused(tmp_path, environment):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "gone", env=os.environ | environment, text=True,
                           capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith("DATM.py: error: the current folder: No such file")
+
+
+SCRIPTS = sorted(path for path in (REPOSITORY / "scripts").rglob("*.py") if "entry(main)" in path.read_text())
+
+
+def test_a_wrong_option_of_any_script_is_one_line(call):
+    assert len(SCRIPTS) >= 13
+    for script in SCRIPTS:
+        for given in (["--no_such"], ["x", "--json"], ["x", "y", "--json="]):
+            refusal = call(script, *given, expect=2).stderr
+            assert refusal.startswith(f"{script.name}: error: ") and refusal.count("\n") == 1, refusal

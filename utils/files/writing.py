@@ -261,7 +261,7 @@ def cache_folder() -> Path:
     try:
         path = Path(folder).expanduser()
         path.stat()
-    except FileNotFoundError:  # it will be made
+    except (FileNotFoundError, NotADirectoryError):  # it will be made, or said not to be
         pass
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "this user has no home"

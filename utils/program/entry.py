@@ -102,7 +102,7 @@ def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoRetur
         interrupt.restore()
         time.sleep(wait)
         text = f"rank {ranks.rank()}: {text.strip()}"
-        sys.stderr = Stream(sys.__stderr__)
+        sys.stderr = Stream(sys.__stderr__ or sys.stderr)
     print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     ranks.leave(code)

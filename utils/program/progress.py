@@ -98,8 +98,9 @@ class Progress(tqdm):
         self._said = self._closing = False
         self._last_shown = (initial, "")
         super().__init__(total=total, desc=description, initial=initial, disable=quiet or not ranks.first(),
-                         file=sys.stderr, dynamic_ncols=self._terminal, miniters=0, leave=True,
-                         mininterval=0.2 if self._terminal else PLAIN_SECONDS)
+                         file=sys.stderr, miniters=0, leave=True,
+                         mininterval=0.2 if self._terminal else PLAIN_SECONDS,
+                         ncols=80, nrows=20)  # not tqdm's own, which shows nothing where a terminal says 0; see __str__
 
     def show(self, *numbers: str) -> None:
         """The numbers of the next line, the most important first."""

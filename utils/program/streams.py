@@ -1,6 +1,5 @@
 """The streams that everything is said through: they show any text, and nobody who stops listening ends a run."""
 
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -54,7 +53,7 @@ def make_safe() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):
             # By lines: in one file with stderr, they come in the order they were said in.
             stream.reconfigure(errors="replace", line_buffering=True)
-        setattr(sys, name, Stream(stream))
+        setattr(sys, name, stream if isinstance(stream, Stream) else Stream(stream))
