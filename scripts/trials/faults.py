@@ -333,7 +333,8 @@ def experts_of_another_rho_are_added(scene: Scene) -> None:
     scene.refused(*scene.usual(BUFFER), *RHO)
 
 
-def closed_folder(scene: Scene, script: str, option: str = "", variable: str = "", unnoticed: str = "") -> None:
+def closed_folder(scene: Scene, script: str, option: str = "", *more: str, variable: str = "",
+                  unnoticed: str = "") -> None:
     """A path below a folder that may not be entered, in an option or a variable of the environment."""
     scene.prepare(script)
     closed = scene.folder / "closed"
@@ -342,7 +343,7 @@ def closed_folder(scene: Scene, script: str, option: str = "", variable: str = "
         if os.access(closed, os.X_OK):
             raise SkippedError("this user may enter every folder")
         scene.environment |= {variable: str(closed / "x")} if variable else {}
-        scene.answered(unnoticed, *scene.usual(script), *([f"--{option}={closed}/x"] if option else []))
+        scene.answered(unnoticed, *scene.usual(script), *([f"--{option}={closed}/x"] if option else []), *more)
     finally:
         closed.chmod(0o700)
 
@@ -466,7 +467,8 @@ fault("no space for that many experts", no_space, BUFFER, 1000, "--num_experts=1
 fault("the disk fills up while experts are trained", no_space, BUFFER, 4000, full_when=EPOCH.format(4),
       results="buffers/*/*/replay_buffer_*.pt", count=4)
 fault("the disk fills up during a distillation", no_space, DATM, 12_000, full_when=METRICS, results=RESULT)
-fault("no space for the whole distilled set", no_space, DATM, 3000, results=RESULT)
+fault("no space for the whole distilled set", no_space, DATM, 12_000, full_when=f"{common.RUN}/Normal/lr_20.pt",
+      results=RESULT)
 fault("no space for the result of an evaluation", no_space, EVALUATION, 100, full=True, results="result.json")
 fault("read-only folder, experts", in_read_only_folder, BUFFER)
 fault("read-only folder, distillation", in_read_only_folder, DATM)
@@ -503,9 +505,11 @@ fault("distilled images of 1e300, infinite in float32", damaged_set,
       images=torch.full((10, 1, 28, 28), 1e300, dtype=torch.float64))
 fault("distilled set of another image size", damaged_set, images=torch.randn(10, 1, 32, 32))
 
-for _option, _script in (("buffer_path", BUFFER), ("data_path", BUFFER), ("log_path", DATM), ("buffer_path", DATM),
-                         ("data_dir", EVALUATION), ("json", EVALUATION), ("save", EVALUATION)):
-    fault(f"a folder that may not be entered, --{_option} of {Path(_script).name}", closed_folder, _script, _option)
+for _option, _script, *_more in (
+        ("buffer_path", BUFFER), ("data_path", BUFFER, "--dataset=ImageFolder"), ("log_path", DATM),
+        ("buffer_path", DATM), ("data_dir", EVALUATION), ("json", EVALUATION), ("save", EVALUATION)):
+    fault(f"a folder that may not be entered, --{_option} of {Path(_script).name}", closed_folder, _script, _option,
+          *_more)
 fault("a cache folder that may not be entered", closed_folder, BUFFER, variable="DATM_CACHE")
 for _how, _where in (("is full", ">/dev/full 2>&1"), ("is closed", ">&- 2>&-"),
                      ("has lost its reader", "2>&1 | head -n 1 >/dev/null")):

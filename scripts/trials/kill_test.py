@@ -50,7 +50,7 @@ LOOK_SECONDS = 0.0005  # between two looks at a folder
 QUICKER = 0.7  # the pace of a case after a run that ended before it was killed
 MOST_IN_A_ROW = 4  # kills of one run, so that there is time for it to end
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-OF_THE_RUN = {"seconds", "date", "buffer_path", "log_path", "data_dir", "label_dir", "lr_dir", "save", "json"}
+OF_THE_RUN = {"seconds", "date", "id", "buffer_path", "log_path", "data_dir", "label_dir", "lr_dir", "save", "json"}
 
 
 # --- what is run ---------------------------------------------------------------------------------------------
