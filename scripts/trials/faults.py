@@ -530,10 +530,10 @@ fault("a picture backend of the user's that is not there", hostile, own_backend_
 
 
 def main() -> None:
-    common.obey_permissions()
     parser = script_parser(__doc__, json="the table")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="faults whose names have one of these")
     args = parser.parse_args()
+    common.obey_permissions()
     chosen = {name: function for name, function in FAULTS.items() if any(word in name for word in args.only)}
     if not chosen:
         raise UserError(f"--only {' '.join(args.only)}: no such fault; there are {'; '.join(FAULTS)}")
