@@ -153,7 +153,17 @@ class ExpertRun:
         if ranks.first():
             self._start()
 
+    def _begun(self) -> list[int]:
+        """The numbers of the experts that have epochs here and are not in a file."""
+        numbers = (path.name.removeprefix("expert_") for path in self.unfinished.glob("expert_*"))
+        return sorted(int(number) for number in numbers if number.isdecimal() and int(number) >= self.written)
+
     def _start(self) -> None:
+        beyond = [number for number in self._begun() if number >= self.end_number and self._is_trained(number)]
+        if self.resumes and beyond:
+            raise UserError(f"--num_experts {self.config.num_experts}: {self.unfinished} holds more, trained and not "
+                            f"written yet; give at least {beyond[-1] + 1 - self.first_number}, or --resume never to "
+                            "discard them")
         _check_room(self.config, self.folder, self.model, max(0, self.end_number - self.written), self.unfinished)
         if not self.resumes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -255,6 +265,9 @@ class ExpertRun:
         Raises:
             UserError: an expert is in no file.
         """
+        self.diverged.unlink(missing_ok=True)
+        if any(map(self._is_trained, self._begun())) and partly:
+            return  # those after the one that diverged are kept, for who finds another way to train it
         if self.written < self.end_number and not partly:
             missing = [number for number in range(self.written, self.end_number) if not self._is_trained(number)]
             raise UserError(f"epochs of {', '.join(f'expert {number}' for number in missing)} are gone from "

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from utils import files
 from utils.data.datasets import Dataset, ImageSpace
+from utils.data.disk_layouts import some_of
 from utils.data.zca import KeptWhitening, Whitening
 from utils.errors import UserError
 from utils.program.console import note
@@ -137,6 +138,25 @@ class DistilledSet(torch.utils.data.Dataset):
         return _checked(distilled, "it", tuple(distilled.images.shape[1:]), len(classes), [str(path)] * 3)
 
 
+def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
+    """In what the images of a set are of another space than a dataset, or its classes others, in words; nothing where
+    they agree, or where the set is of files that do not tell."""
+    if not distilled.mean:
+        return ""
+    its, ours = distilled.whitening, dataset.whitening
+    if (its is None) != (ours is None):
+        return f"it is {'' if its else 'not '}whitened (zca), and the data here {'is' if ours else 'is not'}"
+    if its and ours and its.fingerprint not in ("", ours.fingerprint):
+        return (f"it was whitened by other training images than those of {dataset.name} here (fingerprint "
+                f"{its.fingerprint} there, {ours.fingerprint} here)")
+    if not ours and not np.allclose((distilled.mean, distilled.std), (dataset.mean, dataset.std), atol=1e-3):
+        return (f"it was normalised by mean {distilled.mean} and deviation {distilled.std}, and the data here is by "
+                f"{dataset.mean} and {dataset.std}")
+    if distilled.classes and distilled.classes != dataset.classes:
+        return f"its classes are {some_of(distilled.classes)}, and those here {some_of(dataset.classes)}"
+    return ""
+
+
 def set_in(folder: Path) -> Path | None:
     """The distilled set in a run's folder, which may be what was meant by the folder."""
     return next(iter(sorted(folder.glob(f"**/{WHOLE}"))), None) if folder.is_dir() else None
@@ -187,7 +207,7 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
         return replace(distilled, labels=labels.clamp_min(torch.finfo(labels.dtype).tiny).log())
     if probable:
         note("note: each row of labels is at least 0 and sums to 1, as probabilities do; they are taken for logits, as "
-             "published: give --label_kind probabilities if they are probabilities")
+             "published: give evaluation.py --label_kind probabilities if they are probabilities")
     return distilled
 
 

@@ -3,17 +3,18 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from buffer.trajectories import made_by
+from buffer.trajectories import Buffer, made_by
 from distill.distillation import FIXED_SEGMENTS
-from distill.distilled_set import WHOLE
+from distill.distilled_set import WHOLE, DistilledSet
 from distill.report.commands import evaluation
 from distill.report.page import PAGE
-from distill.report.page_pictures import PICTURES, save_pictures
+from distill.report.page_pictures import PICTURES, SAVED, save_pictures
 from distill.report.read_run import read_run
 from distill.report.show import missing, noting_failure, show
 from distill.result_files import EMA, NORMAL, Best, FixedLoss, RunResult
-from distill.run_state import RunState
-from utils.config import DistillConfig, influential
+from distill.run_state import Candidate, RunState, best_of
+from utils.config import STARTS, DistillConfig, influential
+from utils.data.datasets import Dataset
 from utils.loss_and_accuracy import percent
 from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
@@ -34,15 +35,8 @@ def finish(run: RunState) -> None:
     for name, best in run.best.items():
         best.set.save(folder.path / name, "best", dataset)
         best.set.save_whole(folder.path / name / WHOLE, dataset, influential(config))
-    version = max(run.best, key=lambda name: run.best[name].scores[0].mean)
-    images, labels = run.best[version].set.images, run.best[version].set.labels
 
-    # What the pictures need, while there is the dataset; the run is whole without it.
-    with noting_failure(folder.path, PICTURES):
-        save_pictures(folder.path / PICTURES, dataset, (start.images, start.labels), (images, labels), version,
-                      config.pix_init == "noise", made_by(run.distillation.buffer.folder))
-
-    # The result, with which the run counts as finished; then its pictures and its page.
+    # The result, with which the run counts as finished; then what shows it.
     chosen_on = "validation" if config.val_fraction else "test"
     results = {name: Best(best.iteration, float(best.set.lr), best.scores) for name, best in run.best.items()}
     summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {chosen_on} images "
@@ -50,9 +44,9 @@ def finish(run: RunState) -> None:
                         for name, best in results.items())
     skipped, held = run.distillation.skipped, run.distillation.held
     RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
-              FixedLoss(before, after, FIXED_SEGMENTS), environment(images.device)).write(folder.result)
+              FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device)).write(folder.result)
     run.tracker.finish()
-    show(read_run(folder.path))
+    make_up(config, dataset, run.distillation.buffer, folder.path, start, run.best)
 
     # What was reached, and where it lies.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
@@ -61,16 +55,39 @@ def finish(run: RunState) -> None:
         note(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
              f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
     print(wrapped(summary))
-    _say_where(config, folder.path, run.best, version)
+    _say_where(config, folder.path, run.best, _version(run.best))
 
 
-def say_finished(folder: RunFolder) -> None:
-    """Of a run that is not run again; what is missing of its pictures and its page is made up."""
+def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
+    """Of a run that is not run again; what is missing of what shows it is made up."""
     summary = RunResult.read(folder.result).summary
-    if ranks.first():
-        show(read_run(folder.path), missing(folder.path))
-    print(wrapped(f"{shown(folder.path)} is finished ({summary}); give a larger --Iteration to go on with it, or "
-                  "another --run_name to run it again"))
+    if ranks.first() and missing(folder.path):
+        with noting_failure(folder.path, "what shows the run"):
+            state, device = folder.saved_state, dataset.train_images.device
+            start = DistilledSet(**state["start"]).to(device) if state else None
+            make_up(config, dataset, buffer, folder.path, start, best_of(state, device) if state else {})
+    more = "" if config.resume == "never" else "a larger --Iteration to go on with it, or "
+    print(wrapped(f"{shown(folder.path)} is finished ({summary}); give {more}another --run_name to run it again"))
+
+
+def make_up(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet | None,
+            best: dict[str, Candidate]) -> None:
+    """Makes what shows a finished run and is not there.
+
+    Args:
+        start: the set that it began with; None: it is not known any more, as its state is gone.
+    """
+    if start is not None and PICTURES in missing(path):
+        with noting_failure(path, PICTURES):
+            version = _version(best)
+            save_pictures(path / PICTURES, dataset, start, best[version].set, version,
+                          config.pix_init if config.pix_init in STARTS else SAVED, made_by(buffer.folder))
+    show(read_run(path), missing(path))
+
+
+def _version(best: dict[str, Candidate]) -> str:
+    """Which of the best sets is the best."""
+    return max(best, key=lambda name: best[name].scores[0].mean)
 
 
 def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from buffer.trajectories import Buffer, check_same_data
-from distill.distilled_set import DistilledSet, checked_set, class_indices
+from distill.distilled_set import DistilledSet, checked_set, class_indices, other_space
 from utils.config import STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.errors import UserError
@@ -111,15 +111,15 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
         UserError: it is not of this dataset, or of another number of images per class.
     """
     distilled = checked_set(DistilledSet.load(config.pix_init), dataset)
-    here, there = (each.whitening.fingerprint if each.whitening else "none" for each in (dataset, distilled))
-    if there and here != there:
-        raise UserError(f"--pix_init {config.pix_init}: its images are whitened by other ones than those here "
-                        f"({there} there, {here} here); give the --zca and the data that it was made with")
+    if why := other_space(distilled, dataset):
+        raise UserError(f"--pix_init {config.pix_init}: {why}; give the --zca and the data that it was made with")
     classes, _ = class_indices(distilled, dataset.num_classes)
     if len(distilled) != config.ipc * dataset.num_classes:
         raise UserError(f"--pix_init {config.pix_init} holds {len(distilled)} images; --ipc {config.ipc} of "
                         f"{dataset.num_classes} classes are {config.ipc * dataset.num_classes}: give the --ipc that it "
                         "was made with")
+    if not distilled.labels.is_floating_point() and not classes.equal(classes.sort().values):
+        raise UserError(f"--pix_init {config.pix_init}: its images do not stand class by class; sort them")
     if config.labels != "hard" and not distilled.labels.is_floating_point():
         raise UserError(f"--pix_init {config.pix_init} holds classes and no soft labels; give --labels hard")
     labels = classes if config.labels == "hard" else distilled.labels
@@ -230,5 +230,6 @@ def drawn_again(dataset: Dataset, ipc: int) -> list[str]:
     """A line for the classes that have fewer than `ipc` training images, if there are any."""
     sizes = {name: len(dataset.class_indices(label)) for label, name in enumerate(dataset.classes)}
     small = sorted((name for name in sizes if sizes[name] < ipc), key=sizes.__getitem__)
-    return [f"{len(small)} classes have fewer than {ipc} training images ({small[0]} has {sizes[small[0]]}); the rest "
-            "is drawn again"] if small else []
+    count = "1 class has" if len(small) == 1 else f"{len(small)} classes have"
+    return [f"{count} fewer than {ipc} training images ({small[0]}: {sizes[small[0]]}); the rest is drawn again"
+            ] if small else []

@@ -8,6 +8,8 @@ from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.finish import finish, say_finished
 from distill.initialize import checksums, initial_set, labellers_of
+from distill.report.page_pictures import PICTURES
+from distill.report.show import SHOWN
 from distill.result_files import METRICS, RESULT, VERSIONS
 from distill.run_state import DistillView, RunState
 from utils.config import DistillConfig
@@ -57,7 +59,7 @@ def distill(config: DistillConfig) -> None:
 
         # A run that is done is not run again; what shows it is made up, if it was stopped before that.
         if folder.is_done:
-            say_finished(folder)
+            say_finished(config, dataset, buffer, folder)
             return
 
         # Refuse what cannot fit the memory.
@@ -103,7 +105,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     start = start.to(dataset.train_images.device)
 
     # The folder, and the first lines.
-    folder.start(saved, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)])
+    folder.start(saved, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)], [*SHOWN, PICTURES])
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, start.images.device, engine,
              f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "

@@ -76,9 +76,7 @@ class RunState:
         """Takes up what was saved; says where, and what is different here."""
         device = self.start.images.device
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
-        self.best = {name: Candidate(saved["iteration"], DistilledSet(**saved["set"]).to(device),
-                                     [Score(*score) for score in saved["scores"]])
-                     for name, saved in state["best"].items()}
+        self.best = best_of(state, device)
         for batch in state["halved"]:
             self.distillation.buffer.model.halve(batch)
         self.distillation.restore(state["distillation"])
@@ -156,6 +154,12 @@ class RunState:
     def go_on(self) -> None:
         """To the next iteration."""
         self.iteration, self.evaluated = self.iteration + 1, False
+
+
+def best_of(state: dict[str, Any], device: torch.device) -> dict[str, Candidate]:
+    """The best sets in a run's saved state."""
+    return {name: Candidate(saved["iteration"], DistilledSet(**saved["set"]).to(device),
+                            [Score(*score) for score in saved["scores"]]) for name, saved in state["best"].items()}
 
 
 def _after_epoch(tick: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """What scripts have in common: a command line, and a report as JSON."""
 
 import argparse
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,41 @@ from utils.program.command_line import Parser
 from utils.program.machine import environment
 
 
-def script_parser(description: str, json: str = "", key: str = "environment") -> Parser:
+class ScriptParser(Parser):
+    """The command line of a script, whose files to write are refused at once where they cannot be (`check_output`)."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+        self._kinds: dict[str, str] = {}  # of the files to write, by option
+
+    def add_output(self, name: str, kind: str, help: str) -> None:
+        self._kinds[name] = kind
+        self.add_argument(f"--{name}", type=given, metavar="FILE", help=help)
+
+    def parse_args(self, *arguments: Any) -> argparse.Namespace:
+        options = super().parse_args(*arguments)
+        files = {name: getattr(options, name) for name in self._kinds if getattr(options, name)}
+        for name, path in files.items():
+            check_output(f"--{name}", path, self._kinds[name],
+                         {f"--{other}": files[other] for other in files if other != name})
+        return options
+
+
+def script_parser(description: str, json: str = "", key: str = "report_of") -> ScriptParser:
     """
     Args:
         json: what `--json` writes; empty: there is no such option.
         key: by which one that it wrote before is known.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ScriptParser(description)
     if json:
-        parser.add_argument("--json", type=output("--json", f"json:{key}"), metavar="FILE",
-                            help=f"write {json} to this file")
+        parser.add_output("json", f"json:{key}", f"write {json} to this file")
     return parser
-
-
-def output(option: str, kind: str) -> Callable[[str], Path]:
-    """The type of an option: a file that will be written, refused at once if it cannot be, or if another kind of file
-    is there (`utils.files.check_output`)."""
-    def checked(path: str) -> Path:
-        check_output(option, path, kind, {})
-        return given(path)
-
-    return checked
 
 
 def save_report(path: Path | None, report: dict[str, Any]) -> None:
     """Writes what was measured on the CPU, if that is asked for, with what it was measured by."""
     if path:
-        write_json(path, report | {"environment": environment(torch.device("cpu"))})
+        write_json(path, {"report_of": Path(sys.argv[0]).name} | report
+                   | {"environment": environment(torch.device("cpu"))})

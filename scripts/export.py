@@ -46,15 +46,15 @@ def main() -> None:
     distilled = DistilledSet.load(options.set)
     if options.png:
         check_new(options.png)  # refusals come before anything is written
-    whitening = whitening_of(distilled) if options.whitening else None
+    whitening = whitening_of(distilled, options.set.parent) if options.whitening else None
+    if whitening:
+        whitening.save(options.set.parent / BESIDE)
+        print(f"whitening: {shown(options.set.parent / BESIDE)}")
     if options.card:
         print(f"card: {shown(save_card(distilled, options.set, options.result, options.license, options.source))}")
     if options.png:
         save_pngs(distilled, options.png)
         print(f"{len(distilled)} images: {shown(options.png)}")
-    if whitening:
-        whitening.save(options.set.parent / BESIDE)
-        print(f"whitening: {shown(options.set.parent / BESIDE)}")
 
 
 if __name__ == "__main__":

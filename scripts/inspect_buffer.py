@@ -33,7 +33,7 @@ from torch import Tensor
 
 from buffer.experts import SavedEpochs
 from buffer.trajectories import expert_files, load_experts, manifest_path
-from scripts.common import output, script_parser
+from scripts.common import script_parser
 from scripts.plots import save_buffer
 from utils.errors import UserError
 from utils.files import finite, read_config, read_text, reading, write_json
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="holds replay_buffer_*.pt")
     parser.add_argument("--expert_epochs", type=int, default=2, metavar="M", help="epochs of a segment [2]")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")
-    parser.add_argument("--png", type=output("--png", "png"), metavar="FILE", help="draw it")
+    parser.add_output("png", "png", "draw it")
     options = parser.parse_args()
     if options.expert_epochs < 1:
         raise UserError(f"--expert_epochs {options.expert_epochs}: a segment has at least 1 epoch")

@@ -26,7 +26,7 @@ from utils.data.disk_layouts import (
     read_idx_folder,
 )
 from utils.errors import UserError
-from utils.files import REPOSITORY, atomic_write, given
+from utils.files import REPOSITORY, atomic_write
 from utils.program.entry import entry
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--source", type=Path, help="folder of the four idx files, gzipped or not (default: the first "
                         f"of {', '.join(map(str, folders))} that is there)")
-    parser.add_argument("--out", type=Path, default=MINIFASHION, help="file to write (default: %(default)s)")
+    parser.add_output("out", "bz2", f"file to write (default: {MINIFASHION})")
     args = parser.parse_args()
 
     source = args.source or next((folder for folder in folders if folder.is_dir()), folders[-1])
@@ -57,9 +57,10 @@ def main() -> None:
     if digest != MINIFASHION_SHA256:
         raise UserError(f"the files in {source} are not the original Fashion-MNIST (SHA-256 of the selection is "
                         f"{digest}, expected {MINIFASHION_SHA256}); fetch the four files again")
-    with atomic_write(given(args.out)) as aside:
+    out = args.out or MINIFASHION
+    with atomic_write(out) as aside:
         aside.write_bytes(bz2.compress(content, 9))
-    print(f"wrote {args.out}")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from distill.report.page_pictures import Pictures, chosen, clip_outliers, probab
 from distill.report.read_run import FinishedRun, read_run
 from distill.report.show import missing, show
 from distill.result_files import NORMAL
-from scripts.common import output, script_parser
+from scripts.common import script_parser
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import check_output, write_text
 from utils.program.console import shown
 from utils.program.entry import entry
 
@@ -30,10 +30,11 @@ from utils.program.entry import entry
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder")
-    parser.add_argument("--out", metavar="FILE", type=output("--out", "html"), help="where to put the page")
-    given = parser.parse_args()
-    runs = [with_pictures(read_run(path)) for path in given.runs]
-    out = given.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))
+    parser.add_output("out", "html", "where to put the page")
+    options = parser.parse_args()
+    runs = [with_pictures(read_run(path)) for path in options.runs]
+    out = options.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))
+    check_output("the page", out, "html", {})
     pages = {out: page(runs[0])} if len(runs) == 1 else {
         **{run.path / PAGE: page(run) for run in runs}, out: comparison(runs)}
     for run in runs:

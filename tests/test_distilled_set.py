@@ -93,14 +93,14 @@ def test_another_whitening_or_normalisation_than_the_datasets_is_said(call, toy,
         (data / "train" / "red" / f"{number}.png").unlink()
     here = [each for each in toy.evaluate if "data_path" not in each]
     done = call(EVALUATION, *here, f"--data_path={data}", f"--data_dir={whole}")
-    assert "note: the set was whitened by other training images than those of ImageFolder" in done.stderr
+    assert "it was whitened by other training images than those of ImageFolder" in done.stderr
     assert "note:" not in call(EVALUATION, *toy.evaluate, f"--data_dir={whole}").stderr
     tensors = load_file(whole)
     about = {"format": "datm-distilled-set-2", "classes": '["blue", "green", "red"]', "mean": "[0.1, 0.1, 0.1]",
              "std": "[0.5, 0.5, 0.5]", "config": "{}"}
     save_file(tensors, whole, about)
     plain = [each for each in toy.evaluate if each != "--zca"]
-    assert "note: the set was normalised by mean (0.1, 0.1, 0.1)" in call(
+    assert "it was normalised by mean (0.1, 0.1, 0.1)" in call(
         EVALUATION, *plain, f"--data_dir={whole}").stderr
 
 

@@ -104,6 +104,14 @@ def test_an_unfinished_run_of_other_options_is_named(call, unfinished, tmp_path)
     assert "going on" not in done.stdout and not list(tmp_path.rglob("unfinished"))
 
 
+def test_trained_experts_are_not_discarded_by_asking_for_fewer(call, toy, tmp_path):
+    arguments = [*toy.train, "--save_interval=3", f"--buffer_path={tmp_path}"]
+    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 32):
+        call("buffer/buffer_FTD.py", *arguments, expect=130)
+    done = call("buffer/buffer_FTD.py", *arguments, "--num_experts=1", expect=2)
+    assert "holds more, trained and not written yet; give at least 2" in done.stderr
+
+
 def test_fewer_experts_end_an_unfinished_run(call, unfinished, tmp_path):
     call("buffer/buffer_FTD.py", *unfinished, "--num_experts=1")
     (path,) = tmp_path.rglob("replay_buffer_*.pt")
@@ -196,12 +204,11 @@ def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
 
 def test_a_stop_at_the_very_end_loses_nothing(distil_to):
     _, whole = distil_to("whole")
-    for module, function, ends in (("distill.finish", "save_pictures", "in "),
-                                   ("distill.report.show", "save_curves", "is finished")):
+    for module, function in (("distill.finish", "save_pictures"), ("distill.report.show", "save_curves")):
         with stop_at(importlib.import_module(module), function, 1):
             distil_to(function, expect=130)
         done, parts = distil_to(function)
-        assert ends in done.stdout and tensors_in(whole) == tensors_in(parts)
+        assert "is finished" in done.stdout and tensors_in(whole) == tensors_in(parts)
         assert {path.name for path in parts.iterdir()} == {path.name for path in whole.iterdir()}
 
 
@@ -237,9 +244,26 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to):
     assert "going on at iteration 4" in done.stdout
     assert tensors_in(whole) == tensors_in(parts)
     assert without_times(whole / "result.json") == without_times(parts / "result.json")
+    assert without_times(parts / "result_4.json")["best"]["iteration"] <= 4
     assert "is finished" in distil_to("parts", "--Iteration=4")[0].stdout
     done, _ = distil_to("parts", "--resume=never", "--lr_y=3", "--Iteration=8", expect=2)
     assert "holds a finished run of other options: lr_y" in done.stderr and "--resume never" not in done.stderr
+    assert "larger" not in distil_to("parts", "--resume=never", "--Iteration=8")[0].stdout
+
+    # What cannot go on leaves the finished run as it is.
+    log = (parts / "metrics.jsonl").rename(parts / "aside")
+    done, _ = distil_to("parts", "--Iteration=8", expect=2)
+    assert "metrics.jsonl is gone" in done.stderr and "--resume never" not in done.stderr
+    log.rename(parts / "metrics.jsonl")
+    assert "is finished" in distil_to("parts")[0].stdout
+
+    # Stopped before its pictures, a run that went on does not pass the old ones for its own.
+    before = (parts / "report.html").read_text()
+    with stop_at(importlib.import_module("distill.finish"), "save_pictures", 1):
+        distil_to("parts", "--Iteration=7", expect=130)
+    assert "is finished" in distil_to("parts", "--Iteration=7")[0].stdout
+    assert (parts / "report.html").read_text() != before and (parts / "images.png").exists()
+    assert {path.name for path in parts.glob("result*.json")} == {"result.json", "result_4.json", "result_6.json"}
     (parts / "checkpoint.pt").unlink()
     done, _ = distil_to("parts", "--Iteration=8", expect=2)
     assert "without its checkpoint.pt; give another --run_name and --pix_init" in done.stderr
@@ -252,6 +276,7 @@ def test_a_run_starts_from_a_saved_set(distil_to):
     _, again = distil_to("again", start, "--Iteration=0")
     for name, tensor in load_file(folder / "Normal/distilled.safetensors").items():
         assert torch.equal(load_file(again / "Normal/distilled.safetensors")[name], tensor)
+    assert "image of a saved set that it started from" in (again / "report.html").read_text()
     done, _ = distil_to("other", start, "--ipc=1", expect=2)
     assert "holds 6 images; --ipc 1 of 3 classes are 3" in done.stderr
 
@@ -305,6 +330,11 @@ def test_no_output_is_an_input_or_another_file(call, toy, toy_experts, distil_to
             ([*evaluation, f"--json={whole}"], "--json"), ([*evaluation, f"--save={whole}"], "--save"),
             ([*evaluation, f"--json={tmp_path}/x", f"--save={tmp_path}/x"], "is the file of --"),
             ([*evaluation, f"--json={folder}/result.json"], "holds something else"),
+            ([*evaluation, f"--json={folder}/metrics.jsonl"], "holds something else"),
+            ([*evaluation, f"--save={folder}/report.safetensors"], "holds something else"),
+            (["scripts/measure/precision.py", f"--json={folder}/result.json"], "holds something else"),
+            (["scripts/inspect_buffer.py", expert_file.parent, f"--json={tmp_path}/x", f"--png={tmp_path}/x"],
+             "is the file of --"),
             (["distill/baseline.py", *toy.evaluate, f"--json={expert_file}"], "holds something else"),
             (["scripts/inspect_buffer.py", expert_file.parent, f"--png={expert_file}"], "holds something else"),
             (["scripts/inspect_buffer.py", expert_file.parent, f"--json={folder}/result.json"], "holds something else"),

@@ -1,6 +1,7 @@
 """The one exception for mistakes that a user can mend."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 LONGEST = 900  # characters of a refusal
@@ -23,9 +24,15 @@ def one_line(error: Exception | str) -> str:
 
 
 def printable(text: str, kept: str = "") -> str:
-    """The text, each control character as an escape, but for those that are kept."""
-    return "".join(each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
+    """The text, each character that a terminal obeys as an escape, but for those that are kept."""
+    return "".join(each.encode("unicode_escape").decode() if obeyed(each) and each not in kept else each
                    for each in text)
+
+
+def obeyed(character: str) -> bool:
+    """Whether it is no text: a control character, half a character, a line's end, or a change of direction."""
+    return (unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+            or unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
 
 
 def shortened(text: str, most: int = LONGEST_GIVEN) -> str:

@@ -7,7 +7,7 @@ from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_sa
 from distill.distilled_set import DistilledSet
 from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
-from distill.initialize import expert_labels, random_real
+from distill.initialize import drawn_again, expert_labels, random_real
 from utils.config import BaselineConfig
 from utils.data.datasets import Dataset
 from utils.errors import UserError
@@ -28,6 +28,7 @@ def evaluate_real(config: BaselineConfig) -> None:
     check_pool(config, dataset)
     sets, what = real_sets(config, dataset)
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
+    notes += drawn_again(dataset, config.ipc) if config.ipc else []
     evaluate_and_say(config, dataset, sets, what, *notes)
 
 

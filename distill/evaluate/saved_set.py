@@ -5,9 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from distill.distilled_set import DistilledSet, checked_set, class_indices, read_set
+from distill.distilled_set import DistilledSet, checked_set, class_indices, other_space, read_set
 from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
 from utils.config import EvaluationConfig, influential
@@ -73,11 +71,5 @@ def _note_other_space(config: EvaluationConfig, distilled: DistilledSet, dataset
     other = [name for name in ("dataset", "zca") if name in made and made[name] != getattr(config, name)]
     for name in other:
         note(f"note: the set was made with {name} {made[name]}, and is tested with {name} {getattr(config, name)}")
-    ours, its = (dataset.mean, dataset.std), (distilled.mean, distilled.std)
-    here, there = (each.whitening.fingerprint if each.whitening else "" for each in (dataset, distilled))
-    if not other and here and there and here != there:
-        note(f"note: the set was whitened by other training images than those of {dataset.name} in {config.data_path} "
-             f"(fingerprint {there} there, {here} here)")
-    elif not other and not here and not there and distilled.mean and not np.allclose(ours, its, atol=1e-3):
-        note(f"note: the set was normalised by mean {its[0]} and deviation {its[1]}, and is tested with {ours[0]} and "
-             f"{ours[1]}")
+    if not other and (why := other_space(distilled, dataset)):
+        note(f"note: the set is of another space: {why}")

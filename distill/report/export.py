@@ -14,7 +14,7 @@ from distill.report.template import TEMPLATES
 from distill.result_files import EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import EvaluationConfig, from_repository, worth_giving
-from utils.data.zca import Whitening
+from utils.data.zca import BESIDE, Whitening
 from utils.errors import UserError
 from utils.loss_and_accuracy import percent
 from utils.program.commands import command
@@ -79,16 +79,20 @@ def check_new(folder: Path) -> None:
         raise UserError(f"--png {folder} is a file, or holds some already; give a folder that is new or empty")
 
 
-def whitening_of(distilled: DistilledSet) -> Whitening:
-    """The set's, to be written beside it.
+def whitening_of(distilled: DistilledSet, folder: Path) -> Whitening:
+    """The set's, to be written beside it in its folder.
 
     Raises:
-        UserError: it is not whitened, its whitening is not here, or it has no fingerprint to be found again by.
+        UserError: it is not whitened, its whitening is not here, it has no fingerprint to be found again by, or that
+            of another set is there.
     """
     whitening = distilled.space.whitening
     if whitening is None or not whitening.fingerprint:
         raise UserError("--whitening: the set " + ("is not whitened" if whitening is None else
                         "is of an earlier format, whose file holds its whitening") + "; leave it out")
+    beside = folder / BESIDE
+    if beside.exists() and files.load_tensors(beside)[1].get("fingerprint") != whitening.fingerprint:
+        raise UserError(f"--whitening: {beside} is that of another set; put the set into a folder of its own")
     return whitening
 
 
@@ -111,13 +115,13 @@ def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence:
     if target.exists():
         raise UserError(f"{target} exists, and may have been edited; move it away to have it written")
     results = [(file.name, _read_result(file, distilled)) for file in results]
-    text = card(distilled, path.name, results, licence, source)
+    text = card(distilled, path.name, results, licence, source, whitening_beside=(path.parent / BESIDE).exists())
     files.write_text(target, text.encode(errors="replace").decode())  # a file's name need not be text
     return target
 
 
 def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult | EvaluationResult]],
-         licence: str = "", source: str = "") -> str:
+         licence: str = "", source: str = "", whitening_beside: bool = False) -> str:
     """The card's text, by the template card_template.md. No path of the machine that made the set is in it.
 
     Args:
@@ -133,7 +137,8 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
             "size_categories": [next(size for size, above in _SIZES if count < above)]}
     how = {option: value for option, value in made.items() if not option.endswith(("_path", "_dir", "_Dir"))}
     return TEMPLATES.get_template("card_template.md").render(
-        head=_yaml(head), title=title, distilled=distilled, name=name, source=source or dataset, licence=licence,
+        head=_yaml(head), title=title, distilled=distilled, whitening_beside=whitening_beside, name=name,
+        source=source or dataset, licence=licence,
         results=[(file, result, _command(result.config, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
         how=_yaml(how) if how else "# not recorded")

@@ -24,7 +24,7 @@ def save_images(path: Path, pictures: Pictures) -> None:
     per_class = min(len(of_class) for _, of_class in rows)
     pairs = [[*pictures.start[of_class[:per_class]], *pictures.distilled[of_class[:per_class]]] for _, of_class in rows]
     side_labels = [shown_name(pictures.classes[number]) for number, _ in rows]
-    top_labels = ["noise" if pictures.noise else "real", *[""] * (per_class - 1),
+    top_labels = [pictures.began, *[""] * (per_class - 1),
                   "distilled", *[""] * (per_class - 1)]
     if per_class == 1:
         pairs, side_labels, top_labels = list(zip(*pairs)), top_labels, side_labels

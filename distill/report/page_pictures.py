@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.distilled_set import DistilledSet
 from utils.data.datasets import Dataset
 from utils.files import load_tensors, reading, save_tensors
 from utils.program.machine import machine
 
 FORMAT = "datm-report-1"
+SAVED = "saved"  # of a start: a set of an earlier run
 PICTURES = "report.safetensors"
 IMAGE_BYTES = 5_000_000  # of a page, for its pictures; with base64 and the rest it stays below 10 MB
 MOST_PER_CLASS = 10
@@ -34,8 +36,13 @@ class Pictures:
     change: Tensor | None = None  # [n, 1, H, W] uint8, 128 is none
     rms: Tensor | None = None  # [n], of pixels in [0, 1]
     start_labels: Tensor | None = None  # [n, K] probabilities
-    noise: bool = False  # whether the start was noise, not real images
+    began: str = "real"  # what the start was: "real", "noise" or SAVED
     about: dict[str, Any] | None = None  # the experts' options, the machine
+
+    @property
+    def start_in_words(self) -> str:
+        """What one image of the start is."""
+        return {"noise": "noise", SAVED: "image of a saved set"}.get(self.began, "real image")
 
     @property
     def hard(self) -> bool:
@@ -74,7 +81,8 @@ class Pictures:
             machine, experts = about["machine"], about["experts"]
             if not isinstance(machine, dict) or not all(isinstance(each, dict) for each in experts):
                 raise ValueError("the machine or the experts are not tables")
-            return cls(classes, int(about["ipc"]), str(about["version"]), which, noise=bool(about["noise"]),
+            began = str(about.get("began", "noise" if about.get("noise") else "real"))
+            return cls(classes, int(about["ipc"]), str(about["version"]), which, began=began,
                        about={"machine": machine, "experts": experts}, **{name: tensors[name] for name in shapes})
 
 
@@ -87,31 +95,31 @@ def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
 
 
 @torch.no_grad()
-def save_pictures(path: Path, dataset: Dataset, start: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor], version: str,
-                  noise: bool, experts: list[dict[str, Any]]) -> None:
+def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: DistilledSet, version: str, began: str,
+                  experts: list[dict[str, Any]]) -> None:
     """Writes `report.safetensors`: what a page shows of a set and the run folder does not hold otherwise.
 
     Args:
-        start, best: images [N, C, H, W] as networks see them, and label logits [N, K] or classes [N].
         version: the name of the best set.
-        noise: whether the start is noise.
+        began: how the images of the start were made, one of `utils.config.STARTS` or SAVED.
         experts: the options that made the experts.
     """
-    ipc = len(best[0]) // dataset.num_classes
-    which = chosen(dataset.num_classes, ipc, best[0][0].numel())
+    ipc = len(best) // dataset.num_classes
+    which = chosen(dataset.num_classes, ipc, best.images[0].numel())
     # Clipped at the deviations of the whole set, as the published pictures are, then scaled each to its own range.
-    pixels = clip_outliers(dataset.to_pixels(best[0]))[which]
-    began = dataset.to_pixels(start[0][which])
-    change = (pixels - began).mean(1, keepdim=True)
+    pixels = clip_outliers(dataset.to_pixels(best.images))[which]
+    first = dataset.to_pixels(start.images[which])
+    change = (pixels - first).mean(1, keepdim=True)
     most = change.abs().max().clamp(min=1e-8)
-    tensors = {"distilled": scaled_bytes(pixels), "start": scaled_bytes(began),
+    tensors = {"distilled": scaled_bytes(pixels), "start": scaled_bytes(first),
                "change": (128 + 127 * change / most).byte(),
                "neighbour": scaled_bytes(_neighbours(dataset, pixels, [each // ipc for each in which])),
-               "rms": (pixels - began).square().mean((1, 2, 3)).sqrt(),
-               "labels": probabilities(best[1][which], dataset.num_classes),
-               "start_labels": probabilities(start[1][which], dataset.num_classes)}
+               "rms": (pixels - first).square().mean((1, 2, 3)).sqrt(),
+               "labels": probabilities(best.labels[which], dataset.num_classes),
+               "start_labels": probabilities(start.labels[which], dataset.num_classes)}
     about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
-             "noise": noise, "experts": experts, "machine": machine(best[0].device)}
+             "began": began if began in ("noise", SAVED) else "real", "experts": experts,
+             "machine": machine(best.images.device)}
     save_tensors(path, tensors, {"about": json.dumps(about)})
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distill.report.matplotlib_figures import save_curves, save_images
 from distill.report.page import PAGE, page
+from distill.report.page_pictures import PICTURES
 from distill.report.read_run import FinishedRun
 from utils.files import write_text
 from utils.program.console import note, shown
@@ -27,14 +28,15 @@ SHOWN = tuple(_MAKERS)
 
 def show(run: FinishedRun, names: Sequence[str] = SHOWN) -> None:
     """Makes those of SHOWN in a finished run's folder; what cannot be made is a note, and the others are made."""
-    for name in names:
+    for name in (name for name in SHOWN if name in names):
         with noting_failure(run.path, name):
             _MAKERS[name](run, run.path / name)
 
 
 def missing(folder: Path) -> list[str]:
-    """Those of SHOWN that a finished run's folder does not hold."""
-    return [name for name in SHOWN if not (folder / name).exists()]
+    """What shows a finished run and is not in its folder: PICTURES, of which the others are made, and those of
+    SHOWN."""
+    return [name for name in (PICTURES, *SHOWN) if not (folder / name).exists()]
 
 
 @contextlib.contextmanager
@@ -44,5 +46,5 @@ def noting_failure(folder: Path, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # libraries that draw fail in every way there is
         reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        note(f"note: {shown(folder / name)} could not be made ({type(error).__name__}: {reason}); scripts/report.py "
-             f"{shown(folder)} makes it again")
+        note(f"note: {shown(folder / name)} could not be made ({type(error).__name__}: {reason}); the same command "
+             "makes it up")

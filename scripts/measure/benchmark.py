@@ -414,7 +414,7 @@ def megabytes(value: int) -> str:
 
 
 def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
-    parser = script_parser(__doc__, json="the results")
+    parser = script_parser(__doc__, json="the results", key="rates")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--shape", nargs="+", choices=[*shapes, "all"], metavar="SHAPE",
                         help="all: those sensible for the device; or any of " + ", ".join(shapes)

@@ -3,7 +3,6 @@
 from utils.config.option_types import STARTS
 from utils.config.options import (
     GROUPS,
-    HOW_MUCH,
     BaselineConfig,
     BufferConfig,
     DataConfig,
@@ -22,6 +21,7 @@ from utils.config.values import (
     from_repository,
     from_root,
     has_effect,
+    how_much,
     identity,
     influential,
     is_path,

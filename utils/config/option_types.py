@@ -32,7 +32,7 @@ def _start(value: str) -> str:
     return _possible_path(value)
 
 
-Start = Annotated[str, "path", AfterValidator(_start)]
+Start = Annotated[str, "path or name", AfterValidator(_start)]
 Device = Annotated[list[int] | str, BeforeValidator(lambda value: [int(value)] if _is_digits(value) else value)]
 """`auto`, `cpu`, `cuda`, `cuda:1`, or a list of GPU indices such as `[0, 1]`."""
 

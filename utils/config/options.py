@@ -221,7 +221,7 @@ class EvaluationConfig(TrainConfig):
                                      "random images", effect="robust_score")
     json: FilePath = option(FILES, "", "write the result to this file", decides=False, writes="json:what")
     save: FilePath = option(FILES, "", "write the set to this file, as a self-describing safetensors", decides=False,
-                            writes="safetensors")
+                            writes="safetensors:datm-distilled-set")
 
 
 @config_class

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from utils.config.options import DataConfig
+from utils.config.options import HOW_MUCH, DataConfig
 from utils.errors import UserError, shortened
 from utils.files import REPOSITORY
 
@@ -35,7 +35,6 @@ def make(config_type: type[Config], **values: Any) -> Config:
         name = str(problem["loc"][0]) if problem["loc"] else "config"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         message = message.split(", unable")[0].replace("String should have", "it must have")
-        # A YAML's aliases can make of a few lines a value that is too large to be written out.
         value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))
         raise UserError(f"--{name} {shortened(value)}: {message}") from None
 
@@ -96,17 +95,23 @@ def identity(config: DataConfig) -> dict[str, Any]:
             if about(name, type(config))["decides"] is True and not is_path(name, value, type(config))}
 
 
+def how_much(config: DataConfig) -> dict[str, int]:
+    """The options that say how far a run goes."""
+    return {name: value for name, value in as_dict(config).items()
+            if about(name, type(config))["decides"] == HOW_MUCH}
+
+
 def path_options(config_type: type) -> dict[str, Any]:
     """The options that are paths, or may be, with their defaults."""
     hints = typing.get_type_hints(config_type, include_extras=True)
     return {field.name: field.default.default for field in fields(config_type)
-            if "path" in typing.get_args(hints[field.name])}
+            if {"path", "path or name"} & set(map(str, typing.get_args(hints[field.name])))}
 
 
 def is_path(name: str, value: Any, config_type: type) -> bool:
-    """Whether the value that an option has is a path."""
-    named = name == "pix_init" and not str(value).endswith(".safetensors")
-    return bool(value) and not named and name in path_options(config_type)
+    """Whether the value that an option has is a path; of one that may be a name too, by its suffix."""
+    kinds = typing.get_args(typing.get_type_hints(config_type, include_extras=True)[name])
+    return bool(value) and ("path" in kinds or ("path or name" in kinds and str(value).endswith(".safetensors")))
 
 
 def defaults(config_type: type) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Notes:
             self._say(f"{count} image{'s are' if count > 1 else ' is'} {remark} ({self._first[remark]})")
 
     def _say(self, text: str) -> None:
-        print(one_line(UserError(f"note: {self.name}: {text}")), file=sys.stderr)
+        print(one_line(f"note: {self.name}: {text}"), file=sys.stderr)
 
 
 @unlimited()

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import multiprocessing
 import os
 import shutil
 import sys
@@ -164,7 +165,7 @@ def set_precision(precision: str, device: torch.device) -> None:
 def _can_compile(device: torch.device) -> bool:
     """Whether code can be compiled here; says so once where it cannot."""
     reason = _why_not_compiled(device)
-    if reason:
+    if reason and multiprocessing.parent_process() is None:  # which has said so for its helpers
         print(f"note: not compiled, though this is long enough to repay it: {reason}", file=sys.stderr)
     return reason is None
 

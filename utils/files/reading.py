@@ -9,6 +9,7 @@ import pickle
 import stat
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def _odd_tensor(value: object) -> str | None:
 def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
     """What `save_tensors` wrote: the tensors, and the metadata."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if odd := _odd_tensor(tensors):
+            raise ValueError(f"it holds {odd}")
+        return tensors, file.metadata() or {}
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -153,10 +157,9 @@ def read_yaml(path: str | os.PathLike, loader: type[yaml.SafeLoader | yaml.BaseL
         raise ValueError(f"holds the alias *{alias.anchor} in line {alias.start_mark.line + 1}; write its value there")
     if not isinstance(options, dict):
         raise ValueError("is not a list of options; write one `key: value` a line")
-    names = [key.value for key, _ in node.value]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"gives {twice!r} {names.count(twice)} times; keep one of them")
+    (name, times), = Counter(key.value for key, _ in node.value).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"gives {name!r} {times} times; keep one of them")
     return options
 
 

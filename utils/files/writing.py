@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
 from utils.files.reading import read_json
@@ -119,15 +119,16 @@ def check_writable(path: str | os.PathLike) -> None:
     path = given(path)
     made = [folder for folder in path.parents if not folder.exists()]
     handle, aside = _begin(path)
+    aside.unlink(missing_ok=True)  # before its lock goes, by which others know that it is not abandoned
     os.close(handle)
-    aside.unlink()
     with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
         for folder in made:
             folder.rmdir()
 
 
 # How a file begins, by its kind; a safetensors with the length of its head.
-_BEGINS = {"png": rb"\x89PNG", "html": rb"(?i)\s*<!doctype html", "safetensors": rb"(?s).{8}\{", "json": rb"\s*\{"}
+_BEGINS = {"png": rb"\x89PNG", "html": rb"(?i)\s*<!doctype html", "bz2": b"BZh", "safetensors": rb"(?s).{8}\{",
+           "json": rb"\s*\{"}
 
 
 def check_output(option: str, path: str | os.PathLike, kind: str, others: Mapping[str, str | os.PathLike]) -> None:
@@ -136,7 +137,7 @@ def check_output(option: str, path: str | os.PathLike, kind: str, others: Mappin
 
     Args:
         option: as it was given, for the message.
-        kind: png, html, safetensors, json, or json:KEY, one that has this key.
+        kind: png, html, bz2, json:KEY (one that has this key), or safetensors:FORMAT (its metadata begin with this).
         others: the files of other options.
 
     Raises:
@@ -149,14 +150,23 @@ def check_output(option: str, path: str | os.PathLike, kind: str, others: Mappin
     check_writable(path)
     if not path.exists() or not path.stat().st_size:
         return
-    kind, _, key = kind.partition(":")
-    with path.open("rb") as file:
-        is_ours = re.match(_BEGINS[kind], file.read(512))
-    if is_ours and key:
-        with contextlib.suppress(ValueError, RecursionError):
-            is_ours = key in read_json(path)
-    if not is_ours:
+    if not _is_of_kind(path, *kind.split(":")):
         raise UserError(f"{option} {path} is there and holds something else; give another file, or move it away")
+
+
+def _is_of_kind(path: Path, kind: str, mark: str = "") -> bool:
+    with path.open("rb") as file:
+        if not re.match(_BEGINS[kind], file.read(512)):
+            return False
+    with contextlib.suppress(Exception):  # whatever it is, it is not ours
+        if kind == "json":
+            values = read_json(path)
+            return isinstance(values, dict) and mark in values
+        if kind == "safetensors":
+            with safe_open(path, framework="pt") as file:
+                return file.metadata()["format"].startswith(mark)
+        return True
+    return False
 
 
 def save(value: object, path: str | os.PathLike) -> None:
@@ -168,7 +178,7 @@ def save(value: object, path: str | os.PathLike) -> None:
 
 def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
     """Writes a safetensors file, which holds data only, never code."""
-    from safetensors.torch import save_file  # here, not above: with it comes torch, which other writes do without
+    from safetensors.torch import save_file  # which takes a while to import
 
     with atomic_write(path) as aside:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)

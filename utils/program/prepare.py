@@ -5,7 +5,17 @@ import os
 import torch
 from torch import nn
 
-from utils.config import DataConfig, DistillConfig, TrainConfig, about, as_dict, differences, influential, path_options
+from utils.config import (
+    DataConfig,
+    DistillConfig,
+    TrainConfig,
+    about,
+    as_dict,
+    differences,
+    how_much,
+    identity,
+    is_path,
+)
 from utils.data import augment
 from utils.data.augment import Drawer
 from utils.data.datasets import Dataset, load_dataset
@@ -60,8 +70,8 @@ def check_outputs(config: DataConfig) -> None:
     Raises:
         UserError
     """
-    given = {name: value for name, value in as_dict(config).items() if value and name in path_options(type(config))}
-    for name, path in given.items():
+    given = {name: value for name, value in as_dict(config).items() if is_path(name, value, type(config))}
+    for name, path in given.items() if ranks.first() else ():
         kind = about(name, type(config))["writes"]
         if kind:
             check_output(f"--{name}", path, kind, {f"--{other}": given[other] for other in given if other != name})
@@ -73,9 +83,9 @@ def _check_same_options(config: DataConfig) -> None:
     Raises:
         UserError
     """
-    paths = path_options(type(config))  # which each machine may have of its own
-    own = {name: value for name, value in influential(config).items() if name not in paths}
-    of_all = ranks.gather({ranks.rank(): own})
+    # Not paths, which each machine may have of its own, but what says which run it is.
+    named = {name: getattr(config, name, None) for name in ("run_name", "resume")}
+    of_all = ranks.gather({ranks.rank(): identity(config) | how_much(config) | named})
     for number, options in of_all.items():
         different = differences(of_all[0], options)
         if different:
@@ -93,7 +103,7 @@ def load_data(config: DataConfig, device: torch.device) -> Dataset:
 def start_as_ranks(config: DataConfig) -> None:
     """Starts this command again as a rank for each of several GPUs, and ends with them: for those that `device` lists
     (published configs list up to four), or, where networks are tested with `--parall_eva`, for all."""
-    if "LOCAL_RANK" in os.environ or getattr(config, "dry_run", False):
+    if ranks.size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ or getattr(config, "dry_run", False):
         return
     gpus = listed_gpus(config.device)
     if isinstance(config, TrainConfig) and config.parall_eva and not isinstance(config, DistillConfig):

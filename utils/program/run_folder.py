@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from utils.config import HOW_MUCH, DataConfig, about, as_dict, defaults, differences, identity, influential
+from utils.config import DataConfig, defaults, differences, how_much, identity, influential
 from utils.errors import UserError
 from utils.files import cut_lines, load, read_config, remove, save, save_config
 from utils.program import ranks
@@ -41,6 +41,10 @@ class RunFolder:
 
     Making one writes nothing; `start` does.
 
+    Attributes:
+        finished: whether the run has its result.
+        is_done: whether nothing is left of it: it is finished, and no more is asked of it than it did.
+
     Args:
         log, result: names of files; the log is written line by line.
 
@@ -53,24 +57,33 @@ class RunFolder:
         self._config = influential(config)
         self._state = path / "checkpoint.pt"
         self._saved_at, self.save_seconds = -math.inf, 0.0
-        saved = path / "config.yaml"
-        # An option that is younger than the run had no other value than its default.
-        before = defaults(type(config)) | read_config(saved) if saved.exists() else self._config
-        different = differences(before, identity(config))
-        discards = getattr(config, "resume", None) == "never"
-        if different and (self.finished or not discards):
-            advice = "another --run_name" if self.finished else (
-                "those to go on with it, another --run_name, or --resume never to discard it")
-            raise UserError(f"{path} holds a {'finished ' * self.finished}run of other options: {different}; give "
-                            f"{advice}")
-        # A finished run goes on where more is asked of it than it did.
-        self.is_done = self.finished and (discards or not any(
-            value > before[name] for name, value in as_dict(config).items()
-            if about(name, type(config))["decides"] == HOW_MUCH))
+        self.finished, self.is_done = ranks.from_first_rank(lambda: self._look(config))
 
-    @property
-    def finished(self) -> bool:
-        return self.result.exists()
+    def _look(self, config: DataConfig) -> tuple[bool, bool]:
+        """Whether the run is finished, and whether it is done."""
+        finished, discards = self.result.exists(), getattr(config, "resume", None) == "never"
+        before = self._before(config)
+        different = differences(before, identity(config))
+        if different and (finished or not discards):
+            advice = "another --run_name" if finished else (
+                "those to go on with it, another --run_name, or --resume never to discard it")
+            raise UserError(f"{self.path} holds a {'finished ' * finished}run of other options: {different}; give "
+                            f"{advice}")
+        self._did = [before[name] for name in how_much(config)]
+        more = any(value > before[name] for name, value in how_much(config).items())
+        return finished, finished and (discards or not more)
+
+    def _before(self, config: DataConfig) -> dict[str, Any]:
+        """The options of the run that is there, else those of this one."""
+        saved = self.path / "config.yaml"
+        if not saved.exists():
+            return self._config
+        # An option that is younger than the run had no other value than its default.
+        before = defaults(type(config)) | read_config(saved)
+        odd = next((name for name in how_much(config) if not isinstance(before[name], int)), None)
+        if odd:
+            raise UserError(f"{saved} is damaged ({odd} is {before[odd]!r}); put it back, or give another --run_name")
+        return before
 
     @property
     def saved_state(self) -> dict[str, Any] | None:
@@ -81,18 +94,25 @@ class RunFolder:
         """
         if not self._state.exists():
             return None
-        state = load(self._state, "checkpoint", advice="give --resume never to start over")
+        state = load(self._state, "checkpoint", advice=self.to_begin_anew)
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-            raise UserError(f"{self._state} is not a checkpoint of this version ({STATE_FORMAT}); give --resume never "
-                            "to start over, or another --run_name")
+            raise UserError(f"{self._state} is not a checkpoint of this version ({STATE_FORMAT}); {self.to_begin_anew}")
         return state
 
-    def start(self, saved: dict[str, Any] | None = None, made: Sequence[str] = ()) -> None:
+    @property
+    def to_begin_anew(self) -> str:
+        """What to do where a run cannot go on; a finished one is never discarded."""
+        return f"give another --run_name{'' if self.finished else ', or --resume never to start over'}"
+
+    def start(self, saved: dict[str, Any] | None = None, made: Sequence[str] = (), shows: Sequence[str] = ()) -> None:
         """Saves the config and begins the log, or goes on with as much of it as there was when a state was saved.
+
+        Of a finished run that goes on the result is kept under another name.
 
         Args:
             saved: that state.
             made: what an unfinished run may have put beside them, removed at a new beginning.
+            shows: what shows a finished run, removed in any case.
 
         Raises:
             UserError: the folder cannot be made or written, or its log is shorter than it was.
@@ -100,6 +120,13 @@ class RunFolder:
         if not ranks.first():
             return
         log_bytes = saved[LOG_BYTES] if saved else 0
+        if saved and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
+            raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
+                            f"{self.to_begin_anew}")
+        for name in shows:
+            (self.path / name).unlink(missing_ok=True)
+        if self.finished:
+            self.result.rename(self.result.with_stem("_".join([self.result.stem, *map(str, self._did)])))
         if not saved:
             if self.log.exists():
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")
@@ -107,11 +134,7 @@ class RunFolder:
             for name in made:
                 if not (self.path / name).is_symlink():  # the user's, to another disk
                     remove(self.path / name)
-        self.result.unlink(missing_ok=True)  # of a finished run that goes on
         save_config(self.path / "config.yaml", self._config)
-        if saved and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
-            raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
-                            "give --resume never to start over, or another --run_name")
         cut_lines(self.log, log_bytes)
 
     def save_due(self) -> bool:
