@@ -417,6 +417,11 @@ def same(ones, others):
     return [torch.equal(one, other) for one, other in zip(ones, others)]
 
 
+def test_a_class_with_fewer_images_than_ipc_gives_some_twice(distil):
+    images = load(distil("--ipc=25", "--Iteration=0") / "Normal" / "images_0.pt")
+    assert [len(of_class.unique(dim=0)) for of_class in images.split(25)] == [24, 24, 24]
+
+
 def test_the_same_seed_distils_the_same_and_another_seed_another(distil, toy_run):
     again, other = distil() / "Normal", distil("--seed=1") / "Normal"
     assert names(again) == names(toy_run)

@@ -18,6 +18,7 @@ from buffer import expert_run
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import evaluate
 from distill.evaluate.saved_accuracies import Accuracies, Job
+from distill.loop import student_of
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.files import REPOSITORY
 from utils.program import ranks
@@ -284,6 +285,13 @@ def test_a_rank_that_is_killed_under_the_programs_own_launcher_is_named(start, t
     os.kill(int(children[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 137 and "was ended by SIGKILL; start again" in err
+
+
+def test_a_backend_that_was_asked_for_is_every_ranks(toy_data, monkeypatch):
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    names = {backend: student_of(make(DistillConfig, model="ConvNetD1W4", backend=backend), toy_data).engine.name
+             for backend in ("plain", "eager", "auto")}
+    assert names["plain"] != names["eager"] == names["auto"]
 
 
 def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
