@@ -145,6 +145,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
         UserError: a command failed, and the others were stopped.
     """
     check_writable(output / "commands")
+    output.mkdir(parents=True, exist_ok=True)
     waiting: list[Step] = []
     for step in in_order(steps):  # what was made of something that is made again is made again too
         if not (step.done and ledger.knows(step)) or set(step.needs) & set(waiting):

@@ -7,7 +7,6 @@ from distill.evaluate.train import learning_rate, train_network
 from distill.initialize import class_labels, expert_labels, predicted_correctly, random_real
 from distill.result_files import Score
 from utils.data.datasets import Dataset
-from utils.errors import UserError
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 
@@ -113,12 +112,12 @@ def test_expert_labels_fall_back_to_all_experts_where_none_is_right():
     torch.testing.assert_close(labels[2], torch.tensor([10 / 3, 20 / 3, 0.0]) + 0.02)  # all three
 
 
-def test_random_real_takes_ipc_of_each_class_and_refuses_more():
+def test_random_real_takes_ipc_of_each_class_and_some_again_where_there_are_fewer():
     dataset = readable_dataset([0] * 9, [0, 1, 2] * 3)
     chosen = random_real(dataset, 3, torch.Generator().manual_seed(0))
     assert dataset.train_labels[chosen].tolist() == [0] * 3 + [1] * 3 + [2] * 3 and len(set(chosen.tolist())) == 9
-    with pytest.raises(UserError, match="ipc 4.*class 'class 0'.*only 3"):
-        random_real(dataset, 4, torch.Generator())
+    more = random_real(dataset, 4, torch.Generator().manual_seed(0))
+    assert dataset.train_labels[more].tolist() == [0] * 4 + [1] * 4 + [2] * 4 and set(more.tolist()) == set(range(9))
 
 
 def test_labels_for_noise_name_their_class():
