@@ -183,13 +183,14 @@ class Sandbox:
                 resource.setrlimit(limit, most)
             for number, path in enumerate(self.outputs, 1):
                 os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), number)
-                if case.unheard == "full":
-                    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
-                elif case.unheard:
-                    os.close(number)
             # As Python makes them where the locale is a UTF-8 one.
             sys.stdout.reconfigure(encoding="utf-8", errors="strict", line_buffering=False)
             sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+            for number in (1, 2) if case.unheard else ():
+                if case.unheard == "full":
+                    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+                else:
+                    os.close(number)
             os.chdir(self.work)
             utils.config.values.REPOSITORY = utils.program.console.REPOSITORY = self.repository
             sys.argv = [str(REPOSITORY / case.script), *case.arguments]
@@ -471,7 +472,8 @@ def _check_evaluation(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     accuracies = result["scores"][0]["accuracies"]
     assert len(accuracies) == values["num_eval"] and all(0 <= each <= 1 for each in accuracies)
     if "ipc" in values:
-        assert result["images"] == len(CLASSES) * (values["ipc"] or IMAGES["train"])
+        held_out = values["val_fraction"] and max(1, math.floor(values["val_fraction"] * IMAGES["train"] + 0.5))
+        assert result["images"] == len(CLASSES) * (values["ipc"] or IMAGES["train"] - held_out)
     return result["config"]
 
 
