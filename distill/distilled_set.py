@@ -187,16 +187,22 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> D
                         _tensor(lr, "--lr_dir", lr_dir), config=config)
 
 
-def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "logits") -> DistilledSet:
+READ_FROM = "--data_dir", "--label_dir", "--lr_dir"
+
+
+def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "logits",
+                read_from: Sequence[str] = READ_FROM) -> DistilledSet:
     """The set as float32 (classes as int64), if its tensors fit each other and the dataset.
 
     Args:
+        read_from: where images, labels and learning rate are from, for the message.
         label_kind: what labels that are no classes are: "logits" or "probabilities", of which logits are made.
 
     Raises:
         UserError: they do not, or hold values that are not finite.
     """
-    distilled = _checked(distilled, dataset.name, (dataset.channels, *dataset.image_size), dataset.num_classes)
+    distilled = _checked(distilled, dataset.name, (dataset.channels, *dataset.image_size), dataset.num_classes,
+                         read_from)
     labels, soft = distilled.labels, distilled.labels.is_floating_point()
     probable = soft and bool((labels >= 0).all()) and bool((labels.sum(dim=1) - 1).abs().max() < 1e-3)
     if label_kind == "probabilities":
@@ -212,7 +218,7 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
 
 
 def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], num_classes: int,
-             read_from: Sequence[str] = ("--data_dir", "--label_dir", "--lr_dir")) -> DistilledSet:
+             read_from: Sequence[str]) -> DistilledSet:
     """The set as float32 (classes as int64), if its tensors fit these images and classes.
 
     Args:

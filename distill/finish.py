@@ -32,9 +32,8 @@ def finish(run: RunState) -> None:
         return
 
     # The best sets: once more, as a run that was killed just after it wrote them may have gone on to another best set.
-    for name, best in run.best.items():
-        best.set.save(folder.path / name, "best", dataset)
-        best.set.save_whole(folder.path / name / WHOLE, dataset, influential(config))
+    for name in run.best:
+        save_best(config, dataset, folder.path, run.best, name)
 
     # The result, with which the run counts as finished; then what shows it.
     chosen_on = "validation" if config.val_fraction else "test"
@@ -59,15 +58,24 @@ def finish(run: RunState) -> None:
 
 
 def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
-    """Of a run that is not run again; what is missing of what shows it is made up."""
+    """Of a run that is not run again; what is missing of its best sets and of what shows it is made up."""
     summary = RunResult.read(folder.result).summary
-    if ranks.first() and missing(folder.path):
-        with noting_failure(folder.path, "what shows the run"):
+    if ranks.first():
+        with noting_failure(folder.path, "what is missing"):
             state, device = folder.saved_state, dataset.train_images.device
+            best = best_of(state, device) if state else {}
+            for name in (name for name in best if not (folder.path / name / WHOLE).exists()):
+                save_best(config, dataset, folder.path, best, name)
             start = DistilledSet(**state["start"]).to(device) if state else None
-            make_up(config, dataset, buffer, folder.path, start, best_of(state, device) if state else {})
+            make_up(config, dataset, buffer, folder.path, start, best)
     more = "" if config.resume == "never" else "a larger --Iteration to go on with it, or "
     print(wrapped(f"{shown(folder.path)} is finished ({summary}); give {more}another --run_name to run it again"))
+
+
+def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[str, Candidate], name: str) -> None:
+    """Writes the best set of that name, in the published files and whole."""
+    best[name].set.save(path / name, "best", dataset)
+    best[name].set.save_whole(path / name / WHOLE, dataset, influential(config))
 
 
 def make_up(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet | None,
@@ -82,7 +90,8 @@ def make_up(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path,
             version = _version(best)
             save_pictures(path / PICTURES, dataset, start, best[version].set, version,
                           config.pix_init if config.pix_init in STARTS else SAVED, made_by(buffer.folder))
-    show(read_run(path), missing(path))
+    if missing(path):
+        show(read_run(path), missing(path))
 
 
 def _version(best: dict[str, Candidate]) -> str:

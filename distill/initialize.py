@@ -110,7 +110,8 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
     Raises:
         UserError: it is not of this dataset, or of another number of images per class.
     """
-    distilled = checked_set(DistilledSet.load(config.pix_init), dataset)
+    given = [f"--pix_init {config.pix_init}"] * 3
+    distilled = checked_set(DistilledSet.load(config.pix_init), dataset, read_from=given)
     if why := other_space(distilled, dataset):
         raise UserError(f"--pix_init {config.pix_init}: {why}; give the --zca and the data that it was made with")
     classes, _ = class_indices(distilled, dataset.num_classes)

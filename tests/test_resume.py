@@ -218,9 +218,21 @@ def test_a_picture_that_fails_is_a_note_and_is_made_up_by_the_same_command(disti
     assert done.stderr.count("curves.png could not be made (RuntimeError: no pencil)") == 1
     assert (folder / "report.html").exists() and (folder / "result.json").exists()
     monkeypatch.undo()
-    (folder / "report.html").unlink()
+    gone = [folder / name for name in ("report.html", "Normal/distilled.safetensors", "curves.png")]
+    for path in gone[:2]:
+        path.unlink()
     done, _ = distil_to("log")
-    assert "is finished" in done.stdout and (folder / "curves.png").exists() and (folder / "report.html").exists()
+    assert "is finished" in done.stdout and all(path.exists() for path in gone)
+
+
+@pytest.mark.parametrize("name, content", [("report.html", "mine"), ("config.yaml", "mine: yaml\n")])
+def test_a_folder_of_somebody_elses_files_is_no_runs(distil_to, tmp_path, name, content):
+    folder = tmp_path.joinpath("log", "ImageFolder", "2", "ConvNetD1W4", "run")
+    folder.mkdir(parents=True)
+    (folder / name).write_text(content)
+    for options in ([], ["--resume=never"]):
+        done, _ = distil_to("log", *options, expect=2)
+        assert name in done.stderr and (folder / name).read_text() == content
 
 
 def test_whatever_a_user_has_set_for_pictures_and_named_classes_a_run_finishes(run, toy, toy_experts, tmp_path):

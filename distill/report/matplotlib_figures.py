@@ -78,6 +78,8 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
     window.step(iterations, [step.bound for step in steps], color="0.4", linewidth=0.8, label="bound, exclusive")
     window.set(title="start epoch", xlabel="iteration")
     window.legend(fontsize=8)
+    for axis in (*(each.xaxis for each in axes.flat), window.yaxis):
+        axis.get_major_locator().set_params(integer=True)
 
 
 def shown_name(name: str) -> str:

@@ -202,7 +202,8 @@ def _class_files(notes: Notes, folder: Path, suffixes: Collection[str], classes:
     if missing or not classes:
         raise UserError(f"{notes.name}: {folder} has no folder for {some_of(missing) if missing else 'any class'} "
                         f"({listing(folder)}); expected {expected} with {kinds} files in it")
-    files = {c: _files(notes, folders[c], suffixes) for c in classes}
+    above = (folder.stat(), folder.parent.stat())  # a link to these would bring other classes' images
+    files = {c: _files(notes, folders[c], suffixes, above) for c in classes}
     empty = [c for c in classes if not files[c]]
     if empty:
         there = notes.why_left_out()

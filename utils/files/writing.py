@@ -82,7 +82,9 @@ def _begin(path: Path) -> tuple[int, Path]:
         _remove_abandoned(path)
         return _make_aside(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; give a folder that can be written") from error
+        lost = next((folder for folder in path.parents if folder.is_symlink() and not folder.exists()), None)
+        why = f"{lost} is a link to {os.readlink(lost)}, which is not there" if lost else error.strerror or error
+        raise UserError(f"cannot write {path}: {why}; give a folder that can be written") from error
 
 
 def _make_aside(path: Path) -> tuple[int, Path]:
@@ -233,7 +235,8 @@ def _lines(path: Path) -> Iterator[io.FileIO]:
         with io.FileIO(path, "a", opener=own) as file:
             yield file
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or give another folder") from error
+        advice = "" if error.errno == errno.ELOOP else "; free space or give another folder"
+        raise UserError(f"cannot write {path}: {error.strerror}{advice}") from error
 
 
 def own(path: str | os.PathLike, flags: int) -> int:

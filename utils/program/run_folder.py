@@ -80,6 +80,9 @@ class RunFolder:
             return self._config
         # An option that is younger than the run had no other value than its default.
         before = defaults(type(config)) | read_config(saved)
+        if not {"dataset", "model"} <= read_config(saved).keys():
+            raise UserError(f"{saved} is there and holds something else than a run's options; move it away, or give "
+                            "another --run_name")
         odd = next((name for name in how_much(config) if not isinstance(before[name], int)), None)
         if odd:
             raise UserError(f"{saved} is damaged ({odd} is {before[odd]!r}); put it back, or give another --run_name")
@@ -123,6 +126,12 @@ class RunFolder:
         if saved and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
             raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
                             f"{self.to_begin_anew}")
+        if not (self.path / "config.yaml").exists():
+            others = [name for name in (*made, *shows, self.log.name, self.result.name)
+                      if (self.path / name).exists() and not (self.path / name).is_symlink()]
+            if others:
+                raise UserError(f"{self.path} holds {', '.join(others)} and is no run's folder; give another "
+                                "--run_name, or move what is there away")
         for name in shows:
             (self.path / name).unlink(missing_ok=True)
         if self.finished:
