@@ -49,9 +49,6 @@ def check_experts(config: BaselineConfig) -> None:
 def drawn(config: BaselineConfig, dataset: Dataset) -> list[Tensor]:
     """Indices [K·ipc] of random training images, classes in order; others for each network that is evaluated, because
     at few images a class the draw weighs more than the initialisation.
-
-    Raises:
-        UserError: a class has fewer images.
     """
     return [random_real(dataset, config.ipc, generator(config.seed, "baseline", number))
             for number in range(config.num_eval)]
@@ -63,7 +60,7 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
     Random ones: `num_eval` sets, each drawn anew. The whole training set: one.
 
     Raises:
-        UserError: a class has fewer images; experts of other images, or damaged.
+        UserError: experts of other images, or damaged.
     """
     images, labels, device = dataset.train_images, dataset.train_labels, dataset.train_images.device
     lr = torch.tensor(config.lr_teacher, device=device)
