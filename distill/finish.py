@@ -59,17 +59,20 @@ def finish(run: RunState) -> None:
 
 def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
     """Of a run that is not run again; what is missing of its best sets and of what shows it is made up."""
-    summary = RunResult.read(folder.result).summary
-    if ranks.first():
+    result = RunResult.read(folder.result)
+    names = [NORMAL, EMA] if result.best_ema else [NORMAL]
+    lost = [name for name in names if not (folder.path / name / WHOLE).exists()]
+    if ranks.first() and (lost or missing(folder.path)):
         with noting_failure(folder.path, "what is missing"):
             state, device = folder.saved_state, dataset.train_images.device
             best = best_of(state, device) if state else {}
-            for name in (name for name in best if not (folder.path / name / WHOLE).exists()):
+            for name in (name for name in lost if name in best):
                 save_best(config, dataset, folder.path, best, name)
             start = DistilledSet(**state["start"]).to(device) if state else None
             make_up(config, dataset, buffer, folder.path, start, best)
     more = "" if config.resume == "never" else "a larger --Iteration to go on with it, or "
-    print(wrapped(f"{shown(folder.path)} is finished ({summary}); give {more}another --run_name to run it again"))
+    print(wrapped(f"{shown(folder.path)} is finished ({result.summary}); give {more}another --run_name to run it "
+                  "again"))
 
 
 def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[str, Candidate], name: str) -> None:

@@ -78,11 +78,12 @@ class RunFolder:
         saved = self.path / "config.yaml"
         if not saved.exists():
             return self._config
-        # An option that is younger than the run had no other value than its default.
-        before = defaults(type(config)) | read_config(saved)
-        if not {"dataset", "model"} <= read_config(saved).keys():
+        options = read_config(saved)
+        if not {"dataset", "model"} <= options.keys():
             raise UserError(f"{saved} is there and holds something else than a run's options; move it away, or give "
                             "another --run_name")
+        # An option that is younger than the run had no other value than its default.
+        before = defaults(type(config)) | options
         odd = next((name for name in how_much(config) if not isinstance(before[name], int)), None)
         if odd:
             raise UserError(f"{saved} is damaged ({odd} is {before[odd]!r}); put it back, or give another --run_name")
