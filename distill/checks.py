@@ -33,9 +33,8 @@ def check_options(config: DistillConfig) -> None:
     check_evaluation(config)
     matched_part(config)
     check_unrolled(config)
-    if not config.dry_run:
-        require_experts(buffer_folder(config))
-        check_same_data(buffer_folder(config), config)
+    require_experts(buffer_folder(config))
+    check_same_data(buffer_folder(config), config)
 
 
 def check_unrolled(config: DistillConfig) -> None:

@@ -19,7 +19,7 @@ from distill.matching import Match, Part, deep_part, far_part, match_trajectory,
 from distill.result_files import EMA, NORMAL, Iteration
 from distill.schedule import start_epoch_bound
 from distill.shared_model import SharedModel
-from utils.config import STARTS, DistillConfig
+from utils.config import DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.errors import UserError
@@ -100,19 +100,13 @@ class Distillation:
         self.learns_log = config.lr_param == "log"
         self.rate = self.set.lr.log() if self.learns_log else self.set.lr
         # A step of log α moves α by α² times what a step of α does; the scale makes the first steps agree.
-        first = config.lr_teacher if config.pix_init in STARTS else float(start.lr)
-        scale = 1 / first**2 if self.learns_log else 1.0
+        scale = 1 / float(start.lr)**2 if self.learns_log else 1.0
         self.optimiser = torch.optim.SGD([
             {"params": [self.set.images], "lr": config.lr_img, "momentum": MOMENTUM},
             {"params": [self.rate], "lr": config.lr_lr * scale, "momentum": MOMENTUM}])
         if config.labels == "learned":
             self.optimiser.add_param_group({"params": [self.set.labels], "lr": config.lr_y,
                                             "momentum": config.Momentum_y})
-
-    @property
-    def model(self) -> FlatModel | SharedModel:
-        """The student."""
-        return self.buffer.model if ranks.size() == 1 else SharedModel(self.buffer.model)
 
     def draw(self, iteration: int) -> Segment:
         """What this iteration matches."""
@@ -128,8 +122,8 @@ class Distillation:
         theta_start, theta_target = self._ends(segment)
         if self.config.labels == "target":
             self.set.labels.copy_(self._labels(self.set, theta_target))
-        return match_trajectory(self.model, theta_start, theta_target, self.set.images, self.set.labels, self.set.lr,
-                                segment.batches, segment.augment, self.config.matching, self.part)
+        return match_trajectory(student(self.buffer), theta_start, theta_target, self.set.images, self.set.labels,
+                                self.set.lr, segment.batches, segment.augment, self.config.matching, self.part)
 
     def learn(self, iteration: int, segment: Segment, match: Match) -> Iteration:
         """Updates the set, unless the loss exceeds the threshold or is not finite; returns what to record.
@@ -218,7 +212,7 @@ class Distillation:
             segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
                                    config.max_start_epoch, generator(config.seed, "fixed segment", number))
             theta_start, theta_target = self._ends(segment)
-            total += matching_loss(self.model, theta_start, theta_target, distilled.images,
+            total += matching_loss(student(self.buffer), theta_start, theta_target, distilled.images,
                                    self._labels(distilled, theta_target), distilled.lr, segment.batches,
                                    segment.augment, self.part)
         return float(total) / FIXED_SEGMENTS
@@ -242,6 +236,11 @@ class Distillation:
         epochs = segment.start_epoch, segment.start_epoch + self.config.expert_epochs
         theta_start, theta_target = (self.buffer.snapshot(segment.expert, epoch).to(self.device) for epoch in epochs)
         return theta_start, theta_target
+
+
+def student(buffer: Buffer) -> FlatModel | SharedModel:
+    """The network of the experts; of several ranks, with its batches spread over them."""
+    return buffer.model if ranks.size() == 1 else SharedModel(buffer.model)
 
 
 def matched_part(config: DistillConfig) -> Part | None:

@@ -23,6 +23,7 @@ from utils.program.prepare import drawer, dsa_groups
 from utils.program.seeds import generator
 
 FEW, MORE = 1, 3  # inner steps of the two measurements
+LR = 0.01  # any, as the time does not depend on it
 
 
 class Estimate(NamedTuple):
@@ -54,7 +55,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     rows = torch.arange(num_images, device=device) % len(dataset.train_images)
     images = dataset.train_images[rows]
     labels = torch.randn(num_images, dataset.num_classes, generator=random).to(device)
-    lr = torch.tensor(config.lr_teacher, device=device)
+    lr = torch.tensor(LR, device=device)
     theta = model.flatten()
     target = theta + 0.01 * torch.randn(theta.shape, generator=random).to(device)
     groups = dsa_groups(config, inner_loop=True)
@@ -74,7 +75,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
 
     seconds_epoch, _ = _measured(lambda: train_network(
-        model, theta, images, labels, config.lr_teacher, epochs=0, batch_size=config.batch_train,
+        model, theta, images, labels, LR, epochs=0, batch_size=config.batch_train,
         draw=drawer(config, dataset, ()), random=random), device)
     seconds_test, _ = _measured(lambda: accuracy(lambda x: model(theta, x), dataset.test_images, dataset.test_labels),
                                 device)

@@ -3,6 +3,7 @@
 "Experts" below are final snapshots θ, taken from a buffer; networks judge without augmentation.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from buffer.trajectories import Buffer, check_same_data
 from distill.distilled_set import DistilledSet, checked_set, class_indices, other_space
-from utils.config import STARTS, DistillConfig
+from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import check_is_file, sha256
@@ -59,7 +60,7 @@ def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers
 def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:
     """The set that a distillation starts from, on the CPU, and notes on what had to be mended.
 
-    Images of class c occupy rows c·ipc … (c+1)·ipc − 1.
+    Its rate is NaN where `distill.suggest` is to measure it. Images of class c occupy rows c·ipc … (c+1)·ipc − 1.
 
     Args:
         buffer: the experts that label the images.
@@ -101,7 +102,8 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
         labels, unknown = expert_labels(model, experts(), images, classes)
         if unknown:
             notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
-    return DistilledSet(images, labels, torch.tensor(config.lr_teacher)).to("cpu"), notes
+    lr = math.nan if config.lr_teacher == AUTO else config.lr_teacher
+    return DistilledSet(images, labels, torch.tensor(lr)).to("cpu"), notes
 
 
 def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:

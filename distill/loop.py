@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_images
-from distill import checks, estimate, plan
+from distill import checks, estimate, plan, suggest
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.finish import finish, say_finished
@@ -12,7 +12,7 @@ from distill.report.page_pictures import PICTURES
 from distill.report.show import SHOWN
 from distill.result_files import METRICS, RESULT, VERSIONS
 from distill.run_state import DistillView, RunState
-from utils.config import DistillConfig
+from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
@@ -38,11 +38,6 @@ def distill(config: DistillConfig) -> None:
     checks.check_networks(config, dataset)
     student = student_of(config, dataset)
 
-    # A dry run ends here, with an estimate.
-    if config.dry_run:
-        estimate.report(config, dataset, student)
-        return
-
     # Open the experts; refuse those of other data, and a difficulty window that does not fit them.
     buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
@@ -52,8 +47,16 @@ def distill(config: DistillConfig) -> None:
     labellers = labellers_of(config, dataset, buffer)
     data = ranks.from_first_rank(lambda: checksums(config, dataset, buffer, labellers))
 
-    # Take the run's folder.
+    # A dry run ends here, with what a run would take and which settings fit the experts.
     path = plan.run_folder(config, data)
+    if config.dry_run:
+        RunFolder(path, config, METRICS, RESULT)  # which refuses other options
+        checks.check_memory(config, dataset, student)
+        estimate.report(config, dataset, student)
+        suggest.report(config, suggest.suggestion(config, dataset, buffer, labellers))
+        return
+
+    # Take the run's folder.
     with kept_to_this_run(path, "give another --run_name"):
         folder = RunFolder(path, config, METRICS, RESULT)
 
@@ -103,6 +106,9 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     else:
         start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, labellers))
     start = start.to(dataset.train_images.device)
+    if config.lr_teacher == AUTO and not saved:
+        start, why = suggest.with_fitting_rate(config, dataset, buffer, start)
+        notes = [*notes, why]
 
     # The folder, and the first lines.
     folder.start(saved, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)], [*SHOWN, PICTURES])

@@ -76,10 +76,26 @@ def matching_loss(model: FlatModel, theta_start: Tensor, theta_target: Tensor, i
                   lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
                   part: Part | None = None) -> Tensor:
     """The loss of `match_trajectory` alone, a third of the work."""
+    (losses,) = losses_on_the_way(model, theta_start, [theta_target], images, labels, lr, batches, augment, part)
+    return losses[-1]
+
+
+def losses_on_the_way(model: FlatModel, theta_start: Tensor, targets: Sequence[Tensor], images: Tensor, labels: Tensor,
+                      lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
+                      part: Part | None = None) -> Tensor:
+    """The losses that every shorter inner loop would have, for several targets: one training shows them all.
+
+    Returns:
+        [targets, T]: column t − 1 is the loss after t steps.
+    """
     augment = augment if augment is not None else [None] * len(batches)
-    theta_final = _train(model, theta_start, images, labels, lr, batches, augment)[-1]
-    mask = _mask(part, theta_final, theta_target)
-    return _distance(theta_final, theta_target, mask) / _distance(theta_start, theta_target, mask)
+    thetas = _train(model, theta_start, images, labels, lr, batches, augment)[1:]
+
+    def loss(theta: Tensor, target: Tensor) -> Tensor:
+        mask = _mask(part, theta, target)
+        return _distance(theta, target, mask) / _distance(theta_start, target, mask)
+
+    return torch.stack([torch.stack([loss(theta, target) for theta in thetas]) for target in targets])
 
 
 def deep_part(depth_ratio: float) -> Part:

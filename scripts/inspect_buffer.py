@@ -1,6 +1,7 @@
 """What is in a folder of experts, and how far they move: for choosing the difficulty window.
 
     python scripts/inspect_buffer.py buffer_storage/MiniFashion/ConvNetW32 [--png FILE] [--json FILE] [--beside FOLDER]
+    python scripts/inspect_buffer.py buffer_storage/MiniFashion/ConvNetW32 --suggest --ipc 1 [--png FILE] [--json FILE]
 
 Prints the network, the experts, their epochs, accuracies and size on disk, those of an unfinished run too, and by start
 epoch s the mean over the experts of
@@ -15,6 +16,10 @@ or nothing any more. Published files have no record of accuracies and options; w
 parameters and see the same batches, so that what they differ in comes from their options.
 
     apart    ‖θ_s − θ′_s‖ / ‖θ′_s − θ′_0‖    how far from each other they are, of the way that the others have gone
+
+--suggest proposes how to distil them to --ipc images per class. It measures the matching loss that the first set, real
+images with the experts' labels, has at several learning rates, steps and segments all over the trajectory
+(distill/suggest.py), shows it as a table, draws it with --png, and prints the command of the distillation.
 """
 
 import json
@@ -31,17 +36,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from buffer.expert_run import CONFIG
 from buffer.experts import SavedEpochs
-from buffer.trajectories import expert_files, load_experts, manifest_path
+from buffer.trajectories import (
+    Buffer,
+    buffer_folder,
+    check_same_images,
+    expert_files,
+    load_experts,
+    made_by,
+    manifest_path,
+)
+from distill.checks import check_options
+from distill.loop import student_of
+from distill.suggest import suggestion
 from scripts.common import script_parser
-from scripts.plots import save_buffer
+from scripts.plots import save_buffer, save_losses
+from utils.config import DistillConfig, make
 from utils.errors import UserError
-from utils.files import finite, read_config, read_text, reading, write_json
+from utils.files import REPOSITORY, finite, read_config, read_text, reading, write_json
 from utils.parameters import flatten
 from utils.program import console
+from utils.program.command_line import parse
+from utils.program.commands import command, say_next
 from utils.program.entry import entry
+from utils.program.prepare import begin
 from utils.program.progress import Progress
 
+OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_path")
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
            "pad", "seed")  # those worth a line
@@ -105,9 +127,16 @@ def main() -> None:
     parser.add_argument("--expert_epochs", type=int, default=2, metavar="M", help="epochs of a segment [2]")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")
     parser.add_output("png", "png", "draw it")
+    parser.add_argument("--suggest", action="store_true", help="measure which settings fit, and print the command")
+    parser.add_argument("--ipc", type=int, help="images per class, with --suggest")
     options = parser.parse_args()
     if options.expert_epochs < 1:
         raise UserError(f"--expert_epochs {options.expert_epochs}: a segment has at least 1 epoch")
+    if options.suggest != (options.ipc is not None):
+        raise UserError("--suggest and --ipc N, the images per class of the set to come, are given together")
+    if options.suggest:
+        suggest_settings(options.folder, options.ipc, options.png, options.json)
+        return
     report, trajectories = inspect(options.folder, options.expert_epochs, options.beside)
     print_report(report, options.expert_epochs)
     if options.json:
@@ -119,6 +148,52 @@ def main() -> None:
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
                     {"one epoch": of_all("step", trajectories),
                      f"segment of {options.expert_epochs}": of_all("segment", trajectories)})
+
+
+def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None) -> None:
+    """Measures which settings fit the experts of a folder, and prints how to distil them.
+
+    Raises:
+        UserError: no experts, or experts of unknown data; data that are not there any more.
+    """
+    options = distilling(folder, ipc)
+    config = parse(DistillConfig, "", [f"--{name}={value}" for name, value in options.items()], yaml_file=True)
+    check_options(config)
+    _, dataset = begin(config)
+    buffer = Buffer(folder, student_of(config, dataset))
+    check_same_images(folder, dataset)
+    suggested = suggestion(config, dataset, buffer, buffer)
+    print("\n".join(suggested.lines()))
+    if json:
+        write_json(json, suggested.as_json())
+    if png:
+        save_losses(png, suggested)
+    say_next(config, "next, to distil them:", command("distill/DATM.py", options | suggested.options))
+
+
+def distilling(folder: Path, ipc: int) -> dict[str, Any]:
+    """What a distillation of these experts is given, as far as their manifest and the images per class decide it.
+
+    Raises:
+        UserError: no experts; no manifest; they lie where no distillation looks for them.
+    """
+    _paths(folder)
+    made = made_by(folder)
+    if not made:
+        raise UserError(f"{folder} has no replay_buffer_*.yaml, which would say what its experts were trained on; give "
+                        "distill/DATM.py --dry_run with the options of the distillation, which measures the same")
+    known = {name: made[0][name] for name in OF_DATA if made[0].get(name) is not None}
+    below = buffer_folder(make(DistillConfig, **known, buffer_path="experts")).relative_to("experts")
+    folder = folder.resolve()
+    if not str(folder).endswith(f"/{below}"):
+        raise UserError(f"{folder} holds experts that distill/DATM.py looks for in <buffer_path>/{below}; move them "
+                        "there, or give DATM.py --dry_run")
+    if known["dataset"] != "ImageNet":
+        known.pop("subset", None)
+    if not known["val_fraction"]:
+        del known["val_fraction"]
+    return {"cfg": REPOSITORY / CONFIG, **known, "data_path": REPOSITORY / known["data_path"],
+            "buffer_path": folder.parents[len(below.parts) - 1], "ipc": ipc}
 
 
 def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict[str, Any], list[Trajectory]]:

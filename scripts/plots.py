@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.report.matplotlib_figures import drawing
+from distill.suggest import Suggestion
 
 
 def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[str, np.ndarray]) -> None:
@@ -26,6 +27,24 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
             _mean_and_spread(distance, range(values.shape[1]), values, colour, name)
         distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
         distance.legend(fontsize=8)
+
+
+def save_losses(path: Path, suggested: Suggestion) -> None:
+    """A PNG of the matching losses by which settings were proposed: a panel for each T of the proposed segment, a line
+    for each α."""
+    losses, chosen = suggested.losses, suggested.options
+    of_segment = losses.values[losses.segments.index(chosen["expert_epochs"])]
+    with drawing(path, 1, len(losses.steps), size=(3.4 * len(losses.steps), 3.4), sharey=True) as (panels,):
+        for axes, step, of_step in zip(panels, losses.steps, of_segment):
+            for rate, of_rate in zip(losses.rates, of_step):
+                proposed = (step, rate) == (chosen["syn_steps"], chosen["lr_teacher"])
+                axes.plot(losses.starts, of_rate, marker=".", label=f"α = {rate:g}", linewidth=3 if proposed else 1)
+            axes.axhline(1, color="0.4", linestyle="--", linewidth=1)
+            axes.set(title=f"T = {step}", xlabel="start epoch", ylim=(0, 2))
+            if step == chosen["syn_steps"]:
+                axes.axvspan(chosen["min_start_epoch"] - 0.5, chosen["max_start_epoch"] - 0.5, color="0.9", zorder=0)
+        panels[0].set_ylabel(f"matching loss of the first set, M = {chosen['expert_epochs']}")
+        panels[-1].legend(fontsize=8)
 
 
 def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]], levels: dict[str, float]) -> None:

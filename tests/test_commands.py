@@ -664,8 +664,27 @@ def test_micro_batches_train_the_same_experts(call, toy, toy_experts, tmp_path):
 
 
 @pytest.mark.parametrize("matching", ["exact", "unroll"])
-def test_a_dry_run_estimates_without_experts_and_leaves_nothing(call, toy, tmp_path, matching):
-    done = call("distill/DATM.py", *toy.distil, f"--buffer_path={tmp_path / 'none'}", f"--log_path={tmp_path / 'out'}",
-                f"--matching={matching}", "--dry_run")
+def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_experts, tmp_path, matching):
+    arguments = [*toy.distil, f"--log_path={tmp_path / 'out'}", f"--matching={matching}", "--dry_run"]
+    done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
     assert "an iteration takes about" in done.stdout and "GB of data" in done.stdout
+    assert "mean matching loss of the first set" in done.stdout and "--lr_teacher=" in done.stdout
+    # What a run refuses, it refuses too.
+    for options, phrase in (([f"--buffer_path={tmp_path / 'none'}"], "no replay_buffer_*.pt"),
+                            ([f"--buffer_path={toy_experts}", "--max_start_epoch=9"], "have 3 epochs")):
+        assert phrase in call("distill/DATM.py", *arguments, *options, expect=2).stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_rate_is_measured_where_it_is_auto(call, toy, toy_experts, tmp_path):
+    arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=auto",
+                 "--lr_teacher=auto", "--max_start_epoch=1"]
+    done = call("distill/DATM.py", *arguments)
+    rate, losses = re.search(r"--lr_teacher auto is (\S+); .* over the window is (.*)", done.stdout).groups()
+    losses = {at: float(loss) for loss, at in re.findall(r"(\S+) at ([\d.]*\d)", losses)}
+    assert rate == min(losses, key=losses.get) and len(losses) >= 3
+    run = next(tmp_path.rglob("result.json")).parent
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
+    assert first["lr"] == pytest.approx(float(rate), rel=0.1)
+    # A finished run is the same whether it is measured again or not.
+    assert "is finished" in call("distill/DATM.py", *arguments).stdout

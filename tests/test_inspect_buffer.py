@@ -1,6 +1,7 @@
 """scripts/inspect_buffer.py: what is in a folder of experts."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -139,3 +140,29 @@ def test_damaged_files_are_refused(call, folder, change, phrases):
 def test_mistakes_are_one_line(call, folder, arguments, phrase):
     (line,) = call(INSPECT, *(each.format(folder=folder) for each in arguments), expect=2).stderr.splitlines()
     assert line.startswith("inspect_buffer.py: error: ") and phrase in line
+
+
+def test_settings_are_suggested_that_work_as_they_are_printed(call, toy_experts, tmp_path):
+    folder = toy_experts / "ImageFolder" / "ConvNetD1W4"
+    done = call(INSPECT, folder, "--suggest", "--ipc=2", f"--png={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.json'}")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "a.json").read_text())
+    losses = {(each["expert_epochs"], each["syn_steps"], each["lr_teacher"]): each["by_start_epoch"]
+              for each in report["losses"]}
+    chosen = report["options"]
+    of_chosen = losses[chosen["expert_epochs"], chosen["syn_steps"], chosen["lr_teacher"]]
+    assert f"{of_chosen[0]:.3f}" in done.stdout and of_chosen[0] < 1
+    printed = shlex.split(done.stdout.split("next, to distil them:")[1].replace("\\\n", " "))
+    assert printed[:2] == ["python", "distill/DATM.py"] and f"--lr_teacher={chosen['lr_teacher']}" in printed
+    made = call(*printed[1:], "--Iteration=12", "--epoch_eval_train=1", f"--log_path={tmp_path}", "--device=cpu")
+    assert " 0 of 12 updates skipped" in f" {made.stdout}"
+
+
+def test_suggestions_need_to_know_the_data(call, folder):
+    for options, phrase in ((["--suggest"], "--ipc N"), (["--ipc=2"], "given together"),
+                            (["--suggest", "--ipc=0"], "--ipc 0"),
+                            (["--suggest", "--ipc=2"], "looks for in <buffer_path>/ImageFolder/ConvNetD1W4")):
+        assert phrase in call(INSPECT, folder, *options, expect=2).stderr
+    for path in folder.glob("*.yaml"):
+        path.unlink()
+    assert "DATM.py --dry_run" in call(INSPECT, folder, "--suggest", "--ipc=2", expect=2).stderr

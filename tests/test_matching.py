@@ -7,7 +7,7 @@ import torch
 
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.matching import METHODS, deep_part, far_part, match_trajectory, matching_loss
+from distill.matching import METHODS, deep_part, far_part, losses_on_the_way, match_trajectory, matching_loss
 from utils.config import DistillConfig, make
 from utils.data import augment
 from utils.networks import build_network
@@ -181,3 +181,14 @@ def test_the_deep_part_is_the_last_and_the_far_part_the_farthest():
     assert deep_part(0.5)(final, target).tolist() == [False, False, True, True]
     assert far_part(0.5)(final, target).tolist() == [False, True, False, True]
     assert deep_part(0.0)(final, target).all() and far_part(0.0)(final, target).all()
+
+
+def test_one_training_shows_the_losses_of_all_shorter_ones(golden_iteration, model):
+    published = golden_iteration["exact"]
+    start, target = (flatten(golden_iteration[name]).double() for name in ("start", "target"))
+    given = [published[name].double() for name in ("images", "labels", "lr")]
+    of_all = losses_on_the_way(model, start, [target, start + 1], *given, published["batches"])
+    for steps in range(1, len(published["batches"]) + 1):
+        for row, end in enumerate((target, start + 1)):
+            alone = matching_loss(model, start, end, *given, published["batches"][:steps])
+            assert float(of_all[row, steps - 1]) == pytest.approx(float(alone), rel=1e-12)

@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -53,6 +53,8 @@ Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 # Inside float32; a learning rate's own rate even over the square of a learning rate, which `lr_param: log` makes of it.
 LearningRate = Annotated[float, Field(ge=1e-10, le=3e38, allow_inf_nan=False)]
+AUTO = "auto"
+AutoRate = LearningRate | Literal["auto"]
 Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
 RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]

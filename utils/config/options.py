@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from utils.config.option_types import (
     STARTS,
+    AutoRate,
     Count,
     Device,
     FilePath,
@@ -126,7 +127,7 @@ class TrainConfig(DataConfig):
     num_eval: Count = option(EVALUATION, 5, "networks of each kind")
     epoch_eval_train: Count = option(EVALUATION, 1000, "epochs of one training")
     batch_train: Count = option(EVALUATION, 256, "training batch")
-    lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate; for DATM.py the start of the learned one")
+    lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate")
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
     parall_eva: bool = option(SPEED, False, "evaluation.py, baseline.py: a rank for each GPU; DATM.py has its device "
                               "list for that", decides=False)
@@ -140,6 +141,8 @@ class DistillConfig(TrainConfig):
     Iteration: Index = option(MAIN, 5000, "distillation iterations; the loop runs 0..Iteration inclusive; a finished "
                               "run goes on where this is larger", decides=HOW_MUCH)
     zca: bool = option(METHOD, True, "whiten the images (ZCA, eps 0.1)")
+    lr_teacher: AutoRate = option(METHOD, 0.01, "start of the learned learning rate; auto: measured, the rate at which "
+                                  "the first set follows the experts best")
     matching: Literal["exact", "unroll", "tesla"] = option(METHOD, "exact", "how the gradient is computed")
     labels: Literal["learned", "soft", "hard", "target"] = option(
         METHOD, "learned", "soft and learned; soft and fixed; the classes themselves; or, as in TESLA, what the target "

@@ -1,0 +1,199 @@
+"""Settings that fit the experts at hand, by the matching loss that the first set has at several rates, steps and
+segments: how far a training on it gets towards the experts before anything is distilled."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from buffer.trajectories import Buffer
+from distill.distillation import Distillation, draw_segment, matched_part, student
+from distill.distilled_set import DistilledSet
+from distill.initialize import initial_set
+from distill.matching import losses_on_the_way
+from utils.config import AUTO, DistillConfig
+from utils.data.datasets import Dataset
+from utils.files import finite
+from utils.program.console import table
+from utils.program.progress import Progress
+from utils.program.seeds import generator
+
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # α
+STEPS = (10, 20, 40)  # T
+SEGMENTS = (1, 2, 3, 5, 8)  # M
+STARTS = 6  # start epochs at most, evenly over the trajectory
+DRAWS = 2  # experts and augmentations for each start epoch
+BATCH = 50  # samples of an inner step at most, which changes the loss little
+LOST = 4.0  # a loss above which larger rates are not tried
+NEARLY = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
+WORTH = 0.5  # of the best start epoch's gain, from which on a start epoch belongs to the window
+MOVED = {"lr_img": 0.2, "lr_y": 0.003}  # of the standard deviation, by a first update; labels have more momentum
+WHOLE_WINDOW = {"Sequential_Generation": False}
+EASY = 0.6  # a loss below which real images teach a start epoch already
+ABOVE = 1.5  # times the first set's largest loss: the threshold, which drawn losses should seldom exceed
+
+
+class Losses(NamedTuple):
+    """The mean matching loss [segments, steps, rates, starts]; NaN where a segment would leave the trajectory."""
+
+    segments: Sequence[int]
+    steps: Sequence[int]
+    rates: Sequence[float]
+    starts: Sequence[int]
+    values: np.ndarray
+
+
+class Suggestion(NamedTuple):
+    """Options that fit, and what they were chosen by."""
+
+    options: dict[str, Any]
+    losses: Losses
+
+    def lines(self) -> list[str]:
+        """The losses of the proposed segment as a table, and what was chosen."""
+        segments, steps, rates, starts, values = self.losses
+        of_segment = values[segments.index(self.options["expert_epochs"])]
+        rows = [["T", "α", *(f"s = {start}" for start in starts)],
+                *([str(step), f"{rate:g}", *map(_cell, of_segment[number, at])]
+                  for number, step in enumerate(steps) for at, rate in enumerate(rates))]
+        return [f"mean matching loss of the first set over segments of {self.options['expert_epochs']} epochs that "
+                "begin at epoch s, after T steps at a rate of α:", table(rows)]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"options": self.options, "losses": [
+            {"expert_epochs": epochs, "syn_steps": step, "lr_teacher": rate,
+             "by_start_epoch": [finite(loss) for loss in self.losses.values[segment, number, at]]}
+            for segment, epochs in enumerate(self.losses.segments) for number, step in enumerate(self.losses.steps)
+            for at, rate in enumerate(self.losses.rates)], "start_epochs": self.losses.starts}
+
+
+def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer) -> Suggestion:
+    """Measures the first set all over the trajectory and proposes the options of a distillation.
+
+    Args:
+        labellers: the experts that label the first images.
+    """
+    first, _ = initial_set(replace(config, lr_teacher=AUTO), dataset, labellers)
+    segments = [epochs for epochs in SEGMENTS if epochs <= max(1, buffer.epochs // 2)]
+    losses = measured(config, dataset, buffer, first, segments, STEPS, RATES,
+                      evenly(0, buffer.epochs - segments[0], STARTS))
+    options = proposed(losses)
+    options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
+    fitting = replace(config, **options, **WHOLE_WINDOW)
+    first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.train_images.device)
+    return Suggestion(options | fitting_rates(fitting, dataset, buffer, first), losses)
+
+
+def report(config: DistillConfig, suggested: Suggestion) -> None:
+    """`DATM.py --dry_run`: prints what fits these experts."""
+    print("\n".join(suggested.lines()))
+    given = " ".join(f"--{name}={value}" for name, value in suggested.options.items())
+    print(f"settings that fit these experts: {given}")
+
+
+def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
+    """The rates of images and labels at which a first update moves them by `MOVED` of their standard deviation."""
+    distillation = Distillation(config, dataset, buffer, first)
+    matches = [distillation.match(distillation.draw(number)) for number in range(DRAWS)]
+    gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
+    if config.labels == "learned":
+        gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
+    size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
+            for name, (of_all, tensor) in gradients.items()}
+    return {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
+
+
+def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet, segments: Sequence[int],
+             steps: Sequence[int], rates: Sequence[float], starts: Sequence[int]) -> Losses:
+    """Trains on the first set from each start epoch at each rate, and compares with all the targets along the way.
+
+    Args:
+        first: the set that a distillation begins with; its own rate is not used.
+    """
+    device = dataset.train_images.device
+    first = first.to(device)
+    config = replace(config, syn_steps=max(steps), batch_syn=min(config.batch_syn or len(first), BATCH),
+                     min_start_epoch=0)
+    values = np.full((len(segments), len(steps), len(rates), len(starts), DRAWS), math.nan)
+    with Progress(len(starts) * DRAWS, "measuring", quiet=config.quiet) as bar:
+        for at, start in enumerate(starts):
+            inside = [number for number, epochs in enumerate(segments) if start + epochs <= buffer.epochs]
+            for draw in range(DRAWS):
+                segment = draw_segment(config, buffer, dataset.image_size, len(first), device, draw % len(buffer), 1,
+                                       generator(config.seed, "suggest", start, draw))
+                thetas = [buffer.snapshot(segment.expert, start + epochs).to(device)
+                          for epochs in (0, *(segments[number] for number in inside))]
+                values[inside, ..., at, draw] = math.inf
+                for number, rate in enumerate(rates):
+                    losses = losses_on_the_way(
+                        student(buffer), thetas[0], thetas[1:], first.images, first.labels,
+                        torch.tensor(rate, device=device), segment.batches, segment.augment, matched_part(config))
+                    losses = losses[:, [each - 1 for each in steps]].nan_to_num(math.inf, math.inf).cpu().numpy()
+                    values[inside, :, number, at, draw] = losses
+                    if losses.min() > LOST:
+                        break
+                bar.update()
+    return Losses(segments, steps, rates, starts, values.mean(-1))
+
+
+def proposed(losses: Losses) -> dict[str, Any]:
+    """The options by these losses.
+
+    The gain of a start epoch is how far the loss is below 1, where a training has come no nearer to the target. Over
+    the first half of the trajectory, M and T are the smallest ones that have `NEARLY` the largest sum of gains, and α
+    is the rate with the largest there. The window begins at the first start epoch that real images do not teach already
+    (`EASY`), and holds those after it that gain at least `WORTH` of what the best of them does, between those that were
+    measured by interpolation.
+    """
+    gains = _gains(losses)
+    half = [number for number, start in enumerate(losses.starts) if 2 * start <= losses.starts[-1]]
+    of_all = gains[..., half].sum(-1)  # [segments, steps, rates]
+    enough = of_all.max(-1) >= NEARLY[0] * of_all.max()
+    segment = int(enough.any(1).argmax())
+    step = int(enough[segment].argmax())
+    rate = int(np.flatnonzero(of_all[segment, step] >= NEARLY[1] * of_all[segment, step].max())[-1])
+    known = np.flatnonzero(~np.isnan(losses.values[segment, step, rate]))
+    epochs = np.arange(losses.starts[known[-1]] + 1)
+    gain, loss = (np.interp(epochs, np.array(losses.starts)[known], values[segment, step, rate, known])
+                  for values in (gains, losses.values))
+    begin = int((loss >= EASY).argmax())
+    end = int(np.flatnonzero(gain >= WORTH * gain[begin:].max())[-1]) + 1
+    return {"lr_teacher": losses.rates[rate], "syn_steps": losses.steps[step],
+            "expert_epochs": losses.segments[segment], "min_start_epoch": begin, "max_start_epoch": end,
+            "threshold": round(max(1.0, ABOVE * float(loss[begin:end].max())), 1)}
+
+
+def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
+                      first: DistilledSet) -> tuple[DistilledSet, str]:
+    """`--lr_teacher auto`: the first set with the rate that `proposed` would take for this T, M and window, and what
+    there is to say of it."""
+    starts = evenly(config.min_start_epoch, config.max_start_epoch - 1, STARTS)
+    losses = measured(config, dataset, buffer, first, [config.expert_epochs], [config.syn_steps], RATES, starts)
+    rate = _gains(losses).sum(-1)[0, 0].argmax()
+    means = losses.values[0, 0].mean(-1)
+    said = ", ".join(f"{mean:.3g} at {each:g}" for each, mean in zip(RATES, means) if math.isfinite(mean))
+    return (replace(first, lr=torch.tensor(RATES[rate], device=first.images.device)),
+            f"--lr_teacher auto is {RATES[rate]:g}; the first set's mean matching loss over the window is {said}")
+
+
+def _gains(losses: Losses) -> np.ndarray:
+    """How far each loss is below 1, where a training has come no nearer to the target; 0 above."""
+    return np.nan_to_num(np.clip(1 - losses.values, 0, None))
+
+
+def evenly(first: int, last: int, most: int) -> list[int]:
+    """At most so many whole numbers from the first to the last, both of them among these."""
+    return sorted(set(np.linspace(first, last, most).round().astype(int).tolist()))
+
+
+def _batch(images: int, steps: int) -> int | None:
+    """Samples of an inner step with which T steps see each image twice, but no fewer than `BATCH`; None: all."""
+    batch = max(BATCH, -(-2 * images // steps))
+    return batch if batch < images else None
+
+
+def _cell(loss: float) -> str:
+    return "-" if math.isnan(loss) else f"{loss:.3f}" if loss < 10 else "far"
