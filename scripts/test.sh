@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
-ruff check buffer distill utils scripts tests
-python -m pytest "$@"
+ruff check --config pyproject.toml buffer distill utils scripts tests
+python -m pytest -c pyproject.toml --confcutdir=tests "$@"
