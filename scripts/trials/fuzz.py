@@ -44,7 +44,6 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import hypothesis
-import kornia.enhance  # noqa: F401  imported here, so that no child has to
 import matplotlib
 import numpy as np
 import torch

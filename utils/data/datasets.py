@@ -133,7 +133,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     train_key = _sha256(*train)
     mean, std = normal or _measure(train.images)
     # Fitted before any image is held out, so that what is made with a hold-out lives in the same space as the rest.
-    whitening = fit(train.images, train_key).to(device) if zca else None
+    whitening = fit(train.images, train_key, device).to(device) if zca else None
     if val_fraction:
         train, test = _hold_out(train, val_fraction, classes)
     fingerprint = _sha256(name, *train, *test)

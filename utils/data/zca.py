@@ -1,14 +1,18 @@
-"""ZCA whitening: fitted once by kornia, kept on disk, applied and inverted in chunks."""
+"""ZCA whitening: fitted once, kept on disk, applied and inverted in chunks."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
+import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +22,12 @@ from utils.files import cache_folder, load, load_tensors, reading, save, save_te
 from utils.memory import available
 
 EPS = 0.1  # the published ridge, added to the eigenvalues of the covariance
-CHUNK = 4096  # images whitened at a time: bounds the extra memory of `apply`, large enough for full matmul speed
-ONE_THREAD = 1024  # dimensions up to which a fit runs on one thread: see `_threads`
-LARGE = 4096  # dimensions from which a fit is announced, since it takes minutes
+CHUNK = 4096  # images at a time: bounds the extra memory, large enough for full matmul speed
+BLOCK = 1024  # rows of a matrix at a time, where it is rounded to float32 or comes from a GPU
+LONG = 60.0  # seconds from which a fit is announced
 BESIDE = "whitening.safetensors"  # a whitening that travels with a set, in its folder
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +48,7 @@ class Whitening:
         """[D, D]; T is symmetric and its eigenvalues are far from 0, so float64 gives it back to 1e-5."""
         if self.fitted_inverse is not None:
             return self.fitted_inverse
-        return torch.linalg.inv(self.transform.double()).float()
+        return _interruptible(lambda: torch.linalg.inv(self.transform.double()).float())
 
     def apply(self, images: Tensor) -> Tensor:
         """[N, C, H, W] in [0, 1] → whitened images, same shape."""
@@ -97,7 +103,7 @@ class KeptWhitening(NamedTuple):
                     if not _fits([whitening.mean, whitening.transform], dimension):
                         raise ValueError("it does not fit the images")
                     return whitening
-        kept = _read(_path(self.fingerprint), self.fingerprint, dimension, None)
+        kept = _read(_path(self.fingerprint), self.fingerprint, dimension)
         if kept is None:
             raise UserError(f"the whitening of this set, {self.fingerprint}, is neither in {cache_folder()} nor in "
                             f"{beside}; run distill/evaluation.py once on the set with its dataset, or write it where "
@@ -115,69 +121,117 @@ def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
 @torch.no_grad()
 def _by_chunks(images: Tensor, change) -> Tensor:
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    for start in range(0, len(images), CHUNK):
-        rows = images[start:start + CHUNK].flatten(1)  # [n ≤ CHUNK, D]
-        out[start:start + CHUNK] = change(rows).view(-1, *images.shape[1:])
+    # A signal waits for a product: with many dimensions, fewer images at a time (a second or two on one core).
+    size = min(CHUNK, max(1, 2**36 // images[:1].numel()**2)) if len(images) else 1
+    for start in range(0, len(images), size):
+        rows = images[start:start + size].flatten(1)  # [n ≤ size, D]
+        out[start:start + size] = change(rows).view(-1, *images.shape[1:])
     return out
 
 
-def fit(images: Tensor, cache_key: str) -> Whitening:
-    """The whitening of a training set, from the disk cache or fitted by `kornia.enhance.ZCAWhitening`.
+def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu") -> Whitening:
+    """The whitening of a training set, from the disk cache or fitted.
 
-    The result lies on the CPU and comes from the CPU, so that every machine whitens alike. It is kept as
-    `<cache folder>/zca_<key>.pt`; a fit of another kornia version than the one installed is renewed, and
-    without kornia a kept fit of any version is used.
+    It is `kornia.enhance.ZCAWhitening`'s to 1e-5, and kept as `<cache folder>/zca_<key>.pt`; what an earlier version
+    kept there is used as it is. The result lies on the CPU. It is computed in float64 and rounded to float32, so that
+    machines agree but for the last bit of some values.
 
     Args:
         images: the whole training set [N, C, H, W], uint8 in 0 … 255 or float32 in [0, 1].
         cache_key: what identifies these images' content (a hash of the raw images).
+        device: where to compute, if its memory is large enough; else on the CPU.
 
     Raises:
-        UserError: neither kornia nor a kept fit; fewer than two images; a fit that would not fit in memory.
+        UserError: fewer than two images; a fit that would not fit in memory.
     """
     dimension = images[0].numel()
     fingerprint = hashlib.sha256(f"{cache_key} eps={EPS}".encode()).hexdigest()[:32]
     path = _path(fingerprint)
-    version = None
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        version = importlib.metadata.version("kornia")
-    kept = _read(path, fingerprint, dimension, version)
+    kept = _read(path, fingerprint, dimension)
     if kept is not None:
         return kept
-    if version is None:
-        raise UserError(f"zca needs kornia to fit the whitening, kornia is not installed and no earlier fit is kept at "
-                        f"{path}; install it with: pip install kornia (or run without zca)")
     if len(images) < 2:
         raise UserError(f"zca needs at least two training images, got {len(images)}; add images or run without zca")
-    _refuse_or_announce(len(images), dimension)
-
+    device = _place(len(images), dimension, torch.device(device))
+    whitening = Whitening(*_interruptible(lambda: _computed(images, device)), fingerprint)
     try:
-        from kornia.enhance import ZCAWhitening  # here, not above: a second to import, not needed with a kept fit
-    except ImportError as error:
-        raise UserError(f"kornia {version} cannot be imported ({error}); install one that matches torch "
-                        f"{torch.__version__}") from error
-    with _threads(1 if dimension <= ONE_THREAD else torch.get_num_threads()):
-        fitted = ZCAWhitening(eps=EPS, compute_inv=True).fit(to_unit(images, "cpu"))
-    whitening = Whitening(fitted.mean_vector, fitted.transform_matrix, fitted.transform_inv, fingerprint)
-    try:
-        save({"mean": whitening.mean, "transform": whitening.transform, "inverse": whitening.inverse, "eps": EPS,
-              "kornia": version}, path)
+        save({"mean": whitening.mean, "transform": whitening.transform, "inverse": whitening.inverse, "eps": EPS}, path)
     except UserError as error:
         print(f"warning: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)",
               file=sys.stderr)
     return whitening
 
 
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """The SVD's many short parallel sections wait for each other: in 784 dimensions it takes 0.3 s on one thread, and
-    16 s on two where another process keeps the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
+def _interruptible(compute: Callable[[], Result]) -> Result:
+    """What `compute` returns or raises, from another thread: LAPACK holds the one that calls it for minutes, in which
+    Python hears no signal. What a signal raises in this thread ends the wait; the other one ends with the process.
+    """
+    outcome: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(compute())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        while not wait([outcome], timeout=0.2).done:  # by turns: the system may wake another thread for a signal
+            pass
+    except BaseException as error:
+        atexit.register(_leave, worker, 128 + getattr(error, "signal", signal.SIGINT))
+        raise
+    return outcome.result()
+
+
+def _leave(worker: threading.Thread, code: int) -> None:
+    """The way out of a process whose worker still computes; Python's own waits for it, or is aborted by it."""
+    if worker.is_alive():
+        with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+@torch.no_grad()
+def _computed(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """μ, T and T's inverse, float32 on the CPU, computed in float64 on `device`.
+
+    With C the covariance (over N − 1), any B with C = BᵀB and BBᵀ = diag(S) gives a function of it,
+    f(C) = f(0) I + Bᵀ diag((f(S) − f(0)) / S) B; with fewer images than dimensions it has N rows only, and the
+    directions that no image has are in f(0) I.
+    """
+    def rows(part: Tensor) -> Tensor:
+        return to_unit(part, device).flatten(1).double()
+
+    count, dimension = len(images), images[0].numel()
+    parts = images.split(CHUNK)
+    mean = torch.stack([rows(part).sum(0) for part in parts]).sum(0) / count
+    if count < dimension:
+        centred = torch.cat([rows(part) - mean for part in parts]).div_((count - 1)**0.5)
+        values, vectors = torch.linalg.eigh(centred @ centred.T)
+        basis = vectors.T @ centred  # B [N, D]
+    else:
+        covariance = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+        for part in parts:
+            centred = rows(part).sub_(mean)
+            covariance.addmm_(centred.T, centred, alpha=1 / (count - 1))
+        values, vectors = torch.linalg.eigh(covariance)
+        del covariance
+        basis = vectors.mul_(values.clamp(min=0).sqrt()).T  # B [D, D]
+    root, root_0 = (values.clamp(min=0) + EPS).sqrt(), EPS**0.5
+
+    def function(of_0: float, slope: Tensor) -> Tensor:
+        weighted, result = slope[:, None] * basis, torch.empty(dimension, dimension)
+        for columns, part in zip(basis.split(BLOCK, dim=1), result.split(BLOCK)):
+            part.copy_(columns.T @ weighted)
+        result.diagonal().add_(of_0)
+        return result
+
+    transform = function(1 / root_0, -1 / (root_0 * root * (root + root_0)))  # (1/√(s + eps) − 1/√eps) / s
+    inverse = function(root_0, 1 / (root + root_0))  # (√(s + eps) − √eps) / s
+    return mean.float().cpu()[None], transform, inverse
 
 
 def _path(fingerprint: str) -> Path:
@@ -185,14 +239,14 @@ def _path(fingerprint: str) -> Path:
     return cache_folder() / f"zca_{fingerprint}.pt"
 
 
-def _read(path: Path, fingerprint: str, dimension: int, version: str | None) -> Whitening | None:
-    """The kept fit, or None where there is none, it is damaged, or kornia has since changed."""
+def _read(path: Path, fingerprint: str, dimension: int) -> Whitening | None:
+    """The kept fit, or None where there is none or it is damaged."""
     if not path.is_file() or not path.stat().st_size:
         return None
     with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
         kept = load(path, "ZCA cache file")
         tensors = [kept[name] for name in ("mean", "transform", "inverse")]
-        if _fits(tensors, dimension) and version in (None, kept["kornia"]):
+        if _fits(tensors, dimension):
             return Whitening(*tensors, fingerprint)
     return None
 
@@ -204,15 +258,24 @@ def _fits(tensors: list[Tensor], dimension: int) -> bool:
         tensor.isfinite().all() for tensor in tensors)
 
 
-def _refuse_or_announce(count: int, dimension: int) -> None:
-    """Peak memory of kornia's fit: a centred copy of the images, and a float64 SVD of the [D, D] covariance."""
-    need = 4 * count * dimension + 64 * dimension**2  # 64 bytes: measured at D = 3072, mostly the SVD's work space
+def _place(count: int, dimension: int, device: torch.device) -> torch.device:
+    """Where a fit runs; one that takes long there is announced.
+
+    Raises:
+        UserError: it fits nowhere.
+    """
+    # Measured: the two results, and four matrices beside the images that the eigenproblem is made of, or a chunk.
+    need = 8 * dimension**2 + 40 * dimension * min(count, max(dimension, CHUNK))
+    if device.type == "cuda" and need < available(device):
+        return device
     free = available()
     if need > free:
         raise UserError(f"zca of {count} images of {dimension} values needs about {need / 2**30:.1f} GiB of memory, "
                         f"{free / 2**30:.1f} GiB is available; use a machine with more, smaller images (res), "
                         "or run without zca")
-    if dimension > LARGE:
-        minutes = 0.25 * (dimension / 3072) ** 3  # 3072 dimensions take 10 to 60 s
-        print(f"fitting ZCA in {dimension} dimensions: about {minutes:.0f} minutes and {need / 2**30:.1f} GiB, once "
-              "(the result is kept)", file=sys.stderr)
+    size = min(count, dimension)  # of the eigenproblem, which takes as long as a product of 10 size³
+    seconds = (2 * count * dimension * size + 4 * size * dimension**2 + 10 * size**3) / 5e10
+    if seconds > LONG:
+        print(f"fitting ZCA in {dimension} dimensions: about {seconds / 60:.0f} min on one core, less on more, and "
+              f"{need / 2**30:.1f} GiB, once (the result is kept)", file=sys.stderr)
+    return torch.device("cpu")

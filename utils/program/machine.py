@@ -11,7 +11,7 @@ import torch
 
 from utils.program.device import describe
 
-BESIDE_TORCH = ("torchvision", "numpy", "kornia")  # whose versions a result may depend on, where they are installed
+BESIDE_TORCH = ("torchvision", "numpy")  # whose versions a result may depend on, where they are installed
 
 
 def environment(device: torch.device) -> dict[str, str]:
