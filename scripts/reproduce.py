@@ -1,4 +1,4 @@
-"""Runs every row of the Fashion-MNIST tables of README.md and results/README.md, and makes the tables and plots. Started by reproduce.sh.
+"""Runs every row of the Fashion-MNIST tables in results/, and makes the tables and plots. Started by reproduce.sh.
 
     bash scripts/reproduce.sh --small                          # everything, or what is missing of it
     bash scripts/reproduce.sh --small --only ipc1_exact        # this row, and what it needs
