@@ -1,5 +1,6 @@
 """Plots of what is in a buffer, and of what runs are worth."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -47,26 +48,30 @@ def save_losses(path: Path, suggested: Suggestion) -> None:
         panels[-1].legend(fontsize=8)
 
 
-def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]], levels: dict[str, float]) -> None:
-    """A PNG of accuracies by images per class.
+def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]], levels: dict[str, float],
+                   published: dict[str, list[tuple[int, float]]], published_levels: dict[str, float]) -> None:
+    """A PNG of accuracies by images per class, ours in colours and published ones in grey.
 
     Args:
         curves: method → (images per class, mean, standard deviation), %; those of no point are left out.
-        levels: what else there is to compare with → %.
+        levels: what does not depend on the images per class → %.
+        published, published_levels: the same of others, without deviations.
     """
-    with drawing(path) as ((axes,),):
-        for method, points in curves.items():
-            if points:
-                at, means, deviations = zip(*points)
-                axes.errorbar(at, means, deviations, marker="o", markersize=4, capsize=3, label=method)
-        for name, level in levels.items():
-            axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label=name)
-        at = sorted({point[0] for points in curves.values() for point in points})
-        axes.set(xscale="log", xlabel="images a class", ylabel="test accuracy, %")
+    with drawing(path, size=(8.5, 4.4)) as ((axes,),):
+        drawn = [axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3, label=method)
+                 for method, points in curves.items() if points]
+        drawn += [axes.axhline(level, color="black", linestyle="--", linewidth=1, label=name)
+                  for name, level in levels.items()]
+        for (method, points), marker in zip(published.items(), itertools.cycle("sD^vPX")):
+            drawn += axes.plot(*zip(*points), marker, color="0.6", markersize=4, linestyle=":", linewidth=1,
+                               label=method)
+        drawn += [axes.axhline(level, color="0.6", linestyle="--", linewidth=1, label=name)
+                  for name, level in published_levels.items()]
+        at = sorted({point[0] for points in (*curves.values(), *published.values()) for point in points})
+        axes.set(xscale="log", xlabel="images per class", ylabel="test accuracy, %")
         axes.set_xticks(at, [str(each) for each in at])
         axes.minorticks_off()
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+        axes.legend(handles=drawn, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, bool]]]) -> None:

@@ -1,27 +1,32 @@
 #!/usr/bin/env bash
-# Distils MiniFashion, real images of this repository, to one image a class and shows what that is worth:
+# Distils MiniFashion, real images of this repository, to one image per class and shows what that is worth:
 #     bash scripts/quickstart.sh
-# Every command it runs is printed as you would type it. What the same command made already is used again, what another
-# one made is made again; delete quickstart/ to start over.
+# Every command it runs is printed as you would type it. What the same command made already is used again; what another
+# command made, or what was made of older files, is made again. Delete quickstart/ to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 
 out=quickstart
-set_folder=$out/logged_files/MiniFashion/1/ConvNetW32/quickstart
+experts=$out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt
+config=configs/MiniFashion/ConvIN/IPC1.yaml
+run=$out/logged_files/MiniFashion/1/ConvNetW32/quickstart
+distilled=$run/Normal/distilled.safetensors  # the best set, which the run's pictures and page show too
 data="--dataset=MiniFashion --model=ConvNetW32 --zca"
-test_it="$data --num_eval=5 --epoch_eval_train=300"
 mkdir -p "$out"
 
-step() {  # step MADE RESULT COMMAND…: runs the command, unless it made the result that is there; MADE is all it makes
-    local made=$1 result=$2 made_by=$out/.made_by_$(basename "$2")
-    shift 2
-    if [ -e "$result" ] && [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
+step() {  # step MADE RESULT OF COMMAND…: runs it, unless it made the result that is there of the files OF; MADE is all
+    local made=$1 result=$2 of=$3 made_by=$out/.made_by_$(basename "$2") file again=no
+    shift 3
+    for file in $of; do
+        if [ "$file" -nt "$result" ]; then again=yes; fi
+    done
+    if [ $again = no ] && [ -e "$result" ] && [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
         printf '\n# %s is there already\n' "$result"
         return
     fi
     if [ -e "$made_by" ] || [ -e "$result" ]; then
-        printf '\n# %s was made by another command, and is made again\n' "$made"
+        printf '\n# %s was made by another command or of older files, and is made again\n' "$made"
         rm -rf "$made" "$made_by"
     fi
     printf '\n$ %s\n' "$*"
@@ -29,29 +34,25 @@ step() {  # step MADE RESULT COMMAND…: runs the command, unless it made the re
     printf '%s\n' "$*" >"$made_by"
 }
 
-step $out/buffers $out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt \
-    python buffer/buffer_FTD.py $data --num_experts=4 --train_epochs=6 --batch_train=64 \
+# A tenth of the training images is held out of experts and distillation alike, to choose the best set on: the test
+# images are for the table alone.
+step $out/buffers $experts "" \
+    python buffer/buffer_FTD.py $data --val_fraction=0.1 --num_experts=4 --train_epochs=6 --batch_train=64 \
     --rho_max=0.01 --rho_min=0.01 --alpha=0.3 --lr_teacher=0.01 --buffer_path=$out/buffers
-step $set_folder $set_folder/result.json \
-    python distill/DATM.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml \
+step $run $run/result.json "$config $experts" \
+    python distill/DATM.py --cfg $config --val_fraction=0.1 \
     --buffer_path=$out/buffers --log_path=$out/logged_files --run_name=quickstart
-step $out/random.json $out/random.json \
-    python distill/baseline.py $test_it --ipc=1 --json=$out/random.json
-step $out/random_expert_labels.json $out/random_expert_labels.json \
-    python distill/baseline.py $test_it --ipc=1 --label_source=experts --buffer_path=$out/buffers \
-    --json=$out/random_expert_labels.json
-# The set after the last iteration, not the best one on the way: that was chosen on the test images.
-step $out/distilled.json $out/distilled.json \
-    python distill/evaluation.py $test_it --data_dir=$set_folder/Normal/images_300.pt \
-    --label_dir=$set_folder/Normal/labels_300.pt --lr_dir=$set_folder/Normal/lr_300.pt --json=$out/distilled.json
-step $out/whole.json $out/whole.json \
+step $out/random.json $out/random.json "" \
+    python distill/baseline.py $data --num_eval=5 --epoch_eval_train=300 --ipc=1 --json=$out/random.json
+step $out/distilled.json $out/distilled.json $distilled \
+    python distill/evaluation.py $data --num_eval=5 --epoch_eval_train=300 --data_dir=$distilled \
+    --json=$out/distilled.json
+step $out/whole.json $out/whole.json "" \
     python distill/baseline.py $data --num_eval=3 --epoch_eval_train=8 --batch_train=64 --ipc=None --json=$out/whole.json
 
 echo
-python scripts/summary.py $out/random.json $out/random_expert_labels.json $out/distilled.json $out/whole.json
+python scripts/summary.py $out/random.json $out/distilled.json $out/whole.json
 echo
-echo "the run:              $set_folder/result.json, metrics.jsonl, config.yaml"
-echo "the distilled set:    $set_folder/Normal/images_300.pt, labels_300.pt, lr_300.pt"
-echo "beside real images:   $set_folder/images.png"
-echo "curves:               $set_folder/curves.png"
-echo "experts:              $out/buffers/MiniFashion/ConvNetW32/replay_buffer_0.pt"
+echo "the distilled set:     $distilled"
+echo "beside real images:    $run/images.png"
+echo "the run on one page:   $run/report.html"

@@ -1,4 +1,4 @@
-"""Runs every row of README's Fashion-MNIST tables, and makes the tables and plots. Started by reproduce.sh.
+"""Runs every row of the Fashion-MNIST tables in results/, and makes the tables and plots. Started by reproduce.sh.
 
     bash scripts/reproduce.sh --small                          # everything, or what is missing of it
     bash scripts/reproduce.sh --small --only ipc1_exact        # this row, and what it needs
@@ -44,13 +44,13 @@ from utils.program.locks import locked
 # In the order in which they are begun: those that take long first.
 KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
     "experts", "look", "distillation", "long evaluation", "evaluation", "repetition")
-METHODS = {"random": "random real images", "expert_labels": "… that experts get right, with their labels",
+METHODS = {"random": "random real images", "expert_labels": "those that experts get right, with their labels",
            "tesla": "TESLA's gradient", "exact": "exact gradient (DATM)"}
 # Of the experts' GSAM: FTD's published command, none, and the option's default.
 RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0}
 PER_FILE = BufferConfig().save_interval
 DRAWS = 5  # of real images, for each row of them
-# Test accuracies on Fashion-MNIST at 1, 10 and 50 images a class, of ConvNet: random, DC and the whole set from DC's
+# Test accuracies on Fashion-MNIST at 1, 10 and 50 images per class, of ConvNet: random, DC and the whole set from DC's
 # table 1 (Zhao et al., ICLR 2021), DSA from its paper (Zhao and Bilen, ICML 2021), IDC from its own (Kim et al., ICML
 # 2022); MTT from tables of later papers, as its own has none.
 PUBLISHED = {"random": (51.4, 73.8, 82.5), "DC": (70.5, 82.3, 83.6), "DSA": (70.6, 84.6, 88.7),
@@ -106,10 +106,10 @@ SMALL = Form(
     windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
     cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, random_lr=0.03,
     backend="compile", threads=1, tried=(
-        ("the middle window at 1 a class without the threshold", 1, "window_middle_no_threshold", "middle",
+        ("the middle window at 1 per class without the threshold", 1, "window_middle_no_threshold", "middle",
          ("--threshold=inf",)),
         ("the same from a smaller α", 1, "window_middle_unskipped", "middle", ("--threshold=inf", "--lr_teacher=0.01")),
-        ("the late window at 10 a class without the threshold", 10, "window_late_no_threshold", "late",
+        ("the late window at 10 per class without the threshold", 10, "window_late_no_threshold", "late",
          ("--threshold=inf",))))
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
@@ -158,8 +158,8 @@ class Plan:
                 name: self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc, f"window_{name}",
                                       *form.window(name))
                 for name, (first, end) in form.windows.items()}
-            self.tables[f"the difficulty window, {ipc} a class"] = list(self.windows[ipc].values())
-        self.tables[f"single ideas, {at} a class"] = [
+            self.tables[f"the difficulty window, {ipc} per class"] = list(self.windows[ipc].values())
+        self.tables[f"single ideas, {at} per class"] = [
             self._distilled(says, at, name, *options, experts=experts, seeds=form.seeds if experts != "FTD_2" else (0,))
             for says, name, options, experts in (
                 (METHODS["exact"], "exact", (), "FTD"),
@@ -174,7 +174,7 @@ class Plan:
                 self._distilled(says, ipc, name, *form.window(window), *options)
                 for says, ipc, name, window, options in form.tried]
         (exact,) = self.main[cross]["exact"].made_by
-        self.tables[f"other networks, {cross} a class"] = [
+        self.tables[f"other networks, {cross} per class"] = [
             self._baseline(METHODS["random"], f"ipc{cross}_random_networks", cross, "--eval_mode=M",
                            lr=form.cross_random_lr),
             self._baseline(METHODS["random"], f"ipc{cross}_random_mlp", cross, "--model=MLP", lr=form.cross_random_lr),
@@ -290,7 +290,7 @@ class Plan:
 
 
 def _images(ipc: int) -> str:
-    return f"{ipc} images a class" if ipc > 1 else "1 image a class"
+    return f"{ipc} images per class" if ipc > 1 else "1 image per class"
 
 
 # --- what was found --------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def write_tables(plan: Plan, results: Results) -> None:
 def _main_table(plan: Plan, results: Results) -> str:
     ipcs = plan.form.ipcs
     none = [""] * (len(ipcs) - 1)
-    rows = [["", *(f"{ipc} a class" for ipc in ipcs)]]
+    rows = [["", *(f"{ipc} per class" for ipc in ipcs)]]
     rows += [[says, *(str(results.cell(plan.main[ipc][name]) or "–") for ipc in ipcs)]
              for name, says in METHODS.items()]
     (whole,) = plan.tables["the whole training set"]
@@ -489,7 +489,9 @@ def write_plots(plan: Plan, results: Results) -> None:
                      if (cell := results.cell(rows[name]))] for name, says in METHODS.items()}
     whole = results.cell(plan.tables["the whole training set"][0])
     levels = {"the whole training set": 100 * whole.score.mean} if whole else {}
-    save_by_images(results.folder / "accuracy.png", curves, levels)
+    published = {f"published: {method}": list(zip(PUBLISHED_IPCS, figures)) for method, figures in PUBLISHED.items()}
+    save_by_images(results.folder / "accuracy.png", curves, levels, published,
+                   {"published: the whole training set": PUBLISHED_WHOLE})
     save_windows(results.folder / "windows.png", {_images(ipc): windows(plan, results, ipc) for ipc in plan.windows})
 
 

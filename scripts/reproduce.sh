@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every result of README's Fashion-MNIST tables, from the real data to the tables and plots:
+# Every result of the Fashion-MNIST tables in results/, from the real data to the tables and plots:
 #     bash scripts/reproduce.sh --small     # a laptop's CPU, some hours
 #     bash scripts/reproduce.sh             # a GPU, the published network
 # It goes on where it was stopped. `--list` prints the commands, `--help` says the rest.

@@ -1,0 +1,95 @@
+"""What README says holds, and the quickstart does what README says."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
+from utils.files import REPOSITORY
+from utils.program.command_line import parse
+
+CONFIGS = {"buffer_FTD.py": BufferConfig, "DATM.py": DistillConfig, "evaluation.py": EvaluationConfig,
+           "baseline.py": BaselineConfig}
+SET = "quickstart/logged_files/MiniFashion/1/ConvNetW32/quickstart"
+# In the place of Python: notes the command, and makes the file that this one is known by.
+PYTHON = f"""#!/bin/sh
+echo "$*" >>commands
+for word in "$@"; do
+    case $word in
+        --json=*) touch "${{word#*=}}" ;;
+        --buffer_path=*) experts=${{word#*=}}/MiniFashion/ConvNetW32 ;;
+    esac
+done
+case $1 in
+    buffer/*) mkdir -p $experts; touch $experts/replay_buffer_0.pt ;;
+    distill/DATM.py) mkdir -p {SET}/Normal; touch {SET}/Normal/distilled.safetensors {SET}/result.json ;;
+esac
+"""
+
+
+def checked(command):
+    """The options of a command, which must be one of the programs' own; None of another program."""
+    words = shlex.split(command)
+    at = next((at for at, word in enumerate(words) if Path(word).name in CONFIGS), None)
+    return None if at is None else parse(CONFIGS[Path(words[at]).name], "", words[at + 1:],
+                                         yaml_file=Path(words[at]).name == "DATM.py")
+
+
+@pytest.mark.parametrize("page", ["README.md", "configs/README.md"])
+def test_commands_are_valid(page, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    text = (REPOSITORY / page).read_text()
+    blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", "")
+    commands = [line for line in blocks.splitlines() if line.startswith(("python ", "torchrun "))]
+    assert len([command for command in commands if checked(command)]) >= 3
+
+
+def test_the_readme_is_short_and_has_the_quickstarts_table(call):
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(text.split()) <= 1100
+    results = [f"results/quickstart/{name}.json" for name in ("random", "distilled", "whole")]
+    assert call("scripts/summary.py", *results).stdout in text
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """`quickstart()`: runs it in a folder of its own, Python being PYTHON; the commands it ran and what it printed."""
+    for folder in ("scripts", "bin", "configs/MiniFashion/ConvIN"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "scripts/quickstart.sh").write_text((REPOSITORY / "scripts/quickstart.sh").read_text())
+    (tmp_path / "scripts/venv.sh").write_text("")
+    (tmp_path / "configs/MiniFashion/ConvIN/IPC1.yaml").write_text("")
+    (tmp_path / "bin/python").write_text(PYTHON)
+    (tmp_path / "bin/python").chmod(0o755)
+
+    def run():
+        (tmp_path / "commands").write_text("")
+        done = subprocess.run(["bash", tmp_path / "scripts/quickstart.sh"], capture_output=True, text=True, timeout=60,
+                              env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "commands").read_text().splitlines(), done.stdout
+
+    return run
+
+
+def test_the_quickstart_shows_one_set_that_was_not_chosen_on_test_images(quickstart, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    commands, out = quickstart()
+    experts, distillation, random, distilled, whole = map(checked, commands[:-1])
+    assert experts.val_fraction == distillation.val_fraction == 0.1
+    assert random.val_fraction == distilled.val_fraction == whole.val_fraction == 0
+    assert distilled.data_dir == str(REPOSITORY / SET / "Normal/distilled.safetensors") and not distilled.label_dir
+    assert commands[-1].startswith("scripts/summary.py ")
+    assert out.splitlines()[-1].endswith(f"{SET}/report.html")
+
+    # Nothing is made twice; what was made of an older file, or by another command, is made again.
+    assert quickstart()[0] == commands[-1:]
+    later = (tmp_path / SET / "result.json").stat().st_mtime + 1
+    os.utime(tmp_path / "configs/MiniFashion/ConvIN/IPC1.yaml", (later, later))
+    os.utime(tmp_path / "quickstart/distilled.json", (later - 60, later - 60))
+    assert [command.split()[0] for command in quickstart()[0]] == ["distill/DATM.py", "distill/evaluation.py",
+                                                                   "scripts/summary.py"]
