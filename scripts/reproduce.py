@@ -303,7 +303,7 @@ class Cell(NamedTuple):
     count: str  # of what the score is over, in words
 
     def __str__(self) -> str:
-        return percent(self.score.mean, self.score.std)
+        return self.score.percent
 
 
 class Results:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.report.curves import LEAST_ACCURACY
 from distill.report.page_pictures import Pictures
 from distill.result_files import NORMAL, Metrics
 from utils.files import atomic_write
@@ -68,7 +69,8 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
         at = [iteration for iteration, _ in scores]
         mean, std = (100 * np.array(values) for values in zip(*((score.mean, score.std) for _, score in scores)))
         accuracy.plot(at, mean, marker=".", color="C2")
-        accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)
+        accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)  # over one nothing
+        accuracy.set_ylim(0, max(LEAST_ACCURACY, 1.05 * float((mean + std).max())))
     accuracy.set(title=f"accuracy, % ({scores[0][1].network if scores else ''})", xlabel="iteration")
 
     lr.plot(iterations, [step.lr for step in steps], color="C1")
