@@ -23,7 +23,7 @@ from utils.program.machine import environment
 from utils.program.progress import Progress
 from utils.program.run_folder import RunFolder
 
-DRAW_SHARE = 0.05  # of a run's time, at most, that goes into what shows it on its way
+DRAW_SHARE = 0.1  # of a run's time, at most, that goes into what shows it on its way
 FIRST_DRAWING = 0.5  # seconds that the first takes, for all that is known
 
 

@@ -76,11 +76,12 @@ def heat_map(title: str, shares: Tensor, names: Sequence[str], rows: str, column
         marks += [f'<text class="{"on" if float(strong[row, column]) > 0.85 else "in"}" '
                   f'x="{margin + (column + 0.5) * cell:.1f}" y="{top + (row + 0.5) * cell + 4:.1f}" '
                   f'text-anchor="middle">{100 * share:.0f}</text>'
-                  for row in range(count) for column, share in enumerate(shares[row].tolist()) if share >= 0.005]
+                  for row in range(count) for column, share in enumerate(shares[row].tolist()) if round(100 * share)]
     height = top + side + margin
     marks.append(f'<text x="{margin + side / 2}" y="{height - 5}" text-anchor="middle">{columns}</text><text '
-                 f'transform="translate(12 {top + side / 2}) rotate(-90)" text-anchor="middle">{rows}</text>')
-    scale = (f"Each row is 100 %; the strongest colour is {100 * most:.0f} %, half of it a quarter of that."
+                 f'transform="translate(14 {top + side / 2}) rotate(-90)" text-anchor="middle">{rows}</text>')
+    scale = (f"In %, each row together 100; the strongest colour is {100 * most:.0f} %, and small shares are "
+             "made stronger to be seen."
              + ("" if named else " Classes by their numbers, in the order of their folders or of the dataset."))
     return draw.chart(title, f"{title}: {columns} by {rows}. {words}", width, f"{height:.0f}", Markup("".join(marks)),
                       [], f"{words} {scale}".strip())

@@ -7,10 +7,11 @@ page.html, how it looks report.css.
 import base64
 import io
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from distill.report import classes, curves
 from distill.report.commands import commands
@@ -98,11 +99,17 @@ def _summary(run: SavedRun) -> Markup:
     if run.learned_nothing:
         loss, threshold = run.result.fixed_loss.before or run.loss, run.config.get("threshold")
         known = isinstance(threshold, int | float)
-        notes.append(draw.note(f"Every update was skipped{'' if run.finished else ' so far'}: "
-                               f"{skipped_advice(loss, threshold) if known else 'nothing was learned'}."))
+        advice = skipped_advice(loss, threshold) if known else "nothing was learned"
+        notes.append(draw.note(_options_whole(f"Every update was skipped{'' if run.finished else ' so far'}: {advice}.")))
     if run.missing:
         notes.append(draw.note("This folder does not hold:", run.missing))
     return joined(*notes, draw.facts(facts(run)))
+
+
+def _options_whole(text: str) -> Markup:
+    """Text whose options are not broken after their hyphens."""
+    return joined(*(Markup('<span class="whole">%s</span>') % part if part.startswith("--") else escape(part)
+                    for part in re.split(r"(--\w+(?: auto| inf)?)", text)))
 
 
 # --- images --------------------------------------------------------------------------------------------------

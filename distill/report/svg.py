@@ -120,7 +120,7 @@ class Chart:
             *(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>'
               for value in ticks(*x_range, 5, whole=True)),
             f'<text x="{(left + right) / 2}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}</text>',
-            f'<text transform="translate(11 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
+            f'<text transform="translate(14 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
             f"{escape(self.y_label)}</text>"])
 
 
