@@ -26,15 +26,17 @@ def predictions(score: Score, names: Sequence[str], iteration: int) -> Markup:
     words = draw.paragraph(
         f"Predictions at the last evaluation (iteration {iteration:,}) by {networks} {score.network} "
         f"network{'s together' if networks > 1 else ''}: {int(counts.sum()):,} in all, {right:.1f} % of them right.")
-    bars = [{"name": name, "long": False, "now": 100 * share, "start": None, "own": False}
-            for name, share in zip(names, own.tolist())]
+    # All classes in their order; of many the best and the worst.
+    many = len(names) > MOST_NAMED
     order = own.argsort(descending=True, stable=True).tolist()
-    told = (f"Best: {_listed(names, own, order[:WORST])}. Worst: {_listed(names, own, order[:-WORST - 1:-1])}."
-            if len(names) > MOST_NAMED else "")
-    by_class = draw.chart_of("Accuracy by class", draw.bars("Accuracy by class", bars, "") if not told else "", told)
+    shown = [*order[:WORST], *order[-WORST:]] if many else range(len(names))
+    bars = [{"name": names[number], "long": len(names[number]) > LONGEST, "now": 100 * float(own[number]),
+             "start": None, "own": False} for number in shown]
+    by_class = draw.chart_of("Accuracy by class", draw.bars("Accuracy by class", bars, ""),
+                             f"The {WORST} best and the {WORST} worst of {len(names)} classes." if many else "")
     map_ = heat_map("Which class is taken for which", shares, names, "class", "prediction",
                     _worst(shares, names, "{0} taken for {1}: {2}", "No class is taken for another."))
-    rows = [[name, f"{100 * share:.1f} %", *_taken_for(row, names, number)]
+    rows = [[f"{number + 1}: {name}" if many else name, f"{100 * share:.1f} %", *_taken_for(row, names, number)]
             for number, (name, share, row) in enumerate(zip(names, own.tolist(), shares))]
     table = draw.folded("Accuracy by class as a table", draw.table(
         "Accuracy by class", ["class", "accuracy", "most often taken for"], rows))
@@ -82,7 +84,7 @@ def heat_map(title: str, shares: Tensor, names: Sequence[str], rows: str, column
                  f'transform="translate(14 {top + side / 2}) rotate(-90)" text-anchor="middle">{rows}</text>')
     scale = (f"In %, each row together 100; the strongest colour is {100 * most:.0f} %, and small shares are "
              "made stronger to be seen."
-             + ("" if named else " Classes by their numbers, in the order of their folders or of the dataset."))
+             + ("" if named else " Classes by their numbers."))
     return draw.chart(title, f"{title}: {columns} by {rows}. {words}", width, f"{height:.0f}", Markup("".join(marks)),
                       [], f"{words} {scale}".strip())
 
@@ -101,10 +103,6 @@ def _taken_for(row: Tensor, names: Sequence[str], own: int) -> list[Any]:
     others[own] = 0
     value, place = others.max(0)
     return [f"{names[int(place)]} ({100 * float(value):.1f} %)" if value > 0 else "none"]
-
-
-def _listed(names: Sequence[str], shares: Tensor, order: Sequence[int]) -> str:
-    return ", ".join(f"{names[number]} {100 * float(shares[number]):.0f} %" for number in order)
 
 
 def _short(name: str) -> str:

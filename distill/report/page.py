@@ -100,7 +100,8 @@ def _summary(run: SavedRun) -> Markup:
         loss, threshold = run.result.fixed_loss.before or run.loss, run.config.get("threshold")
         known = isinstance(threshold, int | float)
         advice = skipped_advice(loss, threshold) if known else "nothing was learned"
-        notes.append(draw.note(_options_whole(f"Every update was skipped{'' if run.finished else ' so far'}: {advice}.")))
+        so_far = "" if run.finished else " so far"
+        notes.append(draw.note(_options_whole(f"Every update was skipped{so_far}: {advice}.")))
     if run.missing:
         notes.append(draw.note("This folder does not hold:", run.missing))
     return joined(*notes, draw.facts(facts(run)))
