@@ -191,10 +191,10 @@ def result_so_far(metrics: Metrics, chosen_on: Literal["test", "validation"],
 
 def skipped_advice(loss: float, threshold: float) -> str:
     """What to change, in which order, in a run whose updates were all skipped; for its end and its page too."""
-    return (f"the matching loss ({loss:.3g}) is above --threshold {threshold:g}, so nothing is learned. Change, in "
-            "this order: --lr_teacher auto, which measures the rate that fits these experts; a smaller --lr_teacher by "
-            "hand; a window that starts earlier (--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; "
-            "--threshold inf")
+    too_large = f"({loss:.3g}) is above --threshold {threshold:g}" if math.isfinite(loss) else "is not finite"
+    return (f"the matching loss {too_large}, so nothing is learned. Change, in this order: --lr_teacher auto, which "
+            "measures the rate that fits these experts; a smaller --lr_teacher by hand; a window that starts earlier "
+            "(--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; --threshold inf")
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ def predictions(score: Score, names: Sequence[str], iteration: int) -> Markup:
     counts = torch.tensor(score.confusion, dtype=torch.double)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     own, networks = shares.diagonal(), len(score.accuracies)
-    right = 100 * float(counts.diagonal().sum() / counts.sum().clamp(min=1))
+    right = f"{100 * float(counts.diagonal().sum() / counts.sum().clamp(min=1)):.1f}\N{NO-BREAK SPACE}%"
     words = draw.paragraph(
         f"Predictions at the last evaluation (iteration {iteration:,}) by {networks} {score.network} "
-        f"network{'s together' if networks > 1 else ''}: {int(counts.sum()):,} in all, {right:.1f} % of them right.")
+        f"network{'s together' if networks > 1 else ''}: {int(counts.sum()):,} in all, {right} of them right.")
     # All classes in their order; of many the best and the worst.
     many = len(names) > MOST_NAMED
     order = own.argsort(descending=True, stable=True).tolist()
