@@ -64,7 +64,7 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
     averaged = [result.best_ema.scores[0]] if result.best_ema else []
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
     return [(f"Best accuracy on the {result.chosen_on or 'test'} images", in_words(score)),
-            ("Measured on", f"{networks} network{'s' * (networks != 1)} ({score.network})"),
+            ("Measured on", f"{networks} network{'s' * (networks != 1)}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
             *(("Best accuracy of the averaged images (EMA)", in_words(score)) for score in averaged),
             *([(f"Matching loss before → after, over {fixed.segments or ''} fixed segments",
@@ -89,7 +89,7 @@ def _progress(run: SavedRun) -> str:
 
 def _share(count: int, total: int) -> str:
     return f"{count:,}" + (f" of {total:,}" if total else "") + (
-        f" ({100 * count / total:.1f} %)" if total and count else "")
+        f" ({100 * count / total:.1f}\N{NO-BREAK SPACE}%)" if total and count else "")
 
 
 def _summary(run: SavedRun) -> Markup:
