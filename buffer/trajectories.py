@@ -85,6 +85,12 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
     return [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
 
 
+def test_accuracies(folder: Path) -> list[float]:
+    """Those of the experts of a folder after their last epoch, as far as manifests tell."""
+    return [float(expert["test_accuracy"]) for manifest in _manifests(folder).values()
+            for expert in manifest.get("experts", [])]
+
+
 def check_same_data(folder: Path, config: DataConfig) -> None:
     """Refuses experts that were trained on other data, by the options saved beside them; published ones have none.
 

@@ -1,21 +1,21 @@
-"""What a finished distillation leaves and says."""
+"""What a distillation leaves and says when it is finished, and shows before."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from buffer.trajectories import Buffer, made_by
+from buffer.trajectories import Buffer, made_by, test_accuracies
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import WHOLE, DistilledSet
 from distill.report.commands import evaluation
+from distill.report.frames import Frames
 from distill.report.page import PAGE
 from distill.report.page_pictures import PICTURES, SAVED, save_pictures
 from distill.report.read_run import read_run
-from distill.report.show import missing, noting_failure, show
-from distill.result_files import EMA, NORMAL, Best, FixedLoss, RunResult
-from distill.run_state import Candidate, RunState, best_of
+from distill.report.show import SHOWN, missing, noting_failure, show
+from distill.result_files import EMA, NORMAL, Best, FixedLoss, RunResult, skipped_advice
+from distill.run_state import Candidate, DistillView, RunState, best_of, frames_of
 from utils.config import STARTS, DistillConfig, influential
 from utils.data.datasets import Dataset
-from utils.loss_and_accuracy import percent
 from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
 from utils.program.machine import environment
@@ -35,24 +35,27 @@ def finish(run: RunState) -> None:
     for name in run.best:
         save_best(config, dataset, folder.path, run.best, name)
 
+    # What showed it on its way is not what shows it now.
+    for name in (*SHOWN, PICTURES):
+        (folder.path / name).unlink(missing_ok=True)
+
     # The result, with which the run counts as finished; then what shows it.
     chosen_on = "validation" if config.val_fraction else "test"
     results = {name: Best(best.iteration, float(best.set.lr), best.scores) for name, best in run.best.items()}
     summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {chosen_on} images "
-                        f"{percent(best.scores[0].mean, best.scores[0].std)} % at iteration {best.iteration}"
+                        f"{best.scores[0].percent} % at iteration {best.iteration}"
                         for name, best in results.items())
     skipped, held = run.distillation.skipped, run.distillation.held
     RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
               FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device)).write(folder.result)
     run.tracker.finish()
-    make_up(config, dataset, run.distillation.buffer, folder.path, start, run.best)
+    make_up(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
 
     # What was reached, and where it lies.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     say(config, f"{skipped} of {config.Iteration} updates skipped, α held back {held} times")
     if skipped == config.Iteration > 0:
-        note(f"note: every update was skipped, so nothing was learned; the matching loss stays above --threshold "
-             f"{config.threshold:g}: give a larger one, or start nearer (--pix_init, --lr_teacher, --syn_steps)")
+        note(f"note: every update was skipped: {skipped_advice(before, config.threshold)}")
     print(wrapped(summary))
     _say_where(config, folder.path, run.best, _version(run.best))
 
@@ -69,7 +72,7 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
             for name in (name for name in lost if name in best):
                 save_best(config, dataset, folder.path, best, name)
             start = DistilledSet(**state["start"]).to(device) if state else None
-            make_up(config, dataset, buffer, folder.path, start, best)
+            make_up(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
     more = "" if config.resume == "never" else "a larger --Iteration to go on with it, or "
     print(wrapped(f"{shown(folder.path)} is finished ({result.summary}); give {more}another --run_name to run it "
                   "again"))
@@ -82,19 +85,35 @@ def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[st
 
 
 def make_up(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet | None,
-            best: dict[str, Candidate]) -> None:
+            best: dict[str, Candidate], frames: Frames) -> None:
     """Makes what shows a finished run and is not there.
 
     Args:
         start: the set that it began with; None: it is not known any more, as its state is gone.
     """
     if start is not None and PICTURES in missing(path):
-        with noting_failure(path, PICTURES):
-            version = _version(best)
-            save_pictures(path / PICTURES, dataset, start, best[version].set, version,
-                          config.pix_init if config.pix_init in STARTS else SAVED, made_by(buffer.folder))
+        _save_pictures(config, dataset, buffer, path, start, best, frames)
     if missing(path):
         show(read_run(path), missing(path))
+
+
+def show_so_far(run: RunState, view: DistillView) -> None:
+    """Brings what shows an unfinished run up to date, so seldom that it takes `DRAW_SHARE` of the time at most."""
+    if not ranks.first() or run.iteration == run.config.Iteration or not run.drawing.due():
+        return
+    path = run.folder.path
+    with view.aside("drawing", 1), run.drawing, noting_failure(path, PAGE):
+        _save_pictures(run.config, run.dataset, run.distillation.buffer, path, run.start, run.best, run.frames)
+        show(read_run(path))
+
+
+def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet,
+                   best: dict[str, Candidate], frames: Frames) -> None:
+    with noting_failure(path, PICTURES):
+        version = _version(best)
+        save_pictures(path / PICTURES, dataset, start, best[version].set, version,
+                      config.pix_init if config.pix_init in STARTS else SAVED, frames, made_by(buffer.folder),
+                      test_accuracies(buffer.folder))
 
 
 def _version(best: dict[str, Candidate]) -> str:
@@ -108,7 +127,8 @@ def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best:
     say(config, f"  {PAGE:<29} the run on one page, for a browser")
     for name in versions:
         say(config, f"  {f'{name}/{WHOLE}':<29} the best set; beside it as images_best.pt, …")
-    say(config, "  images.png, curves.png, metrics.jsonl, config.yaml, result.json; checkpoint.pt, to go on from")
+    say(config, "  images.png, evolution.webp, curves.png, metrics.jsonl, config.yaml, result.json; checkpoint.pt, to "
+                "go on from")
     whole = path / best / WHOLE
     options = evaluation(influential(config), whole) | commands.device_given(config.device)
     commands.say_next(config, "next, to test the set on fresh networks, and to have its images as PNG files:",

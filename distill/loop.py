@@ -6,7 +6,7 @@ from buffer.trajectories import Buffer, buffer_folder, check_same_images
 from distill import checks, estimate, plan, suggest
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.finish import finish, say_finished
+from distill.finish import finish, say_finished, show_so_far
 from distill.initialize import checksums, initial_set, labellers_of
 from distill.report.page_pictures import PICTURES
 from distill.report.show import SHOWN
@@ -149,6 +149,7 @@ def iterate(run: RunState) -> None:
             if plan.is_evaluated(config, iteration) and not run.evaluated:
                 scores = run.evaluate(view)
                 run.keep_best(scores, view)
+                show_so_far(run, view)
 
             # Publish the set, whatever it scores.
             if plan.is_published(config, iteration):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, RootModel, ValidationError, computed_field
+from pydantic import AfterValidator, BeforeValidator, Field, RootModel, ValidationError, computed_field
 from pydantic.dataclasses import dataclass
 
 from utils.files import append_json, given, read_json, read_text, reading, write_json
@@ -25,6 +25,13 @@ VERSIONS = NORMAL, EMA = "Normal", "EMA"  # the folders of the sets, as publishe
 _AGAIN = "put it back, or run again under another --run_name"
 
 
+def _square(counts: list[list[int]]) -> list[list[int]]:
+    if any(len(row) != len(counts) for row in counts):
+        raise ValueError("not as many columns as rows")
+    return counts
+
+
+Counts = Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1), AfterValidator(_square)]
 
 @dataclass(frozen=True)
 class Score:
@@ -32,6 +39,8 @@ class Score:
 
     network: str
     accuracies: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    # How often each class (row) was predicted as each (column), by all of these networks; None: not counted.
+    confusion: Counts | None = None
 
     @computed_field
     @property
@@ -44,8 +53,18 @@ class Score:
         """The population's standard deviation (numpy's default), as the published code has it."""
         return float(np.std(self.accuracies))
 
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation; None over one network, which has none."""
+        return self.std if len(self.accuracies) > 1 else None
+
+    @property
+    def percent(self) -> str:
+        """As tables have it."""
+        return percent(self.mean, self.spread)
+
     def __str__(self) -> str:
-        return f"{self.network}: {percent(self.mean, self.std)} % over {len(self.accuracies)}"
+        return f"{self.network}: {self.percent} % over {len(self.accuracies)}"
 
 
 Scores = Annotated[list[Score], Field(min_length=1)]
@@ -154,6 +173,28 @@ class RunResult:
     def read(cls, path: Path, advice: str = _AGAIN) -> "RunResult":
         with reading(path, advice):
             return _validated(cls, read_json(path))
+
+
+def result_so_far(metrics: Metrics, chosen_on: Literal["test", "validation"],
+                  environment: dict[str, Any]) -> RunResult | None:
+    """What an unfinished run would end with if its last iteration were that of its log; None before an evaluation."""
+    best = {}
+    for name in VERSIONS:
+        # The first of the best, as a run keeps them.
+        first = max(metrics.of_set(name), key=lambda evaluation: evaluation.scores[0].mean, default=None)
+        if first:
+            lr = [step.lr for step in metrics.iterations if step.iteration < first.iteration][-1:] or [math.nan]
+            best[name] = Best(first.iteration, lr[0], first.scores)
+    return RunResult("not finished", best[NORMAL], best.get(EMA), chosen_on, len(metrics.skipped),
+                     sum(step.held for step in metrics.iterations), environment=environment) if NORMAL in best else None
+
+
+def skipped_advice(loss: float, threshold: float) -> str:
+    """What to change, in which order, in a run whose updates were all skipped; for its end and its page too."""
+    too_large = f"({loss:.3g}) is above --threshold {threshold:g}" if math.isfinite(loss) else "is not finite"
+    return (f"the matching loss {too_large}, so nothing is learned. Change, in this order: --lr_teacher auto, which "
+            "measures the rate that fits these experts; a smaller --lr_teacher by hand; a window that starts earlier "
+            "(--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; --threshold inf")
 
 
 @dataclass(frozen=True)

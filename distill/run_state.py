@@ -12,6 +12,7 @@ from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate
 from distill.evaluate.saved_accuracies import Accuracies, digest
+from distill.report.frames import Frames
 from distill.report.wandb_log import Tracker
 from distill.result_files import NORMAL, Evaluation, Iteration, Metrics, Score, append_metrics
 from utils.config import DistillConfig, as_dict
@@ -21,6 +22,9 @@ from utils.program.console import note, say
 from utils.program.machine import environment
 from utils.program.progress import Progress
 from utils.program.run_folder import RunFolder
+
+DRAW_SHARE = 0.1  # of a run's time, at most, that goes into what shows it on its way
+FIRST_DRAWING = 0.5  # seconds that the first takes, for all that is known
 
 
 class Candidate(NamedTuple):
@@ -32,6 +36,27 @@ class Candidate(NamedTuple):
     iteration: int
     set: DistilledSet
     scores: list[Score]
+
+
+class Seldom:
+    """A block of work that is done so seldom that it takes a share of the time at most.
+
+    Args:
+        seconds: that it takes the first time, for all that is known.
+    """
+
+    def __init__(self, share: float, seconds: float):
+        self._share, self._seconds, self._ended = share, seconds, perf_counter()
+
+    def due(self) -> bool:
+        return perf_counter() - self._ended >= self._seconds / self._share
+
+    def __enter__(self) -> None:
+        self._began = perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._ended = perf_counter()
+        self._seconds = self._ended - self._began
 
 
 class RunState:
@@ -51,6 +76,8 @@ class RunState:
         self.iteration = 0
         self.evaluated = False  # whether this iteration's evaluation is done
         self.best: dict[str, Candidate] = {}
+        self.frames = Frames()
+        self.drawing = Seldom(DRAW_SHARE, FIRST_DRAWING)
         self._accuracies: dict[str, Accuracies] = {}  # of the evaluation that is under way
         self._seconds_before, self._began = 0.0, perf_counter()
 
@@ -65,18 +92,19 @@ class RunState:
     def _state(self) -> dict[str, Any]:
         """For `restore`; it shares its tensors, so it must be saved before the next step."""
         best = {name: {"iteration": candidate.iteration, "set": candidate.set.tensors(),
-                       "scores": [[score.network, score.accuracies] for score in candidate.scores]}
+                       "scores": [[score.network, score.accuracies, score.confusion] for score in candidate.scores]}
                 for name, candidate in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
                 "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
                 "halved": self.distillation.buffer.model.halved, "environment": rounding(self.start.images.device),
-                "distillation": self.distillation.state(), "tracker": self.tracker.state()}
+                "distillation": self.distillation.state(), "tracker": self.tracker.state(),
+                "frames": vars(self.frames)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up what was saved; says where, and what is different here."""
         device = self.start.images.device
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
-        self.best = best_of(state, device)
+        self.best, self.frames = best_of(state, device), frames_of(state)
         for batch in state["halved"]:
             self.distillation.buffer.model.halve(batch)
         self.distillation.restore(state["distillation"])
@@ -128,6 +156,7 @@ class RunState:
             which = "" if name == NORMAL else f", {name}"
             view.say(f"iteration {self.iteration}{which}: {', '.join(map(str, scores[name]))}")
         normal = self.distillation.versions()[NORMAL]
+        self.frames.add(self.iteration, normal, self.dataset)
         self.tracker.log_scores(self.iteration, scores[NORMAL])
         self.tracker.log_set(self.iteration, normal.images, float(normal.lr), self.dataset, self.config.ipc,
                              self.config.force_save)
@@ -160,6 +189,11 @@ def best_of(state: dict[str, Any], device: torch.device) -> dict[str, Candidate]
     """The best sets in a run's saved state."""
     return {name: Candidate(saved["iteration"], DistilledSet(**saved["set"]).to(device),
                             [Score(*score) for score in saved["scores"]]) for name, saved in state["best"].items()}
+
+
+def frames_of(state: dict[str, Any]) -> Frames:
+    """The set on its way, in a run's saved state; those of an earlier version hold none."""
+    return Frames(**state.get("frames", {}))
 
 
 def _after_epoch(tick: Callable[[], None]) -> None:

@@ -314,8 +314,8 @@ def of_all(name: str, trajectories: list[Trajectory]) -> np.ndarray:
 def _mean_std(values: np.ndarray) -> list[dict[str, float | None]]:
     """Mean and standard deviation of each column, over the rows that reach it and are finite there."""
     columns = [column[np.isfinite(column)] for column in values.T]
-    return [{"mean": float(column.mean()), "std": float(column.std())} if len(column) else {"mean": None, "std": None}
-            for column in columns]
+    return [{"mean": float(column.mean()) if len(column) else None,
+             "std": float(column.std()) if len(column) > 1 else None} for column in columns]  # over one there is none
 
 
 def _as_json(each: Trajectory) -> dict[str, Any]:
@@ -383,7 +383,8 @@ def _by_epoch(report: dict[str, Any], expert_epochs: int) -> list[list[str]]:
 def _cell(value: dict[str, float | None] | None, scale: float, digits: str) -> str:
     if value is None or value["mean"] is None:
         return "-"
-    return f"{scale * value['mean']:{digits}} ± {scale * value['std']:{digits}}"
+    spread = "" if value["std"] is None else f" ± {scale * value['std']:{digits}}"
+    return f"{scale * value['mean']:{digits}}{spread}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Makes the page of finished runs again, and of several one page that compares them.
+"""Makes the page of runs again, and of several one page that compares them.
 
     python scripts/report.py RUN [RUN …] [--out FILE]
 
-RUN is a run's folder, whose report.html is made again from what lies in it, and its images.png and curves.png if they
-are missing; of one RUN, --out says where else to put the page. Several are compared in --out (default: comparison.html
-in the current folder).
+RUN is a run's folder, whose report.html is made again from what lies in it, and its pictures if they are missing. Of
+an unfinished run, going on or stopped, all are made again: they show it as it was when it last wrote to its log, its
+images as they were when it last drew them. The page compares with random real images where the JSON of `baseline.py
+--json RUN/random.json` lies in the folder. Of one RUN, --out says where else to put the page. Several are compared in
+--out (default: comparison.html in the current folder).
 """
 
 import sys
@@ -16,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill.distilled_set import WHOLE, DistilledSet
 from distill.report.comparison import comparison
 from distill.report.page import PAGE, page
-from distill.report.page_pictures import Pictures, chosen, clip_outliers, probabilities, scaled_bytes
-from distill.report.read_run import FinishedRun, read_run
-from distill.report.show import missing, show
+from distill.report.page_pictures import Pictures, chosen, class_means, probabilities
+from distill.report.pixels import clip_outliers, scaled_bytes
+from distill.report.read_run import SavedRun, read_run
+from distill.report.show import SHOWN, missing, show
 from distill.result_files import NORMAL
 from scripts.common import script_parser
 from utils.errors import UserError
@@ -29,7 +32,7 @@ from utils.program.entry import entry
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, finished or not")
     parser.add_output("out", "html", "where to put the page")
     options = parser.parse_args()
     runs = [with_pictures(read_run(path)) for path in options.runs]
@@ -38,13 +41,13 @@ def main() -> None:
     pages = {out: page(runs[0])} if len(runs) == 1 else {
         **{run.path / PAGE: page(run) for run in runs}, out: comparison(runs)}
     for run in runs:
-        show(run, [name for name in missing(run.path) if name != PAGE])
+        show(run, [name for name in (missing(run.path) if run.finished else SHOWN) if name != PAGE])
     for path, text in pages.items():
         write_text(path, text)
         print(f"{shown(path)} ({len(text.encode()) / 1e6:.1f} MB)")
 
 
-def with_pictures(run: FinishedRun) -> FinishedRun:
+def with_pictures(run: SavedRun) -> SavedRun:
     """The run of an older version with what its distilled set shows: its images and labels."""
     path = run.path / NORMAL / WHOLE
     if run.pictures is not None or not path.is_file():
@@ -57,7 +60,7 @@ def with_pictures(run: FinishedRun) -> FinishedRun:
     which = chosen(len(classes), ipc, images[0].numel())
     return replace(run, pictures=Pictures(
         classes, ipc, "Normal", which, scaled_bytes(clip_outliers(images)[which]),
-        probabilities(labels[which], len(classes))))
+        probabilities(labels[which], len(classes)), class_means(labels, len(classes))))
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ class Cell(NamedTuple):
     count: str  # of what the score is over, in words
 
     def __str__(self) -> str:
-        return percent(self.score.mean, self.score.std)
+        return self.score.percent
 
 
 class Results:
@@ -394,7 +394,7 @@ def _read_look(path: Path) -> dict[str, Any]:
 
 def _percent(mean: float | None, std: float | None) -> str:
     """A dash where experts diverged, or where there are none to compare with."""
-    return "–" if mean is None or std is None else percent(mean, std)
+    return "–" if mean is None else percent(mean, std)
 
 
 def gather(plan: Plan, results: Results) -> None:

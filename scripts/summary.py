@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distill.result_files import EvaluationResult
 from scripts.common import script_parser
-from utils.loss_and_accuracy import percent
 from utils.program.console import table
 from utils.program.entry import entry
 
@@ -28,11 +27,11 @@ def main() -> None:
         networks = list(dict.fromkeys(score.network for result in results for score in result.scores))
         rows = [("set", "images", *networks)]
         for result in results:
-            reached = {score.network: percent(score.mean, score.std) for score in result.scores}
+            reached = {score.network: score.percent for score in result.scores}
             rows.append((result.what, str(result.images), *(reached.get(name, "-") for name in networks)))
     else:
         rows = [("set", "network", "images", "accuracy, %", "networks")]
-        rows += [(result.what, score.network, str(result.images), percent(score.mean, score.std),
+        rows += [(result.what, score.network, str(result.images), score.percent,
                   str(len(score.accuracies))) for result in results for score in result.scores]
     print(table(rows))
 

@@ -182,8 +182,8 @@ def distilled(run, experts, tmp_path_factory):
 
 def test_a_run_leaves_the_published_files(distilled):
     folder, _, done = distilled
-    assert names(folder) == ["Normal", "checkpoint.pt", "config.yaml", "curves.png", "images.png", "metrics.jsonl",
-                             "report.html", "report.safetensors", "result.json"]
+    assert names(folder) == ["Normal", "checkpoint.pt", "config.yaml", "curves.png", "evolution.webp", "images.png",
+                             "metrics.jsonl", "report.html", "report.safetensors", "result.json"]
     kinds = {"images": (10, 1, 28, 28), "labels": (10, 10), "lr": (), "images_zca": (10, 1, 28, 28)}
     tags = {path.name.removeprefix("lr_").removesuffix(".pt") for path in (folder / "Normal").glob("lr_*.pt")}
     assert {"best", "4"} <= tags <= {"best", "0", "2", "4"}
@@ -242,6 +242,8 @@ def test_the_result_says_what_was_measured_on_what(distilled):
     assert result["chosen_on"] == "test" and "best on the test images" in result["summary"]
     assert result["fixed_loss"]["after"] != result["fixed_loss"]["before"]
     assert result["environment"]["torch"] == torch.__version__
+    commit = result["environment"].get("commit", "")  # which is known in a clone
+    assert bool(commit) == (REPOSITORY / ".git").exists() and re.fullmatch(r"([0-9a-f]{12}\+?)?", commit)
 
 
 def test_the_saved_config_is_what_was_asked_for(distilled):
@@ -298,6 +300,9 @@ def check_result(path, networks, count, images):
         assert len(score["accuracies"]) == count and all(0 <= value <= 1 for value in score["accuracies"])
         assert score["mean"] == pytest.approx(np.mean(score["accuracies"]))
         assert score["std"] == pytest.approx(np.std(score["accuracies"]))
+        counts = np.array(score["confusion"])  # of all networks together, each class of the test images in its row
+        assert np.trace(counts) / counts.sum() == pytest.approx(score["mean"])
+        assert len(counts) == len(counts[0]) and len(set(counts.sum(axis=1))) == 1 and counts[0].sum() % count == 0
     return result
 
 

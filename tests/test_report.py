@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import time
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -13,20 +14,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from distill.distilled_set import DistilledSet
 from distill.report import page as report
 from distill.report import page_pictures, svg
 from distill.report.commands import commands
 from distill.report.comparison import comparison
+from distill.report.frames import MOST_FRAMES, Frames
 from distill.report.matplotlib_figures import save_curves
 from distill.report.read_run import read_run
-from distill.result_files import Iteration, Metrics
+from distill.result_files import Evaluation, Iteration, Metrics, Score
 from tests.browser import CHROMIUM, browser
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, influential
+from utils.program import machine
 from utils.program.command_line import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-VOID = {"meta", "link", "img", "br", "wbr"}
+VOID = {"meta", "link", "img", "br", "wbr", "source"}
 STRANGE = "<script>alert(1)</script>&\"'"
 
 
@@ -119,18 +124,26 @@ def copied(runs, tmp_path):
 
 def test_a_run_leaves_its_report(runs):
     page = check((runs[0] / "report.html").read_text())
-    assert [each.text for each in page.all("h2")] == ["Summary", "Distilled images", "Curves", "Options", "Reproduce",
-                                                      "Versions and hardware"]
-    # Of each of six images: itself, its neighbour, its start, its change; a label of three classes.
-    assert len(page.all("img")) == 4 * 6 and len({each.attributes["alt"] for each in page.all("img")}) == 4 * 6
-    bars = [each for each in page.all("ul") if each.attributes.get("class") == "bars"]
-    assert len(bars) == 6 and all(re.findall("red|green|blue", each.text) == ["blue", "green", "red"] for each in bars)
+    assert [each.text for each in page.all("h2")] == [
+        "Summary", "Distilled images", "On the way", "Labels", "Curves", "Classes", "Options", "Reproduce",
+        "Versions and hardware"]
+    # Of each of six images: itself, its neighbour, its start, its change; a label of three classes. The set at three
+    # evaluations, and as it moves.
+    assert len(page.all("img")) == len({each.attributes["alt"] for each in page.all("img")}) == 4 * 6 + 3 + 1
+    assert Image.open(runs[0] / "evolution.webp").n_frames == 3
+    bars = [each for each in page.all("ul") if each.attributes.get("aria-label", "").startswith("Soft label of")]
+    assert len(bars) == 6 and all("details" in each.parents for each in bars)
+    assert all(re.findall("red|green|blue", each.text) == ["blue", "green", "red"] for each in bars)
     titles = [each.text for each in page.all("h3") if "figure" in each.parents]
-    assert titles == ["Matching loss", "Accuracy", "Synthetic learning rate α", "Difficulty window", "Skipped updates"]
+    assert titles == ["Mean soft label of each class", "Matching loss", "Accuracy", "Synthetic learning rate α",
+                      "Difficulty window", "Skipped updates", "Accuracy by class", "Which class is taken for which"]
+    accuracy = next(each.text for each in page.all("figure") if each.text.startswith("Accuracy"))
+    assert "the start (real images, expert labels): " in accuracy and "the experts, trained on all images: " in accuracy
+    assert "±" not in accuracy + page.all("dl")[0].text  # over one network
     result = json.loads((runs[0] / "result.json").read_text())
     assert f"{100 * result['best']['scores'][0]['mean']:.2f}" in page.all("dl")[0].text
     table = page.all("table")[-1].text
-    assert torch.__version__ in table and "processor" in table
+    assert torch.__version__ in table and "processor" in table and "commit" in table
 
 
 def test_it_is_made_again_from_the_folder_alone(call, runs, copied):
@@ -255,7 +268,6 @@ def test_an_older_folder_says_what_it_lacks(call, copied):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     (None, None, "is not a folder"),
-    ("result.json", None, "holds an unfinished run"),
     ("result.json", b"{", "result.json is damaged"),
     ("result.json", b"[]", "result.json is damaged"),
     ("config.yaml", b"]", "config.yaml is damaged"),
@@ -287,7 +299,8 @@ def page_of(folder, **others):
 def test_labels_that_are_classes_have_no_bars(runs):
     classes = torch.eye(3).repeat_interleave(2, 0)
     page = page_of(runs[0], labels=classes, start_labels=classes)
-    assert "Labels are the classes themselves" in page.source and not page.source.count('class="bars"')
+    assert "Labels are the classes themselves" in page.source and not page.source.count('aria-label="Soft label of ')
+    assert "Mean soft label" not in page.source
     assert {each.text.split(" of ")[0] for each in page.all("summary")[:6]} == {"Start"}
     assert not page_of(runs[0], labels=classes, start=None, change=None).source.count("Start")
 
@@ -298,7 +311,7 @@ def test_labels_that_stayed_have_no_marks(runs, copied):
     config = yaml.safe_load((copied / "config.yaml").read_text()) | {"labels": "soft"}
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     page = page_of(copied, labels=labels)
-    assert "which was not learned" in page.source and page.source.count('class="bars"') == 6
+    assert "which was not learned" in page.source and page.source.count('aria-label="Soft label of ') == 6
     assert 'style="left:' not in page.source and "a mark on a bar" not in page.source
 
 
@@ -310,10 +323,100 @@ def test_a_run_that_learned_nothing_says_so(copied):
     result["best"]["iteration"] = 0
     (copied / "result.json").write_text(json.dumps(result))
     page = check(report.page(read_run(copied)))
-    assert "Every update was skipped, so nothing was learned" in page.source
+    assert "Every update was skipped: the matching loss" in page.source and "--lr_teacher auto" in page.source
     assert "iteration 0, before the first update" in page.source
-    (loss, *_) = [each for each in page.all("figure") if each.attributes.get("class") == "chart"]
-    assert "Matching loss" in loss.text and "update skipped" in loss.text and "each iteration" not in loss.text
+    loss = next(each for each in page.all("figure") if each.text.startswith("Matching loss"))
+    assert "update skipped" in loss.text and "each iteration" not in loss.text
+
+
+def unfinished(folder):
+    """A run's folder as it was after three of four iterations, all of whose updates were skipped."""
+    (folder / "result.json").unlink()
+    lines = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+             if line["iteration"] < 3]
+    (folder / "metrics.jsonl").write_text("".join(
+        json.dumps(line | ({"updated": False} if "loss" in line else {})) + "\n" for line in lines))
+    return folder
+
+
+def test_an_unfinished_run_has_its_page(call, copied):
+    unfinished(copied)
+    call("scripts/report.py", copied)
+    page = check((copied / "report.html").read_text())
+    note, skipped = [each.text for each in page.all("div") if each.attributes.get("class") == "note"]
+    assert "not finished: this is how it was at iteration 3 of 4 (75 %), 20" in note
+    assert "Every update was skipped so far: the matching loss" in skipped
+    assert len(page.all("img")) == 4 * 6 + 3 + 1 and "Evaluate the best set" not in page.source
+    check(comparison([read_run(copied)] * 2))
+    lines = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copied / "metrics.jsonl").write_text("".join(line for line in lines if "scores" not in line))
+    assert "was not evaluated yet" in call("scripts/report.py", copied, expect=2).stderr
+
+
+def of_many_classes(folder):
+    """A run of which the page believes that it was one of a hundred classes, and three networks."""
+    run = read_run(folder)
+    names, counts = tuple(f"class number {number}" for number in range(100)), torch.eye(100).long() * 7
+    counts[12, 98] = 5
+    label = torch.eye(100)[:6]
+    score = Score("ConvNet", [0.5, 0.6, 0.7], counts.tolist())
+    pictures = replace(run.pictures, classes=names, labels=label, start_labels=label.roll(1, 0),
+                       means=torch.full((100, 100), 0.005) + torch.eye(100) * 0.5)
+    return replace(run, pictures=pictures, metrics=Metrics(run.metrics.iterations, [Evaluation(4, [score])]))
+
+
+def test_a_hundred_classes_stay_readable(runs):
+    source = report.page(of_many_classes(runs[0]))
+    page = check(source)
+    assert "Most: class number 12 taken for class number 98: 42 %." in source and "by 3 ConvNet networks" in source
+    assert "The 5 best and the 5 worst of 100 classes" in source
+    assert "± one standard deviation, over 3 networks" in source
+    rows = [each for each in page.all("table") if each.text.startswith("Accuracy by class")]
+    assert "13: class number 12" in rows[0].text and rows[0].text.count(": class number") == 100
+    # A map is one picture, whatever the number of classes, with few numbers beside it.
+    (map_,) = [each for each in page.all("svg") if each.attributes.get("aria-label", "").startswith("Which class")]
+    assert len(re.findall(r"\d+", map_.text)) < 30 and len(source) < 500_000
+
+
+def test_random_images_are_compared_with_where_their_result_lies_in_the_folder(call, copied, toy):
+    call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1",
+         f"--json={copied}/random.json")
+    level = json.loads((copied / "random.json").read_text())["scores"][0]["mean"]
+    assert f"random real images: {100 * level:.2f} %" in report.page(read_run(copied))
+    config = yaml.safe_load((copied / "config.yaml").read_text()) | {"epoch_eval_train": 2}  # another training
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "random real images: " not in report.page(read_run(copied))
+
+
+def test_frames_are_few_and_even_however_long_the_way(toy_data):
+    frames = Frames()
+    distilled = DistilledSet(toy_data.train_images[:30], toy_data.train_labels[:30], torch.tensor(0.01))
+    for iteration in range(0, 5010, 10):
+        frames.add(iteration, distilled, toy_data)
+    assert len(frames.images) == len(frames.iterations) == MOST_FRAMES
+    assert (frames.iterations[0], frames.iterations[-1]) == (0, 5000)
+    gaps = np.diff(frames.iterations)
+    assert gaps.max() <= 4 * gaps.min() and frames.images[0].shape == (9, 3, 8, 8)  # three of each class
+
+
+def test_changes_are_computed_before_clipping(toy_data, tmp_path):
+    start = DistilledSet(toy_data.train_images[:6], torch.zeros(6, 3), torch.tensor(0.01))
+    pixels = toy_data.to_pixels(start.images)
+    pixels[0, 0, 0, 0] += 10  # beyond what a page shows
+    best = replace(start, images=toy_data.space.from_pixels(pixels))
+    page_pictures.save_pictures(tmp_path / "p", toy_data, start, best, "Normal", "real", Frames(), [], [])
+    rms = page_pictures.Pictures.read(tmp_path / "p").rms
+    assert rms[0] == pytest.approx(10 / math.sqrt(3 * 8 * 8), rel=0.01) and rms[1:].max() < 0.01
+
+
+def test_outside_a_clone_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
+    assert machine.commit.__wrapped__() is None
+    (tmp_path / ".git").mkdir()  # of no use
+    assert machine.commit.__wrapped__() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.commit.__wrapped__() is None  # without git
 
 
 def test_numbers_at_an_axis_are_not_cut():
@@ -321,8 +424,8 @@ def test_numbers_at_an_axis_are_not_cut():
     chart.line([(0, 0.00985), (1, 0.01)], "s0")
     ends = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', chart.figure(""))
     assert any(text == "0.00995" for _, text in ends)
-    # At 12 pixels a digit is 7 wide; the axis' own label ends at 15.
-    assert all(float(x) - 7 * len(text) > 15 for x, text in ends)
+    # At 12 pixels a digit is 7 wide; the axis' own label ends at 18.
+    assert all(float(x) - 7 * len(text) > 18 for x, text in ends)
 
 
 @pytest.mark.parametrize(("num_classes", "ipc", "size"), [
@@ -356,16 +459,26 @@ def test_any_losses_can_be_drawn(copied, losses):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-def test_a_browser_shows_it(call, runs, tmp_path):
+def test_a_browser_shows_it(call, runs, copied, tmp_path):
     """At both widths, light and dark: nothing wider than the screen, no complaint, no request; and by keyboard."""
     call(ROOT / "scripts/report.py", *runs, cwd=tmp_path)
+    (tmp_path / "many.html").write_text(report.page(of_many_classes(runs[0])))
+    call(ROOT / "scripts/report.py", unfinished(copied), cwd=tmp_path)
     paper = set()
     with browser() as tab:
-        for path in (runs[0] / "report.html", tmp_path / "comparison.html"):
+        for path in (runs[0] / "report.html", tmp_path / "comparison.html", tmp_path / "many.html",
+                     copied / "report.html"):
             for width, dark in ((1280, False), (390, False), (1280, True), (390, True)):
                 tab.open(path.as_uri(), width, dark=dark)
                 assert tab.run("document.documentElement.scrollWidth") <= width
                 assert tab.run("[...document.images].every(each => each.complete && each.naturalWidth > 0)")
+                # What is written in a chart stays in it, and does not run into what is written beside it.
+                assert tab.run("""[...document.querySelectorAll('.chart svg[role]')].every(svg => {
+                    const box = svg.getBoundingClientRect()
+                    return [...svg.querySelectorAll('text, image')].every(each => {
+                        const own = each.getBoundingClientRect()
+                        return own.left >= box.left - 1 && own.right <= box.right + 1 && own.top >= box.top - 1 &&
+                            own.bottom <= box.bottom + 1 }) })"""), (path, width)
                 paper.add((dark, tab.run("getComputedStyle(document.body).backgroundColor")))
                 requests = {event["params"]["request"]["url"] for event in tab.events
                             if event["method"] == "Network.requestWillBeSent"}
@@ -376,7 +489,14 @@ def test_a_browser_shows_it(call, runs, tmp_path):
         assert len(paper) == 2  # one colour in light, one in dark
 
         tab.open((runs[0] / "report.html").as_uri())
-        assert tab.run("document.images.length") == 4 * 6
+        assert tab.run("document.images.length") == 4 * 6 + 3 + 1
+        assert tab.run("document.querySelectorAll('.strip img').length") == 3
+        moving = "document.querySelector('.moving img').currentSrc.slice(0, 15)"
+        assert tab.run(moving) == "data:image/webp"
+        tab("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
+        until = time.monotonic() + 10
+        while tab.run(moving) != "data:image/png;":  # for whom motion is too much, it stands still
+            assert time.monotonic() < until
         tab.run("document.querySelectorAll('details').forEach(each => { each.open = false })")
         seen = []
         while "SUMMARY" not in seen:

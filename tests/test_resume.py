@@ -212,10 +212,30 @@ def test_a_stop_at_the_very_end_loses_nothing(distil_to):
         assert {path.name for path in parts.iterdir()} == {path.name for path in whole.iterdir()}
 
 
+def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(distil_to, monkeypatch):
+    _, whole = distil_to("whole")
+    monkeypatch.setattr("distill.run_state.DRAW_SHARE", 1e9)
+    with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
+        done, parts = distil_to("parts", expect=130)
+    page, pictures = (parts / "report.html").read_text(), ("images.png", "curves.png", "evolution.webp")
+    assert "not finished: this is how it was at iteration 2 of 6" in page and "could not be made" not in done.stderr
+    assert all((parts / name).exists() for name in pictures)
+
+    # A drawing that fails is a note, and stops nothing; nor does it stop the pages that are there from being renewed.
+    monkeypatch.setattr("distill.finish.save_pictures", mock.Mock(side_effect=RuntimeError("no pencil")))
+    done, _ = distil_to("parts")
+    assert "report.safetensors could not be made (RuntimeError: no pencil)" in done.stderr
+    monkeypatch.undo()
+    assert "is finished" in distil_to("parts")[0].stdout
+    assert tensors_in(whole) == tensors_in(parts) and "not finished" not in (parts / "report.html").read_text()
+    for name in pictures:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_a_picture_that_fails_is_a_note_and_is_made_up_by_the_same_command(distil_to, monkeypatch):
     monkeypatch.setattr("distill.report.show.save_curves", mock.Mock(side_effect=RuntimeError("no pencil")))
     done, folder = distil_to("log")
-    assert done.stderr.count("curves.png could not be made (RuntimeError: no pencil)") == 1
+    assert "curves.png could not be made (RuntimeError: no pencil)" in done.stderr
     assert (folder / "report.html").exists() and (folder / "result.json").exists()
     monkeypatch.undo()
     gone = [folder / name for name in ("report.html", "Normal/distilled.safetensors", "curves.png")]

@@ -14,16 +14,30 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def predictions(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The classes [N] into which `predict` (images → logits) puts images [N, C, H, W]; they stay on the device."""
+    batch = 500 if images.is_cuda else 100  # a CPU's caches hold the maps of few, and more only take memory
+    return torch.cat([predict(x).argmax(dim=1) for x in images.split(batch)])
+
+
 def accuracy(predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
     """The share of images [N, C, H, W] that `predict` (images → logits) puts into their class, in [0, 1]."""
-    batch = 500 if images.is_cuda else 100  # a CPU's caches hold the maps of few, and more only take memory
-    correct = sum(count_correct(predict(x), y) for x, y in zip(images.split(batch), labels.split(batch)))
-    return float(correct) / len(labels)  # the only wait for the device
+    return share_correct(predictions(predict, images), labels)
 
 
-def percent(mean: float, std: float) -> str:
-    """An accuracy in [0, 1] and its standard deviation as tables have them: 82.14 ± 0.42."""
-    return f"{100 * mean:.2f} ± {100 * std:.2f}"
+def share_correct(predicted: Tensor, labels: Tensor) -> float:
+    """The share of predicted classes [N] that are the labels [N], in [0, 1]; waits for the device."""
+    return float((predicted == labels).sum()) / len(labels)
+
+
+def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """How often each class (row) was predicted as each (column), [K, K] int64, from classes [N] and labels [N]."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def percent(mean: float, std: float | None) -> str:
+    """An accuracy in [0, 1] and its standard deviation as tables have them: 82.14 ± 0.42; over one there is none."""
+    return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from distill.distilled_set import DistilledSet
-from distill.evaluate.saved_accuracies import Accuracies, Job
+from distill.evaluate.saved_accuracies import Accuracies, Job, Tested
 from distill.evaluate.train import train_network
 from distill.result_files import Score
 from utils.config import TrainConfig
 from utils.data import augment
 from utils.data.datasets import Dataset, check_dataset_name
 from utils.derivatives.choose_engine import Work, seconds_uncompiled
-from utils.loss_and_accuracy import accuracy
+from utils.loss_and_accuracy import confusion, predictions, share_correct
 from utils.networks import check_network_name, evaluation_pool
 from utils.program import ranks
 from utils.program.prepare import drawer, dsa_groups, flat_model, network_for
@@ -27,6 +27,7 @@ from utils.program.seeds import generator, seeded
 SHORT_STEP = 0.03  # seconds
 PROCESSES_PAY = 60.0  # seconds of training
 MOST_PROCESSES = 8  # at once, each of which imports torch
+MOST_COUNTED = 200  # classes, of which it is counted which is taken for which: a file holds the square of it
 
 
 def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Sequence[DistilledSet],
@@ -67,8 +68,15 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
     for job in mine:
         accuracies.add(job, train(job, on_epoch))
     accuracies.learn(ranks.gather({job: accuracies[job] for job in mine}))
-    return [Score(name, [accuracies[Job(name, number)] for number in range(config.num_eval)])
+    return [_score(name, [accuracies[Job(name, number)] for number in range(config.num_eval)])
             for name in dict.fromkeys(job.network for job in jobs)]
+
+
+def _score(network: str, tested: Sequence[Tested]) -> Score:
+    """What networks of one kind reached, their predictions counted together."""
+    counts = [each.confusion for each in tested]
+    together = None if None in counts else torch.tensor(counts).sum(dim=0).tolist()
+    return Score(network, [each.accuracy for each in tested], together)
 
 
 def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:
@@ -96,7 +104,7 @@ def epochs_to_come(config: TrainConfig, accuracies: Accuracies) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What all networks of an evaluation are trained and tested on; called with a job, one network's accuracy."""
+    """What all networks of an evaluation are trained and tested on; called with a job, what one network reached."""
 
     config: TrainConfig
     dataset: Dataset  # its test images
@@ -105,7 +113,7 @@ class Training:
     augmented: bool
     work: Work  # of one network
 
-    def __call__(self, job: Job, on_epoch: Callable[[], None]) -> float:
+    def __call__(self, job: Job, on_epoch: Callable[[], None]) -> Tested:
         config, dataset = self.config, self.dataset
         distilled = self.sets[job.number % len(self.sets)]
         address = config.seed, "evaluation", *self.address, *job
@@ -116,7 +124,10 @@ class Training:
                               epochs=config.epoch_eval_train, batch_size=config.batch_train, draw=draw,
                               random=generator(*address, "order"), on_epoch=on_epoch)
         model.network.eval()
-        return accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
+        predicted, labels, classes = (predictions(partial(model, theta), dataset.test_images), dataset.test_labels,
+                                      dataset.num_classes)
+        return Tested(share_correct(predicted, labels),
+                      confusion(predicted, labels, classes).tolist() if classes <= MOST_COUNTED else None)
 
     def network(self, job: Job) -> nn.Module:
         """As it is before its training."""

@@ -28,8 +28,15 @@ class Job(NamedTuple):
     number: int
 
 
+class Tested(NamedTuple):
+    """What one network reached."""
+
+    accuracy: float
+    confusion: list[list[int]] | None = None  # as that of a `Score`
+
+
 class Accuracies:
-    """The accuracies of an evaluation's networks, as they are found.
+    """What an evaluation's networks reached, as it is found.
 
     Args:
         path: a JSON file that holds them, and the seconds that they took, until they are all found, so that an
@@ -39,20 +46,22 @@ class Accuracies:
 
     def __init__(self, path: Path | None = None, key: str = ""):
         self._path, self._key, self._prefix = path, key, ""
-        self._accuracies: dict[str, float] = {}
+        self._found: dict[str, Tested] = {}
         self._seconds_before, self._began = 0.0, perf_counter()
         for file in self._files():
             with contextlib.suppress(Exception):  # whatever it is, it can be found again
                 saved = read_json(file)
                 if saved["key"] == key:
-                    self._accuracies |= saved["accuracies"]
+                    counts = saved.get("confusions", {})  # which those of an earlier version do not hold
+                    self._found |= {name: Tested(float(accuracy), counts.get(name))
+                                    for name, accuracy in saved["accuracies"].items()}
                     self._seconds_before = max(self._seconds_before, float(saved["seconds"]))
                 else:
                     note(f"note: {shown(file)} is of other options, another set or machine; starting over")
 
     def part(self, prefix: str) -> "Accuracies":
         """Of several evaluations in one file, one."""
-        part = copy.copy(self)  # which shares the accuracies
+        part = copy.copy(self)  # which shares what is found
         part._prefix = prefix
         return part
 
@@ -69,32 +78,34 @@ class Accuracies:
         vars(self).update(state, _began=perf_counter())
 
     def __len__(self) -> int:
-        return len(self._accuracies)
+        return len(self._found)
 
-    def __getitem__(self, job: Job) -> float:
-        return self._accuracies[self._name(job)]
+    def __getitem__(self, job: Job) -> Tested:
+        return self._found[self._name(job)]
 
     def so_far(self) -> list[str]:
         """The mean accuracy of the network that was tested last, in words; nothing before the first."""
-        if not self._accuracies:
+        if not self._found:
             return []
-        kinds = [name.rsplit("/", 1)[0] for name in self._accuracies]
-        latest = [accuracy for kind, accuracy in zip(kinds, self._accuracies.values()) if kind == kinds[-1]]
+        kinds = [name.rsplit("/", 1)[0] for name in self._found]
+        latest = [tested.accuracy for kind, tested in zip(kinds, self._found.values()) if kind == kinds[-1]]
         word = "accuracy" if len(set(kinds)) == 1 else kinds[-1]
         return [f"{word} {100 * float(np.mean(latest)):.1f} %"]
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        return [job for job in jobs if self._name(job) not in self._accuracies]
+        return [job for job in jobs if self._name(job) not in self._found]
 
-    def add(self, job: Job, accuracy: float) -> None:
-        self._accuracies[self._name(job)] = accuracy
+    def add(self, job: Job, tested: Tested) -> None:
+        self._found[self._name(job)] = tested
         if self._path is not None:
             path = self._path if ranks.first() else f"{self._path}.{ranks.rank()}"
-            write_json(path, {"key": self._key, "seconds": self.seconds, "accuracies": self._accuracies})
+            write_json(path, {"key": self._key, "seconds": self.seconds,
+                              **{kind: {name: getattr(tested, of) for name, tested in self._found.items()}
+                                 for kind, of in (("accuracies", "accuracy"), ("confusions", "confusion"))}})
 
-    def learn(self, found: dict[Job, float]) -> None:
+    def learn(self, found: dict[Job, Tested]) -> None:
         """Those of other ranks, who have written them. Nothing is written: the first rank may remove the files now."""
-        self._accuracies |= {self._name(job): accuracy for job, accuracy in found.items()}
+        self._found |= {self._name(job): tested for job, tested in found.items()}
 
     def forget(self) -> None:
         """Removes the files, once what was found is kept elsewhere."""

@@ -7,14 +7,14 @@ from typing import Any
 import yaml
 
 from distill.distilled_set import WHOLE
-from distill.report.read_run import FinishedRun
+from distill.report.read_run import SavedRun
 from distill.result_files import NORMAL
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, changed, defaults, from_repository, worth_giving
 from utils.files import REPOSITORY
 from utils.program.commands import command
 
 
-def commands(run: FinishedRun) -> list[tuple[str, str]]:
+def commands(run: SavedRun) -> list[tuple[str, str]]:
     """What to type, in the repository's root, to have the run again: (what it does, shell text)."""
     if not run.config:
         return []
@@ -26,8 +26,8 @@ def commands(run: FinishedRun) -> list[tuple[str, str]]:
     options = evaluation(run.config, run.path / NORMAL / WHOLE)
     return [*steps, ("Distil, with the options that differ from the defaults",
                      again(run.config, f"{run.name}_again", on_cpu)),
-            ("Evaluate the best set of this run on fresh networks",
-             command("distill/evaluation.py", options, from_repository)),
+            *([("Evaluate the best set of this run on fresh networks",
+                command("distill/evaluation.py", options, from_repository))] if run.finished else []),
             ("Make this page again", command("scripts/report.py", {}, from_repository, run.path))]
 
 

@@ -8,14 +8,14 @@ from markupsafe import Markup
 from distill.report import curves
 from distill.report.page import facts, machine_of
 from distill.report.page_pictures import IMAGE_BYTES
-from distill.report.read_run import FinishedRun
+from distill.report.read_run import SavedRun
 from distill.report.template import code, document, draw, joined, option
 from utils.config import from_repository
 
 MOST_PER_CLASS = 3  # images
 
 
-def comparison(runs: Sequence[FinishedRun]) -> str:
+def comparison(runs: Sequence[SavedRun]) -> str:
     """The page."""
     named = dict(zip(_distinct_names(runs), runs))
     title = f"{len(runs)} distillation runs"
@@ -36,14 +36,14 @@ def _table(caption: str, corner: str, columns: dict[str, dict[Any, Any]], absent
     return draw.table(caption, [corner, *columns], rows)
 
 
-def _numbers(runs: dict[str, FinishedRun]) -> Markup:
+def _numbers(runs: dict[str, SavedRun]) -> Markup:
     columns = {name: dict(facts(run)) | {"Folder": code(from_repository(run.path))} for name, run in runs.items()}
     missing = [f"{name}: {what}" for name, run in runs.items() for what in run.missing]
     return joined(_table("What each run reached", "what", columns, "none"),
                   draw.note("Not in these folders:", missing) if missing else Markup(""))
 
 
-def _options(runs: dict[str, FinishedRun]) -> Markup:
+def _options(runs: dict[str, SavedRun]) -> Markup:
     configs = [run.config for run in runs.values()]
     different = [name for name in dict.fromkeys(name for config in configs for name in config)
                  if any(name not in config or config[name] != configs[0].get(name) for config in configs)]
@@ -54,7 +54,7 @@ def _options(runs: dict[str, FinishedRun]) -> Markup:
     return _table("Options that differ between the runs", "option", columns, "without effect")
 
 
-def _images(runs: dict[str, FinishedRun]) -> Markup:
+def _images(runs: dict[str, SavedRun]) -> Markup:
     with_pictures = [run.pictures for run in runs.values() if run.pictures]
     classes = list(dict.fromkeys(name for pictures in with_pictures for name in pictures.classes))
     if not classes:
@@ -66,7 +66,7 @@ def _images(runs: dict[str, FinishedRun]) -> Markup:
     return draw.compared_cards(cards, most)
 
 
-def _of_class(run: FinishedRun, name: str, run_name: str, most: int) -> list[tuple[Any, str, str]]:
+def _of_class(run: SavedRun, name: str, run_name: str, most: int) -> list[tuple[Any, str, str]]:
     """The first images of a class, each with what its label says of it."""
     pictures = run.pictures
     if pictures is None or name not in pictures.classes:
@@ -78,7 +78,7 @@ def _of_class(run: FinishedRun, name: str, run_name: str, most: int) -> list[tup
             for number, row in enumerate(rows, start=1)]
 
 
-def _distinct_names(runs: Sequence[FinishedRun]) -> list[str]:
+def _distinct_names(runs: Sequence[SavedRun]) -> list[str]:
     """The folders' names, with as much of what is above them as tells them apart."""
     for depth in range(1, max(len(run.path.parts) for run in runs) + 1):
         names = ["/".join(run.path.parts[-depth:]) for run in runs]

@@ -7,16 +7,18 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
-from distill.report.read_run import FinishedRun
+from distill.report.page_pictures import SAVED
+from distill.report.read_run import SavedRun
 from distill.report.svg import Chart, thinned
 from distill.report.template import draw
 from distill.result_files import NORMAL, Iteration, Score
-from utils.loss_and_accuracy import percent
 
 STYLES = 6  # colours and dashes
+LEVELS = 4  # dashes of what accuracies are compared with
+LEAST_ACCURACY = 10.0  # %, to which the scale of accuracies goes from 0 at least, so that noise looks like noise
 
 
-def charts(runs: dict[str, FinishedRun]) -> list[Markup]:
+def charts(runs: dict[str, SavedRun]) -> list[Markup]:
     """Of one run or, side by side, of several by their names."""
     several = len(runs) > 1
     drawn = [_losses(runs), _accuracies(runs), _rates(runs),
@@ -28,7 +30,7 @@ def loss_in_words(step: Iteration, form: str = ".3g") -> str:
     return "not finite" if math.isnan(step.loss) else f"{step.loss:{form}}"
 
 
-def _losses(runs: dict[str, FinishedRun]) -> Markup | None:
+def _losses(runs: dict[str, SavedRun]) -> Markup | None:
     """Every loss and its running mean; of several runs the means alone."""
     alone = len(runs) == 1
     chart = Chart("Matching loss", "iteration", "matching loss")
@@ -56,20 +58,20 @@ def _losses(runs: dict[str, FinishedRun]) -> Markup | None:
     return chart.figure(f"From the first iteration to the last: {_ends(runs, loss_in_words)}.{words}")
 
 
-def _ends(runs: dict[str, FinishedRun], in_words: Callable[[Iteration], str]) -> str:
+def _ends(runs: dict[str, SavedRun], in_words: Callable[[Iteration], str]) -> str:
     """What the runs began and ended with."""
     return _of_each(runs, lambda run: f"from {in_words(run.metrics.iterations[0])} to "
                                       f"{in_words(run.metrics.iterations[-1])}" if run.metrics.iterations else "")
 
 
-def _of_each(runs: dict[str, FinishedRun], in_words: Callable[[FinishedRun], str]) -> str:
+def _of_each(runs: dict[str, SavedRun], in_words: Callable[[SavedRun], str]) -> str:
     """What there is to say of each run, after its name where there are several."""
     said = {name: in_words(run) for name, run in runs.items()}
     return "; ".join(f"{name}: {words}" if len(runs) > 1 else words for name, words in said.items() if words)
 
 
-def _accuracies(runs: dict[str, FinishedRun]) -> Markup | None:
-    chart = Chart("Accuracy", "iteration", "accuracy, %")
+def _accuracies(runs: dict[str, SavedRun]) -> Markup | None:
+    chart = Chart("Accuracy", "iteration", "accuracy, %", shows=(0.0, LEAST_ACCURACY))
     lines: dict[str, list[tuple[int, Score]]] = {}
     for run_name, run in runs.items():
         for evaluation in run.metrics.evaluations:
@@ -79,21 +81,47 @@ def _accuracies(runs: dict[str, FinishedRun]) -> Markup | None:
                 lines.setdefault(name, []).append((evaluation.iteration, score))
     for number, (name, points) in enumerate(lines.items()):
         style = f"s{number % STYLES}"
-        chart.band([(at, 100 * (score.mean - score.std), 100 * (score.mean + score.std)) for at, score in points],
-                   style)
+        chart.band([(at, 100 * (score.mean - score.spread), 100 * (score.mean + score.spread))
+                    for at, score in points if score.spread is not None], style)
         means = [(at, 100 * score.mean) for at, score in points]
         chart.line(means, style, name)
         chart.dots(means, style, radius=2.5)
     if chart.empty:
         return None
-    last = "; ".join(f"{name}: last {percent(points[-1][1].mean, points[-1][1].std)} %"
-                     for name, points in lines.items())
+    last = "; ".join(f"{name}: last {points[-1][1].percent} %" for name, points in lines.items())
     counts = sorted({len(score.accuracies) for points in lines.values() for _, score in points})
-    over = f"{' or '.join(map(str, counts))} network{'' if counts == [1] else 's'}"
-    return chart.figure(f"Mean, and a band of ± one standard deviation, over {over}. {last}.")
+    of_what = "Of one network each" if counts == [1] else (
+        f"Mean, and a band of ± one standard deviation, over {' or '.join(map(str, counts))} networks")
+    levels = _levels(next(iter(runs.values()))) if len(runs) == 1 else []
+    for number, (name, level) in enumerate(levels):
+        last += f"; {name}: {100 * level:.2f} %"
+        chart.line([(0, 100 * level), (next(iter(runs.values())).iteration, 100 * level)], f"r{number}", name)
+    return chart.figure(f"{of_what}. {last}.")
 
 
-def _rates(runs: dict[str, FinishedRun]) -> Markup | None:
+def _levels(run: SavedRun) -> list[tuple[str, float]]:
+    """What there is to compare a run's accuracies with, as far as it is known: (what, accuracy)."""
+    pictures, evaluations, levels = run.pictures, run.metrics.of_set(NORMAL), []
+    if not evaluations:
+        return []
+    first = evaluations[0].scores[0]
+    # Random real images, by an evaluation that somebody put beside the run, under the same training.
+    for result in run.beside:
+        same = all(result.config.get(name) == run.config.get(name)
+                   for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
+        network = [score for score in result.scores if score.network == first.network]
+        if same and network and result.what.startswith(f"{run.config.get('ipc')} random real images a class"):
+            levels.append((result.what.split(" ", 1)[1].replace(" a class", ""), network[0].mean))
+    if pictures and evaluations[0].iteration == 0:
+        began = {"noise": "noise", SAVED: "the saved set"}.get(pictures.began, "real images")
+        levels.append((f"the start ({began}{'' if pictures.hard else ', expert labels'})", first.mean))
+    reached = (pictures.about or {}).get("experts_reached") if pictures else None
+    if reached:
+        levels.append(("the experts, trained on all images", sum(reached) / len(reached)))
+    return levels[:LEVELS]
+
+
+def _rates(runs: dict[str, SavedRun]) -> Markup | None:
     chart = Chart("Synthetic learning rate α", "iteration", "α")
     for number, (name, run) in enumerate(runs.items()):
         iterations = run.metrics.iterations
@@ -105,7 +133,7 @@ def _rates(runs: dict[str, FinishedRun]) -> Markup | None:
     return chart.figure(f"After each update: {_ends(runs, lambda step: f'{step.lr:.4g}')}.")
 
 
-def _window(run: FinishedRun, of_which: str) -> Markup | None:
+def _window(run: SavedRun, of_which: str) -> Markup | None:
     """The allowed start epochs as a band, the drawn ones as dots in it."""
     iterations = run.metrics.iterations
     if not iterations:
@@ -127,7 +155,7 @@ def _window(run: FinishedRun, of_which: str) -> Markup | None:
     return chart.figure(f"Allowed start epochs: {grew}." + (f" How often each was drawn: {drawn}." if drawn else ""))
 
 
-def _skipped(runs: dict[str, FinishedRun]) -> Markup | None:
+def _skipped(runs: dict[str, SavedRun]) -> Markup | None:
     if not any(run.metrics.iterations for run in runs.values()):
         return None
     total = _of_each(runs, lambda run: f"{len(run.metrics.skipped):,} of {len(run.metrics.iterations):,}")

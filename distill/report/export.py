@@ -16,7 +16,6 @@ from utils import files
 from utils.config import EvaluationConfig, from_repository, worth_giving
 from utils.data.zca import BESIDE, Whitening
 from utils.errors import UserError
-from utils.loss_and_accuracy import percent
 from utils.program.commands import command
 
 # The sizes that hubs sort sets by: each below this number of images.
@@ -168,7 +167,7 @@ def _block(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-TEMPLATES.filters |= {"percent": percent, "markdown": _markdown, "code": _code, "block": _block}
+TEMPLATES.filters |= {"markdown": _markdown, "code": _code, "block": _block}
 
 
 def _command(options: dict[str, Any], name: str) -> str:

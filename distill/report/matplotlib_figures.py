@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.report.curves import LEAST_ACCURACY
 from distill.report.page_pictures import Pictures
 from distill.result_files import NORMAL, Metrics
 from utils.files import atomic_write
@@ -28,14 +29,21 @@ def save_images(path: Path, pictures: Pictures) -> None:
                   "distilled", *[""] * (per_class - 1)]
     if per_class == 1:
         pairs, side_labels, top_labels = list(zip(*pairs)), top_labels, side_labels
-    with drawing(path, len(pairs), len(pairs[0]), size=(1.2 + 0.9 * len(pairs[0]), 0.3 + 0.9 * len(pairs))) as axes:
-        for row_axes, row, side_label in zip(axes, pairs, side_labels):
-            for axis, image, top_label in zip(row_axes, row, top_labels):
-                axis.imshow(image[0] if len(image) == 1 else image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
-                axis.set(xticks=[], yticks=[])
-                if row is pairs[0]:
-                    axis.set_title(top_label, fontsize=8)
-            row_axes[0].set_ylabel(side_label, rotation=0, ha="right", va="center", fontsize=8)
+    # One picture of them all, since axes for each take a second for every fifty.
+    _, height, width = pairs[0][0].shape
+    gap = max(1, width // 12)
+    mosaic = np.full((len(pairs) * (height + gap), len(pairs[0]) * (width + gap), 3), 255, dtype=np.uint8)
+    for at, row in enumerate(pairs):
+        for across, image in enumerate(row):
+            top, left = at * (height + gap), across * (width + gap)
+            mosaic[top:top + height, left:left + width] = image.permute(1, 2, 0)
+    with drawing(path, size=(1.2 + 0.9 * len(pairs[0]), 0.3 + 0.9 * len(pairs))) as ((axis,),):
+        axis.imshow(mosaic[:-gap, :-gap], interpolation="nearest")
+        axis.xaxis.tick_top()
+        axis.set_xticks([(width + gap) * across + width / 2 for across in range(len(top_labels))], top_labels)
+        axis.set_yticks([(height + gap) * at + height / 2 for at in range(len(side_labels))], side_labels)
+        axis.tick_params(length=0, labelsize=8)
+        axis.spines[:].set_visible(False)
 
 
 def save_curves(path: Path, metrics: Metrics, threshold: float | None) -> None:
@@ -68,7 +76,8 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
         at = [iteration for iteration, _ in scores]
         mean, std = (100 * np.array(values) for values in zip(*((score.mean, score.std) for _, score in scores)))
         accuracy.plot(at, mean, marker=".", color="C2")
-        accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)
+        accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)  # over one nothing
+        accuracy.set_ylim(0, max(LEAST_ACCURACY, 1.05 * float((mean + std).max())))
     accuracy.set(title=f"accuracy, % ({scores[0][1].network if scores else ''})", xlabel="iteration")
 
     lr.plot(iterations, [step.lr for step in steps], color="C1")

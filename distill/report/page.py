@@ -1,41 +1,50 @@
 """A run's page, `report.html`: one file that opens without a network, without scripts, in any browser.
 
-It is made of a `FinishedRun`, which is plain data, so that it can be made again without the dataset. How it is built is
+It is made of a `SavedRun`, which is plain data, so that it can be made again without the dataset. How it is built is
 page.html, how it looks report.css.
 """
 
+import base64
+import io
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from distill.report import curves
+from distill.report import classes, curves
 from distill.report.commands import commands
+from distill.report.frames import animation, strip
 from distill.report.page_pictures import Pictures
-from distill.report.read_run import FinishedRun
+from distill.report.read_run import SavedRun
 from distill.report.svg import numbers_every, thinned
 from distill.report.template import code, document, draw, joined, option
-from distill.result_files import EMA, Iteration, Score
+from distill.result_files import EMA, NORMAL, Iteration, Score, skipped_advice
 from utils.config import DistillConfig, about, changed, defaults
-from utils.loss_and_accuracy import percent
 from utils.program.console import duration
 
-PAGE = "report.html"
+PAGE, ANIMATION = "report.html", "evolution.webp"
+MOST_COLUMNS = 8  # of evaluations at which the set is shown
 MOST_BARS, LIKELIEST = 10, 5  # of a soft label, all classes or of more the likeliest are drawn
 LONG_NAME = 20  # characters of a class's name, from which a browser shows it whole on its own
 OPEN_UP_TO = 20  # images whose details are open from the beginning
 TABLE_ROWS = 20
 
 
-def page(run: FinishedRun) -> str:
+def page(run: SavedRun) -> str:
     """The page of one run."""
     config = run.config
     ipc = config.get("ipc")
     lead = [config.get("dataset"), config.get("model"), config and f"{ipc} image{'s' * (ipc != 1)} a class",
-            config and f"{config.get('matching')} gradient", run.result.environment.get("date")]
+            config and f"{config.get('matching')} gradient", run.result.environment.get("date"),
+            "" if run.finished else "not finished"]
     sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
-                ("curves", "Curves", _curves(run)), ("options", "Options", _options(run)),
-                ("reproduce", "Reproduce", _reproduce(run)), ("machine", "Versions and hardware", _machine(run))]
+                ("evolution", "On the way", _evolution(run)), ("labels", "Labels", _labels(run)),
+                ("curves", "Curves", _curves(run)), ("classes", "Classes", _classes(run)),
+                ("options", "Options", _options(run)), ("reproduce", "Reproduce", _reproduce(run)),
+                ("machine", "Versions and hardware", _machine(run))]
+    sections = [section for section in sections if section[2]]
     return document(f"{config.get('dataset', 'Run')} · {run.name}", "Distillation run", run.name,
                     [str(word) for word in lead if word], sections)
 
@@ -44,10 +53,10 @@ def page(run: FinishedRun) -> str:
 
 
 def in_words(score: Score) -> str:
-    return f"{percent(score.mean, score.std)} %".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{score.percent} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def facts(run: FinishedRun) -> list[tuple[str, str]]:
+def facts(run: SavedRun) -> list[tuple[str, str]]:
     """The numbers that a run is judged by, with their units."""
     result, best = run.result, run.result.best
     fixed, score, updates = result.fixed_loss, best.scores[0], len(run.metrics.iterations)
@@ -55,41 +64,63 @@ def facts(run: FinishedRun) -> list[tuple[str, str]]:
     averaged = [result.best_ema.scores[0]] if result.best_ema else []
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
     return [(f"Best accuracy on the {result.chosen_on or 'test'} images", in_words(score)),
-            ("Measured on", f"{networks} network{'s' * (networks != 1)} ({score.network})"),
+            ("Measured on", f"{networks} network{'s' * (networks != 1)}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
             *(("Best accuracy of the averaged images (EMA)", in_words(score)) for score in averaged),
-            (f"Matching loss before → after, over {fixed.segments or ''} fixed segments",
-             _recorded(fixed.segments, lambda _: loss)),
-            ("Learning rate α of the best set", f"{best.lr:.4g}"),
+            *([(f"Matching loss before → after, over {fixed.segments or ''} fixed segments",
+                _recorded(fixed.segments, lambda _: loss))] if run.finished else []),
+            ("Learning rate α of the best set", "not recorded" if math.isnan(best.lr) else f"{best.lr:.4g}"),
             ("Skipped updates (loss above the threshold, or not finite)",
              _recorded(result.skipped, lambda count: _share(count, updates))),
             ("α held back", _recorded(result.held, lambda count: ["never", "once", f"{count:,} times"][min(count, 2)])),
-            ("Time", _recorded(result.seconds, duration))]
+            ("Time", _recorded(result.seconds, duration)) if run.finished else ("Not finished", _progress(run))]
 
 
 def _recorded(value: Any, as_text: Callable[[Any], str]) -> str:
     return "not recorded" if value is None else as_text(value)
 
 
+def _progress(run: SavedRun) -> str:
+    """How far an unfinished run is."""
+    total = run.config.get("Iteration")
+    of = f" of {total:,} ({100 * run.iteration / total:.0f} %)" if isinstance(total, int) and total else ""
+    return f"iteration {run.iteration:,}{of}, {run.as_of}"
+
+
 def _share(count: int, total: int) -> str:
     return f"{count:,}" + (f" of {total:,}" if total else "") + (
-        f" ({100 * count / total:.1f} %)" if total and count else "")
+        f" ({100 * count / total:.1f}\N{NO-BREAK SPACE}%)" if total and count else "")
 
 
-def _summary(run: FinishedRun) -> Markup:
-    missing = [draw.note("This folder does not hold:", run.missing)] if run.missing else []
-    learned_nothing = 0 < len(run.metrics.iterations) == len(run.metrics.skipped)
-    nothing = [draw.note("Every update was skipped, so nothing was learned.")] if learned_nothing else []
-    return joined(draw.facts(facts(run)), *missing, *nothing)
+def _summary(run: SavedRun) -> Markup:
+    notes = [] if run.finished else [draw.note(
+        f"This run is not finished: this is how it was at {_progress(run)}. It is brought up to date at evaluations, "
+        "or by the command under Reproduce.")]
+    if run.learned_nothing:
+        loss, threshold = run.result.fixed_loss.before or run.loss, run.config.get("threshold")
+        known = isinstance(threshold, int | float)
+        advice = skipped_advice(loss, threshold) if known else "nothing was learned"
+        so_far = "" if run.finished else " so far"
+        notes.append(draw.note(_options_whole(f"Every update was skipped{so_far}: {advice}.")))
+    if run.missing:
+        notes.append(draw.note("This folder does not hold:", run.missing))
+    return joined(*notes, draw.facts(facts(run)))
+
+
+def _options_whole(text: str) -> Markup:
+    """Text whose options are not broken after their hyphens."""
+    return joined(*(Markup('<span class="whole">%s</span>') % part if part.startswith("--") else escape(part)
+                    for part in re.split(r"(--\w+(?: auto| inf)?)", text)))
 
 
 # --- images --------------------------------------------------------------------------------------------------
 
 
-def _images(run: FinishedRun) -> Markup:
+def _images(run: SavedRun) -> Markup:
     pictures = run.pictures
     if pictures is None:
-        return draw.paragraph("There are no pictures in this folder.")
+        return draw.paragraph("There are no pictures in this folder." if run.finished else
+                              "No pictures yet: they are made at an evaluation, but for the first seconds of a run.")
     rows, shown = pictures.rows(), len(pictures.which)
     best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
     words = draw.about_images(pictures, rows, run.config.get("labels"), _labels_moved(pictures), best.iteration)
@@ -116,9 +147,8 @@ def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> di
     number, position = divmod(pictures.which[row], pictures.ipc)
     name = pictures.classes[number] + (f", image {position + 1}" if pictures.ipc > 1 else "")
     bars, rest = ([], "") if pictures.hard else _bars(pictures, row)
-    words = " and ".join(["start"] * (pictures.start is not None) + ["label"] * bool(bars)).capitalize()
     return {"row": row, "name": name, "heading": name if alone else f"Image {position + 1}", "bars": bars, "rest": rest,
-            "words": words, "is_open": is_open}
+            "is_open": is_open}
 
 
 def _bars(pictures: Pictures, row: int) -> tuple[list[dict[str, Any]], str]:
@@ -136,10 +166,47 @@ def _bars(pictures: Pictures, row: int) -> tuple[list[dict[str, Any]], str]:
     return bars, rest
 
 
+def _evolution(run: SavedRun) -> Markup:
+    """The set at some of its evaluations."""
+    pictures = run.pictures
+    if pictures is None or pictures.frames is None or len(pictures.frames) < 2:
+        return Markup("")
+    iterations, positions = pictures.frames_of
+    reached = {evaluation.iteration: f"{100 * evaluation.scores[0].mean:.1f}\N{NO-BREAK SPACE}%"
+               for evaluation in run.metrics.of_set(NORMAL)}
+    columns = [(pixels, f"{iteration:,}", reached.get(iteration, ""))
+               for pixels, iteration in thinned(list(zip(strip(pictures.frames), iterations)), MOST_COLUMNS)]
+    moving, last = animation(pictures.frames)
+    still = io.BytesIO()
+    last.save(still, "png", optimize=True)
+    names = [pictures.classes[position // pictures.ipc] for position in positions]
+    return draw.evolution(columns, names, *(base64.b64encode(each).decode() for each in (moving, still.getvalue())),
+                          *last.size)
+
+
+def _labels(run: SavedRun) -> Markup:
+    pictures = run.pictures
+    if pictures is None or pictures.hard or pictures.means is None:
+        return Markup("")
+    return classes.labels(pictures.means, pictures.classes)
+
+
+def _classes(run: SavedRun) -> Markup:
+    """What the networks of the last evaluation took for what."""
+    evaluations = run.metrics.of_set(NORMAL)
+    score = evaluations[-1].scores[0] if evaluations else None
+    if score is None or score.confusion is None:
+        return Markup("")
+    count = len(score.confusion)
+    named = run.pictures is not None and len(run.pictures.classes) == count
+    names = run.pictures.classes if named else [f"class {number + 1}" for number in range(count)]
+    return classes.predictions(score, names, evaluations[-1].iteration)
+
+
 # --- curves, options, commands, machine ----------------------------------------------------------------------
 
 
-def _curves(run: FinishedRun) -> Markup:
+def _curves(run: SavedRun) -> Markup:
     iterations = run.metrics.iterations
     if not iterations and not run.metrics.evaluations:
         return draw.paragraph("This run recorded no iterations.")
@@ -147,7 +214,7 @@ def _curves(run: FinishedRun) -> Markup:
     return joined(how_many, draw.charts(curves.charts({run.name: run})), _numbers(run))
 
 
-def _numbers(run: FinishedRun) -> Markup:
+def _numbers(run: SavedRun) -> Markup:
     """The curves as tables, for those who read numbers or hear them."""
     scores = [[f"{evaluation.iteration:,}", f"{evaluation.set}, {score.network}", in_words(score),
                str(len(score.accuracies))] for evaluation in run.metrics.evaluations for score in evaluation.scores]
@@ -161,7 +228,7 @@ def _numbers(run: FinishedRun) -> Markup:
     return joined(*(draw.folded(name, draw.table(caption, head, rows)) for name, caption, head, rows in tables if rows))
 
 
-def _options(run: FinishedRun) -> Markup:
+def _options(run: SavedRun) -> Markup:
     if not run.config:
         return draw.paragraph("This folder does not hold its options.")
     default, differing = defaults(DistillConfig), changed(run.config, DistillConfig)
@@ -180,19 +247,19 @@ def _options(run: FinishedRun) -> Markup:
     return tables
 
 
-def _reproduce(run: FinishedRun) -> Markup:
+def _reproduce(run: SavedRun) -> Markup:
     steps = commands(run)
     if not steps:
         return draw.paragraph("Without config.yaml the commands are not known.")
     return draw.commands(steps, run.pictures and run.pictures.about, str(run.result.environment.get("device", "")))
 
 
-def machine_of(run: FinishedRun) -> dict[str, str]:
+def machine_of(run: SavedRun) -> dict[str, str]:
     machine = (run.pictures.about or {}).get("machine", {}) if run.pictures else {}
     return {str(name): str(value) for name, value in (run.result.environment | machine).items()}
 
 
-def _machine(run: FinishedRun) -> Markup:
+def _machine(run: SavedRun) -> Markup:
     rows = list(machine_of(run).items())
     made_with = "What the run was made with"
     return draw.table(made_with, ["what", "value"], rows) if rows else draw.paragraph("Not recorded.")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from distill.distilled_set import DistilledSet
+from distill.report.frames import Frames
+from distill.report.pixels import clip_outliers, scaled_bytes
 from utils.data.datasets import Dataset
 from utils.files import load_tensors, reading, save_tensors
 from utils.program.machine import machine
@@ -16,7 +18,8 @@ from utils.program.machine import machine
 FORMAT = "datm-report-1"
 SAVED = "saved"  # of a start: a set of an earlier run
 PICTURES = "report.safetensors"
-IMAGE_BYTES = 5_000_000  # of a page, for its pictures; with base64 and the rest it stays below 10 MB
+IMAGE_BYTES = 4_500_000  # of a page, for its pictures; with frames, base64 and the rest it stays below 10 MB
+MOST_CLASSES = 200  # of which labels are shown by class
 MOST_PER_CLASS = 10
 NEAR = 4  # real images among which the nearest is looked for exactly
 
@@ -31,13 +34,16 @@ class Pictures:
     which: list[int]  # their positions in the set
     distilled: Tensor  # [n, C, H, W] uint8
     labels: Tensor  # [n, K] probabilities
+    means: Tensor | None = None  # [K, K] the mean label of each class of the whole set, in probabilities
     start: Tensor | None = None  # [n, C, H, W] uint8
     neighbour: Tensor | None = None  # [n, C, H, W] uint8
     change: Tensor | None = None  # [n, 1, H, W] uint8, 128 is none
     rms: Tensor | None = None  # [n], of pixels in [0, 1]
     start_labels: Tensor | None = None  # [n, K] probabilities
     began: str = "real"  # what the start was: "real", "noise" or SAVED
-    about: dict[str, Any] | None = None  # the experts' options, the machine
+    frames: Tensor | None = None  # [F, m, C, h, w] uint8, see `Frames`
+    frames_of: tuple[list[int], list[int]] = ([], [])  # their iterations [F], and the images' positions in the set [m]
+    about: dict[str, Any] | None = None  # the experts' options and accuracies, the machine
 
     @property
     def start_in_words(self) -> str:
@@ -76,14 +82,23 @@ class Pictures:
                 kind = torch.float32 if name in ("rms", "labels", "start_labels") else torch.uint8
                 if (tuple(tensors[name].shape), tensors[name].dtype, len(shape), shape[0]) != (expected, kind, 4, n):
                     raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
+            for name, expected in {"means": (torch.float32, (len(classes), len(classes))),
+                                   "frames": (torch.uint8, tuple(map(len, about.get("frames_of", ()))))}.items():
+                if name in tensors and (tensors[name].dtype, tuple(tensors[name].shape[:2])) != expected:
+                    raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
             if int(about["ipc"]) < 1 or not all(0 <= each // int(about["ipc"]) < len(classes) for each in which):
                 raise ValueError("positions outside the classes")
             machine, experts = about["machine"], about["experts"]
             if not isinstance(machine, dict) or not all(isinstance(each, dict) for each in experts):
                 raise ValueError("the machine or the experts are not tables")
             began = str(about.get("began", "noise" if about.get("noise") else "real"))
-            return cls(classes, int(about["ipc"]), str(about["version"]), which, began=began,
-                       about={"machine": machine, "experts": experts}, **{name: tensors[name] for name in shapes})
+            at, of = ([int(each) for each in part] for part in about.get("frames_of", ([], [])))
+            if not all(0 <= each // int(about["ipc"]) < len(classes) for each in of):
+                raise ValueError("frames of images outside the classes")
+            reached = [float(each) for each in about.get("experts_reached", [])]
+            return cls(classes, int(about["ipc"]), str(about["version"]), which, began=began, frames_of=(at, of),
+                       about={"machine": machine, "experts": experts, "experts_reached": reached},
+                       **{name: tensors.get(name) for name in (*shapes, "means", "frames")})
 
 
 def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
@@ -96,29 +111,38 @@ def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
 
 @torch.no_grad()
 def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: DistilledSet, version: str, began: str,
-                  experts: list[dict[str, Any]]) -> None:
+                  frames: Frames, experts: list[dict[str, Any]], reached: list[float]) -> None:
     """Writes `report.safetensors`: what a page shows of a set and the run folder does not hold otherwise.
 
     Args:
         version: the name of the best set.
         began: how the images of the start were made, one of `utils.config.STARTS` or SAVED.
+        frames: the set on its way.
         experts: the options that made the experts.
+        reached: the experts' accuracies.
     """
     ipc = len(best) // dataset.num_classes
     which = chosen(dataset.num_classes, ipc, best.images[0].numel())
     # Clipped at the deviations of the whole set, as the published pictures are, then scaled each to its own range.
-    pixels = clip_outliers(dataset.to_pixels(best.images))[which]
+    unclipped = dataset.to_pixels(best.images)
+    pixels = clip_outliers(unclipped)[which]
     first = dataset.to_pixels(start.images[which])
-    change = (pixels - first).mean(1, keepdim=True)
+    changes = unclipped[which] - first  # what was learned, which clipping is no part of
+    change = changes.mean(1, keepdim=True)
     most = change.abs().max().clamp(min=1e-8)
     tensors = {"distilled": scaled_bytes(pixels), "start": scaled_bytes(first),
                "change": (128 + 127 * change / most).byte(),
                "neighbour": scaled_bytes(_neighbours(dataset, pixels, [each // ipc for each in which])),
-               "rms": (pixels - first).square().mean((1, 2, 3)).sqrt(),
+               "rms": changes.square().mean((1, 2, 3)).sqrt(),
                "labels": probabilities(best.labels[which], dataset.num_classes),
                "start_labels": probabilities(start.labels[which], dataset.num_classes)}
+    if (means := class_means(best.labels, dataset.num_classes)) is not None:
+        tensors["means"] = means
+    if frames.images:
+        tensors["frames"] = torch.stack(frames.images)
     about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
              "began": began if began in ("noise", SAVED) else "real", "experts": experts,
+             "experts_reached": reached, "frames_of": [frames.iterations, frames.which],
              "machine": machine(best.images.device)}
     save_tensors(path, tensors, {"about": json.dumps(about)})
 
@@ -148,19 +172,15 @@ def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
     return real[torch.arange(len(pixels), device=pixels.device), best]
 
 
-def clip_outliers(images: Tensor, deviations: float = 2.5) -> Tensor:
-    """Values clamped at the mean ± 2.5 standard deviations of the whole tensor, as published pictures are."""
-    mean, std = images.mean(), images.std()
-    return images.clamp(mean - deviations * std, mean + deviations * std)
-
-
-def scaled_bytes(images: Tensor) -> Tensor:
-    """[n, C, H, W] of any range → bytes, each image scaled to its own range."""
-    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
-    return ((images - low) / (high - low).clamp(min=1e-8) * 255).round().byte()
-
-
 def probabilities(labels: Tensor, num_classes: int) -> Tensor:
     if labels.is_floating_point():
         return labels.float().softmax(1)
     return torch.nn.functional.one_hot(labels, num_classes).float()
+
+
+def class_means(labels: Tensor, num_classes: int) -> Tensor | None:
+    """The mean label of each class [K, K], in probabilities, of a set in which those of a class stand together; None of
+    too many classes."""
+    if num_classes > MOST_CLASSES:
+        return None
+    return probabilities(labels, num_classes).unflatten(0, (num_classes, -1)).mean(1)

@@ -1,56 +1,104 @@
-"""A finished run's folder, read: plain data, of which its page is made."""
+"""A run's folder, read: plain data, of which its page is made."""
 
+import datetime
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill.report.page_pictures import PICTURES, Pictures
-from distill.result_files import METRICS, RESULT, Metrics, RunResult
+from distill.result_files import METRICS, RESULT, EvaluationResult, Metrics, RunResult, result_so_far
 from utils.errors import UserError
 from utils.files import read_config
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """What lies in a finished run's folder."""
+class SavedRun:
+    """What lies in a run's folder."""
 
     path: Path
     config: dict[str, Any]
     metrics: Metrics
-    result: RunResult
+    result: RunResult  # of an unfinished run, what it reached so far
     pictures: Pictures | None
     missing: list[str]  # what the folder does not hold, in words
+    as_of: str = ""  # of an unfinished run, when its log was last written
+    beside: list[EvaluationResult] = field(default_factory=list)  # what somebody put there to compare with
 
     @property
     def name(self) -> str:
         return self.path.name
 
+    @property
+    def finished(self) -> bool:
+        return not self.as_of
 
-def read_run(path: Path) -> FinishedRun:
-    """A finished run's folder. What an older one does not hold is named in `missing`.
+    @property
+    def iteration(self) -> int:
+        """How many iterations it did."""
+        return max(step.iteration + number for number, lines in ((1, self.metrics.iterations),
+                                                                 (0, self.metrics.evaluations)) for step in lines[-1:])
+
+    @property
+    def learned_nothing(self) -> bool:
+        """Whether every update so far was skipped."""
+        return 0 < len(self.metrics.iterations) == len(self.metrics.skipped)
+
+    @property
+    def loss(self) -> float:
+        """The mean matching loss, skipped updates included; NaN where none was finite."""
+        losses = [step.loss for step in self.metrics.iterations if math.isfinite(step.loss)]
+        return sum(losses) / len(losses) if losses else math.nan
+
+
+def read_run(path: Path) -> SavedRun:
+    """A run's folder, finished or not. What an older one does not hold is named in `missing`.
 
     Raises:
-        UserError: not a run's folder, an unfinished run, or a damaged file.
+        UserError: not a run's folder, a run that was not evaluated yet, or a damaged file.
     """
     path = Path(os.path.abspath(path))
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder; give a run's folder, with config.yaml and {RESULT}")
-    if not (path / RESULT).is_file():
-        begun = any((path / name).exists() for name in ("config.yaml", "checkpoint.pt", METRICS))
-        raise UserError(f"{path} holds an unfinished run; finish it by the command that began it" if begun else
-                        f"{path} is not a run's folder, as it has no {RESULT}; give the folder of a finished run")
+        raise UserError(f"{path} is not a folder; give a run's folder, with config.yaml and {METRICS}")
+    finished = (path / RESULT).is_file()
+    if not finished and not ((path / "config.yaml").is_file() and (path / METRICS).is_file()):
+        raise UserError(f"{path} is not a run's folder, as it has no {RESULT}, and no config.yaml with {METRICS}; give "
+                        "the folder of a run")
     missing = []
 
     def read(name: str, reader: Any, otherwise: Any, what: str) -> Any:
         if (path / name).is_file():
             return reader(path / name)
-        missing.append(f"{name}{what}")
+        if finished:
+            missing.append(f"{name}{what}")
         return otherwise
 
-    result = RunResult.read(path / RESULT)
     config = read("config.yaml", read_config, {}, ": the options and the commands")
     metrics = read(METRICS, Metrics.read, Metrics([], []), ": the curves")
     pictures = read(PICTURES, Pictures.read, None, ", which runs of an older version did not write: starting images, "
                     "real neighbours, the experts' command, the machine")
-    return FinishedRun(path, {str(name): value for name, value in config.items()}, metrics, result, pictures, missing)
+    as_of = ""
+    if finished:
+        result = RunResult.read(path / RESULT)
+    else:
+        machine = (pictures.about or {}).get("machine", {}) if pictures else {}
+        result = result_so_far(metrics, "validation" if config.get("val_fraction") else "test", machine)
+        if result is None:
+            raise UserError(f"{path} holds a run that was not evaluated yet; look again after its first evaluation "
+                            "(every --eval_it iterations), or let the command that began it go on")
+        written = datetime.datetime.fromtimestamp((path / METRICS).stat().st_mtime).astimezone()
+        as_of = written.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
+    return SavedRun(path, {str(name): value for name, value in config.items()}, metrics, result, pictures, missing,
+                    as_of, list(_beside(path)))
+
+
+def _beside(path: Path):
+    """Results of evaluations that somebody put into the folder."""
+    for file in sorted(path.glob("*.json")):
+        if file.name.startswith(Path(RESULT).stem):
+            continue
+        try:
+            yield EvaluationResult.read(file, "")
+        except UserError:  # whatever else lies there
+            continue

@@ -1,33 +1,40 @@
-"""What shows a finished run: pictures and a page, each made of what lies in its folder, so at any time again."""
+"""What shows a run: pictures and a page, each made of what lies in its folder, so at any time again."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from distill.report.frames import save_animation
 from distill.report.matplotlib_figures import save_curves, save_images
-from distill.report.page import PAGE, page
+from distill.report.page import ANIMATION, PAGE, page
 from distill.report.page_pictures import PICTURES
-from distill.report.read_run import FinishedRun
+from distill.report.read_run import SavedRun
 from utils.files import write_text
 from utils.program.console import note, shown
 
 
-def _images(run: FinishedRun, path: Path) -> None:
+def _images(run: SavedRun, path: Path) -> None:
     if run.pictures is not None and run.pictures.start is not None:  # else there is nothing to compare with
         save_images(path, run.pictures)
 
 
-def _curves(run: FinishedRun, path: Path) -> None:
+def _curves(run: SavedRun, path: Path) -> None:
     save_curves(path, run.metrics, run.config.get("threshold"))
 
 
-_MAKERS: dict[str, Callable[[FinishedRun, Path], None]] = {
-    "images.png": _images, "curves.png": _curves, PAGE: lambda run, path: write_text(path, page(run))}
+def _animation(run: SavedRun, path: Path) -> None:
+    if run.pictures is not None and run.pictures.frames is not None:
+        save_animation(path, run.pictures.frames)
+
+
+_MAKERS: dict[str, Callable[[SavedRun, Path], None]] = {
+    "images.png": _images, "curves.png": _curves, ANIMATION: _animation,
+    PAGE: lambda run, path: write_text(path, page(run))}
 SHOWN = tuple(_MAKERS)
 
 
-def show(run: FinishedRun, names: Sequence[str] = SHOWN) -> None:
-    """Makes those of SHOWN in a finished run's folder; what cannot be made is a note, and the others are made."""
+def show(run: SavedRun, names: Sequence[str] = SHOWN) -> None:
+    """Makes those of SHOWN in a run's folder; what cannot be made is a note, and the others are made."""
     for name in (name for name in SHOWN if name in names):
         with noting_failure(run.path, name):
             _MAKERS[name](run, run.path / name)

@@ -47,13 +47,14 @@ class Chart:
 
     Args:
         whole: the values are whole numbers, and so are the ticks.
+        shows: values that the scale, which is linear then, shows in any case.
     """
 
     width, height = 440, 250
     right, top, bottom = 22, 10, 42
 
-    def __init__(self, title: str, x_label: str, y_label: str, whole: bool = False):
-        self.title, self.x_label, self.y_label, self.whole = title, x_label, y_label, whole
+    def __init__(self, title: str, x_label: str, y_label: str, whole: bool = False, shows: Sequence[float] = ()):
+        self.title, self.x_label, self.y_label, self.whole, self.shows = title, x_label, y_label, whole, shows
         self._marks: list[tuple[str, str, str, list[Point], dict[str, Any]]] = []
 
     @property
@@ -85,14 +86,14 @@ class Chart:
     def _log(self) -> bool:
         """Whether the values span so much that a linear scale would hide most of them."""
         ys = self._ys()
-        return not self.whole and bool(ys) and min(ys) > 0 and max(ys) / min(ys) > LOG_FROM
+        return not self.whole and not self.shows and bool(ys) and min(ys) > 0 and max(ys) / min(ys) > LOG_FROM
 
     def _drawn(self) -> str:
         log, ys = self._log(), self._ys()
         xs = [point[0] for _, _, _, points, _ in self._marks for point in points]
         scale = math.log10 if log else float
         x_low, x_high = _apart(min(xs), max(xs))
-        low, high = _apart(scale(min(ys)), scale(max(ys)))
+        low, high = _apart(*(scale(of([*ys, *self.shows])) for of in (min, max)))
         edge = 0.04 * (high - low)
         low, high = low - edge, high + edge
         values = [10**each for each in ticks(low, high, 5)] if log else ticks(low, high, 5, self.whole)
@@ -119,7 +120,7 @@ class Chart:
             *(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>'
               for value in ticks(*x_range, 5, whole=True)),
             f'<text x="{(left + right) / 2}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}</text>',
-            f'<text transform="translate(11 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
+            f'<text transform="translate(14 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
             f"{escape(self.y_label)}</text>"])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 
 
-def _png(pixels: Tensor) -> str:
+def png(pixels: Tensor) -> str:
     """[C, H, W] uint8 → a PNG in base64."""
     array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
     file = io.BytesIO()
@@ -24,7 +24,7 @@ def _png(pixels: Tensor) -> str:
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=jinja2.select_autoescape(["html"]),
                                trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
                                keep_trailing_newline=True)
-TEMPLATES.filters["png"] = _png
+TEMPLATES.filters["png"] = png
 draw: Any = TEMPLATES.get_template("page.html").module
 """The macros of page.html by name; each returns HTML."""
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.report.page_pictures import clip_outliers
+from distill.report.pixels import clip_outliers
 from distill.result_files import Iteration, Score
 from utils.data.datasets import Dataset
 from utils.files import finite
@@ -43,8 +43,8 @@ class Tracker:
                  resumed: dict[str, Any] | None = None, quiet: bool = False):
         self._run = None
         self._id = resumed["id"] if resumed else uuid.uuid4().hex[:8]
-        # network → mean and standard deviation of its best score
-        self._best: dict[str, list[float]] = resumed["best"] if resumed else {}
+        # network → mean and standard deviation of its best score; over one network there is none
+        self._best: dict[str, list[float | None]] = resumed["best"] if resumed else {}
         try:
             if mode == "auto":
                 mode = _own_mode()
@@ -74,12 +74,12 @@ class Tracker:
         """An evaluation's scores, and each network's best so far."""
         values = {}
         for score in scores:
-            now = [score.mean, score.std]
+            now = [score.mean, score.spread]
             best = max(self._best.get(score.network, now), now, key=lambda each: each[0])
             mean, std = self._best[score.network] = best
-            values |= {f"Accuracy/{score.network}": score.mean, f"Std/{score.network}": score.std,
+            values |= {f"Accuracy/{score.network}": score.mean, f"Std/{score.network}": score.spread,
                        f"Max_Accuracy/{score.network}": mean, f"Max_Std/{score.network}": std}
-        self._log(step, lambda: values)
+        self._log(step, lambda: {name: value for name, value in values.items() if value is not None})
 
     def log_set(self, step: int, images: Tensor, lr: float, dataset: Dataset, ipc: int, force: bool) -> None:
         """The published pictures and histograms of a set's images [N, C, H, W]."""

@@ -197,7 +197,10 @@ def save_config(path: Path, options: dict[str, Any]) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Writes a JSON file in lines, a list of whole numbers in one."""
+    text = json.dumps(value, indent=2, allow_nan=False)  # with no line's end within a string
+    text = re.sub(r"\[\n\s+(-?\d+(?:,\n\s+-?\d+)*)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_text(path, text + "\n")
 
 
 def finite(value: float) -> float | None:

@@ -1,14 +1,17 @@
 """Versions and hardware, to stand beside a result."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from utils.files import REPOSITORY
 from utils.program.device import describe
 
 BESIDE_TORCH = ("torchvision", "numpy")  # whose versions a result may depend on, where they are installed
@@ -16,8 +19,23 @@ BESIDE_TORCH = ("torchvision", "numpy")  # whose versions a result may depend on
 
 def environment(device: torch.device) -> dict[str, str]:
     """The little that stands beside every result."""
+    code = commit()
     return {"torch": str(torch.__version__), "python": sys.version.split()[0], "device": describe(device),
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), **({"commit": code} if code else {})}
+
+
+@functools.cache  # the code that runs is that of the beginning, whatever is checked out meanwhile
+def commit() -> str | None:
+    """The commit of this code, "+" behind it where files differ from it; None outside a git clone, or without git."""
+    if not (REPOSITORY / ".git").exists():  # else git would find that of a folder above
+        return None
+    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook sets them
+    try:
+        said = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--exclude=*", "--abbrev=12",
+                               "--dirty=+"], env=others, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None if said.returncode == 0 else None
 
 
 def machine(device: torch.device) -> dict[str, str]:

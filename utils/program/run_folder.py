@@ -116,7 +116,7 @@ class RunFolder:
         Args:
             saved: that state.
             made: what an unfinished run may have put beside them, removed at a new beginning.
-            shows: what shows a finished run, removed in any case.
+            shows: what shows a run, removed but where an unfinished one goes on.
 
         Raises:
             UserError: the folder cannot be made or written, or its log is shorter than it was.
@@ -133,7 +133,7 @@ class RunFolder:
             if others:
                 raise UserError(f"{self.path} holds {', '.join(others)} and is no run's folder; give another "
                                 "--run_name, or move what is there away")
-        for name in shows:
+        for name in shows if self.finished or not saved else ():
             (self.path / name).unlink(missing_ok=True)
         if self.finished:
             self.result.rename(self.result.with_stem("_".join([self.result.stem, *map(str, self._did)])))

@@ -1,0 +1,90 @@
+"""A set as it changed: a few of its images at some of its evaluations, in bytes, and as one picture that moves."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distill.distilled_set import DistilledSet
+from distill.report.pixels import clip_outliers, scaled_bytes
+from utils.data.datasets import Dataset
+from utils.files import atomic_write
+
+MOST_FRAMES, MOST_IMAGES, MOST_SIDE = 20, 10, 64  # larger images are made smaller
+FRAME_BYTES = 1_000_000  # of all frames, in a run's state and on its page
+WIDTH = 320  # pixels, at least, of the picture that moves
+SECONDS, LAST_SECONDS = 0.3, 2.0  # that a frame stays
+
+
+@dataclass
+class Frames:
+    """What is kept of a set on its way; it stays as small as it is, however long the way."""
+
+    iterations: list[int] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)  # [n, C, h, w] uint8 of each
+    which: list[int] = field(default_factory=list)  # their positions in the set
+
+    def add(self, iteration: int, distilled: DistilledSet, dataset: Dataset) -> None:
+        """The set as it is now; of too many frames one goes, which leaves the others most evenly spaced."""
+        shape = _small(dataset.image_size)
+        self.which = shown_of(len(distilled), dataset.num_classes, dataset.channels * shape[0] * shape[1])
+        pixels = clip_outliers(dataset.to_pixels(distilled.images[self.which]))
+        self.iterations.append(iteration)
+        self.images.append(scaled_bytes(torch.nn.functional.interpolate(pixels, shape, mode="area")).cpu())
+        if len(self.iterations) > MOST_FRAMES:
+            gaps = [self.iterations[at + 1] - self.iterations[at - 1] for at in range(1, MOST_FRAMES)]
+            goes = 1 + gaps.index(min(gaps))
+            del self.iterations[goes], self.images[goes]
+
+
+def shown_of(count: int, num_classes: int, image_bytes: int) -> list[int]:
+    """Positions in a set of so many images, class by class: of as many classes as there is room for, evenly spaced."""
+    room = max(1, min(MOST_IMAGES, FRAME_BYTES // (MOST_FRAMES * image_bytes)))
+    ipc, classes = count // num_classes, min(room, num_classes)
+    per_class = min(ipc, room // classes)
+    return [number * num_classes // classes * ipc + each for number in range(classes) for each in range(per_class)]
+
+
+def _small(size: Sequence[int]) -> tuple[int, int]:
+    scale = min(1.0, MOST_SIDE / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def strip(frames: Tensor) -> list[Tensor]:
+    """Of each of the frames [F, n, C, h, w] its images below each other, with transparent gaps: [C + 1, H, w] uint8."""
+    solid = torch.full_like(frames[:, :, :1], 255)
+    apart = torch.nn.functional.pad(torch.cat([frames, solid], dim=2), (0, 0, 0, 1))
+    return list(apart.transpose(1, 2).flatten(2, 3)[:, :, :-1])
+
+
+def animation(frames: Tensor) -> tuple[bytes, Image.Image]:
+    """A WebP of frames [F, n, C, h, w] uint8, and its last picture: images side by side, a bar under them for how far
+    it is."""
+    count, images, _, height, width = frames.shape
+    columns = min(images, 5)
+    times = max(1, -(-WIDTH // (columns * (width + 1))))
+    pictures = []
+    for number, frame in enumerate(frames):
+        tiles = torch.zeros(-(-images // columns) * columns, 3, height + 1, width + 1, dtype=torch.uint8)
+        tiles[:images, :, :height, :width] = frame
+        rows = tiles.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
+        picture = rows.repeat(times, 0).repeat(times, 1)
+        bar = np.full((6, picture.shape[1], 3), 128, dtype=np.uint8)
+        bar[:, :max(1, round(picture.shape[1] * (number + 1) / count))] = (0, 114, 178)
+        pictures.append(Image.fromarray(np.concatenate([picture, bar])))
+    stay = [round(1000 * SECONDS)] * (count - 1) + [round(1000 * LAST_SECONDS)]
+    file = io.BytesIO()
+    pictures[0].save(file, "webp", lossless=True, method=0, loop=0, save_all=True, append_images=pictures[1:],
+                     duration=stay)
+    return file.getvalue(), pictures[-1]
+
+
+def save_animation(path: Path, frames: Tensor) -> None:
+    """The WebP of `animation`."""
+    with atomic_write(path) as aside:
+        aside.write_bytes(animation(frames)[0])

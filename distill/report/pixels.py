@@ -1,0 +1,15 @@
+"""Images of any range as pictures that can be shown."""
+
+from torch import Tensor
+
+
+def clip_outliers(images: Tensor, deviations: float = 2.5) -> Tensor:
+    """Values clamped at the mean ± 2.5 standard deviations of the whole tensor, as published pictures are."""
+    mean, std = images.mean(), images.std()
+    return images.clamp(mean - deviations * std, mean + deviations * std)
+
+
+def scaled_bytes(images: Tensor) -> Tensor:
+    """[n, C, H, W] of any range → bytes, each image scaled to its own range."""
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return ((images - low) / (high - low).clamp(min=1e-8) * 255).round().byte()
