@@ -175,13 +175,15 @@ def numbers(run: Run, finished: FinishedRun) -> dict[str, Any]:
     version, best = result.better
     return {"name": run.name, "folder": str(run.folder), "options": run.differs, "set": version,
             "accuracy": best.scores[0].mean, "std": best.scores[0].std, "networks": len(best.scores[0].accuracies),
-            "iteration": best.iteration, "skipped": result.skipped, "updates": run.config.Iteration,
+            "iteration": best.iteration, "skipped": result.skipped, "updates": len(finished.metrics.iterations),
             "loss_before": result.fixed_loss.before, "loss_after": result.fixed_loss.after, "seconds": result.seconds}
 
 
 def in_words(reached: dict[str, Any]) -> list[str]:
     """The same, for the table."""
-    return [percent(reached["accuracy"], reached["std"]), str(reached["networks"]), str(reached["iteration"]),
+    accuracy, networks = reached["accuracy"], reached["networks"]
+    return [percent(accuracy, reached["std"]) if networks > 1 else f"{100 * accuracy:.2f}", str(networks),
+            str(reached["iteration"]),
             f"{reached['skipped']} of {reached['updates']}",
             f"{reached['loss_before']:.4f} → {reached['loss_after']:.4f}", duration(reached["seconds"])]
 

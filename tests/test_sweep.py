@@ -20,9 +20,9 @@ def test_values_are_ranked_and_a_larger_iteration_goes_on(call, toy, toy_experts
         say.append(run.name)
 
     def sweep_it(*options):
-        monkeypatch.setattr(sys, "argv", ["sweep.py", *toy.distil, f"--buffer_path={toy_experts}",
-                                          f"--log_path={tmp_path}", "--lr_img=0,1e1", "--val_fraction=0", "--Iteration=1", "--eval_it=1",
-                                          f"--json={tmp_path / 'table.json'}", *options])
+        monkeypatch.setattr(sys, "argv", [
+            "sweep.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_img=0,1e1",
+            "--val_fraction=0", "--Iteration=1", "--eval_it=1", f"--json={tmp_path / 'table.json'}", *options])
         with mock.patch.multiple("distill.report.show", save_images=mock.Mock(), save_curves=mock.Mock()):
             sweep.main()
         return capsys.readouterr().out, json.loads((tmp_path / "table.json").read_text())["runs"]
