@@ -218,7 +218,7 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> D
     if data_dir.endswith(".safetensors"):
         _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
         return DistilledSet.load(data_dir)
-    images, config = _read(data_dir, "--data_dir", "images_best.pt"), {}
+    images, config = _read(data_dir, "--data_dir", "images_best.pt, or a run's folder"), {}
     if isinstance(images, dict) and "data" in images:
         _check_alone(data_dir, "images and labels", label_dir=label_dir)
         (images, labels), config = _condensed(images["data"], data_dir), {"zca": False}

@@ -46,7 +46,7 @@ def typed(config_type: type, description: str, arguments: list[str] | None = Non
     """The options of a command line as they are typed, by name.
 
     Args:
-        more: options beside those of the config, and their help.
+        more: options beside those of the config that name a file, and their help.
 
     Raises:
         UserError: an unknown one, or something else than options.
@@ -126,7 +126,7 @@ def _parser(config_type: type, description: str, yaml_file: bool, more: dict[str
     if yaml_file:
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
     for name, text in more.items():
-        parser.add_argument(f"--{name}", metavar=name.upper(), help=text)
+        parser.add_argument(f"--{name}", metavar="FILE", help=text)
     groups = {group: parser.add_argument_group(f"{group} options") for group in GROUPS}
     for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
         extra = about(field.name, config_type)
