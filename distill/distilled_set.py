@@ -5,6 +5,7 @@ holds the set whole, as networks see it and as pictures, with its class names an
 never code. Its whitening, which is far larger, lies in the disk cache, or beside it where it travelled.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.result_files import NORMAL, RESULT, RunResult
 from utils import files
 from utils.data.datasets import Dataset, ImageSpace
 from utils.data.disk_layouts import some_of
@@ -27,6 +29,9 @@ from utils.program.console import note
 
 FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier held the whitening, and no pictures
 WHOLE = "distilled.safetensors"  # the self-describing file
+READ_BY = "dataset", "subset", "res", "zca"  # the options that say what the images of a set are
+FOLDERS = "data_path", "buffer_path"  # and where that lay, and the experts of it
+TOLD = *READ_BY, "model", *FOLDERS  # those that an evaluation need not be given
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +112,12 @@ class DistilledSet(torch.utils.data.Dataset):
 
     @classmethod
     def load(cls, path: str | Path) -> "DistilledSet":
-        """Reads a file of `save_whole`, of this format or the earlier one.
+        """Reads a file of `save_whole`, of this format or the earlier one; of a run's folder, see `whole_set`.
 
         Raises:
             UserError: missing, damaged, another kind of file, or tensors that do not fit each other or are not finite.
         """
-        path = Path(path)
+        path = whole_set(Path(path))
         files.check_is_file(path, "distilled set", set_in(path) or f"the path of a {WHOLE}")
         with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
             tensors, about = files.load_tensors(path)
@@ -162,20 +167,58 @@ def set_in(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob(f"**/{WHOLE}"))), None) if folder.is_dir() else None
 
 
+def whole_set(path: Path) -> Path:
+    """The self-describing file that a path means: of a run's folder the better of its best sets, as its result says;
+    any other path is itself."""
+    result = path / RESULT
+    version = RunResult.read(result).better[0] if result.is_file() else NORMAL
+    return next((file for file in (path / version / WHOLE, path / WHOLE) if file.is_file()), path)
+
+
+def set_files(data_dir: str) -> tuple[str, str, str] | None:
+    """The files of images, labels and learning rate in a run's folder: see `whole_set`, which holds all three, and of a
+    run that has none, as it is unfinished or the published code's, the best set in published files. None where
+    `--data_dir` is something else."""
+    path = Path(data_dir)
+    if data_dir and (whole := whole_set(path)) != path:
+        return str(whole), "", ""
+    published = [path / NORMAL / f"{name}_best.pt" for name in ("images", "labels", "lr")]
+    return tuple(map(str, published)) if data_dir and all(file.is_file() for file in published) else None
+
+
+def made_with(data_dir: str) -> dict[str, Any]:
+    """The options that made the set of `--data_dir`, as its file tells or its run's config.yaml; none where neither
+    does, or where something cannot be read, which is said where the set is."""
+    if not data_dir:
+        return {}
+    with contextlib.suppress(UserError, OSError, ValueError):
+        path = Path((set_files(data_dir) or [data_dir])[0])
+        if path.suffix == ".safetensors" and (config := DistilledSet.load(path).config):
+            return config
+        options = files.read_config(path.parent.parent / "config.yaml")
+        if {"dataset", "model"} <= options.keys():  # whatever lies there need not be ours
+            return options
+    return {}
+
+
 def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> DistilledSet:
     """Reads a saved set.
 
     Args:
         data_dir, label_dir, lr_dir: the three *files* (published names); an empty lr_dir means `default_lr`. Or
-            data_dir alone, a `distilled.safetensors`; or, without a label_dir, the `res_*.pt` of DC and DSA.
+            data_dir alone, a run's folder or a `distilled.safetensors`; or, without a label_dir, the `res_*.pt` of DC
+            and DSA.
 
     Raises:
         UserError: a missing or unreadable file.
     """
+    if found := set_files(data_dir):
+        _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
+        data_dir, label_dir, lr_dir = found
     if data_dir.endswith(".safetensors"):
         _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
         return DistilledSet.load(data_dir)
-    images, config = _read(data_dir, "--data_dir", "images_best.pt"), {}
+    images, config = _read(data_dir, "--data_dir", "images_best.pt, or a run's folder"), {}
     if isinstance(images, dict) and "data" in images:
         _check_alone(data_dir, "images and labels", label_dir=label_dir)
         (images, labels), config = _condensed(images["data"], data_dir), {"zca": False}

@@ -1,7 +1,15 @@
 """Trains networks on a distilled set and tests them on real images.
 
+    python distill/evaluation.py --data_dir RUN
+    python distill/evaluation.py --data_dir …/Normal/distilled.safetensors
     python distill/evaluation.py --dataset MiniFashion --model ConvNetW32 --zca
         --data_dir …/Normal/images_best.pt --label_dir …/Normal/labels_best.pt --lr_dir …/Normal/lr_best.pt
+
+RUN is a run's folder, of whose best sets (Normal/, EMA/) the better one is taken. --dataset, --subset, --model, --res,
+--zca, --data_path and --buffer_path are those that the set was made with, as it says itself or the config.yaml of its
+run does; what is given counts, and a note says where that is another dataset, size or whitening. All other options are
+this program's own: --epoch_eval_train and --batch_train are not the run's, and it is tested on the test images unless
+--val_fraction is given.
 
 --robust_score prints DD-Ranking's label-robust score (LRS) and augmentation-robust score (ARS) of the set, with what
 they are made of (HLR, IOR), by network. It evaluates the set with its labels and with hard labels, as many random real
@@ -22,14 +30,14 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 from distill.evaluate.robust import evaluate_robust
-from distill.evaluate.saved_set import evaluate_files
+from distill.evaluate.saved_set import evaluate_files, told_by_set
 from utils.config import EvaluationConfig
 from utils.program.command_line import parse
 from utils.program.entry import entry
 
 
 def main() -> None:
-    config = parse(EvaluationConfig, __doc__)
+    config = parse(EvaluationConfig, __doc__, known=told_by_set)
     evaluate_robust(config) if config.robust_score else evaluate_files(config)
 
 

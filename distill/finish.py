@@ -130,7 +130,7 @@ def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best:
     say(config, "  images.png, evolution.webp, curves.png, metrics.jsonl, config.yaml, result.json; checkpoint.pt, to "
                 "go on from")
     whole = path / best / WHOLE
-    options = evaluation(influential(config), whole) | commands.device_given(config.device)
+    options = evaluation(influential(config), path) | commands.device_given(config.device)
     commands.say_next(config, "next, to test the set on fresh networks, and to have its images as PNG files:",
                       commands.command("distill/evaluation.py", options),
                       commands.command("scripts/export.py", {"png": path / best / "png"}, argument=whole))

@@ -166,6 +166,14 @@ class RunResult:
     fixed_loss: FixedLoss = FixedLoss()
     environment: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def better(self) -> tuple[str, Best]:
+        """Of the sets as published and with averaged images the better one: its folder, and what it reached."""
+        averaged = self.best_ema
+        if averaged and averaged.scores[0].mean > self.best.scores[0].mean:
+            return EMA, averaged
+        return NORMAL, self.best
+
     def write(self, path: Path) -> None:
         write_json(path, as_json(self))
 

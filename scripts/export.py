@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.distilled_set import DistilledSet
+from distill.distilled_set import DistilledSet, whole_set
 from distill.report.export import check_new, save_card, save_pngs, whitening_of
 from scripts.common import script_parser
 from utils.data.zca import BESIDE
@@ -29,7 +29,7 @@ from utils.program.entry import entry
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("set", type=Path, help="a distilled.safetensors")
+    parser.add_argument("set", type=Path, help="a distilled.safetensors, or the folder of its run")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write PNG files and labels.json; a new folder")
     parser.add_argument("--card", action="store_true", help="write README.md beside the set")
     parser.add_argument("--whitening", action="store_true", help="write whitening.safetensors beside the set")
@@ -43,15 +43,16 @@ def main() -> None:
     for name in ("result", "license", "source"):
         if getattr(options, name) and not options.card:
             raise UserError(f"--{name} is for the card; give --card too")
-    distilled = DistilledSet.load(options.set)
+    path = whole_set(options.set)
+    distilled = DistilledSet.load(path)
     if options.png:
         check_new(options.png)  # refusals come before anything is written
-    whitening = whitening_of(distilled, options.set.parent) if options.whitening else None
+    whitening = whitening_of(distilled, path.parent) if options.whitening else None
     if whitening:
-        whitening.save(options.set.parent / BESIDE)
-        print(f"whitening: {shown(options.set.parent / BESIDE)}")
+        whitening.save(path.parent / BESIDE)
+        print(f"whitening: {shown(path.parent / BESIDE)}")
     if options.card:
-        print(f"card: {shown(save_card(distilled, options.set, options.result, options.license, options.source))}")
+        print(f"card: {shown(save_card(distilled, path, options.result, options.license, options.source))}")
     if options.png:
         save_pngs(distilled, options.png)
         print(f"{len(distilled)} images: {shown(options.png)}")

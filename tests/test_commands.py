@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from buffer.experts import train_expert
-from buffer.trajectories import buffer_folder
+from buffer.trajectories import buffer_folder, check_same_kind, made_by
 from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
 from distill.initialize import expert_labels
@@ -279,9 +280,11 @@ def test_a_run_name_of_other_options_is_refused_with_what_differs(call, distille
     assert contents(folder) == before
 
 
-def test_where_a_run_happens_makes_no_other_run(call, distilled):
-    done = call("distill/DATM.py", *distilled[1], "--device=auto", "--project=mine")
+def test_where_a_run_happens_makes_no_other_run_nor_does_the_size_that_images_have(call, distilled, experts):
+    done = call("distill/DATM.py", *distilled[1], "--device=auto", "--project=mine", "--res=28")
     assert "is finished" in done.stdout
+    (kind,) = made_by(experts / "MiniFashion" / "ConvNetD1W4")
+    check_same_kind(experts / "MiniFashion" / "ConvNetD1W4", make(BufferConfig, **kind | {"res": 28}))
 
 
 # --- evaluation and baseline ---------------------------------------------------------------------------------
@@ -324,6 +327,40 @@ def test_evaluation_from_inside_its_folder_is_the_same(run, call, toy, toy_run, 
     call("distill/evaluation.py", *toy.evaluate, *set_files(toy_run), f"--json={tmp_path / 'root.json'}")
     one, other = (check_result(tmp_path / name, ["ConvNetD1W4"], 1, 6) for name in ("inside.json", "root.json"))
     assert one["scores"] == other["scores"]
+
+
+def test_a_set_says_itself_how_it_is_read(call, toy, toy_run, tmp_path):
+    """By a run's folder, its set's file, its tensors beside its config.yaml, or unfinished: the same as with all flags,
+    and on the test images; what is given counts."""
+    def scores(*options):
+        done = call("distill/evaluation.py", "--epoch_eval_train=2", "--num_eval=1", "--device=cpu", *options,
+                    f"--json={tmp_path / 'result.json'}")
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["tested_on"] == "test"
+        return result["scores"], done.stderr
+
+    usual, _ = scores(*toy.evaluate, *set_files(toy_run))
+    run, unfinished = toy_run.parent, tmp_path / "unfinished"
+    shutil.copytree(run, unfinished, ignore=lambda _, names: {"result.json", "distilled.safetensors"} & set(names))
+    moved = shutil.copy(toy_run / "distilled.safetensors", tmp_path)
+    for given in ([f"--data_dir={run}"], [f"--data_dir={moved}"], set_files(toy_run), [f"--data_dir={unfinished}"]):
+        found, said = scores(*given)
+        assert found == usual and "note:" not in said
+    other, said = scores(f"--data_dir={moved}", "--zca=False")
+    assert other != usual and "made with zca True, and is tested with zca False" in said and said.count("note:") == 1
+    other, said = scores(f"--data_dir={run}", "--model=MLP")
+    assert other[0]["network"] == "MLP" and "note:" not in said
+
+
+def test_of_a_run_with_averaged_images_the_better_set_is_tested(distil, call, tmp_path):
+    run = distil("--ema", "--ema_decay=0.5")
+    result = json.loads((run / "result.json").read_text())
+    for better, worse, folder in (("best", "best_ema", "Normal"), ("best_ema", "best", "EMA")):
+        result[better]["scores"][0]["accuracies"], result[worse]["scores"][0]["accuracies"] = [0.9], [0.1]
+        (run / "result.json").write_text(json.dumps(result))
+        call("distill/evaluation.py", f"--data_dir={run}", "--num_eval=1", "--epoch_eval_train=1", "--device=cpu",
+             f"--save={tmp_path / 'set.safetensors'}")
+        assert torch.equal(load_any(tmp_path / "set.safetensors"), load(run / folder / "images_best.pt"))
 
 
 def test_evaluation_of_a_pool_and_on_held_out_images(call, toy, toy_run, tmp_path):

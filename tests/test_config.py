@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
+from utils.config import (
+    BaselineConfig,
+    BufferConfig,
+    DistillConfig,
+    EvaluationConfig,
+    TeslaConfig,
+    as_dict,
+    differences,
+    identity,
+    influential,
+    make,
+)
+from utils.config.options import OWN_SIZES
+from utils.data.datasets import load_dataset
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.program.command_line import parse
@@ -255,6 +268,23 @@ def test_what_is_computed_makes_the_run_and_not_where_it_lies_or_how_far_it_goes
     assert run == run_id(distill_config(path, "--buffer_path=x", "--data_path=y", "--Iteration=9", "--quiet"), data)
     assert run != run_id(distill_config(path), {"images": "b"})
     assert run != run_id(distill_config(path, "--pix_init=real"), data)
+
+
+@pytest.mark.parametrize("options, other, same", [
+    ("dataset: MiniFashion", "--res=28", True), ("dataset: MiniFashion", "--res=28x28", True),
+    ("dataset: MiniFashion", "--res=32", True), ("{dataset: Tiny, res: 64}", "--res=None", True),
+    ("dataset: ImageNet", "--res=128", True), ("dataset: ImageNet", "--res=32", False),
+    ("dataset: ImageFolder", "--res=32", True), ("dataset: ImageFolder", "--res=28", False),
+    ("dataset: MiniFashion", "--subset=imagewoof", True), ("dataset: ImageNet", "--subset=imagewoof", False)])
+def test_what_asks_for_the_same_images_is_the_same_run(options, other, same, written):
+    path = written(options)
+    one, two = distill_config(path), distill_config(path, other)
+    assert (run_id(one, {}) == run_id(two, {})) == same == (not differences(influential(one), identity(two)))
+
+
+def test_a_datasets_own_size_is_what_its_images_have(toy):
+    assert load_dataset("MiniFashion", "").image_size == (OWN_SIZES["MiniFashion"][0],) * 2
+    assert load_dataset("ImageFolder", toy.data).image_size == (OWN_SIZES["ImageFolder"][0],) * 2
 
 
 def test_the_home_of_an_unknown_user_is_no_crash(tmp_path, monkeypatch):

@@ -143,8 +143,8 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
     assert front(text)["license"] == "unknown" and "dataset-distillation" in front(text)["tags"]
     mean = json.loads((tmp_path / "eval.json").read_text())["scores"][0]["mean"]
     assert f"| ConvNetD1W4 | {100 * mean:.2f} | 1 |" in text  # one network has no deviation
-    assert ("python distill/evaluation.py --dataset=ImageFolder --model=ConvNetD1W4 \\\n    --res=8 --zca --num_eval=1 "
-            "--epoch_eval_train=2 \\\n    --data_dir=distilled.safetensors\n```") in text
+    assert ("python distill/evaluation.py --data_dir=distilled.safetensors --num_eval=1 \\\n    --epoch_eval_train=2\n"
+            "```") in text
     assert "chose it on these test images" in text and "6 synthetic images, 2 a class, 3×8×8" in text
     assert "Classes in order: blue, green, red." in text and "syn_steps: 3" in text
     for path in (str(tmp_path), str(toy.data), str(made.parent)):
@@ -156,8 +156,8 @@ def test_the_command_of_a_card_can_be_typed_whatever_the_set_is_called(whole):
                               config={"dataset": "MNIST", "model": "MLP", "dsa": False})
     text = card(DistilledSet.load(whole), "my set's.safetensors", [("eval.json", result)])
     typed = re.search("```\n(python .*?)\n```", text, re.DOTALL)[1].replace("\\\n", "")
-    assert shlex.split(typed)[2:] == ["--dataset=MNIST", "--model=MLP", "--dsa=False",
-                                      "--data_dir=my set's.safetensors"]
+    assert shlex.split(typed)[2:] == ["--data_dir=my set's.safetensors", "--dataset=MNIST", "--model=MLP",
+                                      "--dsa=False"]
 
 
 def test_without_results_a_card_states_no_accuracy(call, whole):
@@ -257,9 +257,10 @@ def test_a_set_whose_tensors_do_not_fit_is_refused(call, tmp_path):
         assert phrase in line and not (tmp_path / "png").exists()
 
 
-def test_the_folder_of_a_run_is_answered_by_the_set_in_it(call, made):
+def test_the_folder_of_a_run_is_its_set_and_one_above_is_answered_by_it(call, made, tmp_path):
+    call(EXPORT, made, f"--png={tmp_path / 'png'}")
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 6
     whole = made / "Normal" / "distilled.safetensors"
-    for command in (["scripts/export.py", made, "--png=x"],
-                    ["distill/evaluation.py", "--dataset=ImageFolder", f"--data_dir={made}", "--label_dir=x"]):
-        line = call(*command, expect=2).stderr
-        assert f"{made} is not a file; give {whole}" in line
+    for command in ([EXPORT, made.parent, "--png=x"],
+                    [EVALUATION, "--dataset=ImageFolder", f"--data_dir={made.parent}", "--label_dir=x"]):
+        assert f"{made.parent} is not a file; give {whole}" in call(*command, expect=2).stderr

@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from distill.distilled_set import DistilledSet
+from distill.evaluate.saved_set import told_by_set
 from distill.report import page as report
 from distill.report import page_pictures, svg
 from distill.report.commands import commands
@@ -213,7 +214,9 @@ def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
     made = parse(BufferConfig, "", words[2:])
     assert (made.num_experts, made.train_epochs, made.lr_teacher, made.zca) == (3, 3, 0.1, True)
     words = evaluation.replace("\\\n", " ").split()
-    assert parse(EvaluationConfig, "", words[2:]).data_dir == str(runs[1] / "Normal" / "distilled.safetensors")
+    assert words[2:] == [f"--data_dir={runs[1]}", "--num_eval=5", "--epoch_eval_train=1", "--batch_train=256"]
+    made = parse(EvaluationConfig, "", words[2:], known=told_by_set)
+    assert (made.dataset, made.model, made.res, made.zca) == ("ImageFolder", "ConvNetD1W4", 8, True)
     assert again == f"python scripts/report.py {runs[1]}"
 
 

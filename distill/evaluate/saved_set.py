@@ -1,17 +1,27 @@
 """`distill/evaluation.py`: a saved set, tested on fresh networks."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from distill.distilled_set import DistilledSet, checked_set, class_indices, other_space, read_set
+from distill.distilled_set import (
+    FOLDERS,
+    READ_BY,
+    TOLD,
+    DistilledSet,
+    checked_set,
+    class_indices,
+    made_with,
+    other_space,
+    read_set,
+)
 from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
-from utils.config import EvaluationConfig, influential
+from utils.config import EvaluationConfig, as_meant, from_root, influential, make
 from utils.data.datasets import Dataset
 from utils.errors import UserError
-from utils.files import given, read_config
+from utils.files import given
 from utils.program import ranks
 from utils.program.console import note
 from utils.program.prepare import load_data, take_device
@@ -60,16 +70,31 @@ def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSe
     return dataclasses.replace(distilled, labels=classes), f"the class of an image is known by {known_by}"
 
 
+def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that say how a set is read, as the set of `--data_dir` tells them: what it was made of, its network,
+    and the folders of the real data and of the experts, where these are still there; but for those that are given.
+
+    Raises:
+        UserError: it tells what no option can be.
+    """
+    made = made_with(given.get("data_dir", ""))
+    told = {name: from_root(made[name]) if name in FOLDERS else made[name]
+            for name in TOLD if name in made and name not in given}
+    told = {name: value for name, value in told.items() if name not in FOLDERS or Path(str(value)).is_dir()}
+    try:
+        make(EvaluationConfig, **told)
+    except UserError as error:
+        raise UserError(f"--data_dir {given['data_dir']} says of itself: {error}; give what it is") from error
+    return told
+
+
 def _note_other_space(config: EvaluationConfig, distilled: DistilledSet, dataset: Dataset) -> None:
     """Says so where the images are of another space than the dataset: by the options that made the set, if they are
-    known or lie beside it, or by the numbers of its space."""
-    beside = Path(config.data_dir).parent.parent / "config.yaml"
-    made = distilled.config
-    if not made and beside.is_file():
-        with contextlib.suppress(UserError):  # whatever lies there need not be ours
-            made = read_config(beside)
-    other = [name for name in ("dataset", "zca") if name in made and made[name] != getattr(config, name)]
+    known, or by the numbers of its space."""
+    made = as_meant(distilled.config or made_with(config.data_dir))
+    here = as_meant({name: getattr(config, name) for name in READ_BY})
+    other = [name for name in READ_BY if name in made and made[name] != here[name]]
     for name in other:
-        note(f"note: the set was made with {name} {made[name]}, and is tested with {name} {getattr(config, name)}")
+        note(f"note: the set was made with {name} {made[name]}, and is tested with {name} {here[name]}")
     if not other and (why := other_space(distilled, dataset)):
         note(f"note: the set is of another space: {why}")

@@ -6,11 +6,18 @@ from typing import Any
 
 import yaml
 
-from distill.distilled_set import WHOLE
+from distill.distilled_set import TOLD
 from distill.report.read_run import SavedRun
-from distill.result_files import NORMAL
-from utils.config import BufferConfig, DistillConfig, EvaluationConfig, changed, defaults, from_repository, worth_giving
-from utils.files import REPOSITORY
+from utils.config import (
+    BufferConfig,
+    DistillConfig,
+    EvaluationConfig,
+    as_meant,
+    changed,
+    defaults,
+    from_repository,
+    worth_giving,
+)
 from utils.program.commands import command
 
 
@@ -23,7 +30,7 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
               command("buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository))
              for number, options in enumerate(experts or [])]
     on_cpu = str(run.result.environment.get("device", "")).startswith("cpu")
-    options = evaluation(run.config, run.path / NORMAL / WHOLE)
+    options = evaluation(run.config, run.path)
     return [*steps, ("Distil, with the options that differ from the defaults",
                      again(run.config, f"{run.name}_again", on_cpu)),
             *([("Evaluate the best set of this run on fresh networks",
@@ -31,18 +38,27 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
             ("Make this page again", command("scripts/report.py", {}, from_repository, run.path))]
 
 
-def evaluation(config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
-    """The options with which `evaluation.py` tests a distilled set as its run does, but on the test images.
+def evaluation(config: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The options with which `evaluation.py` tests the best set of a run as the run does, but on the test images and
+    with as many networks as it is used to.
 
     Args:
         config: the run's, as its folder holds it.
-        data_dir: a distilled.safetensors.
     """
-    given = worth_giving({name: value for name, value in config.items() if name not in (
-        "no_aug", "val_fraction", "lr_teacher", "precision", "buffer_path")}, EvaluationConfig)
-    if "data_path" in given:
-        given["data_path"] = REPOSITORY / given["data_path"]
-    return given | {"data_dir": data_dir}
+    usual = {"num_eval": defaults(EvaluationConfig)["num_eval"]}
+    return {"data_dir": run} | usual | unlike_set({name: value for name, value in config.items() if name not in (
+        "no_aug", "val_fraction", "lr_teacher", "precision", "num_eval")}, config)
+
+
+def unlike_set(options: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """Those of an evaluation's options that must be given for a set: it tells of some itself, the others have defaults.
+
+    Args:
+        made: the options that made the set.
+    """
+    told, meant = as_meant({name: made[name] for name in TOLD if name in made}), as_meant(options)
+    others = worth_giving({name: value for name, value in options.items() if name not in told}, EvaluationConfig)
+    return {name: options[name] for name in told if name in options and meant[name] != told[name]} | others
 
 
 def again(config: dict[str, Any], run_name: str, on_cpu: bool) -> str:

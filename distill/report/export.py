@@ -10,10 +10,11 @@ import yaml
 from PIL import Image
 
 from distill.distilled_set import DistilledSet, class_indices
+from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES
 from distill.result_files import EvaluationResult, RunResult, read_result
 from utils import files
-from utils.config import EvaluationConfig, from_repository, worth_giving
+from utils.config import from_repository
 from utils.data.zca import BESIDE, Whitening
 from utils.errors import UserError
 from utils.program.commands import command
@@ -138,7 +139,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     return TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, distilled=distilled, whitening_beside=whitening_beside, name=name,
         source=source or dataset, licence=licence,
-        results=[(file, result, _command(result.config, name) if isinstance(result, EvaluationResult) else "")
+        results=[(file, result, _command(result.config, made, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
         how=_yaml(how) if how else "# not recorded")
 
@@ -170,11 +171,10 @@ def _block(text: str, language: str = "") -> str:
 TEMPLATES.filters |= {"markdown": _markdown, "code": _code, "block": _block}
 
 
-def _command(options: dict[str, Any], name: str) -> str:
-    """The evaluation that gave a result: its options that are not the defaults, less paths."""
-    given = {key: value for key, value in worth_giving(options, EvaluationConfig).items()
-             if not key.endswith(("_path", "_dir"))}
-    return command("distill/evaluation.py", given | {"data_dir": name}, from_repository)
+def _command(options: dict[str, Any], made: dict[str, Any], name: str) -> str:
+    """The evaluation that gave a result: its options that neither the set tells nor are the defaults, less paths."""
+    given = {key: value for key, value in unlike_set(options, made).items() if not key.endswith(("_path", "_dir"))}
+    return command("distill/evaluation.py", {"data_dir": name} | given, from_repository)
 
 
 def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationResult:

@@ -15,6 +15,7 @@ from utils.config.values import (
     Config,
     about,
     as_dict,
+    as_meant,
     changed,
     defaults,
     differences,

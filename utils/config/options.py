@@ -46,6 +46,11 @@ def option(group: str, default: Any, help: str, effect: bool | str = True, decid
                  json_schema_extra={"group": group, "effect": effect, "decides": decides, "writes": writes})
 
 
+# Name → the sizes (`res`) that mean what an unset one means: the dataset's own, and the 32 that published configs have
+# whatever the dataset, where it changes nothing.
+OWN_SIZES = {"MiniFashion": (28, 32), "FashionMNIST": (28, 32), "MNIST": (28, 32), "CIFAR10": (32,), "CIFAR100": (32,),
+             "SVHN": (32,), "Tiny": (64, 32), "ImageNet": (128,), "ImageNet1K": (64, 32), "ImageFolder": (32,)}
+
 # Options of several programs.
 MICRO_BATCH = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: chosen by the "
                      "memory at hand", decides=False)
@@ -210,8 +215,8 @@ class EvaluationConfig(TrainConfig):
     """Evaluation of a saved set, `distill/evaluation.py`."""
 
     batch_train: Count = option(EVALUATION, 128, "training batch")
-    data_dir: FilePath = option(FILES, "", "file of the distilled images, or a distilled.safetensors, which holds all "
-                                "three, or a res_*.pt of DC, DSA or DM, without learning rate")
+    data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors, which hold all three; or the "
+                                "file of the distilled images; or a res_*.pt of DC, DSA or DM, without learning rate")
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
     label_kind: Literal["logits", "probabilities"] = option(

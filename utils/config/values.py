@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from utils.config.options import HOW_MUCH, DataConfig
+from utils.config.options import HOW_MUCH, OWN_SIZES, DataConfig
 from utils.errors import UserError, shortened
 from utils.files import REPOSITORY
 
@@ -91,8 +91,19 @@ def influential(config: DataConfig) -> dict[str, Any]:
 def identity(config: DataConfig) -> dict[str, Any]:
     """The options that tell a run from another one: those that decide what is computed, but not for how long, nor
     where files lie, which may have been moved; what is in them is known by checksums."""
-    return {name: value for name, value in influential(config).items()
-            if about(name, type(config))["decides"] is True and not is_path(name, value, type(config))}
+    return as_meant({name: value for name, value in influential(config).items()
+                     if about(name, type(config))["decides"] is True and not is_path(name, value, type(config))})
+
+
+def as_meant(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of which two ways to ask for the same images are one: a dataset's own size is an unset `res`, and a
+    `subset` is of ImageNet only."""
+    dataset, same = str(options.get("dataset")), {}
+    if options.get("res") in OWN_SIZES.get(dataset, ()):
+        same["res"] = None
+    if "subset" in options and dataset in OWN_SIZES and dataset != "ImageNet":
+        same["subset"] = DataConfig.subset
+    return options | same
 
 
 def how_much(config: DataConfig) -> dict[str, int]:
@@ -135,6 +146,7 @@ def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The options that have another value than before, in words; empty if there are none."""
+    """The options that mean something else than before, in words; empty if there are none."""
+    before, now = as_meant(before), as_meant(now)
     return ", ".join(f"{name} ({before[name]} there, {value} here)"
                      for name, value in now.items() if name in before and before[name] != value)

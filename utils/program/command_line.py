@@ -1,14 +1,16 @@
 """Command line and YAML → config (`utils.config`); every refusal of an option in one place.
 
-Values come, later ones winning, from the defaults, from the YAML of `--cfg` and from `--key value`; all three are read
-alike. Paths: on the command line, relative to where the user stands; in a YAML and in the defaults, relative to the
-repository's root, where the published `../dataset/` and `../buffer_storage/` mean `dataset/` and `buffer_storage/`.
+Values come, later ones winning, from the defaults, from the YAML of `--cfg`, from what a file that is given says of
+itself (`known`), and from `--key value`; all are read alike. Paths: on the command line, relative to where the user
+stands; in a YAML and in the defaults, relative to the repository's root, where the published `../dataset/` and
+`../buffer_storage/` mean `dataset/` and `buffer_storage/`.
 """
 
 import argparse
 import os
 import shutil
 import typing
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
@@ -21,24 +23,55 @@ from utils.errors import UserError, unknown_names
 from utils.program.console import note
 
 
-def parse(config_type: type[Config], description: str, arguments: list[str] | None = None,
-          yaml_file: bool = False) -> Config:
+def parse(config_type: type[Config], description: str, arguments: list[str] | None = None, yaml_file: bool = False,
+          known: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Config:
     """The command line (default: `sys.argv`) as a validated config.
 
     Args:
         yaml_file: accept `--cfg FILE`, a YAML whose keys are options.
+        known: the options that are typed → others that are known by them, in the place of the defaults.
 
     Raises:
         UserError: an unknown key, a value of the wrong type or out of bounds, an unreadable YAML.
     """
-    parser = _parser(config_type, description, yaml_file)
-    known, rest = parser.parse_known_args(arguments)
-    options = {name.replace("-", "_"): value for name, value in vars(known).items()}
+    config, given = config_of(config_type, typed(config_type, description, arguments, yaml_file), known)
+    unused = [name for name in given if not has_effect(config, name)]
+    if unused:
+        note(f"note: accepted, but without effect: {', '.join(unused)}")
+    return config
+
+
+def typed(config_type: type, description: str, arguments: list[str] | None = None, yaml_file: bool = False,
+          **more: str) -> dict[str, str]:
+    """The options of a command line as they are typed, by name.
+
+    Args:
+        more: options beside those of the config that name a file, and their help.
+
+    Raises:
+        UserError: an unknown one, or something else than options.
+    """
+    options, rest = _parser(config_type, description, yaml_file, more).parse_known_args(arguments)
     if rest and rest[0].startswith("--"):
         unknown = [each.split("=")[0] for each in rest if each.startswith("--")]
         raise unknown_names("option", unknown, _useful(config_type, "--"))
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; options are written --key value (see --help)")
+    return {name.replace("-", "_"): value for name, value in vars(options).items()}
+
+
+def config_of(config_type: type[Config], options: dict[str, str],
+              known: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> tuple[Config, list[str]]:
+    """The config of options as they are typed, and the names of those that are given, here or in a YAML.
+
+    Args:
+        options: by name; `cfg` is a YAML's.
+        known: see `parse`.
+
+    Raises:
+        UserError: see `parse`.
+    """
+    options = dict(options)
     path = options.pop("cfg", None)
     from_yaml = read_yaml(path, config_type) if path is not None else {}
     paths = path_options(config_type)
@@ -48,11 +81,8 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
             root_values[name] = from_root(root_values[name])
         if is_path(name, options.get(name), config_type):
             options[name] = os.path.abspath(os.path.expanduser(options[name]))
-    config = make(config_type, **root_values | options)
-    unused = [name for name in from_yaml | options if not has_effect(config, name)]
-    if unused:
-        note(f"note: accepted, but without effect: {', '.join(unused)}")
-    return config
+    others = known(options) if known else {}
+    return make(config_type, **root_values | others | options), [*from_yaml | options]
 
 
 def read_yaml(path: str, config_type: type) -> dict[str, Any]:
@@ -88,13 +118,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def _parser(config_type: type, description: str, yaml_file: bool) -> argparse.ArgumentParser:
+def _parser(config_type: type, description: str, yaml_file: bool, more: dict[str, str]) -> Parser:
     width = min(shutil.get_terminal_size().columns, 100)
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     usage="%(prog)s " + ("--cfg FILE " if yaml_file else "") + "[--key value …]",
                     formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width))
     if yaml_file:
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
+    for name, text in more.items():
+        parser.add_argument(f"--{name}", metavar="FILE", help=text)
     groups = {group: parser.add_argument_group(f"{group} options") for group in GROUPS}
     for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
         extra = about(field.name, config_type)

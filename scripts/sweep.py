@@ -1,0 +1,192 @@
+"""Distils with several settings, one after the other, and ranks them.
+
+    python scripts/sweep.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml --lr_img 30,100,300 --syn_steps 20,40
+
+Values are separated by commas. Each combination is a run of distill/DATM.py where that puts it, named by what differs,
+such as lr_img=30_syn_steps=20 (after --run_name and _, if that is given); a run that fails ends the sweep. The same
+command goes on where it was stopped and runs nothing twice; with more values, or a larger --Iteration, it does what is
+missing. It ends with a table, best first, and a page that compares the runs.
+
+Settings are to be chosen without the test images: --val_fraction is 0.1 unless it is given, here or in the YAML. The
+experts must have been trained with the same one (buffer_FTD.py --val_fraction 0.1), or the runs are refused.
+
+Not split at commas are paths that are there, and options that do not decide the result, such as --device [0,1].
+"""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distill.checks import check_options
+from distill.plan import run_folder
+from distill.report.commands import evaluation
+from distill.report.comparison import comparison
+from distill.report.read_run import FinishedRun, read_run
+from scripts.common import save_report
+from utils.config import DistillConfig, about, influential, is_path
+from utils.errors import UserError
+from utils.files import REPOSITORY, check_output, given, write_text
+from utils.loss_and_accuracy import percent
+from utils.program import commands, interrupt
+from utils.program.command_line import config_of, typed
+from utils.program.console import duration, say, shown, table
+from utils.program.entry import entry
+
+DATM = "distill/DATM.py"
+VAL_FRACTION = "0.1"
+LOOK_SECONDS = 0.1  # between two looks at the run at work
+
+
+class Run(NamedTuple):
+    """One combination."""
+
+    name: str
+    differs: dict[str, str]  # its value of each option that is swept
+    options: dict[str, str]  # all that DATM.py is given
+    config: DistillConfig
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.config, {})
+
+
+def main() -> None:
+    options = typed(DistillConfig, __doc__, yaml_file=True, json="write the table to this file")
+    json = given(options.pop("json")) if options.get("json") else None
+    runs = combinations(options)
+    config, swept = runs[0].config, list(runs[0].differs)
+
+    # Refuse what can be known before hours of work.
+    for run in runs:
+        check_options(run.config)
+    together = Path(os.path.commonpath([run.folder.parent for run in runs]))
+    page = together / f"sweep_{'_'.join(swept)}.html"
+    check_output("the page", page, "html", {})
+    if json:
+        check_output("--json", json, "json:report_of", {"the page": page})
+
+    for number, run in enumerate(runs, start=1):
+        say(config, f"[{number} of {len(runs)}] {run.name}")
+        run_to_its_end(run)
+    if config.dry_run:
+        return
+
+    finished = {run.name: read_run(run.folder) for run in runs}
+    ranked = sorted(runs, key=lambda run: -finished[run.name].result.better[1].scores[0].mean)
+    reached = {run.name: numbers(run, finished[run.name]) for run in ranked}
+    tested_on = "held-out" if config.val_fraction else "test"
+    print(table([[*swept, f"accuracy on the {tested_on} images, %", "networks", "iteration", "skipped",
+                  "loss before → after", "time"],
+                 *([*run.differs.values(), *in_words(reached[run.name])] for run in ranked)]))
+    write_text(page, comparison([finished[run.name] for run in ranked]))
+    save_report(json, {"options": options, "tested_on": tested_on, "runs": list(reached.values())})
+    print(f"in {shown(page)}{f' and {shown(json)}' if json else ''}")
+    best = ranked[0]
+    test = evaluation(influential(best.config), best.folder) | commands.device_given(config.device)
+    commands.say_next(config, "next, to test the best set on the test images:",
+                      commands.command("distill/evaluation.py", test))
+
+
+def combinations(options: dict[str, str]) -> list[Run]:
+    """A run for each combination of the values, all of them parsed.
+
+    Args:
+        options: as they are typed, `cfg` among them.
+
+    Raises:
+        UserError: a value that is wrong or there twice, or nothing to sweep.
+    """
+    # In the order in which options are declared, so that a run has one name however they are typed.
+    order = ["cfg", *(field.name for field in fields(DistillConfig))]
+    values = {name: split(name, options[name]) for name in order if name in options}
+    swept = [name for name in values if len(values[name]) > 1]
+    if not swept:
+        raise UserError(f"every option has one value; give several to one at least, such as --lr_img 30,100,300, or "
+                        f"use {DATM}")
+    runs: dict[str, Run] = {}
+    for chosen in itertools.product(*values.values()):
+        asked = dict(zip(values, chosen))
+        config, known = config_of(DistillConfig, asked)
+        asked |= {} if "val_fraction" in known else {"val_fraction": VAL_FRACTION}
+        differs = {each: in_a_name(asked[each], getattr(config, each)) for each in swept}
+        name = "_".join([*filter(None, [config.run_name]), *(f"{each}={value}" for each, value in differs.items())])
+        if name in runs:
+            raise UserError(f"{name} would be run twice; give each value once")
+        asked["run_name"] = name
+        runs[name] = Run(name, differs, asked, config_of(DistillConfig, asked)[0])
+    return list(runs.values())
+
+
+def in_a_name(text: str, value: Any) -> str:
+    """A value as it stands in a folder's name: however it was typed, but for a path."""
+    text = str(value).removesuffix(".0") if isinstance(value, float) else text if "/" in text else str(value)
+    return re.sub(r"[/\\]+", "-", text)
+
+
+def split(name: str, text: str) -> list[str]:
+    """The values of an option."""
+    whole = name == "cfg" or not about(name, DistillConfig)["decides"] or (
+        is_path(name, text, DistillConfig) and os.path.exists(os.path.expanduser(text)))
+    return [text] if whole else text.split(",")
+
+
+def run_to_its_end(run: Run) -> None:
+    """Starts or goes on with a run and waits for it. A signal is handed on, upon which it saves; a second one too,
+    which stops it at once.
+
+    Raises:
+        Stopped: a signal came.
+        SystemExit: it failed, with its exit code.
+    """
+    sys.stdout.flush()
+    with interrupt.deferred():
+        # A session of its own, so that a terminal's Ctrl-C reaches it once, from here.
+        process = subprocess.Popen([sys.executable, str(REPOSITORY / DATM), *(
+            f"--{name}={value}" for name, value in run.options.items())], stdin=subprocess.DEVNULL,
+            start_new_session=True)
+        told = False
+        while process.poll() is None:
+            try:
+                time.sleep(LOOK_SECONDS)
+                if not told:
+                    interrupt.check()
+            except interrupt.Stopped as stopped:
+                told = True
+                process.send_signal(stopped.signal)
+    if code := process.returncode:
+        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+        print(f"{Path(sys.argv[0]).name}: error: the run {run.name} {how}; the same command goes on once that is "
+              "mended", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def numbers(run: Run, finished: FinishedRun) -> dict[str, Any]:
+    """What a run reached, for the JSON."""
+    result = finished.result
+    version, best = result.better
+    return {"name": run.name, "folder": str(run.folder), "options": run.differs, "set": version,
+            "accuracy": best.scores[0].mean, "std": best.scores[0].std, "networks": len(best.scores[0].accuracies),
+            "iteration": best.iteration, "skipped": result.skipped, "updates": len(finished.metrics.iterations),
+            "loss_before": result.fixed_loss.before, "loss_after": result.fixed_loss.after, "seconds": result.seconds}
+
+
+def in_words(reached: dict[str, Any]) -> list[str]:
+    """The same, for the table."""
+    accuracy, networks = reached["accuracy"], reached["networks"]
+    return [percent(accuracy, reached["std"]) if networks > 1 else f"{100 * accuracy:.2f}", str(networks),
+            str(reached["iteration"]),
+            f"{reached['skipped']} of {reached['updates']}",
+            f"{reached['loss_before']:.4f} → {reached['loss_after']:.4f}", duration(reached["seconds"])]
+
+
+if __name__ == "__main__":
+    entry(main)
