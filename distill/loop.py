@@ -168,5 +168,6 @@ def iterate(run: RunState) -> None:
             # Record it.
             run.log(record)
             run.tracker.log_step(record)
+            run.note_skipped(record)
             run.go_on()
             view.stepped(record)

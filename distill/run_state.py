@@ -14,7 +14,7 @@ from distill.evaluate.networks import epochs_to_come, evaluate
 from distill.evaluate.saved_accuracies import Accuracies, digest
 from distill.report.frames import Frames
 from distill.report.wandb_log import Tracker
-from distill.result_files import NORMAL, Evaluation, Iteration, Metrics, Score, append_metrics
+from distill.result_files import NORMAL, Evaluation, Iteration, Metrics, Score, append_metrics, skipped_advice
 from utils.config import DistillConfig, as_dict
 from utils.data.datasets import Dataset
 from utils.program import interrupt, ranks
@@ -25,6 +25,8 @@ from utils.program.run_folder import RunFolder
 
 DRAW_SHARE = 0.1  # of a run's time, at most, that goes into what shows it on its way
 FIRST_DRAWING = 0.5  # seconds that the first takes, for all that is known
+
+SKIPPED_AT_FIRST = 10  # updates, after which a run that has skipped them all says so
 
 
 class Candidate(NamedTuple):
@@ -179,6 +181,12 @@ class RunState:
         """One line of metrics.jsonl."""
         if ranks.first():
             append_metrics(self.folder.log, line)
+
+    def note_skipped(self, record: Iteration) -> None:
+        """Says so early, once, where nothing is learned."""
+        if record.iteration + 1 == self.distillation.skipped == SKIPPED_AT_FIRST and ranks.first():
+            note(f"note: the first {SKIPPED_AT_FIRST} updates were all skipped: "
+                 f"{skipped_advice(record.loss, self.config.threshold)}")
 
     def go_on(self) -> None:
         """To the next iteration."""

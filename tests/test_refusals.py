@@ -538,5 +538,11 @@ def test_losses_that_stay_not_finite_stop_the_run(call, toy, toy_experts, tmp_pa
 
 
 def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_path):
-    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--threshold=0")
-    assert "4 of 4 updates skipped" in done.stdout and "every update was skipped" in done.stderr
+    """At once, with the loss, what it is compared with and what to change first; and at its end."""
+    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--threshold=1e-9",
+                "--Iteration=12", "--eval_it=12", "--skip_first_eva")
+    assert "12 of 12 updates skipped" in done.stdout
+    early, late = [line for line in done.stderr.splitlines() if line.startswith("note: ") and "--threshold" in line]
+    assert "the first 10 updates were all skipped: the matching loss (" in early and "every update" in late
+    for said in (early, late):
+        assert "is above --threshold 1e-09" in said and "in this order: --lr_teacher auto" in said
