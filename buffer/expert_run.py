@@ -22,7 +22,7 @@ from utils.memory import available
 from utils.networks import check_network_name
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks
-from utils.program.commands import command, device_given, say_next
+from utils.program.commands import command, say_next
 from utils.program.console import announce, note, say, shown, wrapped
 from utils.program.locks import LockedError, locked
 from utils.program.prepare import begin, dsa_groups, flat_model, network_for
@@ -31,7 +31,6 @@ from utils.program.run_folder import kept_to_this_run
 
 AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
 MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
-CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # distils any experts; others in configs/ suit their own data better
 
 
 def train_buffer(config: BufferConfig) -> None:
@@ -49,6 +48,7 @@ def train_buffer(config: BufferConfig) -> None:
     # Load the data, and build the network, which may be refused, before anything is written.
     device, dataset = begin(config)
     trajectories.check_same_images(folder, dataset)
+    _note_whitening(config, dataset)
     network = network_for(config.model, dataset).to(device)
     model = flat_model(config, network, work_of(config, dataset), config.micro_batch)
 
@@ -351,18 +351,18 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
                         f"written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
 
 
+def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
+    """Whitening divides by the spread of the training images, which of few images is none in most directions."""
+    count, values = len(dataset.train_images), dataset.test_images[0].numel()
+    if config.zca and count < values and ranks.first():
+        say(config, f"note: --zca with {count} images of {values} values each: whitening also amplifies what these "
+                    "images do not vary in; experts often test better without it")
+
+
 def _say_where(config: BufferConfig, folder: Path) -> None:
     """Where the experts are, and what to type next."""
     print(wrapped(f"{config.num_experts} experts of {config.train_epochs} epochs are trained; {shown(folder)} holds "
                   f"{trajectories.count_experts(folder)} in "
                   f"{', '.join(path.name for path in trajectories.expert_files(folder))}"))
-    say_next(config, "next, to look at them:", command("scripts/inspect_buffer.py", {}, argument=folder))
-    names = ["dataset", "model", "zca", *(["subset"] if config.dataset == "ImageNet" else []),
-             *(name for name in ("res", "val_fraction") if getattr(config, name))]
-    options = {"cfg": files.REPOSITORY / CONFIG, **{name: getattr(config, name) for name in names},
-               # Its window reaches to epoch 5; segments of one epoch fit trajectories of any length.
-               **({"expert_epochs": 1, "max_start_epoch": config.train_epochs} if config.train_epochs < 5 else {}),
-               "data_path": Path(config.data_path), "buffer_path": Path(config.buffer_path),
-               **device_given(config.device)}
-    say_next(config, "and to distil them, with this or another file of configs/, and with its options as suits:",
-             command("distill/DATM.py", options))
+    say_next(config, "next, to have settings measured that fit them, and the command that distils them:",
+             command("scripts/inspect_buffer.py", {"suggest": True, "ipc": 1}, argument=folder))

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from buffer.expert_run import CONFIG
 from buffer.experts import SavedEpochs
 from buffer.trajectories import (
     Buffer,
@@ -63,6 +62,7 @@ from utils.program.entry import entry
 from utils.program.prepare import begin
 from utils.program.progress import Progress
 
+CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # has what is neither known of the experts nor measured
 OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_path")
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
