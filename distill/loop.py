@@ -53,7 +53,7 @@ def distill(config: DistillConfig) -> None:
         RunFolder(path, config, METRICS, RESULT)  # which refuses other options
         checks.check_memory(config, dataset, student)
         estimate.report(config, dataset, student)
-        suggest.report(config, suggest.suggestion(config, dataset, buffer, labellers))
+        print(suggest.suggestion(config, dataset, buffer, labellers))
         return
 
     # Take the run's folder.

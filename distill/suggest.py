@@ -31,7 +31,6 @@ LOST = 4.0  # a loss above which larger rates are not tried
 NEARLY = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
 WORTH = 0.5  # of the best start epoch's gain, from which on a start epoch belongs to the window
 MOVED = {"lr_img": 0.2, "lr_y": 0.003}  # of the standard deviation, by a first update; labels have more momentum
-WHOLE_WINDOW = {"Sequential_Generation": False}
 EASY = 0.6  # a loss below which real images teach a start epoch already
 ABOVE = 1.5  # times the first set's largest loss: the threshold, which drawn losses should seldom exceed
 
@@ -52,15 +51,16 @@ class Suggestion(NamedTuple):
     options: dict[str, Any]
     losses: Losses
 
-    def lines(self) -> list[str]:
-        """The losses of the proposed segment as a table, and what was chosen."""
+    def __str__(self) -> str:
+        """The losses of the proposed segment as a table, and what was chosen by all of them."""
         segments, steps, rates, starts, values = self.losses
         of_segment = values[segments.index(self.options["expert_epochs"])]
         rows = [["T", "α", *(f"s = {start}" for start in starts)],
                 *([str(step), f"{rate:g}", *map(_cell, of_segment[number, at])]
                   for number, step in enumerate(steps) for at, rate in enumerate(rates))]
-        return [f"mean matching loss of the first set over segments of {self.options['expert_epochs']} epochs that "
-                "begin at epoch s, after T steps at a rate of α:", table(rows)]
+        given = " ".join(f"--{name}={value}" for name, value in self.options.items())
+        return (f"mean matching loss of the first set, for segments of {self.options['expert_epochs']} epochs from epoch "
+                f"s on, after T steps at a rate of α:\n\n{table(rows)}\n\nsettings that fit these experts: {given}")
 
     def as_json(self) -> dict[str, Any]:
         return {"options": self.options, "losses": [
@@ -82,16 +82,9 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
                       evenly(0, buffer.epochs - segments[0], STARTS))
     options = proposed(losses)
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
-    fitting = replace(config, **options, **WHOLE_WINDOW)
+    options |= {"Sequential_Generation": False} if config.Sequential_Generation else {}  # all of the window at once
     first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.train_images.device)
-    return Suggestion(options | fitting_rates(fitting, dataset, buffer, first), losses)
-
-
-def report(config: DistillConfig, suggested: Suggestion) -> None:
-    """`DATM.py --dry_run`: prints what fits these experts."""
-    print("\n".join(suggested.lines()))
-    given = " ".join(f"--{name}={value}" for name, value in suggested.options.items())
-    print(f"settings that fit these experts: {given}")
+    return Suggestion(options | fitting_rates(replace(config, **options), dataset, buffer, first), losses)
 
 
 def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
@@ -180,8 +173,9 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
 
 
 def _gains(losses: Losses) -> np.ndarray:
-    """How far each loss is below 1, where a training has come no nearer to the target; 0 above."""
-    return np.nan_to_num(np.clip(1 - losses.values, 0, None))
+    """How far each loss is below 1, where a training has come no nearer to the target; above, next to nothing, but the
+    more the smaller the loss is."""
+    return np.nan_to_num(np.clip(1 - losses.values, 0, None) + 1e-9 / losses.values)
 
 
 def evenly(first: int, last: int, most: int) -> list[int]:

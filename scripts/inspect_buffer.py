@@ -163,7 +163,7 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
     buffer = Buffer(folder, student_of(config, dataset))
     check_same_images(folder, dataset)
     suggested = suggestion(config, dataset, buffer, buffer)
-    print("\n".join(suggested.lines()))
+    print(f"{suggested}\n")
     if json:
         write_json(json, suggested.as_json())
     if png:
