@@ -59,8 +59,8 @@ class Suggestion(NamedTuple):
                 *([str(step), f"{rate:g}", *map(_cell, of_segment[number, at])]
                   for number, step in enumerate(steps) for at, rate in enumerate(rates))]
         given = " ".join(f"--{name}={value}" for name, value in self.options.items())
-        return (f"mean matching loss of the first set, for segments of {self.options['expert_epochs']} epochs from epoch "
-                f"s on, after T steps at a rate of α:\n\n{table(rows)}\n\nsettings that fit these experts: {given}")
+        return (f"mean matching loss of the first set, for segments of {self.options['expert_epochs']} epochs from "
+                f"epoch s, after T steps at a rate of α:\n\n{table(rows)}\n\nsettings that fit these experts: {given}")
 
     def as_json(self) -> dict[str, Any]:
         return {"options": self.options, "losses": [

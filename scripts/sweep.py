@@ -30,7 +30,7 @@ from distill.checks import check_options
 from distill.plan import run_folder
 from distill.report.commands import evaluation
 from distill.report.comparison import comparison
-from distill.report.read_run import FinishedRun, read_run
+from distill.report.read_run import SavedRun, read_run
 from scripts.common import save_report
 from utils.config import DistillConfig, about, influential, is_path
 from utils.errors import UserError
@@ -169,7 +169,7 @@ def run_to_its_end(run: Run) -> None:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def numbers(run: Run, finished: FinishedRun) -> dict[str, Any]:
+def numbers(run: Run, finished: SavedRun) -> dict[str, Any]:
     """What a run reached, for the JSON."""
     result = finished.result
     version, best = result.better
