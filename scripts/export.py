@@ -6,7 +6,7 @@
 
 --png writes FOLDER/<class>/00.png …, un-whitened and clipped to [0, 1], and FOLDER/labels.json: class names, learning
 rate, and each image's class and soft label (softmax and logits). --card writes README.md beside the set: dataset,
-images a class, options, the source of the real images and their licence as you give them, and the accuracy that the
+images per class, options, the source of the real images and their licence as you give them, and the accuracy that the
 given results state, with its command. --whitening writes whitening.safetensors beside the set (4 D² bytes, 38 MB for
 3×32×32): with it `DistilledSet.load(…).space.from_pixels` makes of your pictures what a network sees on any machine;
 where the set was made or tested it is in the cache.

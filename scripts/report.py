@@ -55,7 +55,7 @@ def with_pictures(run: SavedRun) -> SavedRun:
     distilled = DistilledSet.load(path)
     images, labels, classes = distilled.pixels(), distilled.labels, distilled.classes
     if not classes or not len(images) or len(images) % len(classes) or len(labels) != len(images):
-        raise UserError(f"{path} does not hold a whole number of images a class; put back the run's own")
+        raise UserError(f"{path} does not hold a whole number of images per class; put back the run's own")
     ipc = len(images) // len(classes)
     which = chosen(len(classes), ipc, images[0].numel())
     return replace(run, pictures=Pictures(

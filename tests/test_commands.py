@@ -394,7 +394,7 @@ def test_baseline_of_random_images_from_the_root(run, tmp_path):
     done = run("distill/baseline.py", "--dataset=MiniFashion", "--model=ConvNetD1W4", "--device=cpu", "--ipc=2",
                "--epoch_eval_train=2", "--num_eval=2", f"--json={tmp_path / 'result.json'}")
     check_result(tmp_path / "result.json", ["ConvNetD1W4"], 2, 20)
-    assert "\n2 random real images a class: 20 images" in done.stdout
+    assert "\n2 random real images per class: 20 images" in done.stdout
 
 
 def test_baseline_with_expert_labels_from_inside_its_folder(run, toy, toy_experts, tmp_path):
@@ -403,7 +403,7 @@ def test_baseline_with_expert_labels_from_inside_its_folder(run, toy, toy_expert
                os.path.relpath(tmp_path / "result.json", inside), "--buffer_path",
                os.path.relpath(toy_experts, inside), cwd=inside)
     check_result(tmp_path / "result.json", ["ConvNetD1W4"], 1, 6)
-    assert "2 random real images a class with expert labels: 6 images" in done.stdout
+    assert "2 random real images per class with expert labels: 6 images" in done.stdout
 
 
 def test_baseline_labels(call, toy, toy_data, toy_experts):

@@ -158,7 +158,7 @@ def test_a_set_of_hard_labels_is_compared_with_such(call, toy, results, tmp_path
          "--robust_score", "--epoch_eval_real=1", f"--buffer_path={tmp_path}",
          f"--json={tmp_path / 'robust.json'}")
     assert json.loads((tmp_path / "robust.json").read_text())["results"]["random"]["what"] == (
-        "2 random real images a class")
+        "2 random real images per class")
 
 
 @pytest.mark.parametrize("options, phrases", [

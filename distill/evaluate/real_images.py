@@ -66,7 +66,7 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
     lr = torch.tensor(config.lr_teacher, device=device)
     if config.ipc is None:
         return [DistilledSet(images, labels, lr)], "the whole training set"
-    what = f"{config.ipc} random real images a class"
+    what = f"{config.ipc} random real images per class"
     chosen = torch.cat(drawn(config, dataset)).to(device)
     images, labels = images[chosen], labels[chosen]
     if config.label_source == "experts":

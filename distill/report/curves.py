@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -110,8 +111,10 @@ def _levels(run: SavedRun) -> list[tuple[str, float]]:
         same = all(result.config.get(name) == run.config.get(name)
                    for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
         network = [score for score in result.scores if score.network == first.network]
-        if same and network and result.what.startswith(f"{run.config.get('ipc')} random real images a class"):
-            levels.append((result.what.split(" ", 1)[1].replace(" a class", ""), network[0].mean))
+        # Older results say "a class".
+        named = re.fullmatch(rf"{run.config.get('ipc')} (random real images) (?:per|a) class(.*)", result.what)
+        if same and network and named:
+            levels.append(("".join(named.groups()), network[0].mean))
     if pictures and evaluations[0].iteration == 0:
         began = {"noise": "noise", SAVED: "the saved set"}.get(pictures.began, "real images")
         levels.append((f"the start ({began}{'' if pictures.hard else ', expert labels'})", first.mean))

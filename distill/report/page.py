@@ -36,7 +36,7 @@ def page(run: SavedRun) -> str:
     """The page of one run."""
     config = run.config
     ipc = config.get("ipc")
-    lead = [config.get("dataset"), config.get("model"), config and f"{ipc} image{'s' * (ipc != 1)} a class",
+    lead = [config.get("dataset"), config.get("model"), config and f"{ipc} image{'s' * (ipc != 1)} per class",
             config and f"{config.get('matching')} gradient", run.result.environment.get("date"),
             "" if run.finished else "not finished"]
     sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
