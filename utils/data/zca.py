@@ -132,9 +132,9 @@ def _by_chunks(images: Tensor, change) -> Tensor:
 def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu") -> Whitening:
     """The whitening of a training set, from the disk cache or fitted.
 
-    It is `kornia.enhance.ZCAWhitening`'s to 1e-5, and kept as `<cache folder>/zca_<key>.pt`; what an earlier version
-    kept there is used as it is. The result lies on the CPU. It is computed in float64 and rounded to float32, so that
-    machines agree but for the last bit of some values.
+    It is `kornia.enhance.ZCAWhitening`'s but for kornia's rounding of a float32 covariance (1e-5), and kept as
+    `<cache folder>/zca_<key>.pt`; what an earlier version kept there is used as it is. The result lies on the CPU,
+    computed in float64 and rounded to float32, so that machines agree but for the last bit of some values.
 
     Args:
         images: the whole training set [N, C, H, W], uint8 in 0 … 255 or float32 in [0, 1].
