@@ -31,6 +31,7 @@ LOST = 4.0  # a loss above which larger rates are not tried
 NEARLY = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
 WORTH = 0.5  # of the best start epoch's gain, from which on a start epoch belongs to the window
 MOVED = {"lr_img": 0.2, "lr_y": 0.003}  # of the standard deviation, by a first update; labels have more momentum
+EPOCHS, STEPS_OF_A_TEST = 300, 1000  # at least, of a network that is trained on the set
 EASY = 0.6  # a loss below which real images teach a start epoch already
 ABOVE = 1.5  # times the first set's largest loss: the threshold, which drawn losses should seldom exceed
 
@@ -82,6 +83,7 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
                       evenly(0, buffer.epochs - segments[0], STARTS))
     options = proposed(losses)
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
+    options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
     options |= {"Sequential_Generation": False} if config.Sequential_Generation else {}  # all of the window at once
     first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.train_images.device)
     return Suggestion(options | fitting_rates(replace(config, **options), dataset, buffer, first), losses)
