@@ -17,6 +17,7 @@ from distill.matching import losses_on_the_way
 from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
 from utils.files import finite
+from utils.program import ranks
 from utils.program.console import table
 from utils.program.progress import Progress
 from utils.program.seeds import generator
@@ -126,9 +127,11 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
                     losses = losses_on_the_way(
                         student(buffer), thetas[0], thetas[1:], first.images, first.labels,
                         torch.tensor(rate, device=device), segment.batches, segment.augment, matched_part(config))
-                    losses = losses[:, [each - 1 for each in steps]].nan_to_num(math.inf, math.inf).cpu().numpy()
-                    values[inside, :, number, at, draw] = losses
-                    if losses.min() > LOST:
+                    losses = losses[:, [each - 1 for each in steps]].nan_to_num(math.inf, math.inf)
+                    # Where machines differ in the last bit, all ranks must still decide alike.
+                    known = ranks.from_first_rank(losses.cpu().numpy)
+                    values[inside, :, number, at, draw] = known
+                    if known.min() > LOST:
                         break
                 bar.update()
     return Losses(segments, steps, rates, starts, values.mean(-1))

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from distill import suggest
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from utils.config import DistillConfig, make
@@ -21,6 +22,8 @@ from utils.program import ranks
 
 class MadeUpBuffer:
     """Three experts whose trajectories are straight lines."""
+
+    epochs = 9
 
     def __init__(self) -> None:
         self.model = FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)).double(), "eager")
@@ -47,7 +50,9 @@ def main(path: str, images: str, matching: str) -> None:
                          torch.tensor(0.05, dtype=torch.float64))
     config = make(DistillConfig, matching=matching, syn_steps=5, batch_syn=4, max_start_epoch=4, threshold="inf",
                   Sequential_Generation=False, lr_img=10.0, lr_lr=1e-4, ema=True)
-    state = Distillation(config, SimpleNamespace(image_size=(8, 8)), MadeUpBuffer(), start)
+    dataset = SimpleNamespace(image_size=(8, 8), train_images=start.images)
+    state = Distillation(config, dataset, MadeUpBuffer(), start)
+    measured = suggest.measured(config, dataset, MadeUpBuffer(), start, [1, 2], [3, 5], [0.01, 0.1], [0, 7])
     losses = []
     for iteration in range(20):
         segment = state.draw(iteration)
@@ -57,7 +62,8 @@ def main(path: str, images: str, matching: str) -> None:
     if ranks.first():
         torch.save({"images": state.set.images, "labels": state.set.labels, "lr": state.set.lr, "ema": state.ema,
                     "momentum": state.optimiser.state[state.set.images]["momentum_buffer"],
-                    "losses": torch.tensor(losses), "fixed": torch.tensor(fixed)}, path)
+                    "measured": torch.tensor(measured.values), "losses": torch.tensor(losses),
+                    "fixed": torch.tensor(fixed)}, path)
     ranks.barrier()
     ranks.leave(0)
 
