@@ -12,7 +12,7 @@ from distill.report.page_pictures import PICTURES
 from distill.report.show import SHOWN
 from distill.result_files import METRICS, RESULT, VERSIONS
 from distill.run_state import DistillView, RunState
-from utils.config import AUTO, DistillConfig
+from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
@@ -50,7 +50,9 @@ def distill(config: DistillConfig) -> None:
     # A dry run ends here, with what a run would take and which settings fit the experts.
     path = plan.run_folder(config, data)
     if config.dry_run:
-        RunFolder(path, config, METRICS, RESULT)  # which refuses other options
+        folder = RunFolder(path, config, METRICS, RESULT)
+        if not folder.is_done:
+            checks.check_same_run(config, folder.saved_state if config.resume == "auto" else None, data, folder)
         checks.check_memory(config, dataset, student)
         estimate.report(config, dataset, student)
         print(suggest.suggestion(config, dataset, buffer, labellers))
@@ -106,7 +108,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     else:
         start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, labellers))
     start = start.to(dataset.train_images.device)
-    if config.lr_teacher == AUTO and not saved:
+    if config.lr_teacher == AUTO and config.pix_init in STARTS and not saved:  # a saved set has its own rate
         start, why = suggest.with_fitting_rate(config, dataset, buffer, start)
         notes = [*notes, why]
 

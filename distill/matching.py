@@ -76,26 +76,29 @@ def matching_loss(model: FlatModel, theta_start: Tensor, theta_target: Tensor, i
                   lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
                   part: Part | None = None) -> Tensor:
     """The loss of `match_trajectory` alone, a third of the work."""
-    (losses,) = losses_on_the_way(model, theta_start, [theta_target], images, labels, lr, batches, augment, part)
-    return losses[-1]
+    return losses_on_the_way(model, theta_start, [theta_target], images, labels, lr, batches, augment, part,
+                             steps=[len(batches)])[0, 0]
 
 
 def losses_on_the_way(model: FlatModel, theta_start: Tensor, targets: Sequence[Tensor], images: Tensor, labels: Tensor,
                       lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
-                      part: Part | None = None) -> Tensor:
-    """The losses that every shorter inner loop would have, for several targets: one training shows them all.
+                      part: Part | None = None, *, steps: Sequence[int]) -> Tensor:
+    """The losses that shorter inner loops would have, for several targets: one training shows them all.
+
+    Args:
+        steps: the numbers of steps after which the loss is wanted, from 1 on.
 
     Returns:
-        [targets, T]: column t − 1 is the loss after t steps.
+        [targets, steps].
     """
     augment = augment if augment is not None else [None] * len(batches)
-    thetas = _train(model, theta_start, images, labels, lr, batches, augment)[1:]
+    thetas = _train(model, theta_start, images, labels, lr, batches, augment)
 
     def loss(theta: Tensor, target: Tensor) -> Tensor:
         mask = _mask(part, theta, target)
         return _distance(theta, target, mask) / _distance(theta_start, target, mask)
 
-    return torch.stack([torch.stack([loss(theta, target) for theta in thetas]) for target in targets])
+    return torch.stack([torch.stack([loss(thetas[each], target) for each in steps]) for target in targets])
 
 
 def deep_part(depth_ratio: float) -> Part:

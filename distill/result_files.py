@@ -108,9 +108,10 @@ class Metrics(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, advice: str = _AGAIN) -> "Metrics":
+        """All but a last line that was not written to its end, as of a run that was killed."""
         metrics = cls([], [])
         with reading(path, advice):
-            for text in filter(str.strip, read_text(path).splitlines()):
+            for text in filter(str.strip, read_text(path).rpartition("\n")[0].splitlines()):
                 if "start_epoch" in (line := json.loads(text)):
                     metrics.iterations.append(_validated(Iteration, line))
                 elif "scores" in line:
@@ -202,7 +203,8 @@ def skipped_advice(loss: float, threshold: float) -> str:
     too_large = f"({loss:.3g}) is above --threshold {threshold:g}" if math.isfinite(loss) else "is not finite"
     return (f"the matching loss {too_large}, so nothing is learned. Change, in this order: --lr_teacher auto, which "
             "measures the rate that fits these experts; a smaller --lr_teacher by hand; a window that starts earlier "
-            "(--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; --threshold inf")
+            "(--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; --threshold inf; and give another "
+            "--run_name with it")
 
 
 @dataclass(frozen=True)

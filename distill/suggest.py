@@ -16,6 +16,7 @@ from distill.initialize import initial_set
 from distill.matching import losses_on_the_way
 from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
+from utils.errors import UserError
 from utils.files import finite
 from utils.program import ranks
 from utils.program.console import table
@@ -77,11 +78,17 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
 
     Args:
         labellers: the experts that label the first images.
+
+    Raises:
+        UserError: no loss is finite.
     """
-    first, _ = initial_set(replace(config, lr_teacher=AUTO), dataset, labellers)
+    first, _ = ranks.from_first_rank(lambda: initial_set(replace(config, lr_teacher=AUTO), dataset, labellers))
     segments = [epochs for epochs in SEGMENTS if epochs <= max(1, buffer.epochs // 2)]
     losses = measured(config, dataset, buffer, first, segments, STEPS, RATES,
                       evenly(0, buffer.epochs - segments[0], STARTS))
+    if not np.isfinite(losses.values).any():
+        raise UserError(f"no matching loss of the experts in {buffer.folder} is finite: they diverged; train them "
+                        "again with a smaller --lr_teacher")
     options = proposed(losses)
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
@@ -97,6 +104,8 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
     gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
     if config.labels == "learned":
         gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
+    for gradient in [each for of_all, _ in gradients.values() for each in of_all] if ranks.size() > 1 else ():
+        ranks.merge_rows(gradient)  # each rank has those of its own rows
     size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
             for name, (of_all, tensor) in gradients.items()}
     return {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
@@ -126,8 +135,8 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
                 for number, rate in enumerate(rates):
                     losses = losses_on_the_way(
                         student(buffer), thetas[0], thetas[1:], first.images, first.labels,
-                        torch.tensor(rate, device=device), segment.batches, segment.augment, matched_part(config))
-                    losses = losses[:, [each - 1 for each in steps]].nan_to_num(math.inf, math.inf)
+                        torch.tensor(rate, device=device), segment.batches, segment.augment, matched_part(config),
+                        steps=steps).nan_to_num(math.inf, math.inf)
                     # Where machines differ in the last bit, all ranks must still decide alike.
                     known = ranks.from_first_rank(losses.cpu().numpy)
                     values[inside, :, number, at, draw] = known
@@ -141,22 +150,23 @@ def proposed(losses: Losses) -> dict[str, Any]:
     """The options by these losses.
 
     The gain of a start epoch is how far the loss is below 1, where a training has come no nearer to the target. Over
-    the first half of the trajectory, M and T are the smallest ones that have `NEARLY` the largest sum of gains, and α
-    is the rate with the largest there. The window begins at the first start epoch that real images do not teach already
+    the first half of the trajectory, M and T are the smallest ones, and α then the largest, that have `NEARLY` the
+    largest sum of gains. The window begins at the first start epoch that real images do not teach already
     (`EASY`), and holds those after it that gain at least `WORTH` of what the best of them does, between those that were
     measured by interpolation.
     """
-    gains = _gains(losses)
+    gains = _gains(losses.values)
     half = [number for number, start in enumerate(losses.starts) if 2 * start <= losses.starts[-1]]
     of_all = gains[..., half].sum(-1)  # [segments, steps, rates]
     enough = of_all.max(-1) >= NEARLY[0] * of_all.max()
     segment = int(enough.any(1).argmax())
     step = int(enough[segment].argmax())
-    rate = int(np.flatnonzero(of_all[segment, step] >= NEARLY[1] * of_all[segment, step].max())[-1])
-    known = np.flatnonzero(~np.isnan(losses.values[segment, step, rate]))
+    rate = _largest(of_all[segment, step])
+    chosen = losses.values[segment, step, rate]
+    known = np.flatnonzero(~np.isnan(chosen))
     epochs = np.arange(losses.starts[known[-1]] + 1)
-    gain, loss = (np.interp(epochs, np.array(losses.starts)[known], values[segment, step, rate, known])
-                  for values in (gains, losses.values))
+    loss = np.interp(epochs, np.array(losses.starts)[known], np.minimum(chosen[known], LOST))
+    gain = _gains(loss)
     begin = int((loss >= EASY).argmax())
     end = int(np.flatnonzero(gain >= WORTH * gain[begin:].max())[-1]) + 1
     return {"lr_teacher": losses.rates[rate], "syn_steps": losses.steps[step],
@@ -170,17 +180,22 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
     there is to say of it."""
     starts = evenly(config.min_start_epoch, config.max_start_epoch - 1, STARTS)
     losses = measured(config, dataset, buffer, first, [config.expert_epochs], [config.syn_steps], RATES, starts)
-    rate = _gains(losses).sum(-1)[0, 0].argmax()
+    rate = _largest(_gains(losses.values).sum(-1)[0, 0])
     means = losses.values[0, 0].mean(-1)
     said = ", ".join(f"{mean:.3g} at {each:g}" for each, mean in zip(RATES, means) if math.isfinite(mean))
     return (replace(first, lr=torch.tensor(RATES[rate], device=first.images.device)),
             f"--lr_teacher auto is {RATES[rate]:g}; the first set's mean matching loss over the window is {said}")
 
 
-def _gains(losses: Losses) -> np.ndarray:
+def _gains(losses: np.ndarray) -> np.ndarray:
     """How far each loss is below 1, where a training has come no nearer to the target; above, next to nothing, but the
     more the smaller the loss is."""
-    return np.nan_to_num(np.clip(1 - losses.values, 0, None) + 1e-9 / losses.values)
+    return np.nan_to_num(np.clip(1 - losses, 0, None) + 1e-9 / losses)
+
+
+def _largest(gains: np.ndarray) -> int:
+    """The largest of the rates that gain nearly as much as the best one."""
+    return int(np.flatnonzero(gains >= NEARLY[1] * gains.max())[-1])
 
 
 def evenly(first: int, last: int, most: int) -> list[int]:

@@ -51,7 +51,7 @@ from distill.loop import student_of
 from distill.suggest import suggestion
 from scripts.common import script_parser
 from scripts.plots import save_buffer, save_losses
-from utils.config import DistillConfig, make
+from utils.config import BufferConfig, DistillConfig, defaults, make
 from utils.errors import UserError
 from utils.files import REPOSITORY, finite, read_config, read_text, reading, write_json
 from utils.parameters import flatten
@@ -134,6 +134,8 @@ def main() -> None:
         raise UserError(f"--expert_epochs {options.expert_epochs}: a segment has at least 1 epoch")
     if options.suggest != (options.ipc is not None):
         raise UserError("--suggest and --ipc N, the images per class of the set to come, are given together")
+    if options.suggest and options.beside:
+        raise UserError("--suggest --beside: give one of them")
     if options.suggest:
         suggest_settings(options.folder, options.ipc, options.png, options.json)
         return
@@ -162,6 +164,7 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
     _, dataset = begin(config)
     buffer = Buffer(folder, student_of(config, dataset))
     check_same_images(folder, dataset)
+    buffer.verify()
     suggested = suggestion(config, dataset, buffer, buffer)
     print(f"{suggested}\n")
     if json:
@@ -182,7 +185,8 @@ def distilling(folder: Path, ipc: int) -> dict[str, Any]:
     if not made:
         raise UserError(f"{folder} has no replay_buffer_*.yaml, which would say what its experts were trained on; give "
                         "distill/DATM.py --dry_run with the options of the distillation, which measures the same")
-    known = {name: made[0][name] for name in OF_DATA if made[0].get(name) is not None}
+    made_with = defaults(BufferConfig) | made[0]
+    known = {name: made_with[name] for name in OF_DATA if made_with[name] is not None}
     below = buffer_folder(make(DistillConfig, **known, buffer_path="experts")).relative_to("experts")
     folder = folder.resolve()
     if not str(folder).endswith(f"/{below}"):

@@ -69,7 +69,7 @@ def main() -> None:
     for run in runs:
         check_options(run.config)
     together = Path(os.path.commonpath([run.folder.parent for run in runs]))
-    page = together / f"sweep_{'_'.join(swept)}.html"
+    page = together / f"{'_'.join(['sweep', *filter(None, [options.get('run_name')]), *swept])}.html"
     check_output("the page", page, "html", {})
     if json:
         check_output("--json", json, "json:report_of", {"the page": page})
@@ -185,7 +185,9 @@ def in_words(reached: dict[str, Any]) -> list[str]:
     return [percent(accuracy, reached["std"]) if networks > 1 else f"{100 * accuracy:.2f}", str(networks),
             str(reached["iteration"]),
             f"{reached['skipped']} of {reached['updates']}",
-            f"{reached['loss_before']:.4f} → {reached['loss_after']:.4f}", duration(reached["seconds"])]
+            " → ".join("-" if loss is None else f"{loss:.4f}"
+                       for loss in (reached["loss_before"], reached["loss_after"])),
+            duration(reached["seconds"])]
 
 
 if __name__ == "__main__":

@@ -724,7 +724,9 @@ def test_the_rate_is_measured_where_it_is_auto(call, toy, toy_experts, tmp_path)
     done = call("distill/DATM.py", *arguments)
     rate, losses = re.search(r"--lr_teacher auto is (\S+); .* over the window is (.*)", done.stdout).groups()
     losses = {at: float(loss) for loss, at in re.findall(r"(\S+) at ([\d.]*\d)", losses)}
-    assert rate == min(losses, key=losses.get) and len(losses) >= 3
+    # The largest rate that gains nearly as much as the best one does.
+    assert losses[rate] < 1 and 1 - losses[rate] >= 0.75 * (1 - min(losses.values())) and len(losses) >= 3
+    assert all(losses[other] > losses[rate] for other in losses if float(other) > float(rate))
     run = next(tmp_path.rglob("result.json")).parent
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
     assert first["lr"] == pytest.approx(float(rate), rel=0.1)

@@ -187,7 +187,8 @@ def test_one_training_shows_the_losses_of_all_shorter_ones(golden_iteration, mod
     published = golden_iteration["exact"]
     start, target = (flatten(golden_iteration[name]).double() for name in ("start", "target"))
     given = [published[name].double() for name in ("images", "labels", "lr")]
-    of_all = losses_on_the_way(model, start, [target, start + 1], *given, published["batches"])
+    of_all = losses_on_the_way(model, start, [target, start + 1], *given, published["batches"],
+                               steps=range(1, len(published["batches"]) + 1))
     for steps in range(1, len(published["batches"]) + 1):
         for row, end in enumerate((target, start + 1)):
             alone = matching_loss(model, start, end, *given, published["batches"][:steps])

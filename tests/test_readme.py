@@ -1,5 +1,6 @@
 """What README says holds, and the quickstart does what README says."""
 
+import json
 import os
 import re
 import shlex
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.distilled_set import DistilledSet
+from utils import files
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
 from utils.files import REPOSITORY
 from utils.program.command_line import parse
@@ -93,3 +96,13 @@ def test_the_quickstart_shows_one_set_that_was_not_chosen_on_test_images(quickst
     os.utime(tmp_path / "quickstart/distilled.json", (later - 60, later - 60))
     assert [command.split()[0] for command in quickstart()[0]] == ["distill/DATM.py", "distill/evaluation.py",
                                                                    "scripts/summary.py"]
+
+
+@pytest.mark.parametrize("ipc", [1, 10, 50])
+def test_the_ready_sets_are_those_that_their_page_tells_of(ipc):
+    path = REPOSITORY / f"results/sets/FashionMNIST_ipc{ipc}.safetensors"
+    page = path.with_name("README.md").read_text()
+    score = json.loads(path.with_suffix(".json").read_text())["scores"][0]
+    assert files.sha256(path) in page and f"{100 * score['mean']:.2f} ± {100 * score['std']:.2f}" in page
+    distilled = DistilledSet.load(path)
+    assert len(distilled) == 10 * ipc and distilled.config["dataset"] == "FashionMNIST" and len(distilled.classes) == 10

@@ -112,7 +112,7 @@ def test_what_the_experts_refuse(refused, options, phrases):
     (["--pix_init=zeros"], ["--pix_init zeros", "samples_predicted_correctly, real, noise, or the path"]),
     (["--matching=unroll", "--micro_batch=2", "--backend=compile"],
      ["--matching unroll --backend compile --micro_batch 2", "plain autograd", "--matching exact"]),
-    (["--micro_batch=2", "--model=ConvNetD1W4BN", "--dry_run"], ["--micro_batch 2", "batch norm"]),
+    (["--lr_teacher=fast"], ["--lr_teacher fast: it must be a number, or auto"]),
     (["--matching=fast"], ["--matching fast", "'exact', 'unroll' or 'tesla'"]),
     (["--ipc=None"], ["--ipc None: it must be a valid integer"]),
     (["--model=MLP"], ["no replay_buffer_*.pt in", "ImageFolder/MLP", "buffer/buffer_FTD.py", "--buffer_path"]),

@@ -120,7 +120,7 @@ def _levels(run: SavedRun) -> list[tuple[str, float]]:
         levels.append((f"the start ({began}{'' if pictures.hard else ', expert labels'})", first.mean))
     reached = (pictures.about or {}).get("experts_reached") if pictures else None
     if reached:
-        levels.append(("the experts, trained on all images", sum(reached) / len(reached)))
+        levels.append(("the experts", sum(reached) / len(reached)))
     return levels[:LEVELS]
 
 

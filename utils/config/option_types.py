@@ -54,7 +54,19 @@ Index = Annotated[int, Field(ge=0)]
 # Inside float32; a learning rate's own rate even over the square of a learning rate, which `lr_param: log` makes of it.
 LearningRate = Annotated[float, Field(ge=1e-10, le=3e38, allow_inf_nan=False)]
 AUTO = "auto"
-AutoRate = LearningRate | Literal["auto"]
+
+
+def _number_or_auto(value: Any) -> Any:
+    """Refuses other words in one sentence for both."""
+    if isinstance(value, str) and value != AUTO:
+        try:
+            float(value)
+        except ValueError:
+            raise ValueError("it must be a number, or auto") from None
+    return value
+
+
+AutoRate = Annotated[LearningRate | Literal["auto"], BeforeValidator(_number_or_auto)]
 Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
 RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]

@@ -195,7 +195,8 @@ class DistillConfig(TrainConfig):
         FILES, "auto", "Weights & Biases; auto: online where an account is known, else not at all", decides=False)
     project: str = option(FILES, "TEST", "wandb project", decides=False)
     micro_batch: Count | None = MICRO_BATCH
-    dry_run: bool = option(SPEED, False, "estimate time and memory on this machine, and stop", decides=False)
+    dry_run: bool = option(SPEED, False, "estimate time and memory on this machine, measure which settings fit the "
+                           "experts, and stop", decides=False)
     device: Device = option(SPEED, [0], "auto, cpu, cuda, cuda:N or a list of GPU indices", decides=False)
     lr_init: float = option(METHOD, 0.01, "unused", effect=False)
     texture: bool = option(METHOD, False, "unused", effect=False)
