@@ -48,7 +48,6 @@ def train_buffer(config: BufferConfig) -> None:
     # Load the data, and build the network, which may be refused, before anything is written.
     device, dataset = begin(config)
     trajectories.check_same_images(folder, dataset)
-    _note_whitening(config, dataset)
     network = network_for(config.model, dataset).to(device)
     model = flat_model(config, network, work_of(config, dataset), config.micro_batch)
 
@@ -56,6 +55,7 @@ def train_buffer(config: BufferConfig) -> None:
     with kept_to_this_run(folder, "give another --buffer_path"):
         run = ranks.first_rank_first(lambda: ExpertRun(config, dataset, folder, model))
         run.announce(device)
+        _note_whitening(config, dataset)
 
         # Order the images from easy to hard, if epochs are to use some of them only.
         curriculum = None

@@ -19,7 +19,7 @@ from distill.matching import Match, Part, deep_part, far_part, match_trajectory,
 from distill.result_files import EMA, NORMAL, Iteration
 from distill.schedule import start_epoch_bound
 from distill.shared_model import SharedModel
-from utils.config import DistillConfig
+from utils.config import AUTO, STARTS, DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.errors import UserError
@@ -100,7 +100,9 @@ class Distillation:
         self.learns_log = config.lr_param == "log"
         self.rate = self.set.lr.log() if self.learns_log else self.set.lr
         # A step of log α moves α by α² times what a step of α does; the scale makes the first steps agree.
-        scale = 1 / float(start.lr)**2 if self.learns_log else 1.0
+        given = config.lr_teacher != AUTO and config.pix_init in STARTS
+        first = config.lr_teacher if given else float(start.lr)
+        scale = 1 / first**2 if self.learns_log else 1.0
         self.optimiser = torch.optim.SGD([
             {"params": [self.set.images], "lr": config.lr_img, "momentum": MOMENTUM},
             {"params": [self.rate], "lr": config.lr_lr * scale, "momentum": MOMENTUM}])

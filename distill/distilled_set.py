@@ -215,7 +215,7 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> D
     if found := set_files(data_dir):
         _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
         data_dir, label_dir, lr_dir = found
-    elif data_dir and Path(data_dir).is_dir():
+    elif data_dir and Path(data_dir).is_dir() and set_in(Path(data_dir)) is None:
         raise UserError(f"--data_dir {data_dir} is a folder without a set ({NORMAL}/{WHOLE} or "
                         f"{NORMAL}/images_best.pt); give a run's folder that has one, or a set's file")
     if data_dir.endswith(".safetensors"):

@@ -507,8 +507,8 @@ def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monke
 
 def test_networks_are_tested_in_eval_mode(toy_data, monkeypatch):
     modes = []
-    monkeypatch.setattr("distill.evaluate.networks.accuracy",
-                        lambda predict, *rest: modes.append(predict.func.network.training) or 0.5)
+    monkeypatch.setattr("distill.evaluate.networks.predictions", lambda predict, images: modes.append(
+        predict.func.network.training) or torch.zeros(len(images), dtype=torch.long))
     config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=2, epoch_eval_train=1)
     evaluate(config, toy_data, DistilledSet(toy_data.train_images[:6], toy_data.train_labels[:6], torch.tensor(0.1)))
     assert modes == [False, False]

@@ -248,8 +248,8 @@ def test_the_printed_commands_lead_from_experts_to_pictures(call, toy, environme
     folder = tmp_path / "my experts"
     said = call(REPOSITORY / BUFFER, *toy.train, "--num_experts=1", "--train_epochs=2", f"--buffer_path={folder}",
                 cwd=cwd)
-    inspect, distil = typed(said.stdout)
-    assert "1 in 1 file" in type_in(inspect, environment, cwd)
+    (inspect,) = typed(said.stdout)
+    (distil,) = typed(type_in(inspect, environment, cwd))
     assert "--res=8" in distil
     small = "--Iteration=2 --syn_steps=2 --eval_it=2 --epoch_eval_train=1 --num_eval=1"
     evaluate, export = typed(type_in(f"{distil} {small} --threshold=inf --log_path='{tmp_path / 'my logs'}'",

@@ -145,7 +145,7 @@ class NoWhitening(Whitening):
 def test_from_experts_to_evaluation(name, call, tmp_path, monkeypatch):
     """The config as it stands but for sizes; the data are random images in the published layout."""
     nothing = NoWhitening(*(torch.full((1, 1), 0.5) for _ in range(3)))  # the mean is that of 2 x − 1
-    monkeypatch.setattr("utils.data.datasets.fit", lambda images, key: nothing)
+    monkeypatch.setattr("utils.data.datasets.fit", lambda images, key, device: nothing)
     config = load(name)
     if config.dataset == "Tiny":
         write_tiny(tmp_path / "data")

@@ -289,6 +289,10 @@ def read(name: str, text: str, hint: typing.Any) -> typing.Any:
         if name == "res" and (sides := re.fullmatch(r"\s*0*([1-9]\d*)\s*[x×]\s*0*([1-9]\d*)\s*", text, re.IGNORECASE)):
             return int(sides[1]) if sides[1] == sides[2] else f"{sides[1]}x{sides[2]}"
         hint = next(each for each in types if each is not type(None))
+    if name == "lr_teacher" and types:  # a number, or auto
+        if text == "auto":
+            return text
+        hint = float
     value, means = text, True  # names; and the device, which no run saves
     if typing.get_origin(hint) is typing.Literal:
         means = text in typing.get_args(hint)

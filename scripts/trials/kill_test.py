@@ -207,7 +207,7 @@ def read(path: Path) -> Any:
             return [plain(json.loads(line)) for line in path.read_text().splitlines()]
         case ".yaml":
             return plain(read_config(path))
-        case ".png":
+        case ".png" | ".webp":
             with Image.open(path) as picture:
                 return picture.mode, picture.size, Bits(picture.tobytes())
         case ".html":  # it says where it lies and how long the run took; what it is made of is compared above
