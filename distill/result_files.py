@@ -108,10 +108,9 @@ class Metrics(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, advice: str = _AGAIN) -> "Metrics":
-        """All but a last line that was not written to its end, as of a run that was killed."""
         metrics = cls([], [])
         with reading(path, advice):
-            for text in filter(str.strip, read_text(path).rpartition("\n")[0].splitlines()):
+            for text in filter(str.strip, read_text(path).splitlines()):
                 if "start_epoch" in (line := json.loads(text)):
                     metrics.iterations.append(_validated(Iteration, line))
                 elif "scores" in line:
