@@ -2,8 +2,8 @@
 
 import importlib
 import json
-import re
 import math
+import re
 
 import pytest
 import torch
