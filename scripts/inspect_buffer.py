@@ -257,6 +257,9 @@ def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
     """The expert files of a folder, which has some (or an unfinished run)."""
     paths = expert_files(folder)
     if not paths and not (or_unfinished and (folder / "unfinished" / "run.yaml").is_file()):
+        if (folder / "unfinished" / "run.yaml").is_file():
+            raise UserError(f"no replay_buffer_*.pt in {folder} yet: its experts are being trained, or were stopped; "
+                            "give their command again")
         below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
         advice = f"there are some in {', '.join(below)}: give one of these" if below else (
             "give the folder of a network's experts, <buffer_path>/<dataset>/<model>")

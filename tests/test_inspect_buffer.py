@@ -167,3 +167,8 @@ def test_suggestions_need_to_know_the_data(call, folder):
     for path in folder.glob("*.yaml"):
         path.unlink()
     assert "DATM.py --dry_run" in call(INSPECT, folder, "--suggest", "--ipc=2", expect=2).stderr
+
+
+def test_experts_in_training_have_no_suggestion_yet(call, tmp_path):
+    save_config(tmp_path / "unfinished" / "run.yaml", {"dataset": "MiniFashion"})
+    assert "are being trained, or were stopped" in call(INSPECT, tmp_path, "--suggest", "--ipc=1", expect=2).stderr
