@@ -104,8 +104,9 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
     gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
     if config.labels == "learned":
         gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
-    for gradient in [each for of_all, _ in gradients.values() for each in of_all] if ranks.size() > 1 else ():
-        ranks.merge_rows(gradient)  # each rank has those of its own rows
+    for of_all, _ in gradients.values():
+        for gradient in of_all:
+            ranks.merge_rows(gradient)
     size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
             for name, (of_all, tensor) in gradients.items()}
     return {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
@@ -122,6 +123,7 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
     first = first.to(device)
     config = replace(config, syn_steps=max(steps), batch_syn=min(config.batch_syn or len(first), BATCH),
                      min_start_epoch=0)
+    model, part = student(buffer), matched_part(config)
     values = np.full((len(segments), len(steps), len(rates), len(starts), DRAWS), math.nan)
     with Progress(len(starts) * DRAWS, "measuring", quiet=config.quiet) as bar:
         for at, start in enumerate(starts):
@@ -134,9 +136,8 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
                 values[inside, ..., at, draw] = math.inf
                 for number, rate in enumerate(rates):
                     losses = losses_on_the_way(
-                        student(buffer), thetas[0], thetas[1:], first.images, first.labels,
-                        torch.tensor(rate, device=device), segment.batches, segment.augment, matched_part(config),
-                        steps=steps).nan_to_num(math.inf, math.inf)
+                        model, thetas[0], thetas[1:], first.images, first.labels, torch.tensor(rate, device=device),
+                        segment.batches, segment.augment, part, steps=steps).nan_to_num(math.inf, math.inf)
                     # Where machines differ in the last bit, all ranks must still decide alike.
                     known = ranks.from_first_rank(losses.cpu().numpy)
                     values[inside, :, number, at, draw] = known

@@ -181,8 +181,8 @@ def numbers(run: Run, finished: SavedRun) -> dict[str, Any]:
 
 def in_words(reached: dict[str, Any]) -> list[str]:
     """The same, for the table."""
-    accuracy, networks = reached["accuracy"], reached["networks"]
-    return [percent(accuracy, reached["std"]) if networks > 1 else f"{100 * accuracy:.2f}", str(networks),
+    networks = reached["networks"]
+    return [percent(reached["accuracy"], reached["std"] if networks > 1 else None), str(networks),
             str(reached["iteration"]),
             f"{reached['skipped']} of {reached['updates']}",
             " → ".join("-" if loss is None else f"{loss:.4f}"
