@@ -28,19 +28,8 @@ def distill(config: DistillConfig) -> None:
     Raises:
         UserError: whatever in the config, the data or the experts does not fit together.
     """
-    # Refuse what the options alone show.
-    checks.check_options(config)
-
-    # Load the data.
-    _, dataset = begin(config)
-
-    # Build the student.
-    checks.check_networks(config, dataset)
-    student = student_of(config, dataset)
-
-    # Open the experts; refuse those of other data, and a difficulty window that does not fit them.
-    buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
-    check_same_images(buffer.folder, dataset)
+    # Load the data and open the experts; refuse a difficulty window that does not fit them.
+    dataset, buffer = opened(config)
     checks.check_window(config, buffer)
 
     # Know the run by its options and by the checksums of all that it reads.
@@ -53,8 +42,8 @@ def distill(config: DistillConfig) -> None:
         folder = RunFolder(path, config, METRICS, RESULT)
         if not folder.is_done:
             checks.check_same_run(config, folder.saved_state if config.resume == "auto" else None, data, folder)
-        checks.check_memory(config, dataset, student)
-        estimate.report(config, dataset, student)
+        checks.check_memory(config, dataset, buffer.model)
+        estimate.report(config, dataset, buffer.model)
         print(suggest.suggestion(config, dataset, buffer, labellers))
         return
 
@@ -68,13 +57,35 @@ def distill(config: DistillConfig) -> None:
             return
 
         # Refuse what cannot fit the memory.
-        checks.check_memory(config, dataset, student)
+        checks.check_memory(config, dataset, buffer.model)
 
         # Distil, from the beginning or from where the run was saved.
         run = begin_or_go_on(config, dataset, buffer, labellers, data, folder)
         with interrupt.deferred():
             iterate(run)
         finish(run)
+
+
+def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
+    """The data and the experts of a distillation, with the student that it matches.
+
+    Raises:
+        UserError: whatever in the options, the data or the experts does not fit together, but for the window.
+    """
+    # Refuse what the options alone show.
+    checks.check_options(config)
+
+    # Load the data.
+    _, dataset = begin(config)
+
+    # Build the student.
+    checks.check_networks(config, dataset)
+    student = student_of(config, dataset)
+
+    # Open the experts; refuse those of other data.
+    buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
+    check_same_images(buffer.folder, dataset)
+    return dataset, buffer
 
 
 def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:

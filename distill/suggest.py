@@ -23,7 +23,7 @@ from utils.program.console import table
 from utils.program.progress import Progress
 from utils.program.seeds import generator
 
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # α
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # α
 STEPS = (10, 20, 40)  # T
 SEGMENTS = (1, 2, 3, 5, 8)  # M
 STARTS = 6  # start epochs at most, evenly over the trajectory
@@ -32,8 +32,10 @@ BATCH = 50  # samples of an inner step at most, which changes the loss little
 LOST = 4.0  # a loss above which larger rates are not tried
 NEARLY = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
 WORTH = 0.5  # of the best start epoch's gain, from which on a start epoch belongs to the window
-MOVED = {"lr_img": 0.2, "lr_y": 0.003}  # of the standard deviation, by a first update; labels have more momentum
+# By a first update: of the standard deviation, for images and labels, which have more momentum; and of α itself.
+MOVED = {"lr_img": 0.2, "lr_y": 0.003, "lr_lr": 0.01}
 EPOCHS, STEPS_OF_A_TEST = 300, 1000  # at least, of a network that is trained on the set
+HARDLY = 0.98  # a smallest loss above which there is little to match
 EASY = 0.6  # a loss below which real images teach a start epoch already
 ABOVE = 1.5  # times the first set's largest loss: the threshold, which drawn losses should seldom exceed
 
@@ -49,10 +51,11 @@ class Losses(NamedTuple):
 
 
 class Suggestion(NamedTuple):
-    """Options that fit, and what they were chosen by."""
+    """Options that fit, what they were chosen by, and what to know of the choice."""
 
     options: dict[str, Any]
     losses: Losses
+    notes: list[str]
 
     def __str__(self) -> str:
         """The losses of the proposed segment as a table, and what was chosen by all of them."""
@@ -62,11 +65,13 @@ class Suggestion(NamedTuple):
                 *([str(step), f"{rate:g}", *map(_cell, of_segment[number, at])]
                   for number, step in enumerate(steps) for at, rate in enumerate(rates))]
         given = " ".join(f"--{name}={value}" for name, value in self.options.items())
-        return (f"mean matching loss of the first set, for segments of {self.options['expert_epochs']} epochs from "
-                f"epoch s, after T steps at a rate of α:\n\n{table(rows)}\n\nsettings that fit these experts: {given}")
+        return "\n".join([
+            f"mean matching loss of the first set, for segments of {self.options['expert_epochs']} epochs from epoch s,"
+            " after T steps at a rate of α:", "", table(rows), "", f"settings that fit these experts: {given}",
+            *(f"note: {note}" for note in self.notes)])
 
     def as_json(self) -> dict[str, Any]:
-        return {"options": self.options, "losses": [
+        return {"options": self.options, "notes": self.notes, "losses": [
             {"expert_epochs": epochs, "syn_steps": step, "lr_teacher": rate,
              "by_start_epoch": [finite(loss) for loss in self.losses.values[segment, number, at]]}
             for segment, epochs in enumerate(self.losses.segments) for number, step in enumerate(self.losses.steps)
@@ -84,7 +89,8 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     """
     first, _ = ranks.from_first_rank(lambda: initial_set(replace(config, lr_teacher=AUTO), dataset, labellers))
     segments = [epochs for epochs in SEGMENTS if epochs <= max(1, buffer.epochs // 2)]
-    losses = measured(config, dataset, buffer, first, segments, STEPS, RATES,
+    rates = RATES if math.isnan(first.lr) else [float(first.lr)]  # a saved set's own
+    losses = measured(config, dataset, buffer, first, segments, STEPS, rates,
                       evenly(0, buffer.epochs - segments[0], STARTS))
     if not np.isfinite(losses.values).any():
         raise UserError(f"no matching loss of the experts in {buffer.folder} is finite: they diverged; train them "
@@ -94,21 +100,27 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
     options |= {"Sequential_Generation": False} if config.Sequential_Generation else {}  # all of the window at once
     first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.train_images.device)
-    return Suggestion(options | fitting_rates(replace(config, **options), dataset, buffer, first), losses)
+    options |= fitting_rates(replace(config, **options), dataset, buffer, first)
+    notes = doubts(losses, options)
+    if rates is not RATES:
+        del options["lr_teacher"]
+    return Suggestion(options, losses, notes)
 
 
 def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
-    """The rates of images and labels at which a first update moves them by `MOVED` of their standard deviation."""
+    """The rates of images, labels and α at which a first update moves them by `MOVED`."""
     distillation = Distillation(config, dataset, buffer, first)
     matches = [distillation.match(distillation.draw(number)) for number in range(DRAWS)]
-    gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
+    for match in matches:
+        ranks.merge_rows(match.grad_images)
+    gradients = {"lr_img": ([match.grad_images for match in matches], first.images.std()),
+                 "lr_lr": ([match.grad_lr for match in matches], first.lr)}
     if config.labels == "learned":
-        gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
-    for of_all, _ in gradients.values():
-        for gradient in of_all:
-            ranks.merge_rows(gradient)
-    size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
-            for name, (of_all, tensor) in gradients.items()}
+        for match in matches:
+            ranks.merge_rows(match.grad_labels)
+        gradients["lr_y"] = [match.grad_labels for match in matches], first.labels.std()
+    size = {name: float(torch.stack(of_all).square().mean().sqrt() / unit)
+            for name, (of_all, unit) in gradients.items()}
     return {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
 
 
@@ -173,6 +185,22 @@ def proposed(losses: Losses) -> dict[str, Any]:
     return {"lr_teacher": losses.rates[rate], "syn_steps": losses.steps[step],
             "expert_epochs": losses.segments[segment], "min_start_epoch": begin, "max_start_epoch": end,
             "threshold": round(max(1.0, ABOVE * float(loss[begin:end].max())), 1)}
+
+
+def doubts(losses: Losses, options: dict[str, Any]) -> list[str]:
+    """What a user should know before following these options."""
+    rate, step = options["lr_teacher"], options["syn_steps"]
+    chosen = losses.values[losses.segments.index(options["expert_epochs"]), losses.steps.index(step),
+                           losses.rates.index(rate)]
+    least = float(np.nanmin(chosen))
+    notes = []
+    if least > HARDLY:
+        notes.append("a training on the first set hardly comes nearer to the experts (its smallest loss is "
+                     f"{least:.3f}); experts trained with a smaller --lr_teacher, for fewer epochs or without --zca "
+                     "can be easier")
+    if len(losses.rates) > 1 and rate in (losses.rates[0], losses.rates[-1]):
+        notes.append(f"--lr_teacher {rate:g} is at the end of what was measured; one beyond it can fit better")
+    return notes
 
 
 def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,

@@ -38,16 +38,13 @@ from torch import Tensor
 
 from buffer.experts import SavedEpochs
 from buffer.trajectories import (
-    Buffer,
     buffer_folder,
-    check_same_images,
     expert_files,
     load_experts,
     made_by,
     manifest_path,
 )
-from distill.checks import check_options
-from distill.loop import student_of
+from distill.loop import opened
 from distill.suggest import suggestion
 from scripts.common import script_parser
 from scripts.plots import save_buffer, save_losses
@@ -59,7 +56,6 @@ from utils.program import console
 from utils.program.command_line import parse
 from utils.program.commands import command, say_next
 from utils.program.entry import entry
-from utils.program.prepare import begin
 from utils.program.progress import Progress
 
 CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # has what is neither known of the experts nor measured
@@ -160,10 +156,7 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
     """
     options = distilling(folder, ipc)
     config = parse(DistillConfig, "", [f"--{name}={value}" for name, value in options.items()], yaml_file=True)
-    check_options(config)
-    _, dataset = begin(config)
-    buffer = Buffer(folder, student_of(config, dataset))
-    check_same_images(folder, dataset)
+    dataset, buffer = opened(config)
     buffer.verify()
     suggested = suggestion(config, dataset, buffer, buffer)
     print(f"{suggested}\n")
