@@ -150,6 +150,7 @@ class ExpertRun:
             if different:
                 raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
                                 "with it, --resume never to discard it, or another --buffer_path")
+        interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
 
