@@ -1,7 +1,6 @@
 """A run's folder, read: plain data, of which its page is made."""
 
 import datetime
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,12 +43,6 @@ class SavedRun:
     def learned_nothing(self) -> bool:
         """Whether every update so far was skipped."""
         return 0 < len(self.metrics.iterations) == len(self.metrics.skipped)
-
-    @property
-    def loss(self) -> float:
-        """The mean matching loss, skipped updates included; NaN where none was finite."""
-        losses = [step.loss for step in self.metrics.iterations if math.isfinite(step.loss)]
-        return sum(losses) / len(losses) if losses else math.nan
 
 
 def read_run(path: Path) -> SavedRun:
