@@ -109,10 +109,15 @@ class Metrics(NamedTuple):
     evaluations: list[Evaluation]
 
     @classmethod
-    def read(cls, path: Path, advice: str = _AGAIN) -> "Metrics":
+    def read(cls, path: Path, advice: str = _AGAIN, finished: bool = True) -> "Metrics":
+        """
+        Args:
+            finished: whether the run is; in the log of another one the last line may be on its way.
+        """
         metrics = cls([], [])
         with reading(path, advice):
-            for text in filter(str.strip, read_text(path).splitlines()):
+            lines = read_text(path)
+            for text in filter(str.strip, (lines if finished else lines.rpartition("\n")[0]).splitlines()):
                 if "start_epoch" in (line := json.loads(text)):
                     metrics.iterations.append(_validated(Iteration, line))
                 elif "scores" in line:

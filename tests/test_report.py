@@ -277,6 +277,7 @@ def test_an_older_folder_says_what_it_lacks(call, copied):
     ("metrics.jsonl", b'{"iteration": 0, "start_epoch": []}\n', "metrics.jsonl is damaged"),
     ("metrics.jsonl", b"\xff\xfe", "metrics.jsonl is damaged"),
     ("metrics.jsonl", b"7\n", "metrics.jsonl is damaged"),
+    ("metrics.jsonl", b'{"iteration": 0, "lo', "metrics.jsonl is damaged"),
     ("report.safetensors", b"nothing", "report.safetensors is damaged"),
 ])
 def test_bad_folders_are_one_line(call, copied, name, content, message):
@@ -344,6 +345,8 @@ def unfinished(folder):
 
 def test_an_unfinished_run_has_its_page(call, copied):
     unfinished(copied)
+    with (copied / "metrics.jsonl").open("a") as log:
+        log.write('{"iteration": 3, "lo')  # which is being written
     call("scripts/report.py", copied)
     page = check((copied / "report.html").read_text())
     note, skipped = [each.text for each in page.all("div") if each.attributes.get("class") == "note"]

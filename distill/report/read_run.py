@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def read_run(path: Path) -> SavedRun:
         return otherwise
 
     config = read("config.yaml", read_config, {}, ": the options and the commands")
-    metrics = read(METRICS, Metrics.read, Metrics([], []), ": the curves")
+    metrics = read(METRICS, partial(Metrics.read, finished=finished), Metrics([], []), ": the curves")
     pictures = read(PICTURES, Pictures.read, None, ", which runs of an older version did not write: starting images, "
                     "real neighbours, the experts' command, the machine")
     as_of = ""
