@@ -236,6 +236,11 @@ def test_runs_are_compared(call, runs, tmp_path):
     different = page.all("table")[1].text
     assert "matching" in different and "exact" in different and "tesla" in different and "ipc" not in different
     assert [each.text for each in page.all("th")][:3] == ["what", "exact", "tesla"]
+    # The images' own size, given or not, is no difference: neither from the other run nor from the default.
+    one, other = (replace(run, config=run.config | {"dataset": "MNIST", "res": res, "matching": "exact"})
+                  for run, res in zip(map(read_run, runs), (28, None)))
+    assert "All options are the same." in comparison([one, other])
+    assert "<code>res</code>" not in report.page(one).split('id="options"')[1].split("</table>")[0]
 
 
 def test_what_is_strange_is_escaped(copied):
@@ -389,7 +394,14 @@ def test_random_images_are_compared_with_where_their_result_lies_in_the_folder(c
          f"--json={copied}/random.json")
     level = json.loads((copied / "random.json").read_text())["scores"][0]["mean"]
     assert f"random real images: {100 * level:.2f} %" in report.page(read_run(copied))
-    config = yaml.safe_load((copied / "config.yaml").read_text()) | {"epoch_eval_train": 2}  # another training
+    # The images' own size, given or not.
+    result = json.loads((copied / "random.json").read_text())
+    result["config"] |= {"dataset": "MNIST", "res": 28}
+    (copied / "random.json").write_text(json.dumps(result))
+    config = yaml.safe_load((copied / "config.yaml").read_text()) | {"dataset": "MNIST", "res": None}
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "random real images: " in report.page(read_run(copied))
+    config |= {"epoch_eval_train": 2}  # another training
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     assert "random real images: " not in report.page(read_run(copied))
 
