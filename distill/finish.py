@@ -69,7 +69,9 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     lost = [name for name in names if not (folder.path / name / WHOLE).exists()]
     if ranks.first() and (lost or missing(folder.path)):
         with noting_failure(folder.path, "what is missing"):
-            state, device = folder.saved_state, dataset.train_images.device
+            # The rest is made of what lies in the folder, and not all of it can be made of an older run's.
+            state = folder.saved_state if lost or PICTURES in missing(folder.path) else None
+            device = dataset.train_images.device
             best = best_of(state, device) if state else {}
             for name in (name for name in lost if name in best):
                 save_best(config, dataset, folder.path, best, name)

@@ -230,6 +230,11 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
     assert tensors_in(whole) == tensors_in(parts) and "not finished" not in (parts / "report.html").read_text()
     for name in pictures:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    # What older runs never had cannot be made up; what they saved is not read for it each time.
+    (parts / "evolution.webp").unlink()
+    reads = mock.Mock(wraps=files.load)
+    with mock.patch("utils.program.run_folder.load", reads):
+        assert "is finished" in distil_to("parts")[0].stdout and not reads.called
 
 
 def test_a_picture_that_fails_is_a_note_and_is_made_up_by_the_same_command(distil_to, monkeypatch):
