@@ -380,6 +380,11 @@ def test_a_hundred_classes_stay_readable(runs):
     source = report.page(of_many_classes(runs[0]))
     page = check(source)
     assert "Most: class number 12 taken for class number 98: 42 %." in source and "by 3 ConvNet networks" in source
+    best = read_run(runs[0]).result.best.iteration
+    for last, which in ((best, "that of the best set"), (best + 1, f"not that of the best set, iteration {best}")):
+        run = of_many_classes(runs[0])
+        run.metrics.evaluations[0] = replace(run.metrics.evaluations[0], iteration=last)
+        assert f"at the last evaluation (iteration {last}, {which}) by 3" in report.page(run)
     assert "The 5 best and the 5 worst of 100 classes" in source
     assert "± one standard deviation, over 3 networks" in source
     rows = [each for each in page.all("table") if each.text.startswith("Accuracy by class")]
@@ -497,6 +502,9 @@ def test_a_browser_shows_it(call, runs, copied, tmp_path):
                         const own = each.getBoundingClientRect()
                         return own.left >= box.left - 1 && own.right <= box.right + 1 && own.top >= box.top - 1 &&
                             own.bottom <= box.bottom + 1 }) })"""), (path, width)
+                # Of an option the value and the meaning are seen without moving it sideways, on a phone too.
+                assert tab.run("[...document.querySelectorAll('.options')].every(each => "
+                               "each.scrollWidth <= each.clientWidth)")
                 paper.add((dark, tab.run("getComputedStyle(document.body).backgroundColor")))
                 requests = {event["params"]["request"]["url"] for event in tab.events
                             if event["method"] == "Network.requestWillBeSent"}

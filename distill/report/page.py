@@ -199,7 +199,7 @@ def _classes(run: SavedRun) -> Markup:
     count = len(score.confusion)
     named = run.pictures is not None and len(run.pictures.classes) == count
     names = run.pictures.classes if named else [f"class {number + 1}" for number in range(count)]
-    return classes.predictions(score, names, evaluations[-1].iteration)
+    return classes.predictions(score, names, evaluations[-1].iteration, run.result.best.iteration)
 
 
 # --- curves, options, commands, machine ----------------------------------------------------------------------
