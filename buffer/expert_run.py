@@ -150,6 +150,7 @@ class ExpertRun:
             if different:
                 raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
                                 "with it, --resume never to discard it, or another --buffer_path")
+        interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
 
@@ -284,6 +285,7 @@ class ExpertView(Progress):
     def __init__(self, run: ExpertRun):
         config = run.config
         self._run, self._epochs = run, config.train_epochs
+        self._tested_on = "held-out" if config.val_fraction else "test"
         super().__init__(config.num_experts * config.train_epochs, "experts", initial=run.epochs_done,
                          quiet=config.quiet, images=len(run.dataset.train_labels),
                          device=run.dataset.train_images.device)
@@ -303,7 +305,7 @@ class ExpertView(Progress):
 
     def after_epoch(self, epoch: Epoch) -> None:
         self.show(f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
-                  f"test {100 * epoch.test_accuracy:.1f} %")
+                  f"{self._tested_on} {100 * epoch.test_accuracy:.1f} %")
 
     def finished(self, number: int) -> None:
         self.say(f"expert {number}: {', '.join(self.numbers)}")

@@ -12,9 +12,9 @@ from distill.report.page import PAGE
 from distill.report.page_pictures import PICTURES, SAVED, save_pictures
 from distill.report.read_run import read_run
 from distill.report.show import SHOWN, missing, noting_failure, show
-from distill.result_files import EMA, NORMAL, Best, FixedLoss, RunResult, skipped_advice
+from distill.result_files import EMA, NORMAL, Best, FixedLoss, Metrics, RunResult, better_of, skipped_advice
 from distill.run_state import Candidate, DistillView, RunState, best_of, frames_of
-from utils.config import STARTS, DistillConfig, influential
+from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
 from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
@@ -55,9 +55,11 @@ def finish(run: RunState) -> None:
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     say(config, f"{skipped} of {config.Iteration} updates skipped, α held back {held} times")
     if skipped == config.Iteration > 0:
-        note(f"note: every update was skipped: {skipped_advice(before, config.threshold)}")
+        # By the losses that were compared with the threshold, which those of the fixed segments may be below.
+        advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
+        note(f"note: every update was skipped: {advice}")
     print(wrapped(summary))
-    _say_where(config, folder.path, run.best, _version(run.best))
+    _say_where(config, folder.path, run.best, better_of(run.best))
 
 
 def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
@@ -67,7 +69,9 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     lost = [name for name in names if not (folder.path / name / WHOLE).exists()]
     if ranks.first() and (lost or missing(folder.path)):
         with noting_failure(folder.path, "what is missing"):
-            state, device = folder.saved_state, dataset.train_images.device
+            # The rest is made of what lies in the folder, and not all of it can be made of an older run's.
+            state = folder.saved_state if lost or PICTURES in missing(folder.path) else None
+            device = dataset.train_images.device
             best = best_of(state, device) if state else {}
             for name in (name for name in lost if name in best):
                 save_best(config, dataset, folder.path, best, name)
@@ -110,15 +114,10 @@ def show_so_far(run: RunState, view: DistillView) -> None:
 def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet,
                    best: dict[str, Candidate], frames: Frames) -> None:
     with noting_failure(path, PICTURES):
-        version = _version(best)
+        version = better_of(best)
         save_pictures(path / PICTURES, dataset, start, best[version].set, version,
                       config.pix_init if config.pix_init in STARTS else SAVED, frames, made_by(buffer.folder),
                       test_accuracies(buffer.folder))
-
-
-def _version(best: dict[str, Candidate]) -> str:
-    """Which of the best sets is the best."""
-    return max(best, key=lambda name: best[name].scores[0].mean)
 
 
 def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best: str) -> None:

@@ -9,6 +9,7 @@ Accuracies are shares in [0, 1]; None is not recorded. A file that does not hold
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, RootModel, ValidationError, computed_field
 from pydantic.dataclasses import dataclass
 
+from utils.config import AUTO, STARTS
 from utils.files import append_json, given, read_json, read_text, reading, write_json
 from utils.loss_and_accuracy import percent
 
@@ -107,10 +109,15 @@ class Metrics(NamedTuple):
     evaluations: list[Evaluation]
 
     @classmethod
-    def read(cls, path: Path, advice: str = _AGAIN) -> "Metrics":
+    def read(cls, path: Path, advice: str = _AGAIN, finished: bool = True) -> "Metrics":
+        """
+        Args:
+            finished: whether the run is; in the log of another one the last line may be on its way.
+        """
         metrics = cls([], [])
         with reading(path, advice):
-            for text in filter(str.strip, read_text(path).splitlines()):
+            lines = read_text(path)
+            for text in filter(str.strip, (lines if finished else lines.rpartition("\n")[0]).splitlines()):
                 if "start_epoch" in (line := json.loads(text)):
                     metrics.iterations.append(_validated(Iteration, line))
                 elif "scores" in line:
@@ -120,6 +127,12 @@ class Metrics(NamedTuple):
     @property
     def skipped(self) -> list[Iteration]:
         return [iteration for iteration in self.iterations if not iteration.updated]
+
+    @property
+    def mean_loss(self) -> float:
+        """Skipped updates included; NaN where none was finite."""
+        losses = [step.loss for step in self.iterations if math.isfinite(step.loss)]
+        return sum(losses) / len(losses) if losses else math.nan
 
     def running_mean(self) -> tuple[int, list[tuple[int, float]]]:
         """Over how many iterations, and the mean loss around each, without the skipped ones; nothing of a short run."""
@@ -168,11 +181,10 @@ class RunResult:
 
     @property
     def better(self) -> tuple[str, Best]:
-        """Of the sets as published and with averaged images the better one: its folder, and what it reached."""
-        averaged = self.best_ema
-        if averaged and averaged.scores[0].mean > self.best.scores[0].mean:
-            return EMA, averaged
-        return NORMAL, self.best
+        """The set of `better_of`: its folder, and what it reached."""
+        best = {NORMAL: self.best} | ({EMA: self.best_ema} if self.best_ema else {})
+        name = better_of(best)
+        return name, best[name]
 
     def write(self, path: Path) -> None:
         write_json(path, as_json(self))
@@ -181,6 +193,11 @@ class RunResult:
     def read(cls, path: Path, advice: str = _AGAIN) -> "RunResult":
         with reading(path, advice):
             return _validated(cls, read_json(path))
+
+
+def better_of(best: Mapping[str, Any]) -> str:
+    """Of the best sets as published and with averaged images (VERSIONS), each with its `scores`, which is better."""
+    return max((name for name in VERSIONS if name in best), key=lambda name: best[name].scores[0].mean)
 
 
 def result_so_far(metrics: Metrics, chosen_on: Literal["test", "validation"],
@@ -197,13 +214,24 @@ def result_so_far(metrics: Metrics, chosen_on: Literal["test", "validation"],
                      sum(step.held for step in metrics.iterations), environment=environment) if NORMAL in best else None
 
 
-def skipped_advice(loss: float, threshold: float) -> str:
-    """What to change, in which order, in a run whose updates were all skipped; for its end and its page too."""
-    too_large = f"({loss:.3g}) is above --threshold {threshold:g}" if math.isfinite(loss) else "is not finite"
-    return (f"the matching loss {too_large}, so nothing is learned. Change, in this order: --lr_teacher auto, which "
-            "measures the rate that fits these experts; a smaller --lr_teacher by hand; a window that starts earlier "
-            "(--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; --threshold inf; and give another "
-            "--run_name with it")
+def skipped_advice(loss: float, options: dict[str, Any]) -> str:
+    """What to change, in which order, in a run whose updates were all skipped; for its end and its page too.
+
+    Args:
+        loss: of skipped updates, or their mean; NaN: none was finite.
+        options: the run's.
+    """
+    finite, threshold = math.isfinite(loss), options["threshold"]
+    too_large = f"({loss:.4g}) is above --threshold {threshold:g}" if finite else "is not finite"
+    if options.get("pix_init", STARTS[0]) not in STARTS:
+        rate = "another set as --pix_init, whose learning rate is its own"
+    elif options.get("lr_teacher") == AUTO:
+        rate = "a smaller --lr_teacher than the one that auto measured"
+    else:
+        rate = "--lr_teacher auto, which measures the rate that fits these experts; a smaller --lr_teacher by hand"
+    return (f"the matching loss {too_large}, so nothing is learned. Change, in this order: {rate}; a window that "
+            "starts earlier (--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; "
+            f"{'--threshold inf; ' * finite}and give another --run_name with it")
 
 
 @dataclass(frozen=True)

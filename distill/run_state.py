@@ -186,7 +186,7 @@ class RunState:
         """Says so early, once, where nothing is learned."""
         if record.iteration + 1 == self.distillation.skipped == SKIPPED_AT_FIRST and ranks.first():
             note(f"note: the first {SKIPPED_AT_FIRST} updates were all skipped: "
-                 f"{skipped_advice(record.loss, self.config.threshold)}")
+                 f"{skipped_advice(record.loss, as_dict(self.config))}")
 
     def go_on(self) -> None:
         """To the next iteration."""

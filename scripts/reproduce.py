@@ -36,6 +36,7 @@ from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write, read_json, reading, write_json, write_text
 from utils.loss_and_accuracy import percent
+from utils.program import interrupt
 from utils.program.command_line import read_yaml
 from utils.program.console import duration, shown, table
 from utils.program.entry import entry
@@ -546,6 +547,7 @@ def main() -> None:
                 print("note: without a GPU this form takes weeks; --small is made for a CPU", file=sys.stderr)
             environment = os.environ | ({"OMP_NUM_THREADS": str(form.threads)} if form.threads else {})
             environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+            interrupt.saves("the commands that are done")
             run_steps(steps, jobs, form.root / "output", ledger, environment, lock)
         results = Results(plan, form.root / "results", ledger)
         gather(plan, results)

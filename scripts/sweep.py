@@ -74,6 +74,8 @@ def main() -> None:
     if json:
         check_output("--json", json, "json:report_of", {"the page": page})
 
+    if not config.dry_run:
+        interrupt.saves("the runs that it began")
     for number, run in enumerate(runs, start=1):
         say(config, f"[{number} of {len(runs)}] {run.name}")
         run_to_its_end(run)
@@ -152,7 +154,7 @@ def run_to_its_end(run: Run) -> None:
         # A session of its own, so that a terminal's Ctrl-C reaches it once, from here.
         process = subprocess.Popen([sys.executable, str(REPOSITORY / DATM), *(
             f"--{name}={value}" for name, value in run.options.items())], stdin=subprocess.DEVNULL,
-            start_new_session=True)
+            start_new_session=True, env=os.environ | {interrupt.PART_OF: Path(sys.argv[0]).name})
         told = False
         while process.poll() is None:
             try:

@@ -645,7 +645,8 @@ def test_the_window_does_not_shrink_below_its_maximum(distil):
 
 
 def test_the_best_set_can_be_chosen_on_held_out_images(call, distil, toy, tmp_path):
-    call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--val_fraction=0.25")
+    done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--val_fraction=0.25")
+    assert ", held-out " in done.stderr and ", test " not in done.stderr
     folder = distil("--val_fraction=0.25", f"--buffer_path={tmp_path}")
     result = json.loads((folder / "result.json").read_text())
     assert result["chosen_on"] == "validation" and "best on the validation images" in result["summary"]

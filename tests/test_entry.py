@@ -70,6 +70,25 @@ def test_a_folder_that_may_not_be_entered_is_one_line(tmp_path, monkeypatch, cap
     assert ended.value.code == 2 and said.count("\n") == 1 and str(closed) in said and "Permission denied; " in said
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_of_a_program_and_its_part_one_says_how_to_go_on(monkeypatch, capfd, part):
+    """As of scripts/sweep.py and the run that it started, which are stopped together."""
+    monkeypatch.setattr(sys, "argv", ["it.py", "--resume=never", "--ipc=1"])
+    if part:
+        monkeypatch.setenv(interrupt.PART_OF, "sweep.py")
+
+    def main():
+        interrupt.saves("its epochs")
+        with interrupt.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit):
+        entry(main)
+    said = capfd.readouterr().err
+    assert "it.py: stopped by SIGINT; every file is whole" in said and part != ("saving; once more" in said)
+    assert part != said.endswith(". The same command goes on from its epochs: python it.py --ipc=1\n")
+
+
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, capsys):
     for name in ("DATM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

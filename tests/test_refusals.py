@@ -537,12 +537,19 @@ def test_losses_that_stay_not_finite_stop_the_run(call, toy, toy_experts, tmp_pa
     assert "not finite 3 times in a row, the last time at iteration 3" in done.stderr and "--lr_img" in done.stderr
 
 
-def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_path):
+def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_path, monkeypatch):
     """At once, with the loss, what it is compared with and what to change first; and at its end."""
-    done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--threshold=1e-9",
-                "--Iteration=12", "--eval_it=12", "--skip_first_eva")
+    # The loss of the fixed segments stays below the threshold, which none is compared with.
+    monkeypatch.setattr("distill.distillation.Distillation.fixed_loss", lambda *_: 1e-10)
+    arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--threshold=1e-9",
+                 "--Iteration=12", "--eval_it=12", "--skip_first_eva"]
+    done = call(DATM, *arguments)
     assert "12 of 12 updates skipped" in done.stdout
     early, late = [line for line in done.stderr.splitlines() if line.startswith("note: ") and "--threshold" in line]
     assert "the first 10 updates were all skipped: the matching loss (" in early and "every update" in late
     for said in (early, late):
         assert "is above --threshold 1e-09" in said and "in this order: --lr_teacher auto" in said
+        assert float(said.split("the matching loss (")[1].split(")")[0]) > 1e-9
+    done = call(DATM, *arguments, "--lr_teacher=auto", "--run_name=auto")
+    assert "--lr_teacher auto" not in done.stderr
+    assert done.stderr.count("in this order: a smaller --lr_teacher than the one that auto measured") == 2

@@ -236,6 +236,11 @@ def test_runs_are_compared(call, runs, tmp_path):
     different = page.all("table")[1].text
     assert "matching" in different and "exact" in different and "tesla" in different and "ipc" not in different
     assert [each.text for each in page.all("th")][:3] == ["what", "exact", "tesla"]
+    # The images' own size, given or not, is no difference: neither from the other run nor from the default.
+    one, other = (replace(run, config=run.config | {"dataset": "MNIST", "res": res, "matching": "exact"})
+                  for run, res in zip(map(read_run, runs), (28, None)))
+    assert "All options are the same." in comparison([one, other])
+    assert "<code>res</code>" not in report.page(one).split('id="options"')[1].split("</table>")[0]
 
 
 def test_what_is_strange_is_escaped(copied):
@@ -277,6 +282,7 @@ def test_an_older_folder_says_what_it_lacks(call, copied):
     ("metrics.jsonl", b'{"iteration": 0, "start_epoch": []}\n', "metrics.jsonl is damaged"),
     ("metrics.jsonl", b"\xff\xfe", "metrics.jsonl is damaged"),
     ("metrics.jsonl", b"7\n", "metrics.jsonl is damaged"),
+    ("metrics.jsonl", b'{"iteration": 0, "lo', "metrics.jsonl is damaged"),
     ("report.safetensors", b"nothing", "report.safetensors is damaged"),
 ])
 def test_bad_folders_are_one_line(call, copied, name, content, message):
@@ -344,6 +350,8 @@ def unfinished(folder):
 
 def test_an_unfinished_run_has_its_page(call, copied):
     unfinished(copied)
+    with (copied / "metrics.jsonl").open("a") as log:
+        log.write('{"iteration": 3, "lo')  # which is being written
     call("scripts/report.py", copied)
     page = check((copied / "report.html").read_text())
     note, skipped = [each.text for each in page.all("div") if each.attributes.get("class") == "note"]
@@ -372,6 +380,11 @@ def test_a_hundred_classes_stay_readable(runs):
     source = report.page(of_many_classes(runs[0]))
     page = check(source)
     assert "Most: class number 12 taken for class number 98: 42 %." in source and "by 3 ConvNet networks" in source
+    best = read_run(runs[0]).result.best.iteration
+    for last, which in ((best, "that of the best set"), (best + 1, f"not that of the best set, iteration {best}")):
+        run = of_many_classes(runs[0])
+        run.metrics.evaluations[0] = replace(run.metrics.evaluations[0], iteration=last)
+        assert f"at the last evaluation (iteration {last}, {which}) by 3" in report.page(run)
     assert "The 5 best and the 5 worst of 100 classes" in source
     assert "± one standard deviation, over 3 networks" in source
     rows = [each for each in page.all("table") if each.text.startswith("Accuracy by class")]
@@ -386,7 +399,14 @@ def test_random_images_are_compared_with_where_their_result_lies_in_the_folder(c
          f"--json={copied}/random.json")
     level = json.loads((copied / "random.json").read_text())["scores"][0]["mean"]
     assert f"random real images: {100 * level:.2f} %" in report.page(read_run(copied))
-    config = yaml.safe_load((copied / "config.yaml").read_text()) | {"epoch_eval_train": 2}  # another training
+    # The images' own size, given or not.
+    result = json.loads((copied / "random.json").read_text())
+    result["config"] |= {"dataset": "MNIST", "res": 28}
+    (copied / "random.json").write_text(json.dumps(result))
+    config = yaml.safe_load((copied / "config.yaml").read_text()) | {"dataset": "MNIST", "res": None}
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "random real images: " in report.page(read_run(copied))
+    config |= {"epoch_eval_train": 2}  # another training
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     assert "random real images: " not in report.page(read_run(copied))
 
@@ -482,6 +502,9 @@ def test_a_browser_shows_it(call, runs, copied, tmp_path):
                         const own = each.getBoundingClientRect()
                         return own.left >= box.left - 1 && own.right <= box.right + 1 && own.top >= box.top - 1 &&
                             own.bottom <= box.bottom + 1 }) })"""), (path, width)
+                # Of an option the value and the meaning are seen without moving it sideways, on a phone too.
+                assert tab.run("[...document.querySelectorAll('.options')].every(each => "
+                               "each.scrollWidth <= each.clientWidth)")
                 paper.add((dark, tab.run("getComputedStyle(document.body).backgroundColor")))
                 requests = {event["params"]["request"]["url"] for event in tab.events
                             if event["method"] == "Network.requestWillBeSent"}

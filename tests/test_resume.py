@@ -230,6 +230,11 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
     assert tensors_in(whole) == tensors_in(parts) and "not finished" not in (parts / "report.html").read_text()
     for name in pictures:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    # What older runs never had cannot be made up; what they saved is not read for it each time.
+    (parts / "evolution.webp").unlink()
+    reads = mock.Mock(wraps=files.load)
+    with mock.patch("utils.program.run_folder.load", reads):
+        assert "is finished" in distil_to("parts")[0].stdout and not reads.called
 
 
 def test_a_picture_that_fails_is_a_note_and_is_made_up_by_the_same_command(distil_to, monkeypatch):
@@ -482,13 +487,29 @@ def test_an_evaluation_goes_on_at_the_next_network(call, toy, tmp_path):
     call("distill/baseline.py", *arguments, f"--json={tmp_path / 'whole.json'}")
     evaluation = importlib.import_module("distill.evaluate.networks")
     with stop_at(evaluation, "train_network", 3):
-        call("distill/baseline.py", *arguments, f"--json={tmp_path / 'parts.json'}", expect=130)
+        done = call("distill/baseline.py", *arguments, f"--json={tmp_path / 'parts.json'}", expect=130)
+    assert "goes on from the networks that were tested: python distill/baseline.py --dataset" in done.stderr
     assert (tmp_path / "parts.json.unfinished").exists() and not (tmp_path / "parts.json").exists()
     with stop_at(evaluation, "train_network", 2):  # only one network is left
         done = call("distill/baseline.py", *arguments, f"--json={tmp_path / 'parts.json'}")
     assert "2 of 3 networks were tested" in done.stdout and not (tmp_path / "parts.json.unfinished").exists()
     whole, parts = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "parts.json"))
     assert whole["scores"] == parts["scores"]
+
+
+def test_what_saves_nothing_promises_nothing(call, toy, toy_experts, tmp_path):
+    experts = [f"--buffer_path={toy_experts}", f"--log_path={tmp_path}"]
+    look = ["scripts/inspect_buffer.py", toy_experts.joinpath(*EXPERTS)]
+    for module, function, command in (
+            ("distill.evaluate.networks", "train_network", ["distill/baseline.py", *toy.common, "--ipc=2"]),
+            ("distill.estimate", "match_trajectory", ["distill/DATM.py", *toy.distil, *experts, "--dry_run"]),
+            ("buffer.trajectories", "expert_files", look),
+            ("distill.suggest", "initial_set", [*look, "--suggest", "--ipc=2"]),
+            ("distill.report.read_run", "read_config", ["scripts/report.py", tmp_path])):
+        (tmp_path / "config.yaml").touch(), (tmp_path / "metrics.jsonl").touch()
+        with stop_at(importlib.import_module(module), function, 1):
+            done = call(*command, expect=130)
+        assert done.stderr.splitlines()[-1].endswith(": stopped by SIGINT; every file is whole")
 
 
 def test_what_another_evaluation_found_does_not_count(call, toy, tmp_path):

@@ -84,7 +84,8 @@ def child(tmp_path, monkeypatch):
                       f"folder = pathlib.Path({str(tmp_path)!r})\n"
                       "if '--fails=1' in sys.argv: sys.exit(3)\n"
                       "if '--fails=9' in sys.argv: os.kill(os.getpid(), 9)\n"
-                      "def save(number, frame):\n    (folder / 'saved').touch()\n    sys.exit(128 + number)\n"
+                      "def save(number, frame):\n    (folder / 'saved').write_text(os.environ['DATM_PART_OF'])\n"
+                      "    sys.exit(128 + number)\n"
                       "signal.signal(signal.SIGTERM, save)\n(folder / 'begun').touch()\ntime.sleep(60)\n")
     monkeypatch.setattr(sweep, "DATM", str(script))
     handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}

@@ -11,7 +11,7 @@ from distill.result_files import EvaluationResult, Score
 from utils.config import BaselineConfig, EvaluationConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
-from utils.program import ranks
+from utils.program import interrupt, ranks
 from utils.program.console import announce, say, shown
 from utils.program.machine import environment
 from utils.program.prepare import flat_model, network_for
@@ -40,6 +40,8 @@ class Session:
                  f"{what}: {len(self.set)} images, learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} "
                  f"epochs{aside} · {config.num_eval} × {' and '.join(networks)}", *notes)
         path = Path(f"{config.json}.unfinished") if config.json else None
+        if path:
+            interrupt.saves("the networks that were tested")
         self.accuracies = ranks.from_first_rank(lambda: Accuracies(path, key_of(config, dataset, *sets, *beside)))
 
     def say_going_on(self, tested: int, networks: int) -> None:

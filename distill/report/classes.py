@@ -17,14 +17,20 @@ WORST = 5
 COLOUR = (31, 119, 190)  # on which white letters can be read; less of it is more transparent
 
 
-def predictions(score: Score, names: Sequence[str], iteration: int) -> Markup:
-    """Accuracy by class, and which class was taken for which."""
+def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -> Markup:
+    """Accuracy by class, and which class was taken for which.
+
+    Args:
+        iteration: of the evaluation, the last one.
+        best: that of the best set, of which the rest of the page is.
+    """
+    which = "that of the best set" if iteration == best else f"not that of the best set, iteration {best:,}"
     counts = torch.tensor(score.confusion, dtype=torch.double)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     own, networks = shares.diagonal(), len(score.accuracies)
     right = f"{100 * float(counts.diagonal().sum() / counts.sum().clamp(min=1)):.1f}\N{NO-BREAK SPACE}%"
     words = draw.paragraph(
-        f"Predictions at the last evaluation (iteration {iteration:,}) by {networks} {score.network} "
+        f"Predictions at the last evaluation (iteration {iteration:,}, {which}) by {networks} {score.network} "
         f"network{'s together' if networks > 1 else ''}: {int(counts.sum()):,} in all, {right} of them right.")
     # All classes in their order; of many the best and the worst.
     many = len(names) > MOST_NAMED

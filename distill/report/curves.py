@@ -13,6 +13,7 @@ from distill.report.read_run import SavedRun
 from distill.report.svg import Chart, thinned
 from distill.report.template import draw
 from distill.result_files import NORMAL, Iteration, Score
+from utils.config import as_meant
 
 STYLES = 6  # colours and dashes
 LEVELS = 4  # dashes of what accuracies are compared with
@@ -108,7 +109,8 @@ def _levels(run: SavedRun) -> list[tuple[str, float]]:
     first = evaluations[0].scores[0]
     # Random real images, by an evaluation that somebody put beside the run, under the same training.
     for result in run.beside:
-        same = all(result.config.get(name) == run.config.get(name)
+        here, there = as_meant(run.config), as_meant(result.config)
+        same = all(there.get(name) == here.get(name)
                    for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
         network = [score for score in result.scores if score.network == first.network]
         # Older results say "a class".

@@ -97,9 +97,8 @@ def _summary(run: SavedRun) -> Markup:
         f"This run is not finished: this is how it was at {_progress(run)}. It is brought up to date at evaluations, "
         "or by the command under Reproduce.")]
     if run.learned_nothing:
-        loss, threshold = run.result.fixed_loss.before or run.loss, run.config.get("threshold")
-        known = isinstance(threshold, int | float)
-        advice = skipped_advice(loss, threshold) if known else "nothing was learned"
+        known = isinstance(run.config.get("threshold"), int | float)
+        advice = skipped_advice(run.metrics.mean_loss, run.config) if known else "nothing was learned"
         so_far = "" if run.finished else " so far"
         notes.append(draw.note(_options_whole(f"Every update was skipped{so_far}: {advice}.")))
     if run.missing:
@@ -200,7 +199,7 @@ def _classes(run: SavedRun) -> Markup:
     count = len(score.confusion)
     named = run.pictures is not None and len(run.pictures.classes) == count
     names = run.pictures.classes if named else [f"class {number + 1}" for number in range(count)]
-    return classes.predictions(score, names, evaluations[-1].iteration)
+    return classes.predictions(score, names, evaluations[-1].iteration, run.result.best.iteration)
 
 
 # --- curves, options, commands, machine ----------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """A run's folder, read: plain data, of which its page is made."""
 
 import datetime
-import math
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,6 @@ class SavedRun:
         """Whether every update so far was skipped."""
         return 0 < len(self.metrics.iterations) == len(self.metrics.skipped)
 
-    @property
-    def loss(self) -> float:
-        """The mean matching loss, skipped updates included; NaN where none was finite."""
-        losses = [step.loss for step in self.metrics.iterations if math.isfinite(step.loss)]
-        return sum(losses) / len(losses) if losses else math.nan
-
 
 def read_run(path: Path) -> SavedRun:
     """A run's folder, finished or not. What an older one does not hold is named in `missing`.
@@ -75,7 +69,7 @@ def read_run(path: Path) -> SavedRun:
         return otherwise
 
     config = read("config.yaml", read_config, {}, ": the options and the commands")
-    metrics = read(METRICS, Metrics.read, Metrics([], []), ": the curves")
+    metrics = read(METRICS, partial(Metrics.read, finished=finished), Metrics([], []), ": the curves")
     pictures = read(PICTURES, Pictures.read, None, ", which runs of an older version did not write: starting images, "
                     "real neighbours, the experts' command, the machine")
     as_of = ""

@@ -133,10 +133,11 @@ def defaults(config_type: type) -> dict[str, Any]:
 
 
 def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """The options that differ from the defaults, in the order in which they are declared; unknown ones last."""
-    default = defaults(config_type)
+    """The options that mean something else than the defaults, in the order in which they are declared; unknown ones
+    last."""
+    default, meant = defaults(config_type), as_meant(options)
     names = [*(name for name in default if name in options), *(name for name in options if name not in default)]
-    return {name: options[name] for name in names if name not in default or options[name] != default[name]}
+    return {name: options[name] for name in names if name not in default or meant[name] != default[name]}
 
 
 def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:

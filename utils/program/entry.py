@@ -41,9 +41,9 @@ def entry(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and ranks.lost_contact(error):
             if interrupt.requested():  # all ranks were told to stop, and another one was quicker
-                _last_line(f"{name}: stopped; every file is whole. The same command goes on from what is saved", 143)
+                _last_line(f"{name}: stopped; every file is whole{_to_go_on()}", 143)
             _last_line(f"{name}: error: contact with another rank was lost ({' '.join(str(error).split())[:120]}…); "
-                       "start again, which goes on from what is saved", 1, wait=0.0)
+                       f"start again{_to_go_on()}", 1, wait=0.0)
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
         _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
@@ -52,8 +52,7 @@ def entry(main: Callable[[], None]) -> None:
         code = 128 + stopped.signal
         if not ranks.first():
             ranks.leave(code)
-        _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole. The same command goes on from "
-                   f"what is saved, if anything{_to_go_on()}", code)
+        _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole{_to_go_on()}", code)
     except OSError as error:
         refusal = _refusal(error)
         if refusal is None:
@@ -79,16 +78,20 @@ def _refusal(error: OSError) -> str | None:
 
 
 def _to_go_on() -> str:
-    """The command that was given, without a `--resume`, which may discard what is saved; torchrun's nobody knows."""
-    if ranks.size() > 1:
+    """Where something is saved, the command that goes on from it: the one that was given, without a `--resume`, which
+    may discard what is saved; torchrun's nobody knows."""
+    if not interrupt.saved() or interrupt.PART_OF in os.environ:
         return ""
+    says = f". The same command goes on from {interrupt.saved()}"
+    if ranks.size() > 1:
+        return says
     kept: list[str] = []
     for argument in sys.argv:
         if kept and kept[-1] == "--resume":
             kept.pop()
         elif not argument.startswith("--resume="):
             kept.append(argument)
-    return f": {shlex.join(['python', *kept])}"
+    return f"{says}: {shlex.join(['python', *kept])}"
 
 
 def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoReturn:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+PART_OF = "DATM_PART_OF"  # in the environment: the program that started this one, hands signals on and speaks for it
 
 
 class Stopped(KeyboardInterrupt):
@@ -33,12 +34,13 @@ TWICE_SECONDS = 2.0 if "LOCAL_RANK" in os.environ else 0.0
 _received: int | None = None
 _received_at = 0.0
 _deferring = False
+_saved = ""
 
 
 def install() -> None:
     """Lets the signals raise `Stopped` in the main thread, but for those that whoever started this wants ignored."""
-    global _received
-    _received = None
+    global _received, _saved
+    _received, _saved = None, ""
     for each in SIGNALS:
         if signal.getsignal(each) is not signal.SIG_IGN:
             signal.signal(each, _receive)
@@ -73,6 +75,8 @@ def _receive(number: int, frame: object) -> None:
     first, _received, _received_at = _received is None, number, time.monotonic()
     if not (first and _deferring):
         raise Stopped(number)
+    if PART_OF in os.environ:
+        return
     # Not print: the signal may have come while the main program was printing.
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):  # nobody listens any more
@@ -89,6 +93,17 @@ def deferred() -> Iterator[None]:
         check()
     finally:
         _deferring = False
+
+
+def saves(what: str) -> None:
+    """From here on this is saved, and the same command goes on from it; whoever stops the program is told so."""
+    global _saved
+    _saved = what
+
+
+def saved() -> str:
+    """What `saves` said last; empty: nothing is saved, as far as is known."""
+    return _saved
 
 
 def requested() -> bool:

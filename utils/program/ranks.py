@@ -185,7 +185,7 @@ def launch(processes: int) -> NoReturn:
             sys.exit(failure.exitcode)  # it said why itself
         name, ended_by = Path(sys.argv[0]).name, signal.Signals(-failure.exitcode).name
         print(f"{name}: error: rank {failure.local_rank} was ended by {ended_by}; start again, which goes on from what "
-              "is saved", file=sys.stderr)
+              "is saved, if anything", file=sys.stderr)
         sys.exit(128 - failure.exitcode)
     except SignalException as stopped:  # the ranks were told, and saved what they had
         sys.exit(128 + stopped.sigval)

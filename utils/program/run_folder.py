@@ -13,7 +13,7 @@ from typing import Any
 from utils.config import DataConfig, defaults, differences, how_much, identity, influential
 from utils.errors import UserError
 from utils.files import cut_lines, load, read_config, remove, save, save_config
-from utils.program import ranks
+from utils.program import interrupt, ranks
 from utils.program.console import note, shown
 from utils.program.locks import locked
 
@@ -121,6 +121,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be made or written, or its log is shorter than it was.
         """
+        interrupt.saves("what it last saved")
         if not ranks.first():
             return
         log_bytes = saved[LOG_BYTES] if saved else 0
