@@ -31,9 +31,9 @@ DRAWS = 2  # experts and augmentations for each start epoch
 BATCH = 50  # samples of an inner step at most, which changes the loss little
 LOST = 4.0  # a loss above which larger rates are not tried
 NEARLY = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
-WORTH = 0.5  # of the best start epoch's gain, from which on a start epoch belongs to the window
-# By a first update: of the standard deviation, for images and labels, which have more momentum; and of α itself.
-MOVED = {"lr_img": 0.2, "lr_y": 0.003, "lr_lr": 0.01}
+WORTH = 0.5  # of the best start epoch's gain, below which the window ends
+# By a first update: of the standard deviation, for images and labels, which have more momentum; and, at most, of α.
+MOVED = {"lr_img": 0.2, "lr_y": 0.003, "lr_lr": 0.05}
 EPOCHS, STEPS_OF_A_TEST = 300, 1000  # at least, of a network that is trained on the set
 HARDLY = 0.98  # a smallest loss above which there is little to match
 EASY = 0.6  # a loss below which real images teach a start epoch already
@@ -108,7 +108,8 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
 
 
 def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
-    """The rates of images, labels and α at which a first update moves them by `MOVED`."""
+    """The rates of images and labels at which a first update moves them by `MOVED`; and α's, where the one that is
+    given would move it by more."""
     distillation = Distillation(config, dataset, buffer, first)
     matches = [distillation.match(distillation.draw(number)) for number in range(DRAWS)]
     for match in matches:
@@ -121,7 +122,8 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
         gradients["lr_y"] = [match.grad_labels for match in matches], first.labels.std()
     size = {name: float(torch.stack(of_all).square().mean().sqrt() / unit)
             for name, (of_all, unit) in gradients.items()}
-    return {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
+    rates = {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
+    return {name: rate for name, rate in rates.items() if name != "lr_lr" or rate < config.lr_lr}
 
 
 def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet, segments: Sequence[int],
@@ -165,8 +167,8 @@ def proposed(losses: Losses) -> dict[str, Any]:
     The gain of a start epoch is how far the loss is below 1, where a training has come no nearer to the target. Over
     the first half of the trajectory, M and T are the smallest ones, and α then the largest, that have `NEARLY` the
     largest sum of gains. The window begins at the first start epoch that real images do not teach already
-    (`EASY`), and holds those after it that gain at least `WORTH` of what the best of them does, between those that were
-    measured by interpolation.
+    (`EASY`), and ends after the best one of those that follow, at the first that gains less than `WORTH` of what that
+    one does; between those that were measured gains are interpolated.
     """
     gains = _gains(losses.values)
     half = [number for number, start in enumerate(losses.starts) if 2 * start <= losses.starts[-1]]
@@ -181,7 +183,9 @@ def proposed(losses: Losses) -> dict[str, Any]:
     loss = np.interp(epochs, np.array(losses.starts)[known], np.minimum(chosen[known], LOST))
     gain = _gains(loss)
     begin = int((loss >= EASY).argmax())
-    end = int(np.flatnonzero(gain >= WORTH * gain[begin:].max())[-1]) + 1
+    best = begin + int(gain[begin:].argmax())
+    little = np.flatnonzero(gain[best:] < WORTH * gain[best])
+    end = best + int(little[0]) if len(little) else len(gain)
     return {"lr_teacher": losses.rates[rate], "syn_steps": losses.steps[step],
             "expert_epochs": losses.segments[segment], "min_start_epoch": begin, "max_start_epoch": end,
             "threshold": round(max(1.0, ABOVE * float(loss[begin:end].max())), 1)}
