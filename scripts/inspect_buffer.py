@@ -140,9 +140,8 @@ def main() -> None:
     if options.json:
         write_json(options.json, report)
     if options.png:
-        tested = "validation" if (report["options"] or {}).get("val_fraction") else "test"
         accuracies = {of: of_all(name, trajectories)
-                      for of, name in zip(("training batches", f"{tested} images"), ACCURACIES)}
+                      for of, name in zip(("training batches", f"{tested_on(report)} images"), ACCURACIES)}
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
                     {"one epoch": of_all("step", trajectories),
                      f"segment of {options.expert_epochs}": of_all("segment", trajectories)})
@@ -324,6 +323,11 @@ def _as_json(each: Trajectory) -> dict[str, Any]:
             **{name: [finite(value) for value in each.series[name]] for name in ("step", "segment", "apart")}}
 
 
+def tested_on(report: dict[str, Any]) -> str:
+    """Which images the experts were tested on."""
+    return "held-out" if (report["options"] or {}).get("val_fraction") else "test"
+
+
 def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     known, unfinished, epochs = report["options"], report["unfinished"], report["epochs"]
 
@@ -348,10 +352,9 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     if diverged:
         say("not finite", f"experts {', '.join(diverged)}: they diverged, or their file is damaged")
     last = [[row[name][-1] for row in report["trajectories"] if row[name]] for name in ACCURACIES]
-    tested = "validation" if known and known.get("val_fraction") else "test"
     say("accuracy", "after the last epoch: " + "; ".join(
         f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
-        for of, values in zip(("train", tested), last) if values) if any(last) else
+        for of, values in zip(("train", tested_on(report)), last) if values) if any(last) else
         "unknown: not recorded beside the files")
     if report["beside"]:
         compared = sum(bool(each["apart"]) for each in report["trajectories"])
@@ -367,7 +370,8 @@ def _by_epoch(report: dict[str, Any], expert_epochs: int) -> list[list[str]]:
     """The rows of the table."""
     by_start, by_epoch = report["by_start_epoch"], report["by_epoch"]
     # Accuracies are recorded from epoch 1 on.
-    columns = [(head, [None, *by_epoch[name]], 100, ".1f") for head, name in zip(("train, %", "test, %"), ACCURACIES)]
+    columns = [(f"{of}, %", [None, *by_epoch[name]], 100, ".1f")
+               for of, name in zip(("train", tested_on(report)), ACCURACIES)]
     columns += [("step", by_start["step"], 1, ".4f"), (f"segment of {expert_epochs}", by_start["segment"], 1, ".4f")]
     if report["beside"]:
         columns.append(("apart", [None, *by_epoch["apart"]], 1, ".4f"))
