@@ -1,10 +1,11 @@
 """How far each backend's matching gradient is from plain autograd's in float64.
 
-    python scripts/measure/precision.py [--draws 10] [--json FILE]
+    python scripts/measure/precision.py [--device cpu|cuda] [--draws 10] [--json FILE]
 
-ConvNet 128, 3×32×32, T = 5, B = 10, random data, with augmentation. For each draw: the median over the images of the
-relative error of their gradient, and the cosine between the gradients of all images. `compile` is the pass that is
-compiled, with its form of the convolutions, run without the compiler.
+ConvNet 128, 3×32×32, T = 5, B = 10, random data, with augmentation; the exact gradient, and TESLA's against TESLA's.
+For each draw: the median over the images of the relative error of their gradient, and the cosine between the gradients
+of all images. On a CPU `compile` is the pass that is compiled, with its form of the convolutions, run without the
+compiler; on a GPU it is compiled and captured.
 """
 
 import statistics
@@ -20,21 +21,27 @@ from distill.matching import match_trajectory
 from scripts.common import save_report, script_parser
 from utils.config import DistillConfig, make
 from utils.data import augment
+from utils.derivatives.choose_engine import set_precision
 from utils.derivatives.convnet_pass import ConvNetPass
 from utils.derivatives.engine import HandWritten
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program.console import table
+from utils.program.device import describe, select_device
 from utils.program.entry import entry
 from utils.program.prepare import dsa_groups
 from utils.program.seeds import generator, seeded
 
 STEPS, BATCH = 5, 10
-KINDS = {  # kind → backend, precision
-    "plain": ("plain", "fp32"), "eager": ("eager", "fp32"), "compile": ("eager", "fp32"), "bf16": ("eager", "bf16")}
+METHODS = {"": "exact", ", TESLA": "tesla"}
+KINDS = {  # device → kind → backend, precision
+    "cpu": {"plain": ("plain", "fp32"), "eager": ("eager", "fp32"), "compile": ("eager", "fp32"),
+            "bf16": ("eager", "bf16")},
+    "cuda": {f"{backend} {precision}": (backend, precision) for precision in ("fp32", "tf32", "bf16")
+             for backend in ("plain", "graph", "compile")}}
 
 
-def errors(draw: int) -> dict[str, dict[str, float]]:
+def errors(draw: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Of every kind, for one draw of network, data and augmentation."""
     random = generator("precision", draw)
     with seeded("precision", draw):
@@ -47,37 +54,45 @@ def errors(draw: int) -> dict[str, dict[str, float]]:
     groups = dsa_groups(make(DistillConfig))
     draws = [augment.draw(groups, BATCH, (32, 32), random) for _ in batches]
 
-    def gradient(model: FlatModel, dtype: torch.dtype) -> Tensor:
-        match = match_trajectory(model, *(each.to(dtype) for each in tensors), batches, draws)
-        return match.grad_images.double().flatten(1)
+    def gradient(model: FlatModel, method: str, dtype: torch.dtype, on: torch.device) -> Tensor:
+        match = match_trajectory(model, *(each.to(on, dtype) for each in tensors), [each.to(on) for each in batches],
+                                 [each.to(on) for each in draws], method)
+        return match.grad_images.double().flatten(1).cpu()
 
+    cpu = torch.device("cpu")
     with seeded("precision", draw):
-        exact = gradient(FlatModel(build_network("ConvNet", 3, 10, (32, 32)).double(), "plain"), torch.float64)
+        reference = FlatModel(build_network("ConvNet", 3, 10, (32, 32)).double(), "plain")
+    exact = {name: gradient(reference, method, torch.float64, cpu) for name, method in METHODS.items()}
+    network = network.to(device)
     found = {}
-    for kind, (backend, precision) in KINDS.items():
+    for kind, (backend, precision) in KINDS[device.type].items():
+        set_precision("fp32" if device.type == "cpu" or precision == "bf16" else precision, device)
         model = FlatModel(network, backend, precision)
         if kind == "compile":
             form = ConvNetPass(network.plan, network.image_shape, theta.device, compiled=True)
             model.engine = HandWritten(form, model.unflatten, BATCH)
-        ours = gradient(model, torch.float32)
-        found[kind] = {"median_image": float(((ours - exact).norm(dim=1) / exact.norm(dim=1)).median()),
-                       "cosine": float(torch.cosine_similarity(ours.flatten(), exact.flatten(), dim=0))}
+        for name, method in METHODS.items():
+            ours, true = gradient(model, method, torch.float32, device), exact[name]
+            found[kind + name] = {"median_image": float(((ours - true).norm(dim=1) / true.norm(dim=1)).median()),
+                                  "cosine": float(torch.cosine_similarity(ours.flatten(), true.flatten(), dim=0))}
     return found
 
 
 def main() -> None:
     parser = script_parser(__doc__, json="every draw's errors")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--draws", type=int, default=10, metavar="N")
     args = parser.parse_args()
-    draws = [errors(draw) for draw in range(args.draws)]
+    device = select_device(args.device)
+    draws = [errors(draw, device) for draw in range(args.draws)]
     rows = [("kind", "median draw", "best", "worst", "cosine, median")]
-    for kind in KINDS:
+    for kind in draws[0]:
         values = [draw[kind]["median_image"] for draw in draws]
         cosine = statistics.median(draw[kind]["cosine"] for draw in draws)
         errors_of = [f"{pick(values):.1e}" for pick in (statistics.median, min, max)]
         rows.append((kind, *errors_of, f"{cosine:.4f}"))
     print(table(rows))
-    save_report(args.json, {"steps": STEPS, "batch": BATCH, "draws": draws})
+    save_report(args.json, {"steps": STEPS, "batch": BATCH, "device": describe(device), "draws": draws})
 
 
 if __name__ == "__main__":

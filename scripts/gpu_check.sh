@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# What the program does on a GPU, and how fast, in less than ten minutes:
+#     bash scripts/gpu_check.sh [FOLDER]
+# FOLDER (gpu_check) gets what each part printed and measured before the next part begins, and gpu_check.json, which has
+# all of it. Each part has a time limit of its own. Without a GPU the parts that need one are skipped, and said to be.
+# Exit code 1: a part failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python3 -c "import torch" 2>/dev/null || source scripts/venv.sh
+python=${PYTHON:-$(command -v python || command -v python3)}
+out=${1:-gpu_check}
+mkdir -p "$out"
+rm -f "$out"/*.log "$out"/*.json
+: >"$out/parts.tsv"
+gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+
+part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit codes that are right
+    local name=$1 codes=$2 limit=$3 began=$SECONDS code said=failed
+    shift 3
+    printf '\n--- %s, %s s at most: %s\n' "$name" "$limit" "$*"
+    timeout -k 5 "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n 25
+    code=${PIPESTATUS[0]}
+    for right in $codes; do
+        if [ "$code" = "$right" ]; then said=ok; fi
+    done
+    if [ "$code" = 124 ] && [ "$said" != ok ]; then said="no time left"; fi
+    printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$said" "$code" $((SECONDS - began)) "$*" >>"$out/parts.tsv"
+    collect
+}
+
+on_gpu() {  # on_gpu NAME CODES SECONDS COMMAND…: a part that needs a GPU
+    if [ "$gpu" = 1 ]; then
+        part "$@"
+    else
+        printf '\n--- %s: skipped, there is no GPU\n' "$1"
+        printf '%s\tskipped\t\t0\t%s\n' "$1" "${*:4}" >>"$out/parts.tsv"
+    fi
+}
+
+collect() {  # everything so far, as one file
+    "$python" - "$out" <<'EOF'
+import json, sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+parts = [dict(zip(("part", "said", "code", "seconds", "command"), line.split("\t")))
+         for line in (out / "parts.tsv").read_text().splitlines()]
+for part in parts:
+    log = out / f"{part['part']}.log"
+    part["last_lines"] = log.read_text(errors="replace").splitlines()[-40:] if log.exists() else []
+measured = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))
+            if path.name != "gpu_check.json"}
+(out / "gpu_check.json").write_text(json.dumps({"parts": parts, "measured": measured}, indent=1) + "\n")
+EOF
+}
+
+data="--dataset=MiniFashion --model=ConvNetW32"
+run="$out/logged_files/MiniFashion/1/ConvNetW32/run"
+experts=("$python" buffer/buffer_FTD.py $data --num_experts=2 --train_epochs=3 --batch_train=256 --rho_max=0.01
+         --rho_min=0.01 "--buffer_path=$out/buffers")
+distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml --zca=False --max_start_epoch=1
+        --num_eval=1 --epoch_eval_train=50 --threshold=10 "--buffer_path=$out/buffers" "--log_path=$out/logged_files")
+evaluate=("$python" distill/evaluation.py "--data_dir=$run" --num_eval=2 --epoch_eval_train=300
+          "--json=$out/evaluation.json")
+rm -rf "$out/buffers" "$out/logged_files"
+
+on_gpu tests 0 150 "$python" -m pytest -q -m cuda -p no:cacheprovider --tb=short
+on_gpu numbers 0 60 "$python" scripts/measure/precision.py --device=cuda --draws=2 "--json=$out/numbers.json"
+# A program that is killed goes on by the same command.
+part experts_killed "0 137" 45 timeout -s KILL 12 "${experts[@]}"
+part experts 0 60 "${experts[@]}"
+part distillation_killed "0 137" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run
+part distillation 0 60 "${distil[@]}" --run_name=run
+part tesla 0 45 "${distil[@]}" --run_name=tesla --matching=tesla --Iteration=20
+part unroll 0 45 "${distil[@]}" --run_name=unroll --matching=unroll --Iteration=20
+part evaluation_killed "0 137" 45 timeout -s KILL 10 "${evaluate[@]}"
+part evaluation 0 45 "${evaluate[@]}"
+part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${distil[@]:1}" \
+    --run_name=two_ranks --Iteration=20
+on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda --shape cifar10_ipc1 cifar10_ipc10 \
+    cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=3 "--json=$out/speed.json"
+
+echo
+awk -F'\t' '{ printf "%-20s %-14s %4s s\n", $1, $2, $4 }' "$out/parts.tsv"
+echo "all of it: $out/gpu_check.json"
+! grep -qE "$(printf '\t')(failed|no time left)$(printf '\t')" "$out/parts.tsv"
