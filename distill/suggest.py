@@ -32,8 +32,7 @@ BATCH = 50  # samples of an inner step at most, which changes the loss little
 LOST = 4.0  # a loss above which larger rates are not tried
 NEARLY = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
 WORTH = 0.5  # of the best start epoch's gain, below which the window ends
-# By a first update: of the standard deviation, for images and labels, which have more momentum; and, at most, of α.
-MOVED = {"lr_img": 0.2, "lr_y": 0.003, "lr_lr": 0.05}
+MOVED = {"lr_img": 0.2, "lr_y": 0.003}  # of the standard deviation, by a first update; labels have more momentum
 EPOCHS, STEPS_OF_A_TEST = 300, 1000  # at least, of a network that is trained on the set
 HARDLY = 0.98  # a smallest loss above which there is little to match
 EASY = 0.6  # a loss below which real images teach a start epoch already
@@ -108,22 +107,18 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
 
 
 def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
-    """The rates of images and labels at which a first update moves them by `MOVED`; and α's, where the one that is
-    given would move it by more."""
+    """The rates of images and labels at which a first update moves them by `MOVED` of their standard deviation."""
     distillation = Distillation(config, dataset, buffer, first)
     matches = [distillation.match(distillation.draw(number)) for number in range(DRAWS)]
-    for match in matches:
-        ranks.merge_rows(match.grad_images)
-    gradients = {"lr_img": ([match.grad_images for match in matches], first.images.std()),
-                 "lr_lr": ([match.grad_lr for match in matches], first.lr)}
+    gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
     if config.labels == "learned":
-        for match in matches:
-            ranks.merge_rows(match.grad_labels)
-        gradients["lr_y"] = [match.grad_labels for match in matches], first.labels.std()
-    size = {name: float(torch.stack(of_all).square().mean().sqrt() / unit)
-            for name, (of_all, unit) in gradients.items()}
-    rates = {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
-    return {name: rate for name, rate in rates.items() if name != "lr_lr" or rate < config.lr_lr}
+        gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
+    for of_all, _ in gradients.values():
+        for gradient in of_all:
+            ranks.merge_rows(gradient)
+    size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
+            for name, (of_all, tensor) in gradients.items()}
+    return {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
 
 
 def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet, segments: Sequence[int],
