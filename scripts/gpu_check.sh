@@ -29,7 +29,7 @@ part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit code
     for right in $codes; do
         if [ "$code" = "$right" ]; then said=ok; fi
     done
-    if [ "$code" = 124 ] && [ "$said" != ok ]; then said="no time left"; fi
+    if [ "$said" = failed ] && [ $((SECONDS - began)) -ge "$limit" ]; then said="no time left"; fi
     printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$said" "$code" $((SECONDS - began)) "$*" >>"$out/parts.tsv"
     collect
 }
@@ -62,7 +62,7 @@ EOF
 
 data="--dataset=MiniFashion --model=ConvNetW32"
 run="$out/logged_files/MiniFashion/1/ConvNetW32/run"
-experts=("$python" buffer/buffer_FTD.py $data --num_experts=2 --train_epochs=3 --batch_train=256 --rho_max=0.01
+experts=("$python" buffer/buffer_FTD.py $data --num_experts=1 --train_epochs=3 --batch_train=256 --rho_max=0.01
          --rho_min=0.01 "--buffer_path=$out/buffers")
 distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml --zca=False --max_start_epoch=1
         --num_eval=1 --epoch_eval_train=50 --threshold=10 "--buffer_path=$out/buffers" "--log_path=$out/logged_files")
@@ -74,7 +74,7 @@ on_gpu tests 0 150 "$python" -m pytest -q -m cuda -p no:cacheprovider --tb=short
 on_gpu numbers 0 60 "$python" scripts/measure/precision.py --device=cuda --draws=2 "--json=$out/numbers.json"
 # A program that is killed goes on by the same command.
 part experts_killed "0 137" 45 timeout -s KILL 12 "${experts[@]}"
-part experts 0 60 "${experts[@]}"
+part experts 0 100 "${experts[@]}"
 part distillation_killed "0 137" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run
 part distillation 0 60 "${distil[@]}" --run_name=run
 part tesla 0 45 "${distil[@]}" --run_name=tesla --matching=tesla --Iteration=20
