@@ -3,9 +3,9 @@
     python scripts/sweep.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml --lr_img 30,100,300 --syn_steps 20,40
 
 Values are separated by commas. Each combination is a run of distill/DATM.py where that puts it, named by what differs,
-such as lr_img=30_syn_steps=20 (after --run_name and _, if that is given); a run that fails ends the sweep. The same
-command goes on where it was stopped and runs nothing twice; with more values, or a larger --Iteration, it does what is
-missing. It ends with a table, best first, and a page that compares the runs.
+such as lr_img=30_syn_steps=20 (after --run_name and _, if that is given). The same command goes on where it was stopped
+and runs nothing twice; with more values, or a larger --Iteration, it does what is missing. It ends with a table, best
+first, and a page that compares the runs; runs that came to no end, as with a rate at which they diverge, are named.
 
 Settings are to be chosen without the test images: --val_fraction is 0.1 unless it is given, here or in the YAML. The
 experts must have been trained with the same one (buffer_FTD.py --val_fraction 0.1), or the runs are refused.
@@ -43,6 +43,7 @@ from utils.program.entry import entry
 
 DATM = "distill/DATM.py"
 VAL_FRACTION = "0.1"
+REFUSED = 2  # the exit code of a program that says in one line why it cannot go on
 LOOK_SECONDS = 0.1  # between two looks at the run at work
 
 
@@ -76,12 +77,24 @@ def main() -> None:
 
     if not config.dry_run:
         interrupt.saves("the runs that it began")
+    ended = []
     for number, run in enumerate(runs, start=1):
         say(config, f"[{number} of {len(runs)}] {run.name}")
-        run_to_its_end(run)
-    if config.dry_run:
-        return
+        if run_to_its_end(run):
+            ended.append(run)
+    if ended and not config.dry_run:
+        rank(ended, options, page, json)
+    if failed := [run.name for run in runs if run not in ended]:
+        raise UserError(f"no result of {', '.join(failed)}; what each said is above, and the same command tries again")
 
+
+def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None) -> None:
+    """Shows finished runs side by side, the best first.
+
+    Args:
+        options: of the sweep, as they were typed.
+    """
+    config, swept = runs[0].config, list(runs[0].differs)
     finished = {run.name: read_run(run.folder) for run in runs}
     ranked = sorted(runs, key=lambda run: -finished[run.name].result.better[1].scores[0].mean)
     reached = {run.name: numbers(run, finished[run.name]) for run in ranked}
@@ -141,13 +154,13 @@ def split(name: str, text: str) -> list[str]:
     return [text] if whole else text.split(",")
 
 
-def run_to_its_end(run: Run) -> None:
-    """Starts or goes on with a run and waits for it. A signal is handed on, upon which it saves; a second one too,
-    which stops it at once.
+def run_to_its_end(run: Run) -> bool:
+    """Starts or goes on with a run and waits for it: whether it came to its end, or said why it cannot. A signal is
+    handed on, upon which it saves; a second one too, which stops it at once.
 
     Raises:
         Stopped: a signal came.
-        SystemExit: it failed, with its exit code.
+        SystemExit: it broke down, with its exit code.
     """
     sys.stdout.flush()
     with interrupt.deferred():
@@ -164,11 +177,13 @@ def run_to_its_end(run: Run) -> None:
             except interrupt.Stopped as stopped:
                 told = True
                 process.send_signal(stopped.signal)
-    if code := process.returncode:
+    code = process.returncode
+    if code not in (0, REFUSED):
         how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
         print(f"{Path(sys.argv[0]).name}: error: the run {run.name} {how}; the same command goes on once that is "
               "mended", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
+    return code == 0
 
 
 def numbers(run: Run, finished: SavedRun) -> dict[str, Any]:

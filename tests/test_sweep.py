@@ -16,8 +16,11 @@ from utils.program import interrupt
 
 def test_values_are_ranked_and_a_larger_iteration_goes_on(call, toy, toy_experts, tmp_path, monkeypatch, capsys):
     def run_it(run):
-        call("distill/DATM.py", *(f"--{name}={value}" for name, value in run.options.items()))
         say.append(run.name)
+        if run.name == fails:
+            return False
+        call("distill/DATM.py", *(f"--{name}={value}" for name, value in run.options.items()))
+        return True
 
     def sweep_it(*options):
         monkeypatch.setattr(sys, "argv", [
@@ -27,8 +30,12 @@ def test_values_are_ranked_and_a_larger_iteration_goes_on(call, toy, toy_experts
             sweep.main()
         return capsys.readouterr().out, json.loads((tmp_path / "table.json").read_text())["runs"]
 
-    say = []
+    say, fails = [], "lr_img=0"
     monkeypatch.setattr(sweep, "run_to_its_end", run_it)
+    with pytest.raises(UserError, match="no result of lr_img=0;"):
+        sweep_it()
+    assert "\n| 10 " in (said := capsys.readouterr().out) and "\n| 0 " not in said
+    say, fails = [], None
     said, runs = sweep_it()
     names = ["lr_img=0", "lr_img=10"]
     assert say == names and {run["name"] for run in runs} == set(names)
