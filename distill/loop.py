@@ -5,14 +5,14 @@ from dataclasses import replace
 from buffer.trajectories import Buffer, buffer_folder, check_same_images
 from distill import checks, estimate, plan, suggest
 from distill.distillation import Distillation
-from distill.distilled_set import DistilledSet
+from distill.distilled_set import WHOLE, DistilledSet
 from distill.finish import finish, say_finished, show_so_far
 from distill.initialize import checksums, initial_set, labellers_of
 from distill.report.page_pictures import PICTURES
 from distill.report.show import SHOWN
 from distill.result_files import METRICS, RESULT, VERSIONS
 from distill.run_state import DistillView, RunState
-from utils.config import AUTO, STARTS, DistillConfig
+from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
@@ -45,6 +45,7 @@ def distill(config: DistillConfig) -> None:
         checks.check_memory(config, dataset, buffer.model)
         estimate.report(config, dataset, buffer.model)
         print(suggest.suggestion(config, dataset, buffer, labellers))
+        print("\nnothing was distilled; leave --dry_run out to begin, and add what is proposed if you want it")
         return
 
     # Take the run's folder.
@@ -119,12 +120,13 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     else:
         start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, labellers))
     start = start.to(dataset.train_images.device)
-    if config.lr_teacher == AUTO and config.pix_init in STARTS and not saved:  # a saved set has its own rate
-        start, why = suggest.with_fitting_rate(config, dataset, buffer, start)
-        notes = [*notes, why]
+    if config.lr_teacher == AUTO and not saved:
+        start, said = suggest.with_fitting_rate(config, dataset, buffer, start)
+        notes = [*notes, *said]
 
     # The folder, and the first lines.
-    folder.start(saved, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)], [*SHOWN, PICTURES])
+    folder.start(saved, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)],
+                 [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)])
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, start.images.device, engine,
              f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "

@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from distill import distillation
+from distill.distilled_set import set_files
 from utils import files
 from utils.errors import UserError
 from utils.files import REPOSITORY
@@ -277,8 +279,11 @@ def test_whatever_a_user_has_set_for_pictures_and_named_classes_a_run_finishes(r
 def test_a_finished_run_goes_on_for_more_iterations(distil_to):
     _, whole = distil_to("whole")
     distil_to("parts", "--Iteration=4")
-    done, parts = distil_to("parts")
+    with stop_at(distillation, "match_trajectory", 2):
+        done, parts = distil_to("parts", expect=130)
     assert "going on at iteration 4" in done.stdout
+    assert set_files(str(parts))[0].endswith("images_best.pt")  # the shorter run's set is of the past
+    distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)
     assert without_times(whole / "result.json") == without_times(parts / "result.json")
     assert without_times(parts / "result_4.json")["best"]["iteration"] <= 4
