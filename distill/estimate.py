@@ -95,7 +95,7 @@ def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     print(estimate(config, dataset, model))
     if "compiled" in model.engine.name:
         print("compiling comes on top of that, a minute or two the first time")
-    print("nothing was distilled; leave --dry_run out to begin\n")
+    print()
 
 
 def _measured(call: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -229,7 +229,8 @@ def skipped_advice(loss: float, options: dict[str, Any]) -> str:
         rate = "a smaller --lr_teacher than the one that auto measured"
     else:
         rate = "--lr_teacher auto, which measures the rate that fits these experts; a smaller --lr_teacher by hand"
-    return (f"the matching loss {too_large}, so nothing is learned. Change, in this order: {rate}; a window that "
+    return (f"the matching loss {too_large}, so nothing is learned. DATM.py --dry_run "
+            f"measures what fits; by hand change, in this order: {rate}; a window that "
             "starts earlier (--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; "
             f"{'--threshold inf; ' * finite}and give another --run_name with it")
 

@@ -84,16 +84,13 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
         labellers: the experts that label the first images.
 
     Raises:
-        UserError: no loss is finite.
+        UserError: no loss is finite, whatever the rate.
     """
     first, _ = ranks.from_first_rank(lambda: initial_set(replace(config, lr_teacher=AUTO), dataset, labellers))
     segments = [epochs for epochs in SEGMENTS if epochs <= max(1, buffer.epochs // 2)]
     rates = RATES if math.isnan(first.lr) else [float(first.lr)]  # a saved set's own
     losses = measured(config, dataset, buffer, first, segments, STEPS, rates,
                       evenly(0, buffer.epochs - segments[0], STARTS))
-    if not np.isfinite(losses.values).any():
-        raise UserError(f"no matching loss of the experts in {buffer.folder} is finite: they diverged; train them "
-                        "again with a smaller --lr_teacher")
     options = proposed(losses)
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
@@ -107,9 +104,14 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
 
 
 def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
-    """The rates of images and labels at which a first update moves them by `MOVED` of their standard deviation."""
+    """The rates of images and labels at which a first update moves them by `MOVED` of their standard deviation; none
+    where no update was drawn that the threshold lets pass."""
     distillation = Distillation(config, dataset, buffer, first)
     matches = [distillation.match(distillation.draw(number)) for number in range(DRAWS)]
+    losses = ranks.from_first_rank(lambda: [float(match.loss) for match in matches])
+    matches = [match for match, loss in zip(matches, losses) if loss <= config.threshold]
+    if not matches:
+        return {}
     gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
     if config.labels == "learned":
         gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
@@ -127,6 +129,9 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
 
     Args:
         first: the set that a distillation begins with; its own rate is not used.
+
+    Raises:
+        UserError: no loss is finite.
     """
     device = dataset.train_images.device
     first = first.to(device)
@@ -153,6 +158,9 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
                     if known.min() > LOST:
                         break
                 bar.update()
+    if not np.isfinite(values).any():
+        raise UserError(f"no matching loss of the experts in {buffer.folder} is finite: they diverged; train them "
+                        "again with a smaller --lr_teacher")
     return Losses(segments, steps, rates, starts, values.mean(-1))
 
 
@@ -161,9 +169,9 @@ def proposed(losses: Losses) -> dict[str, Any]:
 
     The gain of a start epoch is how far the loss is below 1, where a training has come no nearer to the target. Over
     the first half of the trajectory, M and T are the smallest ones, and α then the largest, that have `NEARLY` the
-    largest sum of gains. The window begins at the first start epoch that real images do not teach already
-    (`EASY`), and ends after the best one of those that follow, at the first that gains less than `WORTH` of what that
-    one does; between those that were measured gains are interpolated.
+    largest sum of gains. The window begins at the first start epoch that gains and that real images do not teach
+    already (`EASY`), and ends after the best one of those that follow, at the first that gains less than `WORTH` of
+    what that one does; between those that were measured gains are interpolated.
     """
     gains = _gains(losses.values)
     half = [number for number, start in enumerate(losses.starts) if 2 * start <= losses.starts[-1]]
@@ -177,7 +185,7 @@ def proposed(losses: Losses) -> dict[str, Any]:
     epochs = np.arange(losses.starts[known[-1]] + 1)
     loss = np.interp(epochs, np.array(losses.starts)[known], np.minimum(chosen[known], LOST))
     gain = _gains(loss)
-    begin = int((loss >= EASY).argmax())
+    begin = int(((loss >= EASY) & (loss < 1)).argmax())
     best = begin + int(gain[begin:].argmax())
     little = np.flatnonzero(gain[best:] < WORTH * gain[best])
     end = best + int(little[0]) if len(little) else len(gain)
@@ -203,16 +211,24 @@ def doubts(losses: Losses, options: dict[str, Any]) -> list[str]:
 
 
 def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
-                      first: DistilledSet) -> tuple[DistilledSet, str]:
+                      first: DistilledSet) -> tuple[DistilledSet, list[str]]:
     """`--lr_teacher auto`: the first set with the rate that `proposed` would take for this T, M and window, and what
-    there is to say of it."""
+    there is to say of it. A saved set has a rate of its own.
+
+    Raises:
+        UserError: no loss is finite, whatever the rate.
+    """
+    if not math.isnan(first.lr):
+        return first, ["--lr_teacher auto measured nothing, since the set of --pix_init has its own rate, "
+                       f"{float(first.lr):g}"]
     starts = evenly(config.min_start_epoch, config.max_start_epoch - 1, STARTS)
     losses = measured(config, dataset, buffer, first, [config.expert_epochs], [config.syn_steps], RATES, starts)
-    rate = _largest(_gains(losses.values).sum(-1)[0, 0])
+    rate = RATES[_largest(_gains(losses.values).sum(-1)[0, 0])]
     means = losses.values[0, 0].mean(-1)
     said = ", ".join(f"{mean:.3g} at {each:g}" for each, mean in zip(RATES, means) if math.isfinite(mean))
-    return (replace(first, lr=torch.tensor(RATES[rate], device=first.images.device)),
-            f"--lr_teacher auto is {RATES[rate]:g}; the first set's mean matching loss over the window is {said}")
+    return replace(first, lr=torch.tensor(rate, device=first.images.device)), [
+        f"--lr_teacher auto is {rate:g}; the first set's mean matching loss over the window is {said}",
+        *doubts(losses, {"lr_teacher": rate, "syn_steps": config.syn_steps, "expert_epochs": config.expert_epochs})]
 
 
 def _gains(losses: np.ndarray) -> np.ndarray:

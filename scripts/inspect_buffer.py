@@ -24,6 +24,7 @@ images with the experts' labels, has at several learning rates, steps and segmen
 
 import json
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -120,12 +121,15 @@ def apart(snapshots: Iterable[Tensor], others: Iterable[Tensor]) -> list[float]:
 def main() -> None:
     parser = script_parser(__doc__, json="the numbers, of every expert,", key="by_start_epoch")
     parser.add_argument("folder", type=Path, help="holds replay_buffer_*.pt")
-    parser.add_argument("--expert_epochs", type=int, default=2, metavar="M", help="epochs of a segment [2]")
+    parser.add_argument("--expert_epochs", type=int, metavar="M", help="epochs of a segment [2]")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")
     parser.add_output("png", "png", "draw it")
     parser.add_argument("--suggest", action="store_true", help="measure which settings fit, and print the command")
     parser.add_argument("--ipc", type=int, help="images per class, with --suggest")
     options = parser.parse_args()
+    if options.suggest and options.expert_epochs is not None:
+        raise UserError("--suggest --expert_epochs: give one of them; which M fits is measured")
+    options.expert_epochs = 2 if options.expert_epochs is None else options.expert_epochs
     if options.expert_epochs < 1:
         raise UserError(f"--expert_epochs {options.expert_epochs}: a segment has at least 1 epoch")
     if options.suggest != (options.ipc is not None):
@@ -180,7 +184,7 @@ def distilling(folder: Path, ipc: int) -> dict[str, Any]:
     made_with = defaults(BufferConfig) | made[0]
     known = {name: made_with[name] for name in OF_DATA if made_with[name] is not None}
     below = buffer_folder(make(DistillConfig, **known, buffer_path="experts")).relative_to("experts")
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))  # a link to experts is where it is
     if not str(folder).endswith(f"/{below}"):
         raise UserError(f"{folder} holds experts that distill/DATM.py looks for in <buffer_path>/{below}; move them "
                         "there, or give DATM.py --dry_run")
