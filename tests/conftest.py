@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import fakecuda
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,23 @@ GOLDEN = Path(__file__).parent / "golden"
 # Whoever runs the tests in the background has SIGINT ignored, which the programs respect and these tests send.
 for _number in interrupt.SIGNALS:
     signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
+
+def pytest_configure(config):
+    """`-m cuda` without a GPU starts over on the stand-in for one (fakecuda/README.md)."""
+    if config.option.markexpr == "cuda" and not torch.cuda.is_available() and fakecuda.why_not() is None:
+        config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
+        fakecuda.preload(devices=2)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        reason = fakecuda.why_not()
+        reason = "no NVIDIA GPU, and " + (f"no stand-in for one: {reason}" if reason else
+                                          "not on the stand-in, on which `python -m pytest -m cuda` runs it")
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

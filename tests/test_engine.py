@@ -30,8 +30,6 @@ NORMS, ACTIVATIONS, POOLINGS = ("NN", "LN", "IN", "GN"), ("AS", "AR", "AL"), ("N
 CLASSES = 3
 CPU = torch.device("cpu")
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-
 MIXED = "autograd, hand-written adjoint"
 
 
@@ -529,7 +527,6 @@ def test_a_replay_takes_the_inputs_at_hand_and_keeps_earlier_results(monkeypatch
 
 
 @pytest.mark.cuda
-@needs_gpu
 @pytest.mark.parametrize("name", ["ConvNetD2W4", "ConvNetD2W4LNASMP", "ConvNetD2W4GNALNP", "ConvNetD2W4NN", "MLP"])
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("micro_batch", [None, 2])
@@ -542,7 +539,6 @@ def test_captured_equals_plain_on_the_gpu(name, hard, micro_batch):
 
 
 @pytest.mark.cuda
-@needs_gpu
 @pytest.mark.parametrize("name", ["ConvNetD2W4", "ConvNetD2W4GNASMP", "MLP"])
 @pytest.mark.parametrize("backend", ["graph", "auto", "eager", "plain"])
 def test_a_match_on_the_gpu_equals_one_on_the_cpu(name, backend):
@@ -559,7 +555,6 @@ def test_a_match_on_the_gpu_equals_one_on_the_cpu(name, backend):
 
 
 @pytest.mark.cuda
-@needs_gpu
 def test_batch_norm_statistics_on_the_gpu_are_those_of_the_calls_that_were_made():
     """Whatever else a capture runs, and also where GSAM's second pass is to leave them alone."""
     plain, captured = (network_of("ConvNetD1W4BN").cuda() for _ in range(2))
