@@ -71,15 +71,21 @@ MicroBatch = tuple[Any, Sequence[Tensor]]
 
 
 def _in_parts(part: Callable[[Tensor, Tensor], MicroBatch], x: Tensor, y: Tensor, most: int | None
-              ) -> tuple[Any, list[tuple[Tensor, ...]]]:
-    """Walks through a batch: the means over all of it, and for each kind of rows the pieces, in order."""
+              ) -> tuple[Any, Sequence[Tensor]]:
+    """Walks through a batch: the means over all of it, and each kind of rows, in order. One part passes through."""
     sizes = equal_parts(len(x), most)
+    if len(sizes) == 1:
+        return part(x, y)
     total, rows = None, []
     for x_part, y_part in zip(x.split(sizes), y.split(sizes)):
         means, of_samples = part(x_part, y_part)
         total = _add(total, means, len(x_part) / len(x))
         rows.append(of_samples)
-    return total, list(zip(*rows))
+    return total, [torch.cat(pieces) for pieces in zip(*rows)]
+
+
+def _scaled(rows: Sequence[Tensor], share: float) -> Sequence[Tensor]:
+    return rows if share == 1 else [each * share for each in rows]
 
 
 class Autograd:
@@ -112,7 +118,7 @@ class Autograd:
             return (loss.detach(), of_theta), (logits.detach(),)
 
         (loss, of_theta), (logits,) = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
-        return loss, torch.cat(logits), of_theta
+        return loss, logits, of_theta
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         soft = y.is_floating_point()
@@ -125,10 +131,9 @@ class Autograd:
             (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
             s = torch.dot(gradient, co_state)
             s_theta, *of_samples = torch.autograd.grad(s, leaves)
-            return (s.detach(), s_theta), [each * (len(x_part) / len(x)) for each in of_samples]
+            return (s.detach(), s_theta), _scaled(of_samples, len(x_part) / len(x))
 
-        sums, of_samples = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
-        s_x, *s_y = map(torch.cat, of_samples)
+        sums, (s_x, *s_y) = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
         return Adjoint(*sums, s_x, s_y[0] if soft else None)
 
     def _loss(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +176,7 @@ class HandWritten:
             return (loss, of_weights), (logits,)
 
         (loss, of_weights), (logits,) = _in_parts(part, x, y, self.micro_batch)
-        return loss, torch.cat(logits), self.network_pass.lower(of_weights)
+        return loss, logits, self.network_pass.lower(of_weights)
 
     @torch.no_grad()
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
@@ -179,10 +184,9 @@ class HandWritten:
 
         def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
             s, of_weights, *of_samples = self._adjoint(weights, tangents, x_part, y_part)
-            return (s, of_weights), [each * (len(x_part) / len(x)) for each in of_samples if each is not None]
+            return (s, of_weights), _scaled([each for each in of_samples if each is not None], len(x_part) / len(x))
 
-        (s, of_weights), of_samples = _in_parts(part, x, y, self.micro_batch)
-        s_x, *s_y = map(torch.cat, of_samples)
+        (s, of_weights), (s_x, *s_y) = _in_parts(part, x, y, self.micro_batch)
         return Adjoint(s, self.network_pass.lower(of_weights), s_x, s_y[0] if s_y else None)
 
     def _lift(self, theta: Tensor) -> Weights:
