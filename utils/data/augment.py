@@ -6,7 +6,7 @@ draws one operation per image instead (`draw_per_image`). Drawing is the only ra
 CPU, so a seed gives the same augmentation on every device; `apply` is pure and differentiable in the images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import unknown_name
+from utils.memory import sent
 
 # The published strengths.
 BRIGHTNESS = 1.0
@@ -40,9 +41,17 @@ class Draw:
     parameters: dict[str, tuple[Tensor, ...]]
 
     def to(self, device: torch.device | str) -> "Draw":
-        moved = {name: tuple(value.to(device, non_blocking=True) for value in values)
-                 for name, values in self.parameters.items()}
-        return Draw(self.group, moved)
+        return self.holding(sent(self.tensors, device))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All parameters, in order."""
+        return [value for values in self.parameters.values() for value in values]
+
+    def holding(self, tensors: Sequence[Tensor]) -> "Draw":
+        """The draw with these in the place of its `tensors`."""
+        rest = iter(tensors)
+        return Draw(self.group, {name: tuple(next(rest) for _ in values) for name, values in self.parameters.items()})
 
     def of(self, rows: Tensor) -> "Draw":
         """The draw of some of the batch's images; `rows` as it would index a tensor [B]."""
