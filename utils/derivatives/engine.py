@@ -11,10 +11,12 @@ so the loss is a weighted sum over any split. `Captured` replays either from CUD
 """
 
 import contextlib
+import gc
 import logging
 import math
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from utils.derivatives.convnet_pass import ConvNetPass, Weights
+from utils.errors import shortened
 from utils.loss_and_accuracy import cross_entropy
 from utils.networks import ConvNetPlan
 
@@ -231,11 +234,30 @@ class Mixed(HandWritten):
 _CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a GPU; libraries keep memory for every stream that they have worked in."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """For a capture: a graph or a compiled module that dies meanwhile frees what it holds, which ends the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Captured:
     """Replays an engine's calls from CUDA graphs, one for each kind of call and shape of its inputs.
 
     A replay launches the whole call at once, whatever the number of its kernels. Results are copied out of the graph's
-    own memory, so that they stay valid after the next call.
+    own memory, so that they stay valid after the next call. What cannot be captured is noted once, and from then on
+    called as it is.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -243,7 +265,7 @@ class Captured:
         self.name = f"{engine.name}, captured"
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._pool: Any = None
-        self._stream: Any = None
+        self._refused = False
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._replay(self.engine.gradient, theta, x, y)
@@ -262,9 +284,16 @@ class Captured:
 
     def _replay(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
         key = (function.__name__, *((each.shape, each.dtype, each.device) for each in inputs))
-        if key not in self._graphs:
+        if key not in self._graphs and not self._refused:
             with torch.cuda.device(inputs[0].device):
-                self._graphs[key] = self._capture(function, inputs)
+                captured = self._capture(function, inputs)
+            if captured is None:
+                self._refused, self.name = True, self.engine.name
+                self._graphs.clear()
+            else:
+                self._graphs[key] = captured
+        if self._refused:
+            return function(*inputs)
         graph, held, outputs = self._graphs[key]
         for own, given in zip(held, inputs):
             own.copy_(given.detach())
@@ -272,21 +301,29 @@ class Captured:
         return pytree.tree_map_only(Tensor, Tensor.clone, outputs)
 
     def _capture(self, function: Callable[..., Any], inputs: Sequence[Tensor]
-                 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+                 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
+        """The graph, its inputs and its outputs; None, with a note, where the call cannot be captured."""
         held = [each.detach().clone() for each in inputs]
         with _CAPTURING:
-            # torch's default stream for captures belongs to the GPU that captured first.
-            self._stream = self._stream or torch.cuda.Stream()
+            stream, current = _capture_stream(inputs[0].device), torch.cuda.current_stream()
             # The first calls choose algorithms, compile and allocate, none of which can be captured.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
                 for _ in range(3):
                     function(*held)
-            torch.cuda.current_stream().wait_stream(self._stream)
+            current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads, which evaluate on other GPUs, may go on as they please.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = function(*held)
+            try:
+                # Before torch 2.15 a capture that fails leaves its stream as the current one.
+                with torch.cuda.stream(current), _no_garbage_collected(), torch.cuda.graph(
+                        graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = function(*held)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # the same calls went well just now, so it is the capture's
+                print("note: not replayed from CUDA graphs, since the capture failed: "
+                      f"{shortened(str(error.__context__ or error).splitlines()[0])}", file=sys.stderr)
+                return None
         self._pool = graph.pool()
         return graph, held, outputs
 
