@@ -58,6 +58,15 @@ def golden_iteration():
     return torch.load(GOLDEN / "datm_iteration.pt", weights_only=True)
 
 
+@pytest.fixture
+def stand_in():
+    """The stand-in for a GPU, where that is one: it counts launches, and its memory can be made smaller."""
+    if not hasattr(fakecuda, "watch"):
+        pytest.skip("on the stand-in only")
+    yield fakecuda
+    fakecuda.set_memory(0)
+
+
 class Bomb:
     """Code in a file: unpickling it makes a folder."""
 
@@ -125,8 +134,8 @@ def call(environment):
 
 
 def expected(done, code):
-    """The process, if it ended with that code."""
-    assert done.returncode == code, f"{done.args} → {done.returncode}\n{done.stdout}\n{done.stderr}"
+    """The process, if it ended with that code; None: with any."""
+    assert code in (None, done.returncode), f"{done.args} → {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 

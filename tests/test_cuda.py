@@ -37,15 +37,6 @@ def test_a_part_of_these_on_the_stand_in():
 
 
 @pytest.fixture
-def stand_in():
-    """What counts launches and changes the size of the memory."""
-    if not hasattr(fakecuda, "watch"):
-        pytest.skip("counted on the stand-in only")
-    yield fakecuda
-    fakecuda.set_memory(0)
-
-
-@pytest.fixture
 def compiled_as_it_is(monkeypatch):
     """Compiled code, but not compiled: the stand-in cannot compute it."""
     monkeypatch.setattr(engines, "_compiled", lambda network_pass: (network_pass.gradient, network_pass.adjoint))

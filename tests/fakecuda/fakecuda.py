@@ -107,7 +107,9 @@ def preload(devices: int = 1, memory: int = 80 << 30, values: bool = True) -> No
             link.symlink_to(library)
         (link.parent / "sitecustomize.py").write_text(_IN_SUBPROCESSES)
         path = os.pathsep.join(filter(None, (str(link.parent), os.environ.get("PYTHONPATH"))))
+        # Processes that compile for another do not answer on the stand-in.
         os.environ |= {"LD_PRELOAD": library, "PYTHONPATH": path, "TRITON_LIBCUDA_PATH": str(link.parent),
+                       "TORCHINDUCTOR_COMPILE_THREADS": "1",
                        "FAKECUDA_VALUES": str(int(values)), "FAKECUDA_DEVICES": str(devices),
                        "FAKECUDA_MEMORY": str(memory)}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
