@@ -54,7 +54,7 @@ class Segment:
 
     def to(self, device: torch.device) -> "Segment":
         """On `device`, all of it by one copy."""
-        draws = [draw.tensors if draw else [] for draw in self.augment]
+        draws = [augment.tensors(draw) for draw in self.augment]
         there = iter(sent([*self.batches, *itertools.chain(*draws)], device))
         return replace(self, batches=[next(there) for _ in self.batches],
                        augment=[draw and draw.holding([next(there) for _ in tensors])

@@ -41,16 +41,11 @@ class Draw:
     parameters: dict[str, tuple[Tensor, ...]]
 
     def to(self, device: torch.device | str) -> "Draw":
-        return self.holding(sent(self.tensors, device))
+        return self.holding(sent(tensors(self), device))
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All parameters, in order."""
-        return [value for values in self.parameters.values() for value in values]
-
-    def holding(self, tensors: Sequence[Tensor]) -> "Draw":
+    def holding(self, parameters: Sequence[Tensor]) -> "Draw":
         """The draw with these in the place of its `tensors`."""
-        rest = iter(tensors)
+        rest = iter(parameters)
         return Draw(self.group, {name: tuple(next(rest) for _ in values) for name, values in self.parameters.items()})
 
     def of(self, rows: Tensor) -> "Draw":
@@ -61,6 +56,16 @@ class Draw:
 
 Drawer = Callable[[int, torch.Generator], Draw | None]
 """(batch size, generator) → the augmentation of that batch."""
+
+
+def operations(drawn: Draw | None) -> tuple[str, ...]:
+    """The names of what was drawn, in order; none where nothing was."""
+    return tuple(drawn.parameters) if drawn else ()
+
+
+def tensors(drawn: Draw | None) -> list[Tensor]:
+    """All parameters of what was drawn, in order; none where nothing was."""
+    return [value for values in drawn.parameters.values() for value in values] if drawn else []
 
 
 def parse_strategy(strategy: str) -> tuple[str, ...]:

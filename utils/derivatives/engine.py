@@ -12,11 +12,12 @@ so the loss is a weighted sum over any split. `Captured` replays either from CUD
 
 import contextlib
 import gc
+import itertools
 import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -252,6 +253,10 @@ def _no_garbage_collected() -> Iterator[None]:
             gc.enable()
 
 
+Step = Callable[..., Any]
+"""(engine, kept tensors by name, *inputs) → a tree of tensors; the kept ones may be changed in place."""
+
+
 class Captured:
     """Replays an engine's calls from CUDA graphs, one for each kind of call and shape of its inputs.
 
@@ -264,14 +269,15 @@ class Captured:
         self.engine = engine
         self.name = f"{engine.name}, captured"
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+        self._kept: dict[Any, Tensor] = {}
         self._pool: Any = None
         self._refused = False
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._replay(self.engine.gradient, theta, x, y)
+        return self.run("gradient", lambda engine, kept, *given: engine.gradient(*given), {}, theta, x, y)
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
-        return self._replay(self.engine.adjoint, theta, co_state, x, y)
+        return self.run("adjoint", lambda engine, kept, *given: engine.adjoint(*given), {}, theta, co_state, x, y)
 
     @property
     def micro_batch(self) -> int | None:
@@ -282,25 +288,39 @@ class Captured:
         self._pool = None
         return self.engine.halve(batch)
 
-    def _replay(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
-        key = (function.__name__, *((each.shape, each.dtype, each.device) for each in inputs))
+    def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Memory with the tensors' values that is the same for every graph; see `FlatModel.keep`."""
+        keys = {name: (name, each.shape, each.dtype, each.device) for name, each in tensors.items()}
+        for name, key in keys.items():
+            if key not in self._kept:
+                self._kept[key] = torch.empty_like(tensors[name])
+        kept = {name: self._kept[key] for name, key in keys.items()}
+        _copy(kept.values(), tensors.values())
+        return kept
+
+    def run(self, name: Any, function: Step, kept: dict[str, Tensor], *inputs: Tensor) -> Any:
+        """See `FlatModel.run`."""
+        key = (name, *(each.data_ptr() for each in kept.values()),
+               *((each.shape, each.dtype, each.device) for each in inputs))
         if key not in self._graphs and not self._refused:
             with torch.cuda.device(inputs[0].device):
-                captured = self._capture(function, inputs)
+                captured = self._capture(function, kept, inputs)
             if captured is None:
                 self._refused, self.name = True, self.engine.name
                 self._graphs.clear()
             else:
                 self._graphs[key] = captured
         if self._refused:
-            return function(*inputs)
+            return function(self.engine, kept, *inputs)
         graph, held, outputs = self._graphs[key]
-        for own, given in zip(held, inputs):
-            own.copy_(given.detach())
+        _copy(held, [each.detach() for each in inputs])
         graph.replay()
-        return pytree.tree_map_only(Tensor, Tensor.clone, outputs)
+        leaves, form = pytree.tree_flatten(outputs)
+        own = [each if each is None else torch.empty_like(each) for each in leaves]
+        _copy(*([each for each in some if each is not None] for some in (own, leaves)))
+        return pytree.tree_unflatten(own, form)
 
-    def _capture(self, function: Callable[..., Any], inputs: Sequence[Tensor]
+    def _capture(self, function: Step, kept: dict[str, Tensor], inputs: Sequence[Tensor]
                  ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
         """The graph, its inputs and its outputs; None, with a note, where the call cannot be captured."""
         held = [each.detach().clone() for each in inputs]
@@ -310,14 +330,14 @@ class Captured:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    function(*held)
+                    function(self.engine, {name: each.clone() for name, each in kept.items()}, *held)
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             try:
                 # Before torch 2.15 a capture that fails leaves its stream as the current one.
                 with torch.cuda.stream(current), _no_garbage_collected(), torch.cuda.graph(
                         graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                    outputs = function(*held)
+                    outputs = function(self.engine, kept, *held)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # the same calls went well just now, so it is the capture's
@@ -326,6 +346,13 @@ class Captured:
                 return None
         self._pool = graph.pool()
         return graph, held, outputs
+
+
+def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copies all at once: a kernel for each type."""
+    pairs = sorted(zip(to, values), key=lambda pair: str(pair[0].dtype))
+    for _, some in itertools.groupby(pairs, key=lambda pair: pair[0].dtype):
+        torch._foreach_copy_(*map(list, zip(*some)))
 
 
 def _add(total: Any, part: Any, share: float) -> Any:
