@@ -91,6 +91,21 @@ def test_a_match_equals_one_on_the_cpu(compiled_as_it_is, name, backend):
 
 
 @on_a_gpu
+def test_matches_in_turn_keep_their_results_and_their_augmentation():
+    """Draws of one shape, for the same graphs' memory; all results are compared after the last."""
+    found, expected, model = [], [], None
+    for seed, group in enumerate(("crop", "cutout", "crop")):
+        given = problem(seed, sizes=(3, 3), strategy=group)
+        given["model"] = problem(0)["model"]
+        expected.append(match_trajectory(**given, method="unroll"))
+        there = on_the_gpu(given, "graph")
+        model = there["model"] = model or there["model"]
+        found.append(match_trajectory(**there))
+    for one, other in zip(found, expected):
+        assert_equal_matches(type(one)(*(each.cpu() for each in one)), other, 1e-9)
+
+
+@on_a_gpu
 @pytest.mark.parametrize("arithmetic, tolerance", [("fp32", 1e-3), ("tf32", 0.1), ("auto", 0.1), ("bf16", 0.3)])
 @pytest.mark.parametrize("backend", ["graph", "compile", "plain"])
 def test_a_match_in_the_arithmetic_of_runs(compiled_as_it_is, precision, backend, arithmetic, tolerance):
@@ -147,14 +162,12 @@ def test_what_dies_in_a_capture_is_not_collected_there(monkeypatch):
     def littering(theta, x, y):
         if torch.cuda.is_current_stream_capturing():
             for _ in range(20_000):
-                circle = []
+                circle = old[:]
                 circle.append(circle)
+                old.clear()
         return gradient(theta, x, y)
-    gc.collect()
-    old = FlatModel(network, "graph")
-    old.gradient(*given[:1], *given[2:])
-    old.engine.circle = old.engine
-    del old
+    old = [FlatModel(network, "graph")]
+    old[0].gradient(*given[:1], *given[2:])
     monkeypatch.setattr(model.engine.engine, "gradient", littering)
     model.gradient(*given[:1], *given[2:])
     assert model.engine.name.endswith("captured") and gc.isenabled()
