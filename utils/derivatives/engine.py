@@ -217,7 +217,7 @@ def shared_pass(plan: ConvNetPlan, image_shape: tuple[int, ...], device: torch.d
 
 
 class Mixed(HandWritten):
-    """Uncompiled on a CPU, the library's fused kernels win at the gradient, and the hand-written pass at the adjoint."""
+    """Uncompiled on a CPU, the library's fused kernels win at the gradient and the hand-written pass at the adjoint."""
 
     def __init__(self, network_pass: ConvNetPass, unflatten: Callable[[Tensor], list[Tensor]],
                  micro_batch: int | None, reference: Autograd) -> None:
