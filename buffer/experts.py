@@ -18,6 +18,7 @@ from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.errors import UserError
 from utils.loss_and_accuracy import accuracy, count_correct
+from utils.memory import sent
 from utils.parameters import FlatModel
 from utils.program import interrupt
 from utils.program.prepare import drawer, flat_model, network_for
@@ -115,7 +116,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
         total_loss = torch.zeros((), device=device)
         correct = torch.zeros((), dtype=torch.long, device=device)
         images = torch.arange(len(dataset.train_labels)) if curriculum is None else curriculum.indices(epoch)
-        order = images[torch.randperm(len(images), generator=random)].to(device)
+        (order,) = sent([images[torch.randperm(len(images), generator=random)]], device)
         batches = order.split(config.batch_train)
         for step, batch in enumerate(batches, start=1):
             interrupt.check()

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
 from distill.distillation import matched_part
 from distill.distilled_set import WHOLE
@@ -20,7 +18,7 @@ from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.console import shown
-from utils.program.prepare import network_for
+from utils.program.prepare import gpus_of_ranks, network_for
 from utils.program.run_folder import RunFolder
 
 
@@ -70,10 +68,11 @@ def check_networks(config: DistillConfig, dataset: Dataset) -> None:
     if has_batch_norm(network):
         raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
                         "cannot share one; start a single process, or take a network without batch norm")
-    if dataset.train_images.device.type == "cuda" and ranks.ranks_here() > torch.cuda.device_count():
-        raise UserError(f"{ranks.ranks_here()} ranks on this machine of {torch.cuda.device_count()} GPU(s); a "
-                        "distillation takes one for each rank: give torchrun --nproc_per_node="
-                        f"{torch.cuda.device_count()}")
+    gpus = len(gpus_of_ranks(config))
+    if dataset.train_images.device.type == "cuda" and ranks.ranks_here() > gpus:
+        raise UserError(f"{ranks.ranks_here()} ranks on this machine, of whose GPUs --device {config.device} takes "
+                        f"{gpus}; a distillation takes one for each rank: give --device auto, which takes all, or "
+                        f"torchrun --nproc_per_node={gpus}")
 
 
 def check_window(config: DistillConfig, buffer: Buffer) -> None:

@@ -4,6 +4,7 @@ Everything random in iteration `it` comes from a generator addressed (seed, "ite
 the mathematics, so that an iteration can be repeated without the ones before it, and shared among ranks.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from utils.config import AUTO, STARTS, DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.errors import UserError
+from utils.memory import sent
 from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.prepare import dsa_groups
@@ -51,8 +53,12 @@ class Segment:
                        augment=[draw and draw.of(mine) for draw, mine in zip(self.augment, rows)])
 
     def to(self, device: torch.device) -> "Segment":
-        return replace(self, batches=[batch.to(device) for batch in self.batches],
-                       augment=[draw and draw.to(device) for draw in self.augment])
+        """On `device`, all of it by one copy."""
+        draws = [augment.tensors(draw) for draw in self.augment]
+        there = iter(sent([*self.batches, *itertools.chain(*draws)], device))
+        return replace(self, batches=[next(there) for _ in self.batches],
+                       augment=[draw and draw.holding([next(there) for _ in tensors])
+                                for draw, tensors in zip(self.augment, draws)])
 
 
 def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, int], num_images: int,

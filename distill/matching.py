@@ -121,11 +121,15 @@ def _mask(part: Part | None, theta_final: Tensor, theta_target: Tensor) -> Tenso
 
 def _train(model, theta_start, images, labels, lr, batches, augment) -> list[Tensor]:
     """The inner loop: θ₀ … θ_T, detached; P numbers a step and no graph are kept."""
-    images, labels, lr = images.detach(), labels.detach(), lr.detach()
+    kept = model.keep(images=images.detach(), labels=labels.detach(), lr=lr.detach())
     thetas = [theta_start.detach()]
     for batch, draw in zip(batches, augment):
-        _, _, gradient = model.gradient(thetas[-1], dsa.apply(images[batch], draw), labels[batch])
-        thetas.append(thetas[-1] - lr * gradient)
+        def step(model, kept, batch, theta, *parameters, draw=draw):
+            x = dsa.apply(kept["images"][batch], draw and draw.holding(parameters))
+            _, _, gradient = model.gradient(theta, x, kept["labels"][batch])
+            return theta - kept["lr"] * gradient
+
+        thetas.append(model.run(("train", dsa.operations(draw)), step, kept, batch, thetas[-1], *dsa.tensors(draw)))
     return thetas
 
 
@@ -151,9 +155,6 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     """The recursion of the module's docstring; without `carry_back` it is TESLA's."""
     soft = labels.is_floating_point()
     images, labels, lr = images.detach(), labels.detach(), lr.detach()
-    grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
-    grad_labels = torch.zeros_like(labels) if soft else None
-
     thetas = _train(model, theta_start, images, labels, lr, batches, augment)
     theta_final = thetas.pop()
     mask = _mask(part, theta_final, theta_target)
@@ -161,19 +162,30 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     loss = _distance(theta_final, theta_target, mask) / distance_start
     co_state = 2 * _masked(theta_final - theta_target, mask) / distance_start  # λ
 
+    kept = model.keep(images=images, labels=labels, lr=lr, co_state=co_state, grad_images=torch.zeros_like(images),
+                      grad_lr=torch.zeros_like(lr), **({"grad_labels": torch.zeros_like(labels)} if soft else {}))
+
     # The same steps in reverse, each revisited with its own draw.
     for batch, draw in zip(reversed(batches), reversed(augment)):
-        x = images[batch].requires_grad_()
-        augmented = dsa.apply(x, draw)
-        s, s_theta, s_augmented, s_y = model.adjoint(thetas.pop(), co_state, augmented.detach(), labels[batch])
-        (s_x,) = torch.autograd.grad(augmented, x, s_augmented)
-        # Steps share samples, so their contributions add up.
-        grad_lr -= s
-        grad_images.index_add_(0, batch, -lr * s_x)
-        if soft:
-            grad_labels.index_add_(0, batch, -lr * s_y)
-        if carry_back:
-            co_state = co_state - lr * s_theta
+        def step(model, kept, batch, theta, *parameters, draw=draw):
+            x = kept["images"][batch].requires_grad_()
+            augmented = dsa.apply(x, draw and draw.holding(parameters))
+            s, s_theta, s_augmented, s_y = model.adjoint(theta, kept["co_state"], augmented.detach(),
+                                                         kept["labels"][batch])
+            (s_x,) = torch.autograd.grad(augmented, x, s_augmented)
+            changes = [-kept["lr"] * each for each in ((s_x, s_y) if soft else (s_x,))]
+            of_theta = kept["lr"] * s_theta
+            # Steps share samples, so their contributions add up.
+            kept["grad_lr"] -= s
+            for name, change in zip(("grad_images", "grad_labels"), changes):
+                kept[name].index_add_(0, batch, change)
+            if carry_back:
+                kept["co_state"] -= of_theta
+
+        model.run(("revisit", carry_back, dsa.operations(draw)), step, kept, batch, thetas.pop(), *dsa.tensors(draw))
+    # Copies, since what is kept is for the next match too.
+    grad_images, grad_lr, grad_labels = (kept[name].clone() if name in kept else None
+                                         for name in ("grad_images", "grad_lr", "grad_labels"))
     return Match(loss, grad_images, grad_labels, grad_lr)
 
 

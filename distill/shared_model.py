@@ -1,9 +1,11 @@
 """A model whose batches are spread over ranks, each of which owns some of the synthetic images."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from utils.derivatives.engine import Adjoint
+from utils.derivatives.engine import Adjoint, Step
 from utils.parameters import FlatModel
 from utils.program.ranks import sum_
 
@@ -34,6 +36,14 @@ class SharedModel:
         s, of_theta, samples = self._mean(len(x), here.s, here.theta)
         share = len(x) / samples
         return Adjoint(s, of_theta, here.images * share, None if here.labels is None else here.labels * share)
+
+    def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """As `FlatModel.keep`."""
+        return tensors
+
+    def run(self, name: Any, step: Step, kept: dict[str, Tensor], batch: Tensor, *inputs: Tensor) -> Any:
+        """As `FlatModel.run`; what is summed over ranks is not captured."""
+        return step(self, kept, batch, *inputs)
 
     @staticmethod
     def _mean(samples: int, scalar: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:

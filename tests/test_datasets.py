@@ -724,7 +724,6 @@ def test_to_device():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("zca", [False, True])
 def test_on_the_gpu(zca):
     here, there = load_dataset("MiniFashion", "", zca=zca), load_dataset("MiniFashion", "", zca=zca, device="cuda")

@@ -300,6 +300,7 @@ def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
     for present, listed in ((4, [0, 1, 2, 3]), (2, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 3]), (4, [2]),
                             (4, "auto")):
         monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)
+        monkeypatch.setattr("torch.cuda.is_available", lambda present=present: present > 0)
         start_as_ranks(make(DistillConfig, device=listed))
     start_as_ranks(make(DistillConfig, device="auto", parall_eva=True))  # of a distillation only a list does
     start_as_ranks(make(EvaluationConfig, device="auto", parall_eva=True))

@@ -182,7 +182,6 @@ def test_available_memory_is_plausible():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_on_the_gpu(images):
     """Bit for bit but where float64 is rounded to float32."""
     here, whitening = zca.fit(images, "a"), zca.fit(images, "b", "cuda")

@@ -1,13 +1,17 @@
-"""How much memory a computation takes at its peak: of the GPU it runs on, else of the process."""
+"""Memory: what a computation takes at its peak, of the GPU it runs on, else of the process; and sending to a GPU."""
 
 import contextlib
 import ctypes
 import math
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+ALIGNED = 16  # bytes, at multiples of which tensors lie that are sent together
 
 
 def reset_peak(device: torch.device) -> float:
@@ -38,8 +42,9 @@ def peak(device: torch.device) -> float:
 def available(device: torch.device | None = None) -> float:
     """Bytes of a GPU's memory, or of the host's, that this process can still have; infinite where nothing says."""
     if device is not None and device.type == "cuda":  # what torch holds and does not use is free too
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        unused = sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
+                     if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == (0, 0))
+        return torch.cuda.mem_get_info(device)[0] + unused  # but not in the pools of captured graphs
     limits = [math.inf]
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
@@ -52,6 +57,18 @@ def available(device: torch.device | None = None) -> float:
                      if line.startswith("inactive_file "))  # of which the system would let go
         limits.append(float((group / "memory.max").read_text()) - taken)
     return min(limits)
+
+
+def sent(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Tensors of the host on `device`; on a GPU by one copy, which waits for nothing and for which nothing waits."""
+    if torch.device(device).type != "cuda" or not tensors:
+        return [each.to(device) for each in tensors]
+    sizes = [-(-each.nbytes // ALIGNED) * ALIGNED for each in tensors]
+    together = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    for each, place in zip(tensors, together.split(sizes)):
+        place[:each.nbytes].view(each.dtype).copy_(each.reshape(-1))
+    there = together.to(device, non_blocking=True)
+    return [place[:each.nbytes].view(each.dtype).view(each.shape) for each, place in zip(tensors, there.split(sizes))]
 
 
 def _status(key: str) -> float:

@@ -4,14 +4,14 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from utils.derivatives.choose_engine import NOTHING, Work, select_engine
-from utils.derivatives.engine import Adjoint, Engine, describe_engine
+from utils.derivatives.engine import Adjoint, Captured, Engine, Step, describe_engine
 
 Result = TypeVar("Result")
 
@@ -65,6 +65,25 @@ class FlatModel:
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         """s = ⟨∇L(θ; x, y), λ⟩ and its gradients in θ, x and y, all detached; `co_state` is λ [P]."""
         return self._fitted(len(x), lambda: self.engine.adjoint(theta, co_state, x, y))
+
+    def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """The tensors for steps of `run`, which may change them; where steps are replayed, copies in memory of the
+        model's own, until the next call."""
+        return self.engine.keep(**tensors) if isinstance(self.engine, Captured) else tensors
+
+    def run(self, name: Any, step: Step, kept: dict[str, Tensor], batch: Tensor, *inputs: Tensor) -> Any:
+        """`step(model, kept, batch, *inputs)`, whole from one CUDA graph where the derivatives are.
+
+        Args:
+            name: what it depends on beside the shapes of its inputs.
+            step: changes `kept` only after all else, so that it can be done again; `model` has `gradient` and
+                `adjoint`.
+            kept: from `keep`.
+            batch: indices [B].
+        """
+        if not isinstance(self.engine, Captured):
+            return step(self, kept, batch, *inputs)
+        return self._fitted(len(batch), lambda: self.engine.run(name, step, kept, batch, *inputs))
 
     def halve(self, batch: int) -> bool:
         """Takes half as many samples of such a batch at a time from now on; False if that cannot be."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from utils.data import augment
 from utils.data.augment import Drawer
+from utils.memory import sent
 from utils.parameters import FlatModel
 
 # The published optimiser.
@@ -40,7 +41,7 @@ def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tenso
         if rate != learning_rate(lr, epoch, epochs):
             rate = learning_rate(lr, epoch, epochs)
             optimiser = torch.optim.SGD([theta], rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        order = torch.randperm(len(images), generator=random).to(images.device)
+        (order,) = sent([torch.randperm(len(images), generator=random)], images.device)
         for batch in order.split(batch_size):
             drawn = draw(len(batch), random)
             x = augment.apply(images[batch], drawn and drawn.to(images.device))

@@ -83,8 +83,8 @@ class DataConfig:
                                     "of on the test images")
     backend: Literal["auto", "plain", "eager", "compile", "graph"] = option(
         SPEED, "auto", "how derivatives are computed: plain autograd, by hand where that is faster (eager), that "
-        "compiled, or replayed from CUDA graphs; auto: graph on a GPU, else compile if the run is long enough to repay "
-        "it", decides=False)
+        "compiled, or replayed from CUDA graphs; auto: compile if the run is long enough to repay it, else graph on a "
+        "GPU and eager on a CPU", decides=False)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = option(
         SPEED, "auto", "of convolutions and matrix products; auto: torch's own (on a GPU, TF32 in convolutions)")
     batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)

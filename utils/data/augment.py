@@ -6,7 +6,7 @@ draws one operation per image instead (`draw_per_image`). Drawing is the only ra
 CPU, so a seed gives the same augmentation on every device; `apply` is pure and differentiable in the images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import unknown_name
+from utils.memory import sent
 
 # The published strengths.
 BRIGHTNESS = 1.0
@@ -40,9 +41,12 @@ class Draw:
     parameters: dict[str, tuple[Tensor, ...]]
 
     def to(self, device: torch.device | str) -> "Draw":
-        moved = {name: tuple(value.to(device, non_blocking=True) for value in values)
-                 for name, values in self.parameters.items()}
-        return Draw(self.group, moved)
+        return self.holding(sent(tensors(self), device))
+
+    def holding(self, parameters: Sequence[Tensor]) -> "Draw":
+        """The draw with these in the place of its `tensors`."""
+        rest = iter(parameters)
+        return Draw(self.group, {name: tuple(next(rest) for _ in values) for name, values in self.parameters.items()})
 
     def of(self, rows: Tensor) -> "Draw":
         """The draw of some of the batch's images; `rows` as it would index a tensor [B]."""
@@ -52,6 +56,16 @@ class Draw:
 
 Drawer = Callable[[int, torch.Generator], Draw | None]
 """(batch size, generator) → the augmentation of that batch."""
+
+
+def operations(drawn: Draw | None) -> tuple[str, ...]:
+    """The names of what was drawn, in order; none where nothing was."""
+    return tuple(drawn.parameters) if drawn else ()
+
+
+def tensors(drawn: Draw | None) -> list[Tensor]:
+    """All parameters of what was drawn, in order; none where nothing was."""
+    return [value for values in drawn.parameters.values() for value in values] if drawn else []
 
 
 def parse_strategy(strategy: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -28,6 +28,17 @@ LONG = 60.0  # seconds from which a fit is announced
 BESIDE = "whitening.safetensors"  # a whitening that travels with a set, in its folder
 
 Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def _in_float32() -> Iterator[None]:
+    """Products on a GPU are not rounded to TF32, whatever a run computes in."""
+    products = torch.backends.cuda.matmul
+    chosen, products.fp32_precision = products.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = chosen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +76,7 @@ class Whitening:
         mean = self.mean.to(images.device)
         return torch.cat([(some.flatten(1) - mean).square().sum(1) for some in images.split(CHUNK)])
 
+    @_in_float32()
     def pulled_back(self, images: Tensor) -> Tensor:
         """Pixels [N, C, H, W] → [N, D] whose product with a whitened image a is ⟨`invert`(a) − μ, image − μ⟩."""
         return (images.flatten(1) - self.mean.to(images.device)) @ self.inverse.to(images.device).T
@@ -119,6 +131,7 @@ def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
 
 
 @torch.no_grad()
+@_in_float32()
 def _by_chunks(images: Tensor, change) -> Tensor:
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
     # A signal waits for a product: with many dimensions, fewer images at a time (a second or two on one core).

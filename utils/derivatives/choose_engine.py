@@ -33,6 +33,7 @@ SHARE_OF_MEMORY = 0.7  # of a GPU's free memory, that a micro-batch may take
 ADJOINT_FACTOR = 6.0  # an adjoint's peak memory over its activations, at most (measured: 5)
 COMPILING_PAYS = 600.0  # seconds of uncompiled work from which compiling, a minute or two, pays
 ACTIVATIONS_PER_SECOND = 0.19e9  # bytes of them through gradient and adjoint on one CPU core, for that estimate
+GPU_ACTIVATIONS_PER_SECOND = 50e9  # on an H100: by the bytes that both move there and its memory's rate, not measured
 GRADIENT_ALONE = 1 / 3  # of the work of a gradient and an adjoint together
 
 
@@ -57,10 +58,10 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     """The engine for a network on the device it is on.
 
     Args:
-        backend: `plain`: autograd, the reference. `eager`: where the hand-written pass covers the network, the adjoint
-            by it. `compile`: both derivatives by it, compiled; on a GPU captured too. `graph`: as eager, replayed from
-            CUDA graphs. `auto`: on a GPU, graph; on a CPU, compile if `work` repays it and there is a compiler, else
-            eager. What cannot be had is left out.
+        backend: `plain`: autograd, the reference. `eager`: on a CPU, where the hand-written pass covers the network,
+            the adjoint by it. `compile`: both derivatives by it, compiled; on a GPU captured too. `graph`: as eager,
+            replayed from CUDA graphs. `auto`: compile if `work` repays it and there is a compiler; else on a GPU graph,
+            on a CPU eager. What cannot be had is left out.
         micro_batch: samples at a time; None: chosen by `micro_batch_for`.
         work: what is to come.
 
@@ -74,12 +75,13 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
                         "cannot be split; leave --micro_batch out, or take a network without batch norm")
     dtype = torch.bfloat16 if precision == "bf16" else None
     fast = backend != "plain" and covers(network)
-    worthwhile = fast and backend == "auto" and device.type == "cpu" and _compiler() and repays(network, work)
+    worthwhile = fast and backend == "auto" and (device.type != "cpu" or _compiler()) and repays(network, work)
     compiled = fast and bool(backend == "compile" or (worthwhile and _can_compile(device)))
     engine: Engine
     engine = plain = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
                               splits=not has_batch_norm(network))
-    if fast:
+    # On a GPU the pass, made to be compiled, moves more bytes than autograd where it is not.
+    if fast and (compiled or device.type == "cpu"):
         network_pass = shared_pass(network.plan, network.image_shape, device, dtype, compiled)
         size = micro_batch or micro_batch_for(network, CACHED_BYTES)
         # In bf16 both derivatives are taken by one engine, since the two round differently.
@@ -128,8 +130,11 @@ def seconds_uncompiled(network: nn.Module, work: Work) -> float:
 
 
 def repays(network: nn.Module, work: Work) -> bool:
-    """Whether the work takes long enough, uncompiled, to repay compiling."""
-    return seconds_uncompiled(network, work) > COMPILING_PAYS
+    """Whether the work takes long enough, uncompiled, to repay compiling; on a GPU, where the library's gradient moves
+    no more than a compiled one, what is matched."""
+    if next(network.parameters()).device.type == "cpu":
+        return seconds_uncompiled(network, work) > COMPILING_PAYS
+    return work.matched * activation_bytes(network) / GPU_ACTIVATIONS_PER_SECOND > COMPILING_PAYS
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -140,7 +145,7 @@ def check_backend(backend: str, device: torch.device) -> None:
     """
     if backend == "graph" and device.type != "cuda":
         raise UserError("--backend graph captures CUDA graphs, and this runs on the CPU; give auto, eager or compile")
-    if backend == "compile" and not _compiler():
+    if backend == "compile" and device.type == "cpu" and not _compiler():
         raise UserError("--backend compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one "
                         "or give --backend eager")
     if backend == "compile" and _why_not_compiled(device):
@@ -172,14 +177,15 @@ def _can_compile(device: torch.device) -> bool:
 
 @functools.cache
 def _why_not_compiled(device: torch.device) -> str | None:
-    """Why code cannot be compiled here although there is a compiler, in words, found by compiling next to nothing; None
-    where it can. Python's headers may be missing, or the temporary folder may not hold programs."""
+    """Why code cannot be compiled here, in words, found by compiling next to nothing; None where it can. Beside the
+    compiler there are Python's headers, a temporary folder that may not hold programs, and for a GPU Triton."""
     try:
         quietly_compiled(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
     except Exception as error:  # compilers fail in every way there is
         lines = str(error).splitlines() or [type(error).__name__]
         told = next((line for line in lines if "error: " in line), lines[0])
-        return f"{_compiler()} is here and cannot build what torch compiles ({shortened(' '.join(told.split()))})"
+        who = f"{_compiler()} is here and" if device.type == "cpu" else f"Triton for {device}"
+        return f"{who} cannot build what torch compiles ({shortened(' '.join(told.split()))})"
     return None
 
 

@@ -11,10 +11,13 @@ so the loss is a weighted sum over any split. `Captured` replays either from CUD
 """
 
 import contextlib
+import gc
+import itertools
 import logging
 import math
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from utils.derivatives.convnet_pass import ConvNetPass, Weights
+from utils.errors import shortened
 from utils.loss_and_accuracy import cross_entropy
 from utils.networks import ConvNetPlan
 
@@ -71,15 +75,21 @@ MicroBatch = tuple[Any, Sequence[Tensor]]
 
 
 def _in_parts(part: Callable[[Tensor, Tensor], MicroBatch], x: Tensor, y: Tensor, most: int | None
-              ) -> tuple[Any, list[tuple[Tensor, ...]]]:
-    """Walks through a batch: the means over all of it, and for each kind of rows the pieces, in order."""
+              ) -> tuple[Any, Sequence[Tensor]]:
+    """Walks through a batch: the means over all of it, and each kind of rows, in order. One part passes through."""
     sizes = equal_parts(len(x), most)
+    if len(sizes) == 1:
+        return part(x, y)
     total, rows = None, []
     for x_part, y_part in zip(x.split(sizes), y.split(sizes)):
         means, of_samples = part(x_part, y_part)
         total = _add(total, means, len(x_part) / len(x))
         rows.append(of_samples)
-    return total, list(zip(*rows))
+    return total, [torch.cat(pieces) for pieces in zip(*rows)]
+
+
+def _scaled(rows: Sequence[Tensor], share: float) -> Sequence[Tensor]:
+    return rows if share == 1 else [each * share for each in rows]
 
 
 class Autograd:
@@ -112,7 +122,7 @@ class Autograd:
             return (loss.detach(), of_theta), (logits.detach(),)
 
         (loss, of_theta), (logits,) = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
-        return loss, torch.cat(logits), of_theta
+        return loss, logits, of_theta
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
         soft = y.is_floating_point()
@@ -125,10 +135,9 @@ class Autograd:
             (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
             s = torch.dot(gradient, co_state)
             s_theta, *of_samples = torch.autograd.grad(s, leaves)
-            return (s.detach(), s_theta), [each * (len(x_part) / len(x)) for each in of_samples]
+            return (s.detach(), s_theta), _scaled(of_samples, len(x_part) / len(x))
 
-        sums, of_samples = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
-        s_x, *s_y = map(torch.cat, of_samples)
+        sums, (s_x, *s_y) = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
         return Adjoint(*sums, s_x, s_y[0] if soft else None)
 
     def _loss(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +180,7 @@ class HandWritten:
             return (loss, of_weights), (logits,)
 
         (loss, of_weights), (logits,) = _in_parts(part, x, y, self.micro_batch)
-        return loss, torch.cat(logits), self.network_pass.lower(of_weights)
+        return loss, logits, self.network_pass.lower(of_weights)
 
     @torch.no_grad()
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
@@ -179,10 +188,9 @@ class HandWritten:
 
         def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
             s, of_weights, *of_samples = self._adjoint(weights, tangents, x_part, y_part)
-            return (s, of_weights), [each * (len(x_part) / len(x)) for each in of_samples if each is not None]
+            return (s, of_weights), _scaled([each for each in of_samples if each is not None], len(x_part) / len(x))
 
-        (s, of_weights), of_samples = _in_parts(part, x, y, self.micro_batch)
-        s_x, *s_y = map(torch.cat, of_samples)
+        (s, of_weights), (s_x, *s_y) = _in_parts(part, x, y, self.micro_batch)
         return Adjoint(s, self.network_pass.lower(of_weights), s_x, s_y[0] if s_y else None)
 
     def _lift(self, theta: Tensor) -> Weights:
@@ -209,7 +217,7 @@ def shared_pass(plan: ConvNetPlan, image_shape: tuple[int, ...], device: torch.d
 
 
 class Mixed(HandWritten):
-    """Without a compiler the library's fused kernels win at the gradient, and the hand-written pass at the adjoint."""
+    """Uncompiled on a CPU, the library's fused kernels win at the gradient and the hand-written pass at the adjoint."""
 
     def __init__(self, network_pass: ConvNetPass, unflatten: Callable[[Tensor], list[Tensor]],
                  micro_batch: int | None, reference: Autograd) -> None:
@@ -227,25 +235,49 @@ class Mixed(HandWritten):
 _CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a GPU; libraries keep memory for every stream that they have worked in."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """For a capture: a graph or a compiled module that dies meanwhile frees what it holds, which ends the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+Step = Callable[..., Any]
+"""(engine, kept tensors by name, *inputs) → a tree of tensors; the kept ones may be changed in place."""
+
+
 class Captured:
     """Replays an engine's calls from CUDA graphs, one for each kind of call and shape of its inputs.
 
     A replay launches the whole call at once, whatever the number of its kernels. Results are copied out of the graph's
-    own memory, so that they stay valid after the next call.
+    own memory, so that they stay valid after the next call. What cannot be captured is noted once, and from then on
+    called as it is.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.name = f"{engine.name}, captured"
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+        self._kept: dict[Any, Tensor] = {}
         self._pool: Any = None
-        self._stream: Any = None
+        self._refused = False
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._replay(self.engine.gradient, theta, x, y)
+        return self.run("gradient", lambda engine, kept, *given: engine.gradient(*given), {}, theta, x, y)
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
-        return self._replay(self.engine.adjoint, theta, co_state, x, y)
+        return self.run("adjoint", lambda engine, kept, *given: engine.adjoint(*given), {}, theta, co_state, x, y)
 
     @property
     def micro_batch(self) -> int | None:
@@ -256,35 +288,71 @@ class Captured:
         self._pool = None
         return self.engine.halve(batch)
 
-    def _replay(self, function: Callable[..., Any], *inputs: Tensor) -> Any:
-        key = (function.__name__, *((each.shape, each.dtype, each.device) for each in inputs))
-        if key not in self._graphs:
-            with torch.cuda.device(inputs[0].device):
-                self._graphs[key] = self._capture(function, inputs)
-        graph, held, outputs = self._graphs[key]
-        for own, given in zip(held, inputs):
-            own.copy_(given.detach())
-        graph.replay()
-        return pytree.tree_map_only(Tensor, Tensor.clone, outputs)
+    def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Memory with the tensors' values that is the same for every graph; see `FlatModel.keep`."""
+        keys = {name: (name, each.shape, each.dtype, each.device) for name, each in tensors.items()}
+        for name, key in keys.items():
+            if key not in self._kept:
+                self._kept[key] = torch.empty_like(tensors[name])
+        kept = {name: self._kept[key] for name, key in keys.items()}
+        _copy(kept.values(), tensors.values())
+        return kept
 
-    def _capture(self, function: Callable[..., Any], inputs: Sequence[Tensor]
-                 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+    def run(self, name: Any, function: Step, kept: dict[str, Tensor], *inputs: Tensor) -> Any:
+        """See `FlatModel.run`."""
+        key = (name, *(each.data_ptr() for each in kept.values()),
+               *((each.shape, each.dtype, each.device) for each in inputs))
+        if key not in self._graphs and not self._refused:
+            with torch.cuda.device(inputs[0].device):
+                captured = self._capture(function, kept, inputs)
+            if captured is None:
+                self._refused, self.name = True, self.engine.name
+                self._graphs.clear()
+            else:
+                self._graphs[key] = captured
+        if self._refused:
+            return function(self.engine, kept, *inputs)
+        graph, held, outputs = self._graphs[key]
+        _copy(held, [each.detach() for each in inputs])
+        graph.replay()
+        leaves, form = pytree.tree_flatten(outputs)
+        own = [each if each is None else torch.empty_like(each) for each in leaves]
+        _copy(*([each for each in some if each is not None] for some in (own, leaves)))
+        return pytree.tree_unflatten(own, form)
+
+    def _capture(self, function: Step, kept: dict[str, Tensor], inputs: Sequence[Tensor]
+                 ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
+        """The graph, its inputs and its outputs; None, with a note, where the call cannot be captured."""
         held = [each.detach().clone() for each in inputs]
         with _CAPTURING:
-            # torch's default stream for captures belongs to the GPU that captured first.
-            self._stream = self._stream or torch.cuda.Stream()
+            stream, current = _capture_stream(inputs[0].device), torch.cuda.current_stream()
             # The first calls choose algorithms, compile and allocate, none of which can be captured.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
                 for _ in range(3):
-                    function(*held)
-            torch.cuda.current_stream().wait_stream(self._stream)
+                    function(self.engine, {name: each.clone() for name, each in kept.items()}, *held)
+            current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads, which evaluate on other GPUs, may go on as they please.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = function(*held)
+            try:
+                # Before torch 2.15 a capture that fails leaves its stream as the current one.
+                with torch.cuda.stream(current), _no_garbage_collected(), torch.cuda.graph(
+                        graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = function(self.engine, kept, *held)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # the same calls went well just now, so it is the capture's
+                print("note: not replayed from CUDA graphs, since the capture failed: "
+                      f"{shortened(str(error.__context__ or error).splitlines()[0])}", file=sys.stderr)
+                return None
         self._pool = graph.pool()
         return graph, held, outputs
+
+
+def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copies all at once: a kernel for each type."""
+    pairs = sorted(zip(to, values), key=lambda pair: str(pair[0].dtype))
+    for _, some in itertools.groupby(pairs, key=lambda pair: pair[0].dtype):
+        torch._foreach_copy_(*map(list, zip(*some)))
 
 
 def _add(total: Any, part: Any, share: float) -> Any:

@@ -1,6 +1,8 @@
 """Which device a run takes, and the device in words."""
 
+import functools
 import sys
+import warnings
 
 import torch
 
@@ -8,21 +10,37 @@ from utils.errors import UserError
 from utils.program import ranks
 
 
+def gpu_count() -> int:
+    """How many GPUs of this machine torch can use. Where it can use none of those that are there, one line says why."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    present = torch.cuda.device_count()  # may ask the driver's own library, which is there even if it is too old
+    if present and not usable:
+        _say_unusable(present, " ".join(str(told[0].message).split()) if told else "CUDA does not start")
+    return present if usable else 0
+
+
+@functools.cache
+def _say_unusable(present: int, why: str) -> None:
+    print(f"note: torch cannot use the {present} GPU(s) of this machine: {why}", file=sys.stderr)
+
+
 def listed_gpus(device: str | list[int]) -> list[int]:
     """The GPUs of this machine that `device` lists."""
-    count = torch.cuda.device_count()
+    count = gpu_count()
     return list(dict.fromkeys(index for index in device if 0 <= index < count)) if isinstance(device, list) else []
 
 
 def select_device(device: str | list[int]) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N`, or GPU indices of which the first that exists is taken.
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or GPU indices of which the first that exists is taken; a GPU with its index.
 
     A list of indices on a machine without them falls back, with one line that says to what.
 
     Raises:
         UserError: not a device, or a GPU asked for by name that is not there.
     """
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     if isinstance(device, list):
         present = listed_gpus(device)
         chosen = torch.device("cuda", present[0]) if present else torch.device("cuda:0" if gpus else "cpu")
@@ -37,9 +55,11 @@ def select_device(device: str | list[int]) -> torch.device:
         chosen = None
     if chosen is None or chosen.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: allowed are auto, cpu, cuda, cuda:N or a list of GPU indices such as [0]")
-    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+    if chosen.type == "cpu":
+        return chosen
+    if (chosen.index or 0) >= gpus:
         raise UserError(f"--device {device}: this machine has {gpus} GPU(s); give --device auto or cpu")
-    return chosen
+    return torch.device("cuda", chosen.index or 0)
 
 
 def describe(device: torch.device) -> str:

@@ -25,7 +25,7 @@ from utils.files import check_output
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.device import listed_gpus, select_device
+from utils.program.device import gpu_count, listed_gpus, select_device
 
 
 def network_for(name: str, dataset: Dataset) -> nn.Module:
@@ -52,7 +52,7 @@ def take_device(config: DataConfig) -> torch.device:
     start_as_ranks(config)
     device = select_device(config.device)
     if device.type == "cuda" and ranks.size() > 1:
-        gpus = listed_gpus(config.device) or list(range(torch.cuda.device_count()))  # ranks share them if they are more
+        gpus = gpus_of_ranks(config)
         device = torch.device("cuda", gpus[int(os.environ.get("LOCAL_RANK", ranks.rank())) % len(gpus)])
         torch.cuda.set_device(device)
     ranks.start(device)
@@ -61,6 +61,12 @@ def take_device(config: DataConfig) -> torch.device:
     set_precision(config.precision, device)
     check_outputs(config)
     return device
+
+
+def gpus_of_ranks(config: DataConfig) -> list[int]:
+    """Those of this machine that its ranks take in turn: what `device` lists, else all; they share them if they are
+    more."""
+    return listed_gpus(config.device) or list(range(gpu_count()))
 
 
 def check_outputs(config: DataConfig) -> None:
@@ -107,7 +113,7 @@ def start_as_ranks(config: DataConfig) -> None:
         return
     gpus = listed_gpus(config.device)
     if isinstance(config, TrainConfig) and config.parall_eva and not isinstance(config, DistillConfig):
-        gpus = gpus or list(range(torch.cuda.device_count()))
+        gpus = gpus_of_ranks(config)
     if len(gpus) > 1:
         ranks.launch(len(gpus))
 

@@ -9,6 +9,7 @@ import datetime
 import os
 import re
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ Result = TypeVar("Result")
 PATIENCE = datetime.timedelta(days=30)  # a rank may train experts while another waits; torchrun sees to dead ones
 SUM_PATIENCE = datetime.timedelta(minutes=10)  # between GPUs, where a dead rank is noticed by waiting only
 
-_gpus: dist.ProcessGroup | None = None  # the ranks' group for tensors on GPUs
+_gpus: dist.ProcessGroup | None = None  # the ranks' group for tensors on GPUs, where each has one of its own
 
 
 def rank() -> int:
@@ -85,8 +86,9 @@ def start(device: torch.device) -> None:
         return
     interrupt.restore()  # who waits for another cannot answer
     dist.init_process_group("gloo", timeout=PATIENCE)  # small things go over the CPU, wherever the tensors are
-    if device.type == "cuda":
-        _gpus = dist.new_group(backend="nccl", timeout=SUM_PATIENCE)
+    owned = set(gather({rank(): (socket.gethostname(), device.index)}).values())
+    if device.type == "cuda" and len(owned) == size():  # NCCL wants a GPU for each; who shares one sums over the CPU
+        _gpus = dist.new_group(backend="nccl", timeout=SUM_PATIENCE, device_id=device)
     interrupt.install()
 
 
