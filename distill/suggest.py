@@ -28,6 +28,7 @@ STEPS = (10, 20, 40)  # T
 SEGMENTS = (1, 2, 3, 5, 8)  # M
 STARTS = 6  # start epochs at most, evenly over the trajectory
 DRAWS = 2  # experts and augmentations for each start epoch
+UPDATES = 8  # drawn, by whose gradients the rates of images and labels are chosen
 BATCH = 50  # samples of an inner step at most, which changes the loss little
 LOST = 4.0  # a loss above which larger rates are not tried
 NEARLY = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
@@ -107,7 +108,7 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
     """The rates of images and labels at which a first update moves them by `MOVED` of their standard deviation; none
     where no update was drawn that the threshold lets pass."""
     distillation = Distillation(config, dataset, buffer, first)
-    matches = [distillation.match(distillation.draw(number)) for number in range(DRAWS)]
+    matches = [distillation.match(distillation.draw(number)) for number in range(UPDATES)]
     losses = ranks.from_first_rank(lambda: [float(match.loss) for match in matches])
     matches = [match for match, loss in zip(matches, losses) if loss <= config.threshold]
     if not matches:
