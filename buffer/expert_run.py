@@ -47,6 +47,7 @@ def train_buffer(config: BufferConfig) -> None:
 
     # Load the data, and build the network, which may be refused, before anything is written.
     device, dataset = begin(config)
+    dataset = dataset.to(device)  # the training images too, of which an epoch takes all
     trajectories.check_same_images(folder, dataset)
     network = network_for(config.model, dataset).to(device)
     model = flat_model(config, network, work_of(config, dataset), config.micro_batch)
@@ -288,7 +289,7 @@ class ExpertView(Progress):
         self._tested_on = "held-out" if config.val_fraction else "test"
         super().__init__(config.num_experts * config.train_epochs, "experts", initial=run.epochs_done,
                          quiet=config.quiet, images=len(run.dataset.train_labels),
-                         device=run.dataset.train_images.device)
+                         device=run.dataset.device)
 
     def begin(self, number: int) -> None:
         """An expert is begun, or gone on with."""

@@ -99,7 +99,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
         DivergedError
         Stopped: a signal came; the finished epochs are saved.
     """
-    device = dataset.train_images.device
+    device = dataset.device
     with seeded(config.seed, "expert", number):
         network = network_for(config.model, dataset)
     model = flat_model(config, network.to(device), work_of(config, dataset), config.micro_batch)

@@ -69,7 +69,7 @@ def check_networks(config: DistillConfig, dataset: Dataset) -> None:
         raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
                         "cannot share one; start a single process, or take a network without batch norm")
     gpus = len(gpus_of_ranks(config))
-    if dataset.train_images.device.type == "cuda" and ranks.ranks_here() > gpus:
+    if dataset.device.type == "cuda" and ranks.ranks_here() > gpus:
         raise UserError(f"{ranks.ranks_here()} ranks on this machine, of whose GPUs --device {config.device} takes "
                         f"{gpus}; a distillation takes one for each rank: give --device auto, which takes all, or "
                         f"torchrun --nproc_per_node={gpus}")
@@ -102,7 +102,7 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
     Raises:
         UserError
     """
-    device = dataset.train_images.device
+    device = dataset.device
     num_images = config.ipc * dataset.num_classes
     batch = batch_size(config, dataset)
     state = 4 * 4 * num_images * dataset.test_images[0].numel()  # images, their gradient and momentum, the start

@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
     evaluation: float
     evaluations: int
     matching_bytes: float
-    data_bytes: int
+    data_bytes: int  # on the device
 
     def __str__(self) -> str:
         seconds = self.iteration * self.iterations + self.evaluation * self.evaluations
@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 
 def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estimate:
     """Measures a few inner steps, one epoch of an evaluation and one test pass; compiling is not counted."""
-    device = dataset.train_images.device
+    device = dataset.device
     num_images = config.ipc * dataset.num_classes
     batch = batch_size(config, dataset)
     random = generator(config.seed, "estimate")
@@ -84,14 +84,15 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
                     networks(config) * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test),
                     evaluations(config),
                     captured + more_bytes + (config.syn_steps - MORE) * step_bytes + state,
-                    sum(each.nbytes for each in (dataset.train_images, dataset.test_images)))
+                    sum(each.nbytes for each in (dataset.train_images, dataset.test_images)
+                        if isinstance(each, torch.Tensor)))  # those on the host, beside a GPU, take none of its memory
 
 
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     """`DATM.py --dry_run`: prints the estimate."""
     print(f"estimate for {config.dataset}, {config.model}, ipc {config.ipc}, {config.matching} gradient "
           f"({describe_engine(model.engine, batch_size(config, dataset))}), T {config.syn_steps}, on "
-          f"{describe(dataset.train_images.device)}:")
+          f"{describe(dataset.device)}:")
     print(estimate(config, dataset, model))
     if "compiled" in model.engine.name:
         print("compiling comes on top of that, a minute or two the first time")

@@ -71,7 +71,7 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
         with noting_failure(folder.path, "what is missing"):
             # The rest is made of what lies in the folder, and not all of it can be made of an older run's.
             state = folder.saved_state if lost or PICTURES in missing(folder.path) else None
-            device = dataset.train_images.device
+            device = dataset.device
             best = best_of(state, device) if state else {}
             for name in (name for name in lost if name in best):
                 save_best(config, dataset, folder.path, best, name)

@@ -31,7 +31,7 @@ def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buf
         UserError: the other network's are missing, or not of this data.
     """
     if config.Initialize_Label_With_Another_Model:
-        network = network_for(config.Initialize_Label_Model, dataset).to(dataset.train_images.device)
+        network = network_for(config.Initialize_Label_Model, dataset).to(dataset.device)
         if not config.Initialize_Label_Model_Dir:
             raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
                             "that network's replay_buffer_*.pt")
@@ -70,7 +70,7 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     """
     if config.pix_init not in STARTS:
         return saved_start(config, dataset), []
-    device = dataset.train_images.device
+    device = dataset.device
     random = generator(config.seed, "initialize")
     model, timestamp = buffer.model, config.Label_Model_Timestamp
     if not -1 <= timestamp <= buffer.epochs:

@@ -91,7 +91,7 @@ def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
 
 def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
     """The network that is matched, with the engine that the config asks for."""
-    network = network_for(config.model, dataset).to(dataset.train_images.device)
+    network = network_for(config.model, dataset).to(dataset.device)
     if config.matching == "unroll":  # which is autograd's own affair
         return FlatModel(network, "plain")
     # A rank's share of a batch changes in every step, and compiled code is for one size.
@@ -119,7 +119,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
         start, notes = DistilledSet(**saved["start"]), saved["notes"]
     else:
         start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, labellers))
-    start = start.to(dataset.train_images.device)
+    start = start.to(dataset.device)
     if config.lr_teacher == AUTO and not saved:
         start, said = suggest.with_fitting_rate(config, dataset, buffer, start)
         notes = [*notes, *said]

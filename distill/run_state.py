@@ -228,7 +228,7 @@ class DistillView(Progress):
         self._in_iterations = plan.evaluation_in_iterations(config, dataset)
         super().__init__(config.Iteration, "distil", initial=run.iteration, quiet=config.quiet,
                          images=config.syn_steps * plan.batch_size(config, dataset), later=self._evaluations_left,
-                         device=dataset.train_images.device)
+                         device=dataset.device)
 
     def evaluated(self, scores: list[Score], seconds: float) -> None:
         self._accuracy, self._evaluation = scores[0].mean, seconds

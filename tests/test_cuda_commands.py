@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_resume import stop_at, tensors_in
 
+from distill import distillation
 from utils.files import REPOSITORY
 
 pytestmark = pytest.mark.cuda
@@ -72,6 +73,21 @@ def test_a_distillation_is_that_of_the_cpu(distil, options):
     for kind in ("Normal", "EMA") if "--ema" in options else ("Normal",):
         close(final(there, kind), final(here, kind))
     assert (there / "report.html").exists()
+
+
+def test_training_images_stay_on_the_host(distil, toy_data, monkeypatch):
+    shapes = []
+
+    def looking(*given):
+        gc.collect()
+        shapes.append({tuple(each.shape) for each in gc.get_objects() if type(each) is torch.Tensor and each.is_cuda})
+        return match_trajectory(*given)
+    match_trajectory = distillation.match_trajectory
+    monkeypatch.setattr(distillation, "match_trajectory", looking)
+    distil("gpu", GPU)
+    dimension = toy_data.test_images[0].numel()
+    assert len(shapes) == 2 and all(tuple(toy_data.test_images.shape) in each for each in shapes)
+    assert not {tuple(toy_data.train_images.shape), (dimension, dimension)} & set().union(*shapes)
 
 
 @pytest.mark.parametrize("attribute, number", [("match_trajectory", 2), ("evaluate", 2)])

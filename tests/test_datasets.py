@@ -11,18 +11,20 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from utils import memory
 from utils.data import datasets, disk_layouts, image_folders
 from utils.data import images as image_files
 from utils.data.datasets import DATASETS, load_dataset
 from utils.data.disk_layouts import Split
 from utils.errors import UserError
-from utils.files import REPOSITORY
+from utils.files import REPOSITORY, cache_folder
 
 ORIGINALS = disk_layouts.DEBIAN_FASHION_MNIST
 needs_originals = pytest.mark.skipif(not (ORIGINALS / "train-images-idx3-ubyte.gz").is_file(),
@@ -603,9 +605,17 @@ def test_wrong_image_folders(tmp_path):
 
 
 def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
+    """They go into a file, which nobody has to clear up, unless the disk has no room either."""
     write_tiny(tmp_path)
-    monkeypatch.setattr(image_folders, "available", lambda: 100_000)
-    refused(r"6 images of 3×64×64.*GiB is available", "Tiny", tmp_path)
+    expected = load_dataset("Tiny", tmp_path)
+    monkeypatch.setattr(memory, "available", lambda device=None: 10_000)
+    mapped = load_dataset("Tiny", tmp_path)
+    assert torch.equal(mapped.train_images, expected.train_images) and mapped.fingerprint == expected.fingerprint
+    assert f"{cache_folder()}/" in Path("/proc/self/maps").read_text() and not [*cache_folder().iterdir()]
+    monkeypatch.setattr(memory, "_free_on_disk", lambda: 100_000)
+    refused(r"6 images of 3×64×64.*GiB is available.*on the disk of", "Tiny", tmp_path)
+    with pytest.raises(UserError, match="cannot be had in .*DATM_CACHE"):
+        memory.room((2**50,))
 
 
 @pytest.fixture
@@ -719,16 +729,27 @@ def test_hold_out_of_small_classes():
 def test_to_device():
     data = load_dataset("MiniFashion", "", zca=True)
     moved = data.to("meta")
-    assert moved.train_images.is_meta and moved.test_labels.is_meta and moved.whitening.transform.is_meta
+    assert moved.train_images.is_meta and moved.test_labels.is_meta and moved.device.type == "meta"
+    assert moved.whitening is data.whitening  # which is large, and seldom needed
     assert not data.train_images.is_meta and moved.fingerprint == data.fingerprint and moved.classes == data.classes
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("zca", [False, True])
-def test_on_the_gpu(zca):
-    here, there = load_dataset("MiniFashion", "", zca=zca), load_dataset("MiniFashion", "", zca=zca, device="cuda")
-    assert there.train_images.is_cuda and there.class_indices(0).is_cuda and there.fingerprint == here.fingerprint
-    torch.testing.assert_close(there.train_images.cpu(), here.train_images, rtol=0, atol=1e-4)
+def test_on_the_gpu(zca, monkeypatch):
+    """Its training images are converted there a few at a time, and lie on the host until they are asked for."""
+    monkeypatch.setattr("utils.data.zca.CHUNK", 256)
+    here = load_dataset("MiniFashion", "", zca=zca)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    there = load_dataset("MiniFashion", "", zca=zca, device="cuda")
+    held, most = (each() - before for each in (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated))
+    assert held < 2 * there.test_images.nbytes
+    assert zca or most < held + here.train_images.nbytes / 2  # of a product the library takes memory too
+    assert there.class_indices(0).is_cuda and there.fingerprint == here.fingerprint
+    moved, some = there.to("cuda"), torch.tensor([5, 3000]).cuda()
+    assert there.train_images[some].is_cuda and torch.equal(there.train_images[some], moved.train_images[some])
+    torch.testing.assert_close(there.train_images.to("cpu"), here.train_images, rtol=0, atol=1e-4)
     torch.testing.assert_close(there.to_pixels(there.test_images).cpu(), here.to_pixels(here.test_images), rtol=0,
                                atol=1e-4)
 

@@ -1,15 +1,23 @@
-"""Memory: what a computation takes at its peak, of the GPU it runs on, else of the process; and sending to a GPU."""
+"""Memory: what a computation takes at its peak, of the GPU it runs on, else of the process; room for what is large, and
+sending to a GPU."""
 
 import contextlib
 import ctypes
 import math
+import os
 import resource
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from utils.errors import UserError
+from utils.files import cache_folder
 
 ALIGNED = 16  # bytes, at multiples of which tensors lie that are sent together
 
@@ -57,6 +65,49 @@ def available(device: torch.device | None = None) -> float:
                      if line.startswith("inactive_file "))  # of which the system would let go
         limits.append(float((group / "memory.max").read_text()) - taken)
     return min(limits)
+
+
+def check_room(size: int, what: str) -> None:
+    """Refuses what `room` will not have.
+
+    Args:
+        size: in bytes.
+        what: needs it, in words.
+
+    Raises:
+        UserError
+    """
+    free, disk = available(), _free_on_disk()
+    if size > max(free, disk):
+        raise UserError(f"{what}, need {size / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB is available, and "
+                        f"{disk / 2**30:.1f} GiB on the disk of {cache_folder()}; use a machine with more, fewer "
+                        "images, or another disk (DATM_CACHE)")
+
+
+def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of the host to be filled: in memory, or, where that has no room, in a file of the cache folder that is
+    mapped into it; the file has no name, and goes with the process.
+
+    Raises:
+        UserError: the disk has no room either.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size <= available():
+        return torch.empty(shape, dtype=dtype)
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_folder()) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # or the process would be killed where the disk fills up
+            return torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(dtype).view(*shape)
+    except OSError as error:
+        raise UserError(f"{size / 2**30:.1f} GiB are more than the memory has room for, and cannot be had in "
+                        f"{cache_folder()}: {error}; DATM_CACHE names another folder") from error
+
+
+def _free_on_disk() -> float:
+    """Bytes where `room` makes its files."""
+    folder = cache_folder().absolute()
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
 
 
 def sent(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:

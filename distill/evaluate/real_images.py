@@ -62,10 +62,10 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
     Raises:
         UserError: experts of other images, or damaged.
     """
-    images, labels, device = dataset.train_images, dataset.train_labels, dataset.train_images.device
+    images, labels, device = dataset.train_images, dataset.train_labels, dataset.device
     lr = torch.tensor(config.lr_teacher, device=device)
     if config.ipc is None:
-        return [DistilledSet(images, labels, lr)], "the whole training set"
+        return [DistilledSet(images.to(device), labels, lr)], "the whole training set"
     what = f"{config.ipc} random real images per class"
     chosen = torch.cat(drawn(config, dataset)).to(device)
     images, labels = images[chosen], labels[chosen]

@@ -179,7 +179,7 @@ def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: D
     number = config.num_eval * len(runs)
     session.say_going_on(number - sum(len(missing) for _, missing in runs), number)
     results = {}
-    with Progress(total, "evaluate", initial=done, quiet=config.quiet, device=dataset.test_images.device) as bar:
+    with Progress(total, "evaluate", initial=done, quiet=config.quiet, device=dataset.device) as bar:
         for at, (name, part) in enumerate(parts.items(), start=1):
             bar.count = f"set {at} of {len(parts)}"
             run = partial(evaluate, part.config, augmented=not part.config.no_aug,

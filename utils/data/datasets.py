@@ -19,8 +19,9 @@ from torch import Tensor
 
 from utils.data.disk_layouts import Loader, Split, cifar, fashion_mnist, minifashion, mnist, some_of, svhn
 from utils.data.image_folders import image_folder, imagenet, imagenet_1k, tiny
-from utils.data.zca import Whitening, fit, to_unit
+from utils.data.zca import Whitening, chunk, fit, to_unit
 from utils.errors import UserError, unknown_name
+from utils.memory import room
 
 HOLD_OUT_SEED = 0  # of the generator that chooses held-out images: the same choice in every run
 PUBLISHED_RES = 32  # stands in published configs whatever the dataset, and means nothing there
@@ -46,12 +47,33 @@ class ImageSpace(NamedTuple):
         return images * _per_channel(self.std, images) + _per_channel(self.mean, images)
 
 
+class HostImages:
+    """Images [N, C, H, W] that stay on the host, read like a tensor of `device`: what is taken from them goes there."""
+
+    def __init__(self, images: Tensor, device: torch.device):
+        self.images, self.device, self.shape = images, device, images.shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Tensor:
+        return self.images[chosen.cpu() if isinstance(chosen, Tensor) else chosen].to(self.device)
+
+    def to(self, device: torch.device | str) -> Tensor:
+        """All of them."""
+        return self.images.to(device)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test set in the space that networks see: normalised by mean and std, or ZCA-whitened."""
+    """A training and a test set in the space that networks see: normalised by mean and std, or ZCA-whitened.
+
+    All tensors lie on `device`, but for two that would fill a GPU and are seldom needed: the training images, which
+    `to` brings there for a program that trains on them, and the whitening.
+    """
 
     name: str
-    train_images: Tensor  # [N, C, H, W] float32
+    train_images: Tensor | HostImages  # [N, C, H, W] float32
     train_labels: Tensor  # [N] int64, 0 … num_classes − 1
     test_images: Tensor  # [M, C, H, W] float32
     test_labels: Tensor  # [M] int64
@@ -62,6 +84,11 @@ class Dataset:
     fingerprint: str  # SHA-256, in hex, of the name and the raw images and labels
     # [N] of whitened training images, `Whitening.energy` of the pixels, which are costly to have back.
     train_energy: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is done with it is computed."""
+        return self.test_images.device
 
     @property
     def channels(self) -> int:
@@ -85,7 +112,7 @@ class Dataset:
         return self.space.to_pixels(images)
 
     def class_indices(self, c: int) -> Tensor:
-        """Indices [n] of the training images of class `c`, ascending, on the images' device."""
+        """Indices [n] of the training images of class `c`, ascending, on `device`."""
         return self._indices_by_class[c]
 
     @functools.cached_property
@@ -94,8 +121,8 @@ class Dataset:
         return self.train_labels.argsort(stable=True).split(counts)
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """The same dataset with every tensor on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Whitening)}
+        """The same dataset with every tensor on `device`, the training images too, but not the whitening."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | HostImages)}
         return dataclasses.replace(self, **moved)
 
 
@@ -112,7 +139,8 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
         res: side in pixels, or `HxW`, for ImageNet (128 unless given) and ImageFolder (32); the others have their own.
         val_fraction: hold out this fraction of each class's training images, in place of the test images. Which
             ones is drawn from a generator seeded with HOLD_OUT_SEED. The whitening is that of all training images.
-        device: where the tensors go; normalising and whitening happen there.
+        device: that of the dataset; normalising and whitening happen there. On a GPU, the training images lie on the
+            host.
 
     Raises:
         UserError: unknown names; files that are missing, damaged or not in the expected layout; a failed download.
@@ -133,19 +161,33 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     train_key = _sha256(*train)
     mean, std = normal or _measure(train.images)
     # Fitted before any image is held out, so that what is made with a hold-out lives in the same space as the rest.
-    whitening = fit(train.images, train_key, device).to(device) if zca else None
+    whitening = fit(train.images, train_key, device) if zca else None
     if val_fraction:
         train, test = _hold_out(train, val_fraction, classes)
     fingerprint = _sha256(name, *train, *test)
 
     (train_images, train_labels), (test_images, test_labels) = train, test
     del train, test  # so that each raw copy is freed as soon as it is converted
-    train_images, test_images = to_unit(train_images, device), to_unit(test_images, device)
-    space = ImageSpace(mean, std, whitening)
-    energy = whitening.energy(train_images) if whitening else None
-    train_images, test_images = space.from_pixels(train_images), space.from_pixels(test_images)
-    return Dataset(name, train_images, train_labels.to(device), test_images, test_labels.to(device), classes, mean,
-                   std, whitening, fingerprint, energy)
+    device = torch.device(device)
+    there = whitening and dataclasses.replace(whitening, fitted_inverse=None).to(device)  # for as long as it whitens
+    train_images, energy = _converted(train_images, ImageSpace(mean, std, there), device)
+    test_images, _ = _converted(test_images, ImageSpace(mean, std, there), device)
+    if device.type != "cpu":
+        train_images = HostImages(train_images, device)
+    return Dataset(name, train_images, train_labels.to(device), test_images.to(device), test_labels.to(device), classes,
+                   mean, std, whitening, fingerprint, energy)
+
+
+def _converted(raw: Tensor, space: ImageSpace, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Raw images → what networks see, on the host, and of whitened ones the energy of the pixels [N] on `device`, which
+    computes both and holds a chunk of them only."""
+    images, energy, size = room(raw.shape), [], chunk(raw)
+    for some, place in zip(raw.split(size), images.split(size)):
+        pixels = to_unit(some, device)
+        if space.whitening is not None:
+            energy.append(space.whitening.energy(pixels))
+        place.copy_(space.from_pixels(pixels))
+    return images, torch.cat(energy) if energy else None
 
 
 def check_dataset_name(name: str) -> None:

@@ -17,7 +17,7 @@ from utils.data.disk_layouts import Raw, Size, Split, listing, some_of
 from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
 from utils.errors import UserError, one_line, unknown_name
 from utils.files import load
-from utils.memory import available
+from utils.memory import check_room, room
 
 NORMAL_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # WordNet ids; the position is the label.
@@ -217,12 +217,8 @@ def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[st
     """All files, class by class, with a few threads: decoding releases Python's lock."""
     paths = [path for c in classes for path in files[c]]
     need = len(paths) * math.prod(shape) * (4 + dtype.itemsize)  # as read, and as float32 beside it
-    free = available()
-    if need > free:
-        raise UserError(f"{len(paths)} images of {'×'.join(map(str, shape))}, {paths[0]} the first, need "
-                        f"{need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB is available; use a machine with "
-                        "more, or fewer images")
-    images = torch.empty(len(paths), *shape, dtype=dtype)
+    check_room(need, f"{len(paths)} images of {'×'.join(map(str, shape))}, {paths[0]} the first")
+    images = room((len(paths), *shape), dtype)
 
     def read_some(start: int) -> list[tuple[str, Path]]:
         remarks = []

@@ -130,12 +130,17 @@ def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
     return images.to(device, torch.float32)
 
 
+def chunk(images: Tensor) -> int:
+    """How many are whitened at a time."""
+    # A signal waits for a product: with many dimensions, fewer images at a time (a second or two on one core).
+    return min(CHUNK, max(1, 2**36 // images[:1].numel()**2)) if len(images) else 1
+
+
 @torch.no_grad()
 @_in_float32()
 def _by_chunks(images: Tensor, change) -> Tensor:
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    # A signal waits for a product: with many dimensions, fewer images at a time (a second or two on one core).
-    size = min(CHUNK, max(1, 2**36 // images[:1].numel()**2)) if len(images) else 1
+    size = chunk(images)
     for start in range(0, len(images), size):
         rows = images[start:start + size].flatten(1)  # [n ≤ size, D]
         out[start:start + size] = change(rows).view(-1, *images.shape[1:])
