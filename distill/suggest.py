@@ -96,7 +96,7 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
     options |= {"Sequential_Generation": False} if config.Sequential_Generation else {}  # all of the window at once
-    first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.train_images.device)
+    first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.device)
     options |= fitting_rates(replace(config, **options), dataset, buffer, first)
     notes = doubts(losses, options)
     if rates is not RATES:
@@ -134,7 +134,7 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
     Raises:
         UserError: no loss is finite.
     """
-    device = dataset.train_images.device
+    device = dataset.device
     first = first.to(device)
     config = replace(config, syn_steps=max(steps), batch_syn=min(config.batch_syn or len(first), BATCH),
                      min_start_epoch=0)
