@@ -3,5 +3,5 @@ python distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml \
       --data_path=photos3 \
       --buffer_path=experts/photos3 --ipc=1 \
       --lr_teacher=0.001 --syn_steps=10 --expert_epochs=1 --min_start_epoch=0 \
-      --max_start_epoch=17 --threshold=1.5 --epoch_eval_train=1000 \
-      --lr_img=3000.0 --lr_y=9.0
+      --max_start_epoch=7 --threshold=1.4 --epoch_eval_train=1000 \
+      --lr_img=2000.0 --lr_y=5.0
