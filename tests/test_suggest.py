@@ -1,0 +1,39 @@
+"""distill/suggest.py: what is proposed by the losses that were measured."""
+
+import numpy as np
+import pytest
+
+from distill.suggest import LOST, Losses, doubts, proposed
+
+
+def losses(*by_start, rates=(0.01,)):
+    """One segment and one number of steps; a row for each rate."""
+    values = np.array(by_start, dtype=float).reshape(1, 1, len(rates), -1)
+    return Losses((1,), (10,), rates, tuple(range(0, 4 * values.shape[-1], 4)), values)
+
+
+@pytest.mark.parametrize("of_starts, window", [
+    ([0.9, 0.9, 0.9, 0.9], (0, 13)),
+    ([0.4, 0.8, 0.8, 0.8], (2, 13)),  # real images teach the first epochs
+    ([0.9, 0.8, 0.99, 0.99], (0, 7)),  # little is gained later
+    ([0.9, 0.8, 0.99, 0.85], (0, 7)),  # one that gains by chance does not stretch it
+    ([np.inf, 0.8, 0.8, 0.8], (4, 13)),  # where a training diverges nothing is learned
+    ([0.9, 0.8, 0.8, np.nan], (0, 9))])  # beyond the trajectory
+def test_the_window_is_where_something_is_gained(of_starts, window):
+    options = proposed(losses(of_starts))
+    assert (options["min_start_epoch"], options["max_start_epoch"]) == window
+    assert options["threshold"] < LOST
+
+
+def test_the_largest_rate_that_gains_nearly_as_much_is_taken():
+    of_rates = [[0.9, 0.95], [0.7, 0.8], [0.72, 0.82], [1.5, 2.0]]
+    assert proposed(losses(*of_rates, rates=(0.001, 0.003, 0.01, 0.03)))["lr_teacher"] == 0.01
+
+
+@pytest.mark.parametrize("of_rates, words", [
+    ([[0.7, 0.8], [1.1, 1.2]], ["at the end of what was measured"]),
+    ([[1.0, 0.99], [0.99, 0.99]], ["hardly comes nearer", "at the end"])])
+def test_what_is_doubtful_is_said(of_rates, words):
+    found = losses(*of_rates, rates=(0.01, 0.03))
+    said = doubts(found, proposed(found))
+    assert len(said) == len(words) and all(word in note for word, note in zip(words, said))
