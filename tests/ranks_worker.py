@@ -50,7 +50,7 @@ def main(path: str, images: str, matching: str) -> None:
                          torch.tensor(0.05, dtype=torch.float64))
     config = make(DistillConfig, matching=matching, syn_steps=5, batch_syn=4, max_start_epoch=4, threshold="inf",
                   Sequential_Generation=False, lr_img=10.0, lr_lr=1e-4, ema=True)
-    dataset = SimpleNamespace(image_size=(8, 8), train_images=start.images)
+    dataset = SimpleNamespace(image_size=(8, 8), device=start.images.device)
     state = Distillation(config, dataset, MadeUpBuffer(), start)
     measured = suggest.measured(config, dataset, MadeUpBuffer(), start, [1, 2], [3, 5], [0.01, 0.1], [0, 7])
     losses = []
