@@ -305,7 +305,7 @@ def test_a_tensor_that_arithmetic_does_not_take_is_refused(tmp_path, kind):
     ("a: &a [1, 1]\nb: [*a, *a]\n", "holds the alias .a in line 2; write its value there"),
     ("a: 1\na: 2\n", "gives 'a' 2 times; keep one"), ("[" * 5000, "is not YAML"), ("- 1\n", "is not a list of options"),
     ("a: " + "1" * 5000, "is not YAML"), (b"a: \xff\n", "is not YAML"), ("pipe", "is not a list of options"),
-    ("folder", "Is a directory, or a device")])
+    ("folder", "it is a folder or a device")])
 def test_a_yaml_of_others_is_refused_in_one_line_and_soon(tmp_path, text, problem):
     path = tmp_path / "config.yaml"
     if text == "pipe":  # to which nobody writes

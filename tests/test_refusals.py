@@ -251,7 +251,7 @@ def test_aliases_which_make_a_few_lines_huge_are_refused_at_once(call, toy, toy_
 
 def test_a_config_that_is_not_there_is_refused(call, tmp_path):
     check_refusal(call(DATM, "--cfg", tmp_path / "none.yaml", expect=2), "none.yaml: No such file", "path of a YAML")
-    check_refusal(call(DATM, "--cfg", tmp_path, expect=2), "Is a directory", "path of a YAML")
+    check_refusal(call(DATM, "--cfg", tmp_path, expect=2), "it is a folder or a device", "path of a YAML")
     check_refusal(call(DATM, "--ipc=1", expect=2), "required: --cfg", "--help")
     check_refusal(call("distill/DATM_tesla.py", expect=2), "required: --cfg")
 

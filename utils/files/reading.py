@@ -125,7 +125,7 @@ def read_text(path: str | os.PathLike) -> str:
     mode = os.fstat(handle).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
         os.close(handle)
-        raise OSError(errno.EINVAL, "Is a directory, or a device", os.fspath(path))
+        raise OSError(errno.EINVAL, "it is a folder or a device", os.fspath(path))
     os.set_blocking(handle, True)
     with open(handle, encoding="utf-8-sig") as file:  # editors put a mark at its beginning
         return file.read()
