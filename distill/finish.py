@@ -67,10 +67,11 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     result = RunResult.read(folder.result)
     names = [NORMAL, EMA] if result.best_ema else [NORMAL]
     lost = [name for name in names if not (folder.path / name / WHOLE).exists()]
-    if ranks.first() and (lost or missing(folder.path)):
+    unseen = missing(folder.path)
+    if ranks.first() and (lost or unseen):
         with noting_failure(folder.path, "what is missing"):
             # The rest is made of what lies in the folder, and not all of it can be made of an older run's.
-            state = folder.saved_state if lost or PICTURES in missing(folder.path) else None
+            state = folder.saved_state if lost or PICTURES in unseen else None
             device = dataset.device
             best = best_of(state, device) if state else {}
             for name in (name for name in lost if name in best):

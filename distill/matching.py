@@ -174,7 +174,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
                                                          kept["labels"][batch])
             (s_x,) = torch.autograd.grad(augmented, x, s_augmented)
             changes = [-kept["lr"] * each for each in ((s_x, s_y) if soft else (s_x,))]
-            of_theta = kept["lr"] * s_theta
+            of_theta = kept["lr"] * s_theta if carry_back else None
             # Steps share samples, so their contributions add up.
             kept["grad_lr"] -= s
             for name, change in zip(("grad_images", "grad_labels"), changes):
