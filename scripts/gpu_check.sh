@@ -14,7 +14,7 @@ rm -f "$out"/*.log "$out"/*.json
 : >"$out/parts.tsv"
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 
-END=590  # seconds, by which everything is over
+END=570  # seconds, by which everything is over
 
 part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit codes that are right
     local name=$1 codes=$2 limit=$(($3 < END - SECONDS ? $3 : END - SECONDS)) began=$SECONDS code said=failed
@@ -24,7 +24,7 @@ part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit code
         return
     fi
     printf '\n--- %s, %s s at most: %s\n' "$name" "$limit" "$*"
-    timeout -k 5 "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n 25
+    timeout -s INT -k 15 "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n 25
     code=${PIPESTATUS[0]}
     for right in $codes; do
         if [ "$code" = "$right" ]; then said=ok; fi
@@ -68,23 +68,26 @@ distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml --z
         --num_eval=1 --epoch_eval_train=50 --threshold=10 "--buffer_path=$out/buffers" "--log_path=$out/logged_files")
 evaluate=("$python" distill/evaluation.py "--data_dir=$run" --num_eval=2 --epoch_eval_train=300
           "--json=$out/evaluation.json")
+compiled=$([ "$gpu" = 1 ] && echo --backend=compile)
 rm -rf "$out/buffers" "$out/logged_files"
 
-on_gpu tests 0 150 "$python" -m pytest -q -m cuda -p no:cacheprovider --tb=short
 on_gpu numbers 0 60 "$python" scripts/measure/precision.py --device=cuda --draws=2 "--json=$out/numbers.json"
+on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda --shape cifar10_ipc1 cifar10_ipc10 \
+    cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=3 "--json=$out/speed.json"
 # A program that is killed goes on by the same command.
 part experts_killed "0 137" 45 timeout -s KILL 12 "${experts[@]}"
 part experts 0 100 "${experts[@]}"
 part distillation_killed "0 137" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run
-part distillation 0 60 "${distil[@]}" --run_name=run
-part tesla 0 45 "${distil[@]}" --run_name=tesla --matching=tesla --Iteration=20
+part distillation 0 120 "${distil[@]}" --run_name=run
+part tesla 0 90 "${distil[@]}" --run_name=tesla --matching=tesla --Iteration=20 $compiled
 part unroll 0 45 "${distil[@]}" --run_name=unroll --matching=unroll --Iteration=20
 part evaluation_killed "0 137" 45 timeout -s KILL 10 "${evaluate[@]}"
 part evaluation 0 45 "${evaluate[@]}"
 part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${distil[@]:1}" \
     --run_name=two_ranks --Iteration=20
-on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda --shape cifar10_ipc1 cifar10_ipc10 \
-    cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=3 "--json=$out/speed.json"
+# Last, as they take longest; by several processes where pytest-xdist is there.
+several=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
+on_gpu tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
 
 echo
 awk -F'\t' '{ printf "%-20s %-14s %4s s\n", $1, $2, $4 }' "$out/parts.tsv"
