@@ -69,11 +69,11 @@ distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml --z
 evaluate=("$python" distill/evaluation.py "--data_dir=$run" --num_eval=2 --epoch_eval_train=300
           "--json=$out/evaluation.json")
 compiled=$([ "$gpu" = 1 ] && echo --backend=compile)
-rm -rf "$out/buffers" "$out/logged_files"
+rm -rf "$out/buffers" "$out/two_ranks" "$out/logged_files"
 
-on_gpu numbers 0 60 "$python" scripts/measure/precision.py --device=cuda --draws=2 "--json=$out/numbers.json"
+on_gpu numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 "--json=$out/numbers.json"
 on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda --shape cifar10_ipc1 cifar10_ipc10 \
-    cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=3 "--json=$out/speed.json"
+    cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=2.5 "--json=$out/speed.json"
 # A program that is killed goes on by the same command.
 part experts_killed "0 137" 45 timeout -s KILL 12 "${experts[@]}"
 part experts 0 100 "${experts[@]}"
@@ -83,8 +83,8 @@ part tesla 0 90 "${distil[@]}" --run_name=tesla --matching=tesla --Iteration=20 
 part unroll 0 45 "${distil[@]}" --run_name=unroll --matching=unroll --Iteration=20
 part evaluation_killed "0 137" 45 timeout -s KILL 10 "${evaluate[@]}"
 part evaluation 0 45 "${evaluate[@]}"
-part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${distil[@]:1}" \
-    --run_name=two_ranks --Iteration=20
+part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${experts[@]:1}" \
+    --num_experts=2 "--buffer_path=$out/two_ranks"  # which share the GPU
 # Last, as they take longest; by several processes where pytest-xdist is there.
 several=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
 on_gpu tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short

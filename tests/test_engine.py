@@ -367,7 +367,7 @@ COMPILES_NOT = """
 from utils.derivatives import choose_engine
 from utils.parameters import FlatModel
 from utils.networks import build_network
-choose_engine.COMPILING_PAYS = -1
+choose_engine.COMPILING_PAYS["cpu"] = -1
 for _ in range(2):
     print(FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)), "auto").engine.name)
 choose_engine.check_backend("compile", choose_engine.torch.device("cpu"))

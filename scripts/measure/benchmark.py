@@ -381,6 +381,18 @@ def memory_of(shape: Shape, device: torch.device, method: str, clock: Clock, max
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def measure_memory(shape: Shape, rows: dict[str, dict[str, Any]], device: torch.device, clock: Clock,
+                   max_seconds: float, bar: Progress) -> None:
+    """Puts into the rows of the methods that can be measured what memory they take, or why they cannot."""
+    for method, row in rows.items():
+        if row["status"] == "measured":
+            found = memory_of(shape, device, method, clock, max_seconds)
+            if row.get("seconds"):  # which it was
+                found.pop("status")
+            row |= found
+        bar.update()
+
+
 # --- the report ----------------------------------------------------------------------------------------------
 
 
@@ -480,11 +492,15 @@ def main() -> None:
         rows: dict[str, dict[str, Any]] = {
             method: {"method": method, "engine": "", "status": "measured"} for method in methods}
         with Progress(len(methods) * (args.rounds + (2 if part == "matching" else 1)), f"{part} {shape.name}") as bar:
+            steps = [partial(measure, calls(shape, device, methods), rows, args.rounds, units, device, clock,
+                             args.max_seconds, bar)]
             if part == "matching":
-                for method in methods:
-                    rows[method] |= memory_of(shape, device, method, clock, args.max_seconds)
-                    bar.update()
-            measure(calls(shape, device, methods), rows, args.rounds, units, device, clock, args.max_seconds, bar)
+                # On a CPU first, as what the memory has no room for would end this process too; on a GPU it is the
+                # time that is short.
+                steps.insert(len(steps) if device.type == "cuda" else 0,
+                             partial(measure_memory, shape, rows, device, clock, args.max_seconds, bar))
+            for step in steps:
+                step()
         if "compiled" in methods:
             torch.compiler.reset()  # code for every further shape counts against a limit
         tidy(device)

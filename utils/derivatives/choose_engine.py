@@ -31,9 +31,10 @@ CACHED_BYTES = 24 << 20
 PLAIN_BYTES = 128 << 20
 SHARE_OF_MEMORY = 0.7  # of a GPU's free memory, that a micro-batch may take
 ADJOINT_FACTOR = 6.0  # an adjoint's peak memory over its activations, at most (measured: 5)
-COMPILING_PAYS = 600.0  # seconds of uncompiled work from which compiling, a minute or two, pays
-ACTIVATIONS_PER_SECOND = 0.19e9  # bytes of them through gradient and adjoint on one CPU core, for that estimate
-GPU_ACTIVATIONS_PER_SECOND = 50e9  # on an H100: by the bytes that both move there and its memory's rate, not measured
+# Seconds of uncompiled work from which compiling pays: it takes a minute or two on a CPU, 5 to 20 seconds on a GPU.
+COMPILING_PAYS = {"cpu": 600.0, "cuda": 30.0}
+# Bytes of activations through gradient and adjoint, for that estimate: on one CPU core, and on an H100.
+ACTIVATIONS_PER_SECOND = {"cpu": 0.19e9, "cuda": 53e9}
 GRADIENT_ALONE = 1 / 3  # of the work of a gradient and an adjoint together
 
 
@@ -122,19 +123,18 @@ def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:
 
 
 def seconds_uncompiled(network: nn.Module, work: Work) -> float:
-    """About how long the work takes on this machine's CPU.
+    """About how long the work takes here: on this machine's CPU, or on a GPU like those of data centres.
 
     An estimate from the network and the number of threads, not a measurement: the same run always gets the same answer.
     """
-    return work.total * activation_bytes(network) / (ACTIVATIONS_PER_SECOND * torch.get_num_threads())
+    kind = next(network.parameters()).device.type
+    workers = torch.get_num_threads() if kind == "cpu" else 1
+    return work.total * activation_bytes(network) / (ACTIVATIONS_PER_SECOND[kind] * workers)
 
 
 def repays(network: nn.Module, work: Work) -> bool:
-    """Whether the work takes long enough, uncompiled, to repay compiling; on a GPU, where the library's gradient moves
-    no more than a compiled one, what is matched."""
-    if next(network.parameters()).device.type == "cpu":
-        return seconds_uncompiled(network, work) > COMPILING_PAYS
-    return work.matched * activation_bytes(network) / GPU_ACTIVATIONS_PER_SECOND > COMPILING_PAYS
+    """Whether the work takes long enough, uncompiled, to repay compiling."""
+    return seconds_uncompiled(network, work) > COMPILING_PAYS[next(network.parameters()).device.type]
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -153,7 +153,8 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Sets the arithmetic of float32 products for the whole process; bf16 is the engines' own affair.
+    """Sets the arithmetic of float32 products for the whole process, and on a GPU that the same call gives the same
+    bits; bf16 is the engines' own affair.
 
     Raises:
         UserError: TF32 without a GPU.
@@ -164,6 +165,8 @@ def set_precision(precision: str, device: torch.device) -> None:
         leaf = "ieee" if precision == "fp32" else "tf32"
         torch.backends.cuda.matmul.fp32_precision = leaf
         torch.backends.cudnn.conv.fp32_precision = leaf
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True  # or a run that goes on would not be the one that was stopped
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import logging
 import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -206,6 +207,7 @@ def _compiled(network_pass: ConvNetPass) -> tuple[Callable[..., Any], Callable[.
 def quietly_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled at its first call; for fixed shapes, of which a run has few, since that is faster."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns wherever there is no GPU
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication")  # --precision
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
