@@ -121,6 +121,7 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
         experts: the options that made the experts.
         reached: the experts' accuracies.
     """
+    start, best = start.seen(), best.seen()
     ipc = len(best) // dataset.num_classes
     which = chosen(dataset.num_classes, ipc, best.images[0].numel())
     # Clipped at the deviations of the whole set, as the published pictures are, then scaled each to its own range.
