@@ -63,8 +63,8 @@ def main(path: str, images: str, matching: str, factor: str) -> None:
     if ranks.first():
         torch.save({"images": state.set.images, "labels": state.set.labels, "lr": state.set.lr, "ema": state.ema,
                     "momentum": state.optimiser.state[state.set.images]["momentum_buffer"],
-                    "measured": torch.tensor(measured.values), "rates": torch.tensor([*rates.values()]), "losses": torch.tensor(losses),
-                    "fixed": torch.tensor(fixed)}, path)
+                    "measured": torch.tensor(measured.values), "rates": torch.tensor([*rates.values()]),
+                    "losses": torch.tensor(losses), "fixed": torch.tensor(fixed)}, path)
     ranks.barrier()
     ranks.leave(0)
 
