@@ -507,7 +507,7 @@ _DISTILLED = {
     "Sequential_Generation": BOOLEANS, "expansion_end_epoch": ["1", "2", "3000"],
     "current_max_start_epoch": ["1", "2", "20"], "threshold": ["1000", "inf", "1e400", "0", "1e-300"],
     "max_files": [*UNSET, "1", "9"], "max_experts": [*UNSET, "1"], "Label_Model_Timestamp": ["-1", "0", "1", "3"],
-    "eval_it": ["1", "2", "100"], "skip_first_eva": BOOLEANS, "force_save": BOOLEANS, "record_loss": BOOLEANS,
+    "factor": ["1", "2"], "eval_it": ["1", "2", "100"], "skip_first_eva": BOOLEANS, "force_save": BOOLEANS, "record_loss": BOOLEANS,
     "run_name": ["x", "None", "12", "2024-01-05", "007", "ünï 日本", "a b", "True"], "wandb": ["auto", "disabled"],
     "project": ["TEST", "", "☂"], "micro_batch": [*UNSET, "1", "100"], "dry_run": FALSE, "matching": ["tesla"],
     "lr_init": ["1", "-1"], "texture": BOOLEANS, "canvas_size": ["3"], "canvas_samples": ["-4"],
