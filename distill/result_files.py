@@ -249,6 +249,11 @@ class EvaluationResult:
     environment: dict[str, Any] = Field(default_factory=dict)
     labels: int | None = None  # of a factor above 1, as many for each image as it holds smaller ones
 
+    @property
+    def size(self) -> str:
+        """As tables have it."""
+        return str(self.images) if self.labels is None else f"{self.images} ({self.labels} labels)"
+
     def write(self, path: str | Path, **robust: Any) -> None:
         """
         Args:
