@@ -6,11 +6,12 @@ from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_
 from distill.distillation import matched_part
 from distill.distilled_set import WHOLE
 from distill.evaluate.networks import check_evaluation, check_pool
-from distill.plan import batch_size
+from distill.plan import batch_size, num_samples
 from distill.result_files import NORMAL
 from distill.schedule import start_epoch_bound
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
+from utils.data.tiles import check_factor
 from utils.derivatives.choose_engine import activation_bytes
 from utils.errors import UserError
 from utils.memory import available
@@ -50,11 +51,13 @@ def check_unrolled(config: DistillConfig) -> None:
 
 
 def check_networks(config: DistillConfig, dataset: Dataset) -> None:
-    """Refuses networks that cannot read these images, those of the evaluation too, and what ranks cannot share.
+    """Refuses a factor or networks that do not fit these images, those of the evaluation too, and what ranks cannot
+    share.
 
     Raises:
         UserError
     """
+    check_factor(config.factor, dataset.image_size)
     check_pool(config, dataset)
     network = network_for(config.model, dataset)
     if ranks.size() == 1:
@@ -103,9 +106,11 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
         UserError
     """
     device = dataset.device
-    num_images = config.ipc * dataset.num_classes
+    pixels, num_images = dataset.test_images[0].numel(), config.ipc * dataset.num_classes
     batch = batch_size(config, dataset)
-    state = 4 * 4 * num_images * dataset.test_images[0].numel()  # images, their gradient and momentum, the start
+    state = 4 * 4 * num_images * pixels  # images, their gradient and momentum, the start
+    if config.factor > 1:
+        state += 2 * 4 * num_samples(config, dataset) * pixels  # what is cut out of them, and its gradient
     samples = batch * config.syn_steps if config.matching == "unroll" else min(batch, model.engine.micro_batch or batch)
     steps = 4 * model.num_parameters * (config.syn_steps + 1) + samples * activation_bytes(model.network)
     free = available(device)

@@ -23,6 +23,7 @@ from distill.shared_model import SharedModel
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
+from utils.data.tiles import cut_adjoint
 from utils.errors import UserError
 from utils.memory import sent
 from utils.parameters import FlatModel
@@ -46,9 +47,9 @@ class Segment:
     batches: Sequence[Tensor]
     augment: Sequence[augment.Draw | None]
 
-    def own(self) -> "Segment":
-        """What is left of it for this rank: of each batch the samples that it owns."""
-        rows = [ranks.own_rows(batch) for batch in self.batches]
+    def own(self, together: int) -> "Segment":
+        """What is left of it for this rank: of each batch the samples that it owns, those of an image `together`."""
+        rows = [ranks.own_rows(batch, together) for batch in self.batches]
         return replace(self, batches=[batch[mine] for batch, mine in zip(self.batches, rows)],
                        augment=[draw and draw.of(mine) for draw, mine in zip(self.augment, rows)])
 
@@ -61,7 +62,7 @@ class Segment:
                                 for draw, tensors in zip(self.augment, draws)])
 
 
-def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, int], num_images: int,
+def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, int], num_samples: int,
                  device: torch.device, expert: int | None, bound: int, random: torch.Generator) -> Segment:
     """Draws everything random in one iteration; of several ranks, what is left of it for this one.
 
@@ -77,13 +78,13 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
     chunks: list[Tensor] = []
     while len(batches) < config.syn_steps:
         if not chunks:
-            chunks = list(torch.randperm(num_images, generator=random).split(config.batch_syn or num_images))
+            chunks = list(torch.randperm(num_samples, generator=random).split(config.batch_syn or num_samples))
         batches.append(chunks.pop())  # from the end, as published: a short chunk comes first
 
     groups = dsa_groups(config, inner_loop=True)
     draws = [augment.draw(groups, len(batch), image_size, random) for batch in batches]
     segment = Segment(expert, start, bound, batches, draws)
-    return (segment.own() if ranks.size() > 1 else segment).to(device)
+    return (segment.own(config.factor**2) if ranks.size() > 1 else segment).to(device)
 
 
 class Distillation:
@@ -128,10 +129,12 @@ class Distillation:
     def match(self, segment: Segment) -> Match:
         """The loss of the segment and its gradient in images, labels and α."""
         theta_start, theta_target = self._ends(segment)
+        samples = self.set.samples()
         if self.config.labels == "target":
-            self.set.labels.copy_(self._labels(self.set, theta_target))
-        return match_trajectory(student(self.buffer), theta_start, theta_target, self.set.images, self.set.labels,
-                                self.set.lr, segment.batches, segment.augment, self.config.matching, self.part)
+            self.set.labels.copy_(self._labels(self.set, samples, theta_target))
+        match = match_trajectory(student(self.buffer), theta_start, theta_target, samples, self.set.labels,
+                                 self.set.lr, segment.batches, segment.augment, self.config.matching, self.part)
+        return match._replace(grad_images=cut_adjoint(match.grad_images, self.set.factor))
 
     def learn(self, iteration: int, segment: Segment, match: Match) -> Iteration:
         """Updates the set, unless the loss exceeds the threshold or is not finite; returns what to record.
@@ -187,11 +190,11 @@ class Distillation:
 
     def merge(self) -> None:
         """Brings every rank's rows to all of them."""
-        momenta = [self.optimiser.state.get(tensor, {}).get("momentum_buffer")
-                   for tensor in (self.set.images, self.set.labels)]
-        for tensor in (self.set.images, self.set.labels, self.ema, *momenta):
-            if tensor is not None:
-                ranks.merge_rows(tensor)
+        for tensor, together in ((self.set.images, 1), (self.set.labels, self.config.factor**2), (self.ema, 1)):
+            momentum = None if tensor is None else self.optimiser.state.get(tensor, {}).get("momentum_buffer")
+            for rows in (tensor, momentum):
+                if rows is not None:
+                    ranks.merge_rows(rows, together)
 
     def state(self) -> dict[str, Any]:
         """What the next steps depend on, beside the config; for `restore`. Of several ranks, after `merge`."""
@@ -216,23 +219,23 @@ class Distillation:
 
     def fixed_loss(self, distilled: DistilledSet) -> float:
         """The mean matching loss over segments that are the same whenever it is called with the same config."""
-        config, total = self.config, torch.zeros((), device=self.device)
+        config, total, samples = self.config, torch.zeros((), device=self.device), distilled.samples()
         for number in range(FIXED_SEGMENTS):
             segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
                                    config.max_start_epoch, generator(config.seed, "fixed segment", number))
             theta_start, theta_target = self._ends(segment)
-            total += matching_loss(student(self.buffer), theta_start, theta_target, distilled.images,
-                                   self._labels(distilled, theta_target), distilled.lr, segment.batches,
+            total += matching_loss(student(self.buffer), theta_start, theta_target, samples,
+                                   self._labels(distilled, samples, theta_target), distilled.lr, segment.batches,
                                    segment.augment, self.part)
         return float(total) / FIXED_SEGMENTS
 
-    def _labels(self, distilled: DistilledSet, theta_target: Tensor) -> Tensor:
+    def _labels(self, distilled: DistilledSet, samples: Tensor, theta_target: Tensor) -> Tensor:
         """The labels of one segment: the set's own, or with `labels: target` what the target expert says."""
         if self.config.labels == "target":
             labels = distilled.labels.clone()
-            mine = ranks.own_rows(torch.arange(len(labels), device=labels.device))
+            mine = ranks.own_rows(torch.arange(len(labels), device=labels.device), self.config.factor**2)
             if mine.any():
-                labels[mine] = expert_logits(self.buffer.model, theta_target, distilled.images[mine])
+                labels[mine] = expert_logits(self.buffer.model, theta_target, samples[mine])
             return labels
         return distilled.labels
 

@@ -23,6 +23,7 @@ from distill.result_files import NORMAL, RESULT, RunResult
 from utils import files
 from utils.data.datasets import Dataset, ImageSpace
 from utils.data.disk_layouts import some_of
+from utils.data.tiles import check_factor, cut
 from utils.data.zca import KeptWhitening, Whitening
 from utils.errors import UserError
 from utils.program.console import note
@@ -31,19 +32,20 @@ FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier 
 WHOLE = "distilled.safetensors"  # the self-describing file
 READ_BY = "dataset", "subset", "res", "zca"  # the options that say what the images of a set are
 FOLDERS = "data_path", "buffer_path"  # and where that lay, and the experts of it
-TOLD = *READ_BY, "model", *FOLDERS  # those that an evaluation need not be given
+TOLD = *READ_BY, "model", "factor", *FOLDERS  # those that an evaluation need not be given
 
 
 @dataclass(frozen=True, eq=False)
 class DistilledSet(torch.utils.data.Dataset):
     """Images in the space that networks are trained in, their labels, and the learning rate to train with.
 
-    A ready `torch.utils.data.Dataset` of (image [C, H, W], label). What stands below `lr` is there if the set was
+    A ready `torch.utils.data.Dataset` of (sample [C, H, W], label), as networks see them: of an image of factor f its
+    f² tiles, each stretched to the whole size, see `utils.data.tiles`. What stands below `lr` is there if the set was
     loaded from a self-describing file.
     """
 
-    images: Tensor  # [N, C, H, W]
-    labels: Tensor  # label logits [N, K], or classes [N] int64
+    images: Tensor  # [N, C, H, W], as stored
+    labels: Tensor  # label logits [N·f², K], or classes [N·f²] int64; those of an image together
     lr: Tensor  # α, a scalar
     classes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)  # the options that made it
@@ -53,10 +55,32 @@ class DistilledSet(torch.utils.data.Dataset):
     pictures: Tensor | None = None  # [N, C, H, W], see `pixels`; files of the earlier format hold none
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+        if self.factor == 1:
+            return self.images[index], self.labels[index]
+        image, tile = divmod(range(len(self))[index], self.factor**2)
+        return cut(self.images[image:image + 1], self.factor)[tile], self.labels[index]
+
+    @property
+    def factor(self) -> int:
+        """Each image holds so many samples along a side."""
+        return math.isqrt(len(self.labels) // len(self.images))
+
+    def samples(self) -> Tensor:
+        """What networks see [N·f², C, H, W]; of factor 1 the images themselves."""
+        return cut(self.images, self.factor)
+
+    def seen(self) -> "DistilledSet":
+        """The set of these samples, of factor 1, without pictures."""
+        return self if self.factor == 1 else replace(self, images=self.samples(), pictures=None)
+
+    @property
+    def size(self) -> str:
+        """How many images and labels there are, in words."""
+        parts = f" of {self.factor} × {self.factor} smaller ones ({len(self)} labels)" if self.factor > 1 else ""
+        return f"{len(self.images)} images{parts}"
 
     @functools.cached_property
     def space(self) -> ImageSpace:
@@ -136,11 +160,11 @@ class DistilledSet(torch.utils.data.Dataset):
                 whitening = KeptWhitening(fingerprint, path.parent)
             elif "zca_mean" in tensors:
                 whitening = Whitening(*(tensors.pop(f"zca_{name}") for name in ("mean", "transform", "inverse")))
-            pictures = tensors.pop("pixels", None)
+            pictures, factor = tensors.pop("pixels", None), int(config.get("factor", 1))
             distilled = cls(**tensors, classes=classes, config=config, mean=mean, std=std, whitening=whitening,
                             pictures=pictures)
         # Whoever reads a set can rely on it: there is nothing to check in an export or a page.
-        return _checked(distilled, "it", tuple(distilled.images.shape[1:]), len(classes), [str(path)] * 3)
+        return _checked(distilled, "it", tuple(distilled.images.shape[1:]), len(classes), [str(path)] * 3, factor)
 
 
 def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
@@ -237,8 +261,8 @@ READ_FROM = "--data_dir", "--label_dir", "--lr_dir"
 
 
 def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "logits",
-                read_from: Sequence[str] = READ_FROM) -> DistilledSet:
-    """The set as float32 (classes as int64), if its tensors fit each other and the dataset.
+                read_from: Sequence[str] = READ_FROM, factor: int = 1) -> DistilledSet:
+    """The set as float32 (classes as int64), if its tensors fit each other, the dataset and the factor.
 
     Args:
         read_from: where images, labels and learning rate are from, for the message.
@@ -248,7 +272,7 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
         UserError: they do not, or hold values that are not finite.
     """
     distilled = _checked(distilled, dataset.name, (dataset.channels, *dataset.image_size), dataset.num_classes,
-                         read_from)
+                         read_from, factor)
     labels, soft = distilled.labels, distilled.labels.is_floating_point()
     probable = soft and bool((labels >= 0).all()) and bool((labels.sum(dim=1) - 1).abs().max() < 1e-3)
     if label_kind == "probabilities":
@@ -264,8 +288,8 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
 
 
 def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], num_classes: int,
-             read_from: Sequence[str]) -> DistilledSet:
-    """The set as float32 (classes as int64), if its tensors fit these images and classes.
+             read_from: Sequence[str], factor: int) -> DistilledSet:
+    """The set as float32 (classes as int64), if its tensors fit these images and classes and the factor.
 
     Args:
         whose: the images and classes are, in words.
@@ -282,10 +306,15 @@ def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], 
             or not images.numel() or pictures.shape != images.shape):
         raise UserError(f"{in_images} holds {distilled.images.dtype} {list(images.shape)}; {whose} needs "
                         f"floating-point images [N, {', '.join(map(str, image_shape))}], N at least 1")
-    if not labels_fit(labels, len(images), num_classes):
+    check_factor(factor, images.shape[2:])
+    count, other = factor**2 * len(images), math.isqrt(len(labels) // len(images)) if labels.dim() else 0
+    if not labels_fit(labels, count, num_classes):
+        hint = f"; give --factor {other}" if (
+            in_labels.startswith("--") and 0 < other != factor and len(labels) == other**2 * len(images)) else ""
         raise UserError(f"{in_labels} holds {distilled.labels.dtype} {list(labels.shape)}; these {len(images)} images "
-                        f"of {whose} need label logits [{len(images)}, {num_classes}], or int64 classes "
-                        f"[{len(images)}] with no classes outside 0 … {num_classes - 1}")
+                        f"of {whose}{f' of factor {factor}' if factor > 1 else ''} need label logits [{count}, "
+                        f"{num_classes}], or int64 classes [{count}] with no classes outside 0 … "
+                        f"{num_classes - 1}{hint}")
     if lr.numel() != 1 or lr.is_complex() or not lr.isfinite().all() or lr.item() <= 0:
         held = distilled.lr.tolist() if lr.numel() < 5 else list(lr.shape)
         raise UserError(f"{in_lr} holds {held} as learning rate; it must be one positive learning rate")
@@ -312,7 +341,7 @@ def labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
 
 
 def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, str]:
-    """The class of each image [N] int64, and by what it is known.
+    """The class of each sample [N·f²] int64, and by what it is known.
 
     A learned label need not be largest at the class that its image started from, so where a distillation made the set,
     the order of its images says the class.
@@ -320,8 +349,9 @@ def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, st
     if not distilled.labels.is_floating_point():
         return distilled.labels, "the labels, which are classes"
     ipc = distilled.config.get("ipc")
-    if isinstance(ipc, int) and len(distilled) == ipc * num_classes:
-        classes = torch.arange(num_classes, device=distilled.labels.device).repeat_interleave(ipc)
+    if isinstance(ipc, int) and len(distilled.images) == ipc * num_classes:
+        classes = torch.arange(num_classes, device=distilled.labels.device)
+        classes = classes.repeat_interleave(len(distilled) // num_classes)
         return classes, "the order of the images, those of a class together"
     return distilled.labels.argmax(dim=1), "the largest soft label"
 

@@ -9,7 +9,7 @@ import torch
 
 from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
-from distill.plan import batch_size, evaluations, networks
+from distill.plan import batch_size, evaluations, networks, num_samples, set_in_words
 from utils.config import DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
@@ -49,19 +49,19 @@ class Estimate(NamedTuple):
 def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estimate:
     """Measures a few inner steps, one epoch of an evaluation and one test pass; compiling is not counted."""
     device = dataset.device
-    num_images = config.ipc * dataset.num_classes
+    samples = num_samples(config, dataset)
     batch = batch_size(config, dataset)
     random = generator(config.seed, "estimate")
-    rows = torch.arange(num_images, device=device) % len(dataset.train_images)
+    rows = torch.arange(samples, device=device) % len(dataset.train_images)
     images = dataset.train_images[rows]
-    labels = torch.randn(num_images, dataset.num_classes, generator=random).to(device)
+    labels = torch.randn(samples, dataset.num_classes, generator=random).to(device)
     lr = torch.tensor(LR, device=device)
     theta = model.flatten()
     target = theta + 0.01 * torch.randn(theta.shape, generator=random).to(device)
     groups = dsa_groups(config, inner_loop=True)
 
     def match(steps: int) -> Callable[[], object]:
-        batches = [torch.randperm(num_images, generator=random)[:batch].to(device) for _ in range(steps)]
+        batches = [torch.randperm(samples, generator=random)[:batch].to(device) for _ in range(steps)]
         draws = [augment.draw(groups, batch, dataset.image_size, random) for _ in range(steps)]
         draws = [draw and draw.to(device) for draw in draws]
         return lambda: match_trajectory(model, theta, target, images, labels, lr, batches, draws, config.matching)
@@ -90,7 +90,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
 
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     """`DATM.py --dry_run`: prints the estimate."""
-    print(f"estimate for {config.dataset}, {config.model}, ipc {config.ipc}, {config.matching} gradient "
+    print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, {config.matching} gradient "
           f"({describe_engine(model.engine, batch_size(config, dataset))}), T {config.syn_steps}, on "
           f"{describe(dataset.device)}:")
     print(estimate(config, dataset, model))

@@ -14,6 +14,7 @@ from buffer.trajectories import Buffer, check_same_data
 from distill.distilled_set import DistilledSet, checked_set, class_indices, other_space
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
+from utils.data.tiles import cut, tiled
 from utils.errors import UserError
 from utils.files import check_is_file, sha256
 from utils.networks import has_batch_norm
@@ -60,7 +61,8 @@ def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers
 def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:
     """The set that a distillation starts from, on the CPU, and notes on what had to be mended.
 
-    Its rate is NaN where `distill.suggest` is to measure it. Images of class c occupy rows c·ipc … (c+1)·ipc − 1.
+    Its rate is NaN where `distill.suggest` is to measure it. Images of class c occupy rows c·ipc … (c+1)·ipc − 1. With
+    a factor f each is made of f² real ones, and labels are of what networks see of these.
 
     Args:
         buffer: the experts that label the images.
@@ -80,26 +82,28 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     def experts() -> Iterator[Tensor]:
         return (buffer.snapshot(number, timestamp).to(device) for number in range(len(buffer)))
 
-    notes = [] if config.pix_init == "noise" else drawn_again(dataset, config.ipc)
-    classes = torch.arange(dataset.num_classes, device=device).repeat_interleave(config.ipc)
+    each = config.ipc * config.factor**2  # samples per class
+    notes = [] if config.pix_init == "noise" else drawn_again(dataset, each)
+    classes = torch.arange(dataset.num_classes, device=device).repeat_interleave(each)
     if config.pix_init == "noise":
-        shape = (len(classes), dataset.channels, *dataset.image_size)
+        shape = (config.ipc * dataset.num_classes, dataset.channels, *dataset.image_size)
         images = torch.randn(shape, generator=random).to(device)
     elif config.pix_init == "real":
-        images = dataset.train_images[random_real(dataset, config.ipc, random).to(device)]
+        images = tiled(dataset.train_images[random_real(dataset, each, random).to(device)], config.factor)
     else:
-        chosen, filled = predicted_correctly(model, experts, dataset, config.ipc, random)
+        chosen, filled = predicted_correctly(model, experts, dataset, each, random)
         notes += filled
-        images = dataset.train_images[chosen.to(device)]
+        images = tiled(dataset.train_images[chosen.to(device)], config.factor)
+    samples = cut(images, config.factor)
 
     if config.labels == "hard":
         labels = classes
     elif config.pix_init == "noise":
-        labels = class_labels(model, next(experts()), dataset, config.ipc, random)
+        labels = class_labels(model, next(experts()), dataset, each, random)
     elif config.pix_init == "real":
-        labels = expert_logits(model, buffer.snapshot(0, -1).to(device), images)
+        labels = expert_logits(model, buffer.snapshot(0, -1).to(device), samples)
     else:
-        labels, unknown = expert_labels(model, experts(), images, classes)
+        labels, unknown = expert_labels(model, experts(), samples, classes)
         if unknown:
             notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
     lr = math.nan if config.lr_teacher == AUTO else config.lr_teacher
@@ -113,12 +117,12 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
         UserError: it is not of this dataset, or of another number of images per class.
     """
     given = [f"--pix_init {config.pix_init}"] * 3
-    distilled = checked_set(DistilledSet.load(config.pix_init), dataset, read_from=given)
+    distilled = checked_set(DistilledSet.load(config.pix_init), dataset, read_from=given, factor=config.factor)
     if why := other_space(distilled, dataset):
         raise UserError(f"--pix_init {config.pix_init}: {why}; give the --zca and the data that it was made with")
     classes, _ = class_indices(distilled, dataset.num_classes)
-    if len(distilled) != config.ipc * dataset.num_classes:
-        raise UserError(f"--pix_init {config.pix_init} holds {len(distilled)} images; --ipc {config.ipc} of "
+    if len(distilled.images) != config.ipc * dataset.num_classes:
+        raise UserError(f"--pix_init {config.pix_init} holds {len(distilled.images)} images; --ipc {config.ipc} of "
                         f"{dataset.num_classes} classes are {config.ipc * dataset.num_classes}: give the --ipc that it "
                         "was made with")
     if not distilled.labels.is_floating_point() and not classes.equal(classes.sort().values):

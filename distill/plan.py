@@ -11,10 +11,21 @@ from utils.program.run_folder import run_id
 SAVE_INTERVAL = 1000  # the set of an iteration divisible by this is always written
 
 
+def num_samples(config: DistillConfig, dataset: Dataset) -> int:
+    """What networks see of the set, each with its label."""
+    return config.ipc * dataset.num_classes * config.factor**2
+
+
+def set_in_words(config: DistillConfig, dataset: Dataset) -> str:
+    """The size of the set."""
+    more = f", factor {config.factor} ({num_samples(config, dataset)} labels)" if config.factor > 1 else ""
+    return f"ipc {config.ipc}{more}"
+
+
 def batch_size(config: DistillConfig, dataset: Dataset) -> int:
     """Samples of an inner step."""
-    num_images = config.ipc * dataset.num_classes
-    return min(config.batch_syn or num_images, num_images)
+    samples = num_samples(config, dataset)
+    return min(config.batch_syn or samples, samples)
 
 
 def is_evaluated(config: DistillConfig, iteration: int) -> bool:
@@ -38,7 +49,7 @@ def evaluations(config: DistillConfig, begin: int = 0) -> int:
 def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
     """About how many iterations take as long as an evaluation, by the work that engines count; for a run that has
     had none yet, as compiling and measuring one would take its time."""
-    samples = (config.epoch_eval_train + 1) * config.ipc * dataset.num_classes
+    samples = (config.epoch_eval_train + 1) * num_samples(config, dataset)
     tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
     evaluation = Work(gradients=networks(config) * (samples + tested))
     return evaluation.total / Work(matched=config.syn_steps * batch_size(config, dataset)).total

@@ -247,6 +247,12 @@ class EvaluationResult:
     seconds: float | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
+    labels: int | None = None  # of a factor above 1, as many for each image as it holds smaller ones
+
+    @property
+    def size(self) -> str:
+        """As tables have it."""
+        return str(self.images) if self.labels is None else f"{self.images} ({self.labels} labels)"
 
     def write(self, path: str | Path, **robust: Any) -> None:
         """
@@ -254,7 +260,8 @@ class EvaluationResult:
             robust: what `--robust_score` adds, so that its file serves wherever that of an evaluation does.
         """
         values = as_json(self) | robust
-        write_json(given(path), {name: value for name, value in values.items() if name != "lr" or value is not None})
+        write_json(given(path), {name: value for name, value in values.items()
+                                 if name not in ("lr", "labels") or value is not None})
 
     @classmethod
     def read(cls, path: Path, advice: str, name: str = "",

@@ -116,9 +116,9 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
     gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
     if config.labels == "learned":
         gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
-    for of_all, _ in gradients.values():
+    for name, (of_all, _) in gradients.items():
         for gradient in of_all:
-            ranks.merge_rows(gradient)
+            ranks.merge_rows(gradient, config.factor**2 if name == "lr_y" else 1)
     size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
             for name, (of_all, tensor) in gradients.items()}
     return {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
@@ -138,7 +138,7 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
     first = first.to(device)
     config = replace(config, syn_steps=max(steps), batch_syn=min(config.batch_syn or len(first), BATCH),
                      min_start_epoch=0)
-    model, part = student(buffer), matched_part(config)
+    model, part, samples = student(buffer), matched_part(config), first.samples()
     values = np.full((len(segments), len(steps), len(rates), len(starts), DRAWS), math.nan)
     with Progress(len(starts) * DRAWS, "measuring", quiet=config.quiet) as bar:
         for at, start in enumerate(starts):
@@ -151,7 +151,7 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
                 values[inside, ..., at, draw] = math.inf
                 for number, rate in enumerate(rates):
                     losses = losses_on_the_way(
-                        model, thetas[0], thetas[1:], first.images, first.labels, torch.tensor(rate, device=device),
+                        model, thetas[0], thetas[1:], samples, first.labels, torch.tensor(rate, device=device),
                         segment.batches, segment.augment, part, steps=steps).nan_to_num(math.inf, math.inf)
                     # Where machines differ in the last bit, all ranks must still decide alike.
                     known = ranks.from_first_rank(losses.cpu().numpy)

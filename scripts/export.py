@@ -5,7 +5,8 @@
     python scripts/export.py …/Normal/distilled.safetensors --whitening
 
 --png writes FOLDER/<class>/00.png …, un-whitened and clipped to [0, 1], and FOLDER/labels.json: class names, learning
-rate, and each image's class and soft label (softmax and logits). --card writes README.md beside the set: dataset,
+rate, and each image's class and soft label (softmax and logits); of a factor above 1 those of each smaller image, and
+FOLDER/seen.png, a row for each image with what a network sees of it. --card writes README.md beside the set: dataset,
 images per class, options, the source of the real images and their licence as you give them, and the accuracy that the
 given results state, with its command. --whitening writes whitening.safetensors beside the set (4 D² bytes, 38 MB for
 3×32×32): with it `DistilledSet.load(…).space.from_pixels` makes of your pictures what a network sees on any machine;
@@ -55,7 +56,7 @@ def main() -> None:
         print(f"card: {shown(save_card(distilled, path, options.result, options.license, options.source))}")
     if options.png:
         save_pngs(distilled, options.png)
-        print(f"{len(distilled)} images: {shown(options.png)}")
+        print(f"{distilled.size}: {shown(options.png)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill.distilled_set import WHOLE, DistilledSet
 from distill.report.comparison import comparison
 from distill.report.page import PAGE, page
-from distill.report.page_pictures import Pictures, chosen, class_means, probabilities
+from distill.report.page_pictures import Pictures, chosen, class_means, probabilities, stored_of
 from distill.report.pixels import clip_outliers, scaled_bytes
 from distill.report.read_run import SavedRun, read_run
 from distill.report.show import SHOWN, missing, show
@@ -52,7 +52,8 @@ def with_pictures(run: SavedRun) -> SavedRun:
     path = run.path / NORMAL / WHOLE
     if run.pictures is not None or not path.is_file():
         return run
-    distilled = DistilledSet.load(path)
+    whole = DistilledSet.load(path)
+    distilled = whole.seen()
     images, labels, classes = distilled.pixels(), distilled.labels, distilled.classes
     if not classes or not len(images) or len(images) % len(classes) or len(labels) != len(images):
         raise UserError(f"{path} does not hold a whole number of images per class; put back the run's own")
@@ -60,7 +61,8 @@ def with_pictures(run: SavedRun) -> SavedRun:
     which = chosen(len(classes), ipc, images[0].numel())
     return replace(run, pictures=Pictures(
         classes, ipc, "Normal", which, scaled_bytes(clip_outliers(images)[which]),
-        probabilities(labels[which], len(classes)), class_means(labels, len(classes))))
+        probabilities(labels[which], len(classes)), class_means(labels, len(classes)), factor=whole.factor,
+        stored=stored_of(whole.pixels(), which, whole.factor) if whole.factor > 1 else None))
 
 
 if __name__ == "__main__":

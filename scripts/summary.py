@@ -28,11 +28,11 @@ def main() -> None:
         rows = [("set", "images", *networks)]
         for result in results:
             reached = {score.network: score.percent for score in result.scores}
-            rows.append((result.what, str(result.images), *(reached.get(name, "-") for name in networks)))
+            rows.append((result.what, result.size, *(reached.get(name, "-") for name in networks)))
     else:
         rows = [("set", "network", "images", "accuracy, %", "networks")]
-        rows += [(result.what, score.network, str(result.images), score.percent,
-                  str(len(score.accuracies))) for result in results for score in result.scores]
+        rows += [(result.what, score.network, result.size, score.percent, str(len(score.accuracies)))
+                 for result in results for score in result.scores]
     print(table(rows))
 
 

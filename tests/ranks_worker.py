@@ -1,6 +1,6 @@
 """Twenty iterations of a distillation in float64 on made-up experts, alone or as a rank of torchrun.
 
-    [torchrun --nproc_per_node=N] tests/ranks_worker.py FILE IMAGES MATCHING
+    [torchrun --nproc_per_node=N] tests/ranks_worker.py FILE IMAGES MATCHING FACTOR
 """
 
 import sys
@@ -42,17 +42,18 @@ class MadeUpBuffer:
         return torch.randperm(3, generator=random).tolist()
 
 
-def main(path: str, images: str, matching: str) -> None:
+def main(path: str, images: str, matching: str, factor: str) -> None:
     ranks.start(torch.device("cpu"))
     random = torch.Generator().manual_seed(1)
     start = DistilledSet(torch.randn(int(images), 1, 8, 8, generator=random, dtype=torch.float64),
-                         torch.randn(int(images), 3, generator=random, dtype=torch.float64),
+                         torch.randn(int(images) * int(factor)**2, 3, generator=random, dtype=torch.float64),
                          torch.tensor(0.05, dtype=torch.float64))
     config = make(DistillConfig, matching=matching, syn_steps=5, batch_syn=4, max_start_epoch=4, threshold="inf",
-                  Sequential_Generation=False, lr_img=10.0, lr_lr=1e-4, ema=True)
+                  Sequential_Generation=False, lr_img=10.0, lr_lr=1e-4, ema=True, factor=factor)
     dataset = SimpleNamespace(image_size=(8, 8), device=start.images.device)
     state = Distillation(config, dataset, MadeUpBuffer(), start)
     measured = suggest.measured(config, dataset, MadeUpBuffer(), start, [1, 2], [3, 5], [0.01, 0.1], [0, 7])
+    rates = suggest.fitting_rates(config, dataset, MadeUpBuffer(), start)
     losses = []
     for iteration in range(20):
         segment = state.draw(iteration)
@@ -62,8 +63,8 @@ def main(path: str, images: str, matching: str) -> None:
     if ranks.first():
         torch.save({"images": state.set.images, "labels": state.set.labels, "lr": state.set.lr, "ema": state.ema,
                     "momentum": state.optimiser.state[state.set.images]["momentum_buffer"],
-                    "measured": torch.tensor(measured.values), "losses": torch.tensor(losses),
-                    "fixed": torch.tensor(fixed)}, path)
+                    "measured": torch.tensor(measured.values), "rates": torch.tensor([*rates.values()]),
+                    "losses": torch.tensor(losses), "fixed": torch.tensor(fixed)}, path)
     ranks.barrier()
     ranks.leave(0)
 

@@ -64,7 +64,7 @@ def test_experts_are_those_of_the_cpu_and_go_on_to_the_bit(call, toy, tmp_path, 
 
 @pytest.mark.parametrize("options", [
     [], ["--matching=tesla", "--micro_batch=2"], ["--matching=unroll"], ["--labels=hard", "--ema", "--lr_param=log"],
-    ["--labels=target", "--batch_syn=4"], ["--labels=soft", "--backend=plain", "--depth_ratio=0.3"]],
+    ["--labels=target", "--batch_syn=4", "--factor=2"], ["--labels=soft", "--backend=plain", "--depth_ratio=0.3"]],
     ids=lambda options: " ".join(options) or "as it is")
 def test_a_distillation_is_that_of_the_cpu(distil, options):
     there, done = distil("gpu", GPU, *options)
@@ -92,7 +92,7 @@ def test_training_images_stay_on_the_host(distil, toy_data, monkeypatch):
 
 @pytest.mark.parametrize("attribute, number", [("match_trajectory", 2), ("evaluate", 2)])
 def test_a_distillation_goes_on_to_the_bit(distil, attribute, number):
-    stateful = [GPU, "--ema", "--lr_param=log", "--lr_lr=1e-3"]
+    stateful = [GPU, "--ema", "--lr_param=log", "--lr_lr=1e-3", "--factor=2"]
     whole, _ = distil("whole", *stateful)
     where = importlib.import_module("distill.run_state" if attribute == "evaluate" else "distill.distillation")
     with stop_at(where, attribute, number):

@@ -103,7 +103,7 @@ def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, num
 
 @pytest.fixture(scope="module")
 def alone(torchrun, tmp_path_factory):
-    """What one process computes: (images, matching) → tensors."""
+    """What one process computes: (images, matching, factor) → tensors."""
     found = {}
 
     def alone(*setting):
@@ -115,13 +115,14 @@ def alone(torchrun, tmp_path_factory):
     return alone
 
 
-@pytest.mark.parametrize("number, images, matching", [(2, 9, "exact"), (4, 9, "exact"), (4, 3, "exact"),
-                                                      (2, 9, "tesla")])
-def test_twenty_iterations_equal_one_process_in_float64(torchrun, alone, tmp_path, number, images, matching):
-    """Nine images and batches of four are shared unevenly; of three images a fourth rank has none."""
-    torchrun(number, "tests/ranks_worker.py", tmp_path / "x.pt", images, matching)
+@pytest.mark.parametrize("number, images, matching, factor", [(2, 9, "exact", 2), (4, 9, "exact", 1),
+                                                              (4, 3, "exact", 1), (2, 9, "tesla", 1)])
+def test_twenty_iterations_equal_one_process_in_float64(torchrun, alone, tmp_path, number, images, matching, factor):
+    """Nine images and batches of four are shared unevenly; of three images a fourth rank has none. What is cut out of
+    an image stays with it."""
+    torchrun(number, "tests/ranks_worker.py", tmp_path / "x.pt", images, matching, factor)
     together = torch.load(tmp_path / "x.pt")
-    for name, expected in alone(images, matching).items():
+    for name, expected in alone(images, matching, factor).items():
         torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-10, msg=name)
     assert len(set(together["losses"].tolist())) == 20
 

@@ -173,7 +173,7 @@ def test_experts_that_cannot_fit_are_refused_at_once(call, toy, tmp_path):
 # --- distillation --------------------------------------------------------------------------------------------
 
 
-STATEFUL = ["--Iteration=6", "--eval_it=2", "--ema", "--lr_param=log", "--lr_lr=1e-3", "--run_name=run"]
+STATEFUL = ["--Iteration=6", "--eval_it=2", "--ema", "--lr_param=log", "--lr_lr=1e-3", "--factor=2", "--run_name=run"]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class Session:
                            work_of(config, self.set))
         announce(config, self.set.images.device,
                  describe_engine(model.engine, min(config.batch_train, len(self.set))),
-                 f"{what}: {len(self.set)} images, learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} "
+                 f"{what}: {self.set.size}, learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} "
                  f"epochs{aside} · {config.num_eval} × {' and '.join(networks)}", *notes)
         path = Path(f"{config.json}.unfinished") if config.json else None
         if path:
@@ -54,8 +54,9 @@ class Session:
         config = self.config
         if config.json and ranks.first():
             EvaluationResult(
-                self.what, len(self.set), scores, lr, "validation" if config.val_fraction else "test",
-                self.accuracies.seconds, influential(config), environment(self.set.images.device)
+                self.what, len(self.set.images), scores, lr, "validation" if config.val_fraction else "test",
+                self.accuracies.seconds, influential(config), environment(self.set.images.device),
+                len(self.set) if self.set.factor > 1 else None
             ).write(config.json, **robust)
             self.accuracies.forget()
             say(config, f"in {shown(config.json)}")

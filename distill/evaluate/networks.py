@@ -53,7 +53,8 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
             for number in range(config.num_eval)]
     tested = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
                                  train_labels=dataset.train_labels[:0].clone(), whitening=None)
-    sets = (distilled,) if isinstance(distilled, DistilledSet) else tuple(distilled)
+    sets = (distilled,) if isinstance(distilled, DistilledSet) else distilled
+    sets = tuple(each.seen() for each in sets)
     train = Training(config, tested, sets, address, augmented, work_of(config, sets[0]))
 
     processes = 0 if ranks.size() > 1 else _processes_that_pay(train, jobs)

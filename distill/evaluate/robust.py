@@ -111,13 +111,13 @@ def evaluate_robust(config: EvaluationConfig) -> None:
             buffer_path=config.buffer_path, label_source="experts" if distilled.labels.is_floating_point() else "hard")
 
     dataset, distilled = opened(config, lambda distilled: check_experts(real_config(distilled)))
-    ipc, rest = divmod(len(distilled), dataset.num_classes)
+    ipc, rest = divmod(len(distilled.images), dataset.num_classes)
     if rest:
-        raise UserError(f"--robust_score: {len(distilled)} images of {dataset.num_classes} classes cannot be compared "
-                        "with as many random ones of each class; give a set with equally many of each")
+        raise UserError(f"--robust_score: {len(distilled.images)} images of {dataset.num_classes} classes cannot be "
+                        "compared with as many random ones of each class; give a set with equally many of each")
     of_each = real_config(distilled, ipc)
     random, of_random = real_sets(of_each, dataset)
-    whole, of_whole = real_sets(replace(of_each, ipc=None, label_source="hard"), dataset)
+    whole, of_whole = real_sets(replace(of_each, ipc=None, factor=1, label_source="hard"), dataset)
     chosen_on = held_out(dataset, torch.cat(drawn(of_each, dataset)), generator(config.seed, "robust", "rates"))
     (hard, known_by), what = with_classes(distilled, dataset), "distilled images"
     bare = replace(config, no_aug=True)
@@ -185,7 +185,7 @@ def _evaluate_parts(parts: dict[str, Comparison], dataset: Dataset, chosen_on: D
             run = partial(evaluate, part.config, augmented=not part.config.no_aug,
                           on_epoch=partial(bar.update, part.batches_per_epoch))
             result: dict[str, Any] = {
-                "what": part.what, "images": len(part.sets[0]), "augmented": not part.config.no_aug,
+                "what": part.what, "images": len(part.sets[0].images), "augmented": not part.config.no_aug,
                 "epochs": part.config.epoch_eval_train, "lr": {}, "scores": []}
             for network in networks:
                 reached = {rate: run(chosen_on, part.at(rate), networks=[network],

@@ -57,7 +57,7 @@ def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lam
     check(read)
     dataset = load_data(config, device)
     _note_other_space(config, read, dataset)
-    distilled = checked_set(read, dataset, config.label_kind).to(device)
+    distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
     check_pool(config, dataset)
     if config.save and ranks.first():
         distilled.save_whole(given(config.save), dataset, influential(config))

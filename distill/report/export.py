@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
@@ -18,6 +19,7 @@ from utils.config import from_repository
 from utils.data.zca import BESIDE, Whitening
 from utils.errors import UserError
 from utils.program.commands import command
+from utils.program.console import note
 
 # The sizes that hubs sort sets by: each below this number of images.
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000),
@@ -25,6 +27,7 @@ _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K
 
 
 LABELS = "labels.json"
+SEEN = "seen.png"  # what networks see of each image of a factor above 1, in rows
 LONGEST_NAME = 200  # bytes; most file systems take 255
 
 
@@ -41,7 +44,7 @@ def folder_names(classes: tuple[str, ...]) -> list[str]:
 
 
 def save_pngs(distilled: DistilledSet, folder: Path) -> None:
-    """Writes `<class>/00.png` …, un-whitened and clipped to [0, 1], and `labels.json`.
+    """Writes `<class>/00.png` …, un-whitened and clipped to [0, 1], and `labels.json`; of a factor above 1 also SEEN.
 
     Eight bits and the clipping lose a little, so these are for looking at and for other programs; the whole set is the
     safetensors file.
@@ -50,23 +53,40 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
         UserError: the folder holds something already, or the images are no pictures.
     """
     check_new(folder)
-    pixels = (255 * distilled.pixels().clamp(0, 1)).round().to(torch.uint8)
+    pixels, tiles = _bytes(distilled.pixels()), distilled.factor**2
     if pixels.shape[1] not in (1, 3):
         raise UserError(f"images of {pixels.shape[1]} channels are no pictures; PNG takes 1 or 3")
+    if tiles > 1:
+        try:
+            seen = _bytes(distilled.seen().pixels()).unflatten(0, (-1, tiles))  # a row for each image
+            _save(folder / SEEN, seen.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3))
+        except UserError as error:  # its whitening is not here
+            note(f"note: no {SEEN}: {error}")
     indices, known_by = class_indices(distilled, len(distilled.classes))
     folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
     soft = distilled.labels.is_floating_point()
-    for picture, label, index in zip(pixels, distilled.labels, indices.tolist()):
+    for number, (picture, index) in enumerate(zip(pixels, indices[::tiles].tolist())):
         name = f"{folders[index]}/{count[index]:02d}.png"
         count[index] += 1
-        array = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
-        with files.atomic_write(folder / name) as aside:
-            Image.fromarray(array.contiguous().numpy()).save(aside, format="png")
-        images.append({"file": name, "class": index} | (
-            {"softmax": label.softmax(dim=0).tolist(), "logits": label.tolist()} if soft else {}))
+        _save(folder / name, picture)
+        rows = slice(number * tiles, (number + 1) * tiles)
+        labels = distilled.labels[number] if tiles == 1 else distilled.labels[rows]
+        images.append({"file": name, "class": index if tiles == 1 else indices[rows].tolist()} | (
+            {"softmax": labels.softmax(dim=-1).tolist(), "logits": labels.tolist()} if soft else {}))
     files.write_json(folder / LABELS, {
         "classes": list(distilled.classes), "dataset": distilled.config.get("dataset"), "lr": float(distilled.lr),
         "class_known_by": known_by, "images": images})
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    return (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
+
+
+def _save(path: Path, picture: Tensor) -> None:
+    """[C, H, W] uint8 as a PNG."""
+    array = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
+    with files.atomic_write(path) as aside:
+        Image.fromarray(array.contiguous().numpy()).save(aside, format="png")
 
 
 def check_new(folder: Path) -> None:
@@ -129,7 +149,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
         results: names and contents of result files.
         licence, source: see `save_card`.
     """
-    made, count = distilled.config, len(distilled)
+    made, count = distilled.config, len(distilled.images)
     dataset, licence = _line(made.get("dataset", "unknown")), _line(licence)
     title = f"{dataset}, distilled to {count} images"
     head = {"license": licence or "unknown", "task_categories": ["image-classification"],
@@ -190,7 +210,7 @@ def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationR
             raise UserError(f"--result {path} is not a result (its config has no dataset or no model); {advice}")
         dataset = result.config["dataset"]
         made_of = distilled.config.get("dataset", dataset)
-        if result.what != "distilled images" or (result.images, dataset) != (len(distilled), made_of):
+        if result.what != "distilled images" or (result.images, dataset) != (len(distilled.images), made_of):
             raise UserError(f"--result {path} is of {result.images} images of {dataset} ({result.what}), not of these "
-                            f"{len(distilled)} distilled from {made_of}; give the result of this set")
+                            f"{len(distilled.images)} distilled from {made_of}; give the result of this set")
     return result

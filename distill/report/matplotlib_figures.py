@@ -17,16 +17,19 @@ from utils.files import atomic_write
 
 
 def save_images(path: Path, pictures: Pictures) -> None:
-    """A PNG of each class's first starting images and what became of them, at most 20 classes.
+    """A PNG of each class's first starting images and what became of them, at most 20 classes; of a factor above 1, as
+    networks see them, after the images that are stored.
 
     One image per class: a column for each class, the starting one above the distilled one. More: a row for each class.
     """
     rows = list(pictures.rows().items())[:20]
     per_class = min(len(of_class) for _, of_class in rows)
-    pairs = [[*pictures.start[of_class[:per_class]], *pictures.distilled[of_class[:per_class]]] for _, of_class in rows]
+    stored = [pictures.stored_of(of_class[:per_class]) for _, of_class in rows]
+    pairs = [[*images, *pictures.start[of_class[:per_class]], *pictures.distilled[of_class[:per_class]]]
+             for images, (_, of_class) in zip(stored, rows)]
     side_labels = [shown_name(pictures.classes[number]) for number, _ in rows]
-    top_labels = [pictures.began, *[""] * (per_class - 1),
-                  "distilled", *[""] * (per_class - 1)]
+    top_labels = [word for word, count in (("stored", len(stored[0])), (pictures.began, per_class),
+                                           ("distilled", per_class)) for word in [word, *[""] * (count - 1)][:count]]
     if per_class == 1:
         pairs, side_labels, top_labels = list(zip(*pairs)), top_labels, side_labels
     # One picture of them all, since axes for each take a second for every fifty.

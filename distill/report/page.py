@@ -35,8 +35,9 @@ TABLE_ROWS = 20
 def page(run: SavedRun) -> str:
     """The page of one run."""
     config = run.config
-    ipc = config.get("ipc")
-    lead = [config.get("dataset"), config.get("model"), config and f"{ipc} image{'s' * (ipc != 1)} per class",
+    ipc, factor = config.get("ipc"), config.get("factor", 1)
+    grid = f" of {factor} × {factor} smaller ones, each with its label" if factor != 1 else ""
+    lead = [config.get("dataset"), config.get("model"), config and f"{ipc} image{'s' * (ipc != 1)} per class{grid}",
             config and f"{config.get('matching')} gradient", run.result.environment.get("date"),
             "" if run.finished else "not finished"]
     sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
@@ -123,6 +124,8 @@ def _images(run: SavedRun) -> Markup:
     rows, shown = pictures.rows(), len(pictures.which)
     best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
     words = draw.about_images(pictures, rows, run.config.get("labels"), _labels_moved(pictures), best.iteration)
+    if pictures.stored is not None:
+        words = joined(words, draw.stored(pictures, pictures.stored_of(range(shown))))
     most = max(map(len, rows.values()))
     if most == 1:
         cards = [_card(pictures, row, shown <= OPEN_UP_TO) for of_class in rows.values() for row in of_class]
@@ -144,9 +147,11 @@ def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> di
         alone: of its class, whose name then is the heading.
     """
     number, position = divmod(pictures.which[row], pictures.ipc)
-    name = pictures.classes[number] + (f", image {position + 1}" if pictures.ipc > 1 else "")
+    image, part = divmod(position, pictures.factor**2)
+    which = f"image {image + 1}" + (f", part {part + 1}" if pictures.factor > 1 else "")
+    name = pictures.classes[number] + (f", {which}" if pictures.ipc > 1 else "")
     bars, rest = ([], "") if pictures.hard else _bars(pictures, row)
-    return {"row": row, "name": name, "heading": name if alone else f"Image {position + 1}", "bars": bars, "rest": rest,
+    return {"row": row, "name": name, "heading": name if alone else which.capitalize(), "bars": bars, "rest": rest,
             "is_open": is_open}
 
 

@@ -26,10 +26,10 @@ NEAR = 4  # real images among which the nearest is looked for exactly
 
 @dataclass(frozen=True)
 class Pictures:
-    """Some images of a set, in bytes, and what belongs beside them; None is not known."""
+    """Some images of a set, in bytes, as networks see them, and what belongs beside them; None is not known."""
 
     classes: tuple[str, ...]
-    ipc: int
+    ipc: int  # of a factor above 1, samples per class
     version: str  # which set: Normal or EMA
     which: list[int]  # their positions in the set
     distilled: Tensor  # [n, C, H, W] uint8
@@ -44,6 +44,8 @@ class Pictures:
     frames: Tensor | None = None  # [F, m, C, h, w] uint8, see `Frames`
     frames_of: tuple[list[int], list[int]] = ([], [])  # their iterations [F], and the images' positions in the set [m]
     about: dict[str, Any] | None = None  # the experts' options and accuracies, the machine
+    factor: int = 1
+    stored: Tensor | None = None  # [m, C, H, W] uint8, of a factor above 1 the images that these are cut out of
 
     @property
     def start_in_words(self) -> str:
@@ -61,6 +63,14 @@ class Pictures:
         for row, position in enumerate(self.which):
             rows.setdefault(position // self.ipc, []).append(row)
         return rows
+
+    def stored_of(self, rows: list[int]) -> list[Tensor]:
+        """The stored images that hold those in some rows, each once."""
+        if self.stored is None:
+            return []
+        holding = [position // self.factor**2 for position in self.which]
+        images = dict(zip(dict.fromkeys(holding), self.stored))
+        return [images[number] for number in dict.fromkeys(holding[row] for row in rows)]
 
     @classmethod
     def read(cls, path: Path) -> "Pictures":
@@ -96,9 +106,13 @@ class Pictures:
             if not all(0 <= each // int(about["ipc"]) < len(classes) for each in of):
                 raise ValueError("frames of images outside the classes")
             reached = [float(each) for each in about.get("experts_reached", [])]
+            stored, factor = tensors.get("stored"), int(about.get("factor", 1))
+            count = len({position // factor**2 for position in which})
+            if stored is not None and (tuple(stored.shape), stored.dtype) != ((count, *shape[1:]), torch.uint8):
+                raise ValueError(f"stored is {stored.dtype} {list(stored.shape)}")
             return cls(classes, int(about["ipc"]), str(about["version"]), which, began=began, frames_of=(at, of),
-                       about={"machine": machine, "experts": experts, "experts_reached": reached},
-                       **{name: tensors.get(name) for name in (*shapes, "means", "frames")})
+                       about={"machine": machine, "experts": experts, "experts_reached": reached}, factor=factor,
+                       **{name: tensors.get(name) for name in (*shapes, "means", "frames", "stored")})
 
 
 def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
@@ -121,6 +135,8 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
         experts: the options that made the experts.
         reached: the experts' accuracies.
     """
+    factor, images = best.factor, best.images
+    start, best = start.seen(), best.seen()
     ipc = len(best) // dataset.num_classes
     which = chosen(dataset.num_classes, ipc, best.images[0].numel())
     # Clipped at the deviations of the whole set, as the published pictures are, then scaled each to its own range.
@@ -138,13 +154,20 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
                "start_labels": probabilities(start.labels[which], dataset.num_classes)}
     if (means := class_means(best.labels, dataset.num_classes)) is not None:
         tensors["means"] = means
+    if factor > 1:
+        tensors["stored"] = stored_of(dataset.to_pixels(images), which, factor)
     if frames.images:
         tensors["frames"] = torch.stack(frames.images)
     about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
              "began": began if began in ("noise", SAVED) else "real", "experts": experts,
              "experts_reached": reached, "frames_of": [frames.iterations, frames.which],
-             "machine": machine(best.images.device)}
+             "machine": machine(best.images.device), **({"factor": factor} if factor > 1 else {})}
     save_tensors(path, tensors, {"about": json.dumps(about)})
+
+
+def stored_of(pixels: Tensor, which: list[int], factor: int) -> Tensor:
+    """Of the stored images of a set those that hold some of its samples, [m, C, H, W] uint8."""
+    return scaled_bytes(clip_outliers(pixels)[sorted({position // factor**2 for position in which})])
 
 
 def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:

@@ -123,7 +123,7 @@ def all_shapes() -> dict[str, Shape]:
     for path in sorted(REPOSITORY.glob("configs/*/ConvIN/IPC*.yaml"), key=lambda path: (path.parent, len(path.name))):
         config = make(DistillConfig, **yaml.safe_load(path.read_text()))
         image, classes, _ = IMAGES[config.dataset]
-        images = config.ipc * classes
+        images = config.ipc * classes * config.factor**2
         shapes.append(Shape(f"{config.dataset.lower()}_ipc{config.ipc}", config.model, image, classes, images,
                             config.syn_steps, min(config.batch_syn or images, images), config.batch_train))
     return {shape.name: shape for shape in shapes}

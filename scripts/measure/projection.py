@@ -90,7 +90,7 @@ class Setting(NamedTuple):
     config: DistillConfig
     image: tuple[int, int, int]
     classes: int
-    images: int  # synthetic ones
+    images: int  # synthetic ones, as networks see them
     batch: int  # B, of an inner step
     costs: Costs
 
@@ -103,8 +103,9 @@ class Setting(NamedTuple):
 
 def setting(name: str, config: DistillConfig) -> Setting:
     image, classes, _ = IMAGES[config.dataset]
-    images = config.ipc * classes
-    return Setting(f"{name} ipc {config.ipc}", config, image, classes, images, min(config.batch_syn or images, images),
+    samples = config.ipc * classes * config.factor**2
+    batch = min(config.batch_syn or samples, samples)
+    return Setting(f"{name} ipc {config.ipc}", config, image, classes, samples, batch,
                    costs(config.model, image, classes))
 
 

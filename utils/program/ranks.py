@@ -1,8 +1,8 @@
 """The ranks that torchrun starts: several processes that run the same program on the same data and share its work.
 
 Lists of jobs are dealt out (`deal`, `gather`); of tensors with a row for each sample a rank owns the rows whose index
-is its own modulo the number of ranks (`own_rows`), and only vectors as long as θ are summed (`sum_`). Without torchrun
-there is one rank, and all of this does nothing.
+is its own modulo the number of ranks (`own_rows`; of rows that belong together, the index of these), and only vectors
+as long as θ are summed (`sum_`). Without torchrun there is one rank, and all of this does nothing.
 """
 
 import datetime
@@ -157,15 +157,16 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def own_rows(indices: Tensor) -> Tensor:
-    """Which of some rows are this rank's: booleans, shaped as the indices."""
-    return indices % size() == rank()
+def own_rows(indices: Tensor, together: int = 1) -> Tensor:
+    """Which of some rows, of which so many at a time belong together, are this rank's: booleans, shaped as the
+    indices."""
+    return indices // together % size() == rank()
 
 
-def merge_rows(tensor: Tensor) -> None:
+def merge_rows(tensor: Tensor, together: int = 1) -> None:
     """Gives every rank every other's rows of a tensor [N, …], in place."""
     if size() > 1:
-        mine = own_rows(torch.arange(len(tensor), device=tensor.device))
+        mine = own_rows(torch.arange(len(tensor), device=tensor.device), together)
         tensor[~mine] = 0
         sum_(tensor)
 
