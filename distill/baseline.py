@@ -1,7 +1,7 @@
-"""What real images reach under the same training: random ones, ipc per class, or the whole training set.
+"""What real images reach under the same training: ipc per class, random ones or a coreset, or the whole training set.
 
     python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc 1
-    python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc 1 --label_source experts
+    python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc 1 --pick herding
     python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc None --epoch_eval_train 20
 """
 

@@ -82,7 +82,7 @@ OPTIONS = {
                    "record_loss wandb project micro_batch dry_run lr_init texture canvas_size canvas_samples",
     EvaluationConfig: f"{TRAIN} data_dir label_dir lr_dir label_kind hard_labels robust_score epoch_eval_real "
                       "buffer_path json save",
-    BaselineConfig: f"{TRAIN} ipc label_source buffer_path json"}
+    BaselineConfig: f"{TRAIN} ipc pick label_source buffer_path json"}
 OPTIONS[TeslaConfig] = OPTIONS[DistillConfig]
 
 

@@ -1,18 +1,22 @@
 """`distill/baseline.py`: real images in the place of a distilled set, which distillation has to beat."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
 from distill.distilled_set import DistilledSet
+from distill.evaluate.coreset import CORESETS, coreset
 from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
-from distill.initialize import drawn_again, expert_labels, random_real
+from distill.initialize import drawn_again, expert_labels, predicted_correctly, random_real
 from utils.config import BaselineConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor, cut, tiled
 from utils.errors import UserError
 from utils.parameters import FlatModel
+from utils.program.console import note
 from utils.program.prepare import begin, network_for
 from utils.program.seeds import generator
 
@@ -28,14 +32,26 @@ def evaluate_real(config: BaselineConfig) -> None:
     _, dataset = begin(config)
     check_pool(config, dataset)
     check_factor(config.factor, dataset.image_size)
+    check_sizes(config, dataset)
     sets, what = real_sets(config, dataset)
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
-    notes += drawn_again(dataset, config.ipc * config.factor**2) if config.ipc else []
+    if config.pick in CORESETS:
+        notes = [f"each chosen by one of {len(sets)} experts, for the networks in turn"] if len(sets) > 1 else []
+    notes += drawn_again(dataset, per_class(config)) if config.ipc else []
     evaluate_and_say(config, dataset, sets, what, *notes)
 
 
+def per_class(config: BaselineConfig) -> int:
+    """How many real images: f² in each of ipc."""
+    return config.ipc * config.factor**2
+
+
+def labelled_by_experts(config: BaselineConfig) -> bool:
+    return config.label_source == "experts" or (config.label_source == "auto" and config.pick != "random")
+
+
 def check_experts(config: BaselineConfig) -> None:
-    """Refuses a factor of all images, and experts that cannot label the images, where they are to.
+    """Refuses a factor of all images, and experts that cannot choose or label the images, where they are to.
 
     Raises:
         UserError
@@ -43,26 +59,66 @@ def check_experts(config: BaselineConfig) -> None:
     if config.ipc is None and config.factor > 1:
         raise UserError(f"--factor {config.factor} --ipc None: the whole training set is used as it is; give --ipc a "
                         "number")
-    if config.label_source == "experts":
+    if config.pick != "random" or labelled_by_experts(config):
+        asked = "--label_source experts" if config.pick == "random" else f"--pick {config.pick}"
         if config.ipc is None:
-            raise UserError("--label_source experts --ipc None: expert labels are for random images; give --ipc a "
-                            "number")
+            raise UserError(f"{asked} --ipc None: experts choose and label a number of images per class, and not the "
+                            "whole training set; give --ipc a number")
         require_experts(buffer_folder(config))
         check_same_data(buffer_folder(config), config)
+
+
+def check_sizes(config: BaselineConfig, dataset: Dataset) -> None:
+    """Refuses a coreset of more images than a class has.
+
+    Raises:
+        UserError
+    """
+    if config.pick in CORESETS:
+        size, name = min((len(dataset.class_indices(label)), name) for label, name in enumerate(dataset.classes))
+        if size < per_class(config):
+            raise UserError(f"--pick {config.pick} chooses {per_class(config)} images per class, and class {name} has "
+                            f"{size}; give a smaller --ipc, or another --pick")
 
 
 def drawn(config: BaselineConfig, dataset: Dataset) -> list[Tensor]:
     """Indices [K·ipc·f²] of random training images, classes in order; others for each network evaluated, because
     at few images a class the draw weighs more than the initialisation.
     """
-    return [random_real(dataset, config.ipc * config.factor**2, generator(config.seed, "baseline", number))
-            for number in range(config.num_eval)]
+    return [random_real(dataset, per_class(config), random) for random in _draws(config)]
+
+
+def _draws(config: BaselineConfig) -> list[torch.Generator]:
+    return [generator(config.seed, "baseline", number) for number in range(config.num_eval)]
+
+
+def chosen_by(buffer: Buffer, config: BaselineConfig, dataset: Dataset) -> list[Tensor]:
+    """Indices as those of `drawn`, of images that experts choose; a coreset by each of several experts, as many as
+    there are networks."""
+    if config.pick in CORESETS:
+        order = torch.randperm(len(buffer), generator=generator(config.seed, "baseline"))[:config.num_eval].tolist()
+        return [coreset(config.pick, buffer.model, theta, dataset, per_class(config))
+                for theta in last_snapshots(buffer, dataset, order)]
+    found = [predicted_correctly(buffer.model, lambda: last_snapshots(buffer, dataset), dataset, per_class(config),
+                                 random) for random in _draws(config)]
+    for line in dict.fromkeys(line for _, lines in found for line in lines):
+        note(f"note: {line}")
+    return [indices for indices, _ in found]
+
+
+def last_snapshots(buffer: Buffer, dataset: Dataset, order: Sequence[int] | None = None) -> Iterator[Tensor]:
+    """Of all experts, or of these."""
+    return (buffer.snapshot(number, -1).to(dataset.device) for number in order or range(len(buffer)))
+
+
+ADJECTIVES = {"random": "random", "correct": "rightly predicted", "herding": "herded", "k_center": "k-center"}
 
 
 def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledSet], str]:
     """Real images as sets, on the dataset's device, and what they are, in words.
 
-    Random ones: `num_eval` sets, each drawn anew. The whole training set: one.
+    Random ones: `num_eval` sets, each drawn anew. Those that experts choose: see `chosen_by`. The whole training set:
+    one.
 
     Raises:
         UserError: experts of other images, or damaged.
@@ -71,20 +127,20 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
     lr = torch.tensor(config.lr_teacher, device=device)
     if config.ipc is None:
         return [DistilledSet(images.to(device), labels, lr)], "the whole training set"
-    what = f"{config.ipc} random real images per class"
-    chosen = torch.cat(drawn(config, dataset)).to(device)
-    images, labels = tiled(images[chosen], config.factor), labels[chosen]
-    if config.label_source == "experts":
-        model = FlatModel(network_for(config.model, dataset).to(device))
+    what = f"{config.ipc} {ADJECTIVES[config.pick]} real images per class"
+    by_experts, picked = labelled_by_experts(config), config.pick != "random"
+    if by_experts or picked:
         check_same_images(buffer_folder(config), dataset)
-        buffer = Buffer(buffer_folder(config), model)
+        buffer = Buffer(buffer_folder(config), FlatModel(network_for(config.model, dataset).to(device)))
         buffer.verify()
-        thetas = (buffer.snapshot(number, -1).to(device) for number in range(len(buffer)))
-        labels, _ = expert_labels(model, thetas, cut(images, config.factor), labels)
+    chosen = torch.cat(chosen_by(buffer, config, dataset) if picked else drawn(config, dataset)).to(device)
+    images, labels = tiled(images[chosen], config.factor), labels[chosen]
+    if by_experts:
+        labels, _ = expert_labels(buffer.model, last_snapshots(buffer, dataset), cut(images, config.factor), labels)
         what += " with expert labels"
     if config.factor > 1:
         what += f", factor {config.factor}"
     each_has = config.ipc * dataset.num_classes
     sets = [DistilledSet(*parts, lr) for parts in zip(images.split(each_has),
-                                                      labels.split(each_has * config.factor**2))]
+                                                      labels.split(per_class(config) * dataset.num_classes))]
     return sets, what

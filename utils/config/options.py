@@ -239,8 +239,12 @@ class EvaluationConfig(TrainConfig):
 class BaselineConfig(TrainConfig):
     """Training on real images, `distill/baseline.py`."""
 
-    ipc: Count | None = option(MAIN, 1, "random real images per class; None: the whole training set")
-    label_source: Literal["hard", "experts"] = option(METHOD, "hard", "the images' own labels, or, as DATM starts, "
-                                                      "the mean logits of the experts that are right")
-    buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts, for label_source experts")
+    ipc: Count | None = option(MAIN, 1, "real images per class; None: the whole training set")
+    pick: Literal["random", "correct", "herding", "k_center"] = option(
+        MAIN, "random", "which ones; correct: random ones that an expert predicts correctly, as DATM starts; or a "
+        "coreset in an expert's features, by herding or greedy k-center")
+    label_source: Literal["auto", "hard", "experts"] = option(
+        METHOD, "auto", "the images' own labels, or the mean logits of the experts that are right; auto: hard for "
+        "random images, else experts")
+    buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts that choose and label")
     json: FilePath = option(FILES, "", "write the result to this file", decides=False, writes="json:what")
