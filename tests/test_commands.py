@@ -15,6 +15,7 @@ from buffer.experts import train_expert
 from buffer.trajectories import buffer_folder, check_same_kind, made_by
 from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
+from distill.evaluate.coreset import CORESETS, expert_features
 from distill.initialize import expert_labels
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
 from utils.data.datasets import load_dataset
@@ -397,30 +398,58 @@ def test_baseline_of_random_images_from_the_root(run, tmp_path):
     assert "\n2 random real images per class: 20 images" in done.stdout
 
 
-def test_baseline_with_expert_labels_from_inside_its_folder(run, toy, toy_experts, tmp_path):
+def test_baseline_by_experts_from_inside_its_folder(run, toy, toy_experts, tmp_path):
     inside = REPOSITORY / "distill"
-    done = run("baseline.py", *toy.evaluate, "--ipc=2", "--label_source=experts", "--num_eval=1", "--json",
+    done = run("baseline.py", *toy.evaluate, "--ipc=2", "--pick=herding", "--num_eval=1", "--json",
                os.path.relpath(tmp_path / "result.json", inside), "--buffer_path",
                os.path.relpath(toy_experts, inside), cwd=inside)
     check_result(tmp_path / "result.json", ["ConvNetD1W4"], 1, 6)
-    assert "2 random real images per class with expert labels: 6 images" in done.stdout
+    assert "2 herded real images per class with expert labels: 6 images" in done.stdout
 
 
-def test_baseline_labels(call, toy, toy_data, toy_experts):
-    """Hard or by experts, they are the labels of the same random images."""
-    sets = []
-    for source in ("hard", "experts"):
+@pytest.fixture
+def real_sets(call, toy, toy_experts):
+    """Options of baseline.py → the sets that it would test, of two networks and four images per class."""
+    def real_sets(*options):
         with mock.patch("distill.evaluate.real_images.evaluate_and_say") as report:
-            call("distill/baseline.py", *toy.evaluate, "--num_eval=2", "--ipc=4", f"--label_source={source}",
-                 f"--buffer_path={toy_experts}")
-        sets.append(report.call_args.args[2])
+            call("distill/baseline.py", *toy.evaluate, "--num_eval=2", "--ipc=4", f"--buffer_path={toy_experts}",
+                 *options)
+        return report.call_args.args[2]
+
+    return real_sets
+
+
+def test_baseline_labels(real_sets, toy_data, toy_experts):
+    """Hard or by experts, they are the labels of the same random images."""
     classes, drawn = torch.arange(3).repeat_interleave(4), []
-    for hard, soft in zip(*sets, strict=True):
+    for hard, soft in zip(real_sets(), real_sets("--label_source=experts"), strict=True):
         assert torch.equal(hard.images, soft.images) and torch.equal(hard.labels, classes)
         drawn.append(rows_of(hard.images, toy_data.train_images).tolist())
         assert torch.equal(toy_data.train_labels[drawn[-1]], classes) and len(set(drawn[-1])) == 12
         torch.testing.assert_close(soft.labels, mean_of_right(toy_experts, soft.images, classes)[0])
     assert len(drawn) == 2 and drawn[0] != drawn[1]  # images of its own for each network
+
+
+@pytest.mark.parametrize("pick", ["correct", "herding", "k_center"])
+def test_baseline_of_images_that_experts_choose(real_sets, toy_data, toy_experts, pick):
+    """They carry the experts' labels; a coreset is one of some expert's features, for each network another's."""
+    classes, (model, ends) = torch.arange(3).repeat_interleave(4), toy_model(toy_experts)
+    sets = real_sets(f"--pick={pick}")
+    found = [rows_of(each.images, toy_data.train_images) for each in sets]
+    for each, rows in zip(sets, found):
+        assert torch.equal(toy_data.train_labels[rows], classes) and len(set(rows.tolist())) == 12
+        labels, right = mean_of_right(toy_experts, each.images, classes)
+        torch.testing.assert_close(each.labels, labels)
+        assert right.all() or pick != "correct"
+    assert len(found) == 2 and not torch.equal(*found)
+    if pick != "correct":
+        of_class = toy_data.class_indices(2)
+        of_experts = [of_class[CORESETS[pick](features, 4)].tolist() for features in (
+            expert_features(model, theta, toy_data.train_images[of_class]) for theta in ends)]
+        assert all(rows[8:].tolist() in of_experts for rows in found)
+        assert not torch.equal(real_sets(f"--pick={pick}", "--num_eval=1", "--seed=2")[0].images, sets[0].images)
+        (hard, _) = real_sets(f"--pick={pick}", "--label_source=hard")
+        assert torch.equal(hard.labels, classes) and torch.equal(hard.images, sets[0].images)
 
 
 def test_baseline_of_the_whole_training_set_learns(call, toy, tmp_path):

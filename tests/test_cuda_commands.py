@@ -129,16 +129,16 @@ def test_a_dry_run_says_what_a_gpu_holds(distil):
 
 @pytest.mark.parametrize("script, options", [
     ("distill/baseline.py", ["--ipc=2", "--eval_mode=C", "--num_eval=2"]),
-    ("distill/baseline.py", ["--ipc=2", "--label_source=experts"]),
+    ("distill/baseline.py", ["--ipc=2", "--pick=herding"]),
     ("distill/evaluation.py", ["--model=ConvNetD1W4BN"]),
     ("distill/evaluation.py", ["--robust_score", "--epoch_eval_real=1"])],
-    ids=["pool", "experts' labels", "batch norm", "robust score"])
+    ids=["pool", "coreset", "batch norm", "robust score"])
 def test_an_evaluation_is_that_of_the_cpu_and_goes_on(call, toy, toy_experts, distil, tmp_path, script, options):
     """At the next network."""
     if "evaluation" in script:
         folder, _ = distil("set", "--Iteration=0")
         options = [*options, f"--data_dir={folder / 'Normal' / 'distilled.safetensors'}"]
-    if "experts" in str(options) or "--robust_score" in options:
+    if "--pick=herding" in options or "--robust_score" in options:
         options = [*options, f"--buffer_path={toy_experts}"]
 
     def evaluate(name, *more, expect=0):

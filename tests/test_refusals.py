@@ -178,6 +178,11 @@ def test_a_learning_rate_that_would_turn_negative_is_held_and_then_stops_the_run
     (["--ipc=None", "--label_source=experts"], ["--label_source experts --ipc None", "give --ipc a number"]),
     (["--label_source=soft"], ["--label_source soft", "'hard' or 'experts'"]),
     (["--label_source=experts", "--buffer_path=/nowhere"], ["no replay_buffer_*.pt in /nowhere"]),
+    (["--pick=herding", "--buffer_path=/nowhere"], ["no replay_buffer_*.pt in /nowhere"]),
+    (["--pick=k_center", "--model=MLP"], ["no replay_buffer_*.pt in", "same --dataset, --model"]),
+    (["--pick=correct", "--ipc=None"], ["--pick correct --ipc None", "give --ipc a number"]),
+    (["--pick=herding", "--ipc=7", "--factor=2"], ["--pick herding chooses 28 images per class", "class blue has 24"]),
+    (["--pick=centre"], ["--pick centre", "'random', 'correct', 'herding' or 'k_center'"]),
     (["--eval_mode=Z"], ["unknown eval_mode 'Z'"])])
 def test_what_the_baseline_refuses(refused, options, phrases):
     refused(BASELINE, options, phrases)
@@ -490,7 +495,7 @@ def test_a_mistake_of_the_programs_is_not_dressed_as_the_users(monkeypatch, caps
                                             ("--val_fraction=0.25", "val_fraction (0.0 there, 0.25 here)")])
 def test_experts_of_other_data_are_refused(call, toy, toy_experts, tmp_path, option, phrase):
     for script, usual in ((DATM, [*toy.distil, f"--log_path={tmp_path}"]), (BUFFER, toy.train),
-                          (BASELINE, [*toy.evaluate, "--label_source=experts"])):
+                          (BASELINE, [*toy.evaluate, "--pick=correct"])):
         done = call(script, *usual, f"--buffer_path={toy_experts}", option, expect=2)
         check_refusal(done, "were trained on other data", phrase, "another --buffer_path")
 

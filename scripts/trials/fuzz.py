@@ -522,7 +522,8 @@ GOOD = {
     DATM: _EVERY | _TRAINED | _DISTILLED | {"matching": ["exact", "tesla"]},
     TESLA: _EVERY | _TRAINED | _DISTILLED,
     EVALUATION: _EVERY | _TRAINED | _ANY_NETWORK | {"save": ["out/set.safetensors", ""], "lr_dir": [""]},
-    BASELINE: _EVERY | _TRAINED | _ANY_NETWORK | {"ipc": ["1", "2", *UNSET], "label_source": ["hard"]}}
+    BASELINE: _EVERY | _TRAINED | _ANY_NETWORK | {"ipc": ["1", "2", *UNSET], "label_source": ["auto", "hard"],
+                                                  "pick": ["random"]}}
 
 NUMBERS = ["-1", "0", "1", "2", "3", "1.5", "-0.5", "1e-5", "1E3", "1e400", "-1e400", "1e-400", "nan", "NaN", "inf",
            "-inf", "Infinity", "1_0", "_1", "0x10", "0b1", "1e", "+2", "--2", "- 1", " 3 ", "\t2", "1,5", "1/2", "50%",
@@ -551,7 +552,8 @@ ODD_NAMES = {
     "dsa_strategy": ["_", "color_", "color__crop", "COLOR", "colour", "flip,crop"],
     "matching": ["unroll", "Exact", "tesla "], "backend": ["graph", "Plain"], "precision": ["tf32", "fp16", "BF16"],
     "run_name": [".", "..", "...", "a/b", "../x", "\\", " ", "x" * 300, ".hidden", "a\nb", "\x1b[31m", "\udcff", "~"],
-    "label_source": ["experts", "soft"], "rho_max": ["0", "2", "1e30"], "lr_teacher": ["1e30", "0", "1e-300", "1e308"],
+    "label_source": ["experts", "soft"], "pick": ["herding", "correct", "k-center"],
+    "rho_max": ["0", "2", "1e30"], "lr_teacher": ["1e30", "0", "1e-300", "1e308"],
     "lr_img": ["1e38", "1e300"], "lr_lr": ["1e30", "1"], "lr_y": ["1e38"],
     "res": ["4", "16", "7", "1", "1000000", "8x8", "8×12", "x8", "8x", "0x8"],
     "val_fraction": ["0.5", "0.9", "0.99", "1", "1e-9"], "Initialize_Label_With_Another_Model": ["True"],
