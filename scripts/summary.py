@@ -1,8 +1,10 @@
 """A table of results that `evaluation.py` and `baseline.py` wrote with --json.
 
     python scripts/summary.py RESULT.json [RESULT.json …] [--by_network]
+    python scripts/summary.py RUN
 
-With --by_network each result is a row and each network a column: how a set serves other networks (--eval_mode M).
+Of a folder, such as a run's, it takes all results that lie in it. With --by_network each result is a row and each
+network a column: how a set serves other networks (--eval_mode M).
 """
 
 import sys
@@ -10,8 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distill.report.read_run import results_in
 from distill.result_files import EvaluationResult
 from scripts.common import script_parser
+from utils.errors import UserError
 from utils.program.console import table
 from utils.program.entry import entry
 
@@ -21,8 +25,12 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--by_network", action="store_true", help="a row for each result, a column for each network")
     options = parser.parse_args()
-    results = [EvaluationResult.read(path, "give files that evaluation.py or baseline.py wrote with --json")
-               for path in options.results]
+    advice, results = "give files that evaluation.py or baseline.py wrote with --json", []
+    for path in options.results:
+        found = results_in(path) if path.is_dir() else [EvaluationResult.read(path, advice)]
+        if not found:
+            raise UserError(f"{path} is a folder without a result; {advice}")
+        results += found
     if options.by_network:
         networks = list(dict.fromkeys(score.network for result in results for score in result.scores))
         rows = [("set", "images", *networks)]

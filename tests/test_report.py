@@ -394,11 +394,20 @@ def test_a_hundred_classes_stay_readable(runs):
     assert len(re.findall(r"\d+", map_.text)) < 30 and len(source) < 500_000
 
 
-def test_random_images_are_compared_with_where_their_result_lies_in_the_folder(call, copied, toy):
-    call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1",
-         f"--json={copied}/random.json")
-    level = json.loads((copied / "random.json").read_text())["scores"][0]["mean"]
-    assert f"random real images: {100 * level:.2f} %" in report.page(read_run(copied))
+def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(call, copied, runs, toy, toy_experts):
+    """In the chart, and in the numbers of the page and of several runs' page; several seeds are one."""
+    def reached(name, *options):
+        call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1", *options,
+             f"--json={copied}/{name}.json")
+        return 100 * json.loads((copied / f"{name}.json").read_text())["scores"][0]["mean"]
+
+    kinds = {"random real images": [reached("random")], "herded real images with expert labels": [
+        reached(f"herding_{seed}", "--pick=herding", f"--buffer_path={toy_experts}", f"--seed={seed}")
+        for seed in (0, 1)]}
+    page, side = report.page(read_run(copied)), comparison([read_run(copied), read_run(runs[1])])
+    for kind, levels in kinds.items():
+        assert f"{kind}: {np.mean(levels):.2f} %" in page
+        assert all(re.search(rf"As many {kind}<[^0-9]*{np.mean(levels):.2f}\D", source) for source in (page, side))
     # The images' own size, given or not.
     result = json.loads((copied / "random.json").read_text())
     result["config"] |= {"dataset": "MNIST", "res": 28}

@@ -36,6 +36,8 @@ def test_a_result_of_others_does_not_command_the_terminal(call, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(
         {"what": "\x1b]0;title\x07\x1b[31m", "images": 1, "scores": [{"network": "N\x1b[8m", "accuracies": [0.5]}]}))
     out = call("scripts/summary.py", tmp_path / "r.json").stdout
+    (tmp_path / "result.json").write_text("{}")
+    assert call("scripts/summary.py", tmp_path).stdout == out  # of a folder, the results that lie in it
     assert "\\x1b]0;title\\x07\\x1b[31m" in out and not set(out) & {"\x1b", "\x07"}
 
 

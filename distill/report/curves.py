@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -13,10 +12,9 @@ from distill.report.read_run import SavedRun
 from distill.report.svg import Chart, thinned
 from distill.report.template import draw
 from distill.result_files import NORMAL, Iteration, Score
-from utils.config import as_meant
 
 STYLES = 6  # colours and dashes
-LEVELS = 4  # dashes of what accuracies are compared with
+LEVELS = 7  # dashes of what accuracies are compared with
 LEAST_ACCURACY = 10.0  # %, to which the scale of accuracies goes from 0 at least, so that noise looks like noise
 
 
@@ -103,20 +101,11 @@ def _accuracies(runs: dict[str, SavedRun]) -> Markup | None:
 
 def _levels(run: SavedRun) -> list[tuple[str, float]]:
     """What there is to compare a run's accuracies with, as far as it is known: (what, accuracy)."""
-    pictures, evaluations, levels = run.pictures, run.metrics.of_set(NORMAL), []
+    pictures, evaluations = run.pictures, run.metrics.of_set(NORMAL)
     if not evaluations:
         return []
     first = evaluations[0].scores[0]
-    # Random real images, by an evaluation that somebody put beside the run, under the same training.
-    for result in run.beside:
-        here, there = as_meant(run.config), as_meant(result.config)
-        same = all(there.get(name) == here.get(name)
-                   for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
-        network = [score for score in result.scores if score.network == first.network]
-        # Older results say "a class".
-        named = re.fullmatch(rf"{run.config.get('ipc')} (random real images) (?:per|a) class(.*)", result.what)
-        if same and network and named:
-            levels.append(("".join(named.groups()), network[0].mean))
+    levels = [(kind, score.mean) for kind, score in run.real_images.items()]
     if pictures and evaluations[0].iteration == 0:
         began = {"noise": "noise", SAVED: "the saved set"}.get(pictures.began, "real images")
         levels.append((f"the start ({began}{'' if pictures.hard else ', expert labels'})", first.mean))

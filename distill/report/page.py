@@ -68,6 +68,7 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
             ("Measured on", f"{networks} network{'s' * (networks != 1)}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
             *(("Best accuracy of the averaged images (EMA)", in_words(score)) for score in averaged),
+            *((f"As many {kind}", in_words(score)) for kind, score in run.real_images.items()),
             *([(f"Matching loss before → after, over {fixed.segments or ''} fixed segments",
                 _recorded(fixed.segments, lambda _: loss))] if run.finished else []),
             ("Learning rate α of the best set", "not recorded" if math.isnan(best.lr) else f"{best.lr:.4g}"),

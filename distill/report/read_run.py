@@ -1,14 +1,17 @@
 """A run's folder, read: plain data, of which its page is made."""
 
+import contextlib
 import datetime
 import os
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distill.report.page_pictures import PICTURES, Pictures
-from distill.result_files import METRICS, RESULT, EvaluationResult, Metrics, RunResult, result_so_far
+from distill.result_files import METRICS, RESULT, EvaluationResult, Metrics, RunResult, Score, result_so_far
+from utils.config import as_meant
 from utils.errors import UserError
 from utils.files import read_config
 
@@ -44,6 +47,23 @@ class SavedRun:
     def learned_nothing(self) -> bool:
         """Whether every update so far was skipped."""
         return 0 < len(self.metrics.iterations) == len(self.metrics.skipped)
+
+    @property
+    def real_images(self) -> dict[str, Score]:
+        """What as many real images reached under the same training, by results that lie beside the run: kind, in words
+        → its score, over all results of that kind (several seeds)."""
+        network, here = self.result.best.scores[0].network, as_meant(self.config)
+        accuracies: dict[str, list[float]] = {}
+        for result in self.beside:
+            there = as_meant(result.config)
+            same = all(there.get(name) == here.get(name)
+                       for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
+            # Older results say "a class".
+            named = re.fullmatch(rf"{self.config.get('ipc')} (.+ real images) (?:per|a) class(.*)", result.what)
+            for score in result.scores if same and named else ():
+                if score.network == network:
+                    accuracies.setdefault("".join(named.groups()), []).extend(score.accuracies)
+        return {kind: Score(network, of_kind) for kind, of_kind in accuracies.items()}
 
 
 def read_run(path: Path) -> SavedRun:
@@ -84,15 +104,14 @@ def read_run(path: Path) -> SavedRun:
         written = datetime.datetime.fromtimestamp((path / METRICS).stat().st_mtime).astimezone()
         as_of = written.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     return SavedRun(path, {str(name): value for name, value in config.items()}, metrics, result, pictures, missing,
-                    as_of, list(_beside(path)))
+                    as_of, results_in(path))
 
 
-def _beside(path: Path):
-    """Results of evaluations that somebody put into the folder."""
-    for file in sorted(path.glob("*.json")):
-        if file.name.startswith(Path(RESULT).stem):
-            continue
-        try:
-            yield EvaluationResult.read(file, "")
-        except UserError:  # whatever else lies there
-            continue
+def results_in(folder: Path) -> list[EvaluationResult]:
+    """Results of evaluations that somebody put into a folder."""
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        if not file.name.startswith(Path(RESULT).stem):
+            with contextlib.suppress(UserError):  # whatever else lies there
+                results.append(EvaluationResult.read(file, ""))
+    return results
