@@ -138,13 +138,16 @@ def front(text):
 
 def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, tmp_path):
     call(EVALUATION, *toy.evaluate, f"--data_dir={whole}", f"--json={tmp_path / 'eval.json'}")
-    call(EXPORT, whole, "--card", "--result", tmp_path / "eval.json", made / "result.json")
+    call("distill/baseline.py", *toy.evaluate, "--ipc=2", f"--json={tmp_path / 'real.json'}")
+    call(EXPORT, whole, "--card", "--result", tmp_path / "eval.json", tmp_path / "real.json", made / "result.json")
     text = (whole.parent / "README.md").read_text()
     assert front(text)["license"] == "unknown" and "dataset-distillation" in front(text)["tags"]
     mean = json.loads((tmp_path / "eval.json").read_text())["scores"][0]["mean"]
     assert f"| ConvNetD1W4 | {100 * mean:.2f} | 1 |" in text  # one network has no deviation
     assert ("python distill/evaluation.py --data_dir=distilled.safetensors --num_eval=1 \\\n    --epoch_eval_train=2\n"
             "```") in text
+    assert "Networks trained on 2 random real images per class, tested on the test images of ImageFolder" in text
+    assert "python distill/baseline.py --dataset=ImageFolder --model=ConvNetD1W4" in text
     assert "chose it on these test images" in text and "6 synthetic images, 2 per class, 3×8×8" in text
     assert "Classes in order: blue, green, red." in text and "syn_steps: 3" in text
     for path in (str(tmp_path), str(toy.data), str(made.parent)):
@@ -209,7 +212,7 @@ def changed(text, **values):
     (lambda text: changed(text, scores=[{}]), "is not a result"),
     (lambda text: changed(text, scores=5), "is not a result"),
     (lambda text: changed(text, images=7), "is of 7 images"),
-    (lambda text: changed(text, what="2 random real images per class"), "2 random real images"),
+    (lambda text: changed(text, what="the whole training set"), "the whole training set"),
     (lambda text: None, "No such file")])
 def test_a_result_of_something_else_is_refused(call, toy, whole, tmp_path, change, phrase):
     path = tmp_path / "eval.json"

@@ -15,7 +15,7 @@ from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES
 from distill.result_files import EvaluationResult, RunResult, read_result
 from utils import files
-from utils.config import from_repository
+from utils.config import BaselineConfig, from_repository, worth_giving
 from utils.data.zca import BESIDE, Whitening
 from utils.errors import UserError
 from utils.program.commands import command
@@ -26,6 +26,7 @@ _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K
           ("1M<n<10M", 10_000_000))
 
 
+OF_SET = "distilled images"  # what the result of a set is of, in the file of evaluation.py
 LABELS = "labels.json"
 SEEN = "seen.png"  # what networks see of each image of a factor above 1, in rows
 LONGEST_NAME = 200  # bytes; most file systems take 255
@@ -124,8 +125,8 @@ def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence:
 
     Args:
         path: the set's own file.
-        results: files of `evaluation.py --json`, or the `result.json` of the set's run; without one the card states no
-            accuracy.
+        results: files of `evaluation.py --json`, or of `baseline.py --json` for as many real images, or the
+            `result.json` of the set's run; without one the card states no accuracy.
         licence, source: of the real images, in words; an empty one is unknown.
 
     Raises:
@@ -159,7 +160,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     return TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, distilled=distilled, whitening_beside=whitening_beside, name=name,
         source=source or dataset, licence=licence,
-        results=[(file, result, _command(result.config, made, name) if isinstance(result, EvaluationResult) else "")
+        results=[(file, result, _command(result, made, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
         how=_yaml(how) if how else "# not recorded")
 
@@ -191,10 +192,12 @@ def _block(text: str, language: str = "") -> str:
 TEMPLATES.filters |= {"markdown": _markdown, "code": _code, "block": _block}
 
 
-def _command(options: dict[str, Any], made: dict[str, Any], name: str) -> str:
-    """The evaluation that gave a result: its options that neither the set tells nor are the defaults, less paths."""
-    given = {key: value for key, value in unlike_set(options, made).items() if not key.endswith(("_path", "_dir"))}
-    return command("distill/evaluation.py", {"data_dir": name} | given, from_repository)
+def _command(result: EvaluationResult, made: dict[str, Any], name: str) -> str:
+    """What gave a result: its options that neither the set tells nor are the defaults, less paths."""
+    options = {key: value for key, value in result.config.items() if not key.endswith(("_path", "_dir"))}
+    if result.what != OF_SET:
+        return command("distill/baseline.py", worth_giving(options, BaselineConfig), from_repository)
+    return command("distill/evaluation.py", {"data_dir": name} | unlike_set(options, made), from_repository)
 
 
 def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationResult:
@@ -210,7 +213,9 @@ def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationR
             raise UserError(f"--result {path} is not a result (its config has no dataset or no model); {advice}")
         dataset = result.config["dataset"]
         made_of = distilled.config.get("dataset", dataset)
-        if result.what != "distilled images" or (result.images, dataset) != (len(distilled.images), made_of):
+        comparable = result.what == OF_SET or " real images per class" in result.what
+        if not comparable or (result.images, dataset) != (len(distilled.images), made_of):
             raise UserError(f"--result {path} is of {result.images} images of {dataset} ({result.what}), not of these "
-                            f"{len(distilled.images)} distilled from {made_of}; give the result of this set")
+                            f"{len(distilled.images)} distilled from {made_of}; give the result of this set, or "
+                            "of as many real images")
     return result
