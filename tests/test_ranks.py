@@ -155,8 +155,9 @@ def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(torch
         assert torch.equal(tensor, two[name]), name
 
 
-def test_networks_of_an_evaluation_are_dealt_out(torchrun, toy, tmp_path):
-    arguments = [argument for argument in toy.common if "num_eval" not in argument] + ["--num_eval=3", "--ipc=2"]
+def test_networks_of_an_evaluation_are_dealt_out(torchrun, toy, toy_experts, tmp_path):
+    arguments = [argument for argument in toy.common if "num_eval" not in argument] + [
+        "--num_eval=3", "--ipc=2", "--pick=herding", f"--buffer_path={toy_experts}"]
     for number in (0, 2, 4):
         torchrun(number, "distill/baseline.py", *arguments, f"--json={tmp_path / str(number)}.json")
     scores = [json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in (0, 2, 4)]
