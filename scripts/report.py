@@ -4,9 +4,9 @@
 
 RUN is a run's folder, whose report.html is made again from what lies in it, and its pictures if they are missing. Of
 an unfinished run, going on or stopped, all are made again: they show it as it was when it last wrote to its log, its
-images as they were when it last drew them. The page compares with random real images where the JSON of `baseline.py
---json RUN/random.json` lies in the folder. Of one RUN, --out says where else to put the page. Several are compared in
---out (default: comparison.html in the current folder).
+images as they were when it last drew them. The page compares with as many real images, random ones or a coreset,
+where JSON files of `baseline.py --json RUN/NAME.json` lie in the folder. Of one RUN, --out says where else to put the
+page. Several are compared in --out (default: comparison.html in the current folder).
 """
 
 import sys
