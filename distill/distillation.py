@@ -131,7 +131,8 @@ class Distillation:
         if self.config.labels == "target":
             self.set.labels.copy_(self._labels(self.set, theta_target))
         return match_trajectory(student(self.buffer), theta_start, theta_target, self.set.images, self.set.labels,
-                                self.set.lr, segment.batches, segment.augment, self.config.matching, self.part)
+                                self.set.lr, segment.batches, segment.augment, self.config.matching, self.part,
+                                self.config.adjoint_steps)
 
     def learn(self, iteration: int, segment: Segment, match: Match) -> Iteration:
         """Updates the set, unless the loss exceeds the threshold or is not finite; returns what to record.

@@ -130,7 +130,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, start.images.device, engine,
              f"{config.dataset}, {config.model}, ipc {config.ipc} · {len(buffer)} experts of {buffer.epochs} epochs · "
-             f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs}")
+             f"{plan.gradient_in_words(config)}, M {config.expert_epochs}")
     for note in notes:
         say(config, f"note: {note}")
 
