@@ -4,22 +4,23 @@ import json
 from statistics import median
 
 import pytest
+import torch
 
+from distill.distilled_set import DistilledSet
 from scripts.measure import gradients
 
 
-def test_gradients_are_compared_and_distil_for_the_same_time(call, toy, toy_experts, environment, tmp_path,
+def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_experts, environment, tmp_path,
                                                             monkeypatch, capsys):
-    distil = [*toy.distil, f"--buffer_path={toy_experts}"]
-    call("distill/DATM.py", *distil, f"--log_path={tmp_path}", "--Iteration=0", "--run_name=run")
-    saved = next(tmp_path.rglob("distilled.safetensors"))
+    saved, report, plot = (tmp_path / name for name in ("set.safetensors", "gradients.json", "gradients.png"))
+    DistilledSet(toy_data.train_images[:6], torch.eye(3).repeat_interleave(2, 0), torch.tensor(0.1)).save_whole(
+        saved, toy_data, {})
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     for name, value in (("STEPS", (2, 8)), ("SEEDS", 2), ("DRAWS", 1)):
         monkeypatch.setattr(gradients, name, value)
-    report, plot = tmp_path / "gradients.json", tmp_path / "gradients.png"
-    monkeypatch.setattr("sys.argv", ["gradients.py", *distil, "--Iteration=1", "--syn_steps=8", f"--json={report}",
-                                     f"--png={plot}", f"--distilled={saved}"])
+    monkeypatch.setattr("sys.argv", ["gradients.py", *toy.distil, f"--buffer_path={toy_experts}", "--Iteration=1",
+                                     "--syn_steps=8", f"--json={report}", f"--png={plot}", f"--distilled={saved}"])
     gradients.main()
 
     found = json.loads(report.read_text())
