@@ -32,6 +32,7 @@ def check_options(config: DistillConfig) -> None:
     check_evaluation(config)
     matched_part(config)
     check_unrolled(config)
+    check_truncated(config)
     require_experts(buffer_folder(config))
     check_same_data(buffer_folder(config), config)
 
@@ -48,6 +49,21 @@ def check_unrolled(config: DistillConfig) -> None:
     if config.matching == "unroll" and given:
         raise UserError(f"--matching unroll {' '.join(given)}: the unrolled gradient is plain autograd, whole batches "
                         "in float32; leave that out, or give --matching exact, which has the same gradient")
+
+
+def check_truncated(config: DistillConfig) -> None:
+    """Refuses a truncated gradient of another kind than the exact one, or through more steps than there are.
+
+    Raises:
+        UserError
+    """
+    if config.adjoint_steps and config.matching != "exact":
+        raise UserError(f"--matching {config.matching} --adjoint_steps {config.adjoint_steps}: only the exact gradient "
+                        "can go through a part of the steps; give --matching exact, or leave --adjoint_steps out")
+    if config.adjoint_steps and config.adjoint_steps > config.syn_steps:
+        raise UserError(f"--adjoint_steps {config.adjoint_steps} --syn_steps {config.syn_steps}: the gradient "
+                        f"cannot go through more steps than there are; give {config.syn_steps} or less, or leave "
+                        "--adjoint_steps out")
 
 
 def check_networks(config: DistillConfig, dataset: Dataset) -> None:

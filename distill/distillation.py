@@ -133,7 +133,8 @@ class Distillation:
         if self.config.labels == "target":
             self.set.labels.copy_(self._labels(self.set, samples, theta_target))
         match = match_trajectory(student(self.buffer), theta_start, theta_target, samples, self.set.labels,
-                                 self.set.lr, segment.batches, segment.augment, self.config.matching, self.part)
+                                 self.set.lr, segment.batches, segment.augment, self.config.matching, self.part,
+                                 self.config.adjoint_steps)
         return match._replace(grad_images=cut_adjoint(match.grad_images, self.set.factor))
 
     def learn(self, iteration: int, segment: Segment, match: Match) -> Iteration:

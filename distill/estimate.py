@@ -8,8 +8,16 @@ from typing import NamedTuple
 import torch
 
 from distill.evaluate.train import train_network
-from distill.matching import match_trajectory
-from distill.plan import batch_size, evaluations, networks, num_samples, set_in_words
+from distill.matching import match_trajectory, matching_loss
+from distill.plan import (
+    batch_size,
+    evaluations,
+    gradient_in_words,
+    matched_steps,
+    networks,
+    num_samples,
+    set_in_words,
+)
 from utils.config import DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
@@ -60,19 +68,25 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     target = theta + 0.01 * torch.randn(theta.shape, generator=random).to(device)
     groups = dsa_groups(config, inner_loop=True)
 
-    def match(steps: int) -> Callable[[], object]:
+    def calls(steps: int) -> tuple[Callable[[], object], Callable[[], object]]:
+        """A match of so many steps, and the training of the student alone."""
         batches = [torch.randperm(samples, generator=random)[:batch].to(device) for _ in range(steps)]
         draws = [augment.draw(groups, batch, dataset.image_size, random) for _ in range(steps)]
         draws = [draw and draw.to(device) for draw in draws]
-        return lambda: match_trajectory(model, theta, target, images, labels, lr, batches, draws, config.matching)
+        given = model, theta, target, images, labels, lr, batches, draws
+        return lambda: match_trajectory(*given, config.matching), lambda: matching_loss(*given)
 
-    few, more = match(FEW), match(MORE)
+    (few, _), (more, train) = calls(FEW), calls(MORE)
     before = reset_peak(device)
     few()  # the first call allocates, and compiles or captures where that is asked for
     captured = torch.cuda.memory_reserved(device) - before if device.type == "cuda" else 0  # and kept
     (_, few_bytes), (more_seconds, more_bytes) = (_measured(each, device) for each in (few, more))
     # Of the exact gradient each further step keeps a θ; of the unrolled one, its graph.
     step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
+    # The steps that a truncated gradient does not go through are trained alone.
+    matched = matched_steps(config)
+    alone = config.syn_steps - matched
+    train_seconds = _measured(train, device)[0] if alone else 0.0
 
     seconds_epoch, _ = _measured(lambda: train_network(
         model, theta, images, labels, LR, epochs=0, batch_size=config.batch_train,
@@ -80,7 +94,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     seconds_test, _ = _measured(lambda: accuracy(lambda x: model(theta, x), dataset.test_images, dataset.test_labels),
                                 device)
     state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
-    return Estimate(more_seconds / MORE * config.syn_steps, config.Iteration,
+    return Estimate((more_seconds * matched + train_seconds * alone) / MORE, config.Iteration,
                     networks(config) * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test),
                     evaluations(config),
                     captured + more_bytes + (config.syn_steps - MORE) * step_bytes + state,
@@ -90,8 +104,8 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
 
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     """`DATM.py --dry_run`: prints the estimate."""
-    print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, {config.matching} gradient "
-          f"({describe_engine(model.engine, batch_size(config, dataset))}), T {config.syn_steps}, on "
+    print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, "
+          f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}), on "
           f"{describe(dataset.device)}:")
     print(estimate(config, dataset, model))
     if "compiled" in model.engine.name:

@@ -130,8 +130,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, start.images.device, engine,
              f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · {len(buffer)} experts of "
-             f"{buffer.epochs} epochs · "
-             f"{config.matching} gradient, T {config.syn_steps}, M {config.expert_epochs}")
+             f"{buffer.epochs} epochs · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
     for note in notes:
         say(config, f"note: {note}")
 

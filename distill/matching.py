@@ -9,7 +9,8 @@ Its gradient with respect to images, labels and α comes in three forms of one s
 
 * `exact`, the default: the adjoint recursion, one step's graph in memory at a time. With λ = ∂loss/∂θ_T and
   s = ⟨∇L(θₜ; xₜ, yₜ), λ⟩, step t contributes ∂α −= s, ∂xₜ = −α ∂s/∂xₜ, ∂yₜ = −α ∂s/∂yₜ, and hands
-  λ ← λ − α ∂s/∂θₜ to the step before it.
+  λ ← λ − α ∂s/∂θₜ to the step before it. Truncated to the last K steps it stops there: the steps before count as
+  given, and contribute nothing.
 * `unroll`: autograd through all T steps. The same numbers, T graphs in memory; kept to be read and to be
   compared with.
 * `tesla` (Cui et al., ICML 2023, as the published DATM_tesla does it): λ is never handed back. No cheaper than
@@ -17,6 +18,7 @@ Its gradient with respect to images, labels and α comes in three forms of one s
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -46,7 +48,7 @@ class Match(NamedTuple):
 
 def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor, images: Tensor, labels: Tensor,
                      lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
-                     method: str = "exact", part: Part | None = None) -> Match:
+                     method: str = "exact", part: Part | None = None, adjoint_steps: int | None = None) -> Match:
     """The loss of one simulated training and its gradient; a pure function of its arguments.
 
     Args:
@@ -59,17 +61,19 @@ def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor
         augment: one draw per inner step, or None for no augmentation.
         method: `exact`, `unroll` or `tesla`.
         part: sum both distances over these parameters only (PAD); None: over all.
+        adjoint_steps: K, of `exact`: through how many of the last steps the gradient goes; None: through all.
 
     Returns:
         The loss and its gradients; a sample that no step used has gradient zero.
     """
     augment = augment if augment is not None else [None] * len(batches)
     assert len(augment) == len(batches), "one augmentation draw per inner step"
+    assert adjoint_steps is None or method == "exact", "the exact gradient alone is truncated"
     if method == "unroll":
         return _unrolled(model, theta_start, theta_target, images, labels, lr, batches, augment, part)
     assert method in METHODS, method
     return _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augment,
-                    part, carry_back=method == "exact")
+                    part, carry_back=method == "exact", steps=adjoint_steps)
 
 
 def matching_loss(model: FlatModel, theta_start: Tensor, theta_target: Tensor, images: Tensor, labels: Tensor,
@@ -151,8 +155,9 @@ def _unrolled(model, theta_start, theta_target, images, labels, lr, batches, aug
     return Match(loss.detach(), grad_images, rest[0] if soft else None, grad_lr)
 
 
-def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augment, part, carry_back: bool) -> Match:
-    """The recursion of the module's docstring; without `carry_back` it is TESLA's."""
+def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augment, part, carry_back: bool,
+             steps: int | None) -> Match:
+    """The recursion of the module's docstring over the last `steps`; without `carry_back` it is TESLA's."""
     soft = labels.is_floating_point()
     images, labels, lr = images.detach(), labels.detach(), lr.detach()
     thetas = _train(model, theta_start, images, labels, lr, batches, augment)
@@ -166,7 +171,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
                       grad_lr=torch.zeros_like(lr), **({"grad_labels": torch.zeros_like(labels)} if soft else {}))
 
     # The same steps in reverse, each revisited with its own draw.
-    for batch, draw in zip(reversed(batches), reversed(augment)):
+    for batch, draw in islice(zip(reversed(batches), reversed(augment)), steps):
         def step(model, kept, batch, theta, *parameters, draw=draw):
             x = kept["images"][batch].requires_grad_()
             augmented = dsa.apply(x, draw and draw.holding(parameters))

@@ -52,7 +52,7 @@ def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
     samples = (config.epoch_eval_train + 1) * num_samples(config, dataset)
     tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
     evaluation = Work(gradients=networks(config) * (samples + tested))
-    return evaluation.total / Work(matched=config.syn_steps * batch_size(config, dataset)).total
+    return evaluation.total / work_of_an_iteration(config, dataset).total
 
 
 def networks(config: DistillConfig) -> int:
@@ -60,9 +60,26 @@ def networks(config: DistillConfig) -> int:
     return config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
 
 
+def matched_steps(config: DistillConfig) -> int:
+    """The inner steps that the gradient goes through, the last ones."""
+    return config.adjoint_steps or config.syn_steps
+
+
+def work_of_an_iteration(config: DistillConfig, dataset: Dataset) -> Work:
+    """Its inner steps together."""
+    matched, batch = matched_steps(config), batch_size(config, dataset)
+    return Work(gradients=(config.syn_steps - matched) * batch, matched=matched * batch)
+
+
 def work_of(config: DistillConfig, dataset: Dataset) -> Work:
     """All inner steps of a run together."""
-    return Work(matched=config.Iteration * config.syn_steps * batch_size(config, dataset))
+    return Work(*(config.Iteration * part for part in work_of_an_iteration(config, dataset)))
+
+
+def gradient_in_words(config: DistillConfig) -> str:
+    """Such as `exact gradient, T 20`."""
+    truncated = f" truncated to the last {config.adjoint_steps}" if config.adjoint_steps else ""
+    return f"{config.matching} gradient, T {config.syn_steps}{truncated}"
 
 
 def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:

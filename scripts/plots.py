@@ -92,6 +92,21 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, boo
         rows[0][0].set_ylabel("test accuracy, %")
 
 
+def save_by_steps(path: Path, panels: dict[str, dict[tuple[int, str], tuple[float, float]]]) -> None:
+    """A PNG of what gradients are worth, a panel for each measure and a line for each gradient.
+
+    Args:
+        panels: title → (inner steps T, gradient) → mean, standard deviation.
+    """
+    with drawing(path, 1, len(panels), size=(3.6 * len(panels), 3.4)) as (row,):
+        for axes, (title, points) in zip(row, panels.items()):
+            for gradient in dict.fromkeys(gradient for _, gradient in points):
+                axes.errorbar(*zip(*((steps, *points[steps, of]) for steps, of in points if of == gradient)),
+                              marker=".", capsize=2, linewidth=1, label=gradient)
+            axes.set(title=title, xlabel="inner steps T")
+        row[0].legend(fontsize=8)
+
+
 def _mean_and_spread(axes, at: range, values: np.ndarray, colour: str, label: str) -> None:
     """Mean over the rows, a line, and one standard deviation on each side."""
     values = np.ma.masked_invalid(values)

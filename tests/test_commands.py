@@ -735,11 +735,18 @@ def test_micro_batches_train_the_same_experts(call, toy, toy_experts, tmp_path):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("matching", ["exact", "unroll"])
-def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_experts, tmp_path, matching):
-    arguments = [*toy.distil, f"--log_path={tmp_path / 'out'}", f"--matching={matching}", "--dry_run"]
+@pytest.mark.parametrize("option, gradient, seconds", [
+    ("--matching=unroll", "unroll gradient, T 3", 6),
+    ("--adjoint_steps=1", "exact gradient, T 3 truncated to the last 1", 4)])  # two of three steps at half the time
+def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_experts, tmp_path, monkeypatch, option,
+                                                             gradient, seconds):
+    arguments = [*toy.distil, f"--log_path={tmp_path / 'out'}", option, "--dry_run"]
+    # One step matched, three matched, and where that is asked for three trained alone; then what evaluations take.
+    times = iter([2, 6, *[3] * (seconds == 4), 0, 0])
+    monkeypatch.setattr("distill.estimate._measured", lambda measured, device: (measured(), (next(times), 0))[1])
     done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
-    assert "an iteration takes about" in done.stdout and "GB of data" in done.stdout
+    assert f"{gradient} (" in done.stdout and f"an iteration takes about {seconds} s," in done.stdout
+    assert "GB of data" in done.stdout
     assert "mean matching loss of the first set" in done.stdout and "--lr_teacher=" in done.stdout
     # What a run refuses, it refuses too.
     for options, phrase in (([f"--buffer_path={tmp_path / 'none'}"], "no replay_buffer_*.pt"),

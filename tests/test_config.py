@@ -275,8 +275,9 @@ def test_what_is_computed_makes_the_run_and_not_where_it_lies_or_how_far_it_goes
     ("dataset: MiniFashion", "--res=32", True), ("{dataset: Tiny, res: 64}", "--res=None", True),
     ("dataset: ImageNet", "--res=128", True), ("dataset: ImageNet", "--res=32", False),
     ("dataset: ImageFolder", "--res=32", True), ("dataset: ImageFolder", "--res=28", False),
-    ("dataset: MiniFashion", "--subset=imagewoof", True), ("dataset: ImageNet", "--subset=imagewoof", False)])
-def test_what_asks_for_the_same_images_is_the_same_run(options, other, same, written):
+    ("dataset: MiniFashion", "--subset=imagewoof", True), ("dataset: ImageNet", "--subset=imagewoof", False),
+    ("syn_steps: 20", "--adjoint_steps=20", True), ("syn_steps: 20", "--adjoint_steps=15", False)])
+def test_what_asks_for_the_same_is_the_same_run(options, other, same, written):
     path = written(options)
     one, two = distill_config(path), distill_config(path, other)
     assert (run_id(one, {}) == run_id(two, {})) == same == (not differences(influential(one), identity(two)))

@@ -8,7 +8,7 @@ import fakecuda
 import pytest
 import torch
 from test_engine import assert_close, assert_replays, inputs_of, network_of
-from test_matching import assert_equal_matches, problem
+from test_matching import assert_equal_matches, problem, through_the_last
 
 from buffer.gsam import gsam_gradient
 from distill.distillation import Segment
@@ -82,12 +82,13 @@ def on_the_gpu(given, backend, precision="auto", dtype=torch.float64):
 @pytest.mark.parametrize("name", ["ConvNetD2W4", "ConvNetD2W4GNASMP", "MLP"])
 @pytest.mark.parametrize("backend", ["graph", "compile", "eager", "plain"])
 def test_a_match_equals_one_on_the_cpu(compiled_as_it_is, name, backend):
-    """Uneven chunks, augmented."""
+    """Uneven chunks, augmented; after the whole gradient a truncated one, by the same graphs."""
     given = problem(0, name=name)
-    expected = match_trajectory(**given, method="unroll")
-    found = match_trajectory(**on_the_gpu(given, backend))
-    assert all(each.is_cuda for each in found)
-    assert_equal_matches(type(found)(*(each.cpu() for each in found)), expected, 1e-9)
+    expected = match_trajectory(**given, method="unroll"), through_the_last(given, 2)
+    there = on_the_gpu(given, backend)
+    for found, one in zip((match_trajectory(**there), match_trajectory(**there, adjoint_steps=2)), expected):
+        assert all(each.is_cuda for each in found)
+        assert_equal_matches(type(found)(*(each.cpu() for each in found)), one, 1e-9)
 
 
 @on_a_gpu

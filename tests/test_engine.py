@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_matching import assert_equal_matches, problem
+from test_matching import assert_equal_matches, problem, through_the_last
 
 from distill.matching import match_trajectory
 from utils.derivatives import choose_engine
@@ -249,13 +249,16 @@ def median_error(found, expected):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_a_match_by_hand_equals_the_textbook(name, seed, micro_batch):
-    """Uneven chunks that share images, augmented with the whole strategy."""
+    """Uneven chunks that share images, augmented with the whole strategy; the whole gradient and a truncated one."""
     given = problem(seed, name=name, sizes=(3, 5, 2, 1))
     network = given.pop("model").network
     assert len({draw.group for draw in given["augment"]}) > 1
     exact = match_trajectory(FlatModel(network, micro_batch=micro_batch), **given)
     assert_equal_matches(exact, match_trajectory(FlatModel(network), **given, method="unroll"))
     assert_equal_matches(exact, match_trajectory(FlatModel(network, "plain"), **given))
+    expected, model = through_the_last(given | {"model": FlatModel(network, "plain")}, 2), FlatModel(network)
+    for model.engine in (by_hand(network, micro_batch, plan_compiled=True), FlatModel(network, "eager").engine):
+        assert_equal_matches(match_trajectory(model, **given, adjoint_steps=2), expected)
 
 
 def test_a_match_by_hand_with_repeated_images_and_hard_labels():

@@ -7,7 +7,7 @@ import torch
 
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.matching import METHODS, deep_part, far_part, losses_on_the_way, match_trajectory, matching_loss
+from distill.matching import METHODS, Match, deep_part, far_part, losses_on_the_way, match_trajectory, matching_loss
 from utils.config import DistillConfig, make
 from utils.data import augment
 from utils.networks import build_network
@@ -107,6 +107,30 @@ def test_exact_equals_unroll(strategy, seed):
 def test_exact_equals_unroll_for_other_networks(name):
     given = problem(5, name=name)
     assert_equal_matches(match_trajectory(**given, method="exact"), match_trajectory(**given, method="unroll"))
+
+
+def through_the_last(given, steps):
+    """What `adjoint_steps` is: autograd through the last steps alone, from the θ at which they begin."""
+    start, target, first = given["theta_start"], given["theta_target"], len(given["batches"]) - steps
+    theta = start
+    for batch, draw in zip(given["batches"][:first], given["augment"][:first]):
+        x = augment.apply(given["images"][batch], draw)
+        theta = theta - given["lr"] * given["model"].gradient(theta, x, given["labels"][batch])[2]
+    last = match_trajectory(**given | {"theta_start": theta, "batches": given["batches"][first:],
+                                       "augment": given["augment"][first:]}, method="unroll")
+    # Its loss is relative to the distance from there.
+    nearer = (theta - target).square().sum() / (start - target).square().sum()
+    return Match(*(each * nearer for each in last))
+
+
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_a_truncated_gradient_goes_through_the_last_steps_alone(steps):
+    given = problem(0)
+    exact, truncated = match_trajectory(**given), match_trajectory(**given, adjoint_steps=steps)
+    assert_equal_matches(truncated, through_the_last(given, steps))
+    assert torch.equal(truncated.loss, exact.loss)
+    for one, other in zip(truncated[1:], exact[1:]):
+        assert torch.equal(one, other) == (steps == 5)
 
 
 def test_an_image_repeated_within_a_step_and_across_steps():

@@ -278,7 +278,8 @@ def test_only_one_rule_chooses_the_matched_part():
         matched_part(make(DistillConfig, depth_ratio=0.5, loss_ratio=0.5))
 
 
-@pytest.mark.parametrize("option", ["--depth_ratio=0.5", "--loss_ratio=0.5", "--lr_param=log", "--labels=soft"])
+@pytest.mark.parametrize("option", ["--depth_ratio=0.5", "--loss_ratio=0.5", "--lr_param=log", "--labels=soft",
+                                    "--adjoint_steps=1"])
 def test_each_option_changes_the_distilled_images(call, toy, toy_experts, tmp_path, option):
     made = []
     for name, options in (("with", [option]), ("without", [])):

@@ -74,12 +74,13 @@ OPTIONS = {
     BufferConfig: f"{DATA} num_experts train_epochs lr_teacher batch_train mom l2 rho_max rho_min alpha adaptive decay "
                   "pad init_ratio add_end_epoch rm_epoch_first rm_epoch_second rm_easy_ratio_first "
                   "rm_easy_ratio_second micro_batch resume save_interval buffer_path",
-    DistillConfig: f"{TRAIN} ipc Iteration matching labels lr_param ema ema_decay depth_ratio loss_ratio lr_img lr_lr "
-                   "lr_y Momentum_y batch_syn pix_init expert_epochs syn_steps min_start_epoch max_start_epoch "
-                   "Sequential_Generation current_max_start_epoch expansion_end_epoch threshold load_all max_files "
-                   "max_experts Initialize_Label_With_Another_Model Initialize_Label_Model Initialize_Label_Model_Dir "
-                   "Label_Model_Timestamp eval_it skip_first_eva buffer_path log_path resume run_name force_save "
-                   "record_loss wandb project micro_batch dry_run lr_init texture canvas_size canvas_samples",
+    DistillConfig: f"{TRAIN} ipc Iteration matching adjoint_steps labels lr_param ema ema_decay depth_ratio loss_ratio "
+                   "lr_img lr_lr lr_y Momentum_y batch_syn pix_init expert_epochs syn_steps min_start_epoch "
+                   "max_start_epoch Sequential_Generation current_max_start_epoch expansion_end_epoch threshold "
+                   "load_all max_files max_experts Initialize_Label_With_Another_Model Initialize_Label_Model "
+                   "Initialize_Label_Model_Dir Label_Model_Timestamp eval_it skip_first_eva buffer_path log_path "
+                   "resume run_name force_save record_loss wandb project micro_batch dry_run lr_init texture "
+                   "canvas_size canvas_samples",
     EvaluationConfig: f"{TRAIN} data_dir label_dir lr_dir label_kind hard_labels robust_score epoch_eval_real "
                       "buffer_path json save",
     BaselineConfig: f"{TRAIN} ipc pick label_source buffer_path json"}

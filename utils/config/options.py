@@ -151,6 +151,8 @@ class DistillConfig(TrainConfig):
     lr_teacher: AutoRate = option(METHOD, 0.01, "start of the learned learning rate; auto: measured, the rate at which "
                                   "the first set follows the experts best")
     matching: Literal["exact", "unroll", "tesla"] = option(METHOD, "exact", "how the gradient is computed")
+    adjoint_steps: Count | None = option(METHOD, None, "exact: through how many of the last inner steps the gradient "
+                                         "goes, for less time; unset: through all, which alone is exact")
     labels: Literal["learned", "soft", "hard", "target"] = option(
         METHOD, "learned", "soft and learned; soft and fixed; the classes themselves; or, as in TESLA, what the target "
         "expert says of the images at each iteration")

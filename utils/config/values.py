@@ -96,13 +96,15 @@ def identity(config: DataConfig) -> dict[str, Any]:
 
 
 def as_meant(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of which two ways to ask for the same images are one: a dataset's own size is an unset `res`, and a
-    `subset` is of ImageNet only."""
+    """Options of which two ways to ask for the same are one: a dataset's own size is an unset `res`, a `subset` is of
+    ImageNet only, and a gradient through all steps is an unset `adjoint_steps`."""
     dataset, same = str(options.get("dataset")), {}
     if options.get("res") in OWN_SIZES.get(dataset, ()):
         same["res"] = None
     if "subset" in options and dataset in OWN_SIZES and dataset != "ImageNet":
         same["subset"] = DataConfig.subset
+    if options.get("adjoint_steps") and options["adjoint_steps"] == options.get("syn_steps"):
+        same["adjoint_steps"] = None
     return options | same
 
 

@@ -1,0 +1,40 @@
+"""scripts/measure/gradients.py, at a tiny size."""
+
+import json
+from statistics import median
+
+import pytest
+import torch
+
+from distill.distilled_set import DistilledSet
+from scripts.measure import gradients
+
+
+def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_experts, environment, tmp_path,
+                                                            monkeypatch, capsys):
+    saved, report, plot = (tmp_path / name for name in ("set.safetensors", "gradients.json", "gradients.png"))
+    DistilledSet(toy_data.train_images[:6], torch.eye(3).repeat_interleave(2, 0), torch.tensor(0.1)).save_whole(
+        saved, toy_data, {})
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, value in (("STEPS", (2, 8)), ("SEEDS", 2), ("DRAWS", 1)):
+        monkeypatch.setattr(gradients, name, value)
+    monkeypatch.setattr("sys.argv", ["gradients.py", *toy.distil, f"--buffer_path={toy_experts}", "--Iteration=1",
+                                     "--syn_steps=8", f"--json={report}", f"--png={plot}", f"--distilled={saved}"])
+    gradients.main()
+
+    found = json.loads(report.read_text())
+    of = {(each["set"], each["steps"], each["gradient"]): each for each in found["matches"]}
+    assert len(of) == 2 * 2 * 5 and plot.read_bytes()[1:4] == b"PNG"
+    for (_, steps, gradient), each in of.items():
+        assert len(each["cosines"]) == len(each["seconds"]) == 2
+        if gradient == "exact" or (steps, gradient) == (2, "last 3/4"):  # which is through both steps
+            assert each["cosines"] == pytest.approx([1] * 2, abs=1e-6)
+        else:
+            assert all(0 < cosine < 1 - 1e-9 for cosine in each["cosines"])
+    budget = median(of["first set", 8, "exact"]["seconds"])
+    for end in found["distillations"]:
+        expected = budget / median(of["first set", end["steps"], end["gradient"]]["seconds"])
+        assert [each["iterations"] for each in end["seeds"]] == [max(1, round(expected))] * 2
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "±" in line]
+    assert [row[2].strip() for row in rows[:-1]] == list(gradients.GRADIENTS) * 2
