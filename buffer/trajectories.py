@@ -91,6 +91,12 @@ def test_accuracies(folder: Path) -> list[float]:
             for expert in manifest.get("experts", [])]
 
 
+def hold_out(folder: Path) -> float:
+    """The fraction of the training images that the experts of a folder did not see, as far as manifests tell."""
+    return next((float(manifest["val_fraction"]) for manifest in _manifests(folder).values()
+                 if "val_fraction" in manifest), 0.0)
+
+
 def check_same_data(folder: Path, config: DataConfig) -> None:
     """Refuses experts that were trained on other data, by the options saved beside them; published ones have none.
 

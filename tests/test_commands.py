@@ -682,6 +682,14 @@ def test_the_best_set_can_be_chosen_on_held_out_images(call, distil, toy, tmp_pa
     eighteenths = [18 * line["scores"][0]["mean"] for line in lines(folder / "metrics.jsonl") if "scores" in line]
     assert len(eighteenths) == 3 and eighteenths == pytest.approx(np.round(eighteenths))
 
+    # Their coreset is of the images that they saw, and tested on the test images all the same.
+    held, whole = (load_dataset("ImageFolder", toy.data, res=8, zca=True, val_fraction=each) for each in (0.25, 0.0))
+    with mock.patch("distill.evaluate.real_images.evaluate_and_say") as report:
+        call("distill/baseline.py", *toy.evaluate, "--ipc=4", "--pick=herding", f"--buffer_path={tmp_path}")
+    _, tested, (coreset,) = report.call_args.args[:3]
+    apart = (coreset.images[:, None] - held.train_images).flatten(2).abs().amax(dim=2).amin(dim=1)
+    assert apart.max() < 1e-3 and tested.fingerprint == whole.fingerprint
+
 
 def test_the_first_evaluation_can_be_skipped(distil):
     folder = distil("--skip_first_eva")

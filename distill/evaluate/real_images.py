@@ -1,11 +1,19 @@
 """`distill/baseline.py`: real images in the place of a distilled set, which distillation has to beat."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_data, check_same_images, require_experts
+from buffer.trajectories import (
+    Buffer,
+    buffer_folder,
+    check_same_data,
+    check_same_images,
+    hold_out,
+    require_experts,
+)
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, coreset
 from distill.evaluate.evaluation_run import evaluate_and_say
@@ -17,7 +25,7 @@ from utils.data.tiles import check_factor, cut, tiled
 from utils.errors import UserError
 from utils.parameters import FlatModel
 from utils.program.console import note
-from utils.program.prepare import begin, network_for
+from utils.program.prepare import begin, load_data, network_for
 from utils.program.seeds import generator
 
 
@@ -28,12 +36,14 @@ def evaluate_real(config: BaselineConfig) -> None:
         UserError: options that do not fit the dataset or the experts.
     """
     check_evaluation(config)
-    check_experts(config)
-    _, dataset = begin(config)
+    chosen_as = as_experts_saw(config)
+    check_experts(chosen_as)
+    device, dataset = begin(config)
     check_pool(config, dataset)
     check_factor(config.factor, dataset.image_size)
-    check_sizes(config, dataset)
-    sets, what = real_sets(config, dataset)
+    source = dataset if chosen_as == config else load_data(chosen_as, device)
+    check_sizes(config, source)
+    sets, what = real_sets(config, source)
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
     if config.pick in CORESETS:
         notes = [f"each chosen by one of {len(sets)} experts, for the networks in turn"] if len(sets) > 1 else []
@@ -44,6 +54,14 @@ def evaluate_real(config: BaselineConfig) -> None:
 def per_class(config: BaselineConfig) -> int:
     """How many real images: f² in each of ipc."""
     return config.ipc * config.factor**2
+
+
+def as_experts_saw(config: BaselineConfig) -> BaselineConfig:
+    """With the images held out that the experts did not see, where they choose or label images for a test on the test
+    images: theirs are of the same space, and whatever beats the rest must not have seen more."""
+    if config.ipc is None or config.val_fraction or (config.pick == "random" and not labelled_by_experts(config)):
+        return config
+    return replace(config, val_fraction=hold_out(buffer_folder(config)))
 
 
 def labelled_by_experts(config: BaselineConfig) -> bool:
