@@ -18,8 +18,7 @@ from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.errors import UserError
 from utils.loss_and_accuracy import accuracy, count_correct
-from utils.memory import sent
-from utils.parameters import FlatModel
+from utils.parameters import FlatModel, descend
 from utils.program import interrupt
 from utils.program.prepare import drawer, flat_model, network_for
 from utils.program.seeds import generator, seeded
@@ -61,10 +60,9 @@ class SavedEpochs:
         return files.load(self._path(epoch), "file of an unfinished expert", mmap=True,
                           advice="delete it, and training goes on from the epoch before")
 
-    def save(self, epoch: int, theta: Tensor, optimiser: torch.optim.Optimizer, network: nn.Module,
+    def save(self, epoch: int, theta: Tensor, velocity: Tensor | None, network: nn.Module,
              reached: Epoch | None) -> None:
-        momentum = optimiser.state.get(theta, {}).get("momentum_buffer")
-        files.save({"theta": theta.detach().cpu(), "momentum": None if momentum is None else momentum.cpu(),
+        files.save({"theta": theta.cpu(), "momentum": None if velocity is None else velocity.cpu(),
                     "buffers": {name: each.cpu() for name, each in network.named_buffers()},
                     "reached": reached and reached._asdict()}, self._path(epoch))
 
@@ -106,28 +104,26 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
     draw = drawer(config, dataset, augment.OLDER_FOR_EXPERTS)
 
     theta = model.flatten()
-    optimiser = torch.optim.SGD([theta], config.lr_teacher, momentum=config.mom, weight_decay=config.l2)
+    velocity = torch.zeros_like(theta) if config.mom else None
     snapshots = torch.empty(config.train_epochs + 1, model.num_parameters)
     snapshots[0] = theta
-    first = 0 if saved is None else _restore(saved, snapshots, theta, optimiser, network, report)
+    first = 0 if saved is None else _restore(saved, snapshots, theta, velocity, network, report)
+    kept = kept_of(model, theta, velocity)
+    theta, velocity = kept["theta"], kept.get("velocity")
     for epoch in range(first, config.train_epochs):
         random = generator(config.seed, "expert", number, "epoch", epoch)
         network.train()
-        total_loss = torch.zeros((), device=device)
-        correct = torch.zeros((), dtype=torch.long, device=device)
+        kept["total_loss"].zero_()
+        kept["correct"].zero_()
         images = torch.arange(len(dataset.train_labels)) if curriculum is None else curriculum.indices(epoch)
-        (order,) = sent([images[torch.randperm(len(images), generator=random)]], device)
+        order = images[torch.randperm(len(images), generator=random)]
+        draws, (order,) = augment.together([draw(len(batch), random) for batch in order.split(config.batch_train)],
+                                           [order], device)
         batches = order.split(config.batch_train)
-        for step, batch in enumerate(batches, start=1):
+        for count, (batch, drawn) in enumerate(zip(batches, draws, strict=True), start=1):
             interrupt.check()
-            drawn = draw(len(batch), random)
-            x = augment.apply(dataset.train_images[batch], drawn and drawn.to(device))
-            y = dataset.train_labels[batch]
-            loss, logits, theta.grad = gsam_gradient(model, theta, x, y, config.rho_max, config.alpha, config.adaptive)
-            optimiser.step()
-            total_loss += loss * len(batch)
-            correct += count_correct(logits, y)
-            progress(epoch + step / len(batches))
+            train_step(config, model, kept, dataset.train_images[batch], dataset.train_labels[batch], drawn)
+            progress(epoch + count / len(batches))
 
         snapshots[epoch + 1] = theta
         network.eval()
@@ -135,18 +131,40 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
         if not theta.isfinite().all():
             raise DivergedError(f"expert {number} diverged in epoch {epoch + 1}: its parameters are no longer finite; "
                             f"lower --lr_teacher (now {config.lr_teacher:g}) or --rho_max (now {config.rho_max:g})")
-        reached = Epoch(epoch + 1, float(total_loss) / len(order), float(correct) / len(order), tested)
+        reached = Epoch(epoch + 1, float(kept["total_loss"]) / len(order), float(kept["correct"]) / len(order),
+                        tested)
         if saved is not None:
-            saved.save(epoch + 1, theta, optimiser, network, reached)
+            saved.save(epoch + 1, theta, velocity, network, reached)
         report(reached)
     return model, snapshots
 
 
-def _restore(saved: SavedEpochs, snapshots: Tensor, theta: Tensor, optimiser: torch.optim.Optimizer,
-             network: nn.Module, report: Callable[[Epoch], None]) -> int:
+def kept_of(model: FlatModel, theta: Tensor, velocity: Tensor | None) -> dict[str, Tensor]:
+    """What `train_step` changes: θ [P], the momentum [P] if there is one, and sums over the samples of an epoch."""
+    return model.keep(theta=theta, total_loss=theta.new_zeros(()), correct=theta.new_zeros((), dtype=torch.long),
+                      **({} if velocity is None else {"velocity": velocity}))
+
+
+def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], x: Tensor, y: Tensor,
+               drawn: augment.Draw | None) -> None:
+    """A step of GSAM on a batch [B, C, H, W] that is augmented as drawn; on a GPU whole from one graph."""
+    def step(engine, kept, x, y, *parameters):
+        x = augment.apply(x, drawn and drawn.holding(parameters))
+        loss, logits, direction = gsam_gradient(engine, kept["theta"], x, y, config.rho_max, config.alpha,
+                                                config.adaptive, model.network)
+        loss, right = loss * len(x), count_correct(logits, y)
+        descend(kept["theta"], direction, kept.get("velocity"), config.lr_teacher, config.mom, config.l2)
+        kept["total_loss"] += loss
+        kept["correct"] += right
+
+    model.run(("descend", augment.operations(drawn)), step, kept, x, y, *augment.tensors(drawn))
+
+
+def _restore(saved: SavedEpochs, snapshots: Tensor, theta: Tensor, velocity: Tensor | None, network: nn.Module,
+             report: Callable[[Epoch], None]) -> int:
     """Takes up the saved epochs, or saves the initialisation; returns how many there are beside that."""
     if not len(saved):
-        saved.save(0, theta, optimiser, network, None)
+        saved.save(0, theta, velocity, network, None)
     for epoch in range(len(saved)):
         state = saved[epoch]
         if state["theta"].shape != snapshots[epoch].shape:
@@ -155,8 +173,8 @@ def _restore(saved: SavedEpochs, snapshots: Tensor, theta: Tensor, optimiser: to
         if state["reached"]:
             report(Epoch(**state["reached"]))
     theta.copy_(snapshots[len(saved) - 1])
-    if state["momentum"] is not None:
-        optimiser.state[theta]["momentum_buffer"] = state["momentum"].clone().to(theta)
+    if velocity is not None and state["momentum"] is not None:  # earlier versions had none before the first step
+        velocity.copy_(state["momentum"])
     for name, each in network.named_buffers():
         each.copy_(state["buffers"][name])
     return len(saved) - 1

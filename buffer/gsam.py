@@ -30,7 +30,7 @@ def surrogate_gap(gradient: Tensor, perturbed: Tensor, alpha: float) -> Tensor:
 
 
 def gsam_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, rho: float, alpha: float,
-                  adaptive: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+                  adaptive: bool = True, network: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The descent direction of one GSAM step on one (already augmented) batch.
 
     With rho 0 it is the plain gradient and the second pass is left out.
@@ -38,6 +38,7 @@ def gsam_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, rho: fl
     Args:
         theta: θ [P].
         x, y: images [B, C, H, W] and classes [B].
+        network: the model's, where `model` is its engine alone.
 
     Returns:
         (loss at θ, logits at θ [B, K], direction [P]), all detached.
@@ -45,7 +46,7 @@ def gsam_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, rho: fl
     loss, logits, gradient = model.gradient(theta, x, y)
     if rho == 0:
         return loss, logits, gradient
-    with frozen_batch_norm_statistics(model.network):
+    with frozen_batch_norm_statistics(network or model.network):
         _, _, perturbed = model.gradient(theta + ascent(theta, gradient, rho, adaptive), x, y)
     return loss, logits, surrogate_gap(gradient, perturbed, alpha)
 

@@ -4,7 +4,6 @@ Everything random in iteration `it` comes from a generator addressed (seed, "ite
 the mathematics, so that an iteration can be repeated without the ones before it, and shared among ranks.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut_adjoint
 from utils.errors import UserError
-from utils.memory import sent
 from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.prepare import dsa_groups
@@ -55,11 +53,8 @@ class Segment:
 
     def to(self, device: torch.device) -> "Segment":
         """On `device`, all of it by one copy."""
-        draws = [augment.tensors(draw) for draw in self.augment]
-        there = iter(sent([*self.batches, *itertools.chain(*draws)], device))
-        return replace(self, batches=[next(there) for _ in self.batches],
-                       augment=[draw and draw.holding([next(there) for _ in tensors])
-                                for draw, tensors in zip(self.augment, draws)])
+        draws, batches = augment.together(self.augment, self.batches, device)
+        return replace(self, batches=batches, augment=draws)
 
 
 def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, int], num_samples: int,

@@ -10,9 +10,12 @@ import torch
 from test_engine import assert_close, assert_replays, inputs_of, network_of
 from test_matching import assert_equal_matches, problem, through_the_last
 
+from buffer.experts import kept_of, train_step
 from buffer.gsam import gsam_gradient
 from distill.distillation import Segment
+from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
+from utils.config import BufferConfig, make
 from utils.data import augment
 from utils.derivatives import choose_engine
 from utils.derivatives import engine as engines
@@ -240,6 +243,41 @@ def test_launches_and_waits_of_an_inner_step_are_counted(stand_in, strategy, mos
     few, more = seen(2), seen(4)
     assert more.counts["graph"] - few.counts["graph"] == 4
     assert (more.launches - few.launches) / 2 <= most
+
+
+@on_a_gpu
+@pytest.mark.parametrize("strategy", ["none", "crop", "color", "flip"])
+def test_launches_and_waits_of_a_training_step_are_counted(stand_in, strategy):
+    """Of an expert and of an evaluation: a graph and what is around it; an epoch's draws go there together."""
+    model = FlatModel(build_network("ConvNetD3W4", 3, 10, (32, 32)).cuda(), "graph")
+    images, soft, hard = torch.zeros(40, 3, 32, 32).cuda(), torch.zeros(40, 10).cuda(), torch.zeros(40).long().cuda()
+    groups = augment.parse_strategy(strategy)
+
+    def draw(batch, random):
+        return augment.draw(groups, batch, (32, 32), random)
+
+    def evaluated(steps):
+        train_network(model, model.flatten(), images[:10 * steps], soft[:10 * steps], 0.1, epochs=0, batch_size=10,
+                      draw=draw, random=torch.Generator())
+
+    def trained(steps):
+        config, kept = make(BufferConfig, mom=0.5), kept_of(model, model.flatten(), model.flatten())
+        draws, (order,) = augment.together([draw(10, torch.Generator()) for _ in range(steps)],
+                                           [torch.arange(10 * steps)], "cuda")
+        for batch, drawn in zip(order.split(10), draws):
+            train_step(config, model, kept, images[batch], hard[batch], drawn)
+
+    for train in (evaluated, trained):
+        train(4)
+        seen = []
+        for steps in (2, 4):
+            with stand_in.watch() as at_work:
+                train(steps)
+            assert not at_work.errors and not at_work.counts["sync"], at_work
+            seen.append(at_work)
+        few, more = seen
+        assert more.counts["graph"] - few.counts["graph"] == 2
+        assert (more.launches - few.launches) / 2 <= 8
 
 
 @on_a_gpu

@@ -79,7 +79,7 @@ class FlatModel:
             step: changes `kept` only after all else, so that it can be done again; `model` has `gradient` and
                 `adjoint`.
             kept: from `keep`.
-            batch: indices [B].
+            batch: indices [B], or the samples.
         """
         if not isinstance(self.engine, Captured):
             return step(self, kept, batch, *inputs)
@@ -104,6 +104,20 @@ class FlatModel:
                 torch.cuda.empty_cache()
             print(f"note: the GPU's memory is full; from here on {describe_engine(self.engine, batch)}",
                   file=sys.stderr)
+
+
+def descend(theta: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, momentum: float = 0.0,
+            weight_decay: float = 0.0) -> None:
+    """One step of torch's SGD, in place and to the same bits, which a CUDA graph can hold.
+
+    Args:
+        theta, gradient, velocity: θ, ∇L and the momentum [P], zero at first; None without momentum.
+    """
+    if weight_decay:
+        gradient = gradient.add(theta, alpha=weight_decay)
+    if velocity is not None:
+        gradient = velocity.mul_(momentum).add_(gradient)
+    theta.add_(gradient, alpha=-lr)
 
 
 def flatten(parameters: list[Tensor]) -> Tensor:

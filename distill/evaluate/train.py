@@ -7,8 +7,7 @@ from torch import Tensor
 
 from utils.data import augment
 from utils.data.augment import Drawer
-from utils.memory import sent
-from utils.parameters import FlatModel
+from utils.parameters import FlatModel, descend
 
 # The published optimiser.
 MOMENTUM = 0.9
@@ -35,17 +34,22 @@ def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tenso
         random: draws the order of the samples and the augmentation.
     """
     model.network.train()
-    theta = theta.clone()
+    kept = model.keep(theta=theta.clone(), velocity=torch.zeros_like(theta))
     rate = None
     for epoch in range(epochs + 1):
         if rate != learning_rate(lr, epoch, epochs):
             rate = learning_rate(lr, epoch, epochs)
-            optimiser = torch.optim.SGD([theta], rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        (order,) = sent([torch.randperm(len(images), generator=random)], images.device)
-        for batch in order.split(batch_size):
-            drawn = draw(len(batch), random)
-            x = augment.apply(images[batch], drawn and drawn.to(images.device))
-            _, _, theta.grad = model.gradient(theta, x, labels[batch])
-            optimiser.step()
+            kept["velocity"].zero_()
+        order = torch.randperm(len(images), generator=random)
+        draws, (order,) = augment.together([draw(len(batch), random) for batch in order.split(batch_size)], [order],
+                                           images.device)
+        for batch, drawn in zip(order.split(batch_size), draws, strict=True):
+            def step(model, kept, x, y, *parameters, drawn=drawn, rate=rate):
+                x = augment.apply(x, drawn and drawn.holding(parameters))
+                _, _, gradient = model.gradient(kept["theta"], x, y)
+                descend(kept["theta"], gradient, kept["velocity"], rate, MOMENTUM, WEIGHT_DECAY)
+
+            model.run(("descend", rate, augment.operations(drawn)), step, kept, images[batch], labels[batch],
+                      *augment.tensors(drawn))
         on_epoch()
-    return theta
+    return kept["theta"].clone()

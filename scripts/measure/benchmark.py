@@ -49,7 +49,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from buffer.gsam import gsam_gradient
+from buffer.experts import kept_of, train_step
 from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
 from scripts.common import script_parser
@@ -58,7 +58,7 @@ from utils.config import BufferConfig, DistillConfig, make
 from utils.data import augment
 from utils.errors import UserError
 from utils.files import REPOSITORY, write_json
-from utils.loss_and_accuracy import count_correct, cross_entropy
+from utils.loss_and_accuracy import cross_entropy
 from utils.memory import peak, reset_peak
 from utils.networks import build_network
 from utils.parameters import FlatModel
@@ -172,19 +172,15 @@ def expert_calls(shape: Shape, device: torch.device, methods: Sequence[str]) -> 
 
     def epoch(model: FlatModel, method: str) -> None:
         """The epoch of `buffer.experts.train_expert`; `synced` waits for the device at each batch."""
-        synced = method == "synced"
         random = generator("benchmark", "experts", "epoch")
-        theta = model.flatten()
-        optimiser = torch.optim.SGD([theta], EXPERT.lr_teacher)
-        total_loss, correct = 0.0, 0
-        for batch in torch.randperm(number, generator=random).to(device).split(EXPERT.batch_train):
-            drawn = shape.draw(len(batch), random)
-            x, y = augment.apply(images[batch], drawn and drawn.to(device)), labels[batch]
-            loss, logits, theta.grad = gsam_gradient(model, theta, x, y, EXPERT.rho_max, EXPERT.alpha, EXPERT.adaptive)
-            optimiser.step()
-            right = count_correct(logits, y)
-            total_loss += loss.item() * len(batch) if synced else loss * len(batch)
-            correct += right.item() if synced else right
+        kept = kept_of(model, model.flatten(), None)
+        order = torch.randperm(number, generator=random)
+        draws, (order,) = augment.together([shape.draw(EXPERT.batch_train, random) for _ in range(EXPERT_STEPS)],
+                                           [order], device)
+        for batch, drawn in zip(order.split(EXPERT.batch_train), draws, strict=True):
+            train_step(EXPERT, model, kept, images[batch], labels[batch], drawn)
+            if method == "synced":
+                kept["total_loss"].item(), kept["correct"].item()
 
     bare = partial(bare_passes, network, images, labels, EXPERT.batch_train, 2)
     return beside_bare(bare, network, methods, epoch)

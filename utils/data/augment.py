@@ -6,6 +6,7 @@ draws one operation per image instead (`draw_per_image`). Drawing is the only ra
 CPU, so a seed gives the same augmentation on every device; `apply` is pure and differentiable in the images.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,14 @@ def operations(drawn: Draw | None) -> tuple[str, ...]:
 def tensors(drawn: Draw | None) -> list[Tensor]:
     """All parameters of what was drawn, in order; none where nothing was."""
     return [value for values in drawn.parameters.values() for value in values] if drawn else []
+
+
+def together(draws: Sequence[Draw | None], others: Sequence[Tensor], device: torch.device | str
+             ) -> tuple[list[Draw | None], list[Tensor]]:
+    """Several draws and other tensors of the host on `device`, all by one copy; see `sent`."""
+    there = iter(sent([*others, *itertools.chain(*map(tensors, draws))], device))
+    others = [next(there) for _ in others]
+    return [drawn and drawn.holding([next(there) for _ in tensors(drawn)]) for drawn in draws], others
 
 
 def parse_strategy(strategy: str) -> tuple[str, ...]:
