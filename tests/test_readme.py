@@ -98,11 +98,11 @@ def test_the_quickstart_shows_one_set_that_was_not_chosen_on_test_images(quickst
                                                                    "scripts/summary.py"]
 
 
-@pytest.mark.parametrize("ipc", [1, 10, 50])
-def test_the_ready_sets_are_those_that_their_page_tells_of(ipc):
-    path = REPOSITORY / f"results/sets/FashionMNIST_ipc{ipc}.safetensors"
+@pytest.mark.parametrize("name, samples", [("ipc1", 10), ("ipc1_factor2", 40), ("ipc10", 100), ("ipc50", 500)])
+def test_the_ready_sets_are_those_that_their_page_tells_of(name, samples):
+    path = REPOSITORY / f"results/sets/FashionMNIST_{name}.safetensors"
     page = path.with_name("README.md").read_text()
     score = json.loads(path.with_suffix(".json").read_text())["scores"][0]
     assert files.sha256(path) in page and f"{100 * score['mean']:.2f} ± {100 * score['std']:.2f}" in page
     distilled = DistilledSet.load(path)
-    assert len(distilled) == 10 * ipc and distilled.config["dataset"] == "FashionMNIST" and len(distilled.classes) == 10
+    assert len(distilled) == samples and distilled.config["dataset"] == "FashionMNIST" and len(distilled.classes) == 10
