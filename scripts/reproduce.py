@@ -46,7 +46,9 @@ from utils.program.locks import locked
 KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
     "experts", "look", "distillation", "long evaluation", "evaluation", "repetition")
 METHODS = {"random": "random real images", "expert_labels": "those that experts get right, with their labels",
-           "tesla": "TESLA's gradient", "exact": "exact gradient (DATM)"}
+           "herding": "herded ones, with experts' labels", "tesla": "TESLA's gradient",
+           "exact": "exact gradient (DATM)", "random_factor_2": "random real images, four in one",
+           "factor_2": "exact gradient, four images in one (IDC)"}
 # Of the experts' GSAM: FTD's published command, none, and the option's default.
 RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0}
 PER_FILE = BufferConfig().save_interval
@@ -86,6 +88,8 @@ class Form:
     networks: int = 5  # of each evaluation
     cross_lr: dict[str, float] = field(default_factory=dict)  # networks there that another rate is tested on too
     cross_random_lr: float = 0.01  # of random images there
+    coreset: bool = False  # beside the main rows
+    factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class where it is run, its options
     # Where a row fell short: what, images per class, name, window, options.
     tried: tuple[tuple[str, int, str, str, tuple[str, ...]], ...] = ()
 
@@ -115,7 +119,8 @@ SMALL = Form(
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
-    epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, random_lr=0.01, backend="auto")
+    epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
+    factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: ()})
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,14 @@ class Plan:
                                                  f"--lr_teacher={form.random_lr:g}", seeds=range(DRAWS)),
                 "tesla": self._distilled(METHODS["tesla"], ipc, "tesla", "--matching=tesla"),
                 "exact": self._distilled(METHODS["exact"], ipc, "exact")}
+            if form.coreset:
+                self.main[ipc]["herding"] = self._baseline(METHODS["herding"], f"ipc{ipc}_herding", ipc,
+                                                           "--pick=herding", experts="FTD")
+            if ipc in form.factor_2:
+                self.main[ipc]["random_factor_2"] = self._baseline(
+                    METHODS["random_factor_2"], f"ipc{ipc}_random_factor_2", ipc, "--factor=2")
+                self.main[ipc]["factor_2"] = self._distilled(METHODS["factor_2"], ipc, "factor_2", "--factor=2",
+                                                             *form.factor_2[ipc])
             self.tables[_images(ipc)] = list(self.main[ipc].values())
         self.tables["the whole training set"] = [self._baseline(
             "the whole training set", "whole", None, f"--epoch_eval_train={form.whole_epochs}",
@@ -255,11 +268,15 @@ class Plan:
         return Row(says, name, tuple(evaluations), tuple(made_by))
 
     def _baseline(self, says: str, name: str, ipc: int | None, *options: str, lr: float | None = None,
-                  networks: int | None = None) -> Row:
+                  networks: int | None = None, experts: str | None = None) -> Row:
         if ipc is not None:
             options = (*options, f"--epoch_eval_train={self.form.epoch_eval[ipc]}",
                        f"--lr_teacher={lr or self.form.random_lr:g}", "--batch_train=128")
-        return Row(says, name, (self._evaluation("baseline", name, f"--ipc={ipc}", *options, networks=networks),))
+        needs = ()
+        if experts:
+            needs, options = (self.experts[experts],), (*options, f"--buffer_path={self.form.root}/experts/{experts}")
+        return Row(says, name, (self._evaluation("baseline", name, f"--ipc={ipc}", *options, networks=networks,
+                                                 needs=needs),))
 
     def _evaluation(self, program: str, name: str, *options: str, networks: int | None,
                     needs: tuple[Step, ...] = ()) -> Step:
@@ -470,12 +487,17 @@ def write_tables(plan: Plan, results: Results) -> None:
     write_text(results.folder / "tables.md", "\n".join(lines))
 
 
+def methods_of(plan: Plan) -> dict[str, str]:
+    """Those of the main table, in its order."""
+    return {name: says for name, says in METHODS.items() if any(name in rows for rows in plan.main.values())}
+
+
 def _main_table(plan: Plan, results: Results) -> str:
     ipcs = plan.form.ipcs
     none = [""] * (len(ipcs) - 1)
     rows = [["", *(f"{ipc} per class" for ipc in ipcs)]]
-    rows += [[says, *(str(results.cell(plan.main[ipc][name]) or "–") for ipc in ipcs)]
-             for name, says in METHODS.items()]
+    rows += [[says, *(str((name in plan.main[ipc] and results.cell(plan.main[ipc][name])) or "–") for ipc in ipcs)]
+             for name, says in methods_of(plan).items()]
     (whole,) = plan.tables["the whole training set"]
     rows.append(["the whole training set", str(results.cell(whole) or "–"), *none])
     for method, figures in PUBLISHED.items():
@@ -487,7 +509,7 @@ def _main_table(plan: Plan, results: Results) -> str:
 def write_plots(plan: Plan, results: Results) -> None:
     """`accuracy.png` (methods by images per class) and `windows.png`."""
     curves = {says: [(ipc, 100 * cell.score.mean, 100 * cell.score.std) for ipc, rows in plan.main.items()
-                     if (cell := results.cell(rows[name]))] for name, says in METHODS.items()}
+                     if name in rows and (cell := results.cell(rows[name]))] for name, says in methods_of(plan).items()}
     whole = results.cell(plan.tables["the whole training set"][0])
     levels = {"the whole training set": 100 * whole.score.mean} if whole else {}
     published = {f"published: {method}": list(zip(PUBLISHED_IPCS, figures)) for method, figures in PUBLISHED.items()}
