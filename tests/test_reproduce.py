@@ -237,7 +237,7 @@ def test_windows_say_whether_anything_was_learned(tmp_path):
 
 def test_the_pages_have_the_numbers_of_the_results():
     number = r"\d+\.\d+ ± \d+\.\d+"
-    scores = [EvaluationResult.read(path).scores[0].percent
+    scores = [EvaluationResult.read(path, "").scores[0].percent
               for path in (REPOSITORY / "results/FashionMNIST/gpu").glob("*.json") if path.name != "commands.json"]
     section = (REPOSITORY / "results/README.md").read_text()
     small, end = section.index("## Fashion-MNIST, the small form"), section.index("## Settings by")
