@@ -348,7 +348,7 @@ def test_a_set_says_itself_how_it_is_read(call, toy, toy_run, tmp_path):
         found, said = scores(*given)
         assert found == usual and "note:" not in said
     other, said = scores(f"--data_dir={moved}", "--zca=False")
-    assert other != usual and "made with zca True, and is tested with zca False" in said and said.count("note:") == 1
+    assert other != usual and "made with zca True, and here zca is False" in said and said.count("note:") == 1
     other, said = scores(f"--data_dir={run}", "--model=MLP")
     assert other[0]["network"] == "MLP" and "note:" not in said
 
