@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_images
+from buffer.trajectories import Buffer, buffer_folder, check_same_images, in_words
 from distill import checks, estimate, plan, suggest
 from distill.distillation import Distillation
 from distill.distilled_set import WHOLE, DistilledSet
@@ -135,8 +135,8 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     folder.start(saved, MADE, SHOWS)
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, start.images.device, engine,
-             f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · {len(buffer)} experts of "
-             f"{buffer.epochs} epochs · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
+             f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "
+             f"{in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
     for note in notes:
         say(config, f"note: {note}")
 

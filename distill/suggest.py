@@ -21,7 +21,7 @@ from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import finite
 from utils.program import ranks
-from utils.program.console import table
+from utils.program.console import number_of, table
 from utils.program.progress import Progress
 from utils.program.seeds import generator
 
@@ -68,8 +68,9 @@ class Suggestion(NamedTuple):
                   for number, step in enumerate(steps) for at, rate in enumerate(rates))]
         given = " ".join(f"--{name}={value}" for name, value in self.options.items())
         return "\n".join([
-            f"mean matching loss of the first set, for segments of {self.options['expert_epochs']} epochs from epoch s,"
-            " after T steps at a rate of α:", "", table(rows), "", f"settings that fit these experts: {given}",
+            "mean matching loss of the first set, for segments of "
+            f"{number_of(self.options['expert_epochs'], 'epoch')} from epoch s, after T steps at a rate of α:", "",
+            table(rows), "", f"settings that fit these experts: {given}",
             *(f"note: {note}" for note in self.notes)])
 
     def as_json(self) -> dict[str, Any]:
