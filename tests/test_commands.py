@@ -755,7 +755,8 @@ def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_expe
     done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
     assert f"{gradient} (" in done.stdout and f"an iteration takes about {seconds} s," in done.stdout
     assert "GB of data" in done.stdout
-    assert "mean matching loss of the first set" in done.stdout and "--lr_teacher=" in done.stdout
+    assert "(Ctrl-C, if the estimate is enough)" in done.stdout and "--lr_teacher=" in done.stdout
+    assert "mean matching loss of the first set" in done.stdout and "measuring updates 8/8" in done.stderr
     # What a run refuses, it refuses too.
     assert not list(tmp_path.iterdir())
     (tmp_path / "out/ImageFolder/2/ConvNetD1W4/mine/Normal").mkdir(parents=True)
