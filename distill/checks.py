@@ -18,7 +18,7 @@ from utils.derivatives.choose_engine import activation_bytes
 from utils.errors import UserError
 from utils.files import check_is_file
 from utils.memory import available
-from utils.networks import has_batch_norm
+from utils.networks import check_network_name, has_batch_norm
 from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.console import number_of, shown
@@ -36,8 +36,16 @@ def check_options(config: DistillConfig) -> None:
     matched_part(config)
     check_unrolled(config)
     check_truncated(config)
-    require_experts(buffer_folder(config))
-    check_same_data(buffer_folder(config), config)
+    folders = [buffer_folder(config)]
+    if config.Initialize_Label_With_Another_Model:
+        check_network_name(config.Initialize_Label_Model)
+        if not config.Initialize_Label_Model_Dir:
+            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
+                            "that network's replay_buffer_*.pt")
+        folders.append(Path(config.Initialize_Label_Model_Dir))
+    for folder in folders:
+        require_experts(folder)
+        check_same_data(folder, config)
     check_start(config)
 
 

@@ -444,9 +444,10 @@ def test_a_set_of_other_data_is_refused_before_these_are_read(refused, tmp_path)
     fashion, other = "results/sets/FashionMNIST_ipc1.safetensors", ["--dataset=CIFAR10", f"--data_path={tmp_path}"]
     refused(EVALUATION, [f"--data_dir={fashion}", *other], ["--data_dir: the images", "28×28", "CIFAR10 here 32×32"])
     with mock.patch("distill.checks.require_experts"), mock.patch("distill.checks.check_same_data"):
-        for options, phrase in ((["--dataset=SVHN"], "SVHN here 32×32"),
+        labels = ["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=MLP"]
+        for options, phrase in ((["--dataset=SVHN"], "SVHN here 32×32"), (labels, "--Initialize_Label_Model_Dir, the"),
                                 (["--dataset=MNIST", "--zca=False"], "it is whitened (zca), and the data here is not")):
-            refused(DATM, [f"--pix_init={fashion}", f"--data_path={tmp_path}", *options], ["--pix_init", phrase])
+            refused(DATM, [f"--pix_init={fashion}", f"--data_path={tmp_path}", *options], [phrase])
 
 
 # --- where to write ------------------------------------------------------------------------------------------

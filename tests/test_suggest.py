@@ -49,9 +49,9 @@ def test_what_is_doubtful_is_said(of_rates, words):
 def test_what_is_measured_has_the_labels_of_the_run(toy_data, toy_experts, monkeypatch):
     seen, train = [], suggest.losses_on_the_way
 
-    def noted(model, theta, targets, images, labels, **given):
+    def noted(model, theta, targets, images, labels, *others, **given):
         seen.append((targets, labels))
-        return train(model, theta, targets, images, labels, **given)
+        return train(model, theta, targets, images, labels, *others, **given)
 
     monkeypatch.setattr(suggest, "losses_on_the_way", noted)
     folder = next(toy_experts.rglob("replay_buffer_0.pt")).parent
