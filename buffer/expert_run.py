@@ -23,7 +23,7 @@ from utils.networks import check_network_name
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks
 from utils.program.commands import command, say_next
-from utils.program.console import announce, note, say, shown, wrapped
+from utils.program.console import announce, note, number_of, say, shown, wrapped
 from utils.program.locks import LockedError, locked
 from utils.program.prepare import begin, dsa_groups, flat_model, network_for
 from utils.program.progress import Progress
@@ -177,12 +177,13 @@ class ExpertRun:
         """The first lines."""
         config, images = self.config, len(self.dataset.train_labels)
         announce(config, device, describe_engine(self.model.engine, min(config.batch_train, images)),
-                 f"{config.num_experts} experts of {config.train_epochs} epochs: {config.model} on {config.dataset} "
-                 f"({images} images) · {shown(self.folder)}")
+                 f"{trajectories.in_words(config.num_experts, config.train_epochs)}: {config.model} on "
+                 f"{config.dataset} ({images} images) · {shown(self.folder)}")
         if self.resumes:
             say(config, f"going on with an unfinished run: {self.trained} of {config.num_experts} experts are trained")
         elif self.first_number:
-            say(config, f"{self.first_number} experts are there already; this trains others")
+            say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
+                        "others")
 
     @property
     def end_number(self) -> int:
@@ -364,8 +365,8 @@ def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
 
 def _say_where(config: BufferConfig, folder: Path) -> None:
     """Where the experts are, and what to type next."""
-    print(wrapped(f"{config.num_experts} experts of {config.train_epochs} epochs are trained; {shown(folder)} holds "
-                  f"{trajectories.count_experts(folder)} in "
+    trained = trajectories.in_words(config.num_experts, config.train_epochs)
+    print(wrapped(f"trained {trained}; {shown(folder)} holds {trajectories.count_experts(folder)} in "
                   f"{', '.join(path.name for path in trajectories.expert_files(folder))}"))
     say_next(config, "next, to have settings measured that fit them, and the command that distils them:",
              command("scripts/inspect_buffer.py", {"suggest": True, "ipc": 1}, argument=folder))

@@ -22,6 +22,7 @@ from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import read_config, save_config
 from utils.parameters import FlatModel, flatten
+from utils.program.console import number_of
 
 Expert = list[list[Tensor]]
 
@@ -176,6 +177,11 @@ def require_experts(folder: Path) -> None:
     if not expert_files(folder):
         raise UserError(f"no replay_buffer_*.pt in {folder}; train experts with buffer/buffer_FTD.py "
                         "(same --dataset, --model, --zca and --buffer_path), or give --buffer_path")
+
+
+def in_words(experts: int, epochs: int) -> str:
+    """Such as `4 experts of 10 epochs`."""
+    return f"{number_of(experts, 'expert')} of {number_of(epochs, 'epoch')}"
 
 
 def load_experts(path: Path) -> list[Expert]:

@@ -1,24 +1,27 @@
 """What is refused before a distillation begins."""
 
+from pathlib import Path
 from typing import Any
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
 from distill.distillation import matched_part
-from distill.distilled_set import WHOLE
+from distill.distilled_set import WHOLE, DistilledSet
 from distill.evaluate.networks import check_evaluation, check_pool
+from distill.evaluate.saved_set import check_told
 from distill.plan import batch_size, num_samples
 from distill.result_files import NORMAL
 from distill.schedule import start_epoch_bound
-from utils.config import DistillConfig
+from utils.config import STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor
 from utils.derivatives.choose_engine import activation_bytes
 from utils.errors import UserError
+from utils.files import check_is_file
 from utils.memory import available
-from utils.networks import has_batch_norm
+from utils.networks import check_network_name, has_batch_norm
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.console import shown
+from utils.program.console import number_of, shown
 from utils.program.prepare import gpus_of_ranks, network_for
 from utils.program.run_folder import RunFolder
 
@@ -33,8 +36,34 @@ def check_options(config: DistillConfig) -> None:
     matched_part(config)
     check_unrolled(config)
     check_truncated(config)
-    require_experts(buffer_folder(config))
-    check_same_data(buffer_folder(config), config)
+    folders = [buffer_folder(config)]
+    if config.Initialize_Label_With_Another_Model:
+        check_network_name(config.Initialize_Label_Model)
+        if not config.Initialize_Label_Model_Dir:
+            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
+                            "that network's replay_buffer_*.pt")
+        folders.append(Path(config.Initialize_Label_Model_Dir))
+    for folder in folders:
+        require_experts(folder)
+        check_same_data(folder, config)
+    check_start(config)
+
+
+def check_start(config: DistillConfig) -> None:
+    """Refuses a saved set to start from that, as it says of itself, is not of these data.
+
+    Raises:
+        UserError
+    """
+    if config.pix_init in STARTS:
+        return
+    given = f"--pix_init {config.pix_init}"
+    check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
+    distilled = DistilledSet.load(config.pix_init)
+    check_told(config, distilled, given, distilled.config)
+    if (distilled.whitening is not None) != config.zca:
+        raise UserError(f"{given}: it is {'not ' * config.zca}whitened (zca), and the data here "
+                        f"{'is' if config.zca else 'is not'}; give the --zca and the data that it was made with")
 
 
 def check_unrolled(config: DistillConfig) -> None:
@@ -105,7 +134,8 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
         most = buffer.epochs - config.expert_epochs + 1
         advice = f"--max_start_epoch {most} or less" if most > 0 else f"--expert_epochs {buffer.epochs} or less"
         raise UserError(f"--max_start_epoch {config.max_start_epoch} --expert_epochs {config.expert_epochs}: a segment "
-                        f"would end at epoch {last}, but the experts in {buffer.folder} have {buffer.epochs} epochs; "
+                        f"would end at epoch {last}, but the experts in {buffer.folder} have "
+                        f"{number_of(buffer.epochs, 'epoch')}; "
                         f"give {advice}, or train the experts for longer")
     first = start_epoch_bound(0, config.max_start_epoch, config.current_max_start_epoch, config.expansion_end_epoch,
                               config.Sequential_Generation)

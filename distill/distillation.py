@@ -126,7 +126,7 @@ class Distillation:
         theta_start, theta_target = self._ends(segment)
         samples = self.set.samples()
         if self.config.labels == "target":
-            self.set.labels.copy_(self._labels(self.set, samples, theta_target))
+            self.set.labels.copy_(labels_for(self.config, self.buffer, self.set, samples, theta_target))
         match = match_trajectory(student(self.buffer), theta_start, theta_target, samples, self.set.labels,
                                  self.set.lr, segment.batches, segment.augment, self.config.matching, self.part,
                                  self.config.adjoint_steps)
@@ -220,20 +220,10 @@ class Distillation:
             segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
                                    config.max_start_epoch, generator(config.seed, "fixed segment", number))
             theta_start, theta_target = self._ends(segment)
-            total += matching_loss(student(self.buffer), theta_start, theta_target, samples,
-                                   self._labels(distilled, samples, theta_target), distilled.lr, segment.batches,
-                                   segment.augment, self.part)
+            labels = labels_for(config, self.buffer, distilled, samples, theta_target)
+            total += matching_loss(student(self.buffer), theta_start, theta_target, samples, labels, distilled.lr,
+                                   segment.batches, segment.augment, self.part)
         return float(total) / FIXED_SEGMENTS
-
-    def _labels(self, distilled: DistilledSet, samples: Tensor, theta_target: Tensor) -> Tensor:
-        """The labels of one segment: the set's own, or with `labels: target` what the target expert says."""
-        if self.config.labels == "target":
-            labels = distilled.labels.clone()
-            mine = ranks.own_rows(torch.arange(len(labels), device=labels.device), self.config.factor**2)
-            if mine.any():
-                labels[mine] = expert_logits(self.buffer.model, theta_target, samples[mine])
-            return labels
-        return distilled.labels
 
     def _walk(self, iteration: int) -> int:
         """Every expert once a round, in an order of the round's own."""
@@ -244,6 +234,18 @@ class Distillation:
         epochs = segment.start_epoch, segment.start_epoch + self.config.expert_epochs
         theta_start, theta_target = (self.buffer.snapshot(segment.expert, epoch).to(self.device) for epoch in epochs)
         return theta_start, theta_target
+
+
+def labels_for(config: DistillConfig, buffer: Buffer, distilled: DistilledSet, samples: Tensor,
+               theta_target: Tensor) -> Tensor:
+    """The labels of one segment: the set's own, or with `labels: target` what the target expert says of its samples."""
+    if config.labels == "target":
+        labels = distilled.labels.clone()
+        mine = ranks.own_rows(torch.arange(len(labels), device=labels.device), config.factor**2)
+        if mine.any():
+            labels[mine] = expert_logits(buffer.model, theta_target, samples[mine])
+        return labels
+    return distilled.labels
 
 
 def student(buffer: Buffer) -> FlatModel | SharedModel:

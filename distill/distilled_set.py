@@ -143,6 +143,7 @@ class DistilledSet(torch.utils.data.Dataset):
         """
         path = whole_set(Path(path))
         files.check_is_file(path, "distilled set", set_in(path) or f"the path of a {WHOLE}")
+        files.check_kind(path, "distilled set", "safetensors", f"give the path of a {WHOLE}")
         with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
             tensors, about = files.load_tensors(path)
             if about.get("format") not in (FORMAT, EARLIER):
@@ -372,7 +373,7 @@ def _read(path: str, option: str, usual_name: str) -> Any:
     if not path:
         raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
     with torch.serialization.safe_globals(_NUMBERS):
-        return files.load(path, what=f"{option} file", instead=set_in(Path(path)) or "the path of a file")
+        return files.load(path, what=f"{option} file", instead=set_in(Path(path)) or usual_name)
 
 
 def _condensed(sets: Any, path: str) -> tuple[Any, Any]:

@@ -58,6 +58,9 @@ def finish(run: RunState) -> None:
         # By the losses that were compared with the threshold, which those of the fixed segments may be below.
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
         note(f"note: every update was skipped: {advice}")
+    if 0 == run.best[NORMAL].iteration < config.Iteration and skipped < config.Iteration:
+        say(config, "note: the best set is the one that the run began with; none on its way was better on the "
+                    f"{chosen_on} images")
     print(wrapped(summary))
     _say_where(config, folder.path, run.best, better_of(run.best))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from buffer.trajectories import Buffer, check_same_data
+from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet, checked_set, class_indices, other_space
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
@@ -29,15 +29,11 @@ def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buf
     """The experts that label the first images: those that are matched, all of their folder, or another network's.
 
     Raises:
-        UserError: the other network's are missing, or not of this data.
+        UserError: the other network's are of another one.
     """
     if config.Initialize_Label_With_Another_Model:
         network = network_for(config.Initialize_Label_Model, dataset).to(dataset.device)
-        if not config.Initialize_Label_Model_Dir:
-            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
-                            "that network's replay_buffer_*.pt")
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
-        check_same_data(buffer.folder, config)
     elif config.max_files or config.max_experts:
         buffer = Buffer(buffer.folder, buffer.model)  # all experts label, whichever are matched
     return buffer

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_images
+from buffer.trajectories import Buffer, buffer_folder, check_same_images, in_words
 from distill import checks, estimate, plan, suggest
 from distill.distillation import Distillation
 from distill.distilled_set import WHOLE, DistilledSet
@@ -20,6 +20,10 @@ from utils.program import interrupt, ranks
 from utils.program.console import announce, say
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder, kept_to_this_run
+
+# What a run puts into its folder beside its log and its result, and what of that shows it.
+MADE = [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)]
+SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
 
 
 def distill(config: DistillConfig) -> None:
@@ -41,9 +45,12 @@ def distill(config: DistillConfig) -> None:
     if config.dry_run:
         folder = RunFolder(path, config, METRICS, RESULT)
         if not folder.is_done:
-            checks.check_same_run(config, folder.saved_state if config.resume == "auto" else None, data, folder)
+            saved = folder.saved_state if config.resume == "auto" else None
+            checks.check_same_run(config, saved, data, folder)
+            folder.check(saved, [*MADE, *SHOWS])
         checks.check_memory(config, dataset, buffer.model)
         estimate.report(config, dataset, buffer.model)
+        say(config, "which settings fit the experts (Ctrl-C, if the estimate is enough):")
         print(suggest.suggestion(config, dataset, buffer, labellers))
         print("\nnothing was distilled; leave --dry_run out to begin, and add what is proposed if you want it")
         return
@@ -125,12 +132,11 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
         notes = [*notes, *said]
 
     # The folder, and the first lines.
-    folder.start(saved, [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)],
-                 [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)])
+    folder.start(saved, MADE, SHOWS)
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, start.images.device, engine,
-             f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · {len(buffer)} experts of "
-             f"{buffer.epochs} epochs · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
+             f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "
+             f"{in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
     for note in notes:
         say(config, f"note: {note}")
 

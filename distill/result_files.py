@@ -229,10 +229,12 @@ def skipped_advice(loss: float, options: dict[str, Any]) -> str:
         rate = "a smaller --lr_teacher than the one that auto measured"
     else:
         rate = "--lr_teacher auto, which measures the rate that fits these experts; a smaller --lr_teacher by hand"
+    # Below 1 a training comes nearer to the experts, and there is something to learn.
+    first, last = ("a larger --threshold; ", "") if loss < 1 else ("", "--threshold inf; " * finite)
     return (f"the matching loss {too_large}, so nothing is learned. DATM.py --dry_run "
-            f"measures what fits; by hand change, in this order: {rate}; a window that "
-            "starts earlier (--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; "
-            f"{'--threshold inf; ' * finite}and give another --run_name with it")
+            f"measures what fits; by hand change, in this order: {first}{rate}; a window that "
+            f"starts earlier (--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; {last}"
+            "and give another --run_name with it")
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """Settings that fit the experts at hand, by the matching loss that the first set has at several rates, steps and
 segments: how far a training on it gets towards the experts before anything is distilled."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from buffer.trajectories import Buffer
-from distill.distillation import Distillation, draw_segment, matched_part, student
+from distill.distillation import Distillation, draw_segment, labels_for, matched_part, student
 from distill.distilled_set import DistilledSet
 from distill.initialize import initial_set
 from distill.matching import losses_on_the_way
@@ -19,7 +21,7 @@ from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import finite
 from utils.program import ranks
-from utils.program.console import table
+from utils.program.console import number_of, table
 from utils.program.progress import Progress
 from utils.program.seeds import generator
 
@@ -66,8 +68,9 @@ class Suggestion(NamedTuple):
                   for number, step in enumerate(steps) for at, rate in enumerate(rates))]
         given = " ".join(f"--{name}={value}" for name, value in self.options.items())
         return "\n".join([
-            f"mean matching loss of the first set, for segments of {self.options['expert_epochs']} epochs from epoch s,"
-            " after T steps at a rate of α:", "", table(rows), "", f"settings that fit these experts: {given}",
+            "mean matching loss of the first set, for segments of "
+            f"{number_of(self.options['expert_epochs'], 'epoch')} from epoch s, after T steps at a rate of α:", "",
+            table(rows), "", f"settings that fit these experts: {given}",
             *(f"note: {note}" for note in self.notes)])
 
     def as_json(self) -> dict[str, Any]:
@@ -108,7 +111,11 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
     """The rates of images and labels at which a first update moves them by `MOVED` of their standard deviation; none
     where no update was drawn that the threshold lets pass."""
     distillation = Distillation(config, dataset, buffer, first)
-    matches = [distillation.match(distillation.draw(number)) for number in range(UPDATES)]
+    matches = []
+    with Progress(UPDATES, "measuring updates", quiet=config.quiet) as bar:
+        for number in range(UPDATES):
+            matches.append(distillation.match(distillation.draw(number)))
+            bar.update()
     losses = ranks.from_first_rank(lambda: [float(match.loss) for match in matches])
     matches = [match for match, loss in zip(matches, losses) if loss <= config.threshold]
     if not matches:
@@ -140,25 +147,34 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
                      min_start_epoch=0)
     model, part, samples = student(buffer), matched_part(config), first.samples()
     values = np.full((len(segments), len(steps), len(rates), len(starts), DRAWS), math.nan)
-    with Progress(len(starts) * DRAWS, "measuring", quiet=config.quiet) as bar:
-        for at, start in enumerate(starts):
-            inside = [number for number, epochs in enumerate(segments) if start + epochs <= buffer.epochs]
-            for draw in range(DRAWS):
-                segment = draw_segment(config, buffer, dataset.image_size, len(first), device, draw % len(buffer), 1,
-                                       generator(config.seed, "suggest", start, draw))
-                thetas = [buffer.snapshot(segment.expert, start + epochs).to(device)
-                          for epochs in (0, *(segments[number] for number in inside))]
-                values[inside, ..., at, draw] = math.inf
-                for number, rate in enumerate(rates):
-                    losses = losses_on_the_way(
-                        model, thetas[0], thetas[1:], samples, first.labels, torch.tensor(rate, device=device),
-                        segment.batches, segment.augment, part, steps=steps).nan_to_num(math.inf, math.inf)
-                    # Where machines differ in the last bit, all ranks must still decide alike.
-                    known = ranks.from_first_rank(losses.cpu().numpy)
-                    values[inside, :, number, at, draw] = known
-                    if known.min() > LOST:
-                        break
+    with Progress(len(starts) * DRAWS * len(rates), "measuring", quiet=config.quiet) as bar:
+        for number, (at, draw) in enumerate(itertools.product(range(len(starts)), range(DRAWS))):
+            start = starts[at]
+            inside = [each for each, epochs in enumerate(segments) if start + epochs <= buffer.epochs]
+            segment = draw_segment(config, buffer, dataset.image_size, len(first), device, draw % len(buffer), 1,
+                                   generator(config.seed, "suggest", start, draw))
+            theta, *targets = (buffer.snapshot(segment.expert, start + epochs).to(device)
+                               for epochs in (0, *(segments[each] for each in inside)))
+            # One training for all targets, or one for each where they have labels of their own.
+            together = [[target] for target in targets] if config.labels == "target" else [targets]
+            trained = [partial(losses_on_the_way, model, theta, some, samples,
+                               labels_for(config, buffer, first, samples, some[0]), augment=segment.augment, part=part)
+                       for some in together]
+            if not number:  # a step that allocates and compiles, so that the first training tells the time
+                trained[0](lr=torch.tensor(rates[0], device=device), batches=segment.batches[-1:],
+                           augment=segment.augment[-1:], steps=[1])
+                bar.pace.reached(0)
+            values[inside, ..., at, draw] = math.inf
+            for place, rate in enumerate(rates):
+                losses = torch.cat([each(lr=torch.tensor(rate, device=device), batches=segment.batches, steps=steps)
+                                    for each in trained]).nan_to_num(math.inf, math.inf)
+                # Where machines differ in the last bit, all ranks must still decide alike.
+                known = ranks.from_first_rank(losses.cpu().numpy)
+                values[inside, :, place, at, draw] = known
                 bar.update()
+                if known.min() > LOST:
+                    break
+            bar.reach((number + 1) * len(rates))
     if not np.isfinite(values).any():
         raise UserError(f"no matching loss of the experts in {buffer.folder} is finite: they diverged; train them "
                         "again with a smaller --lr_teacher")

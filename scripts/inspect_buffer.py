@@ -41,6 +41,7 @@ from buffer.experts import SavedEpochs
 from buffer.trajectories import (
     buffer_folder,
     expert_files,
+    in_words,
     load_experts,
     made_by,
     manifest_path,
@@ -342,7 +343,8 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
         + (f", {report['parameters']:,} parameters" if report["parameters"] else ", no snapshot yet"))
     say("options", ", ".join(f"{key} {value}" for key, value in known.items() if key != "model") if known else
         "unknown: no manifest beside the files, as with published ones")
-    say("experts", f"{report['experts']} in {len(report['files'])} files, {console.short_count(report['bytes'])}B"
+    say("experts", f"{report['experts']} in {console.number_of(len(report['files']), 'file')}, "
+        f"{console.short_count(report['bytes'])}B"
         + (f", epochs 0 … {epochs[0]}" + (f" (some to {epochs[-1]})" if len(epochs) > 1 else "") if epochs else ""))
     without = [file["name"] for file in report["files"] if not file["manifest"]]
     if known and without:
@@ -350,7 +352,7 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     if unfinished:
         size = f"{console.short_count(unfinished['bytes'])}B"
         begun = ", ".join(f"expert {each['expert']}: {each['epochs']}" for each in unfinished["experts"])
-        say("unfinished", f"a run of {unfinished['num_experts']} experts of {unfinished['train_epochs']} epochs, from "
+        say("unfinished", f"a run of {in_words(unfinished['num_experts'], unfinished['train_epochs'])}, from "
             f"expert {unfinished['first_expert']} on; epochs so far: {begun or 'none'}; {size}")
     diverged = [str(each["expert"]) for each in report["trajectories"] if not each["finite"]]
     if diverged:
@@ -362,7 +364,7 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
         "unknown: not recorded beside the files")
     if report["beside"]:
         compared = sum(bool(each["apart"]) for each in report["trajectories"])
-        say("beside", f"{compared} experts of the same numbers in {report['beside']}")
+        say("beside", f"{console.number_of(compared, 'expert')} of the same number in {report['beside']}")
     if epochs:
         most = epochs[0] - expert_epochs + 1
         say("window", f"--expert_epochs {expert_epochs} allows "

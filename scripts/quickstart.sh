@@ -14,6 +14,7 @@ run=$out/logged_files/MiniFashion/1/ConvNetW32/quickstart
 distilled=$run/Normal/distilled.safetensors  # the best set, which the run's pictures and page show too
 data="--dataset=MiniFashion --model=ConvNetW32 --zca"
 mkdir -p "$out"
+export DATM_PART_OF=quickstart.sh  # which says how to go on, in the place of the command that was stopped
 
 step() {  # step MADE RESULT OF COMMAND…: runs it, unless it made the result that is there of the files OF; MADE is all
     local made=$1 result=$2 of=$3 made_by=$out/.made_by_$(basename "$2") file again=no
@@ -30,8 +31,15 @@ step() {  # step MADE RESULT OF COMMAND…: runs it, unless it made the result t
         rm -rf "$made" "$made_by"
     fi
     printf '\n$ %s\n' "$*"
-    "$@"
+    "$@" || ended $?
     printf '%s\n' "$*" >"$made_by"
+}
+
+ended() {  # STATUS: of a command that failed, or, above 128, was stopped by a signal
+    if [ "$1" -gt 128 ]; then
+        printf 'The quickstart goes on from what is there with: bash scripts/quickstart.sh\n' >&2
+    fi
+    exit "$1"
 }
 
 # A tenth of the training images is held out of experts and distillation alike, to choose the best set on: the test

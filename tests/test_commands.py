@@ -348,7 +348,7 @@ def test_a_set_says_itself_how_it_is_read(call, toy, toy_run, tmp_path):
         found, said = scores(*given)
         assert found == usual and "note:" not in said
     other, said = scores(f"--data_dir={moved}", "--zca=False")
-    assert other != usual and "made with zca True, and is tested with zca False" in said and said.count("note:") == 1
+    assert other != usual and "made with zca True, and here zca is False" in said and said.count("note:") == 1
     other, said = scores(f"--data_dir={run}", "--model=MLP")
     assert other[0]["network"] == "MLP" and "note:" not in said
 
@@ -755,12 +755,17 @@ def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_expe
     done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
     assert f"{gradient} (" in done.stdout and f"an iteration takes about {seconds} s," in done.stdout
     assert "GB of data" in done.stdout
-    assert "mean matching loss of the first set" in done.stdout and "--lr_teacher=" in done.stdout
+    assert "(Ctrl-C, if the estimate is enough)" in done.stdout and "--lr_teacher=" in done.stdout
+    assert "mean matching loss of the first set" in done.stdout and "measuring updates 8/8" in done.stderr
     # What a run refuses, it refuses too.
-    for options, phrase in (([f"--buffer_path={tmp_path / 'none'}"], "no replay_buffer_*.pt"),
-                            ([f"--buffer_path={toy_experts}", "--max_start_epoch=9"], "have 3 epochs")):
-        assert phrase in call("distill/DATM.py", *arguments, *options, expect=2).stderr
     assert not list(tmp_path.iterdir())
+    (tmp_path / "out/ImageFolder/2/ConvNetD1W4/mine/Normal").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for options, phrase in (([f"--buffer_path={tmp_path / 'none'}"], "no replay_buffer_*.pt"),
+                            ([f"--buffer_path={toy_experts}", "--max_start_epoch=9"], "have 3 epochs"),
+                            ([f"--buffer_path={toy_experts}", "--run_name=mine"], "holds Normal and is no run's"),
+                            ([f"--buffer_path={toy_experts}", f"--log_path={tmp_path}/file"], "cannot write")):
+        assert phrase in call("distill/DATM.py", *arguments, *options, expect=2).stderr
 
 
 def test_the_rate_is_measured_where_it_is_auto(call, toy, toy_experts, tmp_path):

@@ -189,8 +189,10 @@ def test_all_captures_of_a_gpu_share_a_stream_and_free_memory_is_not_that_of_gra
         model.gradient(theta, x, y)
     assert engines._capture_stream.cache_info().misses == 1
     torch.cuda.empty_cache()
-    pools = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what they hold, not allocated
-    assert pools > 2**24 > available(device) - torch.cuda.mem_get_info(device)[0]
+    # Of what is held and not allocated, that of pools is not free; the rest is, of which torch 2.11 keeps much once a
+    # capture was refused, whatever the cache is told.
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert held - (available(device) - torch.cuda.mem_get_info(device)[0]) > 2**24
 
 
 @on_a_gpu

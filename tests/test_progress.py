@@ -156,8 +156,8 @@ LAST = {  # a program's last line, after its name
     BUFFER: r"epoch 3/3 100 %, took 00:\d\d, loss [\d.]+, train [\d.]+ %, test [\d.]+ %, [\d.]+k? images/s",
     DATM: r"4/4 100 %, took 00:\d\d, loss [\d.]+, accuracy [\d.]+ %, α [\d.]+, start epoch \d, skipped 0, "
           r"[\d.]+k? images/s",
-    EVALUATION: r"3/3 100 %, took 00:\d\d, 1 of 1 networks, accuracy [\d.]+ %, [\d.]+k? images/s",
-    BASELINE: r"3/3 100 %, took 00:\d\d, 1 of 1 networks, accuracy [\d.]+ %, [\d.]+k? images/s"}
+    EVALUATION: r"3/3 100 %, took 00:\d\d, 1 of 1 network, accuracy [\d.]+ %, [\d.]+k? images/s",
+    BASELINE: r"3/3 100 %, took 00:\d\d, 1 of 1 network, accuracy [\d.]+ %, [\d.]+k? images/s"}
 FIRST = r"on cpu \(1 threads\), float32, autograd, hand-written adjoint, batch \d+"
 
 
@@ -168,7 +168,7 @@ def test_on_a_terminal_of_80_columns_bars_are_one_line(on_terminal, program, tmp
     bars = [bar for line in written.split("\n") for bar in line.split("\r") if " left" in bar or " took " in bar]
     assert bars and all(disp_len(bar.rstrip()) <= 80 for bar in bars)
     # As in a pipe, with a bar drawn into it, and cut where the terminal ends.
-    assert any(re.search(r"100 % \|.*\| took 00:\d\d, (loss [\d.]+|1 of 1 networks), ", bar) for bar in bars), bars[-1]
+    assert any(re.search(r"100 % \|.*\| took 00:\d\d, (loss [\d.]+|1 of 1 network), ", bar) for bar in bars), bars[-1]
     # What cannot be broken, a path, may be longer; nothing else is.
     for line in re.split("[\r\n]", written):
         assert disp_len(line.rstrip()) <= 80 or str(tmp_path.parent.parent) in line, line
@@ -191,7 +191,7 @@ def test_the_first_line_says_on_what_whatever_is_evaluated(call, program, toy_ex
 
 
 QUIET = {
-    BUFFER: r"3 experts of 3 epochs are trained; .* holds 3 in replay_buffer_0\.pt, replay_buffer_1\.pt\n",
+    BUFFER: r"trained 3 experts of 3 epochs; .* holds 3 in replay_buffer_0\.pt, replay_buffer_1\.pt\n",
     DATM: r"best on the test images .* %.*; EMA best .*\nin .*/one\n",
     EVALUATION: r"ConvNetD1W4: [\d.]+ % over 1\n", BASELINE: r"ConvNetD1W4: [\d.]+ % over 1\n"}
 

@@ -69,12 +69,12 @@ def quickstart(tmp_path):
     (tmp_path / "bin/python").write_text(PYTHON)
     (tmp_path / "bin/python").chmod(0o755)
 
-    def run():
+    def run(code=0):
         (tmp_path / "commands").write_text("")
         done = subprocess.run(["bash", tmp_path / "scripts/quickstart.sh"], capture_output=True, text=True, timeout=60,
                               env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
-        assert done.returncode == 0, done.stderr
-        return (tmp_path / "commands").read_text().splitlines(), done.stdout
+        assert done.returncode == code, done.stderr
+        return (tmp_path / "commands").read_text().splitlines(), done.stderr if code else done.stdout
 
     return run
 
@@ -96,6 +96,12 @@ def test_the_quickstart_shows_one_set_that_was_not_chosen_on_test_images(quickst
     os.utime(tmp_path / "quickstart/distilled.json", (later - 60, later - 60))
     assert [command.split()[0] for command in quickstart()[0]] == ["distill/DATM.py", "distill/evaluation.py",
                                                                    "scripts/summary.py"]
+
+    # Whoever stops it is told of it alone.
+    os.utime(tmp_path / "configs/MiniFashion/ConvIN/IPC1.yaml", (later + 9, later + 9))
+    (tmp_path / "bin/python").write_text('#!/bin/sh\necho "$DATM_PART_OF" >&2\nexit 130\n')
+    assert quickstart(130)[1].splitlines() == [
+        "quickstart.sh", "The quickstart goes on from what is there with: bash scripts/quickstart.sh"]
 
 
 @pytest.mark.parametrize("name, samples", [("ipc1", 10), ("ipc1_factor2", 40), ("ipc10", 100), ("ipc50", 500)])

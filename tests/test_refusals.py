@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from utils.program.entry import entry
 
@@ -429,9 +430,24 @@ def test_a_set_without_its_files_is_refused(refused, sets):
     refused(EVALUATION, [*sets.options(), "--eval_mode=Z"], ["unknown eval_mode 'Z'"])
 
 
-def test_text_is_no_set(refused, sets):
-    sets.path("images").write_text("tensors\n")
-    refused(EVALUATION, sets.options(), ["--data_dir file", "not a torch file"])
+def test_what_is_plainly_no_set_is_refused_as_what_it_is(refused, sets, tmp_path):
+    sets.path("images").write_text("größer\n" * 99)
+    refused(EVALUATION, sets.options(), ["--data_dir file", "is a text, not a torch file; give images_best.pt, or a"])
+    for name, written, kind in (("images.pt", lambda path: Image.new("L", (2, 2)).save(path, "png"), "a picture"),
+                                ("x.safetensors", sets.path("images").rename, "a text"),
+                                ("y.safetensors", sets.path("labels").rename, "a torch file")):
+        written(tmp_path / name)
+        refused(EVALUATION, [f"--data_dir={tmp_path / name}"], [name, f"is {kind}, not a ", "; give "])
+
+
+def test_a_set_of_other_data_is_refused_before_these_are_read(refused, tmp_path):
+    fashion, other = "results/sets/FashionMNIST_ipc1.safetensors", ["--dataset=CIFAR10", f"--data_path={tmp_path}"]
+    refused(EVALUATION, [f"--data_dir={fashion}", *other], ["--data_dir: the images", "28×28", "CIFAR10 here 32×32"])
+    with mock.patch("distill.checks.require_experts"), mock.patch("distill.checks.check_same_data"):
+        labels = ["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=MLP"]
+        for options, phrase in ((["--dataset=SVHN"], "SVHN here 32×32"), (labels, "--Initialize_Label_Model_Dir, the"),
+                                (["--dataset=MNIST", "--zca=False"], "it is whitened (zca), and the data here is not")):
+            refused(DATM, [f"--pix_init={fashion}", f"--data_path={tmp_path}", *options], [phrase])
 
 
 # --- where to write ------------------------------------------------------------------------------------------
@@ -556,8 +572,8 @@ def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_
     early, late = [line for line in done.stderr.splitlines() if line.startswith("note: ") and "--threshold" in line]
     assert "the first 10 updates were all skipped: the matching loss (" in early and "every update" in late
     for said in (early, late):
-        assert "is above --threshold 1e-09" in said and "in this order: --lr_teacher auto" in said
+        assert "is above --threshold 1e-09" in said and "in this order: a larger --threshold; --lr_teacher auto" in said
         assert float(said.split("the matching loss (")[1].split(")")[0]) > 1e-9
     done = call(DATM, *arguments, "--lr_teacher=auto", "--run_name=auto")
     assert "--lr_teacher auto" not in done.stderr
-    assert done.stderr.count("in this order: a smaller --lr_teacher than the one that auto measured") == 2
+    assert done.stderr.count("a smaller --lr_teacher than the one that auto measured") == 2

@@ -2,8 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 
-from distill.suggest import LOST, Losses, doubts, proposed
+from buffer.trajectories import Buffer
+from distill import suggest
+from distill.initialize import expert_logits, initial_set
+from distill.suggest import LOST, Losses, doubts, measured, proposed
+from utils.config import DistillConfig, make
+from utils.networks import build_network
+from utils.parameters import FlatModel
 
 
 def losses(*by_start, rates=(0.01,)):
@@ -37,3 +44,21 @@ def test_what_is_doubtful_is_said(of_rates, words):
     found = losses(*of_rates, rates=(0.01, 0.03))
     said = doubts(found, proposed(found))
     assert len(said) == len(words) and all(word in note for word, note in zip(words, said))
+
+
+def test_what_is_measured_has_the_labels_of_the_run(toy_data, toy_experts, monkeypatch):
+    seen, train = [], suggest.losses_on_the_way
+
+    def noted(model, theta, targets, images, labels, *others, **given):
+        seen.append((targets, labels))
+        return train(model, theta, targets, images, labels, *others, **given)
+
+    monkeypatch.setattr(suggest, "losses_on_the_way", noted)
+    folder = next(toy_experts.rglob("replay_buffer_0.pt")).parent
+    buffer = Buffer(folder, FlatModel(build_network("ConvNetD1W4", 3, 3, (8, 8))))
+    config = make(DistillConfig, ipc=2, labels="target", quiet=True)
+    first, _ = initial_set(config, toy_data, buffer)
+    losses = measured(config, toy_data, buffer, first, [1, 2], [2, 3], [0.01, 0.03], [0, 1])
+    assert np.isfinite(losses.values).all() and len(seen) == 1 + 2 * 2 * 2 * 2
+    for targets, labels in seen:
+        assert len(targets) == 1 and torch.equal(labels, expert_logits(buffer.model, targets[0], first.images))

@@ -12,7 +12,7 @@ from utils.config import BaselineConfig, EvaluationConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.program import interrupt, ranks
-from utils.program.console import announce, say, shown
+from utils.program.console import announce, number_of, say, shown
 from utils.program.machine import environment
 from utils.program.prepare import flat_model, network_for
 from utils.program.progress import Progress
@@ -40,8 +40,7 @@ class Session:
                  f"{what}: {self.set.size}, learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} "
                  f"epochs{aside} · {config.num_eval} × {' and '.join(networks)}", *notes)
         path = Path(f"{config.json}.unfinished") if config.json else None
-        if path:
-            interrupt.saves("the networks that were tested")
+        interrupt.saves("the networks that were tested", "" if path else "--json FILE")
         self.accuracies = ranks.from_first_rank(lambda: Accuracies(path, key_of(config, dataset, *sets, *beside)))
 
     def say_going_on(self, tested: int, networks: int) -> None:
@@ -73,7 +72,7 @@ def evaluate_and_say(config: EvaluationConfig | BaselineConfig, dataset: Dataset
     with Progress(before + epochs_to_come(config, accuracies), "evaluate", initial=before, quiet=config.quiet,
                   images=len(sets[0]), device=sets[0].images.device) as bar:
         def show() -> None:
-            bar.show(f"{len(accuracies)} of {networks} networks", *accuracies.so_far())
+            bar.show(f"{len(accuracies)} of {number_of(networks, 'network')}", *accuracies.so_far())
 
         def after_epoch() -> None:
             show()

@@ -18,7 +18,7 @@ from distill.distilled_set import (
 )
 from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
-from utils.config import EvaluationConfig, as_meant, from_root, influential, make
+from utils.config import DataConfig, EvaluationConfig, as_meant, from_root, image_size, influential, make
 from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import given
@@ -55,8 +55,10 @@ def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lam
     device = take_device(config)
     read = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
     check(read)
+    told = check_told(config, read, "--data_dir", read.config or made_with(config.data_dir))
     dataset = load_data(config, device)
-    _note_other_space(config, read, dataset)
+    if not told and (why := other_space(read, dataset)):
+        note(f"note: the set is of another space: {why}")
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
     check_pool(config, dataset)
     if config.save and ranks.first():
@@ -88,13 +90,26 @@ def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _note_other_space(config: EvaluationConfig, distilled: DistilledSet, dataset: Dataset) -> None:
-    """Says so where the images are of another space than the dataset: by the options that made the set, if they are
-    known, or by the numbers of its space."""
-    made = as_meant(distilled.config or made_with(config.data_dir))
+def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: dict[str, Any]) -> list[str]:
+    """Says, before any data are loaded, by which options a set was made of others; refuses images of another size.
+
+    Args:
+        option: by which it was given.
+        made: the options that made it, as far as they are known.
+
+    Returns:
+        The names of these options.
+
+    Raises:
+        UserError
+    """
+    made = as_meant(made)
     here = as_meant({name: getattr(config, name) for name in READ_BY})
     other = [name for name in READ_BY if name in made and made[name] != here[name]]
     for name in other:
-        note(f"note: the set was made with {name} {made[name]}, and is tested with {name} {here[name]}")
-    if not other and (why := other_space(distilled, dataset)):
-        note(f"note: the set is of another space: {why}")
+        note(f"note: the set of {option} was made with {name} {made[name]}, and here {name} is {here[name]}")
+    if distilled.mean and tuple(distilled.images.shape[2:]) != image_size(config):
+        its, ours = ("×".join(map(str, size)) for size in (distilled.images.shape[2:], image_size(config)))
+        raise UserError(f"{option}: the images of the set have {its} pixels, and those of {config.dataset} here "
+                        f"{ours}; give the data that it was made of")
+    return other

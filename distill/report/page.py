@@ -22,7 +22,7 @@ from distill.report.svg import numbers_every, thinned
 from distill.report.template import code, document, draw, joined, option
 from distill.result_files import EMA, NORMAL, Iteration, Score, skipped_advice
 from utils.config import DistillConfig, about, changed, defaults
-from utils.program.console import duration
+from utils.program.console import duration, number_of
 
 PAGE, ANIMATION = "report.html", "evolution.webp"
 MOST_COLUMNS = 8  # of evaluations at which the set is shown
@@ -37,7 +37,7 @@ def page(run: SavedRun) -> str:
     config = run.config
     ipc, factor = config.get("ipc"), config.get("factor", 1)
     grid = f" of {factor} × {factor} smaller ones, each with its label" if factor != 1 else ""
-    lead = [config.get("dataset"), config.get("model"), config and f"{ipc} image{'s' * (ipc != 1)} per class{grid}",
+    lead = [config.get("dataset"), config.get("model"), config and f"{number_of(ipc, 'image')} per class{grid}",
             config and f"{config.get('matching')} gradient", run.result.environment.get("date"),
             "" if run.finished else "not finished"]
     sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
@@ -65,7 +65,7 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
     averaged = [result.best_ema.scores[0]] if result.best_ema else []
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
     return [(f"Best accuracy on the {result.chosen_on or 'test'} images", in_words(score)),
-            ("Measured on", f"{networks} network{'s' * (networks != 1)}, {score.network}"),
+            ("Measured on", f"{number_of(networks, 'network')}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
             *(("Best accuracy of the averaged images (EMA)", in_words(score)) for score in averaged),
             *((f"As many {kind}", in_words(score)) for kind, score in run.real_images.items()),

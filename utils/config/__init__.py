@@ -24,6 +24,7 @@ from utils.config.values import (
     has_effect,
     how_much,
     identity,
+    image_size,
     influential,
     is_path,
     make,

@@ -108,6 +108,13 @@ def as_meant(options: dict[str, Any]) -> dict[str, Any]:
     return options | same
 
 
+def image_size(config: DataConfig) -> tuple[int, int]:
+    """(H, W) of the images that a config names, as is known before they are read."""
+    res = config.res if config.dataset in ("ImageNet", "ImageFolder") else None
+    height, _, width = str(res or OWN_SIZES[config.dataset][0]).partition("x")
+    return int(height), int(width or height)
+
+
 def how_much(config: DataConfig) -> dict[str, int]:
     """The options that say how far a run goes."""
     return {name: value for name, value in as_dict(config).items()

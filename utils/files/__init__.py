@@ -4,6 +4,7 @@ from pathlib import Path
 
 from utils.files.reading import (
     check_is_file,
+    check_kind,
     load,
     load_tensors,
     read_config,

@@ -1,11 +1,13 @@
 """One way to read any file, of our own or of others: without running code, and what is wrong is one line."""
 
+import codecs
 import contextlib
 import errno
 import hashlib
 import json
 import os
 import pickle
+import re
 import stat
 import warnings
 import zipfile
@@ -57,21 +59,49 @@ def check_is_file(path: Path, what: str, instead: str | Path = "the path of a fi
         raise UserError(f"{what} {path} {problem}; give {instead}")
 
 
+# How a file begins, by its kind; a safetensors with the length of its head.
+BEGINS = {"png": rb"\x89PNG", "html": rb"(?i)\s*<!doctype html", "bz2": b"BZh", "safetensors": rb"(?s).{8}\{",
+          "json": rb"\s*\{", "torch": rb"PK\x03\x04|\x80[\x02-\x05]"}
+_IN_WORDS = {"png": "a picture", "safetensors": "a safetensors file", "torch": "a torch file"}
+
+
+def check_kind(path: Path, what: str, kind: str, advice: str) -> None:
+    """Refuses a file that is plainly of another kind; whether one is damaged, whoever reads it will see.
+
+    Args:
+        kind: torch or safetensors.
+        advice: what to do.
+
+    Raises:
+        UserError
+    """
+    with path.open("rb") as file:
+        begin = file.read(512)
+    found = next((its for each, its in _IN_WORDS.items() if re.match(BEGINS[each], begin)), "")
+    if not found:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder("utf-8")().decode(begin)  # its last character may be cut
+            found = "a text" if text and all(each.isprintable() or each.isspace() for each in text) else ""
+    if found not in ("", _IN_WORDS[kind]):
+        raise UserError(f"{what} {path} is {found}, not {_IN_WORDS[kind]}; {advice}")
+
+
 def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None,
-         instead: str | Path = "the path of a file"):
+         instead: str | Path | None = None):
     """`torch.load` of tensors and plain containers on the CPU; code in the file is never run.
 
     Args:
         what: what the file should be, for the message ("image file", "buffer", …).
         mmap: leave the tensors' bytes on disk until they are touched.
         advice: what to do about one that is damaged or refused; None: write it again.
-        instead: what may have been meant by a path that is none.
+        instead: what may have been meant by a path that is none, or by a file of another kind.
 
     Raises:
         UserError: missing, truncated, not a torch file, or holding more than tensors.
     """
     path = Path(path)
-    check_is_file(path, what, instead)
+    check_is_file(path, what, instead or "the path of a file")
+    check_kind(path, what, "torch", advice or (f"give {instead}" if instead else "write or copy it again"))
     with (reading(f"{what} {path}", advice or "write or copy it again",
                   "cannot be read (truncated, or not a torch file)"), warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here

@@ -21,7 +21,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
-from utils.files.reading import read_json
+from utils.files.reading import BEGINS, read_json
 
 ASIDE = ".datm-"  # in the names of files that are not whole yet, and in no other's
 
@@ -128,11 +128,6 @@ def check_writable(path: str | os.PathLike) -> None:
             folder.rmdir()
 
 
-# How a file begins, by its kind; a safetensors with the length of its head.
-_BEGINS = {"png": rb"\x89PNG", "html": rb"(?i)\s*<!doctype html", "bz2": b"BZh", "safetensors": rb"(?s).{8}\{",
-           "json": rb"\s*\{"}
-
-
 def check_output(option: str, path: str | os.PathLike, kind: str, others: Mapping[str, str | os.PathLike]) -> None:
     """Refuses a file to write that cannot be written, that is another option's too, or in whose place there is a file
     of another kind, which is somebody else's.
@@ -158,7 +153,7 @@ def check_output(option: str, path: str | os.PathLike, kind: str, others: Mappin
 
 def _is_of_kind(path: Path, kind: str, mark: str = "") -> bool:
     with path.open("rb") as file:
-        if not re.match(_BEGINS[kind], file.read(512)):
+        if not re.match(BEGINS[kind], file.read(512)):
             return False
     with contextlib.suppress(Exception):  # whatever it is, it is not ours
         if kind == "json":

@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
     left = datetime.timedelta(seconds=round(seconds))
     hours, minutes = divmod(left.seconds // 60, 60)
     if left.days:
-        return f"{left.days} day{'s' * (left.days > 1)} {hours} h"
+        return f"{number_of(left.days, 'day')} {hours} h"
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {left.seconds % 60} s"
 
 
@@ -34,6 +34,11 @@ def short_count(number: float) -> str:
     if number < 99.5:
         return f"{number:.2g}"
     return f"{number:.0f}" if number < 999.5 else tqdm.format_sizeof(number)
+
+
+def number_of(count: int, noun: str) -> str:
+    """Such as 1 file, 2 files."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def wrapped(text: str, stream: Any = None) -> str:

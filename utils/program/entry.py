@@ -80,9 +80,12 @@ def _refusal(error: OSError) -> str | None:
 def _to_go_on() -> str:
     """Where something is saved, the command that goes on from it: the one that was given, without a `--resume`, which
     may discard what is saved; torchrun's nobody knows."""
-    if not interrupt.saved() or interrupt.PART_OF in os.environ:
+    saved, if_given = interrupt.saved()
+    if not saved or interrupt.PART_OF in os.environ:
         return ""
-    says = f". The same command goes on from {interrupt.saved()}"
+    if if_given:
+        return f". {saved[0].upper()}{saved[1:]} are lost; with {if_given} they are kept, and it goes on from them"
+    says = f". The same command goes on from {saved}"
     if ranks.size() > 1:
         return says
     kept: list[str] = []

@@ -34,13 +34,13 @@ TWICE_SECONDS = 2.0 if "LOCAL_RANK" in os.environ else 0.0
 _received: int | None = None
 _received_at = 0.0
 _deferring = False
-_saved = ""
+_saved = _if_given = ""
 
 
 def install() -> None:
     """Lets the signals raise `Stopped` in the main thread, but for those that whoever started this wants ignored."""
-    global _received, _saved
-    _received, _saved = None, ""
+    global _received, _saved, _if_given
+    _received, _saved, _if_given = None, "", ""
     for each in SIGNALS:
         if signal.getsignal(each) is not signal.SIG_IGN:
             signal.signal(each, _receive)
@@ -95,15 +95,19 @@ def deferred() -> Iterator[None]:
         _deferring = False
 
 
-def saves(what: str) -> None:
-    """From here on this is saved, and the same command goes on from it; whoever stops the program is told so."""
-    global _saved
-    _saved = what
+def saves(what: str, if_given: str = "") -> None:
+    """From here on this is saved, and the same command goes on from it; whoever stops the program is told so.
+
+    Args:
+        if_given: the option that was not given, and without which it is lost.
+    """
+    global _saved, _if_given
+    _saved, _if_given = what, if_given
 
 
-def saved() -> str:
+def saved() -> tuple[str, str]:
     """What `saves` said last; empty: nothing is saved, as far as is known."""
-    return _saved
+    return _saved, _if_given
 
 
 def requested() -> bool:

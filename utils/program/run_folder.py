@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.config import DataConfig, defaults, differences, how_much, identity, influential
 from utils.errors import UserError
-from utils.files import cut_lines, load, read_config, remove, save, save_config
+from utils.files import check_writable, cut_lines, load, read_config, remove, save, save_config
 from utils.program import interrupt, ranks
 from utils.program.console import note, shown
 from utils.program.locks import locked
@@ -108,6 +108,30 @@ class RunFolder:
         """What to do where a run cannot go on; a finished one is never discarded."""
         return f"give another --run_name{'' if self.finished else ', or --resume never to start over'}"
 
+    def check(self, saved: dict[str, Any] | None = None, files: Sequence[str] = ()) -> None:
+        """Refuses a folder that a run cannot start in; writes nothing.
+
+        Args:
+            saved: the state that it goes on from, if it does.
+            files: what a run puts beside its log and its result, by name.
+
+        Raises:
+            UserError: the folder cannot be made or written, its log is shorter than when the state was saved, or it
+                holds such files and is no run's.
+        """
+        if not ranks.first():
+            return
+        if saved and not (self.log.exists() and self.log.stat().st_size >= saved[LOG_BYTES]):
+            raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
+                            f"{self.to_begin_anew}")
+        if not (self.path / "config.yaml").exists():
+            others = [name for name in (*files, self.log.name, self.result.name)
+                      if (self.path / name).exists() and not (self.path / name).is_symlink()]
+            if others:
+                raise UserError(f"{self.path} holds {', '.join(others)} and is no run's folder; give another "
+                                "--run_name, or move what is there away")
+        check_writable(self.path / "config.yaml")
+
     def start(self, saved: dict[str, Any] | None = None, made: Sequence[str] = (), shows: Sequence[str] = ()) -> None:
         """Saves the config and begins the log, or goes on with as much of it as there was when a state was saved.
 
@@ -119,21 +143,12 @@ class RunFolder:
             shows: what shows a run, removed but where an unfinished one goes on.
 
         Raises:
-            UserError: the folder cannot be made or written, or its log is shorter than it was.
+            UserError: see `check`.
         """
         interrupt.saves("what it last saved")
+        self.check(saved, [*made, *shows])
         if not ranks.first():
             return
-        log_bytes = saved[LOG_BYTES] if saved else 0
-        if saved and not (self.log.exists() and self.log.stat().st_size >= log_bytes):
-            raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
-                            f"{self.to_begin_anew}")
-        if not (self.path / "config.yaml").exists():
-            others = [name for name in (*made, *shows, self.log.name, self.result.name)
-                      if (self.path / name).exists() and not (self.path / name).is_symlink()]
-            if others:
-                raise UserError(f"{self.path} holds {', '.join(others)} and is no run's folder; give another "
-                                "--run_name, or move what is there away")
         for name in shows if self.finished or not saved else ():
             (self.path / name).unlink(missing_ok=True)
         if self.finished:
@@ -146,7 +161,7 @@ class RunFolder:
                 if not (self.path / name).is_symlink():  # the user's, to another disk
                     remove(self.path / name)
         save_config(self.path / "config.yaml", self._config)
-        cut_lines(self.log, log_bytes)
+        cut_lines(self.log, saved[LOG_BYTES] if saved else 0)
 
     def save_due(self) -> bool:
         """Whether it is time to save the run's state again: so seldom that it takes `SAVE_SHARE` of the time."""
