@@ -12,12 +12,11 @@ from distill.distilled_set import (
     DistilledSet,
     checked_set,
     class_indices,
-    made_with,
     other_space,
-    read_set,
 )
 from distill.evaluate.evaluation_run import evaluate_and_say
 from distill.evaluate.networks import check_evaluation, check_pool
+from distill.evaluate.released_sets import are_pixels, in_space, made_with, read_set
 from utils.config import EvaluationConfig, as_meant, from_root, influential, make
 from utils.data.datasets import Dataset
 from utils.errors import UserError
@@ -53,11 +52,12 @@ def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lam
     """
     check_evaluation(config)
     device = take_device(config)
-    read = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
+    read = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher, config.factor)
     check(read)
     dataset = load_data(config, device)
     _note_other_space(config, read, dataset)
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
+    distilled = in_space(distilled, dataset)
     check_pool(config, dataset)
     if config.save and ranks.first():
         distilled.save_whole(given(config.save), dataset, influential(config))
@@ -79,7 +79,7 @@ def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
     """
     made = made_with(given.get("data_dir", ""))
     told = {name: from_root(made[name]) if name in FOLDERS else made[name]
-            for name in TOLD if name in made and name not in given}
+            for name in (*TOLD, "label_kind") if name in made and name not in given}
     told = {name: value for name, value in told.items() if name not in FOLDERS or Path(str(value)).is_dir()}
     try:
         make(EvaluationConfig, **told)
@@ -96,5 +96,5 @@ def _note_other_space(config: EvaluationConfig, distilled: DistilledSet, dataset
     other = [name for name in READ_BY if name in made and made[name] != here[name]]
     for name in other:
         note(f"note: the set was made with {name} {made[name]}, and is tested with {name} {here[name]}")
-    if not other and (why := other_space(distilled, dataset)):
+    if not other and not are_pixels(distilled) and (why := other_space(distilled, dataset)):
         note(f"note: the set is of another space: {why}")

@@ -220,8 +220,9 @@ class EvaluationConfig(TrainConfig):
     """Evaluation of a saved set, `distill/evaluation.py`."""
 
     batch_train: Count = option(EVALUATION, 128, "training batch")
-    data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors, which hold all three; or the "
-                                "file of the distilled images; or a res_*.pt of DC, DSA or DM, without learning rate")
+    data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors; what DC, DSA, DM, MTT, FTD, "
+                                "TESLA, DATM, PAD or NCFM released, as a file or the folder that holds it; or the file "
+                                "of the images alone")
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
     label_kind: Literal["logits", "probabilities"] = option(
