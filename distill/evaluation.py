@@ -51,7 +51,7 @@ def main() -> None:
     if config.robust_score:
         evaluate_robust(config)
     else:
-        evaluate_files(config, partial(under, typed(EvaluationConfig, __doc__)))
+        evaluate_files(config, partial(under, config, typed(EvaluationConfig, __doc__)))
 
 
 if __name__ == "__main__":

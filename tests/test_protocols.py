@@ -56,6 +56,7 @@ DSA = {"color", "crop", "cutout", "flip", "scale", "rotate"}
     ("res_DSA_X_ConvNet_2ipc.pt", ["--protocol=dc"], (1000, 256, 0.01, DSA)),
     ("res_DSA_X_ConvNet_2ipc.pt", ["--protocol=dc", "--no_aug"], (300, 256, 0.01, set())),
     ("res_DSA_X_ConvNet_2ipc.pt", [], (1000, 128, 0.01, DSA)),
+    ("res_DSA_X_ConvNet_2ipc.pt", ["--protocol=dc", "--dsa_strategy=none"], (300, 256, 0.01, set())),
     ("datm", ["--protocol=dc", "--dsa", "--lr_teacher=0.02"], (1000, 256, 0.02, DSA)),
     ("datm", ["--protocol=mtt", "--epoch_eval_train=7", "--batch_train=5", "--dsa=False"], (7, 5, 0.03, set())),
     ("datm", ["--protocol=dc", "--epoch_eval_train=1000", "--batch_train=128"], (1000, 128, 0.01, set()))])

@@ -17,7 +17,8 @@ code. They test 20 networks of each of five sets, and 5 networks; here `--num_ev
 augmentation is said in utils/data/augment.py.)
 """
 
-from functools import partial
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from distill.evaluate.released_sets import method_of
@@ -25,41 +26,38 @@ from distill.evaluate.saved_set import told_by_set
 from utils.config import EvaluationConfig, make
 from utils.data import augment
 from utils.networks import evaluation_pool
-from utils.program.command_line import config_of
-from utils.program.prepare import dsa_groups
 
 
-def known(given: dict[str, Any], protocol: str = "", network: str = "") -> dict[str, Any]:
-    """The options that are known by the set and the protocol, but for those that are given.
+def known(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that are known by the set and by the first protocol, but for those that are given.
 
     Args:
         given: options by name, of any spelling.
-        protocol, network: "": the first that is given.
 
     Raises:
         UserError: one cannot be what is given, or what the set says of itself.
     """
     told = told_by_set(given)
     config = make(EvaluationConfig, **told | given)
-    return told | {name: value for name, value in _settings(config, protocol, network, "dsa" in given).items()
-                   if name not in given}
+    network = evaluation_pool(config.eval_mode, config.model)[0]
+    return told | _settings(config, given, config.protocol.split(",")[0], network)
 
 
-def under(options: dict[str, str], protocol: str, network: str) -> EvaluationConfig:
-    """What a command line asks for under one of its protocols, for one kind of network.
+def under(config: EvaluationConfig, given: Collection[str], protocol: str, network: str) -> EvaluationConfig:
+    """A config under one of its protocols, for one kind of network.
 
     Args:
-        options: as they are typed.
+        given: the names of the options that are given.
     """
-    return config_of(EvaluationConfig, options | {"protocol": protocol},
-                     partial(known, protocol=protocol, network=network))[0]
+    return replace(config, protocol=protocol, **_settings(config, given, protocol, network))
 
 
-def _settings(config: EvaluationConfig, protocol: str, network: str, dsa_given: bool) -> dict[str, Any]:
-    protocol = protocol or config.protocol.split(",")[0]
+def _settings(config: EvaluationConfig, given: Collection[str], protocol: str, network: str) -> dict[str, Any]:
+    """What a protocol says of the options that are not given."""
+    settings = {"epoch_eval_train": 1000, "batch_train": 128 if protocol == "datm" else 256, "dsa": True}
     if protocol == "dc":
-        dsa = config.dsa if dsa_given else method_of(config.data_dir) in ("DSA", "DM")
-        network = network or evaluation_pool(config.eval_mode, config.model)[0]
-        drawn = dsa_groups(config) if dsa else augment.older_operations(config.dataset, network)
-        return {"dsa": dsa, "epoch_eval_train": 1000 if drawn and not config.no_aug else 300, "batch_train": 256}
-    return {"batch_train": 256} if protocol == "mtt" else {}
+        settings["dsa"] = config.dsa if "dsa" in given else method_of(config.data_dir) in ("DSA", "DM")
+        drawn = (augment.parse_strategy(config.dsa_strategy) if settings["dsa"]
+                 else augment.older_operations(config.dataset, network))
+        settings["epoch_eval_train"] = 1000 if drawn and not config.no_aug else 300
+    return {name: value for name, value in settings.items() if name not in given}

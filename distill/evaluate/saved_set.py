@@ -97,9 +97,8 @@ def _in_words(parts: list[Part]) -> str:
 
 
 def at_its_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledSet:
-    """The set with the learning rate that its evaluation has: DC's has one for all sets, and whatever file is given
-    counts."""
-    if config.protocol != "dc" or config.lr_dir or config.lr_teacher == AUTO:
+    """The set with the learning rate that its evaluation has: DC's has one for all sets."""
+    if config.protocol != "dc" or config.lr_teacher == AUTO:
         return distilled
     return dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
 
