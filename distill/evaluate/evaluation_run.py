@@ -53,7 +53,7 @@ class Session:
             say(self.config, f"going on with an evaluation that was stopped: {tested} of {networks} networks were "
                              "tested")
 
-    def write(self, scores: list[Score], lr: float | None, **robust: Any) -> None:
+    def write(self, scores: list[Score], lr: float | None, **more: Any) -> None:
         """Writes the result where `--json` says so."""
         config = self.config
         if config.json and ranks.first():
@@ -61,7 +61,7 @@ class Session:
                 self.what, len(self.set.images), scores, lr, "validation" if config.val_fraction else "test",
                 self.accuracies.seconds, influential(config), environment(self.set.images.device),
                 len(self.set) if self.set.factor > 1 else None
-            ).write(config.json, **robust)
+            ).write(config.json, **more)
             self.accuracies.forget()
             say(config, f"in {shown(config.json)}")
 

@@ -69,8 +69,9 @@ def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], Eval
                for protocol in dict.fromkeys(part.what for part in parts.values())]
     session = Session(config, dataset, [distilled], what, *notes, *trained[1:], trained=trained[0],
                       configs=list(configs.values()))
-    chosen_on = held_out(dataset, torch.tensor([], dtype=torch.long), generator(config.seed, "held out for rates"))
-    results = evaluate_parts(parts, dataset, chosen_on if auto else dataset, session, aloud=False)
+    none = torch.tensor([], dtype=torch.long)  # a distilled set holds none of the real images
+    chosen_on = held_out(dataset, none, generator(config.seed, "evaluation", "rates")) if auto else dataset
+    results = evaluate_parts(parts, dataset, chosen_on, session, aloud=False)
     protocols: dict[str, dict[str, Any]] = {}
     for (protocol, network), each in configs.items():
         result = results[f"{protocol}/{network}"]
