@@ -5,7 +5,6 @@ holds the set whole, as networks see it and as pictures, with its class names an
 never code. Its whitening, which is far larger, lies in the disk cache, or beside it where it travelled.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -211,53 +210,6 @@ def set_files(data_dir: str) -> tuple[str, str, str] | None:
     return tuple(map(str, published)) if data_dir and all(file.is_file() for file in published) else None
 
 
-def made_with(data_dir: str) -> dict[str, Any]:
-    """The options that made the set of `--data_dir`, as its file tells or its run's config.yaml; none where neither
-    does, or where something cannot be read, which is said where the set is."""
-    if not data_dir:
-        return {}
-    with contextlib.suppress(UserError, OSError, ValueError):
-        path = Path((set_files(data_dir) or [data_dir])[0])
-        if path.suffix == ".safetensors" and (config := DistilledSet.load(path).config):
-            return config
-        options = files.read_config(path.parent.parent / "config.yaml")
-        if {"dataset", "model"} <= options.keys():  # whatever lies there need not be ours
-            return options
-    return {}
-
-
-def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float) -> DistilledSet:
-    """Reads a saved set.
-
-    Args:
-        data_dir, label_dir, lr_dir: the three *files* (published names); an empty lr_dir means `default_lr`. Or
-            data_dir alone, a run's folder or a `distilled.safetensors`; or, without a label_dir, the `res_*.pt` of DC
-            and DSA.
-
-    Raises:
-        UserError: a missing or unreadable file.
-    """
-    if found := set_files(data_dir):
-        _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
-        data_dir, label_dir, lr_dir = found
-    elif data_dir and Path(data_dir).is_dir() and set_in(Path(data_dir)) is None:
-        raise UserError(f"--data_dir {data_dir} is a folder without a set ({NORMAL}/{WHOLE} or "
-                        f"{NORMAL}/images_best.pt); give a run's folder that has one, or a set's file")
-    if data_dir.endswith(".safetensors"):
-        _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
-        return DistilledSet.load(data_dir)
-    images, config = _read(data_dir, "--data_dir", "images_best.pt, or a run's folder"), {}
-    if isinstance(images, dict) and "data" in images:
-        _check_alone(data_dir, "images and labels", label_dir=label_dir)
-        (images, labels), config = _condensed(images["data"], data_dir), {"zca": False}
-        label_dir = data_dir
-    else:
-        labels = _read(label_dir, "--label_dir", "labels_best.pt")
-    lr = _read(lr_dir, "--lr_dir", "lr_best.pt") if lr_dir else default_lr
-    return DistilledSet(_tensor(images, "--data_dir", data_dir), _tensor(labels, "--label_dir", label_dir),
-                        _tensor(lr, "--lr_dir", lr_dir), config=config)
-
-
 READ_FROM = "--data_dir", "--label_dir", "--lr_dir"
 
 
@@ -275,7 +227,7 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
     distilled = _checked(distilled, dataset.name, (dataset.channels, *dataset.image_size), dataset.num_classes,
                          read_from, factor)
     labels, soft = distilled.labels, distilled.labels.is_floating_point()
-    probable = soft and bool((labels >= 0).all()) and bool((labels.sum(dim=1) - 1).abs().max() < 1e-3)
+    probable = are_probabilities(labels)
     if label_kind == "probabilities":
         if not probable:
             raise UserError("--label_kind probabilities: the labels are "
@@ -286,6 +238,12 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
         note("note: each row of labels is at least 0 and sums to 1, as probabilities do; they are taken for logits, as "
              "published: give evaluation.py --label_kind probabilities if they are probabilities")
     return distilled
+
+
+def are_probabilities(labels: Tensor) -> bool:
+    """Whether labels are rows of at least 0 that sum to 1."""
+    return (labels.is_floating_point() and labels.dim() == 2 and bool((labels >= 0).all())
+            and bool((labels.sum(dim=1) - 1).abs().max() < 1e-3))
 
 
 def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], num_classes: int,
@@ -355,41 +313,3 @@ def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, st
         classes = classes.repeat_interleave(len(distilled) // num_classes)
         return classes, "the order of the images, those of a class together"
     return distilled.labels.argmax(dim=1), "the largest soft label"
-
-
-def _check_alone(data_dir: str, what: str, **others: str) -> None:
-    """Refuses files beside one that holds the same."""
-    if given := [option for option, path in others.items() if path]:
-        raise UserError(f"--{given[0]} beside --data_dir {data_dir}, which holds {what}; leave it out")
-
-
-# What the accuracies in a file of DC are made of, which are numbers of numpy's, whose module has had two names.
-_scalar = np.float64().__reduce__()[0]
-_NUMBERS = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-_NUMBERS += [np.dtype, type(np.dtype(np.float64))]
-
-
-def _read(path: str, option: str, usual_name: str) -> Any:
-    if not path:
-        raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
-    with torch.serialization.safe_globals(_NUMBERS):
-        return files.load(path, what=f"{option} file", instead=set_in(Path(path)) or usual_name)
-
-
-def _condensed(sets: Any, path: str) -> tuple[Any, Any]:
-    """The images and the classes of the first set in a file of DC, DSA or DM: [[images, classes], …], one for each
-    repetition of their experiment."""
-    if not isinstance(sets, list) or not sets or not all(isinstance(each, list) and len(each) == 2 for each in sets):
-        raise UserError(f"--data_dir {path} is no res_*.pt of DC, DSA or DM, whose \"data\" is [[images, classes], …]; "
-                        "give files of one tensor each, with --label_dir")
-    if len(sets) > 1:
-        note(f"note: {path} holds {len(sets)} sets; the first is taken")
-    return sets[0]
-
-
-def _tensor(value: Any, option: str, path: str) -> Tensor:
-    if isinstance(value, float):
-        value = torch.tensor(value)
-    if not isinstance(value, Tensor):
-        raise UserError(f"{option} {path} holds a {type(value).__name__}, not a tensor; give a tensor's file")
-    return value.detach()

@@ -11,6 +11,14 @@ run does; what is given counts, and a note says where that is another dataset, s
 this program's own: --epoch_eval_train and --batch_train are not the run's, and it is tested on the test images unless
 --val_fraction is given.
 
+--data_dir also takes what other projects released (DC, DSA, DM, MTT, FTD, TESLA, DATM, PAD, NCFM), as a file or the
+folder that holds it. --protocol datm|mtt|dc is whose epochs, batch, learning rate and augmentation count where they are
+not given; of several, such as dc,datm, the set has a score each. --lr_teacher auto takes for each kind of network the
+best of 0.001, 0.005, 0.01, 0.05, 0.1 and the set's own rate on a tenth of the training images.
+
+    python distill/evaluation.py --data_dir res_DSA_CIFAR10_ConvNet_10ipc.pt --protocol dc,datm
+    python distill/evaluation.py --data_dir FOLDER --dataset CIFAR10 --eval_mode M --lr_teacher auto
+
 --robust_score prints DD-Ranking's label-robust score (LRS) and augmentation-robust score (ARS) of the set, with what
 they are made of (HLR, IOR), by network. It evaluates the set with its labels and with hard labels, as many random real
 images per class with labels by the experts of --buffer_path (for a set with hard labels: with their own), the set and
@@ -21,6 +29,7 @@ the random images without augmentation, and the whole training set for --epoch_e
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,16 +38,20 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
+from distill.evaluate.protocols import known, under
 from distill.evaluate.robust import evaluate_robust
-from distill.evaluate.saved_set import evaluate_files, told_by_set
+from distill.evaluate.saved_set import evaluate_files
 from utils.config import EvaluationConfig
-from utils.program.command_line import parse
+from utils.program.command_line import parse, typed
 from utils.program.entry import entry
 
 
 def main() -> None:
-    config = parse(EvaluationConfig, __doc__, known=told_by_set)
-    evaluate_robust(config) if config.robust_score else evaluate_files(config)
+    config = parse(EvaluationConfig, __doc__, known=known)
+    if config.robust_score:
+        evaluate_robust(config)
+    else:
+        evaluate_files(config, partial(under, config, typed(EvaluationConfig, __doc__)))
 
 
 if __name__ == "__main__":

@@ -256,12 +256,13 @@ class EvaluationResult:
         """As tables have it."""
         return str(self.images) if self.labels is None else f"{self.images} ({self.labels} labels)"
 
-    def write(self, path: str | Path, **robust: Any) -> None:
+    def write(self, path: str | Path, **more: Any) -> None:
         """
         Args:
-            robust: what `--robust_score` adds, so that its file serves wherever that of an evaluation does.
+            more: what `--robust_score`, a rate that is chosen or several protocols add, so that their file serves
+                wherever that of an evaluation does.
         """
-        values = as_json(self) | robust
+        values = as_json(self) | more
         write_json(given(path), {name: value for name, value in values.items()
                                  if name not in ("lr", "labels") or value is not None})
 

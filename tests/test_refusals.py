@@ -426,7 +426,8 @@ def test_a_set_without_its_files_is_refused(refused, sets):
     images, labels, _ = sets.options()
     refused(EVALUATION, [labels], ["--data_dir is missing"])
     refused(EVALUATION, [images], ["--label_dir is missing"])
-    refused(EVALUATION, [*sets.options(), f"--data_dir={sets.folder}"], ["is a folder without a set", "give a run"])
+    refused(EVALUATION, [*sets.options(), f"--data_dir={sets.folder}"], ["--label_dir beside --data_dir"])
+    refused(EVALUATION, [f"--data_dir={sets.folder.parent}"], ["is a folder without a set", "give a folder that has"])
     refused(EVALUATION, [*sets.options(), "--eval_mode=Z"], ["unknown eval_mode 'Z'"])
 
 

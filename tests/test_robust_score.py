@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from distill.evaluate.robust import HELD_OUT, RATES, held_out, robust_scores, scaled
+from distill.evaluate.parts import HELD_OUT, RATES, held_out
+from distill.evaluate.robust import robust_scores, scaled
 from tests.test_refusals import check_refusal
 from tests.test_resume import stop_at
 

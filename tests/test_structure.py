@@ -81,7 +81,7 @@ OPTIONS = {
                    "Initialize_Label_Model_Dir Label_Model_Timestamp eval_it skip_first_eva buffer_path log_path "
                    "resume run_name force_save record_loss wandb project micro_batch dry_run lr_init texture "
                    "canvas_size canvas_samples",
-    EvaluationConfig: f"{TRAIN} data_dir label_dir lr_dir label_kind hard_labels robust_score epoch_eval_real "
+    EvaluationConfig: f"{TRAIN} protocol data_dir label_dir lr_dir label_kind hard_labels robust_score epoch_eval_real "
                       "buffer_path json save",
     BaselineConfig: f"{TRAIN} ipc pick label_source buffer_path json"}
 OPTIONS[TeslaConfig] = OPTIONS[DistillConfig]

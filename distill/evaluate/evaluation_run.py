@@ -23,32 +23,36 @@ class Session:
 
     Args:
         sets: one, or several of one size, as `evaluate` takes them.
+        trained: at which rate and how long, in words, where that is not what set and config say.
         beside: other sets on which the result depends.
+        configs: other options on which it does.
         what: they are, in words.
         notes: what else there is to say of them; the first goes on in the line.
     """
 
     def __init__(self, config: EvaluationConfig | BaselineConfig, dataset: Dataset, sets: Sequence[DistilledSet],
-                 what: str, *notes: str, aside: str = "", beside: Sequence[DistilledSet] = ()):
+                 what: str, *notes: str, trained: str = "", beside: Sequence[DistilledSet] = (),
+                 configs: Sequence[EvaluationConfig] = ()):
         self.config, self.what, self.set = config, what, sets[0]
         networks = pool(config, dataset)
+        trained = trained or f"learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} epochs"
         # The engine that networks of the first kind get; made for this alone, which costs next to nothing.
         model = flat_model(config, network_for(networks[0], dataset).to(self.set.images.device),
                            work_of(config, self.set))
         announce(config, self.set.images.device,
                  describe_engine(model.engine, min(config.batch_train, len(self.set))),
-                 f"{what}: {self.set.size}, learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} "
-                 f"epochs{aside} · {config.num_eval} × {' and '.join(networks)}", *notes)
+                 f"{what}: {self.set.size}, {trained} · {config.num_eval} × {' and '.join(networks)}", *notes)
         path = Path(f"{config.json}.unfinished") if config.json else None
         interrupt.saves("the networks that were tested", "" if path else "--json FILE")
-        self.accuracies = ranks.from_first_rank(lambda: Accuracies(path, key_of(config, dataset, *sets, *beside)))
+        self.accuracies = ranks.from_first_rank(
+            lambda: Accuracies(path, key_of([config, *configs], dataset, *sets, *beside)))
 
     def say_going_on(self, tested: int, networks: int) -> None:
         if tested:
             say(self.config, f"going on with an evaluation that was stopped: {tested} of {networks} networks were "
                              "tested")
 
-    def write(self, scores: list[Score], lr: float | None, **robust: Any) -> None:
+    def write(self, scores: list[Score], lr: float | None, **more: Any) -> None:
         """Writes the result where `--json` says so."""
         config = self.config
         if config.json and ranks.first():
@@ -56,7 +60,7 @@ class Session:
                 self.what, len(self.set.images), scores, lr, "validation" if config.val_fraction else "test",
                 self.accuracies.seconds, influential(config), environment(self.set.images.device),
                 len(self.set) if self.set.factor > 1 else None
-            ).write(config.json, **robust)
+            ).write(config.json, **more)
             self.accuracies.forget()
             say(config, f"in {shown(config.json)}")
 

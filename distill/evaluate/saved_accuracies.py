@@ -123,10 +123,10 @@ class Accuracies:
         return f"{self._prefix}{job.network}/{job.number}"
 
 
-def key_of(config: TrainConfig, dataset: Dataset, *sets: DistilledSet) -> str:
+def key_of(configs: Sequence[TrainConfig], dataset: Dataset, *sets: DistilledSet) -> str:
     """The same for the same options, dataset and sets, on the same kind of machine."""
     here = environment(sets[0].images.device)
-    key = hashlib.sha256(json.dumps([identity(config), config.backend, here["torch"], here["device"],
+    key = hashlib.sha256(json.dumps([*map(identity, configs), configs[0].backend, here["torch"], here["device"],
                                      dataset.fingerprint, *map(digest, sets)]).encode())
     return key.hexdigest()
 

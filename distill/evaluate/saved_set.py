@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.distilled_set import (
     FOLDERS,
     READ_BY,
@@ -12,23 +14,38 @@ from distill.distilled_set import (
     DistilledSet,
     checked_set,
     class_indices,
-    made_with,
     other_space,
-    read_set,
 )
-from distill.evaluate.evaluation_run import evaluate_and_say
-from distill.evaluate.networks import check_evaluation, check_pool
-from utils.config import DataConfig, EvaluationConfig, as_meant, from_root, image_size, influential, make
+from distill.evaluate.evaluation_run import Session, evaluate_and_say
+from distill.evaluate.networks import check_evaluation, check_pool, pool
+from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
+from distill.evaluate.released_sets import are_pixels, in_space, made_with, read_set
+from distill.result_files import as_json
+from utils.config import (
+    AUTO,
+    DataConfig,
+    EvaluationConfig,
+    as_meant,
+    from_root,
+    image_size,
+    influential,
+    make,
+)
 from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import given
 from utils.program import ranks
 from utils.program.console import note
 from utils.program.prepare import load_data, take_device
+from utils.program.seeds import generator
 
 
-def evaluate_files(config: EvaluationConfig) -> None:
+def evaluate_files(config: EvaluationConfig,
+                   under: Callable[[str, str], EvaluationConfig] = lambda protocol, network: None) -> None:
     """The whole of `distill/evaluation.py`: saved tensors in, accuracies printed and written as JSON.
+
+    Args:
+        under: a protocol and a kind of network → the options there; None: the same as elsewhere.
 
     Raises:
         UserError: files or options that do not fit the dataset.
@@ -38,7 +55,62 @@ def evaluate_files(config: EvaluationConfig) -> None:
     if config.hard_labels:
         distilled, known_by = with_classes(distilled, dataset)
         what, notes = f"{what} with hard labels", [known_by]
-    evaluate_and_say(config, dataset, [distilled], what, *notes)
+    protocols = config.protocol.split(",")
+    if protocols[0] != EvaluationConfig.protocol:
+        what = f"{what} under {protocols[0]}"
+    configs = {(protocol, network): under(protocol, network) or config
+               for protocol in protocols for network in pool(config, dataset)}
+    if config.lr_teacher == AUTO or any(each != config for each in configs.values()):
+        _evaluate_each(config, configs, dataset, distilled, what, *notes)
+    else:
+        evaluate_and_say(config, dataset, [at_its_rate(config, distilled)], what, *notes)
+
+
+def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], EvaluationConfig], dataset: Dataset,
+                   distilled: DistilledSet, what: str, *notes: str) -> None:
+    """Evaluates under each protocol, each kind of network by options and, with `--lr_teacher auto`, at a rate of its
+    own; prints the scores and writes them to `--json`, those of the first protocol where those of a single one are."""
+    auto = config.lr_teacher == AUTO
+    rates = {f"{rate:g}": rate for rate in (float(distilled.lr), *RATES)} if auto else {}
+    parts = {"/".join(of): Part(of[0], each, [at_its_rate(each, distilled)], tuple(sorted(rates.values())), (of[1],))
+             for of, each in configs.items()}
+    trained = [f"{protocol}: {_in_words([part for part in parts.values() if part.what == protocol])}"
+               for protocol in dict.fromkeys(part.what for part in parts.values())]
+    session = Session(config, dataset, [distilled], what, *notes, *trained[1:], trained=trained[0],
+                      configs=list(configs.values()))
+    none = torch.tensor([], dtype=torch.long)  # a distilled set holds none of the real images
+    chosen_on = held_out(dataset, none, generator(config.seed, "evaluation", "rates")) if auto else dataset
+    results = evaluate_parts(parts, dataset, chosen_on, session, aloud=False)
+    protocols: dict[str, dict[str, Any]] = {}
+    for (protocol, network), each in configs.items():
+        result = results[f"{protocol}/{network}"]
+        (score,), rate = result["scores"], result["lr"][network]
+        chosen = ", the best on held-out training images" if auto else ""
+        print(f"{f'{protocol} · ' if ',' in config.protocol else ''}{score}, learning rate {rate:.4g}{chosen}")
+        of_all = protocols.setdefault(protocol, {"scores": [], "trained": {}})
+        of_all["scores"].append(score)
+        of_all["trained"][network] = {
+            "epochs": each.epoch_eval_train, "batch_train": each.batch_train, "dsa": each.dsa, "lr": rate,
+            **({"held_out": result["held_out"][network]} if auto else {})}
+    session.write(next(iter(protocols.values()))["scores"], None, protocols={
+        protocol: of_all | {"scores": list(map(as_json, of_all["scores"]))} for protocol, of_all in protocols.items()})
+
+
+def _in_words(parts: list[Part]) -> str:
+    """How the kinds of networks are trained."""
+    configs, (part, *_) = [part.config for part in parts], parts
+    epochs = " or ".join(dict.fromkeys(str(each.epoch_eval_train) for each in configs))
+    rate = f"the best of the rates {', '.join(f'{rate:.4g}' for rate in part.rates)}" if part.rates else (
+        f"learning rate {float(part.sets[0].lr):.4g}")
+    dsa = "with" if part.config.dsa and not part.config.no_aug else "without"
+    return f"{epochs} epochs in batches of {part.config.batch_train} {dsa} DSA, {rate}"
+
+
+def at_its_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledSet:
+    """The set with the learning rate that its evaluation has: DC's has one for all sets."""
+    if config.protocol != "dc" or config.lr_teacher == AUTO:
+        return distilled
+    return dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
 
 
 def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lambda distilled: None
@@ -53,13 +125,15 @@ def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lam
     """
     check_evaluation(config)
     device = take_device(config)
-    read = read_set(config.data_dir, config.label_dir, config.lr_dir, config.lr_teacher)
+    read = read_set(config.data_dir, config.label_dir, config.lr_dir,
+                    EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher, config.factor)
     check(read)
     told = check_told(config, read, "--data_dir", read.config or made_with(config.data_dir))
     dataset = load_data(config, device)
-    if not told and (why := other_space(read, dataset)):
+    if not told and not are_pixels(read) and (why := other_space(read, dataset)):
         note(f"note: the set is of another space: {why}")
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
+    distilled = in_space(distilled, dataset)
     check_pool(config, dataset)
     if config.save and ranks.first():
         distilled.save_whole(given(config.save), dataset, influential(config))
@@ -81,7 +155,7 @@ def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
     """
     made = made_with(given.get("data_dir", ""))
     told = {name: from_root(made[name]) if name in FOLDERS else made[name]
-            for name in TOLD if name in made and name not in given}
+            for name in (*TOLD, "label_kind") if name in made and name not in given}
     told = {name: value for name, value in told.items() if name not in FOLDERS or Path(str(value)).is_dir()}
     try:
         make(EvaluationConfig, **told)

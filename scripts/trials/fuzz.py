@@ -521,7 +521,8 @@ GOOD = {
         "micro_batch": [*UNSET, "1", "5"], "save_interval": ["1", "2", "10"]},
     DATM: _EVERY | _TRAINED | _DISTILLED | {"matching": ["exact", "tesla"]},
     TESLA: _EVERY | _TRAINED | _DISTILLED,
-    EVALUATION: _EVERY | _TRAINED | _ANY_NETWORK | {"save": ["out/set.safetensors", ""], "lr_dir": [""]},
+    EVALUATION: _EVERY | _TRAINED | _ANY_NETWORK | {"save": ["out/set.safetensors", ""], "lr_dir": [""],
+                                                    "protocol": ["datm", "dc,datm"]},
     BASELINE: _EVERY | _TRAINED | _ANY_NETWORK | {"ipc": ["1", "2", *UNSET], "label_source": ["auto", "hard"],
                                                   "pick": ["random"]}}
 

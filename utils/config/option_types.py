@@ -66,6 +66,17 @@ def _number_or_auto(value: Any) -> Any:
     return value
 
 
+PROTOCOLS = ("datm", "mtt", "dc")
+
+
+def _protocols(value: str) -> str:
+    names = value.split(",")
+    if not set(names) <= set(PROTOCOLS) or len(names) > len(set(names)):
+        raise ValueError(f"it must be one of {', '.join(PROTOCOLS)}, or several of them, such as dc,datm")
+    return value
+
+
+Protocols = Annotated[str, AfterValidator(_protocols)]
 AutoRate = Annotated[LearningRate | Literal["auto"], BeforeValidator(_number_or_auto)]
 Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
 RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]

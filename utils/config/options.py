@@ -21,6 +21,7 @@ from utils.config.option_types import (
     Fraction,
     Index,
     LearningRate,
+    Protocols,
     Rate,
     RateOfRate,
     Resolution,
@@ -219,9 +220,14 @@ class TeslaConfig(DistillConfig):
 class EvaluationConfig(TrainConfig):
     """Evaluation of a saved set, `distill/evaluation.py`."""
 
+    protocol: Protocols = option(EVALUATION, "datm", "whose evaluation, or several, such as dc,datm: epochs, batch, "
+                                 "learning rate and augmentation where they are not given")
     batch_train: Count = option(EVALUATION, 128, "training batch")
-    data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors, which hold all three; or the "
-                                "file of the distilled images; or a res_*.pt of DC, DSA or DM, without learning rate")
+    lr_teacher: AutoRate = option(METHOD, 0.01, "learning rate for a set without one; auto: the best of several for "
+                                  "each kind of network, on held-out training images")
+    data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors; what DC, DSA, DM, MTT, FTD, "
+                                "TESLA, DATM, PAD or NCFM released, as a file or the folder that holds it; or the file "
+                                "of the images alone")
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
     label_kind: Literal["logits", "probabilities"] = option(

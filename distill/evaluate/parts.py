@@ -1,0 +1,112 @@
+"""Several evaluations as one: one bar, one file of what was found, and, where it is asked for, a learning rate that is
+chosen among several on held-out training images, never on the test images."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.distilled_set import DistilledSet
+from distill.evaluate.evaluation_run import Session
+from distill.evaluate.networks import evaluate, pool
+from distill.evaluate.saved_accuracies import Accuracies, Job
+from utils.config import TrainConfig
+from utils.data.datasets import Dataset
+from utils.errors import UserError
+from utils.program import ranks
+from utils.program.progress import Progress
+
+RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # DD-Ranking's
+HELD_OUT = 0.1  # of each class's training images, to choose a rate on
+
+
+class Part(NamedTuple):
+    """One of the evaluations."""
+
+    what: str
+    config: TrainConfig
+    sets: list[DistilledSet]  # of one size
+    rates: tuple[float, ...] = ()  # those of which one is chosen; none: the sets have theirs
+    networks: tuple[str, ...] = ()  # these kinds of the pool; none: all
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return math.ceil(len(self.sets[0]) / self.config.batch_train)
+
+    def at(self, rate: float) -> list[DistilledSet]:
+        """The sets, with this learning rate."""
+        return [replace(each, lr=torch.tensor(rate, device=each.lr.device)) for each in self.sets]
+
+    def kinds(self, dataset: Dataset) -> list[str]:
+        return [name for name in pool(self.config, dataset) if name in self.networks or not self.networks]
+
+
+def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset:
+    """The dataset with a share of its training images, none of them used, in the place of the test images.
+
+    Raises:
+        UserError: all are used.
+    """
+    left = torch.ones(len(dataset.train_labels), dtype=torch.bool)
+    left[used.cpu()] = False
+    chosen = []
+    for label in range(dataset.num_classes):
+        members = dataset.class_indices(label).cpu()
+        count = max(1, round(HELD_OUT * len(members)))
+        members = members[left[members]]
+        chosen.append(members[torch.randperm(len(members), generator=random)[:count]])
+    indices = torch.cat(chosen).to(dataset.train_labels.device)
+    if not len(indices):
+        raise UserError("--robust_score: the set holds as many images as the training set, which leaves none to choose "
+                        "the learning rates of the comparison on; give a smaller set")
+    return replace(dataset, test_images=dataset.train_images[indices], test_labels=dataset.train_labels[indices])
+
+
+def evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset, session: Session,
+                   aloud: bool = True) -> dict[str, dict[str, Any]]:
+    """What each part reached: what a file of the single evaluation says, and the learning rates.
+
+    Args:
+        chosen_on: its test images are those on which learning rates are chosen.
+        aloud: say each score when it is known.
+    """
+    config, accuracies = session.config, session.accuracies
+
+    # One bar over them all, in batches, as an epoch of the training set takes far longer than one of the set.
+    runs = [(part.batches_per_epoch * (part.config.epoch_eval_train + 1),
+             _saved(accuracies, name, rate).missing([Job(network, number) for number in range(config.num_eval)]))
+            for name, part in parts.items() for network in part.kinds(dataset) for rate in (*part.rates, None)]
+    done = sum(batches * (config.num_eval - len(missing)) for batches, missing in runs)
+    total = done + sum(batches * len(ranks.deal(missing)) for batches, missing in runs)
+    number = config.num_eval * len(runs)
+    session.say_going_on(number - sum(len(missing) for _, missing in runs), number)
+    results = {}
+    with Progress(total, "evaluate", initial=done, quiet=config.quiet, device=dataset.device) as bar:
+        for at, (name, part) in enumerate(parts.items(), start=1):
+            bar.count = f"set {at} of {len(parts)}"
+            run = partial(evaluate, part.config, augmented=not part.config.no_aug,
+                          on_epoch=partial(bar.update, part.batches_per_epoch))
+            result: dict[str, Any] = {
+                "what": part.what, "images": len(part.sets[0].images), "augmented": not part.config.no_aug,
+                "epochs": part.config.epoch_eval_train, "lr": {}, "scores": []}
+            for network in part.kinds(dataset):
+                reached = {rate: run(chosen_on, part.at(rate), networks=[network],
+                                     accuracies=_saved(accuracies, name, rate))[0].mean for rate in part.rates}
+                rate = max(reached, key=reached.__getitem__, default=float(part.sets[0].lr))
+                if reached:
+                    result.setdefault("held_out", {})[network] = {f"{rate:g}": at for rate, at in reached.items()}
+                (score,) = run(dataset, part.at(rate), networks=[network], accuracies=_saved(accuracies, name))
+                result["lr"][network] = rate
+                result["scores"].append(score)
+                if aloud:
+                    bar.say(f"{part.what}, learning rate {rate:.4g} · {score}")
+            results[name] = result
+    return results
+
+
+def _saved(accuracies: Accuracies, name: str, rate: float | None = None) -> Accuracies:
+    """Those of one part, at a rate that is tried or at the one that is used."""
+    return accuracies.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")

@@ -1,0 +1,203 @@
+"""Distilled sets as other projects release them, and ours; each is told by how it lies on the disk.
+
+    DC, DSA, DM         res_[METHOD_]DATASET_MODEL_Nipc.pt, {"data": [[images, classes], …]}: a set for each of their
+                        experiments, of which the first is taken
+    MTT, FTD, TESLA     a folder of images_TAG.pt and labels_TAG.pt, the tag `best` or an iteration; FTD's averaged
+                        images as ema_images_TAG.pt and ema_labels_TAG.pt. Classes; TESLA's soft labels are
+                        probabilities. The learned rate is not among the files. images_zca_TAG.pt, pictures, lies
+                        there if the images are whitened
+    DATM, PAD           the same with lr_TAG.pt and label logits, in a folder or in the Normal/ of one
+    NCFM, IDC           data_TAG.pt, [images, classes]: pixels in [0, 1], which are normalised in use and never
+                        whitened; of an image that holds smaller ones the class is that of all of them
+
+All but the last hold images as networks see them: normalised, or whitened. (As the code of each project saves them:
+VICO-UoE/DatasetCondensation, GeorgeCazenavette/mtt-distillation, AngusDujw/FTD-distillation, justincui03/tesla,
+NUS-HPC-AI-Lab/DATM and PAD, gszfwsb/NCFM.)
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.distilled_set import WHOLE, DistilledSet, are_probabilities, set_files, set_in
+from distill.result_files import NORMAL
+from utils import files
+from utils.data.datasets import Dataset, check_dataset_name
+from utils.errors import UserError
+from utils.networks import check_network_name
+from utils.program.console import note
+
+PIXELS = {"mean": (0.0,), "std": (1.0,)}  # the space of pixels
+_OF_DC = re.compile(r"res_(?:(DC|DSA|DM)_)?([A-Za-z0-9]+)_(\w+)_\d+ipc\.pt")
+
+
+def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, factor: int = 1) -> DistilledSet:
+    """Reads a saved set.
+
+    Args:
+        data_dir: a run's folder or a `distilled.safetensors`; or what another project released, see above. Of a file of
+            images alone the *files* of the labels and of the learning rate are given too.
+        default_lr: where there is no file of the learning rate.
+        factor: how many smaller images along a side those of NCFM hold.
+
+    Raises:
+        UserError: a missing or unreadable file.
+    """
+    if found := _files_of(data_dir):
+        _check_alone(data_dir, "images and labels", label_dir=label_dir)
+        if found[2] or found[0].endswith(".safetensors"):
+            _check_alone(data_dir, "images, labels and learning rate", lr_dir=lr_dir)
+        data_dir, label_dir, lr_dir = found[0], found[1], found[2] or lr_dir
+    elif data_dir and Path(data_dir).is_dir() and set_in(Path(data_dir)) is None:
+        raise UserError(f"--data_dir {data_dir} is a folder without a set ({NORMAL}/{WHOLE}, images_best.pt with "
+                        "labels_best.pt, data_best.pt, or one res_….pt); give a folder that has one, or a set's file")
+    if data_dir.endswith(".safetensors"):
+        _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
+        return DistilledSet.load(data_dir)
+    images, about = _read(data_dir, "--data_dir", "images_best.pt, or a run's folder"), {}
+    if isinstance(images, dict) and "data" in images:
+        (images, labels), about = _condensed(images["data"], data_dir), {"config": {"zca": False}}
+    elif isinstance(images, list | tuple) and len(images) == 2:
+        (images, labels), about = images, {"config": {"zca": False}, **PIXELS}
+        if isinstance(labels, Tensor) and labels.dim() == 1:
+            labels = labels.repeat_interleave(factor**2)
+    else:
+        labels = _read(label_dir, "--label_dir", "labels_best.pt")
+    if about:
+        _check_alone(data_dir, "images and labels", label_dir=label_dir)
+        label_dir = data_dir
+    lr = _read(lr_dir, "--lr_dir", "lr_best.pt") if lr_dir else default_lr
+    return DistilledSet(_tensor(images, "--data_dir", data_dir), _tensor(labels, "--label_dir", label_dir),
+                        _tensor(lr, "--lr_dir", lr_dir), **about)
+
+
+def are_pixels(distilled: DistilledSet) -> bool:
+    return {"mean": distilled.mean, "std": distilled.std} == PIXELS
+
+
+def in_space(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
+    """The set as networks see the images of a dataset, which it has been checked against."""
+    if not are_pixels(distilled):
+        return distilled
+    low, high = distilled.images.aminmax()
+    if low < -0.5 or high > 1.5:
+        note(f"note: the set's images are taken for pixels in [0, 1], as those of NCFM are, and lie in [{low:.3g}, "
+             f"{high:.3g}]")
+    return replace(distilled, images=dataset.space.from_pixels(distilled.images), mean=(), std=())
+
+
+def made_with(data_dir: str) -> dict[str, Any]:
+    """The options that made the set of `--data_dir`, as its file tells, its run's config.yaml or what another project
+    released; none where nothing does, or where something cannot be read, which is said where the set is."""
+    if not data_dir:
+        return {}
+    with contextlib.suppress(UserError, OSError, ValueError):
+        images, labels, lr = _files_of(data_dir) or (data_dir, "", "")
+        path = Path(images)
+        if path.suffix == ".safetensors" and (config := DistilledSet.load(path).config):
+            return {name: value for name, value in config.items() if name != "label_kind"}  # its labels are logits
+        with contextlib.suppress(UserError, OSError, ValueError):
+            options = files.read_config(path.parent.parent / "config.yaml")
+            if {"dataset", "model"} <= options.keys():  # whatever lies there need not be ours
+                return options
+        if of_dc := _OF_DC.fullmatch(path.name):
+            _, dataset, model = of_dc.groups()
+            check_dataset_name(dataset)
+            check_network_name(model)
+            return {"dataset": dataset, "model": model, "zca": False}
+        told: dict[str, Any] = {}
+        named = re.fullmatch(r"(?:ema_)?images_(best|\d+)\.pt", path.name)
+        if named and (path.parent / f"images_zca_{named[1]}.pt").is_file():
+            told["zca"] = True
+        if labels and not lr and are_probabilities(_tensor(files.load(labels), "", labels)):
+            told["label_kind"] = "probabilities"
+        return told
+    return {}
+
+
+def method_of(data_dir: str) -> str | None:
+    """DC, DSA or DM, where the file of the set is one of theirs and says so."""
+    images, *_ = _files_of(data_dir) or (data_dir,)
+    of_dc = _OF_DC.fullmatch(Path(images).name)
+    return of_dc[1] if of_dc else None
+
+
+def _files_of(data_dir: str) -> tuple[str, str, str] | None:
+    """The files of images, labels and learning rate that a folder means; "" for those that another one holds, or that
+    are not there. None where `--data_dir` is something else.
+
+    Raises:
+        UserError: of several sets none is the best.
+    """
+    if (found := set_files(data_dir)) or not data_dir:
+        return found
+    folder = Path(data_dir)
+    for prefix in ("", "ema_"):
+        labels = {_tag(path): path for path in folder.glob(f"{prefix}labels_*.pt")}
+        if images := _best(path for path in folder.glob(f"{prefix}images_*.pt") if _tag(path) in labels):
+            lr = folder / f"lr_{_tag(images)}.pt"
+            return str(images), str(labels[_tag(images)]), str(lr) if lr.is_file() else ""
+    if whole := _best(folder.glob("data_*.pt")):
+        return str(whole), "", ""
+    results = sorted(folder.glob("res_*.pt"))
+    if len(results) > 1:
+        raise UserError(f"--data_dir {data_dir} holds {len(results)} sets, such as {results[0].name}; give the file of "
+                        "one")
+    return (str(results[0]), "", "") if results else None
+
+
+def _tag(path: Path) -> str:
+    return path.stem.rpartition("_")[2]
+
+
+def _best(paths: Iterable[Path]) -> Path | None:
+    """The best of the same set's states, else the last one."""
+    tagged = [path for path in paths if _tag(path) == "best" or _tag(path).isdecimal()]
+    tagged = [path for path in tagged if not re.fullmatch(r"(ema_)?images_zca_\w+", path.stem)]
+    return max(tagged, key=lambda path: (_tag(path) == "best", int(_tag(path)) if _tag(path) != "best" else 0),
+               default=None)
+
+
+def _check_alone(data_dir: str, what: str, **others: str) -> None:
+    """Refuses files beside one that holds the same."""
+    if given := [option for option, path in others.items() if path]:
+        raise UserError(f"--{given[0]} beside --data_dir {data_dir}, which holds {what}; leave it out")
+
+
+# What the accuracies in a file of DC are made of, which are numbers of numpy's, whose module has had two names.
+_scalar = np.float64().__reduce__()[0]
+_NUMBERS = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+_NUMBERS += [np.dtype, type(np.dtype(np.float64))]
+
+
+def _read(path: str, option: str, usual_name: str) -> Any:
+    if not path:
+        raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
+    with torch.serialization.safe_globals(_NUMBERS):
+        return files.load(path, what=f"{option} file", instead=set_in(Path(path)) or usual_name)
+
+
+def _condensed(sets: Any, path: str) -> tuple[Any, Any]:
+    """The images and the classes of the first set in a file of DC, DSA or DM: [[images, classes], …], one for each
+    repetition of their experiment."""
+    if not isinstance(sets, list) or not sets or not all(isinstance(each, list) and len(each) == 2 for each in sets):
+        raise UserError(f"--data_dir {path} is no res_*.pt of DC, DSA or DM, whose \"data\" is [[images, classes], …]; "
+                        "give files of one tensor each, with --label_dir")
+    if len(sets) > 1:
+        note(f"note: {path} holds {len(sets)} sets; the first is taken")
+    return sets[0]
+
+
+def _tensor(value: Any, option: str, path: str) -> Tensor:
+    if isinstance(value, float):
+        value = torch.tensor(value)
+    if not isinstance(value, Tensor):
+        raise UserError(f"{option} {path} holds a {type(value).__name__}, not a tensor; give a tensor's file")
+    return value.detach()

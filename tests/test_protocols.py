@@ -1,0 +1,171 @@
+"""Sets under the evaluations of the papers, and at rates that are chosen on held-out images."""
+
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+
+from distill.evaluate.parts import RATES
+from distill.evaluate.protocols import known
+from tests.test_refusals import check_refusal
+from tests.test_resume import stop_at
+
+EVALUATION = "distill/evaluation.py"
+NETWORKS = importlib.import_module("distill.evaluate.networks")
+
+
+@pytest.fixture
+def folder(toy_data, tmp_path):
+    """A set of the toy in the layout of DATM and, the same images, in that of DC and of DSA."""
+    torch.manual_seed(0)
+    images, classes = toy_data.train_images[::12], toy_data.train_labels[::12]
+    datm = tmp_path / "datm"
+    datm.mkdir()
+    for name, tensor in (("images", images), ("labels", 5 * torch.eye(3)[classes]), ("lr", torch.tensor(0.03))):
+        torch.save(tensor, datm / f"{name}_best.pt")
+    for name in ("res_DC_X_ConvNet_2ipc.pt", "res_DSA_X_ConvNet_2ipc.pt"):
+        torch.save({"data": [[images, classes]]}, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def evaluate(call, toy, folder):
+    """Options → the JSON and what was said; `--epoch_eval_train` is the protocol's."""
+    usual = [each for each in toy.evaluate if "epoch_eval_train" not in each]
+
+    def evaluate(*options, data="datm", expect=0):
+        done = call(EVALUATION, *usual, f"--data_dir={folder / data}", f"--json={folder / 'result.json'}", *options,
+                    expect=expect)
+        return json.loads((folder / "result.json").read_text()) if not expect else None, done
+
+    return evaluate
+
+
+# --- the numbers, written from the papers' descriptions and code ---------------------------------------------
+
+DSA = {"color", "crop", "cutout", "flip", "scale", "rotate"}
+
+
+@pytest.mark.parametrize("data, options, trained", [  # epochs, batch, learning rate, augmentation
+    ("datm", [], (1000, 128, 0.03, DSA)),
+    ("datm", ["--protocol=mtt"], (1000, 256, 0.03, DSA)),
+    ("datm", ["--protocol=dc"], (300, 256, 0.01, set())),
+    ("res_DC_X_ConvNet_2ipc.pt", ["--protocol=dc"], (300, 256, 0.01, set())),
+    ("res_DSA_X_ConvNet_2ipc.pt", ["--protocol=dc"], (1000, 256, 0.01, DSA)),
+    ("res_DSA_X_ConvNet_2ipc.pt", ["--protocol=dc", "--no_aug"], (300, 256, 0.01, set())),
+    ("res_DSA_X_ConvNet_2ipc.pt", [], (1000, 128, 0.01, DSA)),
+    ("res_DSA_X_ConvNet_2ipc.pt", ["--protocol=dc", "--dsa_strategy=none"], (300, 256, 0.01, set())),
+    ("datm", ["--protocol=dc", "--dsa", "--lr_teacher=0.02"], (1000, 256, 0.02, DSA)),
+    ("datm", ["--protocol=mtt", "--epoch_eval_train=7", "--batch_train=5", "--dsa=False"], (7, 5, 0.03, set())),
+    ("datm", ["--protocol=dc", "--epoch_eval_train=1000", "--batch_train=128"], (1000, 128, 0.01, set()))])
+def test_each_protocol_trains_as_published_but_for_what_is_given(evaluate, monkeypatch, data, options, trained):
+    seen = []
+
+    def train(model, theta, images, labels, lr, *, epochs, batch_size, draw, random, on_epoch):
+        groups = {drawn.group for drawn in (draw(2, random) for _ in range(100)) if drawn}
+        seen.append((epochs, batch_size, pytest.approx(lr), groups))
+        return theta
+
+    monkeypatch.setattr(NETWORKS, "train_network", train)
+    evaluate(*options, data=data)
+    assert [trained] == seen
+
+
+def test_dc_augments_as_its_table_says_and_trains_longer_then(evaluate, monkeypatch):
+    """300 epochs without augmentation and 1000 with; ConvNetBN and MNIST have one of DC's own."""
+    seen = []
+    monkeypatch.setattr(NETWORKS, "train_network", lambda model, theta, *_, epochs, draw, random, **more: (
+        seen.append((epochs, getattr(draw(2, random), "parameters", ()))), theta)[1])
+    result, _ = evaluate("--protocol=dc", "--eval_mode=N")
+    assert [score["network"] for score in result["scores"]] == [f"ConvNet{norm}N" if norm != "G" else "ConvNetGN"
+                                                                for norm in ("N", "B", "L", "I", "G")]
+    assert [(epochs, [*operations]) for epochs, operations in seen] == [
+        (300, []), (1000, ["crop", "noise"]), (300, []), (300, []), (300, [])]
+    assert known({"dataset": "MNIST", "protocol": "dc"})["epoch_eval_train"] == 1000
+
+
+@pytest.mark.parametrize("protocol, before, after", [("dc", 152, 149), ("mtt", 502, 499)])
+def test_the_optimiser_and_its_schedule(evaluate, monkeypatch, protocol, before, after):
+    """Epochs 0 … E; after epoch E // 2 + 1 a tenth of the rate, and a fresh optimiser."""
+    made = []
+
+    class Counted(torch.optim.SGD):
+        def __init__(self, parameters, lr, **more):
+            super().__init__(parameters, lr, **more)
+            made.append([pytest.approx(lr), more, 0])
+
+        def step(self):
+            made[-1][2] += 1
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "SGD", Counted)
+    evaluate(f"--protocol={protocol}")
+    rate, more = 0.01 if protocol == "dc" else 0.03, {"momentum": 0.9, "weight_decay": 5e-4}
+    assert [[rate, more, before], [rate / 10, more, after]] == made
+
+
+# --- several protocols, and rates by held-out images ---------------------------------------------------------
+
+
+def test_several_protocols_by_one_command_are_what_each_is(evaluate):
+    options = ["--epoch_eval_train=4", "--num_eval=2", "--eval_mode=C"]
+    both, done = evaluate("--protocol=dc,datm", *options)
+    assert list(both["protocols"]) == ["dc", "datm"] and both["scores"] == both["protocols"]["dc"]["scores"]
+    for protocol in both["protocols"]:
+        alone, _ = evaluate(f"--protocol={protocol}", *options)
+        assert alone["scores"] == both["protocols"][protocol]["scores"]
+        for score in alone["scores"]:
+            assert f"{protocol} · {score['network']}: {100 * score['mean']:.2f} ± " in done.stdout
+    assert both["protocols"]["dc"]["trained"]["ConvNet"] == {
+        "epochs": 4, "batch_train": 256, "dsa": False, "lr": pytest.approx(0.01)}
+    assert both["what"] == "distilled images under dc"
+
+
+def test_a_rate_is_chosen_for_each_kind_of_network_never_on_the_test_images(evaluate, toy, tmp_path):
+    options = ["--lr_teacher=auto", "--eval_mode=C", "--epoch_eval_train=12", "--no_aug"]
+    found, done = evaluate(*options)
+    trained = found["protocols"]["datm"]["trained"]
+    for score in found["scores"]:
+        of_network = trained[score["network"]]
+        reached = of_network["held_out"]
+        assert sorted(map(float, reached)) == sorted((*RATES, 0.03))
+        assert reached[f"{of_network['lr']:.4g}"] == max(reached.values()) > min(reached.values())
+        assert f"learning rate {of_network['lr']:.4g}, the best on held-out training images" in done.stdout
+    rate = trained["ConvNet"]["lr"]
+    datm = tmp_path / "datm"
+    alone, _ = evaluate(*options[2:], "--model=ConvNet", f"--lr_teacher={rate}",
+                        f"--label_dir={datm / 'labels_best.pt'}", data="datm/images_best.pt")
+    assert alone["scores"] == found["scores"][1:]
+
+    shutil.copytree(toy.data, tmp_path / "data")
+    for one, other in (("red", "aside"), ("green", "red"), ("aside", "green")):
+        (tmp_path / "data" / "test" / one).rename(tmp_path / "data" / "test" / other)
+    other, _ = evaluate(*options, f"--data_path={tmp_path / 'data'}")
+    assert other["scores"] != found["scores"] and other["protocols"]["datm"]["trained"] == trained
+
+
+def test_it_goes_on_at_the_next_network_and_not_with_that_of_other_options(evaluate, folder):
+    options = ["--protocol=dc,datm", "--lr_teacher=auto", "--epoch_eval_train=1"]
+    whole, _ = evaluate(*options)
+    (folder / "result.json").unlink()
+    with stop_at(NETWORKS, "train_network", 10):
+        evaluate(*options, expect=130)
+    assert "starting over" in evaluate("--protocol=dc,datm", "--lr_teacher=auto", "--epoch_eval_train=1",
+                                       "--batch_train=2")[1].stderr
+    with stop_at(NETWORKS, "train_network", 10):
+        evaluate(*options, expect=130)
+    with stop_at(NETWORKS, "train_network", 14 - 9 + 1):  # so many are left, and no more
+        again, done = evaluate(*options)
+    assert "9 of 14 networks were tested" in done.stdout and again["protocols"] == whole["protocols"]
+
+
+@pytest.mark.parametrize("options, phrases", [
+    (["--protocol=ncfm"], ["--protocol ncfm: it must be one of datm, mtt, dc"]),
+    (["--protocol=dc,dc"], ["--protocol dc,dc"]), (["--protocol="], ["--protocol : it must be"]),
+    (["--lr_teacher=best"], ["--lr_teacher best: it must be a number, or auto"]),
+    (["--robust_score", "--lr_teacher=auto"], ["--robust_score beside --lr_teacher auto"]),
+    (["--robust_score", "--protocol=dc,datm"], ["one protocol"])])
+def test_what_is_no_protocol_or_rate_is_refused(evaluate, options, phrases):
+    check_refusal(evaluate(*options, expect=2)[1], *phrases)
