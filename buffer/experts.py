@@ -116,11 +116,8 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
         kept["total_loss"].zero_()
         kept["correct"].zero_()
         images = torch.arange(len(dataset.train_labels)) if curriculum is None else curriculum.indices(epoch)
-        order = images[torch.randperm(len(images), generator=random)]
-        draws, (order,) = augment.together([draw(len(batch), random) for batch in order.split(config.batch_train)],
-                                           [order], device)
-        batches = order.split(config.batch_train)
-        for count, (batch, drawn) in enumerate(zip(batches, draws, strict=True), start=1):
+        batches = images[torch.randperm(len(images), generator=random)].split(config.batch_train)
+        for count, (batch, drawn) in enumerate(augment.drawn_ahead(batches, draw, random, device), start=1):
             interrupt.check()
             train_step(config, model, kept, dataset.train_images[batch], dataset.train_labels[batch], drawn)
             progress(epoch + count / len(batches))
@@ -131,7 +128,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
         if not theta.isfinite().all():
             raise DivergedError(f"expert {number} diverged in epoch {epoch + 1}: its parameters are no longer finite; "
                             f"lower --lr_teacher (now {config.lr_teacher:g}) or --rho_max (now {config.rho_max:g})")
-        reached = Epoch(epoch + 1, float(kept["total_loss"]) / len(order), float(kept["correct"]) / len(order),
+        reached = Epoch(epoch + 1, float(kept["total_loss"]) / len(images), float(kept["correct"]) / len(images),
                         tested)
         if saved is not None:
             saved.save(epoch + 1, theta, velocity, network, reached)

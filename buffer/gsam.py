@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from utils.derivatives.engine import Engine
 from utils.parameters import FlatModel
 
 EPSILON = 1e-12
@@ -29,7 +30,7 @@ def surrogate_gap(gradient: Tensor, perturbed: Tensor, alpha: float) -> Tensor:
     return perturbed - alpha * orthogonal
 
 
-def gsam_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, rho: float, alpha: float,
+def gsam_gradient(model: FlatModel | Engine, theta: Tensor, x: Tensor, y: Tensor, rho: float, alpha: float,
                   adaptive: bool = True, network: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The descent direction of one GSAM step on one (already augmented) batch.
 
@@ -38,7 +39,7 @@ def gsam_gradient(model: FlatModel, theta: Tensor, x: Tensor, y: Tensor, rho: fl
     Args:
         theta: θ [P].
         x, y: images [B, C, H, W] and classes [B].
-        network: the model's, where `model` is its engine alone.
+        network: the one whose engine `model` is; None: `model` has it.
 
     Returns:
         (loss at θ, logits at θ [B, K], direction [P]), all detached.

@@ -45,8 +45,8 @@ def script_parser(description: str, json: str = "", key: str = "report_of") -> S
     return parser
 
 
-def save_report(path: Path | None, report: dict[str, Any]) -> None:
-    """Writes what was measured on the CPU, if that is asked for, with what it was measured by."""
+def save_report(path: Path | None, report: dict[str, Any], device: str | torch.device = "cpu") -> None:
+    """Writes what was measured on a device, if that is asked for, with what it was measured by."""
     if path:
         write_json(path, {"report_of": Path(sys.argv[0]).name} | report
-                   | {"environment": environment(torch.device("cpu"))})
+                   | {"environment": environment(torch.device(device))})

@@ -62,7 +62,9 @@ EOF
 
 data="--dataset=MiniFashion --model=ConvNetW32"
 run="$out/logged_files/MiniFashion/1/ConvNetW32/run"
-experts=("$python" buffer/buffer_FTD.py $data --num_experts=1 --train_epochs=3 --batch_train=256 --rho_max=0.01
+epochs=3 killed="0 137"  # a fast CPU may be done before it is killed
+if [ "$gpu" = 1 ]; then epochs=150 killed=137; fi
+experts=("$python" buffer/buffer_FTD.py $data --num_experts=1 "--train_epochs=$epochs" --batch_train=256 --rho_max=0.01
          --rho_min=0.01 "--buffer_path=$out/buffers")
 distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml --zca=False --max_start_epoch=1
         --num_eval=1 --epoch_eval_train=50 --threshold=10 "--buffer_path=$out/buffers" "--log_path=$out/logged_files")
@@ -75,13 +77,13 @@ on_gpu numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draw
 on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda --shape cifar10_ipc1 cifar10_ipc10 \
     cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=2.5 "--json=$out/speed.json"
 # A program that is killed goes on by the same command.
-part experts_killed "0 137" 45 timeout -s KILL 12 "${experts[@]}"
+part experts_killed "$killed" 45 timeout -s KILL 12 "${experts[@]}"
 part experts 0 100 "${experts[@]}"
-part distillation_killed "0 137" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run
+part distillation_killed "$killed" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run
 part distillation 0 120 "${distil[@]}" --run_name=run
 part tesla 0 90 "${distil[@]}" --run_name=tesla --matching=tesla --Iteration=20 $compiled
 part unroll 0 45 "${distil[@]}" --run_name=unroll --matching=unroll --Iteration=20
-part evaluation_killed "0 137" 45 timeout -s KILL 10 "${evaluate[@]}"
+part evaluation_killed "$killed" 45 timeout -s KILL 10 "${evaluate[@]}"
 part evaluation 0 45 "${evaluate[@]}"
 part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${experts[@]:1}" \
     --num_experts=2 "--buffer_path=$out/two_ranks"  # which share the GPU

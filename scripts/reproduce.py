@@ -120,7 +120,8 @@ FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
     epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
-    factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: ()})
+    factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: (
+        "--batch_syn=200", "--lr_y=5", "--min_start_epoch=6", "--current_max_start_epoch=10", "--max_start_epoch=18")})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from utils.loss_and_accuracy import cross_entropy
 from utils.networks import build_network
-from utils.parameters import FlatModel, flatten
+from utils.parameters import FlatModel, descend, flatten
 
 
 @pytest.fixture
@@ -61,3 +61,16 @@ def test_nothing_keeps_a_network_alive_but_its_model():
         assert network() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("momentum, weight_decay", [(0.0, 0.0), (0.0, 0.1), (0.9, 0.0), (0.9, 5e-4)])
+def test_descend_is_a_step_of_torchs_sgd_to_the_bit(momentum, weight_decay):
+    random = torch.Generator().manual_seed(0)
+    ours = torch.randn(50, generator=random)
+    theirs, velocity = ours.clone(), torch.zeros(50) if momentum else None
+    optimiser = torch.optim.SGD([theirs], 0.1, momentum=momentum, weight_decay=weight_decay)
+    for _ in range(3):
+        theirs.grad = torch.randn(50, generator=random)
+        descend(ours, theirs.grad.clone(), velocity, 0.1, momentum, weight_decay)
+        optimiser.step()
+        assert torch.equal(ours, theirs)

@@ -60,7 +60,7 @@ def test_of_mtt_and_ftd_a_folder(evaluated, parts, tmp_path):
     write(mtt, images_zca_best=images, lr=torch.tensor(0.3))
     found, _ = evaluated(f"--data_dir={mtt}", f"--lr_dir={mtt / 'lr.pt'}")
     assert found.config["zca"] is True and float(found.lr) == pytest.approx(0.3)
-    assert "made with zca True, and is tested with zca False" in evaluated(f"--data_dir={mtt}", "--zca=False")[1].stderr
+    assert "made with zca True, and here zca is False" in evaluated(f"--data_dir={mtt}", "--zca=False")[1].stderr
     ftd = write(tmp_path / "ftd", ema_images_900=images + 1, ema_labels_900=classes, ema_images_5000=images,
                 ema_labels_5000=classes, images_zca_5000=images)
     found, _ = evaluated(f"--data_dir={ftd}")
@@ -107,7 +107,7 @@ def test_of_ncfm_pixels_of_a_factor(evaluated, toy_data, parts, tmp_path, factor
         assert torch.equal(found.labels, classes.repeat_interleave(factor**2)) and "note:" not in done.stderr
     torch.save([4 * pixels, classes], ncfm / "data_best.pt")
     assert "taken for pixels in [0, 1]" in evaluated(f"--data_dir={ncfm}", f"--factor={factor}")[1].stderr
-    assert "made with zca False, and is tested with zca True" in evaluated(
+    assert "made with zca False, and here zca is True" in evaluated(
         f"--data_dir={ncfm}", f"--factor={factor}", "--zca")[1].stderr
 
 

@@ -237,16 +237,26 @@ def test_windows_say_whether_anything_was_learned(tmp_path):
 
 def test_the_pages_have_the_numbers_of_the_results():
     number = r"\d+\.\d+ ± \d+\.\d+"
-    scores = [EvaluationResult.read(path, "").scores[0].percent
-              for path in (REPOSITORY / "results/FashionMNIST/gpu").glob("*.json") if path.name != "commands.json"]
+    files = {  # row → the file of a column, in results/FashionMNIST/gpu
+        "random real images": "random_{}", "herded real images, with experts' labels": "herding_{}",
+        "random real images, four in one": "random_factor2_{}",
+        "the same with experts' labels": "random_factor2_labels_{}", "TESLA's gradient": "ipc{}_tesla",
+        "exact gradient (DATM)": "ipc{}", "exact gradient, four images in one (`--factor 2`)": "ipc{}_factor2",
+        "the whole training set, 30 epochs, two networks": "whole"}
     section = (REPOSITORY / "results/README.md").read_text()
     small, end = section.index("## Fashion-MNIST, the small form"), section.index("## Settings by")
     at_the_published_network = section[section.index("## Fashion-MNIST, the published network"):small]
     for text in ((REPOSITORY / "README.md").read_text().split("## Results")[1], at_the_published_network):
-        lines = [line for line in text.splitlines() if line.startswith("|")]
-        quoted = re.findall(number, "".join(lines))
-        assert len(quoted) >= 8 and set(quoted) <= set(scores), set(quoted) - set(scores)
-        assert any(all(f"{figure}" in line for figure in reproduce.PUBLISHED["MTT, by later papers"]) for line in lines)
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+        for says, *cells in rows[2:]:
+            if says.startswith("published: "):
+                name = says.removeprefix("published: ")
+                assert cells == [f"{figure}" for figure in reproduce.PUBLISHED[name]]
+                continue
+            assert any(cells)
+            for ipc, cell in zip((1, 10, 50), cells, strict=True):
+                path = REPOSITORY / f"results/FashionMNIST/gpu/{files[says].format(ipc)}.json"
+                assert cell in ("", EvaluationResult.read(path, "").scores[0].percent if path.exists() else ""), says
 
     tables = (REPOSITORY / "results/FashionMNIST/small/tables.md").read_text().splitlines()
     section, found = section[small:end], {}

@@ -40,10 +40,8 @@ def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tenso
         if rate != learning_rate(lr, epoch, epochs):
             rate = learning_rate(lr, epoch, epochs)
             kept["velocity"].zero_()
-        order = torch.randperm(len(images), generator=random)
-        draws, (order,) = augment.together([draw(len(batch), random) for batch in order.split(batch_size)], [order],
-                                           images.device)
-        for batch, drawn in zip(order.split(batch_size), draws, strict=True):
+        batches = torch.randperm(len(images), generator=random).split(batch_size)
+        for batch, drawn in augment.drawn_ahead(batches, draw, random, images.device):
             def step(model, kept, x, y, *parameters, drawn=drawn, rate=rate):
                 x = augment.apply(x, drawn and drawn.holding(parameters))
                 _, _, gradient = model.gradient(kept["theta"], x, y)

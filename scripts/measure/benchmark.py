@@ -56,6 +56,7 @@ from scripts.common import script_parser
 from scripts.measure.projection import IMAGES, costs
 from utils.config import BufferConfig, DistillConfig, make
 from utils.data import augment
+from utils.derivatives.choose_engine import set_precision
 from utils.errors import UserError
 from utils.files import REPOSITORY, write_json
 from utils.loss_and_accuracy import cross_entropy
@@ -174,13 +175,12 @@ def expert_calls(shape: Shape, device: torch.device, methods: Sequence[str]) -> 
         """The epoch of `buffer.experts.train_expert`; `synced` waits for the device at each batch."""
         random = generator("benchmark", "experts", "epoch")
         kept = kept_of(model, model.flatten(), None)
-        order = torch.randperm(number, generator=random)
-        draws, (order,) = augment.together([shape.draw(EXPERT.batch_train, random) for _ in range(EXPERT_STEPS)],
-                                           [order], device)
-        for batch, drawn in zip(order.split(EXPERT.batch_train), draws, strict=True):
+        batches = torch.randperm(number, generator=random).split(EXPERT.batch_train)
+        for batch, drawn in augment.drawn_ahead(batches, shape.draw, random, device):
             train_step(EXPERT, model, kept, images[batch], labels[batch], drawn)
             if method == "synced":
-                kept["total_loss"].item(), kept["correct"].item()
+                kept["total_loss"].item()
+                kept["correct"].item()
 
     bare = partial(bare_passes, network, images, labels, EXPERT.batch_train, 2)
     return beside_bare(bare, network, methods, epoch)
@@ -455,6 +455,7 @@ def main() -> None:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name):g}: give a number above 0")
     device = select_device(args.device)
+    set_precision("auto", device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     chosen = args.shape or ["cifar10_ipc10" if device.type == "cuda" else "cpu"]

@@ -92,7 +92,7 @@ def main() -> None:
         errors_of = [f"{pick(values):.1e}" for pick in (statistics.median, min, max)]
         rows.append((kind, *errors_of, f"{cosine:.4f}"))
     print(table(rows))
-    save_report(args.json, {"steps": STEPS, "batch": BATCH, "device": describe(device), "draws": draws})
+    save_report(args.json, {"steps": STEPS, "batch": BATCH, "device": describe(device), "draws": draws}, device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ CPU, so a seed gives the same augmentation on every device; `apply` is pure and 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ OLD_CROP = 4
 OLD_SCALE = 0.2
 OLD_ROTATE_DEGREES = 45.0
 OLD_NOISE = 0.001
+SENT_BYTES = 32 << 20  # of what is drawn ahead: an epoch of most; noise is as large as the images
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ def together(draws: Sequence[Draw | None], others: Sequence[Tensor], device: tor
     there = iter(sent([*others, *itertools.chain(*map(tensors, draws))], device))
     others = [next(there) for _ in others]
     return [drawn and drawn.holding([next(there) for _ in tensors(drawn)]) for drawn in draws], others
+
+
+def drawn_ahead(batches: Sequence[Tensor], draw: Drawer, random: torch.Generator, device: torch.device | str
+                ) -> Iterator[tuple[Tensor, Draw | None]]:
+    """Batches of indices [B] and what is drawn for each, on `device`, where many go by one copy."""
+    waiting, size = [], 0
+    for batch in batches:
+        waiting.append((batch, draw(len(batch), random)))
+        size += sum(each.nbytes for each in (batch, *tensors(waiting[-1][1])))
+        if size >= SENT_BYTES or batch is batches[-1]:
+            draws, there = together([drawn for _, drawn in waiting], [each for each, _ in waiting], device)
+            yield from zip(there, draws)
+            waiting, size = [], 0
 
 
 def parse_strategy(strategy: str) -> tuple[str, ...]:

@@ -31,10 +31,11 @@ CACHED_BYTES = 24 << 20
 PLAIN_BYTES = 128 << 20
 SHARE_OF_MEMORY = 0.7  # of a GPU's free memory, that a micro-batch may take
 ADJOINT_FACTOR = 6.0  # an adjoint's peak memory over its activations, at most (measured: 5)
-# Seconds of uncompiled work from which compiling pays: it takes a minute or two on a CPU, 5 to 20 seconds on a GPU.
+# Seconds of uncompiled work from which compiling pays: it takes a minute or two on a CPU, 3 to 14 seconds on a GPU.
 COMPILING_PAYS = {"cpu": 600.0, "cuda": 30.0}
-# Bytes of activations through gradient and adjoint, for that estimate: on one CPU core, and on an H100.
-ACTIVATIONS_PER_SECOND = {"cpu": 0.19e9, "cuda": 53e9}
+# Bytes of activations through gradient and adjoint, for that estimate: on one CPU core; on an H100, where it was 36e9
+# at 500 images a step, 10e9 at 10, and 53e9 and 24e9 through the gradients of experts and of evaluations.
+ACTIVATIONS_PER_SECOND = {"cpu": 0.19e9, "cuda": 25e9}
 GRADIENT_ALONE = 1 / 3  # of the work of a gradient and an adjoint together
 
 
@@ -153,8 +154,8 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Sets the arithmetic of float32 products for the whole process, and on a GPU that the same call gives the same
-    bits; bf16 is the engines' own affair.
+    """Sets the arithmetic of float32 products for the whole process, and on a GPU that a convolution takes the same
+    algorithm each time; bf16 is the engines' own affair.
 
     Raises:
         UserError: TF32 without a GPU.
@@ -166,7 +167,7 @@ def set_precision(precision: str, device: torch.device) -> None:
         torch.backends.cuda.matmul.fp32_precision = leaf
         torch.backends.cudnn.conv.fp32_precision = leaf
     if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True  # or a run that goes on would not be the one that was stopped
+        torch.backends.cudnn.deterministic = True  # or experts that go on are not those that were stopped
 
 
 @functools.cache
