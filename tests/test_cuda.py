@@ -282,6 +282,30 @@ def test_launches_and_waits_of_a_training_step_are_counted(stand_in, strategy):
 
 
 @on_a_gpu
+@pytest.mark.parametrize("backend", ["graph", "compile"])
+def test_trainings_are_those_of_the_cpu(compiled_as_it_is, backend):
+    """Of an evaluation and of an expert: every step from a graph of its own augmentation and rate."""
+    groups = augment.parse_strategy("color_crop_cutout_flip")
+    network = network_of("ConvNetD2W4", (3, 8, 8), torch.float64)
+    images = torch.randn(10, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ends = []
+
+    def draw(batch, random):
+        return augment.draw(groups, batch, (8, 8), random)
+
+    for device in ("cuda", "cpu"):
+        model = FlatModel(network.to(device), backend if device == "cuda" else "plain")
+        x, y = images.to(device), (torch.arange(10) % 3).to(device)
+        evaluated = train_network(model, model.flatten(), x, y, 0.1, epochs=9, batch_size=4, draw=draw,
+                                  random=torch.Generator().manual_seed(0))
+        kept = kept_of(model, model.flatten(), torch.zeros_like(evaluated))
+        for batch, drawn in augment.drawn_ahead([torch.arange(4)] * 30, draw, torch.Generator().manual_seed(0), device):
+            train_step(make(BufferConfig, mom=0.5, rho_max=0.1, rho_min=0.1), model, kept, x[batch], y[batch], drawn)
+        ends.append([each.cpu() for each in (evaluated, *kept.values())])
+    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-10)
+
+
+@on_a_gpu
 def test_what_is_sent_together_arrives_as_it_was():
     tensors = [torch.arange(7), torch.rand(3, 5) > 0.5, torch.tensor(2.5), torch.rand(5, 3).T, torch.empty(0, 2),
                torch.rand(3, dtype=torch.float64), torch.arange(3, dtype=torch.uint8)]
