@@ -47,7 +47,7 @@ def evaluate_real(config: BaselineConfig) -> None:
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
     if config.pick in CORESETS:
         notes = [f"each chosen by one of {len(sets)} experts, for the networks in turn"] if len(sets) > 1 else []
-    notes += drawn_again(dataset, per_class(config)) if config.ipc else []
+    notes += drawn_again(source, per_class(config)) if config.ipc else []
     evaluate_and_say(config, dataset, sets, what, *notes)
 
 
