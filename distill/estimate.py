@@ -70,9 +70,9 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
 
     def calls(steps: int) -> tuple[Callable[[], object], Callable[[], object]]:
         """A match of so many steps, and the training of the student alone."""
-        batches = [torch.randperm(samples, generator=random)[:batch].to(device) for _ in range(steps)]
+        batches = [torch.randperm(samples, generator=random)[:batch] for _ in range(steps)]
         draws = [augment.draw(groups, batch, dataset.image_size, random) for _ in range(steps)]
-        draws = [draw and draw.to(device) for draw in draws]
+        draws, batches = augment.together(draws, batches, device)
         given = model, theta, target, images, labels, lr, batches, draws
         return lambda: match_trajectory(*given, config.matching), lambda: matching_loss(*given)
 

@@ -76,9 +76,9 @@ def test_captured_equals_plain(compiled_as_it_is, name, hard, micro_batch, backe
 def on_the_gpu(given, backend, precision="auto", dtype=torch.float64):
     """The arguments of `match_trajectory`, there."""
     there = {name: value.to("cuda", dtype) for name, value in given.items() if isinstance(value, torch.Tensor)}
+    draws, batches = augment.together(given["augment"], given["batches"], "cuda")
     return there | {"model": FlatModel(given["model"].network.to("cuda", dtype), backend, precision),
-                    "batches": sent(given["batches"], "cuda"),
-                    "augment": [draw.to("cuda") for draw in given["augment"]]}
+                    "batches": batches, "augment": draws}
 
 
 @on_a_gpu

@@ -55,8 +55,8 @@ def errors(draw: int, device: torch.device) -> dict[str, dict[str, float]]:
     draws = [augment.draw(groups, BATCH, (32, 32), random) for _ in batches]
 
     def gradient(model: FlatModel, method: str, dtype: torch.dtype, on: torch.device) -> Tensor:
-        match = match_trajectory(model, *(each.to(on, dtype) for each in tensors), [each.to(on) for each in batches],
-                                 [each.to(on) for each in draws], method)
+        drawn, there = augment.together(draws, batches, on)
+        match = match_trajectory(model, *(each.to(on, dtype) for each in tensors), there, drawn, method)
         return match.grad_images.double().flatten(1).cpu()
 
     cpu = torch.device("cpu")

@@ -42,9 +42,6 @@ class Draw:
     group: str
     parameters: dict[str, tuple[Tensor, ...]]
 
-    def to(self, device: torch.device | str) -> "Draw":
-        return self.holding(sent(tensors(self), device))
-
     def holding(self, parameters: Sequence[Tensor]) -> "Draw":
         """The draw with these in the place of its `tensors`."""
         rest = iter(parameters)
