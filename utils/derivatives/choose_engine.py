@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.derivatives.convnet_pass import covers
+from utils.derivatives.eager_pass import EagerPass, covers_eagerly
 from utils.derivatives.engine import (
     Autograd,
     Captured,
     Engine,
     HandWritten,
-    Mixed,
     quietly_compiled,
     shared_pass,
 )
@@ -60,10 +60,10 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     """The engine for a network on the device it is on.
 
     Args:
-        backend: `plain`: autograd, the reference. `eager`: on a CPU, where the hand-written pass covers the network,
-            the adjoint by it. `compile`: both derivatives by it, compiled; on a GPU captured too. `graph`: as eager,
-            replayed from CUDA graphs. `auto`: compile if `work` repays it and there is a compiler; else on a GPU graph,
-            on a CPU eager. What cannot be had is left out.
+        backend: `plain`: autograd, the reference. `eager`: on a CPU, for the published ConvNet, the hand-written
+            `EagerPass`. `compile`: for every ConvNet the hand-written pass, compiled; on a GPU captured too. `graph`:
+            autograd, replayed from CUDA graphs. `auto`: compile if `work` repays it and there is a compiler; else on a
+            GPU graph, on a CPU eager. What cannot be had is left out.
         micro_batch: samples at a time; None: chosen by `micro_batch_for`.
         work: what is to come.
 
@@ -80,15 +80,14 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     worthwhile = fast and backend == "auto" and (device.type != "cpu" or _compiler()) and repays(network, work)
     compiled = fast and bool(backend == "compile" or (worthwhile and _can_compile(device)))
     engine: Engine
-    engine = plain = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
-                              splits=not has_batch_norm(network))
-    # On a GPU the pass, made to be compiled, moves more bytes than autograd where it is not.
-    if fast and (compiled or device.type == "cpu"):
+    engine = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
+                      splits=not has_batch_norm(network))
+    size = micro_batch or micro_batch_for(network, CACHED_BYTES)
+    if compiled or (fast and dtype is not None and device.type == "cpu"):
         network_pass = shared_pass(network.plan, network.image_shape, device, dtype, compiled)
-        size = micro_batch or micro_batch_for(network, CACHED_BYTES)
-        # In bf16 both derivatives are taken by one engine, since the two round differently.
-        engine = (HandWritten(network_pass, unflatten, size, compiled) if compiled or dtype is not None
-                  else Mixed(network_pass, unflatten, size, plain))
+        engine = HandWritten(network_pass, unflatten, size, compiled)
+    elif fast and device.type == "cpu" and covers_eagerly(network):
+        engine = HandWritten(EagerPass(network.plan, network.image_shape), unflatten, size)
     # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
     captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)
     return Captured(engine) if captured else engine

@@ -175,7 +175,7 @@ class ConvNetPass:
 
         features = a.permute(0, 3, 1, 2).flatten(1)
         logits = features @ weights.matrix.T + weights.bias
-        loss, delta, _ = _cross_entropy(logits, y)
+        loss, delta, _ = loss_at_logits(logits, y)
         of_matrix, of_bias = delta.T @ features, delta.sum(0)
 
         delta = self._to_map(delta @ weights.matrix)
@@ -237,10 +237,10 @@ class ConvNetPass:
         features, features_ = (each.permute(0, 3, 1, 2).flatten(1) for each in (a, a_))
         logits = features @ weights.matrix.T + weights.bias
         logits_ = features_ @ weights.matrix.T + features @ tangents.matrix.T + tangents.bias
-        _, delta, targets = _cross_entropy(logits, y)
+        _, delta, targets = loss_at_logits(logits, y)
         s = (delta * logits_).sum()
-        delta_ = _softmax_tangent(logits.softmax(1), logits_) / len(x)
-        s_y = -_softmax_tangent(targets, logits_) / len(x) if y.is_floating_point() else None
+        delta_ = softmax_tangent(logits.softmax(1), logits_) / len(x)
+        s_y = -softmax_tangent(targets, logits_) / len(x) if y.is_floating_point() else None
         s_matrix, s_bias = delta_.T @ features + delta.T @ features_, delta_.sum(0)
 
         delta, delta_ = (self._to_map(each) for each in (
@@ -317,13 +317,13 @@ def _of_bias(block: Block, w: BlockWeights, delta: Tensor) -> Tensor:
     return torch.zeros_like(w.bias) if block.ignores_bias else delta.sum((0, *PIXELS))
 
 
-def _cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def loss_at_logits(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss, its gradient in the logits, and the target distribution."""
     targets = y.softmax(1) if y.is_floating_point() else F.one_hot(y.long(), logits.shape[1]).to(logits.dtype)
     loss = -(targets * logits.log_softmax(1)).sum(1).mean()
     return loss, (logits.softmax(1) - targets) / len(logits), targets
 
 
-def _softmax_tangent(p: Tensor, moved: Tensor) -> Tensor:
+def softmax_tangent(p: Tensor, moved: Tensor) -> Tensor:
     """What moving the logits does to p = softmax(logits); symmetric."""
     return p * (moved - (p * moved).sum(1, keepdim=True))

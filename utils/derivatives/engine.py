@@ -5,8 +5,8 @@ An engine does the two things of which training, matching and evaluation consist
     gradient(θ, x, y)    → (L, logits, ∇L)
     adjoint(θ, λ, x, y)  → (s, ∂s/∂θ, ∂s/∂x, ∂s/∂y)   of s = ⟨∇L(θ; x, y), λ⟩
 
-`Autograd` does both for every network and is the reference; `HandWritten` (`convnet_pass`) does them for the ConvNet
-family. Both walk through a batch in micro-batches, exactly: networks without batch norm treat samples alone,
+`Autograd` does both for every network and is the reference; `HandWritten` does them for ConvNets, compiled
+(`convnet_pass`) or not (`eager_pass`). Both walk through a batch in micro-batches, exactly: networks without batch norm treat samples alone,
 so the loss is a weighted sum over any split. `Captured` replays either from CUDA graphs.
 """
 
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from utils.derivatives.convnet_pass import ConvNetPass, Weights
+from utils.derivatives.convnet_pass import ConvNetPass
+from utils.derivatives.eager_pass import EagerPass
 from utils.errors import shortened
 from utils.loss_and_accuracy import cross_entropy
-from utils.networks import ConvNetPlan
 
 
 class Adjoint(NamedTuple):
@@ -149,7 +149,7 @@ class Autograd:
 
 
 class HandWritten:
-    """The ConvNet family, by `ConvNetPass`.
+    """The ConvNet family, by `ConvNetPass` or `EagerPass`.
 
     Args:
         network_pass: the pass; its `gradient` and `adjoint` are pure functions, which `compiled` hands to the compiler.
@@ -157,7 +157,7 @@ class HandWritten:
         micro_batch: samples at a time; None: all.
     """
 
-    def __init__(self, network_pass: ConvNetPass, unflatten: Callable[[Tensor], list[Tensor]],
+    def __init__(self, network_pass: ConvNetPass | EagerPass, unflatten: Callable[[Tensor], list[Tensor]],
                  micro_batch: int | None = None, compiled: bool = False) -> None:
         self.network_pass, self.unflatten, self.micro_batch = network_pass, unflatten, micro_batch
         self.name = "hand-written, compiled" if compiled else "hand-written"
@@ -194,7 +194,7 @@ class HandWritten:
         (s, of_weights), (s_x, *s_y) = _in_parts(part, x, y, self.micro_batch)
         return Adjoint(s, self.network_pass.lower(of_weights), s_x, s_y[0] if s_y else None)
 
-    def _lift(self, theta: Tensor) -> Weights:
+    def _lift(self, theta: Tensor) -> Any:
         return self.network_pass.lift(self.unflatten(theta))
 
 
@@ -211,27 +211,8 @@ def quietly_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-@cache
-def shared_pass(plan: ConvNetPlan, image_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None,
-                 compiled: bool) -> ConvNetPass:
-    """One pass for all networks of a plan, so that the tenth network of an evaluation is not compiled again."""
-    return ConvNetPass(plan, image_shape, device, dtype, compiled)
-
-
-class Mixed(HandWritten):
-    """Uncompiled on a CPU, the library's fused kernels win at the gradient and the hand-written pass at the adjoint."""
-
-    def __init__(self, network_pass: ConvNetPass, unflatten: Callable[[Tensor], list[Tensor]],
-                 micro_batch: int | None, reference: Autograd) -> None:
-        super().__init__(network_pass, unflatten, micro_batch)
-        self.reference = reference
-        self.name = "autograd, hand-written adjoint"
-
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.reference.gradient(theta, x, y)
-
-    def halve(self, batch: int) -> bool:
-        return super().halve(batch) | self.reference.halve(batch)
+shared_pass = cache(ConvNetPass)
+"""One pass for all networks of a plan, so that the tenth network of an evaluation is not compiled again."""
 
 
 _CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
