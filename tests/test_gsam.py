@@ -40,7 +40,7 @@ def test_surrogate_gap_subtracts_what_is_orthogonal():
 def test_rho_zero_is_the_plain_gradient_to_the_bit():
     torch.manual_seed(0)
     network = build_network("ConvNetD2W4", 1, 3, (8, 8))
-    model = FlatModel(network)
+    model = FlatModel(network, "plain")
     x, y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     _, _, direction = gsam_gradient(model, model.flatten(), x, y, 0.0, 0.4)
     torch.nn.functional.cross_entropy(network(x), y).backward()
