@@ -56,9 +56,9 @@ class DistilledSet(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if self.factor == 1:
-            return self.images[index], self.labels[index]
+    def __getitem__(self, index: int | slice | Tensor) -> tuple[Tensor, Tensor]:
+        if self.factor == 1 or not isinstance(index, int):
+            return self.samples()[index], self.labels[index]
         image, tile = divmod(range(len(self))[index], self.factor**2)
         return cut(self.images[image:image + 1], self.factor)[tile], self.labels[index]
 

@@ -125,6 +125,7 @@ def test_a_set_knows_its_factor_and_its_three_files_are_told(call, toy, toy_expe
     x, y = next(iter(torch.utils.data.DataLoader(whole, batch_size=24)))
     torch.testing.assert_close(x, by_hand(whole.images, 2), rtol=1e-5, atol=1e-5)
     assert torch.equal(y, whole.labels) and torch.equal(whole[-1][1], y[-1])
+    assert all(map(torch.equal, whole[2:7], (x[2:7], y[2:7])))
 
     copies = {name: tmp_path / f"{name}.pt" for name in files}  # where no config.yaml is near
     for name, path in copies.items():
