@@ -107,7 +107,7 @@ def checkout(tmp_path):
 
 
 def test_the_published_code_and_ours_run_by_turns(call, checkout, monkeypatch, tmp_path):
-    theirs, ours = checkout("theirs", 0.1), checkout("ours", 0.05)
+    theirs, ours = checkout("theirs", 0.3), checkout("ours", 0.1)
     monkeypatch.setattr(beside, "LENGTHS", {"experts": (1, 2), "matching": (1, 2)})
     asked = []
 
@@ -126,7 +126,7 @@ def test_the_published_code_and_ours_run_by_turns(call, checkout, monkeypatch, t
     for part, method in (("experts", "eager"), ("matching", "exact")):
         (measured,) = report[part]
         assert [row["method"] for row in measured["methods"]] == ["published", method]
-        assert measured["methods"][0]["ratio"] == 1 and 0.2 < measured["methods"][1]["ratio"] < 0.9
+        assert measured["methods"][0]["ratio"] == 1 and 0.1 < measured["methods"][1]["ratio"] < 0.8
         assert f"| {method}" in done.stdout and "time / published" in done.stdout
     assert [config.train_epochs for config in asked[:3]] == [1, 1, 2] and asked[0].model == "ConvNet"
     assert [config.Iteration for config in asked[3:]] == [1, 1, 2] and asked[3].ipc == 10 and asked[3].zca
