@@ -321,6 +321,16 @@ def test_bf16_points_the_same_way(model, name):
         assert not torch.allclose(one, other, rtol=1e-4, atol=0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+def test_bf16_gradients_alone_are_autograds_and_both_derivatives_one_engines():
+    network = build_network("ConvNetD1W4", 3, CLASSES, (8, 8))
+    gradients, both = (FlatModel(network, precision="bf16", work=work) for work in (Work(5.0), Work(5.0, 5.0)))
+    theta, _, x, y = inputs_of(gradients, 4)
+    plain = FlatModel(network, "plain", "bf16").gradient(theta, x, y)[2]
+    assert torch.equal(gradients.gradient(theta, x, y)[2], plain)
+    assert both.engine.name == "hand-written"
+
+
 # --- which engine is taken -----------------------------------------------------------------------------------------
 
 COVERED = [("ConvNetD3W4", (3, 32, 32)), ("ConvNetD3W4", (1, 28, 28)), ("ConvNetD3W4NP", (3, 30, 31)),

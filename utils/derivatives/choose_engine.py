@@ -86,8 +86,10 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     if fast and (compiled or device.type == "cpu"):
         network_pass = shared_pass(network.plan, network.image_shape, device, dtype, compiled)
         size = micro_batch or micro_batch_for(network, CACHED_BYTES)
-        # In bf16 both derivatives are taken by one engine, since the two round differently.
-        engine = (HandWritten(network_pass, unflatten, size, compiled) if compiled or dtype is not None
+        # In bf16 both derivatives are taken by one engine, since the two round differently; where there are gradients
+        # alone, autograd's, which takes half the time.
+        one_engine = dtype is not None and not (work.gradients and not work.matched)
+        engine = (HandWritten(network_pass, unflatten, size, compiled) if compiled or one_engine
                   else Mixed(network_pass, unflatten, size, plain))
     # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
     captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)
