@@ -16,12 +16,13 @@ from buffer.experts import DivergedError, Epoch, SavedEpochs, train_expert, work
 from utils import files
 from utils.config import BufferConfig, differences, identity, influential
 from utils.data.datasets import Dataset, check_dataset_name
+from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
 from utils.errors import UserError
 from utils.memory import available
 from utils.networks import check_network_name
 from utils.parameters import FlatModel
-from utils.program import interrupt, ranks
+from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
 from utils.program.console import announce, note, number_of, say, shown, wrapped
 from utils.program.locks import LockedError, locked
@@ -50,7 +51,10 @@ def train_buffer(config: BufferConfig) -> None:
     dataset = dataset.to(device)  # the training images too, of which an epoch takes all
     trajectories.check_same_images(folder, dataset)
     network = network_for(config.model, dataset).to(device)
-    model = flat_model(config, network, work_of(config, dataset), config.micro_batch)
+    of_one = work_of(config, dataset)
+    threads.settle(config, network, config.batch_train, Work(of_one.gradients * config.num_experts),
+                   threads_before(folder, config))
+    model = flat_model(config, network, of_one, config.micro_batch)
 
     # Take the folder; begin, or go on with what is unfinished there.
     with kept_to_this_run(folder, "give another --buffer_path"):
@@ -121,6 +125,13 @@ def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view
     view.finished(number)
 
 
+def threads_before(folder: Path, config: BufferConfig) -> int | None:
+    """With how many threads the folder's unfinished run began, if it goes on; one of an earlier version had all."""
+    path = folder / "unfinished" / "run.yaml"
+    return (files.read_config(path).get("threads", torch.get_num_threads())
+            if config.resume == "auto" and path.exists() else None)
+
+
 class ExpertRun:
     """The experts of one command.
 
@@ -169,7 +180,8 @@ class ExpertRun:
         _check_room(self.config, self.folder, self.model, max(0, self.end_number - self.written), self.unfinished)
         if not self.resumes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        files.save_config(self.unfinished / "run.yaml", self.options | {"first_expert": self.first_number})
+        files.save_config(self.unfinished / "run.yaml", self.options | {
+            "first_expert": self.first_number, "threads": torch.get_num_threads()})
         for number in range(self.written):  # what a kill after a file was written left
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
 

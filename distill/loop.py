@@ -1,6 +1,9 @@
 """The distillation on one page: refuse · load · build · refuse · begin or go on · iterate · finish."""
 
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from buffer.trajectories import Buffer, buffer_folder, check_same_images, in_words
 from distill import checks, estimate, plan, suggest
@@ -16,7 +19,7 @@ from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
-from utils.program import interrupt, ranks
+from utils.program import interrupt, ranks, threads
 from utils.program.console import announce, say
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder, kept_to_this_run
@@ -48,6 +51,7 @@ def distill(config: DistillConfig) -> None:
             saved = folder.saved_state if config.resume == "auto" else None
             checks.check_same_run(config, saved, data, folder)
             folder.check(saved, [*MADE, *SHOWS])
+        settle_threads(config, dataset, buffer, saved=None)
         checks.check_memory(config, dataset, buffer.model)
         estimate.report(config, dataset, buffer.model)
         say(config, "which settings fit the experts (Ctrl-C, if the estimate is enough):")
@@ -107,6 +111,15 @@ def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
     return flat_model(config, network, plan.work_of(config, dataset), config.micro_batch)
 
 
+def settle_threads(config: DistillConfig, dataset: Dataset, buffer: Buffer, saved: dict[str, Any] | None) -> None:
+    """As many threads as help, or as a saved run had; the student's engine is chosen again, which depends on it."""
+    before = torch.get_num_threads()
+    known = saved and saved.get("threads", before)  # a run of an earlier version had all
+    threads.settle(config, buffer.model.network, plan.batch_size(config, dataset), plan.work_of(config, dataset), known)
+    if torch.get_num_threads() != before:
+        buffer.model = student_of(config, dataset)
+
+
 def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer, data: dict[str, str],
                    folder: RunFolder) -> RunState:
     """The distillation in its folder, at its first iteration or at the one at which it was saved.
@@ -120,6 +133,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     # What was saved, if it was made of the same data; None at the beginning.
     saved = ranks.from_first_rank(lambda: folder.saved_state if config.resume == "auto" else None)
     checks.check_same_run(config, saved, data, folder)
+    settle_threads(config, dataset, buffer, saved)
 
     # The set to start from: real images, and what experts say of them; or a saved set.
     if saved:

@@ -99,6 +99,7 @@ class RunState:
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
                 "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
                 "halved": self.distillation.buffer.model.halved, "environment": rounding(self.start.images.device),
+                "threads": torch.get_num_threads(),
                 "distillation": self.distillation.state(), "tracker": self.tracker.state(),
                 "frames": vars(self.frames)}
 

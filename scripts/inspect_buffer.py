@@ -33,6 +33,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 import numpy as np
 import torch
 from torch import Tensor

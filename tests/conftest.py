@@ -116,7 +116,7 @@ def call(environment):
         command = [str(script), *map(str, arguments)]
         out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
         handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"] or 2))  # empty: as on two cores, where nobody says
         try:
             with (mock.patch.dict(os.environ, environment), mock.patch.object(sys, "argv", command),
                   mock.patch.object(sys, "path", list(sys.path)), contextlib.chdir(cwd),

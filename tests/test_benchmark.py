@@ -2,9 +2,15 @@
 
 import json
 import re
+from unittest import mock
 
 import pytest
 
+from scripts.measure import beside
+from utils.config import BufferConfig, DistillConfig
+from utils.program.command_line import parse
+
+BENCHMARK = "scripts/measure/benchmark.py"
 METHODS = {"matching": ["unroll", "plain", "tesla", "exact"], "experts": ["bare", "synced", "eager"],
            "evaluation": ["bare", "eager"]}
 
@@ -14,7 +20,7 @@ def done(run, tmp_path_factory):
     """What a run printed, and its JSON."""
     path = tmp_path_factory.mktemp("benchmark") / "result.json"
     methods = sorted({method for methods in METHODS.values() for method in methods})
-    finished = run("scripts/measure/benchmark.py", "--shape", "tiny_cpu", "--rounds", 2, "--device", "cpu",
+    finished = run(BENCHMARK, "--shape", "tiny_cpu", "--rounds", 2, "--device", "cpu",
                    "--json", path, "--methods", *methods)
     return finished.stdout, json.loads(path.read_text())
 
@@ -60,7 +66,7 @@ def test_tables_show_the_same(done):
 
 
 def test_shapes_come_from_the_configs(call):
-    text = call("scripts/measure/benchmark.py", "--help").stdout
+    text = call(BENCHMARK, "--help").stdout
     assert all(name in text for name in ("cifar10_ipc1000", "cifar100_ipc50", "tiny_ipc10", "cpu_t80"))
 
 
@@ -72,6 +78,66 @@ def test_shapes_come_from_the_configs(call):
     (["--part", "experts", "--methods", "unroll"], ["no such part", "experts: bare"]),
 ])
 def test_refusals(call, arguments, words):
-    (line,) = call("scripts/measure/benchmark.py", *arguments, expect=2).stderr.splitlines()
+    (line,) = call(BENCHMARK, *arguments, expect=2).stderr.splitlines()
     assert line.startswith("benchmark.py: error: ")
     assert all(word in line for word in words)
+
+
+# --- beside the published code -------------------------------------------------------------------------------
+
+WORKS = """import resource, sys{imports}
+options = dict(each.removeprefix("--").split("=") for each in sys.argv[1:] if "=" in each)
+{options}
+while resource.getrusage(resource.RUSAGE_SELF).ru_utime < 0.03 + {seconds} * {length}: pass
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Makes programs in the published layout that take so many CPU seconds an epoch and an iteration."""
+    def made(name, seconds):
+        for path, imports, options, length in (
+                ("buffer/buffer_FTD.py", "", "assert sys.path[0].endswith('buffer')", 'int(options["train_epochs"])'),
+                ("distill/DATM.py", ", yaml", "options = yaml.safe_load(open(sys.argv[2]))", 'options["Iteration"]')):
+            program = tmp_path / name / path
+            program.parent.mkdir(parents=True)
+            program.write_text(WORKS.format(imports=imports, options=options, seconds=seconds, length=length))
+        return tmp_path / name
+    return made
+
+
+def test_the_published_code_and_ours_run_by_turns(call, checkout, monkeypatch, tmp_path):
+    theirs, ours = checkout("theirs", 0.3), checkout("ours", 0.1)
+    monkeypatch.setattr(beside, "LENGTHS", {"experts": (1, 2), "matching": (1, 2)})
+    asked = []
+
+    def checked(command, where, run=beside.cpu_seconds):
+        """What ours are given they take."""
+        if where == ours:
+            matching = command[1].endswith("DATM.py")
+            asked.append(parse(DistillConfig if matching else BufferConfig, "", command[2:], yaml_file=matching))
+        return run(command, where)
+    monkeypatch.setattr(beside, "cpu_seconds", checked)
+    arguments = ["--beside", theirs, "--shape", "cifar10_ipc10", "--rounds", 1, "--methods", "eager", "exact",
+                 "--data_path", tmp_path / "data", "--buffer_path", tmp_path / "experts"]
+    with mock.patch.object(beside, "REPOSITORY", ours):
+        done = call(BENCHMARK, *arguments, "--json", tmp_path / "x.json")
+    report = json.loads((tmp_path / "x.json").read_text())
+    for part, method in (("experts", "eager"), ("matching", "exact")):
+        (measured,) = report[part]
+        assert [row["method"] for row in measured["methods"]] == ["published", method]
+        assert measured["methods"][0]["ratio"] == 1 and 0.1 < measured["methods"][1]["ratio"] < 0.8
+        assert f"| {method}" in done.stdout and "time / published" in done.stdout
+    assert [config.train_epochs for config in asked[:3]] == [1, 1, 2] and asked[0].model == "ConvNet"
+    assert [config.Iteration for config in asked[3:]] == [1, 1, 2] and asked[3].ipc == 10 and asked[3].zca
+
+
+def test_what_beside_refuses(call, checkout, tmp_path):
+    fails = checkout("fails", 0)
+    (fails / "buffer/buffer_FTD.py").write_text("assert False")
+    data = ["--data_path", tmp_path]
+    for options, said in (([fails, *data, "--part", "matching"], "--buffer_path"),
+                          ([tmp_path, *data], "there is no buffer/buffer_FTD.py"),
+                          ([fails, *data], "ended with 1 and said: AssertionError")):
+        done = call(BENCHMARK, "--shape", "cifar10_ipc1", "--beside", *options, expect=2)
+        assert said in done.stderr.splitlines()[-1]

@@ -342,7 +342,8 @@ def test_the_published_network_is_done_by_hand_and_others_where_they_are_compile
     published = network.plan.norm == "instance" and network.plan.pooling == "average"
     assert FlatModel(network).engine.name == FlatModel(network, "eager").engine.name == (
         BY_HAND if published else "autograd")
-    assert FlatModel(network, "plain").engine.name == "autograd"
+    # In bf16 autograd is the faster, too.
+    assert FlatModel(network, "plain").engine.name == FlatModel(network, precision="bf16").engine.name == "autograd"
 
 
 @pytest.mark.parametrize("name, shape", NOT_COVERED)

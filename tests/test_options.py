@@ -406,7 +406,7 @@ class KilledAtItsStart:
 
 
 @pytest.mark.parametrize("function, error, said", [
-    (_ended_from_outside, UserError, "ended from outside.*OMP_NUM_THREADS=1"), (_refused, UserError, "^no a$"),
+    (_ended_from_outside, UserError, "ended from outside.*--threads 1"), (_refused, UserError, "^no a$"),
     (KilledAtItsStart(), UserError, "ended from outside"),
     (_failed, RuntimeError, "in _failed(.|\n)*OddError: whatever")])
 def test_a_process_that_fails_is_told_of_and_others_are_left_alone(function, error, said):

@@ -67,8 +67,8 @@ def test_there_is_no_circle_and_no_large_file():
     assert len([path for path in (REPOSITORY / "utils").iterdir() if path.name[0] != "_"]) <= 10
 
 
-DATA = ("dataset subset model res seed zca dsa dsa_strategy val_fraction backend precision batch_real device data_path "
-        "quiet")
+DATA = ("dataset subset model res seed zca dsa dsa_strategy val_fraction backend precision threads batch_real device "
+        "data_path quiet")
 TRAIN = f"{DATA} eval_mode num_eval epoch_eval_train batch_train lr_teacher factor no_aug parall_eva"
 OPTIONS = {
     BufferConfig: f"{DATA} num_experts train_epochs lr_teacher batch_train mom l2 rho_max rho_min alpha adaptive decay "

@@ -6,16 +6,31 @@ from typing import Any
 
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate, pool, work_of
-from distill.evaluate.saved_accuracies import Accuracies, key_of
+from distill.evaluate.saved_accuracies import Accuracies, key_of, threads_of
 from distill.result_files import EvaluationResult, Score
 from utils.config import BaselineConfig, EvaluationConfig, influential
 from utils.data.datasets import Dataset
+from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
-from utils.program import interrupt, ranks
+from utils.program import interrupt, ranks, threads
 from utils.program.console import announce, number_of, say, shown
 from utils.program.machine import environment
 from utils.program.prepare import flat_model, network_for
 from utils.program.progress import Progress
+
+
+def unfinished(config: EvaluationConfig | BaselineConfig) -> Path | None:
+    """The file of what was found before an evaluation was stopped; None where nothing is written."""
+    return Path(f"{config.json}.unfinished") if config.json else None
+
+
+def settle_threads(config: EvaluationConfig | BaselineConfig, dataset: Dataset, samples: int) -> None:
+    """As many threads as help the first kind of network on so many samples, or as an evaluation that was stopped had;
+    before all that is computed with them."""
+    networks = pool(config, dataset)
+    work = Work(samples * (config.epoch_eval_train + 1) * config.num_eval * len(networks))
+    threads.settle(config, network_for(networks[0], dataset).to(dataset.device), min(config.batch_train, samples), work,
+                   threads_of(unfinished(config)))
 
 
 class Session:
@@ -42,7 +57,7 @@ class Session:
         announce(config, self.set.images.device,
                  describe_engine(model.engine, min(config.batch_train, len(self.set))),
                  f"{what}: {self.set.size}, {trained} · {config.num_eval} × {' and '.join(networks)}", *notes)
-        path = Path(f"{config.json}.unfinished") if config.json else None
+        path = unfinished(config)
         interrupt.saves("the networks that were tested", "" if path else "--json FILE")
         self.accuracies = ranks.from_first_rank(
             lambda: Accuracies(path, key_of([config, *configs], dataset, *sets, *beside)))

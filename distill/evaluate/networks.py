@@ -17,7 +17,7 @@ from utils.data.datasets import Dataset, check_dataset_name
 from utils.derivatives.choose_engine import Work, seconds_uncompiled
 from utils.loss_and_accuracy import confusion, predictions, share_correct
 from utils.networks import check_network_name, evaluation_pool
-from utils.program import ranks
+from utils.program import ranks, threads
 from utils.program.prepare import drawer, dsa_groups, flat_model, network_for
 from utils.program.processes import in_processes
 from utils.program.seeds import generator, seeded
@@ -60,9 +60,10 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
     processes = 0 if ranks.size() > 1 else _processes_that_pay(train, jobs)
     if processes:
         # As many networks as make full rounds; what is left then has all threads to itself. With a share of the threads
-        # and of the work, an engine is chosen as with all of both.
+        # and of the work, an engine is chosen as with all of both; one thread is not shared.
+        shares = processes if torch.get_num_threads() > 1 else 1
         shared = dataclasses.replace(train, sets=tuple(distilled.detach() for distilled in train.sets),
-                                     work=Work(train.work.gradients / processes))
+                                     work=Work(train.work.gradients / shares))
         full_rounds = jobs[:len(jobs) - len(jobs) % processes]
         in_processes(shared, accuracies.missing(full_rounds), processes, on_epoch, accuracies.add)
     mine = ranks.deal(accuracies.missing(jobs))
@@ -82,7 +83,7 @@ def _score(network: str, tested: Sequence[Tested]) -> Score:
 
 def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:
     """How many processes these networks are worth; 0 where they are too large, or train for too short a time."""
-    processes = min(len(jobs), torch.get_num_threads(), MOST_PROCESSES)
+    processes = min(len(jobs), threads.at_hand(), MOST_PROCESSES)
     if train.sets[0].images.device.type != "cpu" or processes < 2:
         return 0
     networks = [train.network(Job(name, 0)) for name in dict.fromkeys(job.network for job in jobs)]

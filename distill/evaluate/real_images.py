@@ -16,7 +16,7 @@ from buffer.trajectories import (
 )
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, coreset
-from distill.evaluate.evaluation_run import evaluate_and_say
+from distill.evaluate.evaluation_run import evaluate_and_say, settle_threads
 from distill.evaluate.networks import check_evaluation, check_pool
 from distill.initialize import drawn_again, expert_labels, predicted_correctly, random_real
 from utils.config import BaselineConfig
@@ -43,6 +43,8 @@ def evaluate_real(config: BaselineConfig) -> None:
     check_factor(config.factor, dataset.image_size)
     source = dataset if chosen_as == config else load_data(chosen_as, device)
     check_sizes(config, source)
+    samples = per_class(config) * dataset.num_classes if config.ipc else len(dataset.train_labels)
+    settle_threads(config, dataset, samples)
     sets, what = real_sets(config, source)
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
     if config.pick in CORESETS:

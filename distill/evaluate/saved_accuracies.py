@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from distill.distilled_set import DistilledSet
 from utils.config import TrainConfig, identity
@@ -99,7 +100,7 @@ class Accuracies:
         self._found[self._name(job)] = tested
         if self._path is not None:
             path = self._path if ranks.first() else f"{self._path}.{ranks.rank()}"
-            write_json(path, {"key": self._key, "seconds": self.seconds,
+            write_json(path, {"key": self._key, "threads": torch.get_num_threads(), "seconds": self.seconds,
                               **{kind: {name: getattr(tested, of) for name, tested in self._found.items()}
                                  for kind, of in (("accuracies", "accuracy"), ("confusions", "confusion"))}})
 
@@ -121,6 +122,12 @@ class Accuracies:
 
     def _name(self, job: Job) -> str:
         return f"{self._prefix}{job.network}/{job.number}"
+
+
+def threads_of(path: Path | None) -> int | None:
+    """With how many threads the accuracies in such a file were found, where there is one."""
+    with contextlib.suppress(Exception):  # whatever it is, they can be found again
+        return int(read_json(path).get("threads", torch.get_num_threads())) if path else None
 
 
 def key_of(configs: Sequence[TrainConfig], dataset: Dataset, *sets: DistilledSet) -> str:

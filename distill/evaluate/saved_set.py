@@ -16,7 +16,7 @@ from distill.distilled_set import (
     class_indices,
     other_space,
 )
-from distill.evaluate.evaluation_run import Session, evaluate_and_say
+from distill.evaluate.evaluation_run import Session, evaluate_and_say, settle_threads
 from distill.evaluate.networks import check_evaluation, check_pool, pool
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
 from distill.evaluate.released_sets import are_pixels, in_space, made_with, read_set
@@ -135,6 +135,7 @@ def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lam
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
     distilled = in_space(distilled, dataset)
     check_pool(config, dataset)
+    settle_threads(config, dataset, len(distilled))
     if config.save and ranks.first():
         distilled.save_whole(given(config.save), dataset, influential(config))
     return dataset, distilled

@@ -21,6 +21,12 @@ taken as 9 F a step for every method, F being the network's forward pass over th
 the adjoint. Norms, pooling, augmentation and memory traffic cost time and count for nothing, so 1 is out of reach; of
 two methods the one with the larger share is the faster in proportion. On a GPU the product is one in TF32, as torch's
 convolutions are.
+
+    python scripts/measure/benchmark.py --beside FOLDER --shape cifar10_ipc10 --data_path DATA [--buffer_path EXPERTS]
+
+FOLDER is a checkout of the published code that runs on this machine. Its commands and ours train an expert and, with
+experts to match, distil a set of the config of that shape by turns, each as a process on one thread of the CPU
+(scripts/measure/beside.py); the table has CPU seconds and their ratio.
 """
 
 import argparse
@@ -53,12 +59,13 @@ from buffer.experts import kept_of, train_step
 from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
 from scripts.common import script_parser
+from scripts.measure import beside
 from scripts.measure.projection import IMAGES, costs
 from utils.config import BufferConfig, DistillConfig, make
 from utils.data import augment
 from utils.derivatives.choose_engine import set_precision
 from utils.errors import UserError
-from utils.files import REPOSITORY, write_json
+from utils.files import REPOSITORY, given, write_json
 from utils.loss_and_accuracy import cross_entropy
 from utils.memory import peak, reset_peak
 from utils.networks import build_network
@@ -102,6 +109,7 @@ class Shape:
     steps: int
     batch: int
     batch_train: int = 256
+    config: str = ""  # whose distillation it is, in the repository
 
     def __str__(self) -> str:
         return (f"{self.name}: {self.network}, {'×'.join(map(str, self.image))}, {self.classes} classes, "
@@ -126,7 +134,8 @@ def all_shapes() -> dict[str, Shape]:
         image, classes, _ = IMAGES[config.dataset]
         images = config.ipc * classes * config.factor**2
         shapes.append(Shape(f"{config.dataset.lower()}_ipc{config.ipc}", config.model, image, classes, images,
-                            config.syn_steps, min(config.batch_syn or images, images), config.batch_train))
+                            config.syn_steps, min(config.batch_syn or images, images), config.batch_train,
+                            str(path.relative_to(REPOSITORY))))
     return {shape.name: shape for shape in shapes}
 
 
@@ -392,8 +401,7 @@ def measure_memory(shape: Shape, rows: dict[str, dict[str, Any]], device: torch.
 # --- the report ----------------------------------------------------------------------------------------------
 
 
-def show(part: str, methods: list[dict[str, Any]], title: str) -> None:
-    baseline, unit = PARTS[part][0], CALLS[part][3]
+def show(baseline: str, unit: str, methods: list[dict[str, Any]], title: str) -> None:
     columns: list[tuple[str, str, Callable[[Any], str]]] = [
         ("median", f"s per {unit}", short), ("min", "min", short), ("max", "max", short),
         ("seconds", "rounds", lambda values: str(len(values))), ("ratio", f"time / {baseline}", short),
@@ -435,6 +443,10 @@ def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
                         help="leave out a method whose first call takes longer, compiling included (%(default)g)")
     parser.add_argument("--max_minutes", type=float, metavar="M",
                         help=f"fit everything into this time (default: on a GPU {GPU_MINUTES:g}, else no limit)")
+    parser.add_argument("--beside", type=given, metavar="FOLDER", help="measure a checkout of the published code and "
+                        "ours by turns, on a CPU")
+    parser.add_argument("--data_path", type=given, metavar="FOLDER", help="the real data, with --beside")
+    parser.add_argument("--buffer_path", type=given, metavar="FOLDER", help="experts to match, with --beside")
     parser.add_argument("--worker", choices=PARTS["matching"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -448,12 +460,43 @@ def can_run(method: str, device: torch.device) -> bool:
         return False
 
 
+def beside_published(args: argparse.Namespace, shapes: list[Shape]) -> None:
+    """`--beside`: prints and writes what the published code and ours take.
+
+    Raises:
+        UserError: it cannot be measured, or a command failed.
+    """
+    parts = beside.check(args.beside, args.data_path, args.buffer_path, args.part)
+    paths = {name: path for name in ("data_path", "buffer_path") if (path := getattr(args, name))}
+    without = next((shape.name for shape in shapes if not shape.config), None)
+    if without:
+        raise UserError(f"--beside --shape {without}: it is no config's; give one that is, such as cifar10_ipc10")
+    report: dict[str, Any] = {"command": f"python scripts/measure/benchmark.py {shlex.join(sys.argv[1:])}",
+                              "machine": machine(CPU) | {"threads": 1}, "rounds": args.rounds, "rates": None}
+    for shape in shapes:
+        for part in parts:
+            methods = [method for method in beside.BACKENDS[part] if method in args.methods and can_run(method, CPU)]
+            processes = (1 + len(methods)) * (1 + 2 * args.rounds)
+            with Progress(processes, f"{part} {shape.name}") as bar:
+                rows = beside.measure(part, args.beside, REPOSITORY / shape.config, paths, methods, args.rounds,
+                                      bar.update)
+            summarise(rows, beside.THEIRS, None, 0)
+            report.setdefault(part, []).append({"shape": asdict(shape), "lengths": beside.LENGTHS[part],
+                                                "methods": rows})
+            show(beside.THEIRS, beside.UNITS[part], rows, f"{part} · {shape}, CPU seconds, one thread")
+            if args.json:
+                write_json(args.json, report)
+
+
 def main() -> None:
     shapes = all_shapes()
     args = parse(shapes)
     for name in ("rounds", "max_seconds", "max_minutes"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name):g}: give a number above 0")
+    if args.beside:
+        beside_published(args, [shapes[name] for name in args.shape or ["cifar10_ipc10"] if name != "all"])
+        return
     device = select_device(args.device)
     set_precision("auto", device)
     if device.type == "cuda":
@@ -485,7 +528,7 @@ def main() -> None:
           f"{rates['copy_gb_per_s']:.0f} GB/s", flush=True)
     for number, (part, shape, methods) in enumerate(jobs.values()):
         clock.share(len(jobs) - number)
-        calls, _, units, _ = CALLS[part]
+        calls, _, units, unit = CALLS[part]
         rows: dict[str, dict[str, Any]] = {
             method: {"method": method, "engine": "", "status": "measured"} for method in methods}
         with Progress(len(methods) * (args.rounds + (2 if part == "matching" else 1)), f"{part} {shape.name}") as bar:
@@ -508,7 +551,7 @@ def main() -> None:
         report.setdefault(part, []).append({"shape": asdict(shape), "flops": flops, "methods": list(rows.values())})
         detail = {"matching": f"T {shape.steps}, B {shape.batch}", "experts": f"batch {EXPERT.batch_train}",
                   "evaluation": f"batch {min(shape.batch_train, shape.images)}"}[part]
-        show(part, list(rows.values()), f"{part} · {shape}, {detail}")
+        show(PARTS[part][0], unit, list(rows.values()), f"{part} · {shape}, {detail}")
         if args.json:
             write_json(args.json, report)  # at once, so that an interrupt costs the rest only
 

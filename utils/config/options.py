@@ -26,6 +26,7 @@ from utils.config.option_types import (
     RateOfRate,
     Resolution,
     Start,
+    Threads,
 )
 
 HOW_MUCH = "how much"
@@ -88,6 +89,8 @@ class DataConfig:
         "GPU and eager on a CPU", decides=False)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = option(
         SPEED, "auto", "of convolutions and matrix products; auto: torch's own (on a GPU, TF32 in convolutions)")
+    threads: Threads = option(SPEED, "auto", "threads of the CPU; auto: OMP_NUM_THREADS if that is set, else all, or "
+                              "one where all are no faster, which long work measures at its start", decides=False)
     batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)
     device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices", decides=False)
     data_path: FolderPath = option(FILES, "data", "folder of the real data")

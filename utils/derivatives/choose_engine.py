@@ -83,10 +83,10 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     engine = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
                       splits=not has_batch_norm(network))
     size = micro_batch or micro_batch_for(network, CACHED_BYTES)
-    if compiled or (fast and dtype is not None and device.type == "cpu"):
+    if compiled:
         network_pass = shared_pass(network.plan, network.image_shape, device, dtype, compiled)
         engine = HandWritten(network_pass, unflatten, size, compiled)
-    elif fast and device.type == "cpu" and covers_eagerly(network):
+    elif fast and device.type == "cpu" and dtype is None and covers_eagerly(network):
         engine = HandWritten(EagerPass(network.plan, network.image_shape), unflatten, size)
     # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
     captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)

@@ -6,8 +6,8 @@ An engine does the two things of which training, matching and evaluation consist
     adjoint(θ, λ, x, y)  → (s, ∂s/∂θ, ∂s/∂x, ∂s/∂y)   of s = ⟨∇L(θ; x, y), λ⟩
 
 `Autograd` does both for every network and is the reference; `HandWritten` does them for ConvNets, compiled
-(`convnet_pass`) or not (`eager_pass`). Both walk through a batch in micro-batches, exactly: networks without batch norm treat samples alone,
-so the loss is a weighted sum over any split. `Captured` replays either from CUDA graphs.
+(`convnet_pass`) or not (`eager_pass`). Both walk through a batch in micro-batches, exactly: networks without batch norm
+treat samples alone, so the loss is a weighted sum over any split. `Captured` replays either from CUDA graphs.
 """
 
 import contextlib

@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.files import check_output
 from utils.networks import build_network
 from utils.parameters import FlatModel
-from utils.program import ranks
+from utils.program import ranks, threads
 from utils.program.device import gpu_count, listed_gpus, select_device
 
 
@@ -50,6 +50,7 @@ def take_device(config: DataConfig) -> torch.device:
         UserError: see `select_device`, `check_backend` and `set_precision`.
     """
     start_as_ranks(config)
+    threads.take(config)
     device = select_device(config.device)
     if device.type == "cuda" and ranks.size() > 1:
         gpus = gpus_of_ranks(config)

@@ -67,7 +67,7 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
                     process.kill()
                 if isinstance(error, BrokenProcessPool):
                     raise UserError("a helper process was ended from outside, perhaps for lack of "
-                                    "memory; run it again with OMP_NUM_THREADS=1, which does one part at a time"
+                                    "memory; run it again with --threads 1, which does one part at a time"
                                     ) from error
                 raise
 

@@ -1,0 +1,66 @@
+"""How many threads a run takes: what it is told, what it measures, and what an unfinished run had."""
+
+import importlib
+import json
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.test_resume import stop_at
+from utils.networks import build_network
+from utils.program import threads
+
+EXPERTS, DATM, BASELINE = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/baseline.py"
+
+
+@pytest.fixture
+def measured(environment, monkeypatch):
+    """Work that is worth measuring, on two cores where nobody gives a number; sets what is measured."""
+    monkeypatch.setattr(threads, "WORTH_MEASURING", 0.0)
+    with mock.patch.dict(environment, OMP_NUM_THREADS=""):
+        yield lambda one, both: monkeypatch.setattr(threads, "seconds_of_a_step", lambda *_: (one, both))
+
+
+def test_one_thread_is_taken_where_two_are_no_faster(call, toy, environment, measured, monkeypatch, tmp_path):
+    def device_of(*options):
+        done = call(BASELINE, *toy.evaluate, "--ipc=2", f"--json={tmp_path / 'x.json'}", *options)
+        return json.loads((tmp_path / "x.json").read_text())["environment"]["device"], done.stdout
+
+    for one, both, chosen in ((1.0, 1.0, 1), (1.0, 0.5, 2)):
+        measured(one, both)
+        device, said = device_of()
+        assert device == f"cpu ({chosen} threads)" and f"threads: {chosen} of 2, by images a second" in said
+    # What is given is taken, and what is not worth it is not measured.
+    measured(1.0, 0.5)
+    for options, variable, worth, chosen in ((["--threads=3"], "", 0, 3), (["--threads=1"], "2", 0, 1),
+                                             ([], "1", 0, 1), (["--threads=auto"], "1", 0, 1), ([], "", 1e9, 2)):
+        monkeypatch.setattr(threads, "WORTH_MEASURING", worth)
+        with mock.patch.dict(environment, OMP_NUM_THREADS=variable):
+            device, said = device_of(*options)
+        assert device == f"cpu ({chosen} threads)" and "threads: " not in said
+
+
+def test_measuring_leaves_the_network_alone(monkeypatch):
+    """Batch norm counts what passes through it."""
+    monkeypatch.setattr(threads, "BLOCK", 0.001)
+    network = build_network("ConvNetD1W4BN", 1, 3, (8, 8))
+    before = {name: each.clone() for name, each in network.state_dict().items()}
+    assert min(threads.seconds_of_a_step(network, 7, 2)) > 0
+    assert all(torch.equal(each, before[name]) for name, each in network.state_dict().items())
+
+
+def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_experts, measured, tmp_path):
+    """Whatever would be chosen now: with others the sums would be rounded otherwise."""
+    for module, function, *command in (
+            ("buffer.experts", "gsam_gradient", EXPERTS, *toy.train, f"--buffer_path={tmp_path}"),
+            ("distill.distillation", "match_trajectory", DATM, *toy.distil, f"--buffer_path={toy_experts}",
+             f"--log_path={tmp_path}"),
+            ("distill.evaluate.networks", "train_network", BASELINE, *toy.evaluate, "--num_eval=2", "--ipc=2",
+             f"--json={tmp_path / 'x.json'}")):
+        measured(1.0, 1.0)
+        with stop_at(importlib.import_module(module), function, 2):
+            assert "threads: 1 of 2" in call(*command, expect=130).stdout
+        measured(1.0, 0.5)
+        done = call(*command)
+        assert "on cpu (1 threads)" in done.stdout and "threads: " not in done.stdout and "going on" in done.stdout
