@@ -21,10 +21,27 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
         monkeypatch.setattr(gradients, name, value)
     monkeypatch.setattr("sys.argv", ["gradients.py", *toy.distil, f"--buffer_path={toy_experts}", "--Iteration=1",
                                      "--syn_steps=8", f"--json={report}", f"--png={plot}", f"--distilled={saved}"])
+    distil, left = gradients.reached, [3]
+
+    def stopped(*given):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return distil(*given)
+
+    monkeypatch.setattr(gradients, "reached", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        gradients.main()
+    half = json.loads((tmp_path / "gradients.json.unfinished").read_text())["found"]
+    assert len(half) == 2 * 2 * 2 + 2 and not report.exists()
     gradients.main()
+    assert not list(tmp_path.glob("*.unfinished"))
 
     found = json.loads(report.read_text())
     of = {(each["set"], each["steps"], each["gradient"]): each for each in found["matches"]}
+    for seed, each in enumerate(half[f"distilled set, 2 steps, seed {seed}"]["TESLA"] for seed in range(2)):
+        assert of["distilled set", 2, "TESLA"]["cosines"][seed] == each[0][0]  # not measured again
+    assert found["distillations"][0]["seeds"][0] == half["2, exact, seed 0"]
     assert len(of) == 2 * 2 * 5 and plot.read_bytes()[1:4] == b"PNG"
     for (_, steps, gradient), each in of.items():
         assert len(each["cosines"]) == len(each["seconds"]) == 2

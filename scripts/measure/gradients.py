@@ -10,10 +10,14 @@ augmentation; of each seed the first images too), and the time of a match beside
 each distils the first set of every seed for as long as --Iteration exact iterations of --syn_steps take here, and the
 set is evaluated as DATM.py would. Everything ± the standard deviation: of cosines over the draws, of accuracies over
 the seeds, each the mean of its --num_eval networks.
+
+With --json the same command goes on where it was stopped, by what it has kept in FILE.unfinished.
 """
 
+import contextlib
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -40,10 +44,11 @@ from scripts.common import save_report
 from scripts.plots import save_by_steps
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
-from utils.files import check_output, given
+from utils.files import check_output, given, read_json, write_json
 from utils.program.command_line import config_of, typed
 from utils.program.console import table
 from utils.program.entry import entry
+from utils.program.machine import environment
 from utils.program.progress import Progress
 
 STEPS = (10, 20, 40, 60, 80)
@@ -63,6 +68,36 @@ def with_gradient(config: DistillConfig, steps: int, gradient: str) -> DistillCo
     share = GRADIENTS[gradient]
     return (replace(config, syn_steps=steps, matching="exact", adjoint_steps=math.ceil(share * steps)) if share else
             replace(config, syn_steps=steps, matching="tesla", adjoint_steps=None))
+
+
+class Kept:
+    """What was found so far, in a file beside that of the report, until that is written.
+
+    Args:
+        path: of the report; None: nothing is kept.
+        key: what everything depends on; what was found for another key does not count.
+    """
+
+    def __init__(self, path: Path | None, key: Any) -> None:
+        self._path = path and path.with_name(f"{path.name}.unfinished")
+        self._saved: dict[str, Any] = {"key": key, "found": {}}
+        if self._path and self._path.exists():
+            with contextlib.suppress(Exception):  # whatever it is, it can be found again
+                saved = read_json(self._path)
+                if saved["key"] == key and isinstance(saved["found"], dict):
+                    self._saved = saved
+
+    def get(self, name: str, find: Callable[..., Any], *given: Any) -> Any:
+        """What was found under a name, as JSON has it, or is found now."""
+        if name not in self._saved["found"]:
+            self._saved["found"][name] = find(*given)
+            if self._path:
+                write_json(self._path, self._saved)
+        return self._saved["found"][name]
+
+    def forget(self) -> None:
+        if self._path:
+            self._path.unlink(missing_ok=True)
 
 
 def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, start: DistilledSet,
@@ -120,14 +155,18 @@ def main() -> None:
         starts["distilled set"] = [initial_set(of_saved, dataset, labellers)[0].to(dataset.device)] * SEEDS
 
     # The gradients.
+    here = environment(dataset.device)
+    kept = Kept(files.get("json"), [options | saved, dataset.fingerprint, here["torch"], here["device"]])
     found: dict[tuple[str, int, str], list[Measured]] = {}
     steps = sorted({*STEPS, config.syn_steps})
     with Progress(len(starts) * len(steps) * SEEDS, "gradients", quiet=config.quiet) as bar:
         measured(config, dataset, buffer, starts["first set"][0], steps[0])  # the first calls allocate
         for (what, sets), number in product(starts.items(), steps):
             for each, start in zip(seeded, sets):
-                for gradient, matches in measured(each, dataset, buffer, start, number).items():
-                    found.setdefault((what, number, gradient), []).extend(matches)
+                matches = kept.get(f"{what}, {number} steps, seed {each.seed}",
+                                   measured, each, dataset, buffer, start, number)
+                for gradient, of_draws in matches.items():
+                    found.setdefault((what, number, gradient), []).extend(Measured(*each) for each in of_draws)
                 bar.update()
     settings = list(product(steps, GRADIENTS))
     seconds = {setting: median(match.seconds for match in found["first set", *setting]) for setting in settings}
@@ -137,8 +176,9 @@ def main() -> None:
     ends: dict[tuple[int, str], list[dict[str, Any]]] = {setting: [] for setting in settings}
     with Progress(len(settings) * SEEDS, "distillations", quiet=config.quiet) as bar:
         for (each, start), setting in product(zip(seeded, starts["first set"]), settings):
-            ends[setting].append(reached(with_gradient(each, *setting), dataset, buffer, start,
-                                         max(1, round(budget / seconds[setting]))))
+            ends[setting].append(kept.get(
+                "{}, {}, seed {}".format(*setting, each.seed), reached, with_gradient(each, *setting), dataset, buffer,
+                start, max(1, round(budget / seconds[setting]))))
             bar.update()
     before = [evaluate(each, dataset, start)[0].mean for each, start in zip(seeded, starts["first set"])]
 
@@ -160,6 +200,7 @@ def main() -> None:
                     for (what, number, gradient), matches in found.items()],
         "distillations": [{"steps": number, "gradient": gradient, "seeds": ends[number, gradient]}
                           for number, gradient in settings]})
+    kept.forget()
     if "png" in files:
         save_by_steps(files["png"], columns)
 
