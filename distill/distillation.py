@@ -254,14 +254,7 @@ def student(buffer: Buffer) -> FlatModel | SharedModel:
 
 
 def matched_part(config: DistillConfig) -> Part | None:
-    """PAD's part of the parameters, or None for all.
-
-    Raises:
-        UserError: both of its rules at once.
-    """
-    if config.depth_ratio and config.loss_ratio:
-        raise UserError(f"--depth_ratio {config.depth_ratio:g} --loss_ratio {config.loss_ratio:g}: these are two rules "
-                        "for the same choice; give one of them")
+    """PAD's part of the parameters, or None for all."""
     if config.depth_ratio:
         return deep_part(config.depth_ratio)
     return far_part(config.loss_ratio) if config.loss_ratio else None

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from buffer.experts import train_expert
-from buffer.trajectories import buffer_folder, check_same_kind, made_by
+from buffer.manifests import buffer_folder, check_same_kind, made_by
 from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, expert_features

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from utils.data.disk_layouts import Loader, Split, cifar, fashion_mnist, minifashion, mnist, some_of, svhn
 from utils.data.image_folders import image_folder, imagenet, imagenet_1k, tiny
+from utils.data.names import NAMES, check_dataset_name
 from utils.data.zca import Whitening, chunk, fit, to_unit
-from utils.errors import UserError, unknown_name
+from utils.errors import UserError
 from utils.memory import room
 
 HOLD_OUT_SEED = 0  # of the generator that chooses held-out images: the same choice in every run
@@ -190,16 +191,6 @@ def _converted(raw: Tensor, space: ImageSpace, device: torch.device) -> tuple[Te
     return images, torch.cat(energy) if energy else None
 
 
-def check_dataset_name(name: str) -> None:
-    """Refuses a dataset that does not exist.
-
-    Raises:
-        UserError
-    """
-    if name not in DATASETS:
-        raise unknown_name("dataset", name, DATASETS)
-
-
 def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
     return images.new_tensor(values).view(-1, 1, 1)
 
@@ -263,3 +254,4 @@ DATASETS: dict[str, Loader] = {
     "ImageNet1K": imagenet_1k,
     "ImageFolder": image_folder,
 }
+assert tuple(DATASETS) == NAMES
