@@ -7,12 +7,13 @@ reached; published files have none.
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import files
 from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, influential
+from utils.data.watching import Watch, unwatched
 from utils.errors import UserError
 from utils.files import read_config
 from utils.program.console import number_of
@@ -20,6 +21,7 @@ from utils.program.console import number_of
 if TYPE_CHECKING:
     from utils.data.datasets import Dataset
 
+LOOK_SECONDS = 0.2  # between two looks at how far the threads are
 _NAME = re.compile(r"replay_buffer_(\d+)\.pt")
 
 
@@ -139,10 +141,19 @@ def in_words(experts: int, epochs: int) -> str:
     return f"{number_of(experts, 'expert')} of {number_of(epochs, 'epoch')}"
 
 
-def checksums(paths: Sequence[Path]) -> dict[str, str]:
+def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]:
     """The SHA-256 of each file, by its name."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
-        return dict(zip([path.name for path in paths], pool.map(files.sha256, paths)))
+    read: list[int] = []  # bytes, by whichever thread
+    waiting, shown = True, 0
+    with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
+          ThreadPoolExecutor(os.cpu_count()) as pool):  # hashing lets go of the interpreter
+        found = [pool.submit(files.sha256, path, read.append) for path in paths]
+        while waiting:
+            _, waiting = wait(found, LOOK_SECONDS)
+            done = sum(read)
+            advance(done - shown)
+            shown = done
+        return {path.name: each.result() for path, each in zip(paths, found)}
 
 
 def is_as_written(path: Path, checksum: str) -> bool:

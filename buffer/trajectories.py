@@ -6,7 +6,7 @@ A file is a list of experts; an expert is a list of snapshots; a snapshot is a l
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from buffer.manifests import checksums, expert_files, is_as_written, manifest_path, require_experts
 from utils import files
+from utils.data.watching import Watch, unwatched
 from utils.errors import UserError
 from utils.files import save_config
 from utils.parameters import FlatModel, flatten
@@ -106,7 +107,7 @@ class Buffer:
         self._files = [_load_checked(path, model)[:max_experts] for path in self._paths]
         self._experts = [expert for experts in self._files for expert in experts]
 
-    def verify(self) -> dict[str, str]:
+    def verify(self, watch: Watch = unwatched) -> dict[str, str]:
         """Reads every file, against its manifest's checksum or, without one, for values that are not finite.
 
         Returns:
@@ -115,10 +116,11 @@ class Buffer:
         Raises:
             UserError: a file was changed or damaged, or an expert diverged.
         """
-        found = checksums(self._paths)
-        for path, experts in zip(self._paths, self._files):
-            if not is_as_written(path, found[path.name]):
-                _check_finite(path, experts)
+        found = checksums(self._paths, watch)
+        unknown = [each for each in zip(self._paths, self._files) if not is_as_written(each[0], found[each[0].name])]
+        with watch("checking the experts", sum(len(experts) for _, experts in unknown)) as advance:
+            for path, experts in unknown:
+                _check_finite(path, experts, advance)
         return found
 
     def __len__(self) -> int:
@@ -164,9 +166,10 @@ def _load_checked(path: Path, model: FlatModel) -> list[Expert]:
     return experts
 
 
-def _check_finite(path: Path, experts: list[Expert]) -> None:
+def _check_finite(path: Path, experts: list[Expert], advance: Callable[[float], object]) -> None:
     for number, expert in enumerate(experts):
         for epoch, snapshot in enumerate(expert):
             if not all(bool(tensor.isfinite().all()) for tensor in snapshot):
                 raise UserError(f"expert {number} of {path} is not finite after epoch {epoch}: it diverged, or the "
                                 "file is damaged; move it away, or train the experts again with a lower --lr_teacher")
+        advance(1)

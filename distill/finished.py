@@ -1,5 +1,6 @@
 """Where a run's folder is, and what is said of a finished run; known without torch."""
 
+from functools import partial
 from pathlib import Path
 
 from buffer.manifests import buffer_folder, checksums, expert_files, is_as_written, manifests_of
@@ -10,6 +11,7 @@ from utils.config import STARTS, DistillConfig, differences, identity
 from utils.files import read_config
 from utils.program import ranks
 from utils.program.console import shown, wrapped
+from utils.program.progress import watched
 from utils.program.run_folder import RunFolder, run_id
 
 
@@ -55,7 +57,7 @@ def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
     images = {manifest.get("fingerprint") for manifest in manifests.values()}
     if len(manifests) < len(paths) or len(images) != 1 or None in images:
         return None
-    found = checksums(paths)
+    found = checksums(paths, partial(watched, quiet=config.quiet))
     return {"images": images.pop(), **found} if all(is_as_written(path, found[path.name]) for path in paths) else None
 
 

@@ -155,9 +155,10 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
 
     from distill.loop import opened  # and torch, which takes seconds
     from distill.suggest import suggestion
+    from utils.program.progress import watched
 
     dataset, buffer = opened(config)
-    buffer.verify()
+    buffer.verify(watched)
     suggested = suggestion(config, dataset, buffer, buffer)
     print(f"{suggested}\n")
     if json:

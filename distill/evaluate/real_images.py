@@ -1,6 +1,7 @@
 """`distill/baseline.py`: real images in the place of a distilled set, which distillation has to beat."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from utils.errors import UserError
 from utils.parameters import FlatModel
 from utils.program.console import note
 from utils.program.prepare import begin, load_data, network_for
+from utils.program.progress import watched
 from utils.program.seeds import generator
 
 
@@ -112,7 +114,7 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
     if by_experts or picked:
         check_same_images(buffer_folder(config), dataset)
         buffer = Buffer(buffer_folder(config), FlatModel(network_for(config.model, dataset).to(device)))
-        buffer.verify()
+        buffer.verify(partial(watched, quiet=config.quiet))
     chosen = torch.cat(chosen_by(buffer, config, dataset) if picked else drawn(config, dataset)).to(device)
     images, labels = tiled(images[chosen], config.factor), labels[chosen]
     if by_experts:

@@ -9,13 +9,15 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from utils.errors import UserError, out_of_memory
+
+PART = 1 << 22  # bytes of a large file that are read at once
 
 
 @contextlib.contextmanager
@@ -142,7 +144,15 @@ def read_config(path: Path) -> dict[str, Any]:
         return read_yaml(path)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """A file's SHA-256, in hex."""
+def sha256(path: str | os.PathLike, report: Callable[[int], object] = lambda size: None) -> str:
+    """A file's SHA-256, in hex.
+
+    Args:
+        report: told how many bytes more are read.
+    """
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(PART):
+            digest.update(part)
+            report(len(part))
+    return digest.hexdigest()
