@@ -1,5 +1,6 @@
 """Where a run's folder is, and what is said of a finished run; known without torch."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from buffer.manifests import buffer_folder, checksums, expert_files, is_as_writt
 from distill.report.names import missing
 from distill.result_files import EMA, METRICS, NORMAL, RESULT, RunResult
 from distill.set_files import WHOLE
-from utils.config import STARTS, DistillConfig, differences, identity
+from utils.config import STARTS, DistillConfig, defaults, differences, identity
+from utils.errors import UserError
 from utils.files import read_config
 from utils.program import ranks
 from utils.program.console import shown, wrapped
@@ -50,7 +52,7 @@ def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
     if more or config.pix_init not in STARTS:
         return None
     runs = run_folder(config, {}).parent.glob(f"{config.matching}_seed{config.seed}_*/{RESULT}")
-    if all(differences(read_config(path.with_name("config.yaml")), identity(config)) for path in runs):
+    if not any(_is_of(config, path.with_name("config.yaml")) for path in runs):
         return None
     folder = buffer_folder(config)
     paths, manifests = expert_files(folder), manifests_of(folder)
@@ -59,6 +61,13 @@ def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
         return None
     found = checksums(paths, partial(watched, quiet=config.quiet))
     return {"images": images.pop(), **found} if all(is_as_written(path, found[path.name]) for path in paths) else None
+
+
+def _is_of(config: DistillConfig, saved: Path) -> bool:
+    """Whether the options that were saved of a run are these."""
+    with contextlib.suppress(UserError):  # it may be another run's, and its own affair
+        return not differences(defaults(type(config)) | read_config(saved), identity(config))
+    return False
 
 
 def lost_sets(path: Path, result: RunResult) -> list[str]:
