@@ -14,14 +14,19 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from buffer.expert_run import train_buffer
+from buffer.option_checks import check_options
 from utils.config import BufferConfig
 from utils.program.command_line import parse
 from utils.program.entry import entry
 
 
 def main() -> None:
-    train_buffer(parse(BufferConfig, __doc__))
+    config = parse(BufferConfig, __doc__)
+    check_options(config)
+
+    from buffer.expert_run import train_buffer  # and torch, which takes seconds
+
+    train_buffer(config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Many experts on one page: refuse · load · begin or go on · train what is missing · write.
+"""Many experts on one page: load · begin or go on · train what is missing · write.
 
 Experts are kept in `unfinished/`, epoch by epoch, until they are written, `save_interval` to a file. Several ranks
 train different experts: whoever holds the lock of an expert's number trains it, and the first rank writes the files.
@@ -13,20 +13,20 @@ import torch
 from buffer import trajectories
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.experts import DivergedError, Epoch, SavedEpochs, train_expert, work_of
+from buffer.manifests import buffer_folder, check_same_images, check_same_kind, expert_files, in_words
 from utils import files
 from utils.config import BufferConfig, differences, identity, influential
-from utils.data.datasets import Dataset, check_dataset_name
+from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
 from utils.errors import UserError
 from utils.memory import available
-from utils.networks import check_network_name
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
 from utils.program.console import announce, note, number_of, say, shown, wrapped
 from utils.program.locks import LockedError, locked
-from utils.program.prepare import begin, dsa_groups, flat_model, network_for
+from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
 from utils.program.run_folder import kept_to_this_run
 
@@ -35,21 +35,16 @@ MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
 
 
 def train_buffer(config: BufferConfig) -> None:
-    """The whole of `buffer/buffer_FTD.py`: trains `num_experts` experts and writes them.
+    """Trains `num_experts` experts and writes them: all of `buffer/buffer_FTD.py` but for `option_checks`.
 
     Raises:
         UserError: whatever in the config or the data does not fit together.
     """
-    # Refuse what the options and the folder show.
-    check_options(config)
-    folder = trajectories.buffer_folder(config)
-    trajectories.check_same_data(folder, config)
-    trajectories.check_same_kind(folder, config)
-
     # Load the data, and build the network, which may be refused, before anything is written.
+    folder = buffer_folder(config)
     device, dataset = begin(config)
     dataset = dataset.to(device)  # the training images too, of which an epoch takes all
-    trajectories.check_same_images(folder, dataset)
+    check_same_images(folder, dataset)
     network = network_for(config.model, dataset).to(device)
     of_one = work_of(config, dataset)
     threads.settle(config, network, config.batch_train, Work(of_one.gradients * config.num_experts),
@@ -145,8 +140,8 @@ class ExpertRun:
     def __init__(self, config: BufferConfig, dataset: Dataset, folder: Path, model: FlatModel):
         self.config, self.dataset, self.folder, self.model = config, dataset, folder, model
         # Once more, now that nobody else can write: the data took a while to load.
-        trajectories.check_same_kind(folder, config)
-        trajectories.check_same_images(folder, dataset)
+        check_same_kind(folder, config)
+        check_same_images(folder, dataset)
         self.unfinished = folder / "unfinished"
         self.diverged = self.unfinished / "diverged.json"  # where a rank leaves word that one of its experts diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
@@ -189,7 +184,7 @@ class ExpertRun:
         """The first lines."""
         config, images = self.config, len(self.dataset.train_labels)
         announce(config, device, describe_engine(self.model.engine, min(config.batch_train, images)),
-                 f"{trajectories.in_words(config.num_experts, config.train_epochs)}: {config.model} on "
+                 f"{in_words(config.num_experts, config.train_epochs)}: {config.model} on "
                  f"{config.dataset} ({images} images) · {shown(self.folder)}")
         if self.resumes:
             say(config, f"going on with an unfinished run: {self.trained} of {config.num_experts} experts are trained")
@@ -325,23 +320,6 @@ class ExpertView(Progress):
         self.say(f"expert {number}: {', '.join(self.numbers)}")
 
 
-def check_options(config: BufferConfig) -> None:
-    """Refuses what the options alone show.
-
-    Raises:
-        UserError
-    """
-    if config.rho_max != config.rho_min:
-        raise UserError(f"--rho_max {config.rho_max:g} --rho_min {config.rho_min:g}: rho follows the learning rate, "
-                        "which is constant here; give both the same value")
-    check_dataset_name(config.dataset)  # these two become folders
-    check_network_name(config.model)
-    dsa_groups(config)
-    if config.pad and not config.add_end_epoch <= config.rm_epoch_first <= config.rm_epoch_second:
-        raise UserError(f"--add_end_epoch {config.add_end_epoch} --rm_epoch_first {config.rm_epoch_first} "
-                        f"--rm_epoch_second {config.rm_epoch_second}: give them in rising order")
-
-
 def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int, unfinished: Path) -> None:
     """Refuses a run whose files cannot fit the disk, or whose experts of one file cannot fit the memory.
 
@@ -377,8 +355,8 @@ def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
 
 def _say_where(config: BufferConfig, folder: Path) -> None:
     """Where the experts are, and what to type next."""
-    trained = trajectories.in_words(config.num_experts, config.train_epochs)
+    trained = in_words(config.num_experts, config.train_epochs)
     print(wrapped(f"trained {trained}; {shown(folder)} holds {trajectories.count_experts(folder)} in "
-                  f"{', '.join(path.name for path in trajectories.expert_files(folder))}"))
+                  f"{', '.join(path.name for path in expert_files(folder))}"))
     say_next(config, "next, to have settings measured that fit them, and the command that distils them:",
              command("scripts/inspect_buffer.py", {"suggest": True, "ipc": 1}, argument=folder))

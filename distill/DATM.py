@@ -12,14 +12,20 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from distill.loop import distill
+from distill.finished import answered
+from distill.option_checks import check_options
 from utils.config import DistillConfig
 from utils.program.command_line import parse
 from utils.program.entry import entry
 
 
 def main() -> None:
-    distill(parse(DistillConfig, __doc__, yaml_file=True))
+    config = parse(DistillConfig, __doc__, yaml_file=True)
+    check_options(config)
+    if not answered(config):
+        from distill.loop import distill  # and torch, which takes seconds
+
+        distill(config)
 
 
 if __name__ == "__main__":

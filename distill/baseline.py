@@ -14,14 +14,19 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from distill.evaluate.real_images import evaluate_real
+from distill.evaluate.option_checks import check_baseline
 from utils.config import BaselineConfig
 from utils.program.command_line import parse
 from utils.program.entry import entry
 
 
 def main() -> None:
-    evaluate_real(parse(BaselineConfig, __doc__))
+    config = parse(BaselineConfig, __doc__)
+    check_baseline(config)
+
+    from distill.evaluate.real_images import evaluate_real  # and torch, which takes seconds
+
+    evaluate_real(config)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,27 @@
-"""What is refused before a distillation begins."""
+"""What is refused before a distillation begins, of what is loaded; for the rest see `option_checks`."""
 
-from pathlib import Path
 from typing import Any
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_data, require_experts
-from distill.distillation import matched_part
-from distill.distilled_set import WHOLE, DistilledSet
-from distill.evaluate.networks import check_evaluation, check_pool
+from buffer.trajectories import Buffer
+from distill.distilled_set import DistilledSet
+from distill.evaluate.networks import check_pool
 from distill.evaluate.saved_set import check_told
 from distill.plan import batch_size, num_samples
 from distill.result_files import NORMAL
 from distill.schedule import start_epoch_bound
+from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor
 from utils.derivatives.choose_engine import activation_bytes
 from utils.errors import UserError
-from utils.files import check_is_file
 from utils.memory import available
-from utils.networks import check_network_name, has_batch_norm
+from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.console import number_of, shown
 from utils.program.prepare import gpus_of_ranks, network_for
 from utils.program.run_folder import RunFolder
-
-
-def check_options(config: DistillConfig) -> None:
-    """Refuses what the options alone show, and a folder without experts for them, before anything is loaded.
-
-    Raises:
-        UserError
-    """
-    check_evaluation(config)
-    matched_part(config)
-    check_unrolled(config)
-    check_truncated(config)
-    folders = [buffer_folder(config)]
-    if config.Initialize_Label_With_Another_Model:
-        check_network_name(config.Initialize_Label_Model)
-        if not config.Initialize_Label_Model_Dir:
-            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
-                            "that network's replay_buffer_*.pt")
-        folders.append(Path(config.Initialize_Label_Model_Dir))
-    for folder in folders:
-        require_experts(folder)
-        check_same_data(folder, config)
-    check_start(config)
 
 
 def check_start(config: DistillConfig) -> None:
@@ -58,41 +33,11 @@ def check_start(config: DistillConfig) -> None:
     if config.pix_init in STARTS:
         return
     given = f"--pix_init {config.pix_init}"
-    check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
     distilled = DistilledSet.load(config.pix_init)
     check_told(config, distilled, given, distilled.config)
     if (distilled.whitening is not None) != config.zca:
         raise UserError(f"{given}: it is {'not ' * config.zca}whitened (zca), and the data here "
                         f"{'is' if config.zca else 'is not'}; give the --zca and the data that it was made with")
-
-
-def check_unrolled(config: DistillConfig) -> None:
-    """Refuses options of the engines for the unrolled gradient, which is autograd's and takes none.
-
-    Raises:
-        UserError
-    """
-    given = [f"--backend {config.backend}"] if config.backend not in ("auto", "plain") else []
-    given += [f"--micro_batch {config.micro_batch}"] if config.micro_batch else []
-    given += ["--precision bf16"] if config.precision == "bf16" else []
-    if config.matching == "unroll" and given:
-        raise UserError(f"--matching unroll {' '.join(given)}: the unrolled gradient is plain autograd, whole batches "
-                        "in float32; leave that out, or give --matching exact, which has the same gradient")
-
-
-def check_truncated(config: DistillConfig) -> None:
-    """Refuses a truncated gradient of another kind than the exact one, or through more steps than there are.
-
-    Raises:
-        UserError
-    """
-    if config.adjoint_steps and config.matching != "exact":
-        raise UserError(f"--matching {config.matching} --adjoint_steps {config.adjoint_steps}: only the exact gradient "
-                        "can go through a part of the steps; give --matching exact, or leave --adjoint_steps out")
-    if config.adjoint_steps and config.adjoint_steps > config.syn_steps:
-        raise UserError(f"--adjoint_steps {config.adjoint_steps} --syn_steps {config.syn_steps}: the gradient "
-                        f"cannot go through more steps than there are; give {config.syn_steps} or less, or leave "
-                        "--adjoint_steps out")
 
 
 def check_networks(config: DistillConfig, dataset: Dataset) -> None:

@@ -24,12 +24,15 @@ from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut_adjoint
 from utils.errors import UserError
-from utils.parameters import FlatModel
+from utils.parameters import FlatModel, descend
 from utils.program import ranks
 from utils.program.prepare import dsa_groups
 from utils.program.seeds import generator
 
 MOMENTUM = 0.5  # of images and α, as published
+# What torch's SGD saves of a group beside its rate and momentum.
+AS_SAVED = {"dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False, "foreach": None,
+            "differentiable": False, "fused": None}
 MOST_LOST = 100  # losses in a row that are not finite, after which a run stops
 MOST_HELD = 100  # updates in a row that would make α useless, after which a run stops
 FIXED_SEGMENTS = 16  # segments on which the loss before and after is compared
@@ -82,6 +85,39 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
     return (segment.own(config.factor**2) if ranks.size() > 1 else segment).to(device)
 
 
+class SGD:
+    """torch's SGD of one tensor a group, to the same bits and saved in the same form; but torch's own imports its
+    compiler, which takes seconds.
+
+    Args:
+        groups: tensor, learning rate, momentum.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Tensor, float, float]]):
+        self.param_groups = [{"params": [tensor], "lr": lr, "momentum": momentum} for tensor, lr, momentum in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {tensor: {} for tensor, *_ in groups}
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            (tensor,), momentum = group["params"], group["momentum"]
+            state = self.state[tensor]
+            if momentum and "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(tensor)
+            descend(tensor, tensor.grad, state.get("momentum_buffer"), group["lr"], momentum)
+
+    def state_dict(self) -> dict[str, Any]:
+        groups = [{"lr": group["lr"], "momentum": group["momentum"], **AS_SAVED, "params": [number]}
+                  for number, group in enumerate(self.param_groups)]
+        return {"state": {number: dict(state) for number, state in enumerate(self.state.values()) if state},
+                "param_groups": groups}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for number, (tensor, state) in enumerate(self.state.items()):
+            state.clear()
+            state.update({name: value.to(tensor.device, copy=True)
+                          for name, value in saved["state"].get(number, {}).items() if value is not None})
+
+
 class Distillation:
     """The set, its optimiser and its counts; `draw`, `match` and `learn` are one iteration.
 
@@ -105,12 +141,9 @@ class Distillation:
         given = config.lr_teacher != AUTO and config.pix_init in STARTS
         first = config.lr_teacher if given else float(start.lr)
         scale = 1 / first**2 if self.learns_log else 1.0
-        self.optimiser = torch.optim.SGD([
-            {"params": [self.set.images], "lr": config.lr_img, "momentum": MOMENTUM},
-            {"params": [self.rate], "lr": config.lr_lr * scale, "momentum": MOMENTUM}])
-        if config.labels == "learned":
-            self.optimiser.add_param_group({"params": [self.set.labels], "lr": config.lr_y,
-                                            "momentum": config.Momentum_y})
+        learned = [(self.set.labels, config.lr_y, config.Momentum_y)] if config.labels == "learned" else []
+        self.optimiser = SGD([(self.set.images, config.lr_img, MOMENTUM), (self.rate, config.lr_lr * scale, MOMENTUM),
+                              *learned])
 
     def draw(self, iteration: int) -> Segment:
         """What this iteration matches."""
@@ -254,14 +287,7 @@ def student(buffer: Buffer) -> FlatModel | SharedModel:
 
 
 def matched_part(config: DistillConfig) -> Part | None:
-    """PAD's part of the parameters, or None for all.
-
-    Raises:
-        UserError: both of its rules at once.
-    """
-    if config.depth_ratio and config.loss_ratio:
-        raise UserError(f"--depth_ratio {config.depth_ratio:g} --loss_ratio {config.loss_ratio:g}: these are two rules "
-                        "for the same choice; give one of them")
+    """PAD's part of the parameters, or None for all."""
     if config.depth_ratio:
         return deep_part(config.depth_ratio)
     return far_part(config.loss_ratio) if config.loss_ratio else None

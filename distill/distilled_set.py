@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.result_files import NORMAL, RESULT, RunResult
+from distill.set_files import check_whole, whole_set
 from utils import files
 from utils.data.datasets import Dataset, ImageSpace
 from utils.data.disk_layouts import some_of
@@ -28,7 +28,6 @@ from utils.errors import UserError
 from utils.program.console import note
 
 FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier held the whitening, and no pictures
-WHOLE = "distilled.safetensors"  # the self-describing file
 READ_BY = "dataset", "subset", "res", "zca"  # the options that say what the images of a set are
 FOLDERS = "data_path", "buffer_path"  # and where that lay, and the experts of it
 TOLD = *READ_BY, "model", "factor", *FOLDERS  # those that an evaluation need not be given
@@ -141,8 +140,7 @@ class DistilledSet(torch.utils.data.Dataset):
             UserError: missing, damaged, another kind of file, or tensors that do not fit each other or are not finite.
         """
         path = whole_set(Path(path))
-        files.check_is_file(path, "distilled set", set_in(path) or f"the path of a {WHOLE}")
-        files.check_kind(path, "distilled set", "safetensors", f"give the path of a {WHOLE}")
+        check_whole(path)
         with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
             tensors, about = files.load_tensors(path)
             if about.get("format") not in (FORMAT, EARLIER):
@@ -184,30 +182,6 @@ def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
     if distilled.classes and distilled.classes != dataset.classes:
         return f"its classes are {some_of(distilled.classes)}, and those here {some_of(dataset.classes)}"
     return ""
-
-
-def set_in(folder: Path) -> Path | None:
-    """The distilled set in a run's folder, which may be what was meant by the folder."""
-    return next(iter(sorted(folder.glob(f"**/{WHOLE}"))), None) if folder.is_dir() else None
-
-
-def whole_set(path: Path) -> Path:
-    """The self-describing file that a path means: of a run's folder the better of its best sets, as its result says;
-    any other path is itself."""
-    result = path / RESULT
-    version = RunResult.read(result).better[0] if result.is_file() else NORMAL
-    return next((file for file in (path / version / WHOLE, path / WHOLE) if file.is_file()), path)
-
-
-def set_files(data_dir: str) -> tuple[str, str, str] | None:
-    """The files of images, labels and learning rate in a run's folder: see `whole_set`, which holds all three, and of a
-    run that has none, as it is unfinished or the published code's, the best set in published files. None where
-    `--data_dir` is something else."""
-    path = Path(data_dir)
-    if data_dir and (whole := whole_set(path)) != path:
-        return str(whole), "", ""
-    published = [path / NORMAL / f"{name}_best.pt" for name in ("images", "labels", "lr")]
-    return tuple(map(str, published)) if data_dir and all(file.is_file() for file in published) else None
 
 
 READ_FROM = "--data_dir", "--label_dir", "--lr_dir"

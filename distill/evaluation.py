@@ -31,6 +31,7 @@ the random images without augmentation, and the whole training set for --epoch_e
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,20 +39,32 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from distill.evaluate.protocols import known, under
-from distill.evaluate.robust import evaluate_robust
-from distill.evaluate.saved_set import evaluate_files
-from utils.config import EvaluationConfig
+from distill.evaluate.option_checks import check_set
+from utils.config import EvaluationConfig, make
 from utils.program.command_line import parse, typed
 from utils.program.entry import entry
 
 
 def main() -> None:
     config = parse(EvaluationConfig, __doc__, known=known)
+
+    from distill.evaluate.protocols import under
+    from distill.evaluate.robust import evaluate_robust
+    from distill.evaluate.saved_set import evaluate_files
+
     if config.robust_score:
         evaluate_robust(config)
     else:
         evaluate_files(config, partial(under, config, typed(EvaluationConfig, __doc__)))
+
+
+def known(given: dict[str, Any]) -> dict[str, Any]:
+    """What the set tells of the options that are not given."""
+    check_set(make(EvaluationConfig, **given))
+
+    from distill.evaluate import protocols  # and torch, which takes seconds
+
+    return protocols.known(given)
 
 
 if __name__ == "__main__":

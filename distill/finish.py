@@ -3,17 +3,20 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from buffer.trajectories import Buffer, made_by, test_accuracies
+from buffer.manifests import made_by, test_accuracies
+from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS
-from distill.distilled_set import WHOLE, DistilledSet
+from distill.distilled_set import DistilledSet
+from distill.finished import lost_sets, say_it_is
 from distill.report.commands import evaluation
 from distill.report.frames import Frames
-from distill.report.page import PAGE
-from distill.report.page_pictures import PICTURES, SAVED, save_pictures
+from distill.report.names import PAGE, PICTURES, SHOWN, missing
+from distill.report.page_pictures import SAVED, save_pictures
 from distill.report.read_run import read_run
-from distill.report.show import SHOWN, missing, noting_failure, show
+from distill.report.show import noting_failure, show
 from distill.result_files import EMA, NORMAL, Best, FixedLoss, Metrics, RunResult, better_of, skipped_advice
 from distill.run_state import Candidate, DistillView, RunState, best_of, frames_of
+from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
 from utils.program import commands, ranks
@@ -68,9 +71,7 @@ def finish(run: RunState) -> None:
 def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
     """Of a run that is not run again; what is missing of its best sets and of what shows it is made up."""
     result = RunResult.read(folder.result)
-    names = [NORMAL, EMA] if result.best_ema else [NORMAL]
-    lost = [name for name in names if not (folder.path / name / WHOLE).exists()]
-    unseen = missing(folder.path)
+    lost, unseen = lost_sets(folder.path, result), missing(folder.path)
     if ranks.first() and (lost or unseen):
         with noting_failure(folder.path, "what is missing"):
             # The rest is made of what lies in the folder, and not all of it can be made of an older run's.
@@ -81,9 +82,7 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
                 save_best(config, dataset, folder.path, best, name)
             start = DistilledSet(**state["start"]).to(device) if state else None
             make_up(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
-    more = "" if config.resume == "never" else "a larger --Iteration to go on with it, or "
-    print(wrapped(f"{shown(folder.path)} is finished ({result.summary}); give {more}another --run_name to run it "
-                  "again"))
+    say_it_is(config, folder.path, result)
 
 
 def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[str, Candidate], name: str) -> None:

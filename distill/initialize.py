@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from utils.files import check_is_file, sha256
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program.prepare import network_for
+from utils.program.progress import watched
 from utils.program.seeds import generator
 
 WALK = 256  # images of a class that are judged at a time
@@ -45,9 +47,10 @@ def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers
     Raises:
         UserError: an expert file is damaged, or the set to start from is missing.
     """
-    found = {"images": dataset.fingerprint, **buffer.verify()}
+    watch = partial(watched, quiet=config.quiet)
+    found = {"images": dataset.fingerprint, **buffer.verify(watch)}
     if labellers is not buffer:
-        found |= {f"labels by {name}": checksum for name, checksum in labellers.verify().items()}
+        found |= {f"labels by {name}": checksum for name, checksum in labellers.verify(watch).items()}
     if config.pix_init not in STARTS:
         check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
         found["the set to start from"] = sha256(config.pix_init)

@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 
-from buffer.trajectories import Buffer, buffer_folder, check_same_images, in_words
+from buffer.manifests import buffer_folder, check_same_images, in_words
+from buffer.trajectories import Buffer
 from distill import checks, estimate, plan, suggest
 from distill.distillation import Distillation
-from distill.distilled_set import WHOLE, DistilledSet
+from distill.distilled_set import DistilledSet
 from distill.finish import finish, say_finished, show_so_far
+from distill.finished import run_folder
 from distill.initialize import checksums, initial_set, labellers_of
-from distill.report.page_pictures import PICTURES
-from distill.report.show import SHOWN
+from distill.report.names import PICTURES, SHOWN
 from distill.result_files import METRICS, RESULT, VERSIONS
 from distill.run_state import DistillView, RunState
+from distill.set_files import WHOLE
 from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
@@ -30,7 +32,7 @@ SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
 
 
 def distill(config: DistillConfig) -> None:
-    """The whole of `distill/DATM.py`: a config in, a run folder out.
+    """A config in, a run folder out: all of `distill/DATM.py` but for `option_checks`.
 
     Raises:
         UserError: whatever in the config, the data or the experts does not fit together.
@@ -44,7 +46,7 @@ def distill(config: DistillConfig) -> None:
     data = ranks.from_first_rank(lambda: checksums(config, dataset, buffer, labellers))
 
     # A dry run ends here, with what a run would take and which settings fit the experts.
-    path = plan.run_folder(config, data)
+    path = run_folder(config, data)
     if config.dry_run:
         folder = RunFolder(path, config, METRICS, RESULT)
         if not folder.is_done:
@@ -84,10 +86,8 @@ def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
     Raises:
         UserError: whatever in the options, the data or the experts does not fit together, but for the window.
     """
-    # Refuse what the options alone show.
-    checks.check_options(config)
-
-    # Load the data.
+    # Refuse a saved set to start from that is of other data; load the data.
+    checks.check_start(config)
     _, dataset = begin(config)
 
     # Build the student.

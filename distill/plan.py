@@ -1,12 +1,9 @@
 """How much a distillation does, and when: from its config alone."""
 
-from pathlib import Path
-
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.networks import evaluation_pool
-from utils.program.run_folder import run_id
 
 SAVE_INTERVAL = 1000  # the set of an iteration divisible by this is always written
 
@@ -80,10 +77,3 @@ def gradient_in_words(config: DistillConfig) -> str:
     """Such as `exact gradient, T 20`."""
     truncated = f" truncated to the last {config.adjoint_steps}" if config.adjoint_steps else ""
     return f"{config.matching} gradient, T {config.syn_steps}{truncated}"
-
-
-def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
-    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the name defaults to one made of the config and
-    the checksums of the data."""
-    name = config.run_name or f"{config.matching}_seed{config.seed}_{run_id(config, data)}"
-    return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name

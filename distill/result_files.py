@@ -7,6 +7,7 @@
 Accuracies are shares in [0, 1]; None is not recorded. A file that does not hold this is a `UserError`.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, BeforeValidator, Field, RootModel, ValidationError, computed_field
 from pydantic.dataclasses import dataclass
 
 from utils.config import AUTO, STARTS
+from utils.errors import UserError
 from utils.files import append_json, given, read_json, read_text, reading, write_json
-from utils.loss_and_accuracy import percent
+from utils.program.console import percent
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
 VERSIONS = NORMAL, EMA = "Normal", "EMA"  # the folders of the sets, as published, and of those with averaged images
@@ -139,8 +140,11 @@ class Metrics(NamedTuple):
         if len(self.iterations) < 20:
             return 0, []
         span = max(len(self.iterations) // 50, 5)
-        losses = torch.tensor([step.loss if step.updated else math.nan for step in self.iterations], dtype=torch.double)
-        means = losses.unfold(0, span, 1).nanmean(1)  # NaN where all were skipped, which is a gap in the line
+        losses = np.array([step.loss if step.updated else math.nan for step in self.iterations])
+        spans = np.lib.stride_tricks.sliding_window_view(np.nan_to_num(losses), span)
+        counted = np.lib.stride_tricks.sliding_window_view(~np.isnan(losses), span)
+        with np.errstate(invalid="ignore"):  # NaN where all were skipped, which is a gap in the line
+            means = spans.sum(1, where=counted) / counted.sum(1)
         return span, [(step.iteration, mean) for step, mean in zip(self.iterations[span // 2:], means.tolist())]
 
     def of_set(self, name: str) -> list[Evaluation]:
@@ -271,6 +275,16 @@ class EvaluationResult:
              problem: str = "is not the result of an evaluation") -> "EvaluationResult":
         with reading(name or path, advice, problem):
             return _validated(cls, read_json(path))
+
+
+def results_in(folder: Path) -> list[EvaluationResult]:
+    """Results of evaluations that somebody put into a folder."""
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        if not file.name.startswith(Path(RESULT).stem):
+            with contextlib.suppress(UserError):  # whatever else lies there
+                results.append(EvaluationResult.read(file, ""))
+    return results
 
 
 def read_result(path: Path, name: str, advice: str) -> RunResult | EvaluationResult:

@@ -3,13 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from utils.files import check_output, given, write_json
 from utils.program.command_line import Parser
-from utils.program.machine import environment
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ScriptParser(Parser):
@@ -45,8 +45,12 @@ def script_parser(description: str, json: str = "", key: str = "report_of") -> S
     return parser
 
 
-def save_report(path: Path | None, report: dict[str, Any], device: str | torch.device = "cpu") -> None:
+def save_report(path: Path | None, report: dict[str, Any], device: "str | torch.device" = "cpu") -> None:
     """Writes what was measured on a device, if that is asked for, with what it was measured by."""
     if path:
+        import torch  # which a command line is parsed without
+
+        from utils.program.machine import environment
+
         write_json(path, {"report_of": Path(sys.argv[0]).name} | report
                    | {"environment": environment(torch.device(device))})

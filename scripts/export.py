@@ -19,10 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.distilled_set import DistilledSet, whole_set
-from distill.report.export import check_new, save_card, save_pngs, whitening_of
+from distill.set_files import check_whole, whole_set
 from scripts.common import script_parser
-from utils.data.zca import BESIDE
 from utils.errors import UserError
 from utils.program.console import shown
 from utils.program.entry import entry
@@ -46,6 +44,12 @@ def main() -> None:
         if getattr(options, name) and not options.card:
             raise UserError(f"--{name} is for the card; give --card too")
     path = whole_set(options.set)
+    check_whole(path)
+
+    from distill.distilled_set import DistilledSet  # and torch, which takes seconds
+    from distill.report.export import check_new, save_card, save_pngs, whitening_of
+    from utils.data.zca import BESIDE
+
     distilled = DistilledSet.load(path)
     if options.png:
         check_new(options.png)  # refusals come before anything is written

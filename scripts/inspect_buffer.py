@@ -29,7 +29,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,31 +38,20 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from buffer.experts import SavedEpochs
-from buffer.trajectories import (
-    buffer_folder,
-    expert_files,
-    in_words,
-    load_experts,
-    made_by,
-    manifest_path,
-)
-from distill.loop import opened
-from distill.suggest import suggestion
+from buffer.manifests import buffer_folder, expert_files, in_words, made_by, manifest_path
+from distill.option_checks import check_options
 from scripts.common import script_parser
-from scripts.plots import save_buffer, save_losses
 from utils.config import BufferConfig, DistillConfig, defaults, make
 from utils.errors import UserError
 from utils.files import REPOSITORY, finite, read_config, read_text, reading, write_json
-from utils.parameters import flatten
 from utils.program import console
 from utils.program.command_line import parse
 from utils.program.commands import command, say_next
 from utils.program.entry import entry
-from utils.program.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # has what is neither known of the experts nor measured
 OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_path")
@@ -88,7 +77,7 @@ class Trajectory(NamedTuple):
         return all(map(math.isfinite, self.series["step"]))
 
 
-def distances(snapshots: Iterable[Tensor], expert_epochs: int) -> tuple[list[float], list[float]]:
+def distances(snapshots: Iterable["Tensor"], expert_epochs: int) -> tuple[list[float], list[float]]:
     """Relative distances ‖θ_{s+1} − θ_s‖ / ‖θ_s‖ and ‖θ_{s+M} − θ_s‖ / ‖θ_s‖ of a trajectory, by s.
 
     Args:
@@ -105,7 +94,7 @@ def distances(snapshots: Iterable[Tensor], expert_epochs: int) -> tuple[list[flo
     return step, segment
 
 
-def apart(snapshots: Iterable[Tensor], others: Iterable[Tensor]) -> list[float]:
+def apart(snapshots: Iterable["Tensor"], others: Iterable["Tensor"]) -> list[float]:
     """Relative distances ‖θ_s − θ′_s‖ / ‖θ′_s − θ′_0‖ of two trajectories, by s from 1 to the end of the shorter one.
 
     Args:
@@ -117,7 +106,7 @@ def apart(snapshots: Iterable[Tensor], others: Iterable[Tensor]) -> list[float]:
     """
     pairs = zip(snapshots, others)
     first, start = next(pairs)
-    if not torch.equal(first, start):
+    if not first.equal(start):
         raise UserError("the experts begin with other parameters than those beside them; give experts of the same "
                         "--seed")
     return [float((theta - other).norm() / (other - start).norm()) for theta, other in pairs]
@@ -149,6 +138,8 @@ def main() -> None:
     if options.json:
         write_json(options.json, report)
     if options.png:
+        from scripts.plots import save_buffer
+
         accuracies = {of: of_all(name, trajectories)
                       for of, name in zip(("training batches", f"{tested_on(report)} images"), ACCURACIES)}
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
@@ -164,13 +155,21 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
     """
     options = distilling(folder, ipc)
     config = parse(DistillConfig, "", [f"--{name}={value}" for name, value in options.items()], yaml_file=True)
+    check_options(config)
+
+    from distill.loop import opened  # and torch, which takes seconds
+    from distill.suggest import suggestion
+    from utils.program.progress import watched
+
     dataset, buffer = opened(config)
-    buffer.verify()
+    buffer.verify(watched)
     suggested = suggestion(config, dataset, buffer, buffer)
     print(f"{suggested}\n")
     if json:
         write_json(json, suggested.as_json())
     if png:
+        from scripts.plots import save_losses
+
         save_losses(png, suggested)
     say_next(config, "next, to distil them:", command("distill/DATM.py", options | suggested.options))
 
@@ -208,8 +207,12 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
         UserError: no experts, damaged files, or experts of several networks; so of those to compare with.
     """
     unfinished = folder / "unfinished" / "run.yaml"
-    files = [(path, load_experts(path)) for path in _paths(folder, or_unfinished=True)]
-    other_files = [(path, load_experts(path)) for path in _paths(beside)] if beside else []
+    paths, other_paths = _paths(folder, or_unfinished=True), _paths(beside) if beside else []
+
+    from buffer.trajectories import load_experts  # and torch, which takes seconds
+    from utils.program.progress import Progress
+
+    files, other_files = ([(path, load_experts(path)) for path in each] for each in (paths, other_paths))
     others = [expert for _, experts in other_files for expert in experts]
     shapes = {}
     for path, experts in [*files, *other_files]:
@@ -230,7 +233,7 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
                 step, segment = distances(_thetas(expert), expert_epochs)
                 beyond = apart(_thetas(expert), _thetas(others[number])) if number < len(others) else []
                 finished.append(Trajectory(
-                    number, path.name, len(expert) - 1, sum(map(Tensor.numel, expert[0])),
+                    number, path.name, len(expert) - 1, sum(each.numel() for each in expert[0]),
                     {**recorded.get(number, {}), "step": step, "segment": segment, "apart": beyond}))
                 bar.update()
     begun, unfinished_run = [], None
@@ -268,8 +271,10 @@ def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
     return paths
 
 
-def _thetas(expert: Iterable[Iterable[Tensor]]) -> Iterator[Tensor]:
+def _thetas(expert: Iterable[Iterable["Tensor"]]) -> Iterator["Tensor"]:
     """Its snapshots, each as a vector [P]."""
+    from utils.parameters import flatten
+
     return (flatten(snapshot).float() for snapshot in expert)
 
 
@@ -291,6 +296,8 @@ def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
 def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int,
                 written: int) -> tuple[list[Trajectory], dict[str, Any]]:
     """The experts of a run that was stopped or still goes on, and what there is of it."""
+    from buffer.experts import SavedEpochs
+
     begun = []
     for number in range(written, started.get("first_expert", 0) + started.get("num_experts", 0)):
         saved = SavedEpochs(folder / f"expert_{number}")

@@ -15,14 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.distilled_set import WHOLE, DistilledSet
-from distill.report.comparison import comparison
-from distill.report.page import PAGE, page
-from distill.report.page_pictures import Pictures, chosen, class_means, probabilities, stored_of
-from distill.report.pixels import clip_outliers, scaled_bytes
-from distill.report.read_run import SavedRun, read_run
-from distill.report.show import SHOWN, missing, show
+from distill.report.names import PAGE, SHOWN, missing
+from distill.report.read_run import SavedRun, check_is_run, read_run
 from distill.result_files import NORMAL
+from distill.set_files import WHOLE
 from scripts.common import script_parser
 from utils.errors import UserError
 from utils.files import check_output, write_text
@@ -35,6 +31,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, finished or not")
     parser.add_output("out", "html", "where to put the page")
     options = parser.parse_args()
+    for path in options.runs:
+        check_is_run(path)
+
+    from distill.report.comparison import comparison  # and torch, which takes seconds
+    from distill.report.page import page
+    from distill.report.show import show
+
     runs = [with_pictures(read_run(path)) for path in options.runs]
     out = options.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))
     check_output("the page", out, "html", {})
@@ -52,6 +55,11 @@ def with_pictures(run: SavedRun) -> SavedRun:
     path = run.path / NORMAL / WHOLE
     if run.pictures is not None or not path.is_file():
         return run
+
+    from distill.distilled_set import DistilledSet
+    from distill.report.page_pictures import Pictures, chosen, class_means, probabilities, stored_of
+    from distill.report.pixels import clip_outliers, scaled_bytes
+
     whole = DistilledSet.load(path)
     distilled = whole.seen()
     images, labels, classes = distilled.pixels(), distilled.labels, distilled.classes

@@ -24,21 +24,17 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from buffer.trajectories import manifest_path
-from distill.distilled_set import WHOLE
+from buffer.manifests import manifest_path
 from distill.result_files import NORMAL, EvaluationResult, Metrics, RunResult, Score
+from distill.set_files import WHOLE
 from scripts.common import script_parser
-from scripts.plots import save_by_images, save_windows
 from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write, read_json, reading, write_json, write_text
-from utils.loss_and_accuracy import percent
 from utils.program import interrupt
 from utils.program.command_line import read_yaml
-from utils.program.console import duration, shown, table
+from utils.program.console import duration, percent, shown, table
 from utils.program.entry import entry
 from utils.program.locks import locked
 
@@ -509,6 +505,8 @@ def _main_table(plan: Plan, results: Results) -> str:
 
 def write_plots(plan: Plan, results: Results) -> None:
     """`accuracy.png` (methods by images per class) and `windows.png`."""
+    from scripts.plots import save_by_images, save_windows
+
     curves = {says: [(ipc, 100 * cell.score.mean, 100 * cell.score.std) for ipc, rows in plan.main.items()
                      if name in rows and (cell := results.cell(rows[name]))] for name, says in methods_of(plan).items()}
     whole = results.cell(plan.tables["the whole training set"][0])
@@ -566,6 +564,8 @@ def main() -> None:
     with locked(form.root, "end it, or what is left of it if it was killed") as lock:
         ledger = Ledger(form.root / "commands.json")
         if not options.tables:
+            import torch  # which takes seconds; so here, and not for --help and refusals
+
             if not options.small and not torch.cuda.is_available():
                 print("note: without a GPU this form takes weeks; --small is made for a CPU", file=sys.stderr)
             environment = os.environ | ({"OMP_NUM_THREADS": str(form.threads)} if form.threads else {})

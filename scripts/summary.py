@@ -12,8 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.report.read_run import results_in
-from distill.result_files import EvaluationResult
+from distill.result_files import EvaluationResult, results_in
 from scripts.common import script_parser
 from utils.errors import UserError
 from utils.program.console import table

@@ -26,19 +26,16 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distill.checks import check_options
-from distill.plan import run_folder
-from distill.report.commands import evaluation
-from distill.report.comparison import comparison
+from distill.finished import run_folder
+from distill.option_checks import check_options
 from distill.report.read_run import SavedRun, read_run
 from scripts.common import save_report
-from utils.config import DistillConfig, about, influential, is_path
+from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError
 from utils.files import REPOSITORY, check_output, given, write_text
-from utils.loss_and_accuracy import percent
 from utils.program import commands, interrupt
 from utils.program.command_line import config_of, typed
-from utils.program.console import duration, say, shown, table
+from utils.program.console import duration, percent, say, shown, table
 from utils.program.entry import entry
 
 DATM = "distill/DATM.py"
@@ -69,6 +66,11 @@ def main() -> None:
     # Refuse what can be known before hours of work.
     for run in runs:
         check_options(run.config)
+    if any(run.config.pix_init not in STARTS for run in runs):
+        from distill.checks import check_start  # and torch, which takes seconds
+
+        for run in runs:
+            check_start(run.config)
     together = Path(os.path.commonpath([run.folder.parent for run in runs]))
     page = together / f"{'_'.join(['sweep', *filter(None, [options.get('run_name')]), *swept])}.html"
     check_output("the page", page, "html", {})
@@ -94,6 +96,9 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     Args:
         options: of the sweep, as they were typed.
     """
+    from distill.report.commands import evaluation  # and torch, which takes seconds
+    from distill.report.comparison import comparison
+
     config, swept = runs[0].config, list(runs[0].differs)
     finished = {run.name: read_run(run.folder) for run in runs}
     ranked = sorted(runs, key=lambda run: -finished[run.name].result.better[1].scores[0].mean)

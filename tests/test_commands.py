@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 import yaml
 
 from buffer.experts import train_expert
-from buffer.trajectories import buffer_folder, check_same_kind, made_by
+from buffer.manifests import buffer_folder, check_same_kind, made_by
 from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, expert_features
@@ -269,6 +272,50 @@ def test_a_finished_run_is_not_run_again(call, distilled):
     done = call("distill/DATM.py", *arguments)
     assert "is finished (best on the test images" in done.stdout and "--run_name" in done.stdout
     assert contents(folder) == before
+
+
+# Runs command lines, one a line of stdin, in one process; prints the last line of each, and what it imported by then.
+WITHOUT_TORCH = """
+import contextlib, io, json, runpy, shlex, sys
+heavy = "torch", "torchvision", "kornia", "wandb", "matplotlib", "scipy", "sympy", "jinja2", "PIL"
+for line in sys.stdin.read().splitlines():
+    sys.argv, out = shlex.split(line), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    print(json.dumps([out.getvalue(), [name for name in heavy if name in sys.modules]]))
+"""
+
+
+def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, distilled, experts, tmp_path):
+    """Importing it takes seconds, in which nobody learns that an option was misspelt."""
+    _, arguments, _ = distilled
+    unnamed = [*arguments[:-2], f"--log_path={tmp_path}"]
+    call("distill/DATM.py", *unnamed)
+    none = f"--buffer_path={tmp_path / 'none'}"
+    commands = {  # → what it says
+        **{f"{script} --help": "--help" for script in [
+            *ENTRIES, *(f"scripts/{name}.py" for name in ("report", "summary", "inspect_buffer", "sweep", "export")),
+            *(f"scripts/measure/{name}.py" for name in ("communication", "gradients", "precision", "projection"))]},
+        f"buffer/buffer_FTD.py --rho_max=1 {none}": "give both the same value",
+        f"buffer/buffer_FTD.py --model=ConvNetD9 {none}": "unknown network",
+        "distill/DATM.py --cfg nowhere.yaml": "No such file",
+        shlex.join(["distill/DATM.py", *arguments, none]): "no replay_buffer_*.pt in",
+        shlex.join(["distill/DATM_tesla.py", *arguments, "--dataset=CIFAR"]): "unknown dataset",
+        "distill/evaluation.py": "--data_dir is missing",
+        f"distill/evaluation.py --data_dir={tmp_path}/no.safetensors --num_eval=1": "does not exist",
+        f"distill/baseline.py --pick=herding {none}": "no replay_buffer_*.pt in",
+        f"scripts/report.py {tmp_path}": "is not a run's folder",
+        f"scripts/summary.py {tmp_path}/no.json": "No such file",
+        f"scripts/inspect_buffer.py {tmp_path}": "no replay_buffer_*.pt in",
+        shlex.join(["scripts/sweep.py", *arguments]): "give several to one at least",
+        f"scripts/export.py {tmp_path} --card": "distilled set",
+        shlex.join(["distill/DATM.py", *arguments]): "is finished (best on the test images",
+        shlex.join(["distill/DATM.py", *unnamed]): "is finished (best on the test images"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], input="\n".join(commands), text=True, cwd=REPOSITORY,
+                          capture_output=True, env=os.environ | environment)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    for (command, phrase), (out, imported) in zip(commands.items(), said, strict=True):
+        assert phrase in out and not imported, f"{command}\n{out}\n{imported}"
 
 
 def test_a_run_name_of_other_options_is_refused_with_what_differs(call, distilled):

@@ -21,6 +21,7 @@ from distill.distillation import Distillation, matched_part
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import evaluate
 from distill.matching import Match
+from distill.option_checks import check_part
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.data import augment
 from utils.data.datasets import load_dataset
@@ -275,7 +276,7 @@ def test_only_one_rule_chooses_the_matched_part():
     assert matched_part(make(DistillConfig, depth_ratio=0.5))(final, target).tolist() == [False, False, True, True]
     assert matched_part(make(DistillConfig, loss_ratio=0.5))(final, target).tolist() == [False, True, False, True]
     with pytest.raises(UserError, match="give one"):
-        matched_part(make(DistillConfig, depth_ratio=0.5, loss_ratio=0.5))
+        check_part(make(DistillConfig, depth_ratio=0.5, loss_ratio=0.5))
 
 
 @pytest.mark.parametrize("option", ["--depth_ratio=0.5", "--loss_ratio=0.5", "--lr_param=log", "--labels=soft",

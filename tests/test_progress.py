@@ -228,6 +228,20 @@ def test_quiet_changes_nothing_of_a_run(call, made, toy, toy_experts, tmp_path):
 # --- what to type next ---------------------------------------------------------------------------------------
 
 
+def test_what_takes_long_with_much_data_says_how_far_it_is(call, environment, toy, toy_experts, monkeypatch, tmp_path):
+    """Shown from the third second on; so here, where all is short, not at all, or if nothing is too short."""
+    monkeypatch.setitem(environment, "DATM_CACHE", str(tmp_path))
+    command = BASELINE, *toy.evaluate, "--ipc=1", "--pick=correct", f"--buffer_path={toy_experts}"
+    steps = "looking for colours", "reading the images", "fitting the whitening", "whitening the images"
+    steps += "reading the experts",
+    assert not any(step in call(*command).stderr for step in steps)
+    next(tmp_path.glob("zca_*.pt")).unlink()
+    monkeypatch.setattr(progress, "WORTH_SHOWING", 0.0)
+    said = call(*command).stderr
+    assert all(f"{step} 100 %, took 00:00" in said for step in steps[1:]), said
+    assert not any(step in call(*command, "--quiet").stderr for step in steps)
+
+
 def typed(text):
     """The commands that a program prints."""
     return re.findall(r"^  (python (?:.*\\\n)*.*)$", text, re.MULTILINE)

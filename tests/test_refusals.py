@@ -79,8 +79,9 @@ def test_what_every_program_refuses(refused, script, case, sets):
 
 @pytest.mark.skipif(torch.cuda.device_count() > 7, reason="this machine has that GPU")
 @pytest.mark.parametrize("script", [DATM, BUFFER, EVALUATION, BASELINE])
-def test_a_gpu_that_is_not_there_is_refused(refused, script):
-    refused(script, *TOO_MANY_GPUS)
+def test_a_gpu_that_is_not_there_is_refused(refused, script, sets):
+    options, phrases = TOO_MANY_GPUS
+    refused(script, [*(sets.options() if script == EVALUATION else []), *options], phrases)
 
 
 @pytest.mark.parametrize("options, phrases", [
@@ -444,7 +445,7 @@ def test_what_is_plainly_no_set_is_refused_as_what_it_is(refused, sets, tmp_path
 def test_a_set_of_other_data_is_refused_before_these_are_read(refused, tmp_path):
     fashion, other = "results/sets/FashionMNIST_ipc1.safetensors", ["--dataset=CIFAR10", f"--data_path={tmp_path}"]
     refused(EVALUATION, [f"--data_dir={fashion}", *other], ["--data_dir: the images", "28×28", "CIFAR10 here 32×32"])
-    with mock.patch("distill.checks.require_experts"), mock.patch("distill.checks.check_same_data"):
+    with mock.patch("distill.option_checks.require_experts"), mock.patch("distill.option_checks.check_same_data"):
         labels = ["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=MLP"]
         for options, phrase in ((["--dataset=SVHN"], "SVHN here 32×32"), (labels, "--Initialize_Label_Model_Dir, the"),
                                 (["--dataset=MNIST", "--zca=False"], "it is whitened (zca), and the data here is not")):

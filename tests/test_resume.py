@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from distill import distillation
-from distill.distilled_set import set_files
+from distill.set_files import set_files
 from utils import files
 from utils.errors import UserError
 from utils.files import REPOSITORY
@@ -234,8 +234,7 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
     # What older runs never had cannot be made up; what they saved is not read for it each time.
     (parts / "evolution.webp").unlink()
-    reads = mock.Mock(wraps=files.load)
-    with mock.patch("utils.program.run_folder.load", reads):
+    with mock.patch("utils.program.run_folder.RunFolder.saved_state", mock.PropertyMock()) as reads:
         assert "is finished" in distil_to("parts")[0].stdout and not reads.called
 
 
@@ -508,7 +507,7 @@ def test_what_saves_nothing_promises_nothing(call, toy, toy_experts, tmp_path):
     for module, function, command in (
             ("distill.evaluate.networks", "train_network", ["distill/baseline.py", *toy.common, "--ipc=2"]),
             ("distill.estimate", "match_trajectory", ["distill/DATM.py", *toy.distil, *experts, "--dry_run"]),
-            ("buffer.trajectories", "expert_files", look),
+            ("buffer.manifests", "expert_files", look),
             ("distill.suggest", "initial_set", [*look, "--suggest", "--ipc=2"]),
             ("distill.report.read_run", "read_config", ["scripts/report.py", tmp_path])):
         (tmp_path / "config.yaml").touch(), (tmp_path / "metrics.jsonl").touch()

@@ -15,6 +15,11 @@ class UserError(Exception):
     """
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host's or a GPU's memory is full. Torch's error is known by its name: torch need not be there."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def one_line(error: Exception | str) -> str:
     """A message as one line that a terminal can show: no line ends, no control characters, its middle left out if long.
 

@@ -35,11 +35,6 @@ def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def percent(mean: float, std: float | None) -> str:
-    """An accuracy in [0, 1] and its standard deviation as tables have them: 82.14 ± 0.42; over one there is none."""
-    return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
-
-
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy over the batch, with labels as logits or as classes.
 

@@ -13,12 +13,12 @@ from distill.evaluate.train import train_network
 from distill.result_files import Score
 from utils.config import TrainConfig
 from utils.data import augment
-from utils.data.datasets import Dataset, check_dataset_name
+from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work, seconds_uncompiled
 from utils.loss_and_accuracy import confusion, predictions, share_correct
-from utils.networks import check_network_name, evaluation_pool
+from utils.networks import evaluation_pool
 from utils.program import ranks, threads
-from utils.program.prepare import drawer, dsa_groups, flat_model, network_for
+from utils.program.prepare import drawer, flat_model, network_for
 from utils.program.processes import in_processes
 from utils.program.seeds import generator, seeded
 
@@ -135,18 +135,6 @@ class Training:
         """As it is before its training."""
         with seeded(self.config.seed, "evaluation", *self.address, *job):
             return network_for(job.network, self.dataset)
-
-
-def check_evaluation(config: TrainConfig) -> None:
-    """Refuses what cannot be evaluated whatever the data; asks nothing of them, so it comes first.
-
-    Raises:
-        UserError: an unknown dataset, network, mode or augmentation.
-    """
-    check_dataset_name(config.dataset)
-    check_network_name(config.model)
-    dsa_groups(config)
-    evaluation_pool(config.eval_mode, config.model)
 
 
 def check_pool(config: TrainConfig, dataset: Dataset) -> None:

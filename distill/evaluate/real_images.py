@@ -1,23 +1,18 @@
 """`distill/baseline.py`: real images in the place of a distilled set, which distillation has to beat."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from buffer.trajectories import (
-    Buffer,
-    buffer_folder,
-    check_same_data,
-    check_same_images,
-    hold_out,
-    require_experts,
-)
+from buffer.manifests import buffer_folder, check_same_images
+from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, coreset
 from distill.evaluate.evaluation_run import evaluate_and_say, settle_threads
-from distill.evaluate.networks import check_evaluation, check_pool
+from distill.evaluate.networks import check_pool
+from distill.evaluate.option_checks import as_experts_saw, labelled_by_experts
 from distill.initialize import drawn_again, expert_labels, predicted_correctly, random_real
 from utils.config import BaselineConfig
 from utils.data.datasets import Dataset
@@ -26,18 +21,17 @@ from utils.errors import UserError
 from utils.parameters import FlatModel
 from utils.program.console import note
 from utils.program.prepare import begin, load_data, network_for
+from utils.program.progress import watched
 from utils.program.seeds import generator
 
 
 def evaluate_real(config: BaselineConfig) -> None:
-    """The whole of `distill/baseline.py`: real images in, accuracies printed and written as JSON.
+    """Real images in, accuracies printed and written as JSON: all of `distill/baseline.py` but for `option_checks`.
 
     Raises:
         UserError: options that do not fit the dataset or the experts.
     """
-    check_evaluation(config)
     chosen_as = as_experts_saw(config)
-    check_experts(chosen_as)
     device, dataset = begin(config)
     check_pool(config, dataset)
     check_factor(config.factor, dataset.image_size)
@@ -56,36 +50,6 @@ def evaluate_real(config: BaselineConfig) -> None:
 def per_class(config: BaselineConfig) -> int:
     """How many real images: f² in each of ipc."""
     return config.ipc * config.factor**2
-
-
-def as_experts_saw(config: BaselineConfig) -> BaselineConfig:
-    """With the images held out that the experts did not see, where they choose or label images for a test on the test
-    images: theirs are of the same space, and whatever beats the rest must not have seen more."""
-    if config.ipc is None or config.val_fraction or (config.pick == "random" and not labelled_by_experts(config)):
-        return config
-    return replace(config, val_fraction=hold_out(buffer_folder(config)))
-
-
-def labelled_by_experts(config: BaselineConfig) -> bool:
-    return config.label_source == "experts" or (config.label_source == "auto" and config.pick != "random")
-
-
-def check_experts(config: BaselineConfig) -> None:
-    """Refuses a factor of all images, and experts that cannot choose or label the images, where they are to.
-
-    Raises:
-        UserError
-    """
-    if config.ipc is None and config.factor > 1:
-        raise UserError(f"--factor {config.factor} --ipc None: the whole training set is used as it is; give --ipc a "
-                        "number")
-    if config.pick != "random" or labelled_by_experts(config):
-        asked = "--label_source experts" if config.pick == "random" else f"--pick {config.pick}"
-        if config.ipc is None:
-            raise UserError(f"{asked} --ipc None: experts choose and label a number of images per class, and not the "
-                            "whole training set; give --ipc a number")
-        require_experts(buffer_folder(config))
-        check_same_data(buffer_folder(config), config)
 
 
 def check_sizes(config: BaselineConfig, dataset: Dataset) -> None:
@@ -152,7 +116,7 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
     if by_experts or picked:
         check_same_images(buffer_folder(config), dataset)
         buffer = Buffer(buffer_folder(config), FlatModel(network_for(config.model, dataset).to(device)))
-        buffer.verify()
+        buffer.verify(partial(watched, quiet=config.quiet))
     chosen = torch.cat(chosen_by(buffer, config, dataset) if picked else drawn(config, dataset)).to(device)
     images, labels = tiled(images[chosen], config.factor), labels[chosen]
     if by_experts:

@@ -26,10 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.distilled_set import WHOLE, DistilledSet, are_probabilities, set_files, set_in
+from distill.distilled_set import DistilledSet, are_probabilities
+from distill.evaluate.option_checks import IMAGES, check_given
 from distill.result_files import NORMAL
+from distill.set_files import WHOLE, set_files, set_in
 from utils import files
-from utils.data.datasets import Dataset, check_dataset_name
+from utils.data.datasets import Dataset
+from utils.data.names import check_dataset_name
 from utils.errors import UserError
 from utils.networks import check_network_name
 from utils.program.console import note
@@ -61,7 +64,7 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, fact
     if data_dir.endswith(".safetensors"):
         _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
         return DistilledSet.load(data_dir)
-    images, about = _read(data_dir, "--data_dir", "images_best.pt, or a run's folder"), {}
+    images, about = _read(data_dir, "--data_dir", IMAGES), {}
     if isinstance(images, dict) and "data" in images:
         (images, labels), about = _condensed(images["data"], data_dir), {"config": {"zca": False}}
     elif isinstance(images, list | tuple) and len(images) == 2:
@@ -178,8 +181,7 @@ _NUMBERS += [np.dtype, type(np.dtype(np.float64))]
 
 
 def _read(path: str, option: str, usual_name: str) -> Any:
-    if not path:
-        raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
+    check_given(path, option, usual_name)
     with torch.serialization.safe_globals(_NUMBERS):
         return files.load(path, what=f"{option} file", instead=set_in(Path(path)) or usual_name)
 

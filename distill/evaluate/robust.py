@@ -30,11 +30,12 @@ import torch
 from distill.distilled_set import DistilledSet
 from distill.evaluate.evaluation_run import Session
 from distill.evaluate.networks import pool
+from distill.evaluate.option_checks import check_experts
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
-from distill.evaluate.real_images import check_experts, drawn, real_sets
+from distill.evaluate.real_images import drawn, real_sets
 from distill.evaluate.saved_set import at_its_rate, opened, with_classes
 from distill.result_files import as_json
-from utils.config import AUTO, BaselineConfig, EvaluationConfig, TrainConfig
+from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.errors import UserError
 from utils.program.console import say
 from utils.program.seeds import generator
@@ -66,18 +67,11 @@ def robust_scores(at: dict[str, float]) -> dict[str, float]:
 
 
 def evaluate_robust(config: EvaluationConfig) -> None:
-    """The whole of `distill/evaluation.py --robust_score`: saved tensors in, scores printed and written as JSON.
+    """A saved set in, scores printed and written as JSON: `evaluation.py --robust_score` but for `option_checks`.
 
     Raises:
         UserError: files or options that do not fit the dataset, the experts or the scores.
     """
-    for name in ("hard_labels", "no_aug"):
-        if getattr(config, name):
-            raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
-    if config.lr_teacher == AUTO or "," in config.protocol:
-        raise UserError(f"--robust_score beside --lr_teacher {config.lr_teacher} --protocol {config.protocol}: give a "
-                        "number, which is for all real images, and one protocol")
-
     def real_config(distilled: DistilledSet, ipc: int = 1) -> BaselineConfig:
         return BaselineConfig(
             **{field.name: getattr(config, field.name) for field in fields(TrainConfig)}, ipc=ipc,

@@ -17,7 +17,8 @@ from distill.distilled_set import (
     other_space,
 )
 from distill.evaluate.evaluation_run import Session, evaluate_and_say, settle_threads
-from distill.evaluate.networks import check_evaluation, check_pool, pool
+from distill.evaluate.networks import check_pool, pool
+from distill.evaluate.option_checks import check_evaluation
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
 from distill.evaluate.released_sets import are_pixels, in_space, made_with, read_set
 from distill.result_files import as_json

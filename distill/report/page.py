@@ -24,7 +24,6 @@ from distill.result_files import EMA, NORMAL, Iteration, Score, skipped_advice
 from utils.config import DistillConfig, about, changed, defaults
 from utils.program.console import duration, number_of
 
-PAGE, ANIMATION = "report.html", "evolution.webp"
 MOST_COLUMNS = 8  # of evaluations at which the set is shown
 MOST_BARS, LIKELIEST = 10, 5  # of a soft label, all classes or of more the likeliest are drawn
 LONG_NAME = 20  # characters of a class's name, from which a browser shows it whole on its own

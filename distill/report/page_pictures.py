@@ -17,7 +17,6 @@ from utils.program.machine import machine
 
 FORMAT = "datm-report-1"
 SAVED = "saved"  # of a start: a set of an earlier run
-PICTURES = "report.safetensors"
 IMAGE_BYTES = 4_500_000  # of a page, for its pictures; with frames, base64 and the rest it stays below 10 MB
 MOST_CLASSES = 200  # of which labels are shown by class
 MOST_PER_CLASS = 10

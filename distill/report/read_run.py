@@ -1,19 +1,30 @@
 """A run's folder, read: plain data, of which its page is made."""
 
-import contextlib
 import datetime
 import os
 import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill.report.page_pictures import PICTURES, Pictures
-from distill.result_files import METRICS, RESULT, EvaluationResult, Metrics, RunResult, Score, result_so_far
+from distill.report.names import PICTURES
+from distill.result_files import (
+    METRICS,
+    RESULT,
+    EvaluationResult,
+    Metrics,
+    RunResult,
+    Score,
+    result_so_far,
+    results_in,
+)
 from utils.config import as_meant
 from utils.errors import UserError
 from utils.files import read_config
+
+if TYPE_CHECKING:
+    from distill.report.page_pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class SavedRun:
     config: dict[str, Any]
     metrics: Metrics
     result: RunResult  # of an unfinished run, what it reached so far
-    pictures: Pictures | None
+    pictures: "Pictures | None"
     missing: list[str]  # what the folder does not hold, in words
     as_of: str = ""  # of an unfinished run, when its log was last written
     beside: list[EvaluationResult] = field(default_factory=list)  # what somebody put there to compare with
@@ -66,20 +77,31 @@ class SavedRun:
         return {kind: Score(network, of_kind) for kind, of_kind in accuracies.items()}
 
 
+def check_is_run(path: Path) -> Path:
+    """The absolute path of a run's folder.
+
+    Raises:
+        UserError: it is none.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give a run's folder, with config.yaml and {METRICS}")
+    if not (path / RESULT).is_file() and not ((path / "config.yaml").is_file() and (path / METRICS).is_file()):
+        raise UserError(f"{path} is not a run's folder, as it has no {RESULT}, and no config.yaml with {METRICS}; give "
+                        "the folder of a run")
+    return path
+
+
 def read_run(path: Path) -> SavedRun:
     """A run's folder, finished or not. What an older one does not hold is named in `missing`.
 
     Raises:
         UserError: not a run's folder, a run that was not evaluated yet, or a damaged file.
     """
-    path = Path(os.path.abspath(path))
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder; give a run's folder, with config.yaml and {METRICS}")
-    finished = (path / RESULT).is_file()
-    if not finished and not ((path / "config.yaml").is_file() and (path / METRICS).is_file()):
-        raise UserError(f"{path} is not a run's folder, as it has no {RESULT}, and no config.yaml with {METRICS}; give "
-                        "the folder of a run")
-    missing = []
+    from distill.report.page_pictures import Pictures  # which are tensors
+
+    path = check_is_run(path)
+    finished, missing = (path / RESULT).is_file(), []
 
     def read(name: str, reader: Any, otherwise: Any, what: str) -> Any:
         if (path / name).is_file():
@@ -105,13 +127,3 @@ def read_run(path: Path) -> SavedRun:
         as_of = written.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     return SavedRun(path, {str(name): value for name, value in config.items()}, metrics, result, pictures, missing,
                     as_of, results_in(path))
-
-
-def results_in(folder: Path) -> list[EvaluationResult]:
-    """Results of evaluations that somebody put into a folder."""
-    results = []
-    for file in sorted(folder.glob("*.json")):
-        if not file.name.startswith(Path(RESULT).stem):
-            with contextlib.suppress(UserError):  # whatever else lies there
-                results.append(EvaluationResult.read(file, ""))
-    return results

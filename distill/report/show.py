@@ -6,8 +6,8 @@ from pathlib import Path
 
 from distill.report.frames import save_animation
 from distill.report.matplotlib_figures import save_curves, save_images
-from distill.report.page import ANIMATION, PAGE, page
-from distill.report.page_pictures import PICTURES
+from distill.report.names import ANIMATION, PAGE, SHOWN
+from distill.report.page import page
 from distill.report.read_run import SavedRun
 from utils.files import write_text
 from utils.program.console import note, shown
@@ -30,7 +30,7 @@ def _animation(run: SavedRun, path: Path) -> None:
 _MAKERS: dict[str, Callable[[SavedRun, Path], None]] = {
     "images.png": _images, "curves.png": _curves, ANIMATION: _animation,
     PAGE: lambda run, path: write_text(path, page(run))}
-SHOWN = tuple(_MAKERS)
+assert tuple(_MAKERS) == SHOWN
 
 
 def show(run: SavedRun, names: Sequence[str] = SHOWN) -> None:
@@ -38,12 +38,6 @@ def show(run: SavedRun, names: Sequence[str] = SHOWN) -> None:
     for name in (name for name in SHOWN if name in names):
         with noting_failure(run.path, name):
             _MAKERS[name](run, run.path / name)
-
-
-def missing(folder: Path) -> list[str]:
-    """What shows a finished run and is not in its folder: PICTURES, of which the others are made, and those of
-    SHOWN."""
-    return [name for name in (PICTURES, *SHOWN) if not (folder / name).exists()]
 
 
 @contextlib.contextmanager

@@ -20,19 +20,21 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-import torch
-
 from scripts.common import save_report, script_parser
-from utils.networks import build_network
-from utils.parameters import FlatModel
+from utils import networks
 from utils.program import ranks
 from utils.program.entry import entry
 
 
 def measure(model_name: str, batch: int, rounds: int) -> dict[str, float]:
     """Seconds of a step's arithmetic on this rank's share of the batch, and of its two sums."""
+    import torch  # which takes seconds; so here, and not for --help and refusals
+
+    from utils.parameters import FlatModel
+
+    ranks.start(torch.device("cpu"))
     torch.manual_seed(ranks.rank())
-    model = FlatModel(build_network(model_name, 1, 10, (28, 28)))
+    model = FlatModel(networks.build_network(model_name, 1, 10, (28, 28)))
     theta = model.flatten()
     share = len(range(ranks.rank(), batch, ranks.size()))
     x, y = torch.randn(share, 1, 28, 28), torch.randn(share, 10)
@@ -70,7 +72,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
-    ranks.start(torch.device("cpu"))
     found = measure(arguments.model, arguments.batch, arguments.rounds)
     print(f"{found['ranks']} ranks, {arguments.model} ({found['parameters']} parameters), batch {arguments.batch}: "
           f"{found['bytes_per_step'] / 1e6:.2f} MB a step; computing {1000 * found['compute_seconds']:.1f} ms, summing "

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, median, pstdev
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -31,25 +31,18 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-import torch
-
-from buffer.trajectories import Buffer
-from distill.checks import check_window
-from distill.distillation import Distillation
-from distill.distilled_set import DistilledSet
-from distill.evaluate.networks import evaluate
-from distill.initialize import initial_set, labellers_of
-from distill.loop import opened
+from distill.option_checks import check_options
 from scripts.common import save_report
-from scripts.plots import save_by_steps
 from utils.config import DistillConfig
-from utils.data.datasets import Dataset
 from utils.files import check_output, given, read_json, write_json
 from utils.program.command_line import config_of, typed
 from utils.program.console import table
 from utils.program.entry import entry
-from utils.program.machine import environment
-from utils.program.progress import Progress
+
+if TYPE_CHECKING:
+    from buffer.trajectories import Buffer
+    from distill.distilled_set import DistilledSet
+    from utils.data.datasets import Dataset
 
 STEPS = (10, 20, 40, 60, 80)
 SEEDS, DRAWS = 3, 4
@@ -100,9 +93,13 @@ class Kept:
             self._path.unlink(missing_ok=True)
 
 
-def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, start: DistilledSet,
+def measured(config: DistillConfig, dataset: "Dataset", buffer: "Buffer", start: "DistilledSet",
              steps: int) -> dict[str, list[Measured]]:
     """The same draws by all gradients in turn, the exact one first."""
+    import torch  # which takes seconds; so here, and not for --help and refusals
+
+    from distill.distillation import Distillation
+
     found: dict[str, list[Measured]] = {gradient: [] for gradient in GRADIENTS}
     for draw in range(DRAWS):
         exact = None
@@ -120,9 +117,12 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, start: Dis
     return found
 
 
-def reached(config: DistillConfig, dataset: Dataset, buffer: Buffer, start: DistilledSet,
+def reached(config: DistillConfig, dataset: "Dataset", buffer: "Buffer", start: "DistilledSet",
             iterations: int) -> dict[str, Any]:
     """What so many iterations make of a set."""
+    from distill.distillation import Distillation
+    from distill.evaluate.networks import evaluate
+
     state = Distillation(config, dataset, buffer, start)
     for iteration in range(iterations):
         segment = state.draw(iteration)
@@ -144,6 +144,16 @@ def main() -> None:
     saved = {"pix_init": options.pop("distilled")} if "distilled" in options else {}
     config, _ = config_of(DistillConfig, options)
     of_saved, _ = config_of(DistillConfig, options | saved)
+
+    for each in (config, of_saved):
+        check_options(each)
+
+    from distill.checks import check_window  # and torch, which takes seconds
+    from distill.evaluate.networks import evaluate
+    from distill.initialize import initial_set, labellers_of
+    from distill.loop import opened
+    from utils.program.machine import environment
+    from utils.program.progress import Progress
 
     # The experts, the first set of each seed, and the distilled one.
     dataset, buffer = opened(config)
@@ -202,6 +212,8 @@ def main() -> None:
                           for number, gradient in settings]})
     kept.forget()
     if "png" in files:
+        from scripts.plots import save_by_steps
+
         save_by_steps(files["png"], columns)
 
 

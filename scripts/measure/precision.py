@@ -11,6 +11,7 @@ compiler; on a GPU it is compiled and captured.
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -18,23 +19,15 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-import torch
-from torch import Tensor
-
-from distill.matching import match_trajectory
 from scripts.common import save_report, script_parser
+from utils import networks
 from utils.config import DistillConfig, make
-from utils.data import augment
-from utils.derivatives.choose_engine import set_precision
-from utils.derivatives.convnet_pass import ConvNetPass
-from utils.derivatives.engine import HandWritten
-from utils.networks import build_network
-from utils.parameters import FlatModel
 from utils.program.console import table
-from utils.program.device import describe, select_device
 from utils.program.entry import entry
-from utils.program.prepare import dsa_groups
-from utils.program.seeds import generator, seeded
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 STEPS, BATCH = 5, 10
 METHODS = {"": "exact", ", TESLA": "tesla"}
@@ -45,11 +38,22 @@ KINDS = {  # device → kind → backend, precision
              for backend in ("plain", "graph", "compile")}}
 
 
-def errors(draw: int, device: torch.device) -> dict[str, dict[str, float]]:
+def errors(draw: int, device: "torch.device") -> dict[str, dict[str, float]]:
     """Of every kind, for one draw of network, data and augmentation."""
+    import torch  # which takes seconds; so here, and not for --help and refusals
+
+    from distill.matching import match_trajectory
+    from utils.data import augment
+    from utils.derivatives.choose_engine import set_precision
+    from utils.derivatives.convnet_pass import ConvNetPass
+    from utils.derivatives.engine import HandWritten
+    from utils.parameters import FlatModel
+    from utils.program.prepare import dsa_groups
+    from utils.program.seeds import generator, seeded
+
     random = generator("precision", draw)
     with seeded("precision", draw):
-        network = build_network("ConvNet", 3, 10, (32, 32))
+        network = networks.build_network("ConvNet", 3, 10, (32, 32))
     theta = FlatModel(network).flatten()
     tensors = [theta, theta + 0.01 * torch.randn(theta.shape, generator=random),
                torch.randn(BATCH, 3, 32, 32, generator=random), torch.randn(BATCH, 10, generator=random),
@@ -58,14 +62,14 @@ def errors(draw: int, device: torch.device) -> dict[str, dict[str, float]]:
     groups = dsa_groups(make(DistillConfig))
     draws = [augment.draw(groups, BATCH, (32, 32), random) for _ in batches]
 
-    def gradient(model: FlatModel, method: str, dtype: torch.dtype, on: torch.device) -> Tensor:
+    def gradient(model: FlatModel, method: str, dtype: torch.dtype, on: torch.device) -> "Tensor":
         drawn, there = augment.together(draws, batches, on)
         match = match_trajectory(model, *(each.to(on, dtype) for each in tensors), there, drawn, method)
         return match.grad_images.double().flatten(1).cpu()
 
     cpu = torch.device("cpu")
     with seeded("precision", draw):
-        reference = FlatModel(build_network("ConvNet", 3, 10, (32, 32)).double(), "plain")
+        reference = FlatModel(networks.build_network("ConvNet", 3, 10, (32, 32)).double(), "plain")
     exact = {name: gradient(reference, method, torch.float64, cpu) for name, method in METHODS.items()}
     network = network.to(device)
     found = {}
@@ -87,6 +91,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--draws", type=int, default=10, metavar="N")
     args = parser.parse_args()
+
+    from utils.program.device import describe, select_device
+
     device = select_device(args.device)
     draws = [errors(draw, device) for draw in range(args.draws)]
     rows = [("kind", "median draw", "best", "worst", "cosine, median")]

@@ -22,15 +22,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import torch
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.common import script_parser
+from utils import networks
 from utils.config import DistillConfig, make
-from utils.derivatives.choose_engine import ADJOINT_FACTOR, activation_bytes
 from utils.files import REPOSITORY, reading
-from utils.networks import build_network
 from utils.program.console import duration, table
 from utils.program.entry import entry
 
@@ -54,8 +51,13 @@ class Costs(NamedTuple):
 
 
 def costs(network: str, image: tuple[int, int, int], classes: int) -> Costs:
+    import torch  # which takes seconds; so here, and not for --help and refusals
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from utils.derivatives.choose_engine import activation_bytes
+
     with torch.device("meta"):
-        built = build_network(network, image[0], classes, image[1:])
+        built = networks.build_network(network, image[0], classes, image[1:])
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             built(torch.empty(1, *image))
     parameters = sum(each.numel() for each in built.parameters())
@@ -123,6 +125,9 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--benchmark", type=Path, nargs="+", metavar="FILE", default=BENCHMARKS)
     rho, crossings = fit(parser.parse_args().benchmark)
+
+    from utils.derivatives.choose_engine import ADJOINT_FACTOR
+
     print(f"fitted: ρ {rho:.2f} of the matrix product rate, c {crossings:.0f} times through the activations\n")
     # Not published: Tiny's network, steps and batch at 64×64, for 1,000 classes.
     more = [setting("ImageNet-1K 64×64", make(DistillConfig, dataset="ImageNet1K", model="ConvNetD4", ipc=ipc,

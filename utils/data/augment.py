@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.errors import unknown_name
+from utils.data.names import GROUPS, parse_strategy  # noqa: F401
 from utils.memory import sent
 
 # The published strengths.
@@ -86,21 +86,6 @@ def drawn_ahead(batches: Sequence[Tensor], draw: Drawer, random: torch.Generator
             draws, there = together([drawn for _, drawn in waiting], [each for each, _ in waiting], device)
             yield from zip(there, draws)
             waiting, size = [], 0
-
-
-def parse_strategy(strategy: str) -> tuple[str, ...]:
-    """`color_crop_…` → its groups; `none` or an empty string → no group.
-
-    Raises:
-        UserError: a group that does not exist.
-    """
-    if strategy.lower() in ("", "none"):
-        return ()
-    groups = tuple(strategy.lower().split("_"))
-    for group in groups:
-        if group not in GROUPS:
-            raise unknown_name("augmentation in --dsa_strategy", group, GROUPS)
-    return groups
 
 
 def draw(groups: tuple[str, ...], batch: int, image_size: tuple[int, int], generator: torch.Generator) -> Draw | None:
@@ -282,5 +267,3 @@ OPERATIONS = {
     "noise": Operation(None, noise),  # only drawn per image
     "rotate": Operation(lambda n, _, g: (torch.deg2rad(_uniform(n, g, -ROTATE_DEGREES, ROTATE_DEGREES)),), rotate),
 }
-GROUPS = {"color": ("brightness", "saturation", "contrast")} | {
-    name: (name,) for name in ("crop", "cutout", "flip", "scale", "rotate")}

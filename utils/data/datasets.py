@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from utils.data.disk_layouts import Loader, Split, cifar, fashion_mnist, minifashion, mnist, some_of, svhn
 from utils.data.image_folders import image_folder, imagenet, imagenet_1k, tiny
+from utils.data.names import NAMES, check_dataset_name
+from utils.data.watching import Watch, unwatched
 from utils.data.zca import Whitening, chunk, fit, to_unit
-from utils.errors import UserError, unknown_name
+from utils.errors import UserError
 from utils.memory import room
 
 HOLD_OUT_SEED = 0  # of the generator that chooses held-out images: the same choice in every run
@@ -128,7 +130,7 @@ class Dataset:
 
 def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imagenette", zca: bool = False,
                  res: int | str | None = None, val_fraction: float = 0.0,
-                 device: torch.device | str = "cpu") -> Dataset:
+                 device: torch.device | str = "cpu", watch: Watch = unwatched) -> Dataset:
     """Reads a dataset whole.
 
     Args:
@@ -141,6 +143,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
             ones is drawn from a generator seeded with HOLD_OUT_SEED. The whitening is that of all training images.
         device: that of the dataset; normalising and whitening happen there. On a GPU, the training images lie on the
             host.
+        watch: shows how far what takes long is.
 
     Raises:
         UserError: unknown names; files that are missing, damaged or not in the expected layout; a failed download.
@@ -149,7 +152,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     data_path = Path(data_path).expanduser()
     size = None if res is None else (res, res) if isinstance(res, int) else tuple(map(int, res.split("x")))
     try:
-        train, test, classes, normal = DATASETS[name](data_path, subset, size)
+        train, test, classes, normal = DATASETS[name](data_path, subset, size, watch)
     except OSError as error:
         raise UserError(f"{name} in {data_path} cannot be read: {error}; check its files and permissions") from error
     height, width = train.images.shape[2:]
@@ -161,7 +164,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     train_key = _sha256(*train)
     mean, std = normal or _measure(train.images)
     # Fitted before any image is held out, so that what is made with a hold-out lives in the same space as the rest.
-    whitening = fit(train.images, train_key, device) if zca else None
+    whitening = fit(train.images, train_key, device, watch) if zca else None
     if val_fraction:
         train, test = _hold_out(train, val_fraction, classes)
     fingerprint = _sha256(name, *train, *test)
@@ -170,15 +173,18 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     del train, test  # so that each raw copy is freed as soon as it is converted
     device = torch.device(device)
     there = whitening and dataclasses.replace(whitening, fitted_inverse=None).to(device)  # for as long as it whitens
-    train_images, energy = _converted(train_images, ImageSpace(mean, std, there), device)
-    test_images, _ = _converted(test_images, ImageSpace(mean, std, there), device)
+    with watch("whitening the images" if zca else "normalising the images",
+               len(train_images) + len(test_images)) as advance:
+        train_images, energy = _converted(train_images, ImageSpace(mean, std, there), device, advance)
+        test_images, _ = _converted(test_images, ImageSpace(mean, std, there), device, advance)
     if device.type != "cpu":
         train_images = HostImages(train_images, device)
     return Dataset(name, train_images, train_labels.to(device), test_images.to(device), test_labels.to(device), classes,
                    mean, std, whitening, fingerprint, energy)
 
 
-def _converted(raw: Tensor, space: ImageSpace, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _converted(raw: Tensor, space: ImageSpace, device: torch.device, advance: Callable[[float], object]
+               ) -> tuple[Tensor, Tensor | None]:
     """Raw images → what networks see, on the host, and of whitened ones the energy of the pixels [N] on `device`, which
     computes both and holds a chunk of them only."""
     images, energy, size = room(raw.shape), [], chunk(raw)
@@ -187,17 +193,8 @@ def _converted(raw: Tensor, space: ImageSpace, device: torch.device) -> tuple[Te
         if space.whitening is not None:
             energy.append(space.whitening.energy(pixels))
         place.copy_(space.from_pixels(pixels))
+        advance(len(some))
     return images, torch.cat(energy) if energy else None
-
-
-def check_dataset_name(name: str) -> None:
-    """Refuses a dataset that does not exist.
-
-    Raises:
-        UserError
-    """
-    if name not in DATASETS:
-        raise unknown_name("dataset", name, DATASETS)
 
 
 def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
@@ -263,3 +260,4 @@ DATASETS: dict[str, Loader] = {
     "ImageNet1K": imagenet_1k,
     "ImageFolder": image_folder,
 }
+assert tuple(DATASETS) == NAMES

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.data.watching import Watch, unwatched
 from utils.errors import UserError
 from utils.files import REPOSITORY, reading
 
@@ -52,7 +53,7 @@ class Raw(NamedTuple):
 
 
 Size = tuple[int, int] | None  # (H, W) that is asked for
-Loader = Callable[[Path, str, Size], Raw]  # (data_path, subset, size)
+Loader = Callable[[Path, str, Size, Watch], Raw]  # (data_path, subset, size, watch)
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
@@ -68,7 +69,7 @@ def listing(folder: Path) -> str:
     return f"it holds {some_of(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
 
 
-def minifashion(data_path: Path, subset: str, size: Size) -> Raw:
+def minifashion(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     """The first 600 training and 100 test images of each class of Fashion-MNIST; in the repository."""
     try:
         content = bz2.decompress(MINIFASHION.read_bytes())
@@ -96,12 +97,12 @@ def fashion_mnist_folders(data_path: Path) -> list[Path]:
     return [data_path / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST]
 
 
-def fashion_mnist(data_path: Path, subset: str, size: Size) -> Raw:
+def fashion_mnist(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     train, test = _idx_or_download("FashionMNIST", data_path, fashion_mnist_folders(data_path))
     return Raw(train, test, FASHION_CLASSES, NORMAL_FASHION)
 
 
-def mnist(data_path: Path, subset: str, size: Size) -> Raw:
+def mnist(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     train, test = _idx_or_download("MNIST", data_path, [data_path / "MNIST" / "raw"])
     return Raw(train, test, DIGITS, NORMAL_MNIST)
 
@@ -196,7 +197,7 @@ def _download(name: str, data_path: Path, fetch: Callable[[str], object], files:
         socket.setdefaulttimeout(patience)
 
 
-def cifar(name: str, data_path: Path, subset: str, size: Size) -> Raw:
+def cifar(name: str, data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     """CIFAR10 or CIFAR100: the extracted folder, else the archive, else a download. Files are checked by md5."""
     source = getattr(_torchvision_datasets(), name)
     from torchvision.datasets.utils import check_integrity
@@ -219,7 +220,7 @@ def cifar(name: str, data_path: Path, subset: str, size: Size) -> Raw:
     return Raw(train, test, tuple(splits[0].classes), NORMAL_CIFAR)
 
 
-def svhn(data_path: Path, subset: str, size: Size) -> Raw:
+def svhn(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     """train_32x32.mat and test_32x32.mat, checked by md5; the digit 0 has the label 0."""
     source = _torchvision_datasets().SVHN
     from torchvision.datasets.utils import check_integrity

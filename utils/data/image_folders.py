@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils.data.disk_layouts import Raw, Size, Split, listing, some_of
 from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
+from utils.data.watching import Watch, unwatched
 from utils.errors import UserError, one_line, unknown_name
 from utils.files import load
 from utils.memory import check_room, room
@@ -72,7 +73,7 @@ class Notes:
 
 
 @unlimited()
-def tiny(data_path: Path, subset: str, size: Size) -> Raw:
+def tiny(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     """Tiny ImageNet, 3×64×64: `data_path` is tiny-imagenet-200 or the folder that holds it.
 
     train/<wnid>/images/* (the archive) or train/<wnid>/*; val/images/* with val/val_annotations.txt (the archive),
@@ -98,11 +99,11 @@ def tiny(data_path: Path, subset: str, size: Size) -> Raw:
     else:
         test = _class_files(notes, root / "val", suffixes())
     read = partial(read_image, size=(64, 64), resize=False)
-    return _raw(notes, root, train, test, sorted(train), (3, 64, 64), NORMAL_IMAGENET, read)
+    return _raw(notes, watch, root, train, test, sorted(train), (3, 64, 64), NORMAL_IMAGENET, read)
 
 
 @unlimited()
-def imagenet(data_path: Path, subset: str, size: Size) -> Raw:
+def imagenet(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     """Ten classes of ImageNet: train/<wnid>/* and val/<wnid>/*, all thousand or the ten, as Imagenette comes; made as
     small as covers `size` (128×128), centre crop."""
     if subset not in IMAGENET_SUBSETS:
@@ -112,11 +113,12 @@ def imagenet(data_path: Path, subset: str, size: Size) -> Raw:
     expected = (f"the ten WordNet ids of {subset}, as its own download or torchvision.datasets.ImageNet(root, split) "
                 "unpacks them: folders")
     train, test = (_class_files(notes, data_path / split, suffixes(), chosen, expected) for split in ("train", "val"))
-    return _raw(notes, data_path, train, test, chosen, (3, *size), NORMAL_IMAGENET, partial(read_image, size=size))
+    return _raw(notes, watch, data_path, train, test, chosen, (3, *size), NORMAL_IMAGENET,
+                partial(read_image, size=size))
 
 
 @unlimited()
-def image_folder(data_path: Path, subset: str, size: Size) -> Raw:
+def image_folder(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     """A user's own images: train/<class>/* and test/<class>/* (else val/<class>/*), read as one channel if all are
     grey, else as RGB.
 
@@ -128,31 +130,41 @@ def image_folder(data_path: Path, subset: str, size: Size) -> Raw:
                         f"({listing(data_path)}); make these folders, one per class, with images in them")
     notes, size = Notes("ImageFolder"), size or (32, 32)
     train, test = (_class_files(notes, data_path / split, suffixes()) for split in ("train", second))
-    channels = 1 if all(map(is_grey, itertools.chain(*train.values(), *test.values()))) else 3
-    return _raw(notes, data_path, train, test, sorted(train), (channels, *size), None,
+    channels = 1 if _all_grey([*itertools.chain(*train.values(), *test.values())], watch) else 3
+    return _raw(notes, watch, data_path, train, test, sorted(train), (channels, *size), None,
                 partial(read_image, size=size, channels=channels))
 
 
-def imagenet_1k(data_path: Path, subset: str, size: Size) -> Raw:
+def imagenet_1k(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     """train/<class>/*.pt and val/<class>/*.pt: one tensor [3, 64, 64] each, uint8 or floats in [0, 1]."""
     notes = Notes("ImageNet1K")
     train, test = (_class_files(notes, data_path / split, (".pt",)) for split in ("train", "val"))
     classes = sorted(train)
     dtype = _load_tensor(train[classes[0]][0]).dtype  # the first file decides: all bytes or all floats
     dtype = torch.uint8 if dtype == torch.uint8 else torch.float32
-    return _raw(notes, data_path, train, test, classes, (3, 64, 64), NORMAL_IMAGENET,
+    return _raw(notes, watch, data_path, train, test, classes, (3, 64, 64), NORMAL_IMAGENET,
                 lambda path: Picture(_load_tensor(path, dtype)), dtype)
 
 
-def _raw(notes: Notes, root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]], classes: Sequence[str],
-         shape: tuple[int, int, int], normal, read: Callable[[Path], Picture],
+def _all_grey(paths: Sequence[Path], watch: Watch) -> bool:
+    with watch("looking for colours", len(paths)) as advance:
+        for path in paths:
+            if not is_grey(path):
+                return False
+            advance(1)
+    return True
+
+
+def _raw(notes: Notes, watch: Watch, root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]],
+         classes: Sequence[str], shape: tuple[int, int, int], normal, read: Callable[[Path], Picture],
          dtype: torch.dtype = torch.uint8) -> Raw:
     for has, lacks, where in ((test, train, "train"), (train, test, "the test or val folder")):
         lost = sorted(set(has) - set(lacks))
         if lost:
             raise UserError(f"{notes.name}: in {root}, {where} has no images of {some_of(lost)}; both need the same "
                             "classes: add the images or remove the class")
-    train, test = (_read_files(notes, files, classes, shape, dtype, read) for files in (train, test))
+    with watch("reading the images", sum(map(len, (*train.values(), *test.values())))) as advance:
+        train, test = (_read_files(notes, files, classes, shape, dtype, read, advance) for files in (train, test))
     notes.say()
     return Raw(train, test, tuple(classes), normal)
 
@@ -213,8 +225,8 @@ def _class_files(notes: Notes, folder: Path, suffixes: Collection[str], classes:
 
 
 def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[str], shape: tuple[int, int, int],
-                dtype: torch.dtype, read: Callable[[Path], Picture]) -> Split:
-    """All files, class by class, with a few threads: decoding releases Python's lock."""
+                dtype: torch.dtype, read: Callable[[Path], Picture], advance: Callable[[float], object]) -> Split:
+    """All files, class by class, with a thread for each core: decoding releases Python's lock."""
     paths = [path for c in classes for path in files[c]]
     need = len(paths) * math.prod(shape) * (4 + dtype.itemsize)  # as read, and as float32 beside it
     check_room(need, f"{len(paths)} images of {'×'.join(map(str, shape))}, {paths[0]} the first")
@@ -227,9 +239,12 @@ def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[st
             remarks += [(remark, path) for remark in found]
         return remarks
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for remark, path in itertools.chain.from_iterable(pool.map(read_some, range(0, len(paths), 64))):
-            notes.image(remark, path)
+    starts = range(0, len(paths), 64)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start, remarks in zip(starts, pool.map(read_some, starts)):
+            for remark, path in remarks:
+                notes.image(remark, path)
+            advance(min(64, len(paths) - start))
     counts = torch.tensor([len(files[c]) for c in classes])
     return Split(images, torch.arange(len(classes)).repeat_interleave(counts))
 

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from utils.data.watching import Watch, unwatched
 from utils.errors import UserError
 from utils.files import cache_folder, load, load_tensors, reading, save, save_tensors
 from utils.memory import available
@@ -25,6 +27,7 @@ EPS = 0.1  # the published ridge, added to the eigenvalues of the covariance
 CHUNK = 4096  # images at a time: bounds the extra memory, large enough for full matmul speed
 BLOCK = 1024  # rows of a matrix at a time, where it is rounded to float32 or comes from a GPU
 LONG = 60.0  # seconds from which a fit is announced
+EIGEN = 10  # an eigenproblem of size n takes as long as a product of so many n³ operations
 BESIDE = "whitening.safetensors"  # a whitening that travels with a set, in its folder
 
 Result = TypeVar("Result")
@@ -147,7 +150,31 @@ def _by_chunks(images: Tensor, change) -> Tensor:
     return out
 
 
-def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu") -> Whitening:
+class _Work:
+    """How far a fit is, in operations: told by the thread that computes, asked by the one that waits."""
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+        self._began = perf_counter()
+        self._now = 0.0, 0.0, self._began  # what is done, what is begun, and when that was
+
+    @contextlib.contextmanager
+    def part(self, size: float) -> Iterator[None]:
+        """So many operations."""
+        done = self._now[0]
+        self._now = done, size, perf_counter()
+        yield
+        self._now = done + size, 0.0, perf_counter()
+
+    @property
+    def done(self) -> float:
+        """Of a part that is not finished, as LAPACK says nothing on its way, what the pace so far lets expect."""
+        done, begun, since = self._now
+        pace = done / max(since - self._began, 1e-9)
+        return done + min(0.99 * begun, pace * (perf_counter() - since))
+
+
+def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu", watch: Watch = unwatched) -> Whitening:
     """The whitening of a training set, from the disk cache or fitted.
 
     It is `kornia.enhance.ZCAWhitening`'s but for kornia's rounding of a float32 covariance (1e-5), and kept as
@@ -158,6 +185,7 @@ def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu") -> W
         images: the whole training set [N, C, H, W], uint8 in 0 … 255 or float32 in [0, 1].
         cache_key: what identifies these images' content (a hash of the raw images).
         device: where to compute, if its memory is large enough; else on the CPU.
+        watch: shows how far it is.
 
     Raises:
         UserError: fewer than two images; a fit that would not fit in memory.
@@ -171,7 +199,17 @@ def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu") -> W
     if len(images) < 2:
         raise UserError(f"zca needs at least two training images, got {len(images)}; add images or run without zca")
     device = _place(len(images), dimension, torch.device(device))
-    whitening = Whitening(*_interruptible(lambda: _computed(images, device)), fingerprint)
+    work = _Work(_operations(len(images), dimension))
+    with watch("fitting the whitening", work.total) as advance:
+        shown = 0.0
+
+        def show() -> None:
+            nonlocal shown
+            done = work.done
+            advance(done - shown)
+            shown = done
+
+        whitening = Whitening(*_interruptible(lambda: _computed(images, device, work), show), fingerprint)
     try:
         save({"mean": whitening.mean, "transform": whitening.transform, "inverse": whitening.inverse, "eps": EPS}, path)
     except UserError as error:
@@ -180,7 +218,7 @@ def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu") -> W
     return whitening
 
 
-def _interruptible(compute: Callable[[], Result]) -> Result:
+def _interruptible(compute: Callable[[], Result], meanwhile: Callable[[], None] = lambda: None) -> Result:
     """What `compute` returns or raises, from another thread: LAPACK holds the one that calls it for minutes, in which
     Python hears no signal. What a signal raises in this thread ends the wait; the other one ends with the process.
     """
@@ -196,7 +234,7 @@ def _interruptible(compute: Callable[[], Result]) -> Result:
     worker.start()
     try:
         while not wait([outcome], timeout=0.2).done:  # by turns: the system may wake another thread for a signal
-            pass
+            meanwhile()
     except BaseException as error:
         atexit.register(_leave, worker, 128 + getattr(error, "signal", signal.SIGINT))
         raise
@@ -213,7 +251,7 @@ def _leave(worker: threading.Thread, code: int) -> None:
 
 
 @torch.no_grad()
-def _computed(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _computed(images: Tensor, device: torch.device, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
     """μ, T and T's inverse, float32 on the CPU, computed in float64 on `device`.
 
     With C the covariance (over N − 1), any B with C = BᵀB and BBᵀ = diag(S) gives a function of it,
@@ -227,15 +265,21 @@ def _computed(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Ten
     parts = images.split(CHUNK)
     mean = torch.stack([rows(part).sum(0) for part in parts]).sum(0) / count
     if count < dimension:
-        centred = torch.cat([rows(part) - mean for part in parts]).div_((count - 1)**0.5)
-        values, vectors = torch.linalg.eigh(centred @ centred.T)
+        with work.part(2 * dimension * count**2):
+            centred = torch.cat([rows(part) - mean for part in parts]).div_((count - 1)**0.5)
+            covariance = centred @ centred.T
+        with work.part(EIGEN * count**3):
+            values, vectors = torch.linalg.eigh(covariance)
+        del covariance
         basis = vectors.T @ centred  # B [N, D]
     else:
         covariance = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
         for part in parts:
-            centred = rows(part).sub_(mean)
-            covariance.addmm_(centred.T, centred, alpha=1 / (count - 1))
-        values, vectors = torch.linalg.eigh(covariance)
+            with work.part(2 * dimension**2 * len(part)):
+                centred = rows(part).sub_(mean)
+                covariance.addmm_(centred.T, centred, alpha=1 / (count - 1))
+        with work.part(EIGEN * dimension**3):
+            values, vectors = torch.linalg.eigh(covariance)
         del covariance
         basis = vectors.mul_(values.clamp(min=0).sqrt()).T  # B [D, D]
     root, root_0 = (values.clamp(min=0) + EPS).sqrt(), EPS**0.5
@@ -243,7 +287,8 @@ def _computed(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Ten
     def function(of_0: float, slope: Tensor) -> Tensor:
         weighted, result = slope[:, None] * basis, torch.empty(dimension, dimension)
         for columns, part in zip(basis.split(BLOCK, dim=1), result.split(BLOCK)):
-            part.copy_(columns.T @ weighted)
+            with work.part(2 * len(part) * dimension * len(basis)):
+                part.copy_(columns.T @ weighted)
         result.diagonal().add_(of_0)
         return result
 
@@ -276,6 +321,12 @@ def _fits(tensors: list[Tensor], dimension: int) -> bool:
         tensor.isfinite().all() for tensor in tensors)
 
 
+def _operations(count: int, dimension: int) -> float:
+    """Of a fit: the covariance, its eigenvectors, and two functions of it."""
+    size = min(count, dimension)
+    return 2 * count * dimension * size + EIGEN * size**3 + 4 * size * dimension**2
+
+
 def _place(count: int, dimension: int, device: torch.device) -> torch.device:
     """Where a fit runs; one that takes long there is announced.
 
@@ -291,8 +342,7 @@ def _place(count: int, dimension: int, device: torch.device) -> torch.device:
         raise UserError(f"zca of {count} images of {dimension} values needs about {need / 2**30:.1f} GiB of memory, "
                         f"{free / 2**30:.1f} GiB is available; use a machine with more, smaller images (res), "
                         "or run without zca")
-    size = min(count, dimension)  # of the eigenproblem, which takes as long as a product of 10 size³
-    seconds = (2 * count * dimension * size + 4 * size * dimension**2 + 10 * size**3) / 5e10
+    seconds = _operations(count, dimension) / 5e10
     if seconds > LONG:
         print(f"fitting ZCA in {dimension} dimensions: about {seconds / 60:.0f} min on one core, less on more, and "
               f"{need / 2**30:.1f} GiB, once (the result is kept)", file=sys.stderr)

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
+from utils import later
 from utils.files.reading import (
     check_is_file,
     check_kind,
-    load,
-    load_tensors,
     read_config,
     read_json,
     read_text,
@@ -26,11 +25,11 @@ from utils.files.writing import (
     given,
     own,
     remove,
-    save,
     save_config,
-    save_tensors,
     write_json,
     write_text,
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+__getattr__ = later("utils.files.tensors", "load", "load_tensors", "save", "save_tensors")

@@ -6,21 +6,18 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import stat
-import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors import safe_open
 
-from utils.errors import UserError
+from utils.errors import UserError, out_of_memory
+
+PART = 1 << 22  # bytes of a large file that are read at once
 
 
 @contextlib.contextmanager
@@ -36,9 +33,11 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
     """
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:  # damaged bytes make the readers fail in every way there is
+        if out_of_memory(error):
+            raise
         reason = " ".join((str(error) or type(error).__name__).split())[:160]
         # The system names the file that it cannot open; a place that damaged bytes send it to has no name.
         unopened = isinstance(error, OSError) and error.filename is not None
@@ -84,64 +83,6 @@ def check_kind(path: Path, what: str, kind: str, advice: str) -> None:
             found = "a text" if text and all(each.isprintable() or each.isspace() for each in text) else ""
     if found not in ("", _IN_WORDS[kind]):
         raise UserError(f"{what} {path} is {found}, not {_IN_WORDS[kind]}; {advice}")
-
-
-def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice: str | None = None,
-         instead: str | Path | None = None):
-    """`torch.load` of tensors and plain containers on the CPU; code in the file is never run.
-
-    Args:
-        what: what the file should be, for the message ("image file", "buffer", …).
-        mmap: leave the tensors' bytes on disk until they are touched.
-        advice: what to do about one that is damaged or refused; None: write it again.
-        instead: what may have been meant by a path that is none, or by a file of another kind.
-
-    Raises:
-        UserError: missing, truncated, not a torch file, or holding more than tensors.
-    """
-    path = Path(path)
-    check_is_file(path, what, instead or "the path of a file")
-    check_kind(path, what, "torch", advice or (f"give {instead}" if instead else "write or copy it again"))
-    with (reading(f"{what} {path}", advice or "write or copy it again",
-                  "cannot be read (truncated, or not a torch file)"), warnings.catch_warnings()):
-        warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here
-        try:
-            # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
-                raise UserError(f"{what} {path} holds more than tensors (it would run code when loaded) and was "
-                                f"refused; {advice or 'save plain tensors with torch.save'}") from error
-            raise UserError(f"{what} {path} is damaged or not a torch file; {advice or 'write it again'}") from error
-    odd = _odd_tensor(value)
-    if odd:
-        raise UserError(f"{what} {path} holds {odd}; {advice or 'save plain tensors of real numbers'}")
-    return value
-
-
-def _odd_tensor(value: object) -> str | None:
-    """A tensor in nested containers that arithmetic does not take as it takes others, in words."""
-    waiting, seen = [value], set()
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, torch.Tensor):
-            kinds = {"a sparse tensor": each.layout != torch.strided, "a tensor without values": each.is_meta,
-                     "a quantized tensor": each.is_quantized, "complex numbers": each.is_complex()}
-            if odd := next((kind for kind, it_is in kinds.items() if it_is), None):
-                return odd
-        elif isinstance(each, dict | list | tuple) and id(each) not in seen:  # one may hold another many times
-            seen.add(id(each))
-            waiting += each.values() if isinstance(each, dict) else each
-    return None
-
-
-def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
-    """What `save_tensors` wrote: the tensors, and the metadata."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if odd := _odd_tensor(tensors):
-            raise ValueError(f"it holds {odd}")
-        return tensors, file.metadata() or {}
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -203,7 +144,15 @@ def read_config(path: Path) -> dict[str, Any]:
         return read_yaml(path)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """A file's SHA-256, in hex."""
+def sha256(path: str | os.PathLike, report: Callable[[int], object] = lambda size: None) -> str:
+    """A file's SHA-256, in hex.
+
+    Args:
+        report: told how many bytes more are read.
+    """
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(PART):
+            digest.update(part)
+            report(len(part))
+    return digest.hexdigest()

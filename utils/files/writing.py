@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
@@ -160,25 +159,10 @@ def _is_of_kind(path: Path, kind: str, mark: str = "") -> bool:
             values = read_json(path)
             return isinstance(values, dict) and mark in values
         if kind == "safetensors":
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:  # of which nothing is read but what it says of itself
                 return file.metadata()["format"].startswith(mark)
         return True
     return False
-
-
-def save(value: object, path: str | os.PathLike) -> None:
-    """`torch.save`, whole or not at all."""
-    # Through a handle, for given a path torch writes its name into the file, and equal tensors make unequal files.
-    with atomic_write(path) as aside, aside.open("wb") as file:
-        torch.save(value, file)
-
-
-def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, which holds data only, never code."""
-    from safetensors.torch import save_file  # which takes a while to import
-
-    with atomic_write(path) as aside:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
 
 def write_text(path: Path | str, text: str) -> None:

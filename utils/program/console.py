@@ -7,15 +7,16 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
 from utils.config import DataConfig, changed, influential
 from utils.errors import printable
 from utils.files import REPOSITORY
-from utils.program.device import describe, describe_precision
+
+if TYPE_CHECKING:
+    import torch
 
 
 def duration(seconds: float) -> str:
@@ -34,6 +35,11 @@ def short_count(number: float) -> str:
     if number < 99.5:
         return f"{number:.2g}"
     return f"{number:.0f}" if number < 999.5 else tqdm.format_sizeof(number)
+
+
+def percent(mean: float, std: float | None) -> str:
+    """An accuracy in [0, 1] and its standard deviation as tables have them: 82.14 ± 0.42; over one there is none."""
+    return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
 
 def number_of(count: int, noun: str) -> str:
@@ -72,12 +78,14 @@ def say(config: DataConfig, text: str) -> None:
         print(wrapped(text))
 
 
-def announce(config: DataConfig, device: torch.device, engine: str, *lines: str) -> None:
+def announce(config: DataConfig, device: "torch.device", engine: str, *lines: str) -> None:
     """Says on what a run runs, what it is, and which of its options differ from the defaults.
 
     Args:
         engine: see `describe_engine`.
     """
+    from utils.program.device import describe, describe_precision  # with torch, which is there where a run begins
+
     options = ", ".join(f"{name} {value}" for name, value in changed(influential(config), type(config)).items())
     for line in (f"on {describe(device)}, {describe_precision(config.precision, device)}, {engine}", *lines,
                  f"options: {options}"):

@@ -10,9 +10,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, out_of_memory
 from utils.program import interrupt, ranks
 from utils.program.streams import Stream, make_safe
 
@@ -35,10 +33,10 @@ def entry(main: Callable[[], None]) -> None:
         ranks.leave(0)
     except UserError as error:
         _last_line(f"{name}: error: {one_line(error)}", 2)
-    except torch.OutOfMemoryError as error:
-        _last_line(f"{name}: error: the GPU's memory is full ({' '.join(str(error).split())[:120]}…); give "
-                   "--micro_batch, a smaller batch, or --device cpu", 2)
     except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error) and not isinstance(error, MemoryError):
+            _last_line(f"{name}: error: the GPU's memory is full ({' '.join(str(error).split())[:120]}…); give "
+                       "--micro_batch, a smaller batch, or --device cpu", 2)
         if isinstance(error, RuntimeError) and ranks.lost_contact(error):
             if interrupt.requested():  # all ranks were told to stop, and another one was quicker
                 _last_line(f"{name}: stopped; every file is whole{_to_go_on()}", 143)

@@ -1,6 +1,7 @@
 """What every program does before its computation: a config becomes objects."""
 
 import os
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program import ranks, threads
 from utils.program.device import gpu_count, listed_gpus, select_device
+from utils.program.progress import watched
 
 
 def network_for(name: str, dataset: Dataset) -> nn.Module:
@@ -104,7 +106,7 @@ def load_data(config: DataConfig, device: torch.device) -> Dataset:
     """The real data that a config names."""
     return ranks.first_rank_first(lambda: load_dataset(
         config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
-        val_fraction=config.val_fraction, device=device))
+        val_fraction=config.val_fraction, device=device, watch=partial(watched, quiet=config.quiet)))
 
 
 def start_as_ranks(config: DataConfig) -> None:

@@ -6,18 +6,21 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from utils.memory import peak
 from utils.program import ranks
 from utils.program.console import columns_of, duration, short_count, wrapped
+
+if TYPE_CHECKING:
+    import torch
 
 PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
 MARKS, MARK_SECONDS = 60, 1.0  # the pace is that of the last so many marks, at least so far apart
 SURE_STEPS, SURE_SECONDS = 3, 5.0  # after which the pace is known well enough to say what is to be expected
 WORTH_SAYING = 60.0  # seconds, below which nobody needs to know
+WORTH_SHOWING = 3.0  # seconds, after which what may be short is shown
 
 
 class Pace:
@@ -83,15 +86,16 @@ class Progress(tqdm):
         images: in each step, for their number in a second.
         later: seconds that come on top of the steps that are left.
         device: whose memory is told.
+        delay: seconds before which it shows nothing, nor afterwards if that was all.
     """
 
     disable, _terminal = True, False  # until it is made
 
-    def __init__(self, total: int, description: str, *, initial: float = 0, quiet: bool = False, images: float = 0,
-                 later: Callable[[], float] = lambda: 0.0, device: torch.device | None = None):
+    def __init__(self, total: float, description: str, *, initial: float = 0, quiet: bool = False, images: float = 0,
+                 later: Callable[[], float] = lambda: 0.0, device: "torch.device | None" = None, delay: float = 0.0):
         self._terminal = sys.stderr.isatty()
         self.pace = Pace()
-        self.count = ""  # in the place of the steps that are done
+        self.count: str | None = None  # in the place of the steps that are done
         self._images, self._later, self._device = images, later, device
         self.numbers: tuple[str, ...] = ()
         self._aside = ""
@@ -99,7 +103,7 @@ class Progress(tqdm):
         self._last_shown = (initial, "")
         super().__init__(total=total, desc=description, initial=initial, disable=quiet or not ranks.first(),
                          file=sys.stderr, miniters=0, leave=True,
-                         mininterval=0.2 if self._terminal else PLAIN_SECONDS,
+                         mininterval=0.2 if self._terminal else PLAIN_SECONDS, delay=delay,
                          ncols=80, nrows=20)  # not tqdm's own, which shows nothing where a terminal says 0; see __str__
 
     def show(self, *numbers: str) -> None:
@@ -116,10 +120,16 @@ class Progress(tqdm):
         if not self._said and self.pace.sure:
             self._said = True
             if self.seconds_left >= WORTH_SAYING:
-                memory = "" if self._device is None else (
-                    f", {peak(self._device) / 1e9:.2g} GB of {'GPU ' * (self._device.type == 'cuda')}memory so far")
-                self.say(f"to be expected: about {duration(self.seconds_left)} more{memory}")
+                self.say(f"to be expected: about {duration(self.seconds_left)} more{self._memory()}")
         return updated
+
+    def _memory(self) -> str:
+        """What was taken so far, in words."""
+        if self._device is None:
+            return ""
+        from utils.memory import peak  # with torch, which is there where there is a device
+
+        return f", {peak(self._device) / 1e9:.2g} GB of {'GPU ' * (self._device.type == 'cuda')}memory so far"
 
     def reach(self, done: float) -> None:
         """So many steps, and parts of one, are done in all; those that were already do not count again."""
@@ -159,9 +169,9 @@ class Progress(tqdm):
         pace = self.pace.seconds
         rate = [f"{short_count(self._images / pace)} images/s"] if self._images and pace else []
         numbers = [time, *([self._aside] if self._aside else []), *self.numbers, *rate]
-        count = self.count or f"{self.n:g}/{self.total}"
+        count = f"{self.n:g}/{self.total}" if self.count is None else self.count
         percent = f"{min(100, int(100 * self.n / self.total)) if self.total else 100} %"
-        head, rest = f"{self.desc.removesuffix(': ')} {count}", ", ".join(numbers)
+        head, rest = f"{self.desc.removesuffix(': ')} {count}".rstrip(), ", ".join(numbers)
         if not self._terminal:
             return f"{head} {percent}, {rest}"
         return self.format_meter(self.n, self.total, 0, ncols=columns_of(self.fp), ascii=self.ascii, head=head,
@@ -171,6 +181,8 @@ class Progress(tqdm):
         finished = self._closing and self.initial < self.n >= self.total
         if self._terminal:
             super().display(msg, pos)
+        elif self.delay and self._time() < self.start_t + self.delay:
+            return
         elif (self.n, self._aside) != self._last_shown or finished:
             print(str(self), file=self.fp, flush=True)
             self._last_shown = (self.n, self._aside)
@@ -183,3 +195,18 @@ class Progress(tqdm):
         self.display()
         self.disable = True
         self._decr_instances(self)
+
+
+@contextlib.contextmanager
+def watched(what: str, total: float, quiet: bool = False) -> Iterator[Callable[[float], object]]:
+    """A bar for what takes long with much data and next to nothing with little: it is shown if it takes seconds.
+
+    Yields what to call with how much more is done.
+
+    Args:
+        total: how much there is, in a unit that is not shown.
+    """
+    with Progress(total, what, quiet=quiet, delay=WORTH_SHOWING) as bar:
+        bar.count = ""
+        yield bar.update
+        bar.reach(total)

@@ -14,14 +14,16 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from utils.errors import UserError
 from utils.program import interrupt
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -30,7 +32,15 @@ Result = TypeVar("Result")
 PATIENCE = datetime.timedelta(days=30)  # a rank may train experts while another waits; torchrun sees to dead ones
 SUM_PATIENCE = datetime.timedelta(minutes=10)  # between GPUs, where a dead rank is noticed by waiting only
 
-_gpus: dist.ProcessGroup | None = None  # the ranks' group for tensors on GPUs, where each has one of its own
+_met = False  # whether this process is one of several that have met
+_gpus: "ProcessGroup | None" = None  # the ranks' group for tensors on GPUs, where each has one of its own
+
+
+def _torch() -> ModuleType:
+    """Imported where ranks meet; a single one does without."""
+    import torch.distributed
+
+    return torch
 
 
 def rank() -> int:
@@ -79,13 +89,15 @@ def first() -> bool:
     return rank() == 0
 
 
-def start(device: torch.device) -> None:
+def start(device: "torch.device") -> None:
     """Meets the other ranks, if there are any; all of them must call this."""
-    global _gpus
-    if size() == 1 or dist.is_initialized():
+    global _met, _gpus
+    if size() == 1 or _met:
         return
+    dist = _torch().distributed
     interrupt.restore()  # who waits for another cannot answer
     dist.init_process_group("gloo", timeout=PATIENCE)  # small things go over the CPU, wherever the tensors are
+    _met = True
     owned = set(gather({rank(): (socket.gethostname(), device.index)}).values())
     if device.type == "cuda" and len(owned) == size():  # NCCL wants a GPU for each; who shares one sums over the CPU
         _gpus = dist.new_group(backend="nccl", timeout=SUM_PATIENCE, device_id=device)
@@ -95,12 +107,12 @@ def start(device: torch.device) -> None:
 def lost_contact(error: RuntimeError) -> bool:
     """Whether a rank's error is that another one is gone."""
     said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(each in str(error) for each in said))
+    return _met and (isinstance(error, _torch().distributed.DistError) or any(each in str(error) for each in said))
 
 
 def leave(code: int) -> None:
     """Ends this process, if it is a rank; else does nothing."""
-    if dist.is_initialized():
+    if _met:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)  # torch's threads abort now and then when they are taken down in order
@@ -116,7 +128,7 @@ def gather(own: dict[Any, Any]) -> dict[Any, Any]:
     if size() == 1:
         return own
     of_all: list[Any] = [None] * size()
-    dist.all_gather_object(of_all, own)
+    _torch().distributed.all_gather_object(of_all, own)
     return {key: value for each in of_all for key, value in each.items()}
 
 
@@ -125,7 +137,7 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
     if size() == 1:
         return make()
     held = [make() if first() else None]
-    dist.broadcast_object_list(held)
+    _torch().distributed.broadcast_object_list(held)
     return held[0]
 
 
@@ -145,28 +157,29 @@ def any_of(*flags: bool) -> list[bool]:
     """For each of several flags whether it is set on any rank."""
     if size() == 1:
         return list(flags)
+    torch = _torch()
     held = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(held, dist.ReduceOp.MAX)
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
     return held.bool().tolist()
 
 
-def sum_(tensor: Tensor) -> Tensor:
+def sum_(tensor: "Tensor") -> "Tensor":
     """The sum over all ranks, in place; the same bits on all of them."""
     if size() > 1:
-        dist.all_reduce(tensor, group=_gpus if tensor.is_cuda else None)
+        _torch().distributed.all_reduce(tensor, group=_gpus if tensor.is_cuda else None)
     return tensor
 
 
-def own_rows(indices: Tensor, together: int = 1) -> Tensor:
+def own_rows(indices: "Tensor", together: int = 1) -> "Tensor":
     """Which of some rows, of which so many at a time belong together, are this rank's: booleans, shaped as the
     indices."""
     return indices // together % size() == rank()
 
 
-def merge_rows(tensor: Tensor, together: int = 1) -> None:
+def merge_rows(tensor: "Tensor", together: int = 1) -> None:
     """Gives every rank every other's rows of a tensor [N, …], in place."""
     if size() > 1:
-        mine = own_rows(torch.arange(len(tensor), device=tensor.device), together)
+        mine = own_rows(_torch().arange(len(tensor), device=tensor.device), together)
         tensor[~mine] = 0
         sum_(tensor)
 

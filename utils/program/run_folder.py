@@ -10,9 +10,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from utils import files
 from utils.config import DataConfig, defaults, differences, how_much, identity, influential
 from utils.errors import UserError
-from utils.files import check_writable, cut_lines, load, read_config, remove, save, save_config
+from utils.files import check_writable, cut_lines, read_config, remove, save_config
 from utils.program import interrupt, ranks
 from utils.program.console import note, shown
 from utils.program.locks import locked
@@ -98,7 +99,7 @@ class RunFolder:
         """
         if not self._state.exists():
             return None
-        state = load(self._state, "checkpoint", advice=self.to_begin_anew)
+        state = files.load(self._state, "checkpoint", advice=self.to_begin_anew)
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise UserError(f"{self._state} is not a checkpoint of this version ({STATE_FORMAT}); {self.to_begin_anew}")
         return state
@@ -176,6 +177,6 @@ class RunFolder:
         with self.log.open("rb") as log:  # on the disk before the state that counts on it
             os.fsync(log.fileno())
             size = os.fstat(log.fileno()).st_size
-        save(state() | {"format": STATE_FORMAT, LOG_BYTES: size}, self._state)
+        files.save(state() | {"format": STATE_FORMAT, LOG_BYTES: size}, self._state)
         self._saved_at = perf_counter()
         self.save_seconds = self._saved_at - began

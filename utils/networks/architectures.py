@@ -4,15 +4,14 @@ Parameter names, shapes and order are those of the published trees, so published
 place: every network can be differentiated twice, in any float type, and run under `torch.func.functional_call`.
 """
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from utils.errors import UserError, unknown_name
+from utils.errors import UserError
+from utils.networks.names import CLASSICS, ConvNetPlan, margin, stride
 
 LEAK = 0.01  # slope of leaky ReLU below zero
 GROUPS = 4  # of group norm
@@ -38,49 +37,6 @@ POOLINGS: dict[str, Callable[[], nn.Module | None]] = {
     "max": partial(nn.MaxPool2d, 2),
     "average": partial(nn.AvgPool2d, 2),
 }
-
-# What may follow "ConvNet" in a name: at most one for each field of a ConvNetPlan.
-SUFFIXES: dict[str, tuple[str, int | str]] = {
-    **{f"D{depth}": ("depth", depth) for depth in range(1, 9)},
-    **{f"W{width}": ("width", width) for width in range(1, 4097)},
-    **{"AS": ("activation", "sigmoid"), "AR": ("activation", "relu"), "AL": ("activation", "leaky")},
-    **{"NN": ("norm", "none"), "BN": ("norm", "batch"), "LN": ("norm", "layer")},
-    **{"IN": ("norm", "instance"), "GN": ("norm", "group")},
-    **{"NP": ("pooling", "none"), "MP": ("pooling", "max"), "AP": ("pooling", "average")},
-}
-KIP = "W1024NN"  # the network of Nguyen et al. 2021, https://arxiv.org/abs/2107.13034
-SUFFIX_RULE = "ConvNet takes one each of D1-D8, W1-W4096, AS|AR|AL, NN|BN|LN|IN|GN, NP|MP|AP, in any order"
-
-
-@dataclass(frozen=True)
-class ConvNetPlan:
-    """The five choices that make one ConvNet; the defaults are the plain `ConvNet`."""
-
-    depth: int = 3
-    width: int = 128
-    activation: str = "relu"
-    norm: str = "instance"
-    pooling: str = "average"
-
-    def paddings(self, channels: int) -> list[int]:
-        """Of each convolution, for images of so many channels."""
-        return [1 + _margin(channels)] + [1] * (self.depth - 1)
-
-    @classmethod
-    def parse(cls, name: str) -> "ConvNetPlan":
-        """From a name: ConvNetD4W64 is ConvNetPlan(depth=4, width=64).
-
-        Raises:
-            UserError: the name is not "ConvNet" and known suffixes, or gives one field twice.
-        """
-        suffix = name.removeprefix("ConvNet").replace("KIP", KIP)
-        tokens = re.findall(r"[DW]\d+|[A-Z]{2}", suffix)
-        fields = dict(SUFFIXES[token] for token in tokens if token in SUFFIXES)
-        one_of_each = len(fields) == len(tokens) and "".join(tokens) == suffix
-        if not (name.startswith("ConvNet") and one_of_each):
-            raise UserError(f"{unknown_name('network', name, NAMES)}; {SUFFIX_RULE}")
-        return cls(**fields)
-
 
 class ConvNet(nn.Module):
     """`depth` blocks of [3×3 convolution, norm, activation, 2×2 pooling] and a linear layer; [B, C, H, W] → [B, K].
@@ -149,7 +105,7 @@ class LeNet(nn.Module):
     def __init__(self, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 6, kernel_size=5, stride=_stride(image_size), padding=_margin(channels)),
+            nn.Conv2d(channels, 6, kernel_size=5, stride=stride(image_size), padding=margin(channels)),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(6, 16, kernel_size=5),
@@ -174,7 +130,7 @@ class AlexNet(nn.Module):
     def __init__(self, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 128, kernel_size=5, stride=_stride(image_size), padding=2 + _margin(channels)),
+            nn.Conv2d(channels, 128, kernel_size=5, stride=stride(image_size), padding=2 + margin(channels)),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(128, 192, kernel_size=5, padding=2),
@@ -205,7 +161,7 @@ class VGG11(nn.Module):
     def __init__(self, channels: int, num_classes: int, image_size: tuple[int, int], norm: str) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        padding = 1 + _margin(channels)
+        padding = 1 + margin(channels)
         for width in self.PLAN:
             if width == "pool":
                 layers += [nn.MaxPool2d(2)]
@@ -214,7 +170,7 @@ class VGG11(nn.Module):
                 layers += [convolution, NORMS[norm](width), nn.ReLU()]
                 channels, padding = width, 1
         # Published so: of the 2×2 features that a 64×64 image leaves, a window of one keeps the top left.
-        layers += [nn.AvgPool2d(kernel_size=1, stride=_stride(image_size))]
+        layers += [nn.AvgPool2d(kernel_size=1, stride=stride(image_size))]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(512, num_classes)
 
@@ -255,7 +211,7 @@ class ResNet18(nn.Module):
         self, channels: int, num_classes: int, image_size: tuple[int, int], norm: str, pool: bool = False
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 64, kernel_size=3, stride=_stride(image_size), padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 64, kernel_size=3, stride=stride(image_size), padding=1, bias=False)
         self.bn1 = NORMS[norm](64)
         block = partial(BasicBlock, norm=norm, pool=pool)
         self.layer1 = nn.Sequential(block(64, 64, halve=False), block(64, 64, halve=False))
@@ -272,7 +228,7 @@ class ResNet18(nn.Module):
         return self.classifier(self.head(hidden).flatten(1))
 
 
-CLASSICS: dict[str, Callable[..., nn.Module]] = {
+_MAKERS: dict[str, Callable[..., nn.Module]] = {
     "MLP": MLP,
     "LeNet": LeNet,
     "AlexNet": AlexNet,
@@ -283,25 +239,7 @@ CLASSICS: dict[str, Callable[..., nn.Module]] = {
     "ResNet18_AP": partial(ResNet18, norm="instance", pool=True),
     "ResNet18BN_AP": partial(ResNet18, norm="batch", pool=True),
 }
-
-PUBLISHED_SUFFIXES = (
-    "", *(f"D{depth}" for depth in range(1, 9)), "W32", "W64", "W128", "W256", "W512", "W1024", "AS", "AR", "AL",
-    "NN", "BN", "LN", "IN", "GN", "NP", "MP", "AP", "D4BN", "KIP",
-)  # fmt: skip
-NAMES: tuple[str, ...] = (
-    *(f"ConvNet{suffix}" for suffix in PUBLISHED_SUFFIXES), *CLASSICS, *(f"{name}_Tiny" for name in CLASSICS)
-)  # fmt: skip
-
-EVALUATION_POOLS = {
-    "M": ["ConvNet", "AlexNet", "VGG11", "ResNet18"],
-    "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
-    "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
-    "A": ["ConvNetAS", "ConvNetAR", "ConvNetAL"],
-    "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
-    "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
-    "BN": ["ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "AlexNet", "VGG11", "ResNet18_AP"],
-}
-
+assert tuple(_MAKERS) == CLASSICS
 
 def build_network(name: str, channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     """A freshly initialised network that maps images [B, channels, *image_size] to logits [B, num_classes].
@@ -323,52 +261,11 @@ def build_network(name: str, channels: int, num_classes: int, image_size: tuple[
             f"{name} cannot read {channels}×{image_size[0]}×{image_size[1]} images: {family} reads 3×32×32 and 1×28×28,"
             f" {family}_Tiny reads 3×64×64; ConvNet and MLP read any size"
         )
-    network = CLASSICS[family](channels, num_classes, image_size)
+    network = _MAKERS[family](channels, num_classes, image_size)
     network.image_shape = (channels, *image_size)
     return network
-
-
-def check_network_name(name: str) -> None:
-    """Refuses a network that does not exist, whatever the images.
-
-    Raises:
-        UserError
-    """
-    if name.removesuffix("_Tiny") not in CLASSICS:
-        ConvNetPlan.parse(name)
-
-
-def evaluation_pool(mode: str, model: str, image_size: tuple[int, int] | None = None) -> list[str]:
-    """The names of the networks that the evaluation mode `mode` trains, for a set distilled with `model`.
-
-    Args:
-        image_size: for 64×64 images the classics are their `_Tiny` forms, which read them; MLP reads any.
-
-    Raises:
-        UserError: no such mode.
-    """
-    pools = {
-        "S": [model.split("BN")[0]],  # the model itself, but never its batch norm: published so
-        "C": [model, "ConvNet"],
-        **EVALUATION_POOLS,
-    }
-    if mode not in pools:
-        raise unknown_name("eval_mode", mode, pools)
-    tiny = CLASSICS.keys() - {"MLP"} if image_size and _stride(image_size) == 2 else ()
-    # Mode C of a ConvNet would train it twice.
-    return [f"{name}_Tiny" if name in tiny else name for name in dict.fromkeys(pools[mode])]
 
 
 def has_batch_norm(network: nn.Module) -> bool:
     """Whether the network keeps running statistics, which its parameters alone do not carry."""
     return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-
-
-def _margin(channels: int) -> int:
-    """Extra padding of the first convolution: one channel means MNIST's 28×28, which becomes 32×32."""
-    return 2 if channels == 1 else 0
-
-
-def _stride(image_size: tuple[int, int]) -> int:
-    """Stride that brings the `_Tiny` size, 64×64, to what follows at 32×32."""
-    return 2 if image_size[0] == 64 else 1

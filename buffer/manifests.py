@@ -1,0 +1,170 @@
+"""Expert files and their manifests by name, number, options and checksum; known without torch.
+
+`replay_buffer_{n}.pt` has beside it a manifest `.yaml`: the options of the run that trained the experts, and what they
+reached; published files have none.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils import files
+from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, influential
+from utils.data.watching import Watch, unwatched
+from utils.errors import UserError
+from utils.files import read_config
+from utils.program.console import number_of
+
+if TYPE_CHECKING:
+    from utils.data.datasets import Dataset
+
+LOOK_SECONDS = 0.2  # between two looks at how far the threads are
+_NAME = re.compile(r"replay_buffer_(\d+)\.pt")
+
+
+def buffer_folder(config: BufferConfig | DistillConfig | BaselineConfig) -> Path:
+    """The published folder of a network's experts on a dataset, below `buffer_path`."""
+    dataset = Path(config.buffer_path) / config.dataset
+    if config.dataset == "ImageNet":
+        dataset = dataset / config.subset / str(config.res or 128)
+    elif config.dataset in ("CIFAR10", "CIFAR100") and not config.zca:
+        dataset = dataset.with_name(f"{dataset.name}_NO_ZCA")
+    return dataset / config.model
+
+
+def expert_files(folder: Path) -> list[Path]:
+    """The expert files of a folder in the order of their numbers."""
+    numbers = {path: int(match[1]) for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))}
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+# Options in which experts of one folder may differ: how many there are, from which seed and for how long; and where the
+# folder and the data were, as both may have been moved.
+_MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs", "buffer_path", "data_path")
+# What a manifest holds beside the options of the run.
+_FACTS = ("fingerprint", "experts", "sha256")
+# The options that decide which images an expert saw.
+_DATA = ("dataset", "zca", "val_fraction")
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the options, the dataset's fingerprint, the experts' accuracies and the checksum of an expert file are."""
+    return path.with_suffix(".yaml")
+
+
+def manifests_of(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Those of the expert files that have one; published files have none."""
+    paths = map(manifest_path, expert_files(folder))
+    return {path: read_config(path) for path in paths if path.exists()}
+
+
+def made_by(folder: Path) -> list[dict[str, Any]]:
+    """The different options by which the experts of a folder were made, as far as manifests tell."""
+    kinds = [{name: value for name, value in manifest.items() if name not in _FACTS}
+             for manifest in manifests_of(folder).values()]
+    return [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
+
+
+def test_accuracies(folder: Path) -> list[float]:
+    """Those of the experts of a folder after their last epoch, as far as manifests tell."""
+    return [float(expert["test_accuracy"]) for manifest in manifests_of(folder).values()
+            for expert in manifest.get("experts", [])]
+
+
+def hold_out(folder: Path) -> float:
+    """The fraction of the training images that the experts of a folder did not see, as far as manifests tell."""
+    return next((float(manifest["val_fraction"]) for manifest in manifests_of(folder).values()
+                 if "val_fraction" in manifest), 0.0)
+
+
+def check_same_data(folder: Path, config: DataConfig) -> None:
+    """Refuses experts that were trained on other data, by the options saved beside them; published ones have none.
+
+    Raises:
+        UserError: that, or experts of several kinds in the folder.
+    """
+    manifests = manifests_of(folder)
+    for path, saved in manifests.items():
+        different = differences(saved, {name: getattr(config, name) for name in _DATA})
+        if different:
+            raise UserError(f"the experts of {path} were trained on other data: {different}; give the same options, or "
+                            "another --buffer_path")
+        _check_same_kind(path, saved, next(iter(manifests.values())))
+
+
+def check_same_kind(folder: Path, config: BufferConfig) -> None:
+    """Refuses to add experts to others that were trained in another way.
+
+    Raises:
+        UserError
+    """
+    for path, saved in manifests_of(folder).items():
+        _check_same_kind(path, saved, influential(config))
+
+
+def _check_same_kind(path: Path, saved: dict[str, Any], options: dict[str, Any]) -> None:
+    fixed = {name: value for name, value in options.items() if name not in _MAY_DIFFER + _FACTS}
+    different = differences(saved, fixed)
+    if different:
+        raise UserError(f"{path.parent} holds experts of another kind ({path.name}): {different}; give the same "
+                        "options, or another --buffer_path")
+
+
+def check_same_images(folder: Path, dataset: "Dataset") -> None:
+    """As `check_same_data`, by the images themselves: two datasets of one name, such as ImageFolder, may differ.
+
+    Raises:
+        UserError
+    """
+    for path, saved in manifests_of(folder).items():
+        if saved.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+            raise UserError(f"the experts of {path} were trained on other images than those of {dataset.name} here; "
+                            "give the same --data_path and options, or another --buffer_path")
+
+
+def require_experts(folder: Path) -> None:
+    """Refuses a folder without expert files, before anything expensive is done.
+
+    Raises:
+        UserError
+    """
+    if not expert_files(folder):
+        raise UserError(f"no replay_buffer_*.pt in {folder}; train experts with buffer/buffer_FTD.py "
+                        "(same --dataset, --model, --zca and --buffer_path), or give --buffer_path")
+
+
+def in_words(experts: int, epochs: int) -> str:
+    """Such as `4 experts of 10 epochs`."""
+    return f"{number_of(experts, 'expert')} of {number_of(epochs, 'epoch')}"
+
+
+def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]:
+    """The SHA-256 of each file, by its name."""
+    read: list[int] = []  # bytes, by whichever thread
+    waiting, shown = True, 0
+    with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
+          ThreadPoolExecutor(os.cpu_count()) as pool):  # hashing lets go of the interpreter
+        found = [pool.submit(files.sha256, path, read.append) for path in paths]
+        while waiting:
+            _, waiting = wait(found, LOOK_SECONDS)
+            done = sum(read)
+            advance(done - shown)
+            shown = done
+        return {path.name: each.result() for path, each in zip(paths, found)}
+
+
+def is_as_written(path: Path, checksum: str) -> bool:
+    """Whether an expert file is the one that its manifest was written for; False where there is no manifest.
+
+    Raises:
+        UserError: it is another one.
+    """
+    manifest = manifest_path(path)
+    expected = read_config(manifest).get("sha256") if manifest.exists() else None
+    if expected not in (None, checksum):
+        raise UserError(f"expert file {path} is damaged: it is not the file that {manifest.name} was written for; copy "
+                        "it again, or move both away and train the experts again")
+    return expected is not None

@@ -1,0 +1,27 @@
+"""What is refused before anything is loaded, torch among it."""
+
+from buffer.manifests import buffer_folder, check_same_data, check_same_kind
+from utils.config import BufferConfig
+from utils.data.names import check_dataset_name, parse_strategy
+from utils.errors import UserError
+from utils.networks import check_network_name
+
+
+def check_options(config: BufferConfig) -> None:
+    """Refuses what the options and the folder of the experts show.
+
+    Raises:
+        UserError
+    """
+    if config.rho_max != config.rho_min:
+        raise UserError(f"--rho_max {config.rho_max:g} --rho_min {config.rho_min:g}: rho follows the learning rate, "
+                        "which is constant here; give both the same value")
+    check_dataset_name(config.dataset)  # these two become folders
+    check_network_name(config.model)
+    parse_strategy(config.dsa_strategy)
+    if config.pad and not config.add_end_epoch <= config.rm_epoch_first <= config.rm_epoch_second:
+        raise UserError(f"--add_end_epoch {config.add_end_epoch} --rm_epoch_first {config.rm_epoch_first} "
+                        f"--rm_epoch_second {config.rm_epoch_second}: give them in rising order")
+    folder = buffer_folder(config)
+    check_same_data(folder, config)
+    check_same_kind(folder, config)

@@ -1,0 +1,106 @@
+"""What is refused before anything is loaded, torch among it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from buffer.manifests import buffer_folder, check_same_data, hold_out, require_experts
+from distill.set_files import check_whole
+from utils.config import AUTO, BaselineConfig, EvaluationConfig, TrainConfig
+from utils.data.names import check_dataset_name, parse_strategy
+from utils.errors import UserError
+from utils.files import check_is_file
+from utils.networks import check_network_name, evaluation_pool
+
+
+def check_evaluation(config: TrainConfig) -> None:
+    """Refuses what cannot be evaluated whatever the data; asks nothing of them, so it comes first.
+
+    Raises:
+        UserError: an unknown dataset, network, mode or augmentation.
+    """
+    check_dataset_name(config.dataset)
+    check_network_name(config.model)
+    parse_strategy(config.dsa_strategy)
+    evaluation_pool(config.eval_mode, config.model)
+
+
+IMAGES = "images_best.pt, or a run's folder"  # what `--data_dir` may be, for messages
+
+
+def check_set(config: EvaluationConfig) -> None:
+    """Refuses what the options of an evaluation show, and a set that is not there.
+
+    Raises:
+        UserError
+    """
+    if config.robust_score:
+        check_robust(config)
+    check_evaluation(config)
+    check_given(config.data_dir, "--data_dir", IMAGES)
+    path = Path(config.data_dir)
+    if not path.exists():
+        check_whole(path) if path.suffix == ".safetensors" else check_is_file(path, "--data_dir file", IMAGES)
+
+
+def check_robust(config: EvaluationConfig) -> None:
+    """Refuses options that the robust scores contradict.
+
+    Raises:
+        UserError
+    """
+    for name in ("hard_labels", "no_aug"):
+        if getattr(config, name):
+            raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
+    if config.lr_teacher == AUTO or "," in config.protocol:
+        raise UserError(f"--robust_score beside --lr_teacher {config.lr_teacher} --protocol {config.protocol}: give a "
+                        "number, which is for all real images, and one protocol")
+
+
+def check_given(path: str, option: str, usual_name: str) -> None:
+    """Refuses a file of a set that is not given.
+
+    Raises:
+        UserError
+    """
+    if not path:
+        raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
+
+
+def check_baseline(config: BaselineConfig) -> None:
+    """Refuses what the options of a baseline and the folder of its experts show.
+
+    Raises:
+        UserError
+    """
+    check_evaluation(config)
+    check_experts(as_experts_saw(config))
+
+
+def as_experts_saw(config: BaselineConfig) -> BaselineConfig:
+    """With the images held out that the experts did not see, where they choose or label images for a test on the test
+    images: theirs are of the same space, and whatever beats the rest must not have seen more."""
+    if config.ipc is None or config.val_fraction or (config.pick == "random" and not labelled_by_experts(config)):
+        return config
+    return replace(config, val_fraction=hold_out(buffer_folder(config)))
+
+
+def labelled_by_experts(config: BaselineConfig) -> bool:
+    return config.label_source == "experts" or (config.label_source == "auto" and config.pick != "random")
+
+
+def check_experts(config: BaselineConfig) -> None:
+    """Refuses a factor of all images, and experts that cannot choose or label the images, where they are to.
+
+    Raises:
+        UserError
+    """
+    if config.ipc is None and config.factor > 1:
+        raise UserError(f"--factor {config.factor} --ipc None: the whole training set is used as it is; give --ipc a "
+                        "number")
+    if config.pick != "random" or labelled_by_experts(config):
+        asked = "--label_source experts" if config.pick == "random" else f"--pick {config.pick}"
+        if config.ipc is None:
+            raise UserError(f"{asked} --ipc None: experts choose and label a number of images per class, and not the "
+                            "whole training set; give --ipc a number")
+        require_experts(buffer_folder(config))
+        check_same_data(buffer_folder(config), config)

@@ -1,0 +1,81 @@
+"""Where a run's folder is, and what is said of a finished run; known without torch."""
+
+import contextlib
+from functools import partial
+from pathlib import Path
+
+from buffer.manifests import buffer_folder, checksums, expert_files, is_as_written, manifests_of
+from distill.report.names import missing
+from distill.result_files import EMA, METRICS, NORMAL, RESULT, RunResult
+from distill.set_files import WHOLE
+from utils.config import STARTS, DistillConfig, defaults, differences, identity
+from utils.errors import UserError
+from utils.files import read_config
+from utils.program import ranks
+from utils.program.console import shown, wrapped
+from utils.program.progress import watched
+from utils.program.run_folder import RunFolder, run_id
+
+
+def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
+    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the name defaults to one made of the config and
+    the checksums of the data."""
+    name = config.run_name or f"{config.matching}_seed{config.seed}_{run_id(config, data)}"
+    return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name
+
+
+def answered(config: DistillConfig) -> bool:
+    """Whether the run is done, and nothing of it is missing; then it says so.
+
+    Of all others, and where files alone do not tell, it says nothing: `distill.loop` does.
+
+    Raises:
+        UserError: the folder holds a run of other options, or an expert file is damaged.
+    """
+    data = None if config.dry_run or ranks.size() > 1 else {} if config.run_name else _data_by_manifests(config)
+    path = None if data is None else run_folder(config, data)
+    if path is None or not (path / RESULT).exists() or not RunFolder(path, config, METRICS, RESULT).is_done:
+        return False
+    result = RunResult.read(path / RESULT)
+    if missing(path) or lost_sets(path, result):
+        return False
+    say_it_is(config, path, result)
+    return True
+
+
+def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
+    """The checksums that the name of a run's folder is made of, if there is a finished run of these options: of the
+    experts' files, and of the images that all of them were trained on, as their manifests tell. None where they do
+    not, and where a run reads more than these.
+    """
+    more = config.Initialize_Label_With_Another_Model or config.max_files or config.max_experts
+    if more or config.pix_init not in STARTS:
+        return None
+    runs = run_folder(config, {}).parent.glob(f"{config.matching}_seed{config.seed}_*/{RESULT}")
+    if not any(_is_of(config, path.with_name("config.yaml")) for path in runs):
+        return None
+    folder = buffer_folder(config)
+    paths, manifests = expert_files(folder), manifests_of(folder)
+    images = {manifest.get("fingerprint") for manifest in manifests.values()}
+    if len(manifests) < len(paths) or len(images) != 1 or None in images:
+        return None
+    found = checksums(paths, partial(watched, quiet=config.quiet))
+    return {"images": images.pop(), **found} if all(is_as_written(path, found[path.name]) for path in paths) else None
+
+
+def _is_of(config: DistillConfig, saved: Path) -> bool:
+    """Whether the options that were saved of a run are these."""
+    with contextlib.suppress(UserError):  # it may be another run's, and its own affair
+        return not differences(defaults(type(config)) | read_config(saved), identity(config))
+    return False
+
+
+def lost_sets(path: Path, result: RunResult) -> list[str]:
+    """The best sets of a finished run that are not in its folder."""
+    names = [NORMAL, EMA] if result.best_ema else [NORMAL]
+    return [name for name in names if not (path / name / WHOLE).exists()]
+
+
+def say_it_is(config: DistillConfig, path: Path, result: RunResult) -> None:
+    more = "" if config.resume == "never" else "a larger --Iteration to go on with it, or "
+    print(wrapped(f"{shown(path)} is finished ({result.summary}); give {more}another --run_name to run it again"))

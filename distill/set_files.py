@@ -1,0 +1,42 @@
+"""Where the files of a distilled set are; known without torch."""
+
+from pathlib import Path
+
+from distill.result_files import NORMAL, RESULT, RunResult
+from utils import files
+
+WHOLE = "distilled.safetensors"  # the self-describing file
+
+
+def set_in(folder: Path) -> Path | None:
+    """The distilled set in a run's folder, which may be what was meant by the folder."""
+    return next(iter(sorted(folder.glob(f"**/{WHOLE}"))), None) if folder.is_dir() else None
+
+
+def whole_set(path: Path) -> Path:
+    """The self-describing file that a path means: of a run's folder the better of its best sets, as its result says;
+    any other path is itself."""
+    result = path / RESULT
+    version = RunResult.read(result).better[0] if result.is_file() else NORMAL
+    return next((file for file in (path / version / WHOLE, path / WHOLE) if file.is_file()), path)
+
+
+def set_files(data_dir: str) -> tuple[str, str, str] | None:
+    """The files of images, labels and learning rate in a run's folder: see `whole_set`, which holds all three, and of a
+    run that has none, as it is unfinished or the published code's, the best set in published files. None where
+    `--data_dir` is something else."""
+    path = Path(data_dir)
+    if data_dir and (whole := whole_set(path)) != path:
+        return str(whole), "", ""
+    published = [path / NORMAL / f"{name}_best.pt" for name in ("images", "labels", "lr")]
+    return tuple(map(str, published)) if data_dir and all(file.is_file() for file in published) else None
+
+
+def check_whole(path: Path) -> None:
+    """Refuses what is no self-describing file, or plainly of another kind.
+
+    Raises:
+        UserError
+    """
+    files.check_is_file(path, "distilled set", set_in(path) or f"the path of a {WHOLE}")
+    files.check_kind(path, "distilled set", "safetensors", f"give the path of a {WHOLE}")

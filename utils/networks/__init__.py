@@ -1,0 +1,12 @@
+"""Name → network. Import from here."""
+
+from utils import later
+from utils.networks.names import (
+    EVALUATION_POOLS,
+    NAMES,
+    ConvNetPlan,
+    check_network_name,
+    evaluation_pool,
+)
+
+__getattr__ = later("utils.networks.architectures", "ConvNet", "GROUPS", "LEAK", "build_network", "has_batch_norm")

@@ -1,0 +1,110 @@
+"""What networks there are, by name, and which are evaluated together; known without torch."""
+
+import re
+from dataclasses import dataclass
+
+from utils.errors import UserError, unknown_name
+
+CLASSICS = ("MLP", "LeNet", "AlexNet", "VGG11", "VGG11BN", "ResNet18", "ResNet18BN", "ResNet18_AP", "ResNet18BN_AP")
+
+# What may follow "ConvNet" in a name: at most one for each field of a ConvNetPlan.
+SUFFIXES: dict[str, tuple[str, int | str]] = {
+    **{f"D{depth}": ("depth", depth) for depth in range(1, 9)},
+    **{f"W{width}": ("width", width) for width in range(1, 4097)},
+    **{"AS": ("activation", "sigmoid"), "AR": ("activation", "relu"), "AL": ("activation", "leaky")},
+    **{"NN": ("norm", "none"), "BN": ("norm", "batch"), "LN": ("norm", "layer")},
+    **{"IN": ("norm", "instance"), "GN": ("norm", "group")},
+    **{"NP": ("pooling", "none"), "MP": ("pooling", "max"), "AP": ("pooling", "average")},
+}
+KIP = "W1024NN"  # the network of Nguyen et al. 2021, https://arxiv.org/abs/2107.13034
+SUFFIX_RULE = "ConvNet takes one each of D1-D8, W1-W4096, AS|AR|AL, NN|BN|LN|IN|GN, NP|MP|AP, in any order"
+
+
+@dataclass(frozen=True)
+class ConvNetPlan:
+    """The five choices that make one ConvNet; the defaults are the plain `ConvNet`."""
+
+    depth: int = 3
+    width: int = 128
+    activation: str = "relu"
+    norm: str = "instance"
+    pooling: str = "average"
+
+    def paddings(self, channels: int) -> list[int]:
+        """Of each convolution, for images of so many channels."""
+        return [1 + margin(channels)] + [1] * (self.depth - 1)
+
+    @classmethod
+    def parse(cls, name: str) -> "ConvNetPlan":
+        """From a name: ConvNetD4W64 is ConvNetPlan(depth=4, width=64).
+
+        Raises:
+            UserError: the name is not "ConvNet" and known suffixes, or gives one field twice.
+        """
+        suffix = name.removeprefix("ConvNet").replace("KIP", KIP)
+        tokens = re.findall(r"[DW]\d+|[A-Z]{2}", suffix)
+        fields = dict(SUFFIXES[token] for token in tokens if token in SUFFIXES)
+        one_of_each = len(fields) == len(tokens) and "".join(tokens) == suffix
+        if not (name.startswith("ConvNet") and one_of_each):
+            raise UserError(f"{unknown_name('network', name, NAMES)}; {SUFFIX_RULE}")
+        return cls(**fields)
+
+
+PUBLISHED_SUFFIXES = (
+    "", *(f"D{depth}" for depth in range(1, 9)), "W32", "W64", "W128", "W256", "W512", "W1024", "AS", "AR", "AL",
+    "NN", "BN", "LN", "IN", "GN", "NP", "MP", "AP", "D4BN", "KIP",
+)  # fmt: skip
+NAMES: tuple[str, ...] = (
+    *(f"ConvNet{suffix}" for suffix in PUBLISHED_SUFFIXES), *CLASSICS, *(f"{name}_Tiny" for name in CLASSICS)
+)  # fmt: skip
+
+EVALUATION_POOLS = {
+    "M": ["ConvNet", "AlexNet", "VGG11", "ResNet18"],
+    "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
+    "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
+    "A": ["ConvNetAS", "ConvNetAR", "ConvNetAL"],
+    "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
+    "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
+    "BN": ["ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "AlexNet", "VGG11", "ResNet18_AP"],
+}
+
+
+def check_network_name(name: str) -> None:
+    """Refuses a network that does not exist, whatever the images.
+
+    Raises:
+        UserError
+    """
+    if name.removesuffix("_Tiny") not in CLASSICS:
+        ConvNetPlan.parse(name)
+
+
+def evaluation_pool(mode: str, model: str, image_size: tuple[int, int] | None = None) -> list[str]:
+    """The names of the networks that the evaluation mode `mode` trains, for a set distilled with `model`.
+
+    Args:
+        image_size: for 64×64 images the classics are their `_Tiny` forms, which read them; MLP reads any.
+
+    Raises:
+        UserError: no such mode.
+    """
+    pools = {
+        "S": [model.split("BN")[0]],  # the model itself, but never its batch norm: published so
+        "C": [model, "ConvNet"],
+        **EVALUATION_POOLS,
+    }
+    if mode not in pools:
+        raise unknown_name("eval_mode", mode, pools)
+    tiny = set(CLASSICS) - {"MLP"} if image_size and stride(image_size) == 2 else ()
+    # Mode C of a ConvNet would train it twice.
+    return [f"{name}_Tiny" if name in tiny else name for name in dict.fromkeys(pools[mode])]
+
+
+def margin(channels: int) -> int:
+    """Extra padding of the first convolution: one channel means MNIST's 28×28, which becomes 32×32."""
+    return 2 if channels == 1 else 0
+
+
+def stride(image_size: tuple[int, int]) -> int:
+    """Stride that brings the `_Tiny` size, 64×64, to what follows at 32×32."""
+    return 2 if image_size[0] == 64 else 1
