@@ -62,8 +62,8 @@ EOF
 
 data="--dataset=MiniFashion --model=ConvNetW32"
 run="$out/logged_files/MiniFashion/1/ConvNetW32/run"
-epochs=3 killed="0 137"  # a fast CPU may be done before it is killed
-if [ "$gpu" = 1 ]; then epochs=150 killed=137; fi
+epochs=3 iterations=80 killed="0 137"  # a fast CPU may be done before it is killed
+if [ "$gpu" = 1 ]; then epochs=150 iterations=300 killed=137; fi
 experts=("$python" buffer/buffer_FTD.py $data --num_experts=1 "--train_epochs=$epochs" --batch_train=256 --rho_max=0.01
          --rho_min=0.01 "--buffer_path=$out/buffers")
 distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml --zca=False --max_start_epoch=1
@@ -79,8 +79,8 @@ on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda --shape 
 # A program that is killed goes on by the same command.
 part experts_killed "$killed" 45 timeout -s KILL 12 "${experts[@]}"
 part experts 0 100 "${experts[@]}"
-part distillation_killed "$killed" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run
-part distillation 0 120 "${distil[@]}" --run_name=run
+part distillation_killed "$killed" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run "--Iteration=$iterations"
+part distillation 0 120 "${distil[@]}" --run_name=run "--Iteration=$iterations"
 part tesla 0 90 "${distil[@]}" --run_name=tesla --matching=tesla --Iteration=20 $compiled
 part unroll 0 45 "${distil[@]}" --run_name=unroll --matching=unroll --Iteration=20
 part evaluation_killed "$killed" 45 timeout -s KILL 10 "${evaluate[@]}"
