@@ -98,12 +98,13 @@ def activation_bytes(network: nn.Module) -> int:
 
     The network must come from `build_network`, which notes the shape of its images.
     """
-    network_copy = copy.deepcopy(network).to("meta").eval()
+    network_copy = copy.deepcopy(network).to("cpu").eval()  # on the meta device torch imports its compiler, for seconds
     elements: list[int] = []
     for module in network_copy.modules():
         if not list(module.children()):
             module.register_forward_hook(lambda module, inputs, output: elements.append(output.numel()))
-    network_copy(torch.empty(1, *network.image_shape, device="meta", dtype=next(network_copy.parameters()).dtype))
+    with torch.no_grad():
+        network_copy(torch.zeros(1, *network.image_shape, dtype=next(network_copy.parameters()).dtype))
     return 4 * sum(elements)
 
 
