@@ -98,7 +98,8 @@ def activation_bytes(network: nn.Module) -> int:
 
     The network must come from `build_network`, which notes the shape of its images.
     """
-    network_copy = copy.deepcopy(network).to("cpu").eval()  # on the meta device torch imports its compiler, for seconds
+    # On the meta device torch would import its compiler, for seconds; values do not matter.
+    network_copy = copy.deepcopy(network).to_empty(device="cpu").eval()
     elements: list[int] = []
     for module in network_copy.modules():
         if not list(module.children()):
