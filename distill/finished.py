@@ -8,9 +8,8 @@ from buffer.manifests import buffer_folder, checksums, expert_files, is_as_writt
 from distill.report.names import missing
 from distill.result_files import EMA, METRICS, NORMAL, RESULT, RunResult
 from distill.set_files import WHOLE
-from utils.config import STARTS, DistillConfig, defaults, differences, identity
+from utils.config import STARTS, DistillConfig
 from utils.errors import UserError
-from utils.files import read_config
 from utils.program import ranks
 from utils.program.console import shown, wrapped
 from utils.program.progress import watched
@@ -44,15 +43,15 @@ def answered(config: DistillConfig) -> bool:
 
 
 def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
-    """The checksums that the name of a run's folder is made of, if there is a finished run of these options: of the
-    experts' files, and of the images that all of them were trained on, as their manifests tell. None where they do
-    not, and where a run reads more than these.
+    """The checksums that the name of a run's folder is made of, if a run of these options is done: of the experts'
+    files, and of the images that all of them were trained on, as their manifests tell. None where they do not, and
+    where a run reads more than these.
     """
     more = config.Initialize_Label_With_Another_Model or config.max_files or config.max_experts
     if more or config.pix_init not in STARTS:
         return None
     runs = run_folder(config, {}).parent.glob(f"{config.matching}_seed{config.seed}_*/{RESULT}")
-    if not any(_is_of(config, path.with_name("config.yaml")) for path in runs):
+    if not any(_is_done(config, path.parent) for path in runs):
         return None
     folder = buffer_folder(config)
     paths, manifests = expert_files(folder), manifests_of(folder)
@@ -63,10 +62,10 @@ def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
     return {"images": images.pop(), **found} if all(is_as_written(path, found[path.name]) for path in paths) else None
 
 
-def _is_of(config: DistillConfig, saved: Path) -> bool:
-    """Whether the options that were saved of a run are these."""
+def _is_done(config: DistillConfig, folder: Path) -> bool:
+    """Whether the run in a folder is of these options, and no more is asked of it."""
     with contextlib.suppress(UserError):  # it may be another run's, and its own affair
-        return not differences(defaults(type(config)) | read_config(saved), identity(config))
+        return RunFolder(folder, config, METRICS, RESULT).is_done
     return False
 
 

@@ -48,12 +48,12 @@ def distill(config: DistillConfig) -> None:
     # A dry run ends here, with what a run would take and which settings fit the experts.
     path = run_folder(config, data)
     if config.dry_run:
-        folder = RunFolder(path, config, METRICS, RESULT)
+        folder, saved = RunFolder(path, config, METRICS, RESULT), None
         if not folder.is_done:
             saved = folder.saved_state if config.resume == "auto" else None
             checks.check_same_run(config, saved, data, folder)
             folder.check(saved, [*MADE, *SHOWS])
-        settle_threads(config, dataset, buffer, saved=None)
+        settle_threads(config, dataset, buffer, saved)
         checks.check_memory(config, dataset, buffer.model)
         estimate.report(config, dataset, buffer.model)
         say(config, "which settings fit the experts (Ctrl-C, if the estimate is enough):")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from utils.data import augment
+from utils.data.names import parse_strategy
 from utils.errors import UserError
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -50,14 +51,14 @@ def test_cutout_centre_reaches_one_further_for_an_even_square():
 
 def test_every_group_is_drawn_about_equally_often():
     random = torch.Generator().manual_seed(0)
-    groups = augment.parse_strategy(STRATEGY)
+    groups = parse_strategy(STRATEGY)
     drawn = [augment.draw(groups, 1, (8, 8), random).group for _ in range(1200)]
     assert set(drawn) == set(groups)
     assert all(140 < drawn.count(group) < 260 for group in groups)
 
 
 def test_the_same_generator_state_draws_the_same():
-    first, second = (augment.draw(augment.parse_strategy(STRATEGY), 5, (8, 8), torch.Generator().manual_seed(3))
+    first, second = (augment.draw(parse_strategy(STRATEGY), 5, (8, 8), torch.Generator().manual_seed(3))
                      for _ in range(2))
     assert first.group == second.group
     for name, values in first.parameters.items():
@@ -73,8 +74,8 @@ def test_differentiable_in_the_images(name):
 
 
 def test_no_strategy_and_unknown_group():
-    assert augment.parse_strategy("none") == augment.parse_strategy("") == ()
+    assert parse_strategy("none") == parse_strategy("") == ()
     x = torch.ones(1, 1, 2, 2)
     assert augment.apply(x, augment.draw((), 1, (2, 2), torch.Generator())) is x
     with pytest.raises(UserError, match="colour.*did you mean 'color'"):
-        augment.parse_strategy("colour_crop")
+        parse_strategy("colour_crop")

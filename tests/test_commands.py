@@ -19,12 +19,14 @@ from buffer.manifests import buffer_folder, check_same_kind, made_by
 from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, expert_features
+from distill.finished import answered
 from distill.initialize import expert_labels
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
 from utils.data.datasets import load_dataset
 from utils.files import REPOSITORY
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
+from utils.program.command_line import parse
 from utils.program.seeds import generator, seeded
 
 ENTRIES = {"buffer/buffer_FTD.py": BufferConfig, "distill/DATM.py": DistillConfig,
@@ -291,6 +293,9 @@ def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, dis
     _, arguments, _ = distilled
     unnamed = [*arguments[:-2], f"--log_path={tmp_path}"]
     call("distill/DATM.py", *unnamed)
+    with mock.patch("distill.finished.checksums") as reading:  # minutes of many experts, for no answer
+        assert not answered(parse(DistillConfig, "", [*unnamed, "--Iteration=99"], yaml_file=True))
+    assert not reading.called
     none = f"--buffer_path={tmp_path / 'none'}"
     commands = {  # → what it says
         **{f"{script} --help": "--help" for script in [

@@ -17,6 +17,7 @@ from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
 from utils.config import BufferConfig, make
 from utils.data import augment
+from utils.data.names import parse_strategy
 from utils.derivatives import choose_engine
 from utils.derivatives import engine as engines
 from utils.derivatives.choose_engine import Work, repays, set_precision
@@ -216,7 +217,7 @@ def test_auto_compiles_on_a_gpu_what_repays_it(monkeypatch, capsys, compiled_as_
 
 def segment_of(steps, strategy, batch=10, size=(32, 32)):
     random = torch.Generator().manual_seed(0)
-    groups = augment.parse_strategy(strategy)
+    groups = parse_strategy(strategy)
     return Segment(0, 0, 1, [torch.arange(batch) for _ in range(steps)],
                    [augment.draw(groups, batch, size, random) for _ in range(steps)])
 
@@ -253,7 +254,7 @@ def test_launches_and_waits_of_a_training_step_are_counted(stand_in, strategy):
     """Of an evaluation and of an expert: a graph and what is around it; an epoch's draws go there together."""
     model = FlatModel(build_network("ConvNetD3W4", 3, 10, (32, 32)).cuda(), "graph")
     images, soft, hard = torch.zeros(40, 3, 32, 32).cuda(), torch.zeros(40, 10).cuda(), torch.zeros(40).long().cuda()
-    groups = augment.parse_strategy(strategy)
+    groups = parse_strategy(strategy)
 
     def draw(batch, random):
         return augment.draw(groups, batch, (32, 32), random)
@@ -285,7 +286,7 @@ def test_launches_and_waits_of_a_training_step_are_counted(stand_in, strategy):
 @pytest.mark.parametrize("backend", ["graph", "compile"])
 def test_trainings_are_those_of_the_cpu(compiled_as_it_is, backend):
     """Of an evaluation and of an expert: every step from a graph of its own augmentation and rate."""
-    groups = augment.parse_strategy("color_crop_cutout_flip")
+    groups = parse_strategy("color_crop_cutout_flip")
     network = network_of("ConvNetD2W4", (3, 8, 8), torch.float64)
     images = torch.randn(10, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ends = []

@@ -64,9 +64,9 @@ def inputs_of(model, batch=4, hard=False, seed=1):
     return theta, draw(*theta.shape), draw(batch, *model.network.image_shape), y
 
 
-def by_hand(network, micro_batch=None, dtype=None, plan_compiled=False):
-    """The pass that is to be compiled, uncompiled; `plan_compiled` gives it the convolutions that compiled code has."""
-    network_pass = ConvNetPass(network.plan, network.image_shape, CPU, dtype, plan_compiled)
+def by_hand(network, micro_batch=None, dtype=None):
+    """The pass that is to be compiled, uncompiled."""
+    network_pass = ConvNetPass(network.plan, network.image_shape, CPU, dtype)
     return HandWritten(network_pass, FlatModel(network).unflatten, micro_batch)
 
 
@@ -218,15 +218,14 @@ def test_inputs_are_left_alone():
 
 
 def test_compiled_code_takes_winograd_where_it_fits():
-    def forms(name, shape, device=CPU, dtype=None, compiled=True):
-        network_pass = ConvNetPass(ConvNetPlan.parse(name), shape, device, dtype, compiled)
+    def forms(name, shape, device=CPU, dtype=None):
+        network_pass = ConvNetPass(ConvNetPlan.parse(name), shape, device, dtype)
         return [type(block.convolution) for block in network_pass.blocks]
 
     assert forms("ConvNetD3W64", (3, 16, 16)) == [Columns, Winograd, Winograd]
     assert forms("ConvNetD3W64", (1, 28, 28)) == [Columns, Winograd, Winograd]
     assert forms("ConvNetD3W64", (3, 8, 16)) == [Columns, Winograd, Direct]  # 2×4 cannot be tiled
     assert forms("ConvNetD2W32", (3, 16, 16)) == [Columns, Direct]
-    assert forms("ConvNetD2W64", (3, 16, 16), compiled=False) == [Columns, Direct]
     assert forms("ConvNetD2W64", (3, 16, 16), dtype=torch.bfloat16) == [Direct, Direct]
     assert forms("ConvNetD2W64", (3, 16, 16), device=torch.device("cuda")) == [Direct, Direct]
 
@@ -235,7 +234,7 @@ def test_compiled_code_takes_winograd_where_it_fits():
                                          ("ConvNetD2W64GNAS", (1, 4, 12)), ("ConvNetD2W64NNNP", (3, 4, 8))])
 def test_the_pass_with_winograd_equals_autograd(name, shape):
     network = network_of(name, shape)
-    engine = by_hand(network, 2, plan_compiled=True)
+    engine = by_hand(network, 2)
     assert type(engine.network_pass.blocks[1].convolution) is Winograd
     model = FlatModel(network, "plain")
     assert_same_derivatives(engine, model, *inputs_of(model, 3))
@@ -262,7 +261,7 @@ def test_a_match_by_hand_equals_the_textbook(name, seed, micro_batch):
     assert_equal_matches(exact, match_trajectory(FlatModel(network), **given, method="unroll"))
     assert_equal_matches(exact, match_trajectory(FlatModel(network, "plain"), **given))
     expected, model = through_the_last(given | {"model": FlatModel(network, "plain")}, 2), FlatModel(network)
-    for model.engine in (by_hand(network, micro_batch, plan_compiled=True), FlatModel(network, "eager").engine):
+    for model.engine in (by_hand(network, micro_batch), FlatModel(network, "eager").engine):
         assert_equal_matches(match_trajectory(model, **given, adjoint_steps=2), expected)
 
 
@@ -285,14 +284,15 @@ def in_float32(given):
 def test_a_match_by_hand_is_accurate_in_float32(name, winograd, seed):
     given = problem(seed, count=6, sizes=(6, 6, 6), name=name, channels=3, size=(16, 16))
     expected = match_trajectory(**given, method="unroll")
-    engine = by_hand(given["model"].network, plan_compiled=winograd)
-    assert (type(engine.network_pass.blocks[-1].convolution) is Winograd) == winograd
-    given["model"].engine = engine
-    found = match_trajectory(**in_float32(given))
-    assert found.grad_images.dtype == torch.float32
-    assert median_error(found.grad_images, expected.grad_images) < 1e-5
-    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
-    assert float(found.grad_lr) == pytest.approx(float(expected.grad_lr), rel=1e-4)
+    network = given["model"].network
+    to_be_compiled = by_hand(network)
+    assert (type(to_be_compiled.network_pass.blocks[-1].convolution) is Winograd) == winograd
+    for given["model"].engine in (to_be_compiled, FlatModel(network, "eager").engine):
+        found = match_trajectory(**in_float32(given))
+        assert found.grad_images.dtype == torch.float32
+        assert median_error(found.grad_images, expected.grad_images) < 1e-5
+        assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+        assert float(found.grad_lr) == pytest.approx(float(expected.grad_lr), rel=1e-4)
 
 
 @pytest.mark.parametrize("micro_batch, calls", [(None, 5), (2, 3 + 1 + 2 + 3 + 1)])

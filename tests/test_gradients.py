@@ -8,6 +8,7 @@ import torch
 
 from distill.distilled_set import DistilledSet
 from scripts.measure import gradients
+from utils.files import sha256
 
 
 def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_experts, environment, tmp_path,
@@ -32,7 +33,10 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
     monkeypatch.setattr(gradients, "reached", stopped)
     with pytest.raises(KeyboardInterrupt):
         gradients.main()
-    half = json.loads((tmp_path / "gradients.json.unfinished").read_text())["found"]
+    unfinished = json.loads((tmp_path / "gradients.json.unfinished").read_text())
+    half = unfinished["found"]
+    for path in (saved, *toy_experts.rglob("*.pt")):  # another set, or other experts, give other numbers
+        assert sha256(path) in str(unfinished["key"])
     assert len(half) == 2 * 2 * 2 + 2 and not report.exists()
     gradients.main()
     assert not list(tmp_path.glob("*.unfinished"))

@@ -10,6 +10,7 @@ from distill.distilled_set import DistilledSet
 from distill.matching import METHODS, Match, deep_part, far_part, losses_on_the_way, match_trajectory, matching_loss
 from utils.config import DistillConfig, make
 from utils.data import augment
+from utils.data.names import parse_strategy
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 
@@ -76,7 +77,7 @@ def problem(seed=0, count=7, sizes=(3, 2, 4, 3, 1), name="ConvNetD2W4", strategy
     model = FlatModel(network)
     theta = model.flatten()
     batches = [torch.randperm(count, generator=random)[:length] for length in sizes]
-    draws = [augment.draw(augment.parse_strategy(strategy), len(batch), size, random) for batch in batches]
+    draws = [augment.draw(parse_strategy(strategy), len(batch), size, random) for batch in batches]
     return dict(model=model, theta_start=theta,
                 theta_target=theta + 0.1 * torch.randn(theta.shape, generator=random, dtype=torch.float64),
                 images=torch.randn(count, channels, *size, generator=random, dtype=torch.float64),

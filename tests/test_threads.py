@@ -62,5 +62,7 @@ def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_e
         with stop_at(importlib.import_module(module), function, 2):
             assert "threads: 1 of 2" in call(*command, expect=130).stdout
         measured(1.0, 0.5)
+        if command[0] == DATM:  # the estimate is of the run that would go on
+            assert "threads: " not in call(*command, "--dry_run").stdout
         done = call(*command)
         assert "on cpu (1 threads)" in done.stdout and "threads: " not in done.stdout and "going on" in done.stdout

@@ -25,6 +25,7 @@ from distill.evaluate.released_sets import method_of
 from distill.evaluate.saved_set import told_by_set
 from utils.config import EvaluationConfig, make
 from utils.data import augment
+from utils.data.names import parse_strategy
 from utils.networks import evaluation_pool
 
 
@@ -57,7 +58,7 @@ def _settings(config: EvaluationConfig, given: Collection[str], protocol: str, n
     settings = {"epoch_eval_train": 1000, "batch_train": 128 if protocol == "datm" else 256, "dsa": True}
     if protocol == "dc":
         settings["dsa"] = config.dsa if "dsa" in given else method_of(config.data_dir) in ("DSA", "DM")
-        drawn = (augment.parse_strategy(config.dsa_strategy) if settings["dsa"]
+        drawn = (parse_strategy(config.dsa_strategy) if settings["dsa"]
                  else augment.older_operations(config.dataset, network))
         settings["epoch_eval_train"] = 1000 if drawn and not config.no_aug else 300
     return {name: value for name, value in settings.items() if name not in given}

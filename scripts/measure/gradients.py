@@ -150,7 +150,7 @@ def main() -> None:
 
     from distill.checks import check_window  # and torch, which takes seconds
     from distill.evaluate.networks import evaluate
-    from distill.initialize import initial_set, labellers_of
+    from distill.initialize import checksums, initial_set, labellers_of
     from distill.loop import opened
     from utils.program.machine import environment
     from utils.program.progress import Progress
@@ -165,8 +165,8 @@ def main() -> None:
         starts["distilled set"] = [initial_set(of_saved, dataset, labellers)[0].to(dataset.device)] * SEEDS
 
     # The gradients.
-    here = environment(dataset.device)
-    kept = Kept(files.get("json"), [options | saved, dataset.fingerprint, here["torch"], here["device"]])
+    here, read = environment(dataset.device), checksums(of_saved, dataset, buffer, labellers)
+    kept = Kept(files.get("json"), [options | saved, read, here["torch"], here["device"]])
     found: dict[tuple[str, int, str], list[Measured]] = {}
     steps = sorted({*STEPS, config.syn_steps})
     with Progress(len(starts) * len(steps) * SEEDS, "gradients", quiet=config.quiet) as bar:

@@ -77,7 +77,7 @@ def errors(draw: int, device: "torch.device") -> dict[str, dict[str, float]]:
         set_precision("fp32" if device.type == "cpu" or precision == "bf16" else precision, device)
         model = FlatModel(network, backend, precision)
         if kind == "compile":
-            form = ConvNetPass(network.plan, network.image_shape, theta.device, compiled=True)
+            form = ConvNetPass(network.plan, network.image_shape, theta.device)
             model.engine = HandWritten(form, model.unflatten, BATCH)
         for name, method in METHODS.items():
             ours, true = gradient(model, method, torch.float32, device), exact[name]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.data.names import GROUPS, parse_strategy  # noqa: F401
+from utils.data.names import GROUPS
 from utils.memory import sent
 
 # The published strengths.

@@ -84,8 +84,8 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
                       splits=not has_batch_norm(network))
     size = micro_batch or micro_batch_for(network, CACHED_BYTES)
     if compiled:
-        network_pass = shared_pass(network.plan, network.image_shape, device, dtype, compiled)
-        engine = HandWritten(network_pass, unflatten, size, compiled)
+        network_pass = shared_pass(network.plan, network.image_shape, device, dtype)
+        engine = HandWritten(network_pass, unflatten, size, compiled=True)
     elif fast and device.type == "cpu" and dtype is None and covers_eagerly(network):
         engine = HandWritten(EagerPass(network.plan, network.image_shape), unflatten, size)
     # Batch norm's running statistics change with every call, which warming up and replaying would spoil.

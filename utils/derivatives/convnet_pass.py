@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from utils.derivatives.convolution import Columns, Convolution, Direct, Winograd
 from utils.networks import GROUPS, LEAK, ConvNet, ConvNetPlan
 
-# Where which form of the convolution wins on a CPU, as measured.
+# Where which form of the convolution wins on a CPU, compiled, as measured.
 FEW_CHANNELS = 4  # of a first layer, up to which `Columns` does
-MANY_CHANNELS = 64  # in and out, from which compiled `Winograd` does
+MANY_CHANNELS = 64  # in and out, from which `Winograd` does
 EPSILON = 1e-5  # of every norm, the library's default
 PIXELS = (1, 2, 3, 4)  # the axes of a window view that hold one image's pixels
 
@@ -117,15 +117,14 @@ class ConvNetPass:
         plan, image_shape: of a network that `covers` is true of, and its images [C, H, W].
         device: where it runs, which decides the form of each convolution.
         dtype: type of the convolutions' operands; None: the images' own.
-        compiled: the caller compiles it, which decides too.
     """
 
     def __init__(self, plan: ConvNetPlan, image_shape: tuple[int, ...], device: torch.device,
-                 dtype: torch.dtype | None = None, compiled: bool = False) -> None:
+                 dtype: torch.dtype | None = None) -> None:
         self.blocks: list[Block] = []
         channels, *size = image_shape
         for padding in plan.paddings(channels):
-            block = Block(_form(channels, plan.width, padding, tuple(size), device, dtype, compiled), plan)
+            block = Block(_form(channels, plan.width, padding, tuple(size), device, dtype), plan)
             self.blocks.append(block)
             channels, size = plan.width, [(side + 2 * padding - 2) // block.window for side in size]
         self.features = (plan.width, *size)
@@ -297,13 +296,13 @@ def covers(network: nn.Module) -> bool:
 
 
 def _form(channels: int, width: int, padding: int, size: tuple[int, int], device: torch.device,
-          dtype: torch.dtype | None, compiled: bool) -> Convolution:
+          dtype: torch.dtype | None) -> Convolution:
     """The convolution's fastest form; on a GPU the library has all of them."""
     if device.type != "cpu" or dtype is not None:
         return Direct(channels, width, padding, dtype)
     if channels <= FEW_CHANNELS:
         return Columns(channels, width, padding, size)
-    if compiled and min(channels, width) >= MANY_CHANNELS and size[0] % 4 == size[1] % 4 == 0:
+    if min(channels, width) >= MANY_CHANNELS and size[0] % 4 == size[1] % 4 == 0:
         return Winograd(channels, width, size)
     return Direct(channels, width, padding)
 

@@ -201,7 +201,7 @@ class _Convolution:
         return F.conv2d(v, kernel, padding=self.padding)
 
     def backward(self, delta: Tensor, v: Tensor, kernel: Tensor, images: bool = True, weight: bool = True
-                 ) -> tuple[Tensor, Tensor]:
+                 ) -> tuple[Tensor | None, Tensor | None]:
         back, of_kernel, _ = torch.ops.aten.convolution_backward(
             delta, v, kernel, None, (1, 1), (self.padding, self.padding), (1, 1), False, (0, 0), 1,
             (images, weight, False))

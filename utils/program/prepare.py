@@ -20,6 +20,7 @@ from utils.config import (
 from utils.data import augment
 from utils.data.augment import Drawer
 from utils.data.datasets import Dataset, load_dataset
+from utils.data.names import parse_strategy
 from utils.derivatives.choose_engine import Work, check_backend, set_precision
 from utils.errors import UserError
 from utils.files import check_output
@@ -132,7 +133,7 @@ def dsa_groups(config: DataConfig, inner_loop: bool = False) -> tuple[str, ...]:
     Raises:
         UserError: an unknown group.
     """
-    groups = augment.parse_strategy(config.dsa_strategy)
+    groups = parse_strategy(config.dsa_strategy)
     return groups if config.dsa and not (inner_loop and config.no_aug) else ()
 
 
