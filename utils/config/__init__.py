@@ -1,6 +1,6 @@
 """The options of the programs: their types, what there is, and what values mean. Import from here."""
 
-from utils.config.option_types import AUTO, MOST_THREADS, STARTS
+from utils.config.option_types import AUTO, STARTS
 from utils.config.options import (
     GROUPS,
     BaselineConfig,

@@ -7,7 +7,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from utils.config import AUTO, MOST_THREADS, DataConfig
+from utils.config import AUTO, DataConfig
 from utils.derivatives.choose_engine import PLAIN_BYTES, Work, activation_bytes, seconds_uncompiled
 from utils.parameters import FlatModel
 from utils.program import ranks
@@ -43,7 +43,7 @@ def settle(config: DataConfig, network: nn.Module, batch: int, work: Work, known
     Args:
         batch: samples of a step.
         work: what is to come, which must be worth the second that it takes to find out.
-        known: with how many an unfinished run began, so that it goes on to the bit.
+        known: with how many an unfinished run began, so that it goes on to the bit, where there are as many here.
     """
     global _left_out
     everything = torch.get_num_threads()
@@ -51,7 +51,7 @@ def settle(config: DataConfig, network: nn.Module, batch: int, work: Work, known
              or next(network.parameters()).device.type != "cpu")
 
     def choose() -> int:
-        if given or known in range(1, MOST_THREADS + 1):
+        if given or known in range(1, everything + 1):
             return known or everything
         if everything == 1 or seconds_uncompiled(network, work) < WORTH_MEASURING:
             return everything
