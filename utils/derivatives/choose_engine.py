@@ -28,6 +28,7 @@ from utils.networks import has_batch_norm
 
 # Activations of a micro-batch on a CPU: what its cache still serves, and what autograd's larger kernels want.
 CACHED_BYTES = 24 << 20
+EAGER_BYTES = 64 << 20  # the cache counts for less than how seldom several threads wait for each other
 PLAIN_BYTES = 128 << 20
 SHARE_OF_MEMORY = 0.7  # of a GPU's free memory, that a micro-batch may take
 ADJOINT_FACTOR = 6.0  # an adjoint's peak memory over its activations, at most (measured: 5)
@@ -82,11 +83,12 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     engine: Engine
     engine = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
                       splits=not has_batch_norm(network))
-    size = micro_batch or micro_batch_for(network, CACHED_BYTES)
     if compiled:
+        size = micro_batch or micro_batch_for(network, CACHED_BYTES)
         network_pass = shared_pass(network.plan, network.image_shape, device, dtype)
         engine = HandWritten(network_pass, unflatten, size, compiled=True)
     elif fast and device.type == "cpu" and dtype is None and covers_eagerly(network):
+        size = micro_batch or micro_batch_for(network, EAGER_BYTES)
         engine = HandWritten(EagerPass(network.plan, network.image_shape), unflatten, size)
     # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
     captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)

@@ -22,10 +22,11 @@ def tune_process() -> None:
 
     # Read by torch's thread pool (libgomp) when torch is first imported. By default a thread that waits for the others
     # spins for milliseconds; where other programs want the cores too, that is time in which those that it waits for do
-    # not run, and everything becomes ten times slower. This bound is some fifty microseconds: as long as most waits on
-    # an idle machine, where a thread that sleeps would have to be woken for each layer. Who gives a policy has it.
+    # not run, and everything becomes ten times slower. This bound is a hundredth of the default. A tenth of it would be
+    # twice as fast there, but a fifth slower on an idle machine, and `--threads auto` takes one thread where others are
+    # no help. Who gives a policy has it.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
     # glibc hands large blocks back to the system as soon as they are freed, and the next tensor of that size pays a
     # page fault for every 4 KB: a fifth of a training step on a CPU, and more. Freed memory is kept and used again.
