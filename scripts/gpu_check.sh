@@ -6,6 +6,11 @@
 # Exit code 1: a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+if [[ ${1:-} == -* ]]; then
+    sed -n '2,6s/^# //p' scripts/gpu_check.sh
+    [ "$1" = --help ]
+    exit $((2 * $?))
+fi
 python3 -c "import torch" 2>/dev/null || source scripts/venv.sh
 python=${PYTHON:-$(command -v python || command -v python3)}
 out=${1:-gpu_check}
@@ -14,6 +19,7 @@ rm -f "$out"/*.log "$out"/*.json
 : >"$out/parts.tsv"
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 
+trap 'exit 130' INT  # after the part that Ctrl-C stops, which is in the foreground too
 END=570  # seconds, by which everything is over
 
 part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit codes that are right
@@ -24,7 +30,7 @@ part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit code
         return
     fi
     printf '\n--- %s, %s s at most: %s\n' "$name" "$limit" "$*"
-    timeout -s INT -k 15 "$limit" "$@" 2>&1 | tee "$out/$name.log" | tail -n 25
+    timeout --foreground -s INT -k 15 "$limit" "$@" 2>&1 | tee -i "$out/$name.log" | tail -n 25
     code=${PIPESTATUS[0]}
     for right in $codes; do
         if [ "$code" = "$right" ]; then said=ok; fi

@@ -296,7 +296,7 @@ def test_each_option_changes_the_distilled_images(call, toy, toy_experts, tmp_pa
 
 def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data):
     config = make(BufferConfig, model="ConvNetD1W4", train_epochs=2, rho_max=0, rho_min=0, mom=0.9, l2=1e-3,
-                  dsa_strategy="none", batch_train=20, lr_teacher=0.1)
+                  dsa_strategy="none", batch_train=20, lr_teacher=0.1, backend="plain")
     model, snapshots = train_expert(config, toy_data, 0)
     from utils.program.seeds import generator, seeded
     with seeded(0, "expert", 0):

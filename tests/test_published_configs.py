@@ -188,7 +188,7 @@ def experts(call, tmp_path_factory):
     layout; and the options of any program for these data."""
     nothing = NoWhitening(*(torch.full((1, 1), 0.5) for _ in range(3)))  # the mean is that of 2 x − 1
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("utils.data.datasets.fit", lambda images, key, device: nothing)
+        monkeypatch.setattr("utils.data.datasets.fit", lambda *given: nothing)
         monkeypatch.setitem(DATASETS, "MiniFashion", DATASETS["FashionMNIST"])
         # What other tests see to, and most of the time.
         monkeypatch.setattr("distill.report.show._MAKERS", dict.fromkeys(SHOWN, lambda run, path: None))

@@ -36,7 +36,7 @@ from scripts.common import save_report
 from utils.config import DistillConfig
 from utils.files import check_output, given, read_json, write_json
 from utils.program.command_line import config_of, typed
-from utils.program.console import table
+from utils.program.console import note, number_of, shown, table
 from utils.program.entry import entry
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ class Kept:
                 saved = read_json(self._path)
                 if saved["key"] == key and isinstance(saved["found"], dict):
                     self._saved = saved
+            kept = len(self._saved["found"])
+            note(f"going on with the {number_of(kept, 'part')} in {shown(self._path)}" if kept else
+                 f"note: {shown(self._path)} is of other options, experts, set or machine; starting over")
 
     def get(self, name: str, find: Callable[..., Any], *given: Any) -> Any:
         """What was found under a name, as JSON has it, or is found now."""

@@ -271,7 +271,7 @@ PATHS = {"data_path", "buffer_path", "log_path", "Initialize_Label_Model_Dir", "
          "json", "save"}
 SIGNED = {"seed", "Label_Model_Timestamp", "lr_init", "canvas_size", "canvas_samples"}
 NOT_SAVED = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "resume", "json",
-             "save", "wandb", "project", "force_save", "quiet"}
+             "save", "threads", "wandb", "project", "force_save", "quiet"}
 NOTHING = ("none", "null", "~", "")
 YES, NO = {"1", "true", "on", "yes", "t", "y"}, {"0", "false", "off", "no", "f", "n"}
 
