@@ -81,8 +81,6 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     worthwhile = fast and backend == "auto" and (device.type != "cpu" or _compiler()) and repays(network, work)
     compiled = fast and bool(backend == "compile" or (worthwhile and _can_compile(device)))
     engine: Engine
-    engine = Autograd(forward, micro_batch or micro_batch_for(network, PLAIN_BYTES), dtype,
-                      splits=not has_batch_norm(network))
     if compiled:
         size = micro_batch or micro_batch_for(network, CACHED_BYTES)
         network_pass = shared_pass(network.plan, network.image_shape, device, dtype)
@@ -90,6 +88,9 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     elif fast and device.type == "cpu" and dtype is None and covers_eagerly(network):
         size = micro_batch or micro_batch_for(network, EAGER_BYTES)
         engine = HandWritten(EagerPass(network.plan, network.image_shape), unflatten, size)
+    else:
+        size = micro_batch or micro_batch_for(network, PLAIN_BYTES)
+        engine = Autograd(forward, size, dtype, splits=not has_batch_norm(network))
     # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
     captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)
     return Captured(engine) if captured else engine
