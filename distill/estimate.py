@@ -13,6 +13,8 @@ from distill.plan import (
     batch_size,
     evaluations,
     gradient_in_words,
+    kept_in_words,
+    kept_steps,
     matched_steps,
     networks,
     num_samples,
@@ -83,6 +85,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     (_, few_bytes), (more_seconds, more_bytes) = (_measured(each, device) for each in (few, more))
     # Of the exact gradient each further step keeps a θ; of the unrolled one, its graph.
     step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
+    maps = max(0, kept_steps(config, dataset, model) - MORE) * batch * model.engine.map_bytes
     # The steps that a truncated gradient does not go through are trained alone.
     matched = matched_steps(config)
     alone = config.syn_steps - matched
@@ -97,7 +100,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     return Estimate((more_seconds * matched + train_seconds * alone) / MORE, config.Iteration,
                     networks(config) * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test),
                     evaluations(config),
-                    captured + more_bytes + (config.syn_steps - MORE) * step_bytes + state,
+                    captured + more_bytes + maps + (config.syn_steps - MORE) * step_bytes + state,
                     sum(each.nbytes for each in (dataset.train_images, dataset.test_images)
                         if isinstance(each, torch.Tensor)))  # those on the host, beside a GPU, take none of its memory
 
@@ -105,7 +108,8 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     """`DATM.py --dry_run`: prints the estimate."""
     print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, "
-          f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}), on "
+          f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}"
+          f"{kept_in_words(kept_steps(config, dataset, model))}), on "
           f"{describe(dataset.device)}:")
     print(estimate(config, dataset, model))
     if "compiled" in model.engine.name:

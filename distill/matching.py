@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from utils.data import augment as dsa
+from utils.derivatives.engine import Maps
 from utils.loss_and_accuracy import cross_entropy
 from utils.parameters import FlatModel
 
@@ -96,7 +97,7 @@ def losses_on_the_way(model: FlatModel, theta_start: Tensor, targets: Sequence[T
         [targets, steps].
     """
     augment = augment if augment is not None else [None] * len(batches)
-    thetas = _train(model, theta_start, images, labels, lr, batches, augment)
+    thetas, _ = _train(model, theta_start, images, labels, lr, batches, augment)
 
     def loss(theta: Tensor, target: Tensor) -> Tensor:
         mask = _mask(part, theta, target)
@@ -123,18 +124,21 @@ def _mask(part: Part | None, theta_final: Tensor, theta_target: Tensor) -> Tenso
     return None if part is None else part(theta_final.detach(), theta_target)
 
 
-def _train(model, theta_start, images, labels, lr, batches, augment) -> list[Tensor]:
-    """The inner loop: θ₀ … θ_T, detached; P numbers a step and no graph are kept."""
+def _train(model, theta_start, images, labels, lr, batches, augment, keep_maps: int = 0
+           ) -> tuple[list[Tensor], list[Maps | None]]:
+    """The inner loop: θ₀ … θ_T, detached, P numbers a step and no graph; and what the last `keep_maps` steps leave to
+    their adjoints."""
     kept = model.keep(images=images.detach(), labels=labels.detach(), lr=lr.detach())
     thetas = [theta_start.detach()]
-    for batch, draw in zip(batches, augment):
-        def step(model, kept, batch, theta, *parameters, draw=draw):
+    maps = [[] if left <= keep_maps else None for left in range(len(batches), 0, -1)]
+    for batch, draw, of_step in zip(batches, augment, maps):
+        def step(model, kept, batch, theta, *parameters, draw=draw, maps=of_step):
             x = dsa.apply(kept["images"][batch], draw and draw.holding(parameters))
-            _, _, gradient = model.gradient(theta, x, kept["labels"][batch])
+            _, _, gradient = model.gradient(theta, x, kept["labels"][batch], maps)
             return theta - kept["lr"] * gradient
 
         thetas.append(model.run(("train", dsa.operations(draw)), step, kept, batch, thetas[-1], *dsa.tensors(draw)))
-    return thetas
+    return thetas, maps
 
 
 def _unrolled(model, theta_start, theta_target, images, labels, lr, batches, augment, part) -> Match:
@@ -160,7 +164,8 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     """The recursion of the module's docstring over the last `steps`; without `carry_back` it is TESLA's."""
     soft = labels.is_floating_point()
     images, labels, lr = images.detach(), labels.detach(), lr.detach()
-    thetas = _train(model, theta_start, images, labels, lr, batches, augment)
+    keep_maps = min(model.kept_steps(max(map(len, batches))), len(batches) if steps is None else steps)
+    thetas, maps = _train(model, theta_start, images, labels, lr, batches, augment, keep_maps)
     theta_final = thetas.pop()
     mask = _mask(part, theta_final, theta_target)
     distance_start = _distance(theta_start, theta_target, mask)
@@ -171,12 +176,12 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
                       grad_lr=torch.zeros_like(lr), **({"grad_labels": torch.zeros_like(labels)} if soft else {}))
 
     # The same steps in reverse, each revisited with its own draw.
-    for batch, draw in islice(zip(reversed(batches), reversed(augment)), steps):
-        def step(model, kept, batch, theta, *parameters, draw=draw):
+    for batch, draw, of_step in islice(zip(*map(reversed, (batches, augment, maps))), steps):
+        def step(model, kept, batch, theta, *parameters, draw=draw, maps=of_step):
             x = kept["images"][batch].requires_grad_()
             augmented = dsa.apply(x, draw and draw.holding(parameters))
             s, s_theta, s_augmented, s_y = model.adjoint(theta, kept["co_state"], augmented.detach(),
-                                                         kept["labels"][batch])
+                                                         kept["labels"][batch], maps)
             (s_x,) = torch.autograd.grad(augmented, x, s_augmented)
             changes = [-kept["lr"] * each for each in ((s_x, s_y) if soft else (s_x,))]
             of_theta = kept["lr"] * s_theta if carry_back else None

@@ -4,6 +4,8 @@ from utils.config import DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.networks import evaluation_pool
+from utils.parameters import FlatModel
+from utils.program.console import number_of
 
 SAVE_INTERVAL = 1000  # the set of an iteration divisible by this is always written
 
@@ -60,6 +62,18 @@ def networks(config: DistillConfig) -> int:
 def matched_steps(config: DistillConfig) -> int:
     """The inner steps that the gradient goes through, the last ones."""
     return config.adjoint_steps or config.syn_steps
+
+
+def kept_steps(config: DistillConfig, dataset: Dataset, model: FlatModel) -> int:
+    """The inner steps that leave maps to their adjoints, the last ones."""
+    if config.matching == "unroll":
+        return 0
+    return min(model.kept_steps(batch_size(config, dataset)), matched_steps(config))
+
+
+def kept_in_words(steps: int) -> str:
+    """To be said after the engine; empty where nothing is kept."""
+    return f", maps of {number_of(steps, 'step')} kept" if steps else ""
 
 
 def work_of_an_iteration(config: DistillConfig, dataset: Dataset) -> Work:

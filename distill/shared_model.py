@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.derivatives.engine import Adjoint, Step
+from utils.derivatives.engine import Adjoint, Maps, Step
 from utils.parameters import FlatModel
 from utils.program.ranks import sum_
 
@@ -20,22 +20,28 @@ class SharedModel:
     def __init__(self, model: FlatModel) -> None:
         self.model = model
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
+                 ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As `FlatModel.gradient`; the logits are those of this rank's samples, None without any."""
-        loss, logits, of_theta = self.model.gradient(theta, x, y) if len(x) else (theta.new_zeros(()), None, 0 * theta)
+        loss, logits, of_theta = (self.model.gradient(theta, x, y, maps) if len(x)
+                                  else (theta.new_zeros(()), None, 0 * theta))
         loss, of_theta, _ = self._mean(len(x), loss, of_theta)
         return loss, logits, of_theta
 
-    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
         """As `FlatModel.adjoint`; the gradients of the whole batch's s in x and y are those of this rank's samples."""
         if len(x):
-            here = self.model.adjoint(theta, co_state, x, y)
+            here = self.model.adjoint(theta, co_state, x, y, maps)
         else:
             of_labels = torch.zeros_like(y) if y.is_floating_point() else None
             here = Adjoint(theta.new_zeros(()), 0 * theta, torch.zeros_like(x), of_labels)
         s, of_theta, samples = self._mean(len(x), here.s, here.theta)
         share = len(x) / samples
         return Adjoint(s, of_theta, here.images * share, None if here.labels is None else here.labels * share)
+
+    def kept_steps(self, batch: int) -> int:
+        """As `FlatModel.kept_steps`."""
+        return self.model.kept_steps(batch)
 
     def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
         """As `FlatModel.keep`."""

@@ -308,6 +308,27 @@ def test_matching_takes_the_hand_written_adjoint(monkeypatch, micro_batch, calls
     assert len(taken) == calls
 
 
+@pytest.mark.parametrize("kept", [0, 2, 5])
+def test_what_is_kept_for_the_adjoint_changes_no_bit(monkeypatch, kept):
+    """Two micro-batches a step; the last steps' maps are used, as many as there is room for, and take what was said."""
+    given = in_float32(problem(0, sizes=(4, 4, 4, 4, 4)))
+    network, found, taken = given.pop("model").network.float(), [], []
+    adjoint = EagerPass.adjoint
+
+    def watched(self, weights, tangents, x, y, maps=None):
+        taken.append(maps and sum(each.nbytes for each in maps.z + maps.delta) / len(x))
+        return adjoint(self, weights, tangents, x, y, maps)
+
+    monkeypatch.setattr(EagerPass, "adjoint", watched)
+    for steps in (0, kept):
+        model = FlatModel(network, micro_batch=2)
+        model._room_for_maps = steps * 4 * model.engine.map_bytes
+        taken.clear()
+        found.append(match_trajectory(model, **given))
+        assert taken == 2 * steps * [model.engine.map_bytes] + 2 * (5 - steps) * [None]
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
 @pytest.mark.parametrize("model", [lambda network: FlatModel(network, "plain", "bf16"),
                                    lambda network: FlatModel(network, "eager", "bf16"),
                                    lambda network: by_hand(network, dtype=torch.bfloat16)],

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from utils.derivatives.choose_engine import NOTHING, Work, select_engine
-from utils.derivatives.engine import Adjoint, Captured, Engine, Step, describe_engine
+from utils.derivatives.engine import Adjoint, Captured, Engine, Maps, Step, describe_engine
+from utils.memory import available
 
 Result = TypeVar("Result")
+MOST_FOR_MAPS = 1 << 30  # bytes
+SHARE_FOR_MAPS = 1 / 16  # of the memory at hand, which other processes of this run want too
 
 
 class FlatModel:
@@ -54,17 +57,29 @@ class FlatModel:
         """x [B, C, H, W] → logits [B, K], differentiable in θ and x to any order."""
         return _forward(self.network, self.names, self.shapes, theta, x)
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
+                 ) -> tuple[Tensor, Tensor, Tensor]:
         """The mean cross entropy L(θ; x, y), the logits [B, K] and ∇L [P], all detached.
 
         Args:
             x, y: images [B, C, H, W]; label logits [B, K] or classes [B].
+            maps: takes what spares the adjoint of the same step some of its work; see `kept_steps`.
         """
-        return self._fitted(len(x), lambda: self.engine.gradient(theta, x, y))
+        return self._fitted(len(x), lambda: self.engine.gradient(theta, x, y, maps))
 
-    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
         """s = ⟨∇L(θ; x, y), λ⟩ and its gradients in θ, x and y, all detached; `co_state` is λ [P]."""
-        return self._fitted(len(x), lambda: self.engine.adjoint(theta, co_state, x, y))
+        return self._fitted(len(x), lambda: self.engine.adjoint(theta, co_state, x, y, maps))
+
+    def kept_steps(self, batch: int) -> int:
+        """Of how many steps on so many samples there is room for what gradients leave to adjoints. It decides time and
+        memory, and not a bit of the result."""
+        bytes_of_step = batch * self.engine.map_bytes
+        return int(self._room_for_maps // bytes_of_step) if bytes_of_step else 0
+
+    @cached_property
+    def _room_for_maps(self) -> float:
+        return min(MOST_FOR_MAPS, SHARE_FOR_MAPS * available())
 
     def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
         """The tensors for steps of `run`, which may change them; where steps are replayed, copies in memory of the

@@ -119,6 +119,8 @@ class ConvNetPass:
         dtype: type of the convolutions' operands; None: the images' own.
     """
 
+    map_bytes = 0  # see `Engine`
+
     def __init__(self, plan: ConvNetPlan, image_shape: tuple[int, ...], device: torch.device,
                  dtype: torch.dtype | None = None) -> None:
         self.blocks: list[Block] = []

@@ -11,6 +11,7 @@ Maps are [B, C, H, W]; a plane is one image's channel, and what belongs to plane
 image of B·C channels, whose group norm takes each plane alone.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -27,6 +28,14 @@ Weights = list[Tensor]
 """θ in `parameters()` order: kernel, bias, gain and shift of each block, matrix and bias of the classifier."""
 
 
+class Maps(NamedTuple):
+    """What a gradient leaves to the adjoint at the same place, by block: the outcomes of 2 of their 11 convolutions,
+    which take most of the time and little of the memory."""
+
+    z: list[Tensor]  # each block's before its norm
+    delta: list[Tensor]  # ∂L of what each but the last hands on
+
+
 class EagerPass:
     """The two derivatives, as pure functions of θ's tensors; see `ConvNetPass`."""
 
@@ -35,6 +44,13 @@ class EagerPass:
         first, *others = plan.paddings(channels)
         self.convolutions = [_Patches(first, size) if channels <= FEW_CHANNELS else _Convolution(first),
                              *map(_Convolution, others)]
+        elements, pooled = 0, 0
+        for convolution in self.convolutions:
+            before = [side + 2 * convolution.padding - 2 for side in size]
+            size = [side // 2 for side in before]
+            elements += pooled + plan.width * math.prod(before)
+            pooled = plan.width * math.prod(size)
+        self.map_bytes = 4 * elements  # a sample's `Maps`, in float32
 
     @staticmethod
     def lift(parameters: Sequence[Tensor]) -> Weights:
@@ -44,10 +60,10 @@ class EagerPass:
     def lower(gradient: Weights) -> Tensor:
         return torch.cat([part.reshape(-1) for part in gradient])
 
-    def gradient(self, weights: Weights, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Weights]:
-        """The loss, the logits [B, K] and ∇L."""
+    def gradient(self, weights: Weights, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Weights, Maps]:
+        """The loss, the logits [B, K], ∇L, and what the adjoint may be given."""
         *_, matrix, bias = weights
-        a, saved = x.contiguous(), []
+        a, saved, deltas = x.contiguous(), [], []
         for convolution, (kernel, _, gain, shift) in zip(self.convolutions, _blocks(weights)):
             v = convolution.lift(a)
             norm, h = _Norm.of(convolution.forward(v, kernel), gain.repeat(len(x)), shift.repeat(len(x)))
@@ -61,24 +77,32 @@ class EagerPass:
         parts = [delta.sum(0), delta.T @ features]
 
         delta = (delta @ matrix).view_as(a)
+        zs = [norm.z for _, norm, _ in saved]
         for convolution, (kernel, of_bias, gain, _) in zip(reversed(self.convolutions), reversed(_blocks(weights))):
             v, norm, a = saved.pop()
-            delta, of_gain, of_shift = norm.backward(_masked(_spread(delta), a), gain.repeat(len(x)))
-            parts += [of_shift, of_gain, torch.zeros_like(of_bias)]  # a plane's mean takes the bias with it
+            delta, p, q = norm.backward(_masked(_spread(delta), a), gain.repeat(len(x)))
+            # A plane's mean takes the bias with it.
+            parts += [norm.of_channels(q), norm.of_channels(p), torch.zeros_like(of_bias)]
             delta, of_kernel = convolution.backward(delta, v, kernel, images=bool(saved))
             parts.append(of_kernel)
-        return loss, logits, parts[::-1]
+            deltas.insert(0, delta)
+        return loss, logits, parts[::-1], Maps(zs, deltas[1:])  # the images have none
 
-    def adjoint(self, weights: Weights, tangents: Weights, x: Tensor, y: Tensor
+    def adjoint(self, weights: Weights, tangents: Weights, x: Tensor, y: Tensor, maps: Maps | None = None
                 ) -> tuple[Tensor, Weights, Tensor, Tensor | None]:
-        """s = ⟨∇L, λ⟩ with its gradients in θ, x and, where y are label logits, y; `_` marks the ε part."""
+        """s = ⟨∇L, λ⟩ with its gradients in θ, x and, where y are label logits, y; `_` marks the ε part.
+
+        Args:
+            maps: what the gradient at the same θ, x and y returned, which changes nothing but the time.
+        """
         number = len(x)
         (*_, matrix, bias), (*_, matrix_, bias_) = weights, tangents
         a, a_, saved = x.contiguous(), None, []
         for convolution, (kernel, _, gain, shift), (kernel_, _, gain_, shift_) in zip(
                 self.convolutions, _blocks(weights), _blocks(tangents)):
             v = convolution.lift(a)
-            z, z_ = convolution.forward(v, kernel), convolution.forward(v, kernel_)
+            z = maps.z[len(saved)] if maps else convolution.forward(v, kernel)
+            z_ = convolution.forward(v, kernel_)
             v_ = None
             if a_ is not None:  # the images do not move
                 v_ = convolution.lift(a_)
@@ -107,27 +131,25 @@ class EagerPass:
             v, v_, norm, z_, k, mean_, a = saved.pop()
             gain, gain_ = gain.repeat(number), gain_.repeat(number)
             delta, delta_ = (_masked(_spread(each), a) for each in (delta, delta_))
-            p, q = norm.means(delta)  # ⟨δ ẑ⟩ and ⟨δ⟩
+            dz, p, q = norm.backward(delta, gain)
             p_, q_ = norm.means(delta_)
             moved = norm.product(delta, z_, mean_) - norm.inverse * k * p  # ⟨δ ẑ˙⟩
-            inverse, n = norm.inverse, norm.pixels
-            of_gain, of_shift = ((n * each).view(number, -1).sum(0) for each in (p_ + moved, q_))
-            parts += [of_shift, of_gain, torch.zeros_like(of_bias)]
+            parts += [norm.of_channels(q_), norm.of_channels(p_ + moved), torch.zeros_like(of_bias)]
 
+            inverse = norm.inverse
             scale, along, along_ = inverse * gain, gain * p, gain * (p_ + moved) + gain_ * p
             decay = inverse * k  # −(1/σ)˙ σ
-            # Both are (γ δ − means)/σ, and the second its derivative: of ẑ, of 1/σ, and of what they are applied to.
+            # The derivative of ∂z = (γ δ − means)/σ: of ẑ, of 1/σ, and of what they are applied to.
             delta_ = norm.affine(inverse * (2 * decay * along - along_),
                                  inverse * (decay * gain * q - gain * q_ - gain_ * q + inverse * along * mean_),
                                  (scale, delta_), (inverse * gain_ - decay * scale, delta),
                                  (-inverse.square() * along, z_))
-            delta = norm.affine(-inverse * along, -scale * q, (scale, delta))
             back, s_kernel = convolution.backward(delta_, v, kernel)
-            back_, s_kernel_ = convolution.backward(delta, v if v_ is None else v_, kernel_, weight=v_ is not None)
+            back_, s_kernel_ = convolution.backward(dz, v if v_ is None else v_, kernel_, weight=v_ is not None)
             delta_ = back.add_(back_)
             if v_ is not None:
                 s_kernel.add_(s_kernel_)
-                delta, _ = convolution.backward(delta, v, kernel, weight=False)
+                delta = maps.delta[len(saved) - 1] if maps else convolution.backward(dz, v, kernel, weight=False)[0]
             parts.append(s_kernel)
         return s, parts[::-1], delta_, s_y
 
@@ -147,10 +169,6 @@ class _Norm(NamedTuple):
                                                    EPSILON)
         return cls(z, mean.view(-1), inverse.view(-1)), h.view_as(z)
 
-    @property
-    def pixels(self) -> int:
-        return self.z[0, 0].numel()
-
     def affine(self, of_normed: Tensor, constant: Tensor, *others: tuple[Tensor, Tensor]) -> Tensor:
         """Σ factor · map, of ẑ, one and others; factors [B·C]."""
         _, total = self.of(self.z, of_normed, constant)
@@ -159,7 +177,7 @@ class _Norm(NamedTuple):
         return total
 
     def means(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """⟨δ ẑ⟩ and ⟨δ⟩"""
+        """⟨δ ẑ⟩ and ⟨δ⟩ [B·C]"""
         return _means(delta, self.z, self.mean, self.inverse)
 
     def product(self, delta: Tensor, moved: Tensor, mean: Tensor) -> Tensor:
@@ -167,9 +185,13 @@ class _Norm(NamedTuple):
         return _means(delta, moved, mean, self.inverse)[0]
 
     def backward(self, delta: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """∂z, ∂γ and ∂β [C]"""
-        back, of_gain, of_shift = _group_norm_backward(delta, self.z, self.mean, self.inverse, gain, True)
-        return (back.view_as(self.z), *(each.view(len(self.z), -1).sum(0) for each in (of_gain, of_shift)))
+        """∂z, ⟨δ ẑ⟩ and ⟨δ⟩"""
+        back, *sums = _group_norm_backward(delta, self.z, self.mean, self.inverse, gain, True)
+        return (back.view_as(self.z), *(each / self.z[0, 0].numel() for each in sums))
+
+    def of_channels(self, mean: Tensor) -> Tensor:
+        """Sums over images and pixels [C], of what has these means over planes."""
+        return (self.z[0, 0].numel() * mean).view(len(self.z), -1).sum(0)
 
 
 def _group_norm_backward(delta: Tensor, z: Tensor, mean: Tensor, inverse: Tensor, gain: Tensor | None, images: bool

@@ -41,18 +41,24 @@ class Adjoint(NamedTuple):
     labels: Tensor | None
 
 
+Maps = list[Any]
+"""Of a step's micro-batches in order, what a gradient leaves to the adjoint; it is spent there."""
+
+
 class Engine(Protocol):
     """Shapes: θ, λ [P]; x [B, C, H, W]; y label logits [B, K] or classes [B]. Everything returned is detached."""
 
     name: str
     micro_batch: int | None  # samples at a time in the adjoint; None: all
+    map_bytes: int  # a sample's maps, which a gradient may leave to the adjoint at the same place; 0: it leaves none
 
     def halve(self, batch: int) -> bool:
         """Takes half as many samples of such a batch at a time from now on; False if that cannot be."""
         ...
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint: ...
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
+                 ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint: ...
 
 
 def describe_engine(engine: Engine, batch: int) -> str:
@@ -104,6 +110,7 @@ class Autograd:
     """
 
     name = "autograd"
+    map_bytes = 0
 
     def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], micro_batch: int | None = None,
                  dtype: torch.dtype | None = None, splits: bool = True) -> None:
@@ -115,7 +122,8 @@ class Autograd:
             self.micro_batch = math.ceil(most / 2)
         return self.splits and most > 1
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
+                 ) -> tuple[Tensor, Tensor, Tensor]:
         def part(x: Tensor, y: Tensor) -> MicroBatch:
             leaf = theta.detach().requires_grad_()
             logits, loss = self._loss(leaf, x, y)
@@ -125,7 +133,7 @@ class Autograd:
         (loss, of_theta), (logits,) = _in_parts(part, x.detach(), y.detach(), self.micro_batch)
         return loss, logits, of_theta
 
-    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
         soft = y.is_floating_point()
 
         def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
@@ -161,6 +169,7 @@ class HandWritten:
                  micro_batch: int | None = None, compiled: bool = False) -> None:
         self.network_pass, self.unflatten, self.micro_batch = network_pass, unflatten, micro_batch
         self.name = "hand-written, compiled" if compiled else "hand-written"
+        self.map_bytes = network_pass.map_bytes
         self._gradient, self._adjoint = network_pass.gradient, network_pass.adjoint
         if compiled:
             # Networks times shapes; torch keeps the setting for each thread.
@@ -173,22 +182,26 @@ class HandWritten:
         return most > 1
 
     @torch.no_grad()
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
+                 ) -> tuple[Tensor, Tensor, Tensor]:
         weights = self._lift(theta)
 
         def part(x: Tensor, y: Tensor) -> MicroBatch:
-            loss, logits, of_weights = self._gradient(weights, x, y)
+            loss, logits, of_weights, *left = self._gradient(weights, x, y)
+            if maps is not None:
+                maps.extend(left)
             return (loss, of_weights), (logits,)
 
         (loss, of_weights), (logits,) = _in_parts(part, x, y, self.micro_batch)
         return loss, logits, self.network_pass.lower(of_weights)
 
     @torch.no_grad()
-    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
         weights, tangents = self._lift(theta), self._lift(co_state)
 
         def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
-            s, of_weights, *of_samples = self._adjoint(weights, tangents, x_part, y_part)
+            left = [maps.pop(0)] if maps else []
+            s, of_weights, *of_samples = self._adjoint(weights, tangents, x_part, y_part, *left)
             return (s, of_weights), _scaled([each for each in of_samples if each is not None], len(x_part) / len(x))
 
         (s, of_weights), (s_x, *s_y) = _in_parts(part, x, y, self.micro_batch)
@@ -256,10 +269,13 @@ class Captured:
         self._pool: Any = None
         self._refused = False
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    map_bytes = 0
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
+                 ) -> tuple[Tensor, Tensor, Tensor]:
         return self.run("gradient", lambda engine, kept, *given: engine.gradient(*given), {}, theta, x, y)
 
-    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor) -> Adjoint:
+    def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
         return self.run("adjoint", lambda engine, kept, *given: engine.adjoint(*given), {}, theta, co_state, x, y)
 
     @property
