@@ -37,16 +37,29 @@ class ImageSpace(NamedTuple):
     whitening: Whitening | None
 
     def from_pixels(self, images: Tensor) -> Tensor:
-        """[n, C, H, W] in [0, 1] → what networks see."""
+        """[n, C, H, W] in [0, 1] → what networks see.
+
+        Raises:
+            UserError: images of another size or other channels.
+        """
+        self._check(images)
         if self.whitening is not None:
             return self.whitening.apply(images)
         return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """The inverse of `from_pixels`; not clipped."""
+        """The inverse of `from_pixels`, which raises the same; not clipped."""
+        self._check(images)
         if self.whitening is not None:
             return self.whitening.invert(images)
         return images * _per_channel(self.std, images) + _per_channel(self.mean, images)
+
+    def _check(self, images: Tensor) -> None:
+        values = None if self.whitening is None else self.whitening.mean.numel()
+        if images.dim() != 4 or images.shape[1] != len(self.mean) or values not in (None, images.shape[1:].numel()):
+            each = f" with {values} values in each image" if values else ""
+            raise UserError(f"images {list(images.shape)} are not of this space; give [N, {len(self.mean)}, H, W]"
+                            f"{each}")
 
 
 class HostImages:
