@@ -54,6 +54,7 @@ def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole,
             elsewhere.space.from_pixels(wrong)
     assert repr(elsewhere) == (
         "DistilledSet(images [6, 3, 8, 8], labels [6, 3], factor 1, lr 0.01, dataset ImageFolder)")
+    assert repr(toy_data) == "Dataset(ImageFolder, 72 training and 24 test images [3, 8, 8], 3 classes, whitened)"
     torch.testing.assert_close(elsewhere.space.to_pixels(elsewhere.images), toy_data.to_pixels(elsewhere.images),
                                rtol=0, atol=1e-5)
 

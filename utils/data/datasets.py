@@ -79,7 +79,7 @@ class HostImages:
         return self.images.to(device)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """A training and a test set in the space that networks see: normalised by mean and std, or ZCA-whitened.
 
@@ -99,6 +99,11 @@ class Dataset:
     fingerprint: str  # SHA-256, in hex, of the name and the raw images and labels
     # [N] of whitened training images, `Whitening.energy` of the pixels, which are costly to have back.
     train_energy: Tensor | None = None
+
+    def __repr__(self) -> str:
+        kind = "normalised" if self.whitening is None else "whitened"
+        return (f"Dataset({self.name}, {len(self.train_images)} training and {len(self.test_images)} test images "
+                f"{list(self.test_images.shape[1:])}, {self.num_classes} classes, {kind})")
 
     @property
     def device(self) -> torch.device:
