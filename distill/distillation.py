@@ -5,7 +5,7 @@ the mathematics, so that an iteration can be repeated without the ones before it
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -246,8 +246,12 @@ class Distillation:
         now = self.set.detach()
         return {NORMAL: now} | ({} if self.ema is None else {EMA: replace(now, images=self.ema.clone())})
 
-    def fixed_loss(self, distilled: DistilledSet) -> float:
-        """The mean matching loss over segments that are the same whenever it is called with the same config."""
+    def fixed_loss(self, distilled: DistilledSet, advance: Callable[[float], object] = lambda count: None) -> float:
+        """The mean matching loss over segments that are the same whenever it is called with the same config.
+
+        Args:
+            advance: called with 1 after each segment.
+        """
         config, total, samples = self.config, torch.zeros((), device=self.device), distilled.samples()
         for number in range(FIXED_SEGMENTS):
             segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
@@ -256,6 +260,7 @@ class Distillation:
             labels = labels_for(config, self.buffer, distilled, samples, theta_target)
             total += matching_loss(student(self.buffer), theta_start, theta_target, samples, labels, distilled.lr,
                                    segment.batches, segment.augment, self.part)
+            advance(1)
         return float(total) / FIXED_SEGMENTS
 
     def _walk(self, iteration: int) -> int:

@@ -25,7 +25,7 @@ from utils.data.disk_layouts import some_of
 from utils.data.tiles import check_factor, cut
 from utils.data.zca import KeptWhitening, Whitening
 from utils.errors import UserError
-from utils.program.console import note
+from utils.program.console import note, number_of
 
 FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier held the whitening, and no pictures
 READ_BY = "dataset", "subset", "res", "zca"  # the options that say what the images of a set are
@@ -33,7 +33,7 @@ FOLDERS = "data_path", "buffer_path"  # and where that lay, and the experts of i
 TOLD = *READ_BY, "model", "factor", *FOLDERS  # those that an evaluation need not be given
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DistilledSet(torch.utils.data.Dataset):
     """Images in the space that networks are trained in, their labels, and the learning rate to train with.
 
@@ -51,6 +51,11 @@ class DistilledSet(torch.utils.data.Dataset):
     std: tuple[float, ...] = ()
     whitening: Whitening | KeptWhitening | None = None
     pictures: Tensor | None = None  # [N, C, H, W], see `pixels`; files of the earlier format hold none
+
+    def __repr__(self) -> str:
+        made = "".join(f", {name} {self.config[name]}" for name in ("dataset", "model") if name in self.config)
+        return (f"DistilledSet(images {list(self.images.shape)}, labels {list(self.labels.shape)}, factor "
+                f"{self.factor}, lr {float(self.lr.float().mean()):.4g}{made})")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,7 +83,7 @@ class DistilledSet(torch.utils.data.Dataset):
     def size(self) -> str:
         """How many images and labels there are, in words."""
         parts = f" of {self.factor} × {self.factor} smaller ones ({len(self)} labels)" if self.factor > 1 else ""
-        return f"{len(self.images)} images{parts}"
+        return f"{number_of(len(self.images), 'image')}{parts}"
 
     @functools.cached_property
     def space(self) -> ImageSpace:

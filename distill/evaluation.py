@@ -14,7 +14,8 @@ this program's own: --epoch_eval_train and --batch_train are not the run's, and 
 --data_dir also takes what other projects released (DC, DSA, DM, MTT, FTD, TESLA, DATM, PAD, NCFM), as a file or the
 folder that holds it. --protocol datm|mtt|dc is whose epochs, batch, learning rate and augmentation count where they are
 not given; of several, such as dc,datm, the set has a score each. --lr_teacher auto takes for each kind of network the
-best of 0.001, 0.005, 0.01, 0.05, 0.1 and the set's own rate on a tenth of the training images.
+best of 0.001, 0.005, 0.01, 0.05, 0.1 and the set's own rate on a tenth of the training images; a number counts in the
+place of the set's own rate too.
 
     python distill/evaluation.py --data_dir res_DSA_CIFAR10_ConvNet_10ipc.pt --protocol dc,datm
     python distill/evaluation.py --data_dir FOLDER --dataset CIFAR10 --eval_mode M --lr_teacher auto
@@ -52,10 +53,11 @@ def main() -> None:
     from distill.evaluate.robust import evaluate_robust
     from distill.evaluate.saved_set import evaluate_files
 
+    given = typed(EvaluationConfig, __doc__)
     if config.robust_score:
-        evaluate_robust(config)
+        evaluate_robust(config, given)
     else:
-        evaluate_files(config, partial(under, config, typed(EvaluationConfig, __doc__)))
+        evaluate_files(config, given, partial(under, config, given))
 
 
 def known(given: dict[str, Any]) -> dict[str, Any]:

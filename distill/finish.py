@@ -14,14 +14,25 @@ from distill.report.names import PAGE, PICTURES, SHOWN, missing
 from distill.report.page_pictures import SAVED, save_pictures
 from distill.report.read_run import read_run
 from distill.report.show import noting_failure, show
-from distill.result_files import EMA, NORMAL, Best, FixedLoss, Metrics, RunResult, better_of, skipped_advice
+from distill.result_files import (
+    EMA,
+    NORMAL,
+    Best,
+    FixedLoss,
+    Metrics,
+    RunResult,
+    better_of,
+    images_tested,
+    skipped_advice,
+)
 from distill.run_state import Candidate, DistillView, RunState, best_of, frames_of
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
 from utils.program import commands, ranks
-from utils.program.console import note, say, shown, wrapped
+from utils.program.console import note, number_of, say, shown, wrapped
 from utils.program.machine import environment
+from utils.program.progress import watched
 from utils.program.run_folder import RunFolder
 
 
@@ -29,8 +40,12 @@ def finish(run: RunState) -> None:
     """Writes what a finished run leaves, and says where: first the result, then what shows it, which may fail."""
     config, dataset, start, folder = run.config, run.dataset, run.start, run.folder
 
-    # The matching loss before and after, to which all ranks contribute; the first one does the rest.
-    before, after = (run.distillation.fixed_loss(distilled) for distilled in (start, run.distillation.set))
+    # The matching loss before and after, to which all ranks contribute; the first one does the rest. A set without an
+    # update is the one that the run began with.
+    learned = run.distillation.skipped < config.Iteration
+    with watched("measuring the matching loss", FIXED_SEGMENTS * (1 + learned), config.quiet) as advance:
+        before = run.distillation.fixed_loss(start, advance)
+        after = run.distillation.fixed_loss(run.distillation.set, advance) if learned else before
     if not ranks.first():
         return
 
@@ -44,8 +59,9 @@ def finish(run: RunState) -> None:
 
     # The result, with which the run counts as finished; then what shows it.
     chosen_on = "validation" if config.val_fraction else "test"
+    tested = images_tested(chosen_on)
     results = {name: Best(best.iteration, float(best.set.lr), best.scores) for name, best in run.best.items()}
-    summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {chosen_on} images "
+    summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {tested} images "
                         f"{best.scores[0].percent} % at iteration {best.iteration}"
                         for name, best in results.items())
     skipped, held = run.distillation.skipped, run.distillation.held
@@ -56,14 +72,14 @@ def finish(run: RunState) -> None:
 
     # What was reached, and where it lies.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
-    say(config, f"{skipped} of {config.Iteration} updates skipped, α held back {held} times")
-    if skipped == config.Iteration > 0:
+    say(config, f"{skipped} of {number_of(config.Iteration, 'update')} skipped, α held back {number_of(held, 'time')}")
+    if config.Iteration and not learned:
         # By the losses that were compared with the threshold, which those of the fixed segments may be below.
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
         note(f"note: every update was skipped: {advice}")
-    if 0 == run.best[NORMAL].iteration < config.Iteration and skipped < config.Iteration:
+    if learned and run.best[NORMAL].iteration == 0:
         say(config, "note: the best set is the one that the run began with; none on its way was better on the "
-                    f"{chosen_on} images")
+                    f"{tested} images")
     print(wrapped(summary))
     _say_where(config, folder.path, run.best, better_of(run.best))
 

@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.files import check_is_file, sha256
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
+from utils.program.console import number_of
 from utils.program.prepare import network_for
 from utils.program.progress import watched
 from utils.program.seeds import generator
@@ -70,7 +71,11 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
         UserError: experts without the snapshot `Label_Model_Timestamp`; a saved set that does not fit.
     """
     if config.pix_init not in STARTS:
-        return saved_start(config, dataset), []
+        distilled, rate = saved_start(config, dataset), config.lr_teacher
+        own = f"{float(distilled.lr):.4g}"
+        other = rate != AUTO and own != f"{rate:.4g}"
+        return distilled, [f"the learning rate starts at {own}, that of the set of --pix_init, and not at --lr_teacher "
+                           f"{rate:g}"] if other else []
     device = dataset.device
     random = generator(config.seed, "initialize")
     model, timestamp = buffer.model, config.Label_Model_Timestamp
@@ -104,7 +109,8 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     else:
         labels, unknown = expert_labels(model, experts(), samples, classes)
         if unknown:
-            notes.append(f"{unknown} images that no expert predicts correctly have the mean label of all experts")
+            notes.append(f"{number_of(unknown, 'image')} that no expert predicts correctly "
+                         f"{'has' if unknown == 1 else 'have'} the mean label of all experts")
     lr = math.nan if config.lr_teacher == AUTO else config.lr_teacher
     return DistilledSet(images, labels, torch.tensor(lr)).to("cpu"), notes
 
@@ -121,9 +127,9 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
         raise UserError(f"--pix_init {config.pix_init}: {why}; give the --zca and the data that it was made with")
     classes, _ = class_indices(distilled, dataset.num_classes)
     if len(distilled.images) != config.ipc * dataset.num_classes:
-        raise UserError(f"--pix_init {config.pix_init} holds {len(distilled.images)} images; --ipc {config.ipc} of "
-                        f"{dataset.num_classes} classes are {config.ipc * dataset.num_classes}: give the --ipc that it "
-                        "was made with")
+        raise UserError(f"--pix_init {config.pix_init} holds {number_of(len(distilled.images), 'image')}; --ipc "
+                        f"{config.ipc} of {dataset.num_classes} classes are {config.ipc * dataset.num_classes}: give "
+                        "the --ipc that it was made with")
     if not distilled.labels.is_floating_point() and not classes.equal(classes.sort().values):
         raise UserError(f"--pix_init {config.pix_init}: its images do not stand class by class; sort them")
     if config.labels != "hard" and not distilled.labels.is_floating_point():
@@ -172,8 +178,8 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
             theta = next(iter(experts()))
             confidence = expert_logits(model, theta, dataset.train_images[left])[:, label].cpu()
             notes.append(f"class {dataset.classes[label]}: only {len(members)} of {len(members) + missing} images that "
-                         f"an expert predicts correctly; the {missing} with the highest logit of the class fill the "
-                         "rest")
+                         f"an expert predicts correctly; the {missing} with the highest logit of the class "
+                         f"{'fills' if missing == 1 else 'fill'} the rest")
             members += left[confidence.topk(missing).indices].tolist()
         chosen.append(_repeated(torch.tensor(members), ipc))
     return torch.cat(chosen), notes

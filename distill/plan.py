@@ -89,5 +89,6 @@ def work_of(config: DistillConfig, dataset: Dataset) -> Work:
 
 def gradient_in_words(config: DistillConfig) -> str:
     """Such as `exact gradient, T 20`."""
-    truncated = f" truncated to the last {config.adjoint_steps}" if config.adjoint_steps else ""
+    steps = matched_steps(config)
+    truncated = f" truncated to the last {steps}" if steps < config.syn_steps else ""
     return f"{config.matching} gradient, T {config.syn_steps}{truncated}"

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, RootModel, ValidationError, computed_field
 from pydantic.dataclasses import dataclass
 
-from utils.config import AUTO, STARTS
+from utils.config import AUTO, STARTS, EvaluationConfig
 from utils.errors import UserError
 from utils.files import append_json, given, read_json, read_text, reading, write_json
 from utils.program.console import percent
@@ -160,6 +160,11 @@ class Best:
     scores: Scores
 
 
+def images_tested(on: str | None) -> str:
+    """On which images a set was tested or chosen, in words; the published `validation` are training images held out."""
+    return "held-out" if on == "validation" else "test"
+
+
 @dataclass(frozen=True)
 class FixedLoss:
     """The mean matching loss over segments that stay the same, of the set that a run began with and of its last one."""
@@ -242,6 +247,19 @@ def skipped_advice(loss: float, options: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class UnderProtocol:
+    """What they reached under one of several protocols, or each at a rate of its own."""
+
+    scores: Scores
+    trained: dict[str, dict[str, Any]]  # by network: epochs, batch_train, dsa, lr; of a chosen rate, held_out
+
+
+def under_protocol(what: str, protocol: str) -> str:
+    """A set under a protocol, in words."""
+    return what if protocol == EvaluationConfig.protocol else f"{what} under {protocol}"
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """What networks that were trained on a set reached."""
 
@@ -254,6 +272,7 @@ class EvaluationResult:
     config: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
     labels: int | None = None  # of a factor above 1, as many for each image as it holds smaller ones
+    protocols: dict[str, UnderProtocol] = Field(default_factory=dict)  # of which the first has these scores
 
     @property
     def size(self) -> str:
@@ -263,18 +282,33 @@ class EvaluationResult:
     def write(self, path: str | Path, **more: Any) -> None:
         """
         Args:
-            more: what `--robust_score`, a rate that is chosen or several protocols add, so that their file serves
-                wherever that of an evaluation does.
+            more: what `--robust_score` adds, so that its file serves wherever that of an evaluation does.
         """
         values = as_json(self) | more
         write_json(given(path), {name: value for name, value in values.items()
-                                 if name not in ("lr", "labels") or value is not None})
+                                 if name not in ("lr", "labels", "protocols") or value not in (None, {})})
+
+    def by_protocol(self) -> list[tuple[str, list[Score], list[str]]]:
+        """For tables: the set under a protocol, in words, its scores, and the learning rate of each; of a result
+        without protocols one such."""
+        if not self.protocols:
+            rate = "-" if self.lr is None else f"{self.lr:.4g}"
+            return [(self.what, self.scores, [rate] * len(self.scores))]
+        what = self.what.removesuffix(under_protocol("", next(iter(self.protocols))))
+        return [(under_protocol(what, protocol), reached.scores,
+                 [_rate_in_words(reached.trained.get(score.network, {})) for score in reached.scores])
+                for protocol, reached in self.protocols.items()]
 
     @classmethod
     def read(cls, path: Path, advice: str, name: str = "",
              problem: str = "is not the result of an evaluation") -> "EvaluationResult":
         with reading(name or path, advice, problem):
             return _validated(cls, read_json(path))
+
+
+def _rate_in_words(trained: dict[str, Any]) -> str:
+    lr = trained.get("lr")
+    return f"{lr:.4g}{' (auto)' * ('held_out' in trained)}" if isinstance(lr, int | float) else "-"
 
 
 def results_in(folder: Path) -> list[EvaluationResult]:

@@ -3,11 +3,13 @@
     python scripts/summary.py RESULT.json [RESULT.json …] [--by_network]
     python scripts/summary.py RUN
 
-Of a folder, such as a run's, it takes all results that lie in it. With --by_network each result is a row and each
-network a column: how a set serves other networks (--eval_mode M).
+Of a folder, such as a run's, it takes all results that lie in it. A result has rows for each of its protocols. The
+learning rate stands there where it tells rows apart; (auto) was chosen on held-out training images. With --by_network
+each is one row and each network a column: how a set serves other networks (--eval_mode M).
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,17 +32,35 @@ def main() -> None:
         if not found:
             raise UserError(f"{path} is a folder without a result; {advice}")
         results += found
+    # A row for each protocol, or for each of its networks.
+    found = [(what, result.size, list(zip(scores, rates))) for result in results
+             for what, scores, rates in result.by_protocol()]
+    if not options.by_network:
+        found = [(what, size, [of_network]) for what, size, reached in found for of_network in reached]
+    sets = named([(what, size, *(score.network for score, _ in reached)) for what, size, reached in found],
+                 [", ".join(dict.fromkeys(rate for _, rate in reached)) for *_, reached in found])
     if options.by_network:
-        networks = list(dict.fromkeys(score.network for result in results for score in result.scores))
+        networks = list(dict.fromkeys(score.network for *_, reached in found for score, _ in reached))
         rows = [("set", "images", *networks)]
-        for result in results:
-            reached = {score.network: score.percent for score in result.scores}
-            rows.append((result.what, result.size, *(reached.get(name, "-") for name in networks)))
+        for name, (_, size, reached) in zip(sets, found):
+            percents = {score.network: score.percent for score, _ in reached}
+            rows.append((name, size, *(percents.get(network, "-") for network in networks)))
     else:
         rows = [("set", "network", "images", "accuracy, %", "networks")]
-        rows += [(result.what, score.network, result.size, score.percent, str(len(score.accuracies)))
-                 for result in results for score in result.scores]
+        rows += [(name, score.network, size, score.percent, str(len(score.accuracies)))
+                 for name, (_, size, ((score, _),)) in zip(sets, found)]
     print(table(rows))
+
+
+def named(rows: Sequence[tuple[str, ...]], rates: Sequence[str]) -> list[str]:
+    """The set of each row, with its learning rate where that was chosen, or where it alone tells rows apart.
+
+    Args:
+        rows: the set, in words, first, and what else tells a row from others.
+    """
+    of_same = {row: {rate for other, rate in zip(rows, rates) if other == row} for row in rows}
+    return [f"{row[0]}, learning rate {rate}" if rate.endswith("(auto)") or len(of_same[row]) > 1 else row[0]
+            for row, rate in zip(rows, rates)]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill.finished import run_folder
 from distill.option_checks import check_options
 from distill.report.read_run import SavedRun, read_run
+from distill.result_files import METRICS, RESULT, images_tested
 from scripts.common import save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError
@@ -37,6 +38,7 @@ from utils.program import commands, interrupt
 from utils.program.command_line import config_of, typed
 from utils.program.console import duration, percent, say, shown, table
 from utils.program.entry import entry
+from utils.program.run_folder import RunFolder
 
 DATM = "distill/DATM.py"
 VAL_FRACTION = "0.1"
@@ -66,6 +68,7 @@ def main() -> None:
     # Refuse what can be known before hours of work.
     for run in runs:
         check_options(run.config)
+        RunFolder(run.folder, run.config, METRICS, RESULT)  # refuses the run of other options that is there
     if any(run.config.pix_init not in STARTS for run in runs):
         from distill.checks import check_start  # and torch, which takes seconds
 
@@ -103,7 +106,7 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     finished = {run.name: read_run(run.folder) for run in runs}
     ranked = sorted(runs, key=lambda run: -finished[run.name].result.better[1].scores[0].mean)
     reached = {run.name: numbers(run, finished[run.name]) for run in ranked}
-    tested_on = "held-out" if config.val_fraction else "test"
+    tested_on = images_tested("validation" if config.val_fraction else "test")
     print(table([[*swept, f"accuracy on the {tested_on} images, %", "networks", "iteration", "skipped",
                   "loss before → after", "time"],
                  *([*run.differs.values(), *in_words(reached[run.name])] for run in ranked)]))

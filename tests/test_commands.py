@@ -730,7 +730,7 @@ def test_the_best_set_can_be_chosen_on_held_out_images(call, distil, toy, tmp_pa
     assert ", held-out " in done.stderr and ", test " not in done.stderr
     folder = distil("--val_fraction=0.25", f"--buffer_path={tmp_path}")
     result = json.loads((folder / "result.json").read_text())
-    assert result["chosen_on"] == "validation" and "best on the validation images" in result["summary"]
+    assert result["chosen_on"] == "validation" and "best on the held-out images" in result["summary"]
     eighteenths = [18 * line["scores"][0]["mean"] for line in lines(folder / "metrics.jsonl") if "scores" in line]
     assert len(eighteenths) == 3 and eighteenths == pytest.approx(np.round(eighteenths))
 

@@ -49,6 +49,12 @@ def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole,
     monkeypatch.setenv("DATM_CACHE", str(tmp_path / "nothing"))
     elsewhere = DistilledSet.load(whole)
     assert torch.equal(elsewhere.space.from_pixels(photos), inputs)
+    for wrong in (torch.rand(2, 3, 9, 8), torch.rand(2, 1, 8, 8), torch.rand(3, 8, 8)):
+        with pytest.raises(UserError, match=r"are not of this space; give \[N, 3, H, W\] with 192 values in each"):
+            elsewhere.space.from_pixels(wrong)
+    assert repr(elsewhere) == (
+        "DistilledSet(images [6, 3, 8, 8], labels [6, 3], factor 1, lr 0.01, dataset ImageFolder)")
+    assert repr(toy_data) == "Dataset(ImageFolder, 72 training and 24 test images [3, 8, 8], 3 classes, whitened)"
     torch.testing.assert_close(elsewhere.space.to_pixels(elsewhere.images), toy_data.to_pixels(elsewhere.images),
                                rtol=0, atol=1e-5)
 

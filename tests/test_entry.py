@@ -47,7 +47,7 @@ def ordinary_user():
 
 
 def evaluation():
-    evaluate_files(parse(EvaluationConfig, evaluation.__doc__))
+    evaluate_files(parse(EvaluationConfig, evaluation.__doc__), ["dataset"], lambda protocol, network: None)
 
 
 PROGRAMS = {"evaluation of tensors": (evaluation, "--data_dir={}/x.pt"), "report": (report.main, "{}/x"),

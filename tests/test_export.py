@@ -15,7 +15,7 @@ from PIL import Image
 
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.export import card, folder_names
-from distill.result_files import EvaluationResult, Score
+from distill.result_files import EvaluationResult, Score, UnderProtocol
 from utils.data.datasets import load_dataset
 from utils.files import REPOSITORY
 
@@ -161,6 +161,20 @@ def test_the_command_of_a_card_can_be_typed_whatever_the_set_is_called(whole):
     typed = re.search("```\n(python .*?)\n```", text, re.DOTALL)[1].replace("\\\n", "")
     assert shlex.split(typed)[2:] == ["--data_dir=my set's.safetensors", "--dataset=MNIST", "--model=MLP",
                                       "--dsa=False"]
+
+
+def test_a_card_states_every_protocol_and_the_rate_that_was_given(whole):
+    one, other = ([Score("MLP", [share])] for share in (0.25, 0.75))
+    config = {"dataset": "ImageFolder", "model": "MLP"}
+    several = EvaluationResult("distilled images under dc", 6, one, config=config | {"protocol": "dc,datm"}, protocols={
+        "dc": UnderProtocol(one, {"MLP": {"lr": 0.01}}), "datm": UnderProtocol(other, {"MLP": {"lr": 0.05}})})
+    text = card(DistilledSet.load(whole), "x.safetensors", [("several.json", several)])
+    assert "| MLP, distilled images under dc, learning rate 0.01 | 25.00 | 1 |" in text and "--protocol=dc,datm" in text
+    assert "| MLP, distilled images, learning rate 0.05 | 75.00 | 1 |" in text and "Networks trained on the set" in text
+    for lr, given in ((0.01, False), (float(torch.tensor(0.02)), True)):  # the set's own is 0.01
+        result = EvaluationResult("distilled images", 6, one, lr, config=config | {"lr_teacher": 0.02})
+        text = card(DistilledSet.load(whole), "x.safetensors", [("one.json", result)])
+        assert ("--lr_teacher=0.02" in text) == given and "| MLP | 25.00 | 1 |" in text
 
 
 def test_without_results_a_card_states_no_accuracy(call, whole):

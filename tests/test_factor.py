@@ -3,6 +3,7 @@
 import json
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from buffer.trajectories import Buffer
-from distill.distillation import Distillation
+from distill.distillation import FIXED_SEGMENTS, Distillation
 from distill.distilled_set import DistilledSet, class_indices
 from distill.initialize import expert_labels, expert_logits, initial_set
+from distill.matching import matching_loss
 from tests.ranks_worker import MadeUpBuffer
 from tests.test_refusals import check_refusal
 from utils.config import DistillConfig, make
@@ -87,6 +89,14 @@ def test_an_iteration_has_the_gradient_of_autograd_through_everything(engine, op
         torch.testing.assert_close(found, each.detach(), rtol=1e-10, atol=1e-10)
 
 
+def real_images_in(images, dataset):
+    """Of which training image, made smaller, each of the 2 × 2 tiles is; none is there twice."""
+    tiles = images.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    from_, at = torch.cdist(tiles.flatten(1), F.avg_pool2d(dataset.train_images, 2).flatten(1)).min(1)
+    assert from_.max() < 1e-3 and len(set(at.tolist())) == len(tiles)
+    return at
+
+
 @pytest.mark.parametrize("pix_init", ["real", "samples_predicted_correctly", "noise"])
 def test_a_set_starts_with_the_labels_of_what_networks_see(toy_data, toy_experts, pix_init):
     model = FlatModel(network_for("ConvNetD1W4", toy_data))
@@ -96,10 +106,7 @@ def test_a_set_starts_with_the_labels_of_what_networks_see(toy_data, toy_experts
     if pix_init == "noise":
         return
     classes = torch.arange(3).repeat_interleave(8)
-    small = F.avg_pool2d(toy_data.train_images, 2)  # each tile is a real image of its class, none twice
-    tiles = start.images.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-    from_, at = torch.cdist(tiles.flatten(1), small.flatten(1)).min(1)
-    assert from_.max() < 1e-3 and len(set(at.tolist())) == 24 and toy_data.train_labels[at].equal(classes)
+    assert toy_data.train_labels[real_images_in(start.images, toy_data)].equal(classes)
     thetas = [buffer.snapshot(number, -1) for number in range(3)]
     expected = (expert_logits(model, thetas[0], start.samples()) if pix_init == "real" else
                 expert_labels(model, thetas, start.samples(), classes)[0])
@@ -167,13 +174,40 @@ def test_what_is_stored_and_what_networks_see_are_shown(call, made, tmp_path):
     assert Image.open(tmp_path / "png" / "seen.png").size == (4 * 8, 6 * 8)
     assert "24 labels in all" in (made / "Normal" / "README.md").read_text()
 
+    # Beside other runs as it is stored.
+    call("scripts/report.py", made, made, f"--out={tmp_path / 'both.html'}")
+    both = (tmp_path / "both.html").read_text()
+    assert re.findall(r'alt="distilled red, ([^"]*) of ', both) == 2 * ["stored image 1", "stored image 2"]
+    assert both.count("2 × 2 smaller ones</figcaption>") == 12 and both.count('alt="distilled ') == 12
 
-def test_random_images_are_treated_in_the_same_way(call, toy, toy_experts, tmp_path):
+
+def test_random_images_are_treated_in_the_same_way(call, toy, toy_data, toy_experts):
+    """Each part is another real image of its class, and the label beside it is of what networks see of that part."""
+    model, classes, drawn = FlatModel(network_for("ConvNetD1W4", toy_data)), torch.arange(3).repeat_interleave(8), []
+    buffer = Buffer(toy_experts / "ImageFolder" / "ConvNetD1W4", model)
     for source in ("hard", "experts"):
-        call(BASELINE, *toy.evaluate, "--ipc=2", "--factor=2", f"--label_source={source}",
-             f"--buffer_path={toy_experts}", f"--json={tmp_path / source}.json")
-        result = json.loads((tmp_path / f"{source}.json").read_text())
-        assert (result["images"], result["labels"]) == (6, 24) and result["what"].endswith(", factor 2")
+        with mock.patch("distill.evaluate.real_images.evaluate_and_say") as report:
+            call(BASELINE, *toy.evaluate, "--ipc=2", "--factor=2", "--num_eval=2", f"--label_source={source}",
+                 f"--buffer_path={toy_experts}")
+        sets, what = report.call_args.args[2:4]
+        assert len(sets) == 2 and what.startswith("2 random real images per class") and what.endswith(", factor 2")
+        for each in sets:
+            assert each.images.shape == (6, 3, 8, 8) and each.factor == 2
+            drawn.append(real_images_in(each.images, toy_data))
+            assert toy_data.train_labels[drawn[-1]].equal(classes)
+            expected = classes if source == "hard" else expert_labels(
+                model, [buffer.snapshot(number, -1) for number in range(3)], by_hand(each.images, 2), classes)[0]
+            torch.testing.assert_close(each.labels, expected, rtol=1e-4, atol=1e-4)
+    assert drawn[0].equal(drawn[2]) and not drawn[0].equal(drawn[1])
+
+
+def test_nothing_is_measured_twice_where_nothing_is_learned(call, toy, toy_experts, tmp_path):
+    """A set of many parts takes long there."""
+    with mock.patch("distill.distillation.matching_loss", wraps=matching_loss) as measured:
+        call(DATM, *toy.distil, "--factor=4", "--Iteration=0", f"--buffer_path={toy_experts}", f"--log_path={tmp_path}")
+    result = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    assert measured.call_count == FIXED_SEGMENTS
+    assert result["fixed_loss"]["before"] == result["fixed_loss"]["after"] > 0
 
 
 @pytest.mark.parametrize("script, options, phrases", [

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 
 import pytest
@@ -51,6 +52,7 @@ DSA = {"color", "crop", "cutout", "flip", "scale", "rotate"}
 
 @pytest.mark.parametrize("data, options, trained", [  # epochs, batch, learning rate, augmentation
     ("datm", [], (1000, 128, 0.03, DSA)),
+    ("datm", ["--lr_teacher=0.01"], (1000, 128, 0.01, DSA)),
     ("datm", ["--protocol=mtt"], (1000, 256, 0.03, DSA)),
     ("datm", ["--protocol=dc"], (300, 256, 0.01, set())),
     ("res_DC_X_ConvNet_2ipc.pt", ["--protocol=dc"], (300, 256, 0.01, set())),
@@ -70,8 +72,10 @@ def test_each_protocol_trains_as_published_but_for_what_is_given(evaluate, monke
         return theta
 
     monkeypatch.setattr(NETWORKS, "train_network", train)
-    evaluate(*options, data=data)
-    assert [trained] == seen
+    result, done = evaluate(*options, data=data)
+    assert [trained] == seen and result["lr"] == pytest.approx(trained[2])
+    given = "--lr_teacher=0.01" in options
+    assert ("--lr_teacher 0.01 is used in the place of the set's own learning rate, 0.03" in done.stderr) == given
 
 
 def test_dc_augments_as_its_table_says_and_trains_longer_then(evaluate, monkeypatch):
@@ -108,9 +112,12 @@ def test_the_optimiser_and_its_schedule(evaluate, monkeypatch, protocol, before,
 # --- several protocols, and rates by held-out images ---------------------------------------------------------
 
 
-def test_several_protocols_by_one_command_are_what_each_is(evaluate):
+def test_several_protocols_by_one_command_are_what_each_is(evaluate, call, folder):
     options = ["--epoch_eval_train=4", "--num_eval=2", "--eval_mode=C"]
     both, done = evaluate("--protocol=dc,datm", *options)
+    (folder / "result.json").rename(folder / "both.json")
+    (line,) = re.findall("options: (.*)", done.stdout)
+    assert "protocol dc,datm" in line and "epoch_eval_train 4" in line and "batch_train" not in line
     assert list(both["protocols"]) == ["dc", "datm"] and both["scores"] == both["protocols"]["dc"]["scores"]
     for protocol in both["protocols"]:
         alone, _ = evaluate(f"--protocol={protocol}", *options)
@@ -120,9 +127,21 @@ def test_several_protocols_by_one_command_are_what_each_is(evaluate):
     assert both["protocols"]["dc"]["trained"]["ConvNet"] == {
         "epochs": 4, "batch_train": 256, "dsa": False, "lr": pytest.approx(0.01)}
     assert both["what"] == "distilled images under dc"
+    assert both["config"]["epoch_eval_train"] == 4 and both["config"]["batch_train"] == 128  # as given
+
+    # The table has the rows of both, and tells a set's own rate (of datm alone, as of both) from another.
+    assert "result.json is there and is replaced" in evaluate("--lr_teacher=0.02", *options)[1].stdout
+    text = call("scripts/summary.py", folder / "both.json", folder / "result.json").stdout
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    assert [row[0] for row in rows] == 2 * ["distilled images under dc"] + [
+        f"distilled images, learning rate {rate}" for rate in (0.03, 0.03, 0.02, 0.02)]
+    by_protocol = [each for protocol in ("dc", "datm") for each in both["protocols"][protocol]["scores"]]
+    assert [row[3].split()[0] for row in rows[:4]] == [f"{100 * score['mean']:.2f}" for score in by_protocol]
+    text = call("scripts/summary.py", folder / "both.json", "--by_network").stdout
+    assert len(text.splitlines()) == 4
 
 
-def test_a_rate_is_chosen_for_each_kind_of_network_never_on_the_test_images(evaluate, toy, tmp_path):
+def test_a_rate_is_chosen_for_each_kind_of_network_never_on_the_test_images(evaluate, call, toy, tmp_path):
     options = ["--lr_teacher=auto", "--eval_mode=C", "--epoch_eval_train=12", "--no_aug"]
     found, done = evaluate(*options)
     trained = found["protocols"]["datm"]["trained"]
@@ -132,6 +151,8 @@ def test_a_rate_is_chosen_for_each_kind_of_network_never_on_the_test_images(eval
         assert sorted(map(float, reached)) == sorted((*RATES, 0.03))
         assert reached[f"{of_network['lr']:.4g}"] == max(reached.values()) > min(reached.values())
         assert f"learning rate {of_network['lr']:.4g}, the best on held-out training images" in done.stdout
+    text = call("scripts/summary.py", tmp_path / "result.json").stdout
+    assert all(f"distilled images, learning rate {each['lr']:.4g} (auto)" in text for each in trained.values())
     rate = trained["ConvNet"]["lr"]
     datm = tmp_path / "datm"
     alone, _ = evaluate(*options[2:], "--model=ConvNet", f"--lr_teacher={rate}",

@@ -1,11 +1,13 @@
 """Sets as other projects release them, and as they evaluate them."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
 
 from distill.distilled_set import DistilledSet
+from utils.errors import UserError
 
 EVALUATION = "distill/evaluation.py"
 
@@ -109,6 +111,21 @@ def test_of_ncfm_pixels_of_a_factor(evaluated, toy_data, parts, tmp_path, factor
     assert "taken for pixels in [0, 1]" in evaluated(f"--data_dir={ncfm}", f"--factor={factor}")[1].stderr
     assert "made with zca False, and here zca is True" in evaluated(
         f"--data_dir={ncfm}", f"--factor={factor}", "--zca")[1].stderr
+
+
+@pytest.mark.parametrize("size, loaded", [(8, 0), (32, 1)])  # that of CIFAR10, which is the default, is 32
+def test_where_nothing_says_the_dataset_it_is_asked_for(call, parts, tmp_path, monkeypatch, size, loaded):
+    images, classes, _ = parts
+    images = images.new_zeros(6, 3, size, size)
+    mtt, ncfm = write(tmp_path / "mtt", images_best=images, labels_best=classes), tmp_path / "data_1.pt"
+    torch.save([images, classes], ncfm)
+    load = mock.Mock(side_effect=UserError("CIFAR10 is not here and could not be downloaded"))
+    monkeypatch.setattr("distill.evaluate.saved_set.load_data", load)
+    for given, said in (([mtt], "--dataset is missing: "), ([ncfm], "--dataset is missing: "),
+                        ([mtt, "--dataset=CIFAR10"], "CIFAR10 is not here")):
+        (line,) = call(EVALUATION, f"--data_dir={given[0]}", *given[1:], "--device=cpu", expect=2).stderr.splitlines()
+        assert said in line
+    assert load.call_count == 1 + 2 * loaded
 
 
 def test_what_is_none_of_these_is_refused(evaluated, parts, tmp_path):

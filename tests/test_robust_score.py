@@ -152,6 +152,19 @@ def test_it_goes_on_at_the_next_network(call, robust, tmp_path):
     assert parts["robust_scores"] == whole["robust_scores"] and parts["results"] == whole["results"]
 
 
+def test_experts_with_a_hold_out_choose_and_label_among_what_they_saw(call, toy, robust, tmp_path):
+    """For both programs, whose test is on the test images."""
+    call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--val_fraction=0.25", "--num_experts=1")
+    said = "the experts held out 0.25 of the training images; real images are taken from the others"
+    assert said in call(*robust, f"--buffer_path={tmp_path}").stdout
+    found = json.loads((tmp_path / "robust.json").read_text())
+    best = found["results"]["random"]["lr"]["ConvNetD1W4"]
+    done = call(BASELINE, *toy.evaluate, "--batch_train=128", "--ipc=2", "--label_source=experts",
+                f"--buffer_path={tmp_path}", f"--lr_teacher={best}", f"--json={tmp_path / 'random.json'}")
+    assert said in done.stdout and found["tested_on"] == "test"
+    assert json.loads((tmp_path / "random.json").read_text())["scores"] == found["results"]["random"]["scores"]
+
+
 def test_a_set_of_hard_labels_is_compared_with_such(call, toy, results, tmp_path):
     """Random images have their own labels then, and no experts are needed."""
     folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"

@@ -46,6 +46,13 @@ def test_values_are_ranked_and_a_larger_iteration_goes_on(call, toy, toy_experts
     assert str(page) in said and all(name in page.read_text() for name in names)
     assert "| lr_img | accuracy on the test images, %" in said and f"--data_dir={folder / runs[0]['name']}" in said
 
+    say = []
+    with pytest.raises(UserError, match=r"epoch_eval_train \(1 there, 2 here\); give another --run_name"):
+        sweep_it("--epoch_eval_train=2")
+    assert not say  # before any run
+    assert {run["name"] for run in sweep_it("--epoch_eval_train=2", "--run_name=my")[1]} == {
+        f"my_{name}" for name in names}
+
     _, longer = sweep_it("--Iteration=2")
     assert [run["updates"] for run in longer] == [2, 2]
     for name in names:

@@ -1,17 +1,19 @@
 """The frame of an evaluation: what is said at its beginning, what was found before, its bar, and its result's file."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate, pool, work_of
 from distill.evaluate.saved_accuracies import Accuracies, key_of, threads_of
-from distill.result_files import EvaluationResult, Score
-from utils.config import BaselineConfig, EvaluationConfig, influential
+from distill.result_files import EvaluationResult, Score, UnderProtocol
+from utils.config import BaselineConfig, EvaluationConfig, as_dict, defaults, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
+from utils.files import given
 from utils.program import interrupt, ranks, threads
 from utils.program.console import announce, number_of, say, shown
 from utils.program.machine import environment
@@ -33,6 +35,12 @@ def settle_threads(config: EvaluationConfig | BaselineConfig, dataset: Dataset, 
                    threads_of(unfinished(config)))
 
 
+def say_replaced(config: EvaluationConfig | BaselineConfig, path: str) -> None:
+    """Says that a file that is to be written is there already."""
+    if path and ranks.first() and given(path).exists():
+        say(config, f"{shown(path)} is there and is replaced")
+
+
 class Session:
     """One evaluation of a set, announced; `accuracies` holds what was found before it was stopped, and `write` ends it.
 
@@ -40,7 +48,8 @@ class Session:
         sets: one, or several of one size, as `evaluate` takes them.
         trained: at which rate and how long, in words, where that is not what set and config say.
         beside: other sets on which the result depends.
-        configs: other options on which it does.
+        configs: other options on which it does; those in which they differ are said of each, and are in the result as
+            if they were not given.
         what: they are, in words.
         notes: what else there is to say of them; the first goes on in the line.
     """
@@ -50,13 +59,18 @@ class Session:
                  configs: Sequence[EvaluationConfig] = ()):
         self.config, self.what, self.set = config, what, sets[0]
         networks = pool(config, dataset)
-        trained = trained or f"learning rate {float(self.set.lr):.4g}, {config.epoch_eval_train} epochs"
+        trained = trained or f"learning rate {float(self.set.lr):.4g}, {number_of(config.epoch_eval_train, 'epoch')}"
         # The engine that networks of the first kind get; made for this alone, which costs next to nothing.
         model = flat_model(config, network_for(networks[0], dataset).to(self.set.images.device),
                            work_of(config, self.set))
-        announce(config, self.set.images.device,
+        differ = {name for each in configs for name, value in as_dict(each).items()
+                  if name != "protocol" and value != getattr(configs[0], name)}
+        default = defaults(type(config))
+        self.common = replace(config, **{name: default[name] for name in differ})
+        announce(self.common, self.set.images.device,
                  describe_engine(model.engine, min(config.batch_train, len(self.set))),
                  f"{what}: {self.set.size}, {trained} · {config.num_eval} × {' and '.join(networks)}", *notes)
+        say_replaced(config, config.json)
         path = unfinished(config)
         interrupt.saves("the networks that were tested", "" if path else "--json FILE")
         self.accuracies = ranks.from_first_rank(
@@ -67,14 +81,15 @@ class Session:
             say(self.config, f"going on with an evaluation that was stopped: {tested} of {networks} networks were "
                              "tested")
 
-    def write(self, scores: list[Score], lr: float | None, **more: Any) -> None:
-        """Writes the result where `--json` says so."""
+    def write(self, scores: list[Score], lr: float | None, protocols: dict[str, UnderProtocol] | None = None,
+              **more: Any) -> None:
+        """Writes the result where `--json` says so; arguments as those of `EvaluationResult` and its `write`."""
         config = self.config
         if config.json and ranks.first():
             EvaluationResult(
                 self.what, len(self.set.images), scores, lr, "validation" if config.val_fraction else "test",
-                self.accuracies.seconds, influential(config), environment(self.set.images.device),
-                len(self.set) if self.set.factor > 1 else None
+                self.accuracies.seconds, influential(self.common), environment(self.set.images.device),
+                len(self.set) if self.set.factor > 1 else None, protocols or {}
             ).write(config.json, **more)
             self.accuracies.forget()
             say(config, f"in {shown(config.json)}")

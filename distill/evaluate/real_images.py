@@ -19,7 +19,7 @@ from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor, cut, tiled
 from utils.errors import UserError
 from utils.parameters import FlatModel
-from utils.program.console import note
+from utils.program.console import note, number_of
 from utils.program.prepare import begin, load_data, network_for
 from utils.program.progress import watched
 from utils.program.seeds import generator
@@ -31,11 +31,10 @@ def evaluate_real(config: BaselineConfig) -> None:
     Raises:
         UserError: options that do not fit the dataset or the experts.
     """
-    chosen_as = as_experts_saw(config)
-    device, dataset = begin(config)
+    _, dataset = begin(config)
     check_pool(config, dataset)
     check_factor(config.factor, dataset.image_size)
-    source = dataset if chosen_as == config else load_data(chosen_as, device)
+    source, seen = seen_by_experts(config, dataset)
     check_sizes(config, source)
     samples = per_class(config) * dataset.num_classes if config.ipc else len(dataset.train_labels)
     settle_threads(config, dataset, samples)
@@ -43,8 +42,17 @@ def evaluate_real(config: BaselineConfig) -> None:
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
     if config.pick in CORESETS:
         notes = [f"each chosen by one of {len(sets)} experts, for the networks in turn"] if len(sets) > 1 else []
-    notes += drawn_again(source, per_class(config)) if config.ipc else []
+    notes += seen + (drawn_again(source, per_class(config)) if config.ipc else [])
     evaluate_and_say(config, dataset, sets, what, *notes)
+
+
+def seen_by_experts(config: BaselineConfig, dataset: Dataset) -> tuple[Dataset, list[str]]:
+    """The data that real images are taken from, see `as_experts_saw`, and what there is to say of that."""
+    as_seen = as_experts_saw(config)
+    if as_seen == config:
+        return dataset, []
+    return load_data(as_seen, dataset.device), [
+        f"the experts held out {as_seen.val_fraction:g} of the training images; real images are taken from the others"]
 
 
 def per_class(config: BaselineConfig) -> int:
@@ -61,8 +69,9 @@ def check_sizes(config: BaselineConfig, dataset: Dataset) -> None:
     if config.pick in CORESETS:
         size, name = min((len(dataset.class_indices(label)), name) for label, name in enumerate(dataset.classes))
         if size < per_class(config):
-            raise UserError(f"--pick {config.pick} chooses {per_class(config)} images per class, and class {name} has "
-                            f"{size}; give a smaller --ipc, or another --pick")
+            chosen = number_of(per_class(config), "image")
+            raise UserError(f"--pick {config.pick} chooses {chosen} per class, and class {name} has {size}; give a "
+                            "smaller --ipc, or another --pick")
 
 
 def drawn(config: BaselineConfig, dataset: Dataset) -> list[Tensor]:
@@ -111,7 +120,7 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
     lr = torch.tensor(config.lr_teacher, device=device)
     if config.ipc is None:
         return [DistilledSet(images.to(device), labels, lr)], "the whole training set"
-    what = f"{config.ipc} {ADJECTIVES[config.pick]} real images per class"
+    what = f"{number_of(config.ipc, f'{ADJECTIVES[config.pick]} real image')} per class"
     by_experts, picked = labelled_by_experts(config), config.pick != "random"
     if by_experts or picked:
         check_same_images(buffer_folder(config), dataset)

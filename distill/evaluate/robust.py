@@ -23,6 +23,7 @@ images are the best of five. It differs in this:
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import fields, replace
 
 import torch
@@ -30,14 +31,14 @@ import torch
 from distill.distilled_set import DistilledSet
 from distill.evaluate.evaluation_run import Session
 from distill.evaluate.networks import pool
-from distill.evaluate.option_checks import check_experts
+from distill.evaluate.option_checks import as_experts_saw, check_experts
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
-from distill.evaluate.real_images import drawn, real_sets
+from distill.evaluate.real_images import drawn, real_sets, seen_by_experts
 from distill.evaluate.saved_set import at_its_rate, opened, with_classes
 from distill.result_files import as_json
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.errors import UserError
-from utils.program.console import say
+from utils.program.console import number_of, say
 from utils.program.seeds import generator
 
 WEIGHT = 0.5  # w and γ
@@ -66,8 +67,11 @@ def robust_scores(at: dict[str, float]) -> dict[str, float]:
 # --- their evaluations ---------------------------------------------------------------------------------------
 
 
-def evaluate_robust(config: EvaluationConfig) -> None:
+def evaluate_robust(config: EvaluationConfig, given: Collection[str]) -> None:
     """A saved set in, scores printed and written as JSON: `evaluation.py --robust_score` but for `option_checks`.
+
+    Args:
+        given: the names of the options that are given.
 
     Raises:
         UserError: files or options that do not fit the dataset, the experts or the scores.
@@ -77,16 +81,18 @@ def evaluate_robust(config: EvaluationConfig) -> None:
             **{field.name: getattr(config, field.name) for field in fields(TrainConfig)}, ipc=ipc,
             buffer_path=config.buffer_path, label_source="experts" if distilled.labels.is_floating_point() else "hard")
 
-    dataset, distilled = opened(config, lambda distilled: check_experts(real_config(distilled)))
+    dataset, distilled = opened(config, given, lambda distilled: check_experts(as_experts_saw(real_config(distilled))))
     distilled = at_its_rate(config, distilled)
     ipc, rest = divmod(len(distilled.images), dataset.num_classes)
     if rest:
-        raise UserError(f"--robust_score: {len(distilled.images)} images of {dataset.num_classes} classes cannot be "
-                        "compared with as many random ones of each class; give a set with equally many of each")
+        raise UserError(f"--robust_score: {number_of(len(distilled.images), 'image')} of {dataset.num_classes} classes "
+                        "cannot be compared with as many random ones of each class; give a set with equally many of "
+                        "each")
     of_each = real_config(distilled, ipc)
-    random, of_random = real_sets(of_each, dataset)
+    source, seen = seen_by_experts(of_each, dataset)
+    random, of_random = real_sets(of_each, source)
     whole, of_whole = real_sets(replace(of_each, ipc=None, factor=1, label_source="hard"), dataset)
-    chosen_on = held_out(dataset, torch.cat(drawn(of_each, dataset)), generator(config.seed, "robust", "rates"))
+    chosen_on = held_out(source, torch.cat(drawn(of_each, source)), generator(config.seed, "robust", "rates"))
     (hard, known_by), what = with_classes(distilled, dataset), "distilled images"
     bare = replace(config, no_aug=True)
     parts = {"syn": Part(what, config, [distilled]),
@@ -95,9 +101,9 @@ def evaluate_robust(config: EvaluationConfig) -> None:
              "syn_no_aug": Part(f"{what}, without augmentation", bare, [distilled]),
              "random_no_aug": Part(f"{of_random}, without augmentation", bare, random, RATES),
              "real": Part(of_whole, replace(config, epoch_eval_train=config.epoch_eval_real), whole)}
-    session = Session(config, dataset, [distilled], what, known_by, beside=random, trained=(
-        f"learning rate {float(distilled.lr):.4g}, {config.epoch_eval_train} epochs (the whole training set: "
-        f"{config.epoch_eval_real})"))
+    session = Session(config, dataset, [distilled], what, known_by, *seen, beside=random, trained=(
+        f"learning rate {float(distilled.lr):.4g}, {number_of(config.epoch_eval_train, 'epoch')} (the whole training "
+        f"set: learning rate {config.lr_teacher:g}, {number_of(config.epoch_eval_real, 'epoch')})"))
     results = evaluate_parts(parts, dataset, chosen_on, session)
     scores = {}
     for at, network in enumerate(pool(config, dataset)):
@@ -106,4 +112,4 @@ def evaluate_robust(config: EvaluationConfig) -> None:
     say(config, "HLR: what hard labels miss of the whole training set, less is better; IOR: the gain over random "
                 "images; LRS, ARS: the label- and the augmentation-robust score of both, more is better")
     of_parts = {name: result | {"scores": list(map(as_json, result["scores"]))} for name, result in results.items()}
-    session.write(results["syn"]["scores"], None, robust_scores=scores, weight=WEIGHT, results=of_parts)
+    session.write(results["syn"]["scores"], float(distilled.lr), robust_scores=scores, weight=WEIGHT, results=of_parts)

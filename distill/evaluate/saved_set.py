@@ -1,7 +1,7 @@
 """`distill/evaluation.py`: a saved set, tested on fresh networks."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from distill.distilled_set import (
     class_indices,
     other_space,
 )
-from distill.evaluate.evaluation_run import Session, evaluate_and_say, settle_threads
+from distill.evaluate.evaluation_run import Session, evaluate_and_say, say_replaced, settle_threads
 from distill.evaluate.networks import check_pool, pool
 from distill.evaluate.option_checks import check_evaluation
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
 from distill.evaluate.released_sets import are_pixels, in_space, made_with, read_set
-from distill.result_files import as_json
+from distill.result_files import Score, UnderProtocol, under_protocol
+from utils import files
 from utils.config import (
     AUTO,
     DataConfig,
@@ -31,35 +32,37 @@ from utils.config import (
     image_size,
     influential,
     make,
+    value_in_words,
 )
 from utils.data.datasets import Dataset
 from utils.errors import UserError
-from utils.files import given
 from utils.program import ranks
 from utils.program.console import note
 from utils.program.prepare import load_data, take_device
 from utils.program.seeds import generator
 
 
-def evaluate_files(config: EvaluationConfig,
-                   under: Callable[[str, str], EvaluationConfig] = lambda protocol, network: None) -> None:
+def evaluate_files(config: EvaluationConfig, given: Collection[str],
+                   under: Callable[[str, str], EvaluationConfig]) -> None:
     """The whole of `distill/evaluation.py`: saved tensors in, accuracies printed and written as JSON.
 
     Args:
-        under: a protocol and a kind of network → the options there; None: the same as elsewhere.
+        given: the names of the options that are given.
+        under: a protocol and a kind of network → the options there.
 
     Raises:
         UserError: files or options that do not fit the dataset.
     """
-    dataset, distilled = opened(config)
+    dataset, distilled = opened(config, given)
+    if "lr_teacher" in given and config.lr_teacher != AUTO:
+        distilled = at_given_rate(config, distilled)
     what, notes = "distilled images", []
     if config.hard_labels:
         distilled, known_by = with_classes(distilled, dataset)
         what, notes = f"{what} with hard labels", [known_by]
     protocols = config.protocol.split(",")
-    if protocols[0] != EvaluationConfig.protocol:
-        what = f"{what} under {protocols[0]}"
-    configs = {(protocol, network): under(protocol, network) or config
+    what = under_protocol(what, protocols[0])
+    configs = {(protocol, network): under(protocol, network)
                for protocol in protocols for network in pool(config, dataset)}
     if config.lr_teacher == AUTO or any(each != config for each in configs.values()):
         _evaluate_each(config, configs, dataset, distilled, what, *notes)
@@ -75,26 +78,26 @@ def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], Eval
     rates = {f"{rate:g}": rate for rate in (float(distilled.lr), *RATES)} if auto else {}
     parts = {"/".join(of): Part(of[0], each, [at_its_rate(each, distilled)], tuple(sorted(rates.values())), (of[1],))
              for of, each in configs.items()}
-    trained = [f"{protocol}: {_in_words([part for part in parts.values() if part.what == protocol])}"
-               for protocol in dict.fromkeys(part.what for part in parts.values())]
-    session = Session(config, dataset, [distilled], what, *notes, *trained[1:], trained=trained[0],
+    in_words = [f"{protocol}: {_in_words([part for part in parts.values() if part.what == protocol])}"
+                for protocol in dict.fromkeys(part.what for part in parts.values())]
+    session = Session(config, dataset, [distilled], what, *notes, *in_words[1:], trained=in_words[0],
                       configs=list(configs.values()))
     none = torch.tensor([], dtype=torch.long)  # a distilled set holds none of the real images
     chosen_on = held_out(dataset, none, generator(config.seed, "evaluation", "rates")) if auto else dataset
     results = evaluate_parts(parts, dataset, chosen_on, session, aloud=False)
-    protocols: dict[str, dict[str, Any]] = {}
+    scores: dict[str, list[Score]] = {}
+    trained: dict[str, dict[str, Any]] = {}
     for (protocol, network), each in configs.items():
         result = results[f"{protocol}/{network}"]
         (score,), rate = result["scores"], result["lr"][network]
         chosen = ", the best on held-out training images" if auto else ""
         print(f"{f'{protocol} · ' if ',' in config.protocol else ''}{score}, learning rate {rate:.4g}{chosen}")
-        of_all = protocols.setdefault(protocol, {"scores": [], "trained": {}})
-        of_all["scores"].append(score)
-        of_all["trained"][network] = {
+        scores.setdefault(protocol, []).append(score)
+        trained.setdefault(protocol, {})[network] = {
             "epochs": each.epoch_eval_train, "batch_train": each.batch_train, "dsa": each.dsa, "lr": rate,
             **({"held_out": result["held_out"][network]} if auto else {})}
-    session.write(next(iter(protocols.values()))["scores"], None, protocols={
-        protocol: of_all | {"scores": list(map(as_json, of_all["scores"]))} for protocol, of_all in protocols.items()})
+    session.write(next(iter(scores.values())), None, {
+        protocol: UnderProtocol(scores[protocol], trained[protocol]) for protocol in scores})
 
 
 def _in_words(parts: list[Part]) -> str:
@@ -104,7 +107,7 @@ def _in_words(parts: list[Part]) -> str:
     rate = f"the best of the rates {', '.join(f'{rate:.4g}' for rate in part.rates)}" if part.rates else (
         f"learning rate {float(part.sets[0].lr):.4g}")
     dsa = "with" if part.config.dsa and not part.config.no_aug else "without"
-    return f"{epochs} epochs in batches of {part.config.batch_train} {dsa} DSA, {rate}"
+    return f"{epochs} epoch{'s' * (epochs != '1')} in batches of {part.config.batch_train} {dsa} DSA, {rate}"
 
 
 def at_its_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledSet:
@@ -114,11 +117,21 @@ def at_its_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledS
     return dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
 
 
-def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lambda distilled: None
-           ) -> tuple[Dataset, DistilledSet]:
+def at_given_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledSet:
+    """The set with the learning rate of the options; says so where the set has another one of its own."""
+    given = dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
+    if not given.lr.equal(distilled.lr):
+        note(f"note: --lr_teacher {config.lr_teacher:g} is used in the place of the set's own learning rate, "
+             f"{float(distilled.lr):.4g}")
+    return given
+
+
+def opened(config: EvaluationConfig, given: Collection[str],
+           check: Callable[[DistilledSet], None] = lambda distilled: None) -> tuple[Dataset, DistilledSet]:
     """The dataset and, of the same kind, the set, both on the device; the set is saved whole where `save` says so.
 
     Args:
+        given: the names of the options that are given.
         check: refuses a set before anything large is loaded.
 
     Raises:
@@ -129,16 +142,28 @@ def opened(config: EvaluationConfig, check: Callable[[DistilledSet], None] = lam
     read = read_set(config.data_dir, config.label_dir, config.lr_dir,
                     EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher, config.factor)
     check(read)
-    told = check_told(config, read, "--data_dir", read.config or made_with(config.data_dir))
-    dataset = load_data(config, device)
+    made, missing = read.config or made_with(config.data_dir), None
+    if "dataset" not in given and "dataset" not in made:  # the default is a guess
+        missing = UserError("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with "
+                            "--model, and --zca where the images are whitened")
+        if tuple(read.images.shape[2:]) != image_size(config):
+            raise missing
+    told = check_told(config, read, "--data_dir", made)
+    try:
+        dataset = load_data(config, device)
+    except UserError as error:
+        if missing:
+            raise missing from error
+        raise
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
         note(f"note: the set is of another space: {why}")
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
     distilled = in_space(distilled, dataset)
     check_pool(config, dataset)
     settle_threads(config, dataset, len(distilled))
+    say_replaced(config, config.save)
     if config.save and ranks.first():
-        distilled.save_whole(given(config.save), dataset, influential(config))
+        distilled.save_whole(files.given(config.save), dataset, influential(config))
     return dataset, distilled
 
 
@@ -183,7 +208,8 @@ def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: d
     here = as_meant({name: getattr(config, name) for name in READ_BY})
     other = [name for name in READ_BY if name in made and made[name] != here[name]]
     for name in other:
-        note(f"note: the set of {option} was made with {name} {made[name]}, and here {name} is {here[name]}")
+        note(f"note: the set of {option} was made with {name} {value_in_words(made[name])}, and here {name} is "
+             f"{value_in_words(here[name])}")
     if distilled.mean and tuple(distilled.images.shape[2:]) != image_size(config):
         its, ours = ("×".join(map(str, size)) for size in (distilled.images.shape[2:], image_size(config)))
         raise UserError(f"{option}: the images of the set have {its} pixels, and those of {config.dataset} here "

@@ -11,6 +11,7 @@ from distill.report.page_pictures import IMAGE_BYTES
 from distill.report.read_run import SavedRun
 from distill.report.template import code, document, draw, joined, option
 from utils.config import as_meant, from_repository
+from utils.program.console import number_of
 
 MOST_PER_CLASS = 3  # images
 
@@ -18,7 +19,7 @@ MOST_PER_CLASS = 3  # images
 def comparison(runs: Sequence[SavedRun]) -> str:
     """The page."""
     named = dict(zip(_distinct_names(runs), runs))
-    title = f"{len(runs)} distillation runs"
+    title = number_of(len(runs), "distillation run")
     drawn = curves.charts(named)
     sections = [("summary", "Summary", _numbers(named)), ("options", "Options that differ", _options(named)),
                 ("curves", "Curves", draw.charts(drawn) if drawn else
@@ -60,18 +61,23 @@ def _images(runs: dict[str, SavedRun]) -> Markup:
     if not classes:
         return draw.paragraph("None of these folders holds pictures.")
     room = IMAGE_BYTES // (len(classes) * len(runs) * max(pictures.distilled[0].numel() for pictures in with_pictures))
-    most = max(1, min(MOST_PER_CLASS, room, max(pictures.ipc for pictures in with_pictures)))
+    most = max(1, min(MOST_PER_CLASS, room, max(pictures.stored_per_class for pictures in with_pictures)))
     cards = [(name, [(run_name, _of_class(run, name, run_name, most)) for run_name, run in runs.items()])
              for name in classes]
     return draw.compared_cards(cards, most)
 
 
 def _of_class(run: SavedRun, name: str, run_name: str, most: int) -> list[tuple[Any, str, str]]:
-    """The first images of a class, each with what its label says of it."""
+    """The first images of a class, each with what its label says of it, or as stored with how many it holds."""
     pictures = run.pictures
     if pictures is None or name not in pictures.classes:
         return []
-    rows = pictures.rows().get(pictures.classes.index(name), [])[:most]
+    rows = pictures.rows().get(pictures.classes.index(name), [])
+    if pictures.stored is not None:
+        return [(image, f"distilled {name}, stored image {number} of {run_name}",
+                 f"{pictures.factor} × {pictures.factor} smaller ones")
+                for number, image in enumerate(pictures.stored_of(rows)[:most], start=1)]
+    rows = rows[:most]
     says = {row: int(pictures.labels[row].argmax()) for row in rows}
     return [(pictures.distilled[row], f"distilled {name}, image {number} of {run_name}",
              f"{pictures.classes[says[row]]} {100 * float(pictures.labels[row].max()):.0f}\N{NO-BREAK SPACE}%")

@@ -1,5 +1,6 @@
 """A distilled set for others: pictures in folders of classes, and a card that says what the set is."""
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,13 +14,13 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES
-from distill.result_files import EvaluationResult, RunResult, read_result
+from distill.result_files import EvaluationResult, RunResult, images_tested, read_result
 from utils import files
 from utils.config import BaselineConfig, from_repository, worth_giving
 from utils.data.zca import BESIDE, Whitening
 from utils.errors import UserError
 from utils.program.commands import command
-from utils.program.console import note
+from utils.program.console import note, number_of
 
 # The sizes that hubs sort sets by: each below this number of images.
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000),
@@ -54,9 +55,10 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
         UserError: the folder holds something already, or the images are no pictures.
     """
     check_new(folder)
+    channels = distilled.images.shape[1]
+    if channels not in (1, 3):
+        raise UserError(f"images of {channels} channels are no pictures; PNG takes 1 or 3")
     pixels, tiles = _bytes(distilled.pixels()), distilled.factor**2
-    if pixels.shape[1] not in (1, 3):
-        raise UserError(f"images of {pixels.shape[1]} channels are no pictures; PNG takes 1 or 3")
     if tiles > 1:
         try:
             seen = _bytes(distilled.seen().pixels()).unflatten(0, (-1, tiles))  # a row for each image
@@ -152,7 +154,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     """
     made, count = distilled.config, len(distilled.images)
     dataset, licence = _line(made.get("dataset", "unknown")), _line(licence)
-    title = f"{dataset}, distilled to {count} images"
+    title = f"{dataset}, distilled to {number_of(count, 'image')}"
     head = {"license": licence or "unknown", "task_categories": ["image-classification"],
             "tags": ["dataset-distillation"], "pretty_name": title,
             "size_categories": [next(size for size, above in _SIZES if count < above)]}
@@ -160,7 +162,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     return TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, distilled=distilled, whitening_beside=whitening_beside, name=name,
         source=source or dataset, licence=licence,
-        results=[(file, result, _command(result, made, name) if isinstance(result, EvaluationResult) else "")
+        results=[(file, result, _command(result, distilled, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
         how=_yaml(how) if how else "# not recorded")
 
@@ -189,15 +191,26 @@ def _block(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
-TEMPLATES.filters |= {"markdown": _markdown, "code": _code, "block": _block}
+TEMPLATES.filters |= {"markdown": _markdown, "code": _code, "block": _block, "images_tested": images_tested}
 
 
-def _command(result: EvaluationResult, made: dict[str, Any], name: str) -> str:
+def _is_of_set(result: EvaluationResult) -> bool:
+    """Whether it is of a set with its own labels, under whichever protocol."""
+    return result.what.split(" under ")[0] == OF_SET
+
+
+def _command(result: EvaluationResult, distilled: DistilledSet, name: str) -> str:
     """What gave a result: its options that neither the set tells nor are the defaults, less paths."""
     options = {key: value for key, value in result.config.items() if not key.endswith(("_path", "_dir"))}
-    if result.what != OF_SET:
+    if not _is_of_set(result):
         return command("distill/baseline.py", worth_giving(options, BaselineConfig), from_repository)
-    return command("distill/evaluation.py", {"data_dir": name} | unlike_set(options, made), from_repository)
+    rate = {}
+    if result.lr is not None:  # it says more than the option, whose default a set's own rate takes the place of
+        options.pop("lr_teacher", None)
+        own = math.isclose(result.lr, float(distilled.lr), rel_tol=1e-6)
+        rate = {} if own else {"lr_teacher": float(f"{result.lr:.7g}")}  # as it was typed, before it became float32
+    return command("distill/evaluation.py", {"data_dir": name} | unlike_set(options, distilled.config) | rate,
+                   from_repository)
 
 
 def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationResult:
@@ -213,9 +226,9 @@ def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationR
             raise UserError(f"--result {path} is not a result (its config has no dataset or no model); {advice}")
         dataset = result.config["dataset"]
         made_of = distilled.config.get("dataset", dataset)
-        comparable = result.what == OF_SET or " real images per class" in result.what
+        comparable = _is_of_set(result) or re.search(" real images? per class", result.what)
         if not comparable or (result.images, dataset) != (len(distilled.images), made_of):
-            raise UserError(f"--result {path} is of {result.images} images of {dataset} ({result.what}), not of these "
-                            f"{len(distilled.images)} distilled from {made_of}; give the result of this set, or "
-                            "of as many real images")
+            raise UserError(f"--result {path} is of {number_of(result.images, 'image')} of {dataset} ({result.what}), "
+                            f"not of these {len(distilled.images)} distilled from {made_of}; give the result of "
+                            "this set, or of as many real images")
     return result

@@ -20,7 +20,7 @@ from distill.report.page_pictures import Pictures
 from distill.report.read_run import SavedRun
 from distill.report.svg import numbers_every, thinned
 from distill.report.template import code, document, draw, joined, option
-from distill.result_files import EMA, NORMAL, Iteration, Score, skipped_advice
+from distill.result_files import EMA, NORMAL, Iteration, Score, images_tested, skipped_advice
 from utils.config import DistillConfig, about, changed, defaults
 from utils.program.console import duration, number_of
 
@@ -63,7 +63,7 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
     networks = len(score.accuracies)
     averaged = [result.best_ema.scores[0]] if result.best_ema else []
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
-    return [(f"Best accuracy on the {result.chosen_on or 'test'} images", in_words(score)),
+    return [(f"Best accuracy on the {images_tested(result.chosen_on)} images", in_words(score)),
             ("Measured on", f"{number_of(networks, 'network')}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
             *(("Best accuracy of the averaged images (EMA)", in_words(score)) for score in averaged),

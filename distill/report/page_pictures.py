@@ -56,6 +56,11 @@ class Pictures:
         """Whether every label is a class."""
         return bool(((self.labels == 0) | (self.labels == 1)).all())
 
+    @property
+    def stored_per_class(self) -> int:
+        """How many images of a class are stored; its samples where that is not known."""
+        return self.ipc if self.stored is None else self.ipc // self.factor**2
+
     def rows(self) -> dict[int, list[int]]:
         """Rows of these tensors, by class."""
         rows: dict[int, list[int]] = {}

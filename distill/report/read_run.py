@@ -69,11 +69,11 @@ class SavedRun:
             there = as_meant(result.config)
             same = all(there.get(name) == here.get(name)
                        for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
-            # Older results say "a class".
-            named = re.fullmatch(rf"{self.config.get('ipc')} (.+ real images) (?:per|a) class(.*)", result.what)
+            # Older results say "a class", and "1 random real images".
+            named = re.fullmatch(rf"{self.config.get('ipc')} (.+ real image)s? (?:per|a) class(.*)", result.what)
             for score in result.scores if same and named else ():
                 if score.network == network:
-                    accuracies.setdefault("".join(named.groups()), []).extend(score.accuracies)
+                    accuracies.setdefault("s".join(named.groups()), []).extend(score.accuracies)
         return {kind: Score(network, of_kind) for kind, of_kind in accuracies.items()}
 
 

@@ -10,6 +10,8 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
+from utils.config import value_in_words
+
 HERE = Path(__file__).parent
 
 
@@ -46,4 +48,4 @@ def code(text: Any) -> Markup:
 
 def option(value: Any) -> Markup:
     """An option's value."""
-    return code("unset" if value is None or value == "" else value)
+    return code(value_in_words(value))

@@ -29,5 +29,6 @@ from utils.config.values import (
     is_path,
     make,
     path_options,
+    value_in_words,
     worth_giving,
 )

@@ -226,8 +226,9 @@ class EvaluationConfig(TrainConfig):
     protocol: Protocols = option(EVALUATION, "datm", "whose evaluation, or several, such as dc,datm: epochs, batch, "
                                  "learning rate and augmentation where they are not given")
     batch_train: Count = option(EVALUATION, 128, "training batch")
-    lr_teacher: AutoRate = option(METHOD, 0.01, "learning rate for a set without one; auto: the best of several for "
-                                  "each kind of network, on held-out training images")
+    lr_teacher: AutoRate = option(METHOD, 0.01, "learning rate for a set without one, and of any set where it is "
+                                  "given; auto: the best of several for each kind of network, on held-out training "
+                                  "images")
     data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors; what DC, DSA, DM, MTT, FTD, "
                                 "TESLA, DATM, PAD or NCFM released, as a file or the folder that holds it; or the file "
                                 "of the images alone")

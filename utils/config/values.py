@@ -155,8 +155,13 @@ def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:
     return {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, config_type)
 
 
+def value_in_words(value: Any) -> Any:
+    """What a message says of an option's value: one without a value is unset, as `--help` has it."""
+    return "unset" if value is None or value == "" else value
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The options that mean something else than before, in words; empty if there are none."""
     before, now = as_meant(before), as_meant(now)
-    return ", ".join(f"{name} ({before[name]} there, {value} here)"
+    return ", ".join(f"{name} ({value_in_words(before[name])} there, {value_in_words(value)} here)"
                      for name, value in now.items() if name in before and before[name] != value)

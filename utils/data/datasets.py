@@ -37,16 +37,29 @@ class ImageSpace(NamedTuple):
     whitening: Whitening | None
 
     def from_pixels(self, images: Tensor) -> Tensor:
-        """[n, C, H, W] in [0, 1] → what networks see."""
+        """[n, C, H, W] in [0, 1] → what networks see.
+
+        Raises:
+            UserError: images of another size or other channels.
+        """
+        self._check(images)
         if self.whitening is not None:
             return self.whitening.apply(images)
         return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """The inverse of `from_pixels`; not clipped."""
+        """The inverse of `from_pixels`, which raises the same; not clipped."""
+        self._check(images)
         if self.whitening is not None:
             return self.whitening.invert(images)
         return images * _per_channel(self.std, images) + _per_channel(self.mean, images)
+
+    def _check(self, images: Tensor) -> None:
+        values = None if self.whitening is None else self.whitening.mean.numel()
+        if images.dim() != 4 or images.shape[1] != len(self.mean) or values not in (None, images.shape[1:].numel()):
+            each = f" with {values} values in each image" if values else ""
+            raise UserError(f"images {list(images.shape)} are not of this space; give [N, {len(self.mean)}, H, W]"
+                            f"{each}")
 
 
 class HostImages:
@@ -66,7 +79,7 @@ class HostImages:
         return self.images.to(device)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """A training and a test set in the space that networks see: normalised by mean and std, or ZCA-whitened.
 
@@ -86,6 +99,11 @@ class Dataset:
     fingerprint: str  # SHA-256, in hex, of the name and the raw images and labels
     # [N] of whitened training images, `Whitening.energy` of the pixels, which are costly to have back.
     train_energy: Tensor | None = None
+
+    def __repr__(self) -> str:
+        kind = "normalised" if self.whitening is None else "whitened"
+        return (f"Dataset({self.name}, {len(self.train_images)} training and {len(self.test_images)} test images "
+                f"{list(self.test_images.shape[1:])}, {self.num_classes} classes, {kind})")
 
     @property
     def device(self) -> torch.device:
