@@ -298,9 +298,8 @@ def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, dis
     assert not reading.called
     none = f"--buffer_path={tmp_path / 'none'}"
     commands = {  # → what it says
-        **{f"{script} --help": "--help" for script in [
-            *ENTRIES, *(f"scripts/{name}.py" for name in ("report", "summary", "inspect_buffer", "sweep", "export")),
-            *(f"scripts/measure/{name}.py" for name in ("communication", "gradients", "precision", "projection"))]},
+        **{f"{script} --help": "--help" for script in [*ENTRIES, *(
+            path for path in sorted((REPOSITORY / "scripts").rglob("*.py")) if "entry(main)" in path.read_text())]},
         f"buffer/buffer_FTD.py --rho_max=1 {none}": "give both the same value",
         f"buffer/buffer_FTD.py --model=ConvNetD9 {none}": "unknown network",
         "distill/DATM.py --cfg nowhere.yaml": "No such file",
@@ -314,6 +313,8 @@ def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, dis
         f"scripts/inspect_buffer.py {tmp_path}": "no replay_buffer_*.pt in",
         shlex.join(["scripts/sweep.py", *arguments]): "give several to one at least",
         f"scripts/export.py {tmp_path} --card": "distilled set",
+        "scripts/measure/benchmark.py --shape=cpu_w3": "invalid choice",
+        "scripts/measure/benchmark.py --rounds=0": "give a number above 0",
         shlex.join(["distill/DATM.py", *arguments]): "is finished (best on the test images",
         shlex.join(["distill/DATM.py", *unnamed]): "is finished (best on the test images"}
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], input="\n".join(commands), text=True, cwd=REPOSITORY,
