@@ -153,6 +153,7 @@ class ExpertRun:
         if self.resumes:
             before = files.read_config(self.unfinished / "run.yaml")
             self.first_number = before.pop("first_expert", self.written)
+            self.threads_before = before.get("threads")  # one of an earlier version does not say
             different = differences(before, identity(config) | {"fingerprint": dataset.fingerprint})
             if different:
                 raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
@@ -185,9 +186,13 @@ class ExpertRun:
         config, images = self.config, len(self.dataset.train_labels)
         announce(config, device, describe_engine(self.model.engine, min(config.batch_train, images)),
                  f"{in_words(config.num_experts, config.train_epochs)}: {config.model} on "
-                 f"{config.dataset} ({images} images) · {shown(self.folder)}")
+                 f"{config.dataset} ({number_of(images, 'image')}) · {shown(self.folder)}")
         if self.resumes:
-            say(config, f"going on with an unfinished run: {self.trained} of {config.num_experts} experts are trained")
+            say(config, f"going on with an unfinished run: {self.trained} of {number_of(config.num_experts, 'expert')} "
+                        "are trained")
+            if device.type == "cpu" and self.threads_before not in (None, torch.get_num_threads()):
+                note(f"note: it was last on {number_of(self.threads_before, 'thread')}, and is on "
+                     f"{torch.get_num_threads()} now; what follows may be rounded otherwise")
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")
@@ -261,7 +266,8 @@ class ExpertRun:
         numbers = range(self.written, self.written + count)
         experts = [trajectories.as_expert(self.model, self.saved(number).snapshots()) for number in numbers]
         epochs = [{"expert": number, **epoch} for number in numbers for epoch in self.saved(number).reached()]
-        trajectories.write_experts(self.folder, experts, self.options, epochs)
+        threads = {"threads": torch.get_num_threads()} if self.dataset.device.type == "cpu" else {}
+        trajectories.write_experts(self.folder, experts, self.options | threads, epochs)
         self.written += count
         for number in numbers:
             shutil.rmtree(self.saved(number).folder)
@@ -337,20 +343,20 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
     there = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     needed = expert * (left + at_once * (2 if config.mom else 1)) - there
     if needed > disk:
-        raise UserError(f"{left} experts of {config.train_epochs} epochs need {needed / 1e9:.2g} GB "
+        raise UserError(f"{in_words(left, config.train_epochs)} need {needed / 1e9:.2g} GB "
                         f"on the disk of {folder}, which has {disk / 1e9:.2g} GB free; give a smaller --num_experts or "
                         "--train_epochs, or another --buffer_path")
     if expert * at_once > memory:
-        raise UserError(f"a file of {at_once} experts needs {expert * at_once / 1e9:.2g} GB of memory while it is "
-                        f"written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
+        raise UserError(f"a file of {number_of(at_once, 'expert')} needs {expert * at_once / 1e9:.2g} GB of memory "
+                        f"while it is written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
 
 
 def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
     """Whitening divides by the spread of the training images, which of few images is none in most directions."""
     count, values = len(dataset.train_images), dataset.test_images[0].numel()
     if config.zca and count < values and ranks.first():
-        say(config, f"note: --zca with {count} images of {values} values each: whitening also amplifies what these "
-                    "images do not vary in; experts often test better without it")
+        say(config, f"note: --zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies "
+                    "what these images do not vary in; experts often test better without it")
 
 
 def _say_where(config: BufferConfig, folder: Path) -> None:

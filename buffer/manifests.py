@@ -45,7 +45,7 @@ def expert_files(folder: Path) -> list[Path]:
 # folder and the data were, as both may have been moved.
 _MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs", "buffer_path", "data_path")
 # What a manifest holds beside the options of the run.
-_FACTS = ("fingerprint", "experts", "sha256")
+_FACTS = ("fingerprint", "threads", "experts", "sha256")
 # The options that decide which images an expert saw.
 _DATA = ("dataset", "zca", "val_fraction")
 

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and words for what is said."""
 
 import difflib
 import unicodedata
@@ -52,6 +52,11 @@ def obeyed(character: str) -> bool:
 def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
     """The text, its middle left out if it is longer than so many characters."""
     return text if len(text) <= most else f"{text[:most * 2 // 3]} … {text[-most // 4:]}"
+
+
+def number_of(count: int, noun: str) -> str:
+    """Such as 1 file, 2 files."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> UserError:

@@ -60,6 +60,7 @@ from scripts.trials.common import BUFFER, DATM, EVALUATION
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
 from utils.errors import obeyed, shortened
 from utils.files import REPOSITORY
+from utils.program.console import number_of
 from utils.program.entry import entry
 
 TIMEOUT = 20  # seconds of the processor
@@ -448,7 +449,7 @@ def _check_experts(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     assert all(len(expert) == values["train_epochs"] + 1 for expert in experts), "epochs"
     saved = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())
     assert [expert["number"] for expert in saved["experts"]] == list(range(len(common.load(paths[0]))))
-    for fact in ("fingerprint", "experts", "sha256"):
+    for fact in ("fingerprint", "threads", "experts", "sha256"):
         del saved[fact]
     return saved
 
@@ -805,13 +806,13 @@ def main() -> None:
         sandbox.renew()  # nothing unreadable is left to delete
         (sandbox.work / "unreadable").chmod(0o700)
     gc.unfreeze()
-    print(f"{report['inputs']} inputs, seed {args.seed}, {report['of_nothing_odd']} of nothing odd, in "
+    print(f"{number_of(report['inputs'], 'input')}, seed {args.seed}, {report['of_nothing_odd']} of nothing odd, in "
           f"{report['seconds']} s (the slowest {report['slowest_seconds']} s)")
     for script, codes in report["exit_codes"].items():
         print(f"  {script}: {', '.join(f'{count} × {code}' for code, count in codes.items())}")
     for command in report["timeouts"]:
         print(f"timeout: {command}")
-    print(f"{len(report['failures'])} failures")
+    print(number_of(len(report["failures"]), "failure"))
     common.conclude(args.json, report, failed=bool(report["failures"]))
 
 

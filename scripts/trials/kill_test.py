@@ -43,7 +43,7 @@ from scripts.common import script_parser
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, MOST_SECONDS, temporary
 from utils.files import REPOSITORY, read_config
-from utils.program.console import table
+from utils.program.console import number_of, table
 from utils.program.entry import entry
 from utils.program.progress import Progress
 
@@ -370,9 +370,9 @@ def main() -> None:
               str(answer["exit_code"]), f"{answer['seconds_to_stop']:.2f}") for answer in answers]
     print(f"\n{table(rows)}")
     failed = bool(failures) or total["kills"] < args.kills
-    print(f"\n{len(failures)} failures, {total['kills']} of {args.kills} kills" if failed else
-          f"\n{total['kills']} kills, {len(answers)} signals: every file whole after each, and in the end every tensor "
-          "the same to the bit")
+    print(f"\n{number_of(len(failures), 'failure')}, {total['kills']} of {args.kills} kills" if failed else
+          f"\n{number_of(total['kills'], 'kill')}, {number_of(len(answers), 'signal')}: every file whole after each, "
+          "and in the end every tensor the same to the bit")
     common.conclude(args.json, {
         "kills": total["kills"], "failures": failures, "seed": args.seed, "signals": answers, "cases": {
             case.name: {"command": f"python {case.script} {' '.join(case.options)}",
