@@ -13,9 +13,17 @@ import torch
 from buffer import trajectories
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.experts import DivergedError, Epoch, SavedEpochs, train_expert, work_of
-from buffer.manifests import buffer_folder, check_same_images, check_same_kind, expert_files, in_words
+from buffer.manifests import (
+    buffer_folder,
+    check_same_images,
+    check_same_kind,
+    check_same_run,
+    expert_files,
+    in_words,
+    run_file,
+)
 from utils import files
-from utils.config import BufferConfig, differences, identity, influential
+from utils.config import BufferConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
@@ -122,7 +130,7 @@ def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view
 
 def threads_before(folder: Path, config: BufferConfig) -> int | None:
     """With how many threads the folder's unfinished run began, if it goes on; one of an earlier version had all."""
-    path = folder / "unfinished" / "run.yaml"
+    path = run_file(folder)
     return (files.read_config(path).get("threads", torch.get_num_threads())
             if config.resume == "auto" and path.exists() else None)
 
@@ -142,22 +150,20 @@ class ExpertRun:
         # Once more, now that nobody else can write: the data took a while to load.
         check_same_kind(folder, config)
         check_same_images(folder, dataset)
-        self.unfinished = folder / "unfinished"
+        self.run_file = run_file(folder)
+        self.unfinished = self.run_file.parent
         self.diverged = self.unfinished / "diverged.json"  # where a rank leaves word that one of its experts diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
         self.written = self._judged = trajectories.count_experts(folder)  # those before are in files, and judged
         self._at_chance = 0
         # A run after a finished one goes on counting, so that it trains other experts.
         self.first_number = self.written
-        self.resumes = (self.unfinished / "run.yaml").exists() and config.resume == "auto"
+        self.resumes = self.run_file.exists() and config.resume == "auto"
         if self.resumes:
-            before = files.read_config(self.unfinished / "run.yaml")
-            self.first_number = before.pop("first_expert", self.written)
+            check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
+            before = files.read_config(self.run_file)
+            self.first_number = before.get("first_expert", self.written)
             self.threads_before = before.get("threads")  # one of an earlier version does not say
-            different = differences(before, identity(config) | {"fingerprint": dataset.fingerprint})
-            if different:
-                raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
-                                "with it, --resume never to discard it, or another --buffer_path")
         interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
@@ -176,7 +182,7 @@ class ExpertRun:
         _check_room(self.config, self.folder, self.model, max(0, self.end_number - self.written), self.unfinished)
         if not self.resumes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        files.save_config(self.unfinished / "run.yaml", self.options | {
+        files.save_config(self.run_file, self.options | {
             "first_expert": self.first_number, "threads": torch.get_num_threads()})
         for number in range(self.written):  # what a kill after a file was written left
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
@@ -290,7 +296,7 @@ class ExpertRun:
                             f"{self.unfinished}, so that experts from {self.written} on are not written yet; the same "
                             "command trains what is missing")
         # The run file first: without it nothing here counts.
-        (self.unfinished / "run.yaml").unlink(missing_ok=True)
+        self.run_file.unlink(missing_ok=True)
         files.remove(self.unfinished)
 
 
