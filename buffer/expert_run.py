@@ -13,9 +13,17 @@ import torch
 from buffer import trajectories
 from buffer.curriculum import Curriculum, grand_scores
 from buffer.experts import DivergedError, Epoch, SavedEpochs, train_expert, work_of
-from buffer.manifests import buffer_folder, check_same_images, check_same_kind, expert_files, in_words
+from buffer.manifests import (
+    buffer_folder,
+    check_same_images,
+    check_same_kind,
+    check_same_run,
+    expert_files,
+    in_words,
+    run_file,
+)
 from utils import files
-from utils.config import BufferConfig, differences, identity, influential
+from utils.config import BufferConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
@@ -122,7 +130,7 @@ def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view
 
 def threads_before(folder: Path, config: BufferConfig) -> int | None:
     """With how many threads the folder's unfinished run began, if it goes on; one of an earlier version had all."""
-    path = folder / "unfinished" / "run.yaml"
+    path = run_file(folder)
     return (files.read_config(path).get("threads", torch.get_num_threads())
             if config.resume == "auto" and path.exists() else None)
 
@@ -142,21 +150,20 @@ class ExpertRun:
         # Once more, now that nobody else can write: the data took a while to load.
         check_same_kind(folder, config)
         check_same_images(folder, dataset)
-        self.unfinished = folder / "unfinished"
+        self.run_file = run_file(folder)
+        self.unfinished = self.run_file.parent
         self.diverged = self.unfinished / "diverged.json"  # where a rank leaves word that one of its experts diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
         self.written = self._judged = trajectories.count_experts(folder)  # those before are in files, and judged
         self._at_chance = 0
         # A run after a finished one goes on counting, so that it trains other experts.
         self.first_number = self.written
-        self.resumes = (self.unfinished / "run.yaml").exists() and config.resume == "auto"
+        self.resumes = self.run_file.exists() and config.resume == "auto"
         if self.resumes:
-            before = files.read_config(self.unfinished / "run.yaml")
-            self.first_number = before.pop("first_expert", self.written)
-            different = differences(before, identity(config) | {"fingerprint": dataset.fingerprint})
-            if different:
-                raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on "
-                                "with it, --resume never to discard it, or another --buffer_path")
+            check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
+            before = files.read_config(self.run_file)
+            self.first_number = before.get("first_expert", self.written)
+            self.threads_before = before.get("threads")  # one of an earlier version does not say
         interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
@@ -175,7 +182,7 @@ class ExpertRun:
         _check_room(self.config, self.folder, self.model, max(0, self.end_number - self.written), self.unfinished)
         if not self.resumes:
             shutil.rmtree(self.unfinished, ignore_errors=True)
-        files.save_config(self.unfinished / "run.yaml", self.options | {
+        files.save_config(self.run_file, self.options | {
             "first_expert": self.first_number, "threads": torch.get_num_threads()})
         for number in range(self.written):  # what a kill after a file was written left
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
@@ -185,9 +192,13 @@ class ExpertRun:
         config, images = self.config, len(self.dataset.train_labels)
         announce(config, device, describe_engine(self.model.engine, min(config.batch_train, images)),
                  f"{in_words(config.num_experts, config.train_epochs)}: {config.model} on "
-                 f"{config.dataset} ({images} images) · {shown(self.folder)}")
+                 f"{config.dataset} ({number_of(images, 'image')}) · {shown(self.folder)}")
         if self.resumes:
-            say(config, f"going on with an unfinished run: {self.trained} of {config.num_experts} experts are trained")
+            say(config, f"going on with an unfinished run: {self.trained} of {number_of(config.num_experts, 'expert')} "
+                        "are trained")
+            if device.type == "cpu" and self.threads_before not in (None, torch.get_num_threads()):
+                note(f"note: it was last on {number_of(self.threads_before, 'thread')}, and is on "
+                     f"{torch.get_num_threads()} now; what follows may be rounded otherwise")
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")
@@ -261,7 +272,8 @@ class ExpertRun:
         numbers = range(self.written, self.written + count)
         experts = [trajectories.as_expert(self.model, self.saved(number).snapshots()) for number in numbers]
         epochs = [{"expert": number, **epoch} for number in numbers for epoch in self.saved(number).reached()]
-        trajectories.write_experts(self.folder, experts, self.options, epochs)
+        threads = {"threads": torch.get_num_threads()} if self.dataset.device.type == "cpu" else {}
+        trajectories.write_experts(self.folder, experts, self.options | threads, epochs)
         self.written += count
         for number in numbers:
             shutil.rmtree(self.saved(number).folder)
@@ -284,7 +296,7 @@ class ExpertRun:
                             f"{self.unfinished}, so that experts from {self.written} on are not written yet; the same "
                             "command trains what is missing")
         # The run file first: without it nothing here counts.
-        (self.unfinished / "run.yaml").unlink(missing_ok=True)
+        self.run_file.unlink(missing_ok=True)
         files.remove(self.unfinished)
 
 
@@ -337,20 +349,20 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
     there = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     needed = expert * (left + at_once * (2 if config.mom else 1)) - there
     if needed > disk:
-        raise UserError(f"{left} experts of {config.train_epochs} epochs need {needed / 1e9:.2g} GB "
+        raise UserError(f"{in_words(left, config.train_epochs)} need {needed / 1e9:.2g} GB "
                         f"on the disk of {folder}, which has {disk / 1e9:.2g} GB free; give a smaller --num_experts or "
                         "--train_epochs, or another --buffer_path")
     if expert * at_once > memory:
-        raise UserError(f"a file of {at_once} experts needs {expert * at_once / 1e9:.2g} GB of memory while it is "
-                        f"written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
+        raise UserError(f"a file of {number_of(at_once, 'expert')} needs {expert * at_once / 1e9:.2g} GB of memory "
+                        f"while it is written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
 
 
 def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
     """Whitening divides by the spread of the training images, which of few images is none in most directions."""
     count, values = len(dataset.train_images), dataset.test_images[0].numel()
     if config.zca and count < values and ranks.first():
-        say(config, f"note: --zca with {count} images of {values} values each: whitening also amplifies what these "
-                    "images do not vary in; experts often test better without it")
+        say(config, f"note: --zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies "
+                    "what these images do not vary in; experts often test better without it")
 
 
 def _say_where(config: BufferConfig, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils import files
-from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, influential
+from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, identity, influential
 from utils.data.watching import Watch, unwatched
 from utils.errors import UserError
 from utils.files import read_config
@@ -45,7 +45,7 @@ def expert_files(folder: Path) -> list[Path]:
 # folder and the data were, as both may have been moved.
 _MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs", "buffer_path", "data_path")
 # What a manifest holds beside the options of the run.
-_FACTS = ("fingerprint", "experts", "sha256")
+_FACTS = ("fingerprint", "threads", "experts", "sha256")
 # The options that decide which images an expert saw.
 _DATA = ("dataset", "zca", "val_fraction")
 
@@ -111,6 +111,25 @@ def _check_same_kind(path: Path, saved: dict[str, Any], options: dict[str, Any])
     if different:
         raise UserError(f"{path.parent} holds experts of another kind ({path.name}): {different}; give the same "
                         "options, or another --buffer_path")
+
+
+def run_file(folder: Path) -> Path:
+    """Where the options of the unfinished run of a folder are."""
+    return folder / "unfinished" / "run.yaml"
+
+
+def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | None = None) -> None:
+    """Refuses to go on with the folder's unfinished run with other options, or with others of what it holds (`more`).
+
+    Raises:
+        UserError
+    """
+    path = run_file(folder)
+    if config.resume == "auto" and path.exists():
+        different = differences(read_config(path), identity(config) | (more or {}))
+        if different:
+            raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on with "
+                            "it, --resume never to discard it, or another --buffer_path")
 
 
 def check_same_images(folder: Path, dataset: "Dataset") -> None:

@@ -1,6 +1,6 @@
 """What is refused before anything is loaded, torch among it."""
 
-from buffer.manifests import buffer_folder, check_same_data, check_same_kind
+from buffer.manifests import buffer_folder, check_same_data, check_same_kind, check_same_run
 from utils.config import BufferConfig
 from utils.data.names import check_dataset_name, parse_strategy
 from utils.errors import UserError
@@ -25,3 +25,4 @@ def check_options(config: BufferConfig) -> None:
     folder = buffer_folder(config)
     check_same_data(folder, config)
     check_same_kind(folder, config)
+    check_same_run(folder, config)

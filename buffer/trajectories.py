@@ -44,7 +44,7 @@ def write_experts(folder: Path, experts: Sequence[Expert], options: dict[str, An
     Its number is the first free one, as the published code counts: no file is ever overwritten.
 
     Args:
-        options: the run's, and the dataset's fingerprint.
+        options: the run's, the dataset's fingerprint and, on a CPU, the number of threads.
         epochs: of all the experts, in order; each says of which.
 
     Raises:

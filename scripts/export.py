@@ -19,6 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 from distill.set_files import check_whole, whole_set
 from scripts.common import script_parser
 from utils.errors import UserError

@@ -2,15 +2,16 @@
 # What the program does on a GPU, and how fast, in less than ten minutes:
 #     bash scripts/gpu_check.sh [FOLDER]
 # FOLDER (gpu_check) gets what each part printed and measured before the next part begins, and gpu_check.json, which has
-# all of it. Each part has a time limit of its own. Without a GPU the parts that need one are skipped, and said to be.
-# Exit code 1: a part failed.
+# all of it. Each part has a time limit of its own: the speed takes three minutes, the numbers and the tests one or two,
+# each of the others seconds. Without a GPU the parts that need one are skipped, and said to be. Exit code 1: a part
+# failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/help.sh"
 if [[ ${1:-} == -* ]]; then
-    sed -n '2,6s/^# //p' scripts/gpu_check.sh
-    [ "$1" = --help ]
-    exit $((2 * $?))
+    printf 'gpu_check.sh: error: unknown option %s; give a folder, or nothing (see --help)\n' "$1" >&2
+    exit 2
 fi
+cd "$(dirname "$0")/.."
 python3 -c "import torch" 2>/dev/null || source scripts/venv.sh
 python=${PYTHON:-$(command -v python || command -v python3)}
 out=${1:-gpu_check}
@@ -21,17 +22,21 @@ gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 
 trap 'exit 130' INT  # after the part that Ctrl-C stops, which is in the foreground too
 END=570  # seconds, by which everything is over
+parts=$(grep -cE '^(part|on_gpu) ' scripts/gpu_check.sh) number=0
 
 part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit codes that are right
     local name=$1 codes=$2 limit=$(($3 < END - SECONDS ? $3 : END - SECONDS)) began=$SECONDS code said=failed
+    number=$((number + 1))
     shift 3
     if [ "$limit" -lt 5 ]; then
         printf '%s\tno time left\t\t0\t%s\n' "$name" "$*" >>"$out/parts.tsv"
         return
     fi
-    printf '\n--- %s, %s s at most: %s\n' "$name" "$limit" "$*"
-    timeout --foreground -s INT -k 15 "$limit" "$@" 2>&1 | tee -i "$out/$name.log" | tail -n 25
-    code=${PIPESTATUS[0]}
+    printf '\n--- part %s of %s, %s, %s s at most: %s\n' "$number" "$parts" "$name" "$limit" "$*"
+    {
+        timeout --foreground -s INT -k 15 "$limit" "$@" 2>&1 | tee -i "$out/$name.log" | tail -n 25
+        code=${PIPESTATUS[0]}
+    } 2>/dev/null  # where bash tells of a part that is killed on purpose
     for right in $codes; do
         if [ "$code" = "$right" ]; then said=ok; fi
     done
@@ -44,7 +49,8 @@ on_gpu() {  # on_gpu NAME CODES SECONDS COMMAND…: a part that needs a GPU
     if [ "$gpu" = 1 ]; then
         part "$@"
     else
-        printf '\n--- %s: skipped, there is no GPU\n' "$1"
+        number=$((number + 1))
+        printf '\n--- part %s of %s, %s: skipped, there is no GPU\n' "$number" "$parts" "$1"
         printf '%s\tskipped\t\t0\t%s\n' "$1" "${*:4}" >>"$out/parts.tsv"
     fi
 }

@@ -39,7 +39,7 @@ tune_process()  # before torch is imported
 
 import numpy as np
 
-from buffer.manifests import buffer_folder, expert_files, in_words, made_by, manifest_path
+from buffer.manifests import buffer_folder, expert_files, in_words, made_by, manifest_path, run_file
 from distill.option_checks import check_options
 from scripts.common import script_parser
 from utils.config import BufferConfig, DistillConfig, defaults, make
@@ -206,7 +206,7 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
     Raises:
         UserError: no experts, damaged files, or experts of several networks; so of those to compare with.
     """
-    unfinished = folder / "unfinished" / "run.yaml"
+    unfinished = run_file(folder)
     paths, other_paths = _paths(folder, or_unfinished=True), _paths(beside) if beside else []
 
     from buffer.trajectories import load_experts  # and torch, which takes seconds
@@ -260,8 +260,8 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
 def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
     """The expert files of a folder, which has some (or an unfinished run)."""
     paths = expert_files(folder)
-    if not paths and not (or_unfinished and (folder / "unfinished" / "run.yaml").is_file()):
-        if (folder / "unfinished" / "run.yaml").is_file():
+    if not paths and not (or_unfinished and run_file(folder).is_file()):
+        if run_file(folder).is_file():
             raise UserError(f"no replay_buffer_*.pt in {folder} yet: its experts are being trained, or were stopped; "
                             "give their command again")
         below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})

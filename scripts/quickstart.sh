@@ -4,6 +4,11 @@
 # Every command it runs is printed as you would type it. What the same command made already is used again; what another
 # command made, or what was made of older files, is made again. Delete quickstart/ to start over.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
+if [ $# -gt 0 ]; then
+    printf 'quickstart.sh: error: unexpected argument %s; it takes none (see --help)\n' "$1" >&2
+    exit 2
+fi
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 

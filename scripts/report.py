@@ -15,6 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 from distill.report.names import PAGE, SHOWN, missing
 from distill.report.read_run import SavedRun, check_is_run, read_run
 from distill.result_files import NORMAL

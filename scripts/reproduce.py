@@ -24,6 +24,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 from buffer.manifests import manifest_path
 from distill.result_files import NORMAL, EvaluationResult, Metrics, RunResult, Score
 from distill.set_files import WHOLE

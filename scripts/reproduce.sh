@@ -2,7 +2,8 @@
 # Every result of the Fashion-MNIST tables in results/, from the real data to the tables and plots:
 #     bash scripts/reproduce.sh --small     # a laptop's CPU, some hours
 #     bash scripts/reproduce.sh             # a GPU, the published network
-# It goes on where it was stopped. `--list` prints the commands, `--help` says the rest.
+# It goes on where it was stopped. --list prints the commands, and `python scripts/reproduce.py --help` says the rest.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 exec python "$root/scripts/reproduce.py" "$@"

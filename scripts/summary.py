@@ -14,6 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 from distill.result_files import EvaluationResult, results_in
 from scripts.common import script_parser
 from utils.errors import UserError

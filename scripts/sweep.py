@@ -26,6 +26,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 from distill.finished import run_folder
 from distill.option_checks import check_options
 from distill.report.read_run import SavedRun, read_run

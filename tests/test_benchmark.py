@@ -76,11 +76,20 @@ def test_shapes_come_from_the_configs(call):
     (["--rounds", "0"], ["--rounds 0", "above 0"]),
     (["--rounds", "x"], ["--rounds", "invalid int"]),
     (["--part", "experts", "--methods", "unroll"], ["no such part", "experts: bare"]),
+    (["--data_path", "data", "--buffer_path", "b"], ["--data_path, --buffer_path: only for --beside FOLDER"]),
+    (["--beside", "x", "--device", "cuda", "--max_minutes", "1"], ["so that --device, --max_minutes would have no"]),
+    (["--beside", "x", "--shape", "all"], ["--shape all: it is no config's"]),
 ])
 def test_refusals(call, arguments, words):
     (line,) = call(BENCHMARK, *arguments, expect=2).stderr.splitlines()
     assert line.startswith("benchmark.py: error: ")
     assert all(word in line for word in words)
+
+
+def test_it_says_that_it_compiles(call):
+    with mock.patch("scripts.measure.benchmark_run.can_run", return_value=False):
+        done = call(BENCHMARK, "--part", "evaluation", "--methods", "compiled", "--device", "cpu", expect=2)
+    assert "it compiles first, for a minute or two" in done.stdout
 
 
 # --- beside the published code -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from buffer.experts import train_expert
-from buffer.manifests import buffer_folder, check_same_kind, made_by
+from buffer.manifests import buffer_folder, check_same_kind, made_by, run_file
 from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, expert_features
@@ -23,7 +23,7 @@ from distill.finished import answered
 from distill.initialize import expert_labels
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
 from utils.data.datasets import load_dataset
-from utils.files import REPOSITORY
+from utils.files import REPOSITORY, save_config
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 from utils.program.command_line import parse
@@ -290,20 +290,26 @@ for line in sys.stdin.read().splitlines():
 
 def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, distilled, experts, tmp_path):
     """Importing it takes seconds, in which nobody learns that an option was misspelt."""
-    _, arguments, _ = distilled
+    folder, arguments, _ = distilled
     unnamed = [*arguments[:-2], f"--log_path={tmp_path}"]
     call("distill/DATM.py", *unnamed)
     with mock.patch("distill.finished.checksums") as reading:  # minutes of many experts, for no answer
         assert not answered(parse(DistillConfig, "", [*unnamed, "--Iteration=99"], yaml_file=True))
     assert not reading.called
     none = f"--buffer_path={tmp_path / 'none'}"
+    stopped, begun = tmp_path / "stopped" / folder.relative_to(folder.parents[3]), tmp_path / "MiniFashion" / "ConvNet"
+    stopped.mkdir(parents=True)
+    shutil.copy(folder / "config.yaml", stopped)
+    save_config(run_file(begun), {"seed": 5})
     commands = {  # → what it says
-        **{f"{script} --help": "--help" for script in [
-            *ENTRIES, *(f"scripts/{name}.py" for name in ("report", "summary", "inspect_buffer", "sweep", "export")),
-            *(f"scripts/measure/{name}.py" for name in ("communication", "gradients", "precision", "projection"))]},
+        **{f"{script} --help": "--help" for script in [*ENTRIES, *(
+            path for path in sorted((REPOSITORY / "scripts").rglob("*.py")) if "entry(main)" in path.read_text())]},
         f"buffer/buffer_FTD.py --rho_max=1 {none}": "give both the same value",
         f"buffer/buffer_FTD.py --model=ConvNetD9 {none}": "unknown network",
+        f"buffer/buffer_FTD.py --dataset=MiniFashion --buffer_path={tmp_path}": "unfinished run of other options: seed",
         "distill/DATM.py --cfg nowhere.yaml": "No such file",
+        shlex.join(["distill/DATM.py", *unnamed, f"--log_path={tmp_path / 'stopped'}", f"--run_name={folder.name}",
+                    "--lr_img=7"]): "holds a run of other options: lr_img",
         shlex.join(["distill/DATM.py", *arguments, none]): "no replay_buffer_*.pt in",
         shlex.join(["distill/DATM_tesla.py", *arguments, "--dataset=CIFAR"]): "unknown dataset",
         "distill/evaluation.py": "--data_dir is missing",
@@ -314,6 +320,8 @@ def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, dis
         f"scripts/inspect_buffer.py {tmp_path}": "no replay_buffer_*.pt in",
         shlex.join(["scripts/sweep.py", *arguments]): "give several to one at least",
         f"scripts/export.py {tmp_path} --card": "distilled set",
+        "scripts/measure/benchmark.py --shape=cpu_w3": "invalid choice",
+        "scripts/measure/benchmark.py --rounds=0": "give a number above 0",
         shlex.join(["distill/DATM.py", *arguments]): "is finished (best on the test images",
         shlex.join(["distill/DATM.py", *unnamed]): "is finished (best on the test images"}
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], input="\n".join(commands), text=True, cwd=REPOSITORY,

@@ -113,7 +113,17 @@ def test_a_current_folder_that_was_removed_is_refused(tmp_path, environment):
     assert done.returncode == 2 and done.stderr.startswith("DATM.py: error: the current folder: No such file")
 
 
-SCRIPTS = sorted(path for path in (REPOSITORY / "scripts").rglob("*.py") if "entry(main)" in path.read_text())
+ENTRIES = sorted(path for top in ("buffer", "distill", "scripts") for path in (REPOSITORY / top).rglob("*.py")
+                 if "entry(main)" in path.read_text())
+SCRIPTS = [path for path in ENTRIES if path.is_relative_to(REPOSITORY / "scripts")]
+
+
+def test_ctrl_c_while_a_program_imports_is_no_traceback(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise KeyboardInterrupt")
+    for program in ENTRIES:
+        stopped = subprocess.run([sys.executable, program], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                                 capture_output=True, text=True)
+        assert (stopped.returncode, stopped.stderr) == (130, ""), (program, stopped.stderr)
 
 
 def test_a_wrong_option_of_any_script_is_one_line(call):

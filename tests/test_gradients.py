@@ -8,7 +8,9 @@ import torch
 
 from distill.distilled_set import DistilledSet
 from scripts.measure import gradients
+from utils.errors import UserError
 from utils.files import sha256
+from utils.program import interrupt
 
 
 def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_experts, environment, tmp_path,
@@ -20,8 +22,9 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
         monkeypatch.setenv(name, value)
     for name, value in (("STEPS", (2, 8)), ("SEEDS", 2), ("DRAWS", 1)):
         monkeypatch.setattr(gradients, name, value)
-    monkeypatch.setattr("sys.argv", ["gradients.py", *toy.distil, f"--buffer_path={toy_experts}", "--Iteration=1",
-                                     "--syn_steps=8", f"--json={report}", f"--png={plot}", f"--distilled={saved}"])
+    arguments = ["gradients.py", *toy.distil, f"--buffer_path={toy_experts}", "--Iteration=1", "--syn_steps=8",
+                 f"--json={report}", f"--png={plot}", f"--distilled={saved}"]
+    monkeypatch.setattr("sys.argv", arguments)
     distil, left = gradients.reached, [3]
 
     def stopped(*given):
@@ -36,8 +39,15 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
     unfinished = json.loads((tmp_path / "gradients.json.unfinished").read_text())
     half = unfinished["found"]
     for path in (saved, *toy_experts.rglob("*.pt")):  # another set, or other experts, give other numbers
-        assert sha256(path) in str(unfinished["key"])
-    assert len(half) == 2 * 2 * 2 + 2 and not report.exists()
+        assert sha256(path) in str(unfinished["of"])
+    assert len(half) == 2 + 2 * 2 * 2 + 2 and not report.exists()
+    assert interrupt.saved() == ("the parts that are done", "")  # whoever stops it is told how to go on
+    for other, said in (("--lr_img=9", "gradients.json.unfinished was begun with other options.*: lr_img differ"),
+                        ("--distilled=nowhere.safetensors", "^--distilled .*nowhere.safetensors does not exist")):
+        monkeypatch.setattr("sys.argv", [*arguments, other])
+        with pytest.raises(UserError, match=said):
+            gradients.main()
+    monkeypatch.setattr("sys.argv", arguments)
     gradients.main()
     assert not list(tmp_path.glob("*.unfinished"))
 

@@ -158,7 +158,7 @@ LAST = {  # a program's last line, after its name
           r"[\d.]+k? images/s",
     EVALUATION: r"3/3 100 %, took 00:\d\d, 1 of 1 network, accuracy [\d.]+ %, [\d.]+k? images/s",
     BASELINE: r"3/3 100 %, took 00:\d\d, 1 of 1 network, accuracy [\d.]+ %, [\d.]+k? images/s"}
-FIRST = r"on cpu \(1 threads\), float32, hand-written, batch \d+"
+FIRST = r"on cpu \(1 thread\), float32, hand-written, batch \d+"
 
 
 @pytest.mark.parametrize("script", LAST)

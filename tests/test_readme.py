@@ -63,7 +63,8 @@ def quickstart(tmp_path):
     """`quickstart()`: runs it in a folder of its own, Python being PYTHON; the commands it ran and what it printed."""
     for folder in ("scripts", "bin", "configs/MiniFashion/ConvIN"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "scripts/quickstart.sh").write_text((REPOSITORY / "scripts/quickstart.sh").read_text())
+    for name in ("quickstart.sh", "help.sh"):
+        (tmp_path / "scripts" / name).write_text((REPOSITORY / "scripts" / name).read_text())
     (tmp_path / "scripts/venv.sh").write_text("")
     (tmp_path / "configs/MiniFashion/ConvIN/IPC1.yaml").write_text("")
     (tmp_path / "bin/python").write_text(PYTHON)
@@ -102,6 +103,17 @@ def test_the_quickstart_shows_one_set_that_was_not_chosen_on_test_images(quickst
     (tmp_path / "bin/python").write_text('#!/bin/sh\necho "$DATM_PART_OF" >&2\nexit 130\n')
     assert quickstart(130)[1].splitlines() == [
         "quickstart.sh", "The quickstart goes on from what is there with: bash scripts/quickstart.sh"]
+
+
+def test_shell_scripts_explain_themselves_and_begin_nothing(tmp_path):
+    for name in ("quickstart", "test", "reproduce", "gpu_check"):
+        asked = ["bash", os.path.relpath(REPOSITORY / f"scripts/{name}.sh", tmp_path)]
+        done = subprocess.run([*asked, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=5)
+        assert done.returncode == 0 and f"bash scripts/{name}.sh" in done.stdout and not done.stderr
+        assert "#" not in done.stdout.replace("     # ", "") and "set -" not in done.stdout
+        if name in ("quickstart", "gpu_check"):
+            refused = subprocess.run([*asked, "--fast"], cwd=tmp_path, capture_output=True, text=True, timeout=5)
+            assert refused.returncode == 2 and refused.stderr.startswith(f"{name}.sh: error: ")
 
 
 @pytest.mark.parametrize("name, samples", [("ipc1", 10), ("ipc1_factor2", 40), ("ipc10", 100), ("ipc50", 500)])

@@ -6,10 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 
 from tests.test_resume import stop_at
 from utils.networks import build_network
 from utils.program import threads
+from utils.program.console import number_of
 
 EXPERTS, DATM, BASELINE = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/baseline.py"
 
@@ -23,14 +25,18 @@ def measured(environment, monkeypatch):
 
 
 def test_one_thread_is_taken_where_two_are_no_faster(call, toy, environment, measured, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
     def device_of(*options):
         done = call(BASELINE, *toy.evaluate, "--ipc=2", f"--json={tmp_path / 'x.json'}", *options)
+        assert ("note: --threads 3: there are 2 cores here" in done.stderr) == ("--threads=3" in options)
         return json.loads((tmp_path / "x.json").read_text())["environment"]["device"], done.stdout
 
     for one, both, chosen in ((1.0, 1.0, 1), (1.0, 0.5, 2)):
         measured(one, both)
         device, said = device_of()
-        assert device == f"cpu ({chosen} threads)" and f"threads: {chosen} of 2, by images a second" in said
+        assert device == f"cpu ({number_of(chosen, 'thread')})"
+        assert f"threads: {chosen} of 2; all are {one / both:g} times as fast as one" in said
     # What is given is taken, and what is not worth it is not measured.
     measured(1.0, 0.5)
     for options, variable, worth, chosen in ((["--threads=3"], "", 0, 3), (["--threads=1"], "2", 0, 1),
@@ -38,7 +44,7 @@ def test_one_thread_is_taken_where_two_are_no_faster(call, toy, environment, mea
         monkeypatch.setattr(threads, "WORTH_MEASURING", worth)
         with mock.patch.dict(environment, OMP_NUM_THREADS=variable):
             device, said = device_of(*options)
-        assert device == f"cpu ({chosen} threads)" and "threads: " not in said
+        assert device == f"cpu ({number_of(chosen, 'thread')})" and "threads: " not in said
 
 
 def test_measuring_leaves_the_network_alone(monkeypatch):
@@ -65,4 +71,16 @@ def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_e
         if command[0] == DATM:  # the estimate is of the run that would go on
             assert "threads: " not in call(*command, "--dry_run").stdout
         done = call(*command)
-        assert "on cpu (1 threads)" in done.stdout and "threads: " not in done.stdout and "going on" in done.stdout
+        assert "on cpu (1 thread)" in done.stdout and "threads: " not in done.stdout and "going on" in done.stdout
+        assert "may be rounded otherwise" not in done.stderr
+
+
+def test_experts_that_go_on_with_other_threads_are_said_to_and_name_them(call, toy, tmp_path):
+    command = [EXPERTS, *toy.train, "--num_experts=1", f"--buffer_path={tmp_path}"]
+    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 2):
+        call(*command, "--threads=2", expect=130)
+    said = call(*command, "--threads=1").stderr
+    assert "note: it was last on 2 threads, and is on 1 now; what follows may be rounded otherwise" in said
+    (manifest,) = tmp_path.rglob("replay_buffer_0.yaml")
+    assert yaml.safe_load(manifest.read_text())["threads"] == 1
+    assert "may be rounded" not in call(*command, "--threads=2").stderr  # other experts beside them

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and words for what is said."""
 
 import difflib
 import unicodedata
@@ -15,9 +15,18 @@ class UserError(Exception):
     """
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the host's or a GPU's memory is full. Torch's error is known by its name: torch need not be there."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+def out_of_memory(error: BaseException | None) -> str:
+    """Whose memory is full, `GPU` or `host`, if an error says so, or one that it followed from; empty: it does not.
+
+    Torch's errors are known by name and text: torch need not be there.
+    """
+    while error is not None:
+        if type(error).__name__ == "OutOfMemoryError":
+            return "GPU"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return "host"
+        error = error.__context__
+    return ""
 
 
 def one_line(error: Exception | str) -> str:
@@ -43,6 +52,11 @@ def obeyed(character: str) -> bool:
 def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
     """The text, its middle left out if it is longer than so many characters."""
     return text if len(text) <= most else f"{text[:most * 2 // 3]} … {text[-most // 4:]}"
+
+
+def number_of(count: int, noun: str) -> str:
+    """Such as 1 file, 2 files."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> UserError:

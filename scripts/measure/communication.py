@@ -23,6 +23,7 @@ tune_process()  # before torch is imported
 from scripts.common import save_report, script_parser
 from utils import networks
 from utils.program import ranks
+from utils.program.console import number_of
 from utils.program.entry import entry
 
 
@@ -73,8 +74,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     found = measure(arguments.model, arguments.batch, arguments.rounds)
-    print(f"{found['ranks']} ranks, {arguments.model} ({found['parameters']} parameters), batch {arguments.batch}: "
-          f"{found['bytes_per_step'] / 1e6:.2f} MB a step; computing {1000 * found['compute_seconds']:.1f} ms, summing "
+    print(f"{number_of(found['ranks'], 'rank')}, {arguments.model} ({found['parameters']} parameters), batch "
+          f"{arguments.batch}: {found['bytes_per_step'] / 1e6:.2f} MB a step; computing "
+          f"{1000 * found['compute_seconds']:.1f} ms, summing "
           f"{1000 * found['communicate_seconds']:.1f} ms, {100 * found['share']:.0f} % of the time")
     if ranks.first():
         save_report(arguments.json, {

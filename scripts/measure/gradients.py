@@ -11,13 +11,14 @@ each distils the first set of every seed for as long as --Iteration exact iterat
 set is evaluated as DATM.py would. Everything ± the standard deviation: of cosines over the draws, of accuracies over
 the seeds, each the mean of its --num_eval networks.
 
-With --json the same command goes on where it was stopped, by what it has kept in FILE.unfinished.
+With --json the same command goes on where it was stopped, by what it has kept in FILE.unfinished; without it nothing
+is kept.
 """
 
 import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -33,8 +34,10 @@ tune_process()  # before torch is imported
 
 from distill.option_checks import check_options
 from scripts.common import save_report
-from utils.config import DistillConfig
+from utils.config import DistillConfig, how_much, identity
+from utils.errors import UserError
 from utils.files import check_output, given, read_json, write_json
+from utils.program import interrupt
 from utils.program.command_line import config_of, typed
 from utils.program.console import note, number_of, shown, table
 from utils.program.entry import entry
@@ -68,24 +71,36 @@ class Kept:
 
     Args:
         path: of the report; None: nothing is kept.
-        key: what everything depends on; what was found for another key does not count.
+        of: what everything depends on, by name.
+
+    Raises:
+        UserError: the file holds what was found for something else, which took long.
     """
 
-    def __init__(self, path: Path | None, key: Any) -> None:
+    def __init__(self, path: Path | None, of: dict[str, str]) -> None:
         self._path = path and path.with_name(f"{path.name}.unfinished")
-        self._saved: dict[str, Any] = {"key": key, "found": {}}
+        self._saved: dict[str, dict[str, Any]] = {"of": of, "found": {}}
         if self._path and self._path.exists():
-            with contextlib.suppress(Exception):  # whatever it is, it can be found again
-                saved = read_json(self._path)
-                if saved["key"] == key and isinstance(saved["found"], dict):
-                    self._saved = saved
-            kept = len(self._saved["found"])
-            note(f"going on with the {number_of(kept, 'part')} in {shown(self._path)}" if kept else
-                 f"note: {shown(self._path)} is of other options, experts, set or machine; starting over")
+            before, found = of, {}
+            with contextlib.suppress(Exception):  # what is damaged can be found again
+                before, found = (dict(read_json(self._path)[name]) for name in self._saved)
+            different = sorted(name for name in before | of if before.get(name) != of.get(name))
+            if different:
+                raise UserError(f"{shown(self._path)} was begun with other options, files or another machine: "
+                                f"{', '.join(different)} differ; give what it had to go on with it, or another --json, "
+                                "or delete it")
+            self._saved["found"] = found
+            note(f"going on with the {number_of(len(found), 'part')} in {shown(self._path)}")
+        if not self._path:
+            note("note: without --json FILE nothing is kept, and what is stopped begins anew")
+        interrupt.saves("the parts that are done", "" if self._path else "--json FILE")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._saved["found"]
 
     def get(self, name: str, find: Callable[..., Any], *given: Any) -> Any:
         """What was found under a name, as JSON has it, or is found now."""
-        if name not in self._saved["found"]:
+        if name not in self:
             self._saved["found"][name] = find(*given)
             if self._path:
                 write_json(self._path, self._saved)
@@ -134,6 +149,23 @@ def reached(config: DistillConfig, dataset: "Dataset", buffer: "Buffer", start: 
             "accuracies": evaluate(config, dataset, state.set)[0].accuracies}
 
 
+def tested(config: DistillConfig, dataset: "Dataset", start: "DistilledSet") -> dict[str, float]:
+    """What a set is worth as it is, and how long it takes to know."""
+    from distill.evaluate.networks import evaluate
+
+    began = perf_counter()
+    return {"accuracy": evaluate(config, dataset, start)[0].mean, "seconds": perf_counter() - began}
+
+
+@contextlib.contextmanager
+def of_distilled() -> Iterator[None]:
+    """Inside, the distilled set is one to start from: who is refused hears of the option that was given."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--pix_init", "--distilled")) from error
+
+
 def spread(values: list[float]) -> tuple[float, float]:
     return mean(values), pstdev(values)
 
@@ -148,52 +180,75 @@ def main() -> None:
     config, _ = config_of(DistillConfig, options)
     of_saved, _ = config_of(DistillConfig, options | saved)
 
-    for each in (config, of_saved):
-        check_options(each)
+    check_options(config)
+    with of_distilled():
+        check_options(of_saved)
 
-    from distill.checks import check_window  # and torch, which takes seconds
-    from distill.evaluate.networks import evaluate
+    from distill.checks import check_start, check_window  # and torch, which takes seconds
     from distill.initialize import checksums, initial_set, labellers_of
     from distill.loop import opened
     from utils.program.machine import environment
     from utils.program.progress import Progress
 
     # The experts, the first set of each seed, and the distilled one.
+    with of_distilled():
+        check_start(of_saved)
     dataset, buffer = opened(config)
     check_window(config, buffer)
     labellers = labellers_of(config, dataset, buffer)
     seeded = [replace(config, seed=config.seed + number) for number in range(SEEDS)]
     starts = {"first set": [initial_set(each, dataset, labellers)[0].to(dataset.device) for each in seeded]}
     if saved:
-        starts["distilled set"] = [initial_set(of_saved, dataset, labellers)[0].to(dataset.device)] * SEEDS
+        with of_distilled():
+            starts["distilled set"] = [initial_set(of_saved, dataset, labellers)[0].to(dataset.device)] * SEEDS
 
-    # The gradients.
-    here, read = environment(dataset.device), checksums(of_saved, dataset, buffer, labellers)
-    kept = Kept(files.get("json"), [options | saved, read, here["torch"], here["device"]])
+    # What was found before; and what the first sets are worth.
+    here, asked = environment(dataset.device), identity(config) | how_much(config)
+    kept = Kept(files.get("json"), {name: str(value) for name, value in {
+        **asked, **checksums(of_saved, dataset, buffer, labellers), "torch": here["torch"], "device": here["device"]
+    }.items()})
+    before: list[dict[str, float]] = []
+    with Progress(SEEDS, "first sets", quiet=config.quiet) as bar:
+        for each, start in zip(seeded, starts["first set"]):
+            before.append(kept.get(f"first set, seed {each.seed}", tested, each, dataset, start))
+            bar.update()
+
+    # The gradients; an inner step of all of them is a step of the bar.
     found: dict[tuple[str, int, str], list[Measured]] = {}
     steps = sorted({*STEPS, config.syn_steps})
-    with Progress(len(starts) * len(steps) * SEEDS, "gradients", quiet=config.quiet) as bar:
+    settings, parts = list(product(steps, GRADIENTS)), {
+        f"{what}, {number} steps, seed {each.seed}": (what, number, each, start)
+        for (what, sets), number in product(starts.items(), steps) for each, start in zip(seeded, sets)}
+
+    def seconds_of_distillations() -> float:
+        an_exact_match = (bar.pace.seconds or 0) * config.syn_steps / (DRAWS * len(GRADIENTS))
+        return len(settings) * SEEDS * (config.Iteration * an_exact_match + mean(each["seconds"] for each in before))
+
+    with Progress(sum(number for _, number, _, _ in parts.values()), "gradients", quiet=config.quiet,
+                  initial=sum(number for name, (_, number, _, _) in parts.items() if name in kept),
+                  later=seconds_of_distillations) as bar:
         measured(config, dataset, buffer, starts["first set"][0], steps[0])  # the first calls allocate
-        for (what, sets), number in product(starts.items(), steps):
-            for each, start in zip(seeded, sets):
-                matches = kept.get(f"{what}, {number} steps, seed {each.seed}",
-                                   measured, each, dataset, buffer, start, number)
-                for gradient, of_draws in matches.items():
-                    found.setdefault((what, number, gradient), []).extend(Measured(*each) for each in of_draws)
-                bar.update()
-    settings = list(product(steps, GRADIENTS))
+        for name, (what, number, each, start) in parts.items():
+            new = name not in kept
+            for gradient, of_draws in kept.get(name, measured, each, dataset, buffer, start, number).items():
+                found.setdefault((what, number, gradient), []).extend(Measured(*each) for each in of_draws)
+            bar.update(new * number)
     seconds = {setting: median(match.seconds for match in found["first set", *setting]) for setting in settings}
 
     # The distillations.
     budget = config.Iteration * seconds[config.syn_steps, "exact"]
     ends: dict[tuple[int, str], list[dict[str, Any]]] = {setting: [] for setting in settings}
-    with Progress(len(settings) * SEEDS, "distillations", quiet=config.quiet) as bar:
+    names = {(each.seed, *setting): "{}, {}, seed {}".format(*setting, each.seed)
+             for each, setting in product(seeded, settings)}
+    with Progress(len(names), "distillations", quiet=config.quiet,
+                  initial=sum(name in kept for name in names.values())) as bar:
         for (each, start), setting in product(zip(seeded, starts["first set"]), settings):
-            ends[setting].append(kept.get(
-                "{}, {}, seed {}".format(*setting, each.seed), reached, with_gradient(each, *setting), dataset, buffer,
-                start, max(1, round(budget / seconds[setting]))))
-            bar.update()
-    before = [evaluate(each, dataset, start)[0].mean for each, start in zip(seeded, starts["first set"])]
+            name = names[each.seed, *setting]
+            new = name not in kept
+            ends[setting].append(kept.get(name, reached, with_gradient(each, *setting), dataset, buffer, start,
+                                          max(1, round(budget / seconds[setting]))))
+            bar.update(new)
+    worth = [each["accuracy"] for each in before]
 
     # The table, the numbers and the plot.
     columns = {f"cosine, {what}": {setting: spread([match.cosine for match in found[what, *setting]])
@@ -205,9 +260,9 @@ def main() -> None:
          str(ends[number, gradient][0]["iterations"]),
          *("{:.2f} ± {:.2f}".format(*column[number, gradient]) for column in columns.values())]
         for number, gradient in settings)]))
-    print("accuracy of the first sets: {:.2f} ± {:.2f} %".format(*spread([100 * each for each in before])))
+    print("accuracy of the first sets: {:.2f} ± {:.2f} %".format(*spread([100 * each for each in worth])))
     save_report(files.get("json"), {
-        "options": options | saved, "seeds": SEEDS, "draws": DRAWS, "budget_seconds": budget, "before": before,
+        "options": options | saved, "seeds": SEEDS, "draws": DRAWS, "budget_seconds": budget, "before": worth,
         "matches": [{"set": what, "steps": number, "gradient": gradient, "cosines": [each.cosine for each in matches],
                      "seconds": [each.seconds for each in matches]}
                     for (what, number, gradient), matches in found.items()],

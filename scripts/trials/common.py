@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from scripts.common import save_report
 from utils.files import ASIDE, REPOSITORY
@@ -43,10 +43,29 @@ def set_files(folder: Path | str) -> dict[str, str]:
             for option, name in (("data_dir", "images"), ("label_dir", "labels"), ("lr_dir", "lr"))}
 
 
+def load(path: Path | str) -> Any:
+    """What a file of torch's holds."""
+    import torch  # which takes seconds; so here, and not for --help and refusals
+
+    return torch.load(path, weights_only=True)
+
+
+def save(value: Any, path: Path | str) -> None:
+    """Writes a file of torch's; of an array its tensor."""
+    import torch
+
+    torch.save(torch.from_numpy(value) if isinstance(value, np.ndarray) else value, path)
+
+
 def write_set(folder: Path, images: Any, labels: Any, lr: float = 0.01) -> None:
     folder.mkdir()
-    for path, value in zip(set_files(folder).values(), (images, labels, torch.tensor(lr))):
-        torch.save(value, path)
+    for path, value in zip(set_files(folder).values(), (images, labels, np.array(lr, np.float32))):
+        save(value, path)
+
+
+def noise(*shape: int) -> np.ndarray:
+    """The same at every call."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 def surroundings(cache: Path) -> dict[str, str]:

@@ -26,8 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 import numpy as np
-import torch
 
 from scripts.common import script_parser
 from scripts.trials import common
@@ -81,9 +84,7 @@ class Scene:
 
     def write_set(self, **other: Any) -> None:
         """A distilled set, random but for the tensors that are given."""
-        random = torch.Generator().manual_seed(0)
-        tensors = {"images": torch.randn(10, 1, 28, 28, generator=random),
-                   "labels": torch.randn(10, 10, generator=random)} | other
+        tensors = {"images": common.noise(10, 1, 28, 28), "labels": common.noise(10, 10)} | other
         common.write_set(self.folder / "set", **tensors)
 
     def prepare(self, script: str) -> None:
@@ -276,8 +277,8 @@ def set_with_code(scene: Scene) -> None:
 
 
 def set_with_nan(scene: Scene) -> None:
-    images = torch.randn(10, 1, 28, 28)
-    images[3, 0, 14, 14] = torch.nan
+    images = common.noise(10, 1, 28, 28)
+    images[3, 0, 14, 14] = np.nan
     damaged_set(scene, images=images)
 
 
@@ -428,7 +429,7 @@ def cut(path: Path) -> None:
 
 def flip(path: Path, bit: int, becomes: float) -> None:
     """Flips a bit of one parameter, the norm's first weight at the initialisation, which is 1."""
-    experts = torch.load(path, weights_only=True)
+    experts = common.load(path)
     first, scale = (tensor.numpy() for tensor in experts[0][0][1:3])
     content = bytearray(path.read_bytes())
     assert (scale == 1).all(), "the third tensor is not the norm's weight"
@@ -444,13 +445,13 @@ flip_exponent = partial(flip, bit=30, becomes=float("inf"))
 
 
 def put_nan(path: Path) -> None:
-    experts = torch.load(path, weights_only=True)
-    experts[1][2][0][0] = torch.nan
-    torch.save(experts, path)
+    experts = common.load(path)
+    experts[1][2][0][0] = np.nan
+    common.save(experts, path)
 
 
 def put_code(path: Path) -> None:
-    torch.save([[[Bomb(path.parent / MARKER)]]], path)
+    common.save([[[Bomb(path.parent / MARKER)]]], path)
 
 
 # --- the faults ----------------------------------------------------------------------------------------------
@@ -500,10 +501,10 @@ fault("unfinished result of an evaluation cut", interrupted, cut, EVALUATION, "r
 
 fault("distilled set with code in it", set_with_code)
 fault("distilled images with NaN", set_with_nan)
-fault("distilled set of another number of classes", damaged_set, labels=torch.randn(10, 100))
+fault("distilled set of another number of classes", damaged_set, labels=common.noise(10, 100))
 fault("distilled images of 1e300, infinite in float32", damaged_set,
-      images=torch.full((10, 1, 28, 28), 1e300, dtype=torch.float64))
-fault("distilled set of another image size", damaged_set, images=torch.randn(10, 1, 32, 32))
+      images=np.full((10, 1, 28, 28), 1e300))
+fault("distilled set of another image size", damaged_set, images=common.noise(10, 1, 32, 32))
 
 for _option, _script, *_more in (
         ("buffer_path", BUFFER), ("data_path", BUFFER, "--dataset=ImageFolder"), ("log_path", DATM),

@@ -43,17 +43,14 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"  # a fork inherits no thread of a pool
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 import hypothesis
-import matplotlib
 import numpy as np
-import torch
-import torch._dynamo  # optimisers import it at their first step
 import yaml
 from hypothesis import strategies as st
-from PIL import Image
-
-matplotlib.use("Agg")
-import matplotlib.pyplot
 
 import utils.config.values
 import utils.program.console
@@ -63,6 +60,7 @@ from scripts.trials.common import BUFFER, DATM, EVALUATION
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
 from utils.errors import obeyed, shortened
 from utils.files import REPOSITORY
+from utils.program.console import number_of
 from utils.program.entry import entry
 
 TIMEOUT = 20  # seconds of the processor
@@ -94,6 +92,8 @@ class Sandbox:
         self.outputs = [root.with_name("stdout"), root.with_name("stderr")]
 
     def build(self) -> None:
+        from PIL import Image
+
         random = np.random.default_rng(0)
         for split, count in IMAGES.items():
             for channel, name in enumerate(CLASSES):
@@ -102,7 +102,7 @@ class Sandbox:
                     pixels = random.integers(0, 160, (8, 8, 3), dtype=np.uint8)
                     pixels[:, :, channel] += 60
                     Image.fromarray(pixels).save(self.shared / "toy" / split / name / f"{number}.png")
-        common.write_set(self.shared / "set", torch.randn(3, 3, 8, 8), torch.randn(3, 3))
+        common.write_set(self.shared / "set", common.noise(3, 3, 8, 8), common.noise(3, 3))
         usual = {**self.usual(BUFFER), "num_experts": "2", "train_epochs": str(EPOCHS),
                  "buffer_path": str(self.shared / "experts")}
         outcome = self.run(Case(BUFFER, [f"--{name}={value}" for name, value in usual.items()], None, True))
@@ -443,13 +443,13 @@ def _problems_of_run(case: Case, values: dict[str, typing.Any], outcome: Outcome
 def _check_experts(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     folder = Path(values["buffer_path"]) / values["dataset"] / values["model"]
     paths = sorted(folder.glob("replay_buffer_*.pt"))
-    experts = [expert for path in paths for expert in torch.load(path, weights_only=True)]
+    experts = [expert for path in paths for expert in common.load(path)]
     assert len(experts) == values["num_experts"], f"{len(experts)} experts"
     assert len(paths) == math.ceil(len(experts) / values["save_interval"]), f"{len(paths)} files"
     assert all(len(expert) == values["train_epochs"] + 1 for expert in experts), "epochs"
     saved = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())
-    assert [expert["number"] for expert in saved["experts"]] == list(range(len(torch.load(paths[0]))))
-    for fact in ("fingerprint", "experts", "sha256"):
+    assert [expert["number"] for expert in saved["experts"]] == list(range(len(common.load(paths[0]))))
+    for fact in ("fingerprint", "threads", "experts", "sha256"):
         del saved[fact]
     return saved
 
@@ -461,7 +461,7 @@ def _check_distillation(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     steps = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
     assert len(steps) == values["Iteration"] and len(result["best"]["scores"][0]["accuracies"]) == values["num_eval"]
     assert (result["best_ema"] is not None) == values["ema"]
-    images = torch.load(folder / "Normal" / "images_best.pt", weights_only=True)
+    images = common.load(folder / "Normal" / "images_best.pt")
     assert len(images) == len(CLASSES) * values["ipc"], f"{len(images)} images"
     assert all((folder / name).stat().st_size for name in ("images.png", "curves.png", "report.html"))
     return yaml.safe_load((folder / "config.yaml").read_text())
@@ -734,6 +734,18 @@ def odd_yamls(pairs: dict[str, str], sandbox: Sandbox) -> st.SearchStrategy[Yaml
 # --- all together -----------------------------------------------------------------------------------------------
 
 
+def import_everything() -> None:
+    """What the programs import and takes seconds: for the forked children, and not for --help and refusals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    import torch
+    import torch._dynamo  # optimisers import it at their first step
+
+    torch.set_num_threads(1)
+
+
 def refuse_connections() -> None:
     """No input may reach the network: what would be downloaded is not there."""
     def refuse(*_: typing.Any, **__: typing.Any) -> typing.NoReturn:
@@ -779,7 +791,7 @@ def main() -> None:
     args = parser.parse_args()
     common.obey_permissions()
     sys.stdout.reconfigure(errors="backslashreplace")  # of whatever odd text a failing command line holds
-    torch.set_num_threads(1)
+    import_everything()
     refuse_connections()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         sandbox = Sandbox(Path(folder).resolve() / "sandbox")
@@ -794,13 +806,13 @@ def main() -> None:
         sandbox.renew()  # nothing unreadable is left to delete
         (sandbox.work / "unreadable").chmod(0o700)
     gc.unfreeze()
-    print(f"{report['inputs']} inputs, seed {args.seed}, {report['of_nothing_odd']} of nothing odd, in "
+    print(f"{number_of(report['inputs'], 'input')}, seed {args.seed}, {report['of_nothing_odd']} of nothing odd, in "
           f"{report['seconds']} s (the slowest {report['slowest_seconds']} s)")
     for script, codes in report["exit_codes"].items():
         print(f"  {script}: {', '.join(f'{count} × {code}' for code, count in codes.items())}")
     for command in report["timeouts"]:
         print(f"timeout: {command}")
-    print(f"{len(report['failures'])} failures")
+    print(number_of(len(report["failures"]), "failure"))
     common.conclude(args.json, report, failed=bool(report["failures"]))
 
 

@@ -33,16 +33,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import torch
-from PIL import Image
+from utils.program.process_settings import tune_process
+
+tune_process()  # before torch is imported
+
 from safetensors import safe_open
-from torch import Tensor
 
 from scripts.common import script_parser
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, MOST_SECONDS, temporary
 from utils.files import REPOSITORY, read_config
-from utils.program.console import table
+from utils.program.console import number_of, table
 from utils.program.entry import entry
 from utils.program.progress import Progress
 
@@ -107,7 +108,7 @@ class Run:
         if self.case.script != BUFFER:
             return False
         folder = self.out / common.EXPERTS
-        count = sum(len(torch.load(path, weights_only=True)) for path in folder.glob("replay_buffer_*.pt"))
+        count = sum(len(common.load(path)) for path in folder.glob("replay_buffer_*.pt"))
         wanted = 5 if self.case is EXPERTS else 3
         assert count <= wanted, f"{count} experts instead of {wanted}"
         return count == wanted and not (folder / "unfinished" / "run.yaml").exists()
@@ -195,7 +196,7 @@ def read(path: Path) -> Any:
     """A file's values, so that == compares tensors and pictures to the bit."""
     match path.suffix:
         case ".pt":
-            return plain(torch.load(path, weights_only=True))
+            return plain(common.load(path))
         case ".safetensors":
             with safe_open(path, framework="pt") as file:
                 about = {name: plain(json.loads(text)) if text[:1] in "[{" else text
@@ -208,6 +209,8 @@ def read(path: Path) -> Any:
         case ".yaml":
             return plain(read_config(path))
         case ".png" | ".webp":
+            from PIL import Image
+
             with Image.open(path) as picture:
                 return picture.mode, picture.size, Bits(picture.tobytes())
         case ".html":  # it says where it lies and how long the run took; what it is made of is compared above
@@ -224,8 +227,8 @@ class Bits(bytes):
 def plain(value: Any) -> Any:
     """Without what belongs to the run and not to its result; tensors as type, shape and bytes."""
     match value:
-        case Tensor():
-            return str(value.dtype), tuple(value.shape), Bits(value.contiguous().numpy().tobytes())
+        case object(dtype=dtype, shape=shape):  # a tensor; torch takes seconds to import
+            return str(dtype), tuple(shape), Bits(value.contiguous().numpy().tobytes())
         case dict():
             return {name: plain(each) for name, each in value.items() if name not in OF_THE_RUN}
         case list() | tuple():
@@ -367,9 +370,9 @@ def main() -> None:
               str(answer["exit_code"]), f"{answer['seconds_to_stop']:.2f}") for answer in answers]
     print(f"\n{table(rows)}")
     failed = bool(failures) or total["kills"] < args.kills
-    print(f"\n{len(failures)} failures, {total['kills']} of {args.kills} kills" if failed else
-          f"\n{total['kills']} kills, {len(answers)} signals: every file whole after each, and in the end every tensor "
-          "the same to the bit")
+    print(f"\n{number_of(len(failures), 'failure')}, {total['kills']} of {args.kills} kills" if failed else
+          f"\n{number_of(total['kills'], 'kill')}, {number_of(len(answers), 'signal')}: every file whole after each, "
+          "and in the end every tensor the same to the bit")
     common.conclude(args.json, {
         "kills": total["kills"], "failures": failures, "seed": args.seed, "signals": answers, "cases": {
             case.name: {"command": f"python {case.script} {' '.join(case.options)}",

@@ -77,8 +77,7 @@ def _protocols(value: str) -> str:
 
 
 Protocols = Annotated[str, AfterValidator(_protocols)]
-MOST_THREADS = 1024
-Threads = Annotated[Annotated[int, Field(ge=1, le=MOST_THREADS)] | Literal["auto"], BeforeValidator(_number_or_auto)]
+Threads = Annotated[Annotated[int, Field(ge=1, le=1024)] | Literal["auto"], BeforeValidator(_number_or_auto)]
 AutoRate = Annotated[LearningRate | Literal["auto"], BeforeValidator(_number_or_auto)]
 Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
 RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 import reprlib
 import typing
 from dataclasses import fields
@@ -35,6 +36,8 @@ def make(config_type: type[Config], **values: Any) -> Config:
         name = str(problem["loc"][0]) if problem["loc"] else "config"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         message = message.split(", unable")[0].replace("String should have", "it must have")
+        if isinstance(bound := next(iter(problem.get("ctx", {}).values()), None), float):
+            message = re.sub(r"[\d.]+$", f"{bound:g}", message)  # 1e-10, without its nine zeros
         value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))
         raise UserError(f"--{name} {shortened(value)}: {message}") from None
 

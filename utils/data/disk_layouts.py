@@ -81,6 +81,16 @@ def minifashion(data_path: Path, subset: str, size: Size, watch: Watch = unwatch
     return Raw(*unpack_minifashion(content), FASHION_CLASSES, NORMAL_FASHION)
 
 
+def pack_minifashion(train: Split, test: Split) -> bytes:
+    """Whole Fashion-MNIST → the content of MiniFashion, which `unpack_minifashion` reads; within a class in the order
+    of the original file."""
+    content = b""
+    for (images, labels), per_class in zip((train, test), MINIFASHION_PER_CLASS):
+        chosen = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in range(len(FASHION_CLASSES))])
+        content += images[chosen].numpy().tobytes() + labels[chosen].to(torch.uint8).numpy().tobytes()
+    return content
+
+
 def unpack_minifashion(content: bytes) -> tuple[Split, Split]:
     """Training images, training labels, test images, test labels, each as plain bytes, sorted by class → images
     [10 · per class, 1, 28, 28] uint8, labels int64."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from utils.config import DataConfig, changed, influential
-from utils.errors import printable
+from utils.errors import number_of, printable
 from utils.files import REPOSITORY
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ def short_count(number: float) -> str:
 def percent(mean: float, std: float | None) -> str:
     """An accuracy in [0, 1] and its standard deviation as tables have them: 82.14 ± 0.42; over one there is none."""
     return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
-
-
-def number_of(count: int, noun: str) -> str:
-    """Such as 1 file, 2 files."""
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def wrapped(text: str, stream: Any = None) -> str:

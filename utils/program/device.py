@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.program import ranks
 
 
@@ -23,7 +23,7 @@ def gpu_count() -> int:
 
 @functools.cache
 def _say_unusable(present: int, why: str) -> None:
-    print(f"note: torch cannot use the {present} GPU(s) of this machine: {why}", file=sys.stderr)
+    print(f"note: torch cannot use the {number_of(present, 'GPU')} of this machine: {why}", file=sys.stderr)
 
 
 def listed_gpus(device: str | list[int]) -> list[int]:
@@ -58,14 +58,14 @@ def select_device(device: str | list[int]) -> torch.device:
     if chosen.type == "cpu":
         return chosen
     if (chosen.index or 0) >= gpus:
-        raise UserError(f"--device {device}: this machine has {gpus} GPU(s); give --device auto or cpu")
+        raise UserError(f"--device {device}: this machine has {number_of(gpus, 'GPU')}; give --device auto or cpu")
     return torch.device("cuda", chosen.index or 0)
 
 
 def describe(device: torch.device) -> str:
     """The device in words."""
     here = (f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else
-            f"cpu ({torch.get_num_threads()} threads)")
+            f"cpu ({number_of(torch.get_num_threads(), 'thread')})")
     return here if ranks.size() == 1 else f"{ranks.size()} ranks, the first on {here}"
 
 

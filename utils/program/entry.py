@@ -34,18 +34,19 @@ def entry(main: Callable[[], None]) -> None:
     except UserError as error:
         _last_line(f"{name}: error: {one_line(error)}", 2)
     except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error) and not isinstance(error, MemoryError):
-            _last_line(f"{name}: error: the GPU's memory is full ({' '.join(str(error).split())[:120]}…); give "
-                       "--micro_batch, a smaller batch, or --device cpu", 2)
+        full, said = out_of_memory(error), " ".join(str(error).split())[:120]
+        if full == "GPU":
+            _last_line(f"{name}: error: the GPU's memory is full ({said}…); give --micro_batch, a smaller batch, or "
+                       "--device cpu", 2)
         if isinstance(error, RuntimeError) and ranks.lost_contact(error):
             if interrupt.requested():  # all ranks were told to stop, and another one was quicker
                 _last_line(f"{name}: stopped; every file is whole{_to_go_on()}", 143)
-            _last_line(f"{name}: error: contact with another rank was lost ({' '.join(str(error).split())[:120]}…); "
+            _last_line(f"{name}: error: contact with another rank was lost ({said}…); "
                        f"start again{_to_go_on()}", 1, wait=0.0)
-        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+        if not full:
             raise
-        _last_line(f"{name}: error: not enough memory ({' '.join(str(error).split())[:120]}); give a smaller batch or "
-                   "--micro_batch, or use a machine with more", 2)
+        _last_line(f"{name}: error: not enough memory ({said}); give a smaller batch or --micro_batch, or use a "
+                   "machine with more", 2)
     except interrupt.Stopped as stopped:
         code = 128 + stopped.signal
         if not ranks.first():

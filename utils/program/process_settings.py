@@ -1,18 +1,21 @@
-"""What makes torch fast on a CPU and must be set before it is imported: by programs alone, when they start."""
+"""What must be set before anything else is imported, torch above all: by programs alone, when they start."""
 
 import ctypes
 import os
 import sys
+from types import TracebackType
 
 # Options of <malloc.h>.
 MMAP_MAX, TRIM_THRESHOLD = -4, -1
 
 
 def tune_process() -> None:
-    """Changes this process: how threads wait, and what becomes of freed memory.
+    """Changes this process: how it ends on Ctrl-C, how threads wait, and what becomes of freed memory.
 
     Ends it where it stands nowhere: torch's own libraries cannot be loaded there, and blame themselves.
     """
+    sys.excepthook = _end
+
     try:
         os.getcwd()
     except OSError as error:
@@ -33,3 +36,10 @@ def tune_process() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(MMAP_MAX, 0)
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C before `utils.program.entry` answers it, while modules are imported, ends a program without a word."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)

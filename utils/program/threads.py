@@ -11,7 +11,7 @@ from utils.config import AUTO, DataConfig
 from utils.derivatives.choose_engine import PLAIN_BYTES, Work, activation_bytes, seconds_uncompiled
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.console import say, short_count
+from utils.program.console import note, number_of, say
 
 WORTH_MEASURING = 60.0  # seconds of work
 BLOCK, BLOCKS = 0.08, 4  # seconds of steps with one number and then the other, and how often
@@ -21,11 +21,18 @@ _left_out = 0  # threads that more than one network at a time may use, where a s
 
 
 def take(config: DataConfig) -> None:
-    """What `--threads` gives; else torch's own number: OMP_NUM_THREADS, or a thread for each core."""
+    """What `--threads` gives; else torch's own number: OMP_NUM_THREADS, or a thread for each core.
+
+    More than there are cores are obeyed, as the result depends on the number, and said to be slow.
+    """
     global _left_out
     _left_out = 0
     if config.threads != AUTO:
         torch.set_num_threads(config.threads)
+        cores = os.cpu_count() or 1
+        if config.threads > cores and ranks.first():
+            note(f"note: --threads {config.threads}: there {'is' if cores == 1 else 'are'} {number_of(cores, 'core')} "
+                 "here, and threads that wait for each other's core are many times slower; give no more than that")
 
 
 def at_hand() -> int:
@@ -57,8 +64,8 @@ def settle(config: DataConfig, network: nn.Module, batch: int, work: Work, known
             return everything
         one, with_all = seconds_of_a_step(network, batch, everything)
         chosen = everything if one > HELPS * with_all else 1
-        say(config, f"threads: {chosen} of {everything}, by images a second here and now: {short_count(batch / one)} "
-                    f"with one, {short_count(batch / with_all)} with all (--threads {chosen} asks for the same)")
+        say(config, f"threads: {chosen} of {everything}; all are {one / with_all:.2g} times as fast as one here and "
+                    f"now (--threads {chosen} asks for the same)")
         return chosen
 
     chosen = ranks.from_first_rank(choose)

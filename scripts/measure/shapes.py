@@ -1,0 +1,57 @@
+"""What benchmark.py measures: parts, their methods, and shapes; known without torch."""
+
+from dataclasses import dataclass
+
+import yaml
+
+from scripts.measure.projection import IMAGES
+from utils.config import DistillConfig, make
+from utils.files import REPOSITORY
+
+PARTS = {  # part → its methods, the one that the others are compared with first
+    "matching": ("unroll", "plain", "tesla", "exact", "compiled", "graph"),
+    "experts": ("bare", "synced", "eager", "compiled", "graph"),
+    "evaluation": ("bare", "eager", "compiled", "graph")}
+METHODS = tuple(dict.fromkeys(method for methods in PARTS.values() for method in methods))
+GPU_MINUTES, MAX_SECONDS = 9.0, 180.0  # what is asked for where nothing is said
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A distillation: `images` synthetic images, T = `steps` inner steps on B = `batch` of them."""
+
+    name: str
+    network: str
+    image: tuple[int, int, int]
+    classes: int
+    images: int
+    steps: int
+    batch: int
+    batch_train: int = 256
+    config: str = ""  # whose distillation it is, in the repository
+
+    def __str__(self) -> str:
+        return (f"{self.name}: {self.network}, {'×'.join(map(str, self.image))}, {self.classes} classes, "
+                f"{self.images} images")
+
+
+def all_shapes() -> dict[str, Shape]:
+    shapes = [Shape("tiny_cpu", "ConvNetW8", (1, 28, 28), 10, 10, 3, 6, 16),
+              Shape("cpu_w32", "ConvNetW32", (1, 28, 28), 10, 50, 20, 50),
+              Shape("cpu", "ConvNet", (1, 28, 28), 10, 50, 20, 50),
+              Shape("cpu_t80", "ConvNet", (1, 28, 28), 10, 50, 80, 50),
+              Shape("cpu_b200", "ConvNet", (1, 28, 28), 10, 200, 20, 200)]
+    for path in sorted(REPOSITORY.glob("configs/*/ConvIN/IPC*.yaml"), key=lambda path: (path.parent, len(path.name))):
+        config = make(DistillConfig, **yaml.safe_load(path.read_text()))
+        image, classes, _ = IMAGES[config.dataset]
+        images = config.ipc * classes * config.factor**2
+        shapes.append(Shape(f"{config.dataset.lower()}_ipc{config.ipc}", config.model, image, classes, images,
+                            config.syn_steps, min(config.batch_syn or images, images), config.batch_train,
+                            str(path.relative_to(REPOSITORY))))
+    return {shape.name: shape for shape in shapes}
+
+
+SENSIBLE = {  # what `--shape` all means; of shapes that differ in the number of images alone, one
+    "cpu": ("cpu_w32", "cpu", "cpu_t80", "cpu_b200"),
+    "cuda": ("cifar10_ipc1", "cifar10_ipc10", "cifar10_ipc50", "cifar100_ipc10", "cifar100_ipc50", "tiny_ipc10",
+             "tiny_ipc50")}
