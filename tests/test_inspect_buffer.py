@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(call, folder, arguments, phrase):
 
 def test_settings_are_suggested_that_work_as_they_are_printed(call, toy_experts, tmp_path):
     folder = toy_experts / "ImageFolder" / "ConvNetD1W4"
-    done = call(INSPECT, folder, "--suggest", "--ipc=2", f"--png={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.json'}")
+    done = call(INSPECT, folder, "--suggest", "--ipc=1", f"--png={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.json'}")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "a.json").read_text())
     losses = {(each["expert_epochs"], each["syn_steps"], each["lr_teacher"]): each["by_start_epoch"]
@@ -155,6 +155,7 @@ def test_settings_are_suggested_that_work_as_they_are_printed(call, toy_experts,
     assert f"{of_chosen[0]:.3f}" in done.stdout and of_chosen[0] < 1
     printed = shlex.split(done.stdout.split("next, to distil them:")[1].replace("\\\n", " "))
     assert printed[:2] == ["python", "distill/DATM.py"] and f"--lr_teacher={chosen['lr_teacher']}" in printed
+    assert "--factor=2" in printed
     made = call(*printed[1:], "--Iteration=12", "--epoch_eval_train=1", f"--log_path={tmp_path}", "--device=cpu")
     before, after = map(float, re.search(r"fixed segments: (\S+) before, (\S+) after", made.stdout).groups())
     assert after < 0.8 * before
