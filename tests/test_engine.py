@@ -24,7 +24,7 @@ from utils.derivatives.engine import HandWritten, equal_parts
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import ConvNetPlan, build_network
-from utils.parameters import FlatModel
+from utils.parameters import MOST_FOR_MAPS, SHARE_FOR_MAPS, FlatModel
 
 NORMS, ACTIVATIONS, POOLINGS = ("NN", "LN", "IN", "GN"), ("AS", "AR", "AL"), ("NP", "MP", "AP")
 CLASSES = 3
@@ -308,7 +308,7 @@ def test_matching_takes_the_hand_written_adjoint(monkeypatch, micro_batch, calls
     assert len(taken) == calls
 
 
-@pytest.mark.parametrize("kept", [0, 2, 5])
+@pytest.mark.parametrize("kept", [2, 5])
 def test_what_is_kept_for_the_adjoint_changes_no_bit(monkeypatch, kept):
     """Two micro-batches a step; the last steps' maps are used, as many as there is room for, and take what was said."""
     given = in_float32(problem(0, sizes=(4, 4, 4, 4, 4)))
@@ -322,11 +322,15 @@ def test_what_is_kept_for_the_adjoint_changes_no_bit(monkeypatch, kept):
     monkeypatch.setattr(EagerPass, "adjoint", watched)
     for steps in (0, kept):
         model = FlatModel(network, micro_batch=2)
-        model._room_for_maps = steps * 4 * model.engine.map_bytes
+        room = steps * 4 * model.engine.map_bytes
+        monkeypatch.setattr("utils.parameters.available", lambda room=room: room / SHARE_FOR_MAPS)
         taken.clear()
         found.append(match_trajectory(model, **given))
         assert taken == 2 * steps * [model.engine.map_bytes] + 2 * (5 - steps) * [None]
     assert all(torch.equal(one, other) for one, other in zip(*found))
+    # However much there is.
+    monkeypatch.setattr("utils.parameters.available", lambda: math.inf)
+    assert FlatModel(network).kept_steps(4) == MOST_FOR_MAPS // (4 * model.engine.map_bytes)
 
 
 @pytest.mark.parametrize("model", [lambda network: FlatModel(network, "plain", "bf16"),

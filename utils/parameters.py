@@ -63,12 +63,17 @@ class FlatModel:
 
         Args:
             x, y: images [B, C, H, W]; label logits [B, K] or classes [B].
-            maps: takes what spares the adjoint of the same step some of its work; see `kept_steps`.
+            maps: an empty list, which takes what spares the adjoint of the same step some of its work; None: that is
+                not kept. See `kept_steps`.
         """
         return self._fitted(len(x), lambda: self.engine.gradient(theta, x, y, maps))
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
-        """s = ⟨∇L(θ; x, y), λ⟩ and its gradients in θ, x and y, all detached; `co_state` is λ [P]."""
+        """s = ⟨∇L(θ; x, y), λ⟩ and its gradients in θ, x and y, all detached; `co_state` is λ [P].
+
+        Args:
+            maps: what `gradient` put there at the same θ, x and y; afterwards it is empty.
+        """
         return self._fitted(len(x), lambda: self.engine.adjoint(theta, co_state, x, y, maps))
 
     def kept_steps(self, batch: int) -> int:

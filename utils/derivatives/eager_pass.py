@@ -28,7 +28,7 @@ Weights = list[Tensor]
 """θ in `parameters()` order: kernel, bias, gain and shift of each block, matrix and bias of the classifier."""
 
 
-class Maps(NamedTuple):
+class BlockMaps(NamedTuple):
     """What a gradient leaves to the adjoint at the same place, by block: the outcomes of 2 of their 11 convolutions,
     which take most of the time and little of the memory."""
 
@@ -50,7 +50,7 @@ class EagerPass:
             size = [side // 2 for side in before]
             elements += pooled + plan.width * math.prod(before)
             pooled = plan.width * math.prod(size)
-        self.map_bytes = 4 * elements  # a sample's `Maps`, in float32
+        self.map_bytes = 4 * elements  # a sample's `BlockMaps`, in float32
 
     @staticmethod
     def lift(parameters: Sequence[Tensor]) -> Weights:
@@ -60,7 +60,7 @@ class EagerPass:
     def lower(gradient: Weights) -> Tensor:
         return torch.cat([part.reshape(-1) for part in gradient])
 
-    def gradient(self, weights: Weights, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Weights, Maps]:
+    def gradient(self, weights: Weights, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Weights, BlockMaps]:
         """The loss, the logits [B, K], ∇L, and what the adjoint may be given."""
         *_, matrix, bias = weights
         a, saved, deltas = x.contiguous(), [], []
@@ -86,9 +86,9 @@ class EagerPass:
             delta, of_kernel = convolution.backward(delta, v, kernel, images=bool(saved))
             parts.append(of_kernel)
             deltas.insert(0, delta)
-        return loss, logits, parts[::-1], Maps(zs, deltas[1:])  # the images have none
+        return loss, logits, parts[::-1], BlockMaps(zs, deltas[1:])  # the images have none
 
-    def adjoint(self, weights: Weights, tangents: Weights, x: Tensor, y: Tensor, maps: Maps | None = None
+    def adjoint(self, weights: Weights, tangents: Weights, x: Tensor, y: Tensor, maps: BlockMaps | None = None
                 ) -> tuple[Tensor, Weights, Tensor, Tensor | None]:
         """s = ⟨∇L, λ⟩ with its gradients in θ, x and, where y are label logits, y; `_` marks the ε part.
 
@@ -181,11 +181,11 @@ class _Norm(NamedTuple):
         return _means(delta, self.z, self.mean, self.inverse)
 
     def product(self, delta: Tensor, moved: Tensor, mean: Tensor) -> Tensor:
-        """⟨δ (ż − ⟨ż⟩)⟩/σ"""
+        """⟨δ (ż − ⟨ż⟩)⟩/σ [B·C]"""
         return _means(delta, moved, mean, self.inverse)[0]
 
     def backward(self, delta: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """∂z, ⟨δ ẑ⟩ and ⟨δ⟩"""
+        """∂z [B, C, H, W], ⟨δ ẑ⟩ and ⟨δ⟩ [B·C]"""
         back, *sums = _group_norm_backward(delta, self.z, self.mean, self.inverse, gain, True)
         return (back.view_as(self.z), *(each / self.z[0, 0].numel() for each in sums))
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from utils.derivatives.convnet_pass import ConvNetPass
-from utils.derivatives.eager_pass import EagerPass
+from utils.derivatives.eager_pass import BlockMaps, EagerPass
 from utils.errors import shortened
 from utils.loss_and_accuracy import cross_entropy
 
@@ -41,7 +41,7 @@ class Adjoint(NamedTuple):
     labels: Tensor | None
 
 
-Maps = list[Any]
+Maps = list[BlockMaps]
 """Of a step's micro-batches in order, what a gradient leaves to the adjoint; it is spent there."""
 
 
@@ -205,6 +205,7 @@ class HandWritten:
             return (s, of_weights), _scaled([each for each in of_samples if each is not None], len(x_part) / len(x))
 
         (s, of_weights), (s_x, *s_y) = _in_parts(part, x, y, self.micro_batch)
+        assert not maps, "the gradient went through more micro-batches than its adjoint"
         return Adjoint(s, self.network_pass.lower(of_weights), s_x, s_y[0] if s_y else None)
 
     def _lift(self, theta: Tensor) -> Any:
@@ -261,6 +262,8 @@ class Captured:
     called as it is.
     """
 
+    map_bytes = 0  # a graph has memory of its own
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.name = f"{engine.name}, captured"
@@ -268,8 +271,6 @@ class Captured:
         self._kept: dict[Any, Tensor] = {}
         self._pool: Any = None
         self._refused = False
-
-    map_bytes = 0
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
                  ) -> tuple[Tensor, Tensor, Tensor]:
