@@ -43,11 +43,19 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
     assert len(half) == 2 + 2 * 2 * 2 + 2 and not report.exists()
     assert interrupt.saved() == ("the parts that are done", "")  # whoever stops it is told how to go on
     for other, said in (("--lr_img=9", "gradients.json.unfinished was begun with other options.*: lr_img differ"),
+                        ("--backend=plain", "gradients.json.unfinished was begun with other options.*: backend differ"),
                         ("--distilled=nowhere.safetensors", "^--distilled .*nowhere.safetensors does not exist")):
         monkeypatch.setattr("sys.argv", [*arguments, other])
         with pytest.raises(UserError, match=said):
             gradients.main()
     monkeypatch.setattr("sys.argv", arguments)
+    # What another version kept took as long, and is nobody's to write over.
+    kept = tmp_path / "gradients.json.unfinished"
+    kept.write_text(json.dumps({"key": [], "found": half}))
+    with pytest.raises(UserError, match="gradients.json.unfinished is damaged .*; give another --json, or delete it"):
+        gradients.main()
+    assert json.loads(kept.read_text())["found"] == half
+    kept.write_text(json.dumps(unfinished))
     gradients.main()
     assert not list(tmp_path.glob("*.unfinished"))
 

@@ -36,7 +36,7 @@ from distill.option_checks import check_options
 from scripts.common import save_report
 from utils.config import DistillConfig, how_much, identity
 from utils.errors import UserError
-from utils.files import check_output, given, read_json, write_json
+from utils.files import check_output, given, read_json, reading, write_json
 from utils.program import interrupt
 from utils.program.command_line import config_of, typed
 from utils.program.console import note, number_of, shown, table
@@ -74,21 +74,21 @@ class Kept:
         of: what everything depends on, by name.
 
     Raises:
-        UserError: the file holds what was found for something else, which took long.
+        UserError: the file holds what was found for something else, which took long, or is damaged.
     """
 
     def __init__(self, path: Path | None, of: dict[str, str]) -> None:
         self._path = path and path.with_name(f"{path.name}.unfinished")
         self._saved: dict[str, dict[str, Any]] = {"of": of, "found": {}}
         if self._path and self._path.exists():
-            before, found = of, {}
-            with contextlib.suppress(Exception):  # what is damaged can be found again
-                before, found = (dict(read_json(self._path)[name]) for name in self._saved)
+            advice = "give another --json, or delete it"
+            with reading(shown(self._path), advice):
+                saved = read_json(self._path)
+                before, found = (dict(saved[name]) for name in self._saved)
             different = sorted(name for name in before | of if before.get(name) != of.get(name))
             if different:
                 raise UserError(f"{shown(self._path)} was begun with other options, files or another machine: "
-                                f"{', '.join(different)} differ; give what it had to go on with it, or another --json, "
-                                "or delete it")
+                                f"{', '.join(different)} differ; give what it had to go on with it, or {advice}")
             self._saved["found"] = found
             note(f"going on with the {number_of(len(found), 'part')} in {shown(self._path)}")
         if not self._path:
@@ -187,7 +187,7 @@ def main() -> None:
     from distill.checks import check_start, check_window  # and torch, which takes seconds
     from distill.initialize import checksums, initial_set, labellers_of
     from distill.loop import opened
-    from utils.program.machine import environment
+    from utils.program.machine import machine
     from utils.program.progress import Progress
 
     # The experts, the first set of each seed, and the distilled one.
@@ -203,9 +203,12 @@ def main() -> None:
             starts["distilled set"] = [initial_set(of_saved, dataset, labellers)[0].to(dataset.device)] * SEEDS
 
     # What was found before; and what the first sets are worth.
-    here, asked = environment(dataset.device), identity(config) | how_much(config)
+    here, asked = machine(dataset.device), identity(config) | how_much(config)
     kept = Kept(files.get("json"), {name: str(value) for name, value in {
-        **asked, **checksums(of_saved, dataset, buffer, labellers), "torch": here["torch"], "device": here["device"]
+        **asked, **checksums(of_saved, dataset, buffer, labellers),
+        **{name: here[name] for name in ("torch", "device", "processor")},
+        # They decide seconds, and with them how many iterations are equal in time.
+        **{name: getattr(config, name) for name in ("backend", "micro_batch")}
     }.items()})
     before: list[dict[str, float]] = []
     with Progress(SEEDS, "first sets", quiet=config.quiet) as bar:
