@@ -150,3 +150,12 @@ def test_what_beside_refuses(call, checkout, tmp_path):
                           ([fails, *data], "ended with 1 and said: AssertionError")):
         done = call(BENCHMARK, "--shape", "cifar10_ipc1", "--beside", *options, expect=2)
         assert said in done.stderr.splitlines()[-1]
+
+
+def test_a_part_that_fails_leaves_those_before_it_in_the_json(call, checkout, tmp_path):
+    fails = checkout("fails", 0)
+    (fails / "distill/DATM.py").write_text("assert False")
+    call(BENCHMARK, "--shape", "cifar10_ipc1", "--beside", fails, "--rounds", 1, "--methods", "unroll", "--data_path",
+         tmp_path, "--buffer_path", tmp_path, "--json", tmp_path / "x.json", expect=2)
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert [row["method"] for row in report["experts"][0]["methods"]] == ["published"] and "matching" not in report
