@@ -59,7 +59,6 @@ ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
            "pad", "seed")  # those worth a line
 MOST_ROWS = 20
-FOUR_IN_ONE = 2  # --factor
 
 
 class Trajectory(NamedTuple):
@@ -200,7 +199,7 @@ def distilling(folder: Path, ipc: int) -> dict[str, Any]:
         del known["val_fraction"]
     return {"cfg": REPOSITORY / CONFIG, **known, "data_path": REPOSITORY / known["data_path"],
             "buffer_path": folder.parents[len(below.parts) - 1], "ipc": ipc,
-            **({"factor": FOUR_IN_ONE} if ipc == 1 else {})}
+            **({"factor": 2} if ipc == 1 else {})}
 
 
 def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict[str, Any], list[Trajectory]]:

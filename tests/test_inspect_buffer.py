@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from buffer.experts import SavedEpochs
-from scripts.inspect_buffer import distances, table
+from scripts.inspect_buffer import distances, distilling, table
 from utils.files import save_config
 
 INSPECT = "scripts/inspect_buffer.py"
@@ -155,7 +155,7 @@ def test_settings_are_suggested_that_work_as_they_are_printed(call, toy_experts,
     assert f"{of_chosen[0]:.3f}" in done.stdout and of_chosen[0] < 1
     printed = shlex.split(done.stdout.split("next, to distil them:")[1].replace("\\\n", " "))
     assert printed[:2] == ["python", "distill/DATM.py"] and f"--lr_teacher={chosen['lr_teacher']}" in printed
-    assert "--factor=2" in printed
+    assert "--factor=2" in printed and "factor" not in distilling(folder, 2)
     made = call(*printed[1:], "--Iteration=12", "--epoch_eval_train=1", f"--log_path={tmp_path}", "--device=cpu")
     before, after = map(float, re.search(r"fixed segments: (\S+) before, (\S+) after", made.stdout).groups())
     assert after < 0.8 * before
