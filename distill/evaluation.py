@@ -23,10 +23,11 @@ place of the set's own rate too.
 --robust_score prints DD-Ranking's label-robust score (LRS) and augmentation-robust score (ARS) of the set, with what
 they are made of (HLR, IOR), by network. It evaluates the set with its labels and with hard labels, as many random real
 images per class with labels by the experts of --buffer_path (for a set with hard labels: with their own), the set and
-the random images without augmentation, and the whole training set for --epoch_eval_real epochs at --lr_teacher;
---num_eval networks of each. The learning rate for hard labels and for random images is the best of 0.001, 0.005, 0.01,
-0.05 and 0.1 by the mean of the --num_eval networks on a tenth of the training images, without the random ones
-(DD-Ranking chooses it on the test images; distill/evaluate/robust.py says what else differs).
+the random images without augmentation, and the whole training set for --epoch_eval_real epochs at --lr_teacher (here
+the set keeps its own rate all the same); --num_eval networks of each. The learning rate for hard labels and for random
+images is the best of 0.001, 0.005, 0.01, 0.05 and 0.1 by the mean of the --num_eval networks on a tenth of the training
+images, without the random ones (DD-Ranking chooses it on the test images; distill/evaluate/robust.py says what else
+differs).
 """
 
 import sys

@@ -814,6 +814,7 @@ def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_expe
     monkeypatch.setattr("distill.estimate._measured", lambda measured, device: (measured(), (next(times), 0))[1])
     done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
     assert f"{gradient} (" in done.stdout and f"an iteration takes about {seconds} s," in done.stdout
+    assert ("maps of 1 step kept), on cpu" in done.stdout) == ("adjoint" in option)
     assert "GB of data" in done.stdout
     assert "(Ctrl-C, if the estimate is enough)" in done.stdout and "--lr_teacher=" in done.stdout
     assert "mean matching loss of the first set" in done.stdout and "measuring updates 8/8" in done.stderr
