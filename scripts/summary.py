@@ -3,9 +3,9 @@
     python scripts/summary.py RESULT.json [RESULT.json …] [--by_network]
     python scripts/summary.py RUN
 
-Of a folder, such as a run's, it takes all results that lie in it. A result has rows for each of its protocols. The
-learning rate stands there where it tells rows apart; (auto) was chosen on held-out training images. With --by_network
-each is one row and each network a column: how a set serves other networks (--eval_mode M).
+Of a folder, such as a run's, it takes all results that lie in it. A result has rows for each of its protocols. Rows
+that differ only in the learning rate name it; (auto) marks one that was chosen on held-out training images. With
+--by_network a set under a protocol is one row and each network a column: how it serves other networks (--eval_mode M).
 """
 
 import sys
