@@ -109,7 +109,7 @@ def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     """`DATM.py --dry_run`: prints the estimate."""
     print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, "
           f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}"
-          f"{kept_in_words(kept_steps(config, dataset, model))}), on "
+          f"{kept_in_words(config, dataset, model)}), on "
           f"{describe(dataset.device)}:")
     print(estimate(config, dataset, model))
     if "compiled" in model.engine.name:

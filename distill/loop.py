@@ -148,7 +148,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     # The folder, and the first lines.
     folder.start(saved, MADE, SHOWS)
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
-    announce(config, start.images.device, engine + plan.kept_in_words(plan.kept_steps(config, dataset, buffer.model)),
+    announce(config, start.images.device, engine + plan.kept_in_words(config, dataset, buffer.model),
              f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "
              f"{in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
     for note in notes:

@@ -1,4 +1,4 @@
-"""How much a distillation does, and when: from its config alone."""
+"""How much a distillation does, and when: known before it begins."""
 
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
@@ -71,8 +71,9 @@ def kept_steps(config: DistillConfig, dataset: Dataset, model: FlatModel) -> int
     return min(model.kept_steps(batch_size(config, dataset)), matched_steps(config))
 
 
-def kept_in_words(steps: int) -> str:
+def kept_in_words(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
     """To be said after the engine; empty where nothing is kept."""
+    steps = kept_steps(config, dataset, model)
     return f", maps of {number_of(steps, 'step')} kept" if steps else ""
 
 
