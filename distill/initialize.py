@@ -177,9 +177,8 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
         if missing > 0:
             theta = next(iter(experts()))
             confidence = expert_logits(model, theta, dataset.train_images[left])[:, label].cpu()
-            notes.append(f"class {dataset.classes[label]}: only {len(members)} of {len(members) + missing} images that "
-                         f"an expert predicts correctly; the {missing} with the highest logit of the class "
-                         f"{'fills' if missing == 1 else 'fill'} the rest")
+            notes.append(f"class {dataset.classes[label]}: experts predict {number_of(len(members), 'image')} "
+                         f"correctly, {len(members) + missing} are wanted; the rest have the class's highest logits")
             members += left[confidence.topk(missing).indices].tolist()
         chosen.append(_repeated(torch.tensor(members), ipc))
     return torch.cat(chosen), notes

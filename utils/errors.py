@@ -25,7 +25,7 @@ def out_of_memory(error: BaseException | None) -> str:
             return "GPU"
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             return "host"
-        error = error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return ""
 
 

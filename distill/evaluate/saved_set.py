@@ -143,7 +143,7 @@ def opened(config: EvaluationConfig, given: Collection[str],
                     EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher, config.factor)
     check(read)
     made, missing = read.config or made_with(config.data_dir), None
-    if "dataset" not in given and "dataset" not in made:  # the default is a guess
+    if "dataset" not in {*given, *made} and config.dataset == EvaluationConfig.dataset:  # the default is a guess
         missing = UserError("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with "
                             "--model, and --zca where the images are whitened")
         if tuple(read.images.shape[2:]) != image_size(config):
@@ -153,8 +153,10 @@ def opened(config: EvaluationConfig, given: Collection[str],
         dataset = load_data(config, device)
     except UserError as error:
         if missing:
-            raise missing from error
+            raise UserError(f"{missing}; the default, {config.dataset}, cannot be loaded: {error}") from error
         raise
+    if missing:
+        note(f"note: nothing says what this set was made of; it is tested on {config.dataset}, the default")
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
         note(f"note: the set is of another space: {why}")
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)

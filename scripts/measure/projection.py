@@ -29,6 +29,7 @@ tune_process()  # before torch is imported
 import yaml
 
 from scripts.common import script_parser
+from scripts.measure.shapes import IMAGES
 from utils import networks
 from utils.config import DistillConfig, make
 from utils.files import REPOSITORY, reading
@@ -40,11 +41,6 @@ MICRO_BATCH = 100  # in the column `matching`
 SMALLEST = 10  # samples at a time, below which a GPU has no work
 GPUS = {  # name → GB, TF32 TFLOP/s, GB/s
     "8 GB (RTX 3070)": (8, 20.3, 448), "24 GB (RTX 3090)": (24, 35.6, 936), "80 GB (A100)": (80, 156, 2039)}
-IMAGES = {  # dataset → (C, H, W), classes, test images
-    "CIFAR10": ((3, 32, 32), 10, 10_000), "CIFAR100": ((3, 32, 32), 100, 10_000), "Tiny": ((3, 64, 64), 200, 10_000),
-    "FashionMNIST": ((1, 28, 28), 10, 10_000), "MiniFashion": ((1, 28, 28), 10, 1_000),
-    "ImageNet1K": ((3, 64, 64), 1000, 50_000)}
-
 
 class Costs(NamedTuple):
     """Of one image: forward operations, bytes of activations; of the network: bytes of θ."""

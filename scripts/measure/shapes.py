@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import yaml
 
-from scripts.measure.projection import IMAGES
 from utils.config import DistillConfig, make
 from utils.files import REPOSITORY
 
@@ -13,6 +12,10 @@ PARTS = {  # part → its methods, the one that the others are compared with fir
     "experts": ("bare", "synced", "eager", "compiled", "graph"),
     "evaluation": ("bare", "eager", "compiled", "graph")}
 METHODS = tuple(dict.fromkeys(method for methods in PARTS.values() for method in methods))
+IMAGES = {  # dataset → (C, H, W), classes, test images
+    "CIFAR10": ((3, 32, 32), 10, 10_000), "CIFAR100": ((3, 32, 32), 100, 10_000), "Tiny": ((3, 64, 64), 200, 10_000),
+    "FashionMNIST": ((1, 28, 28), 10, 10_000), "MiniFashion": ((1, 28, 28), 10, 1_000),
+    "ImageNet1K": ((3, 64, 64), 1000, 50_000)}
 GPU_MINUTES, MAX_SECONDS = 9.0, 180.0  # what is asked for where nothing is said
 
 
