@@ -159,7 +159,7 @@ class RunState:
             which = "" if name == NORMAL else f", {name}"
             view.say(f"iteration {self.iteration}{which}: {', '.join(map(str, scores[name]))}")
         normal = self.distillation.versions()[NORMAL]
-        self.frames.add(self.iteration, normal.seen(), self.dataset)
+        self.frames.add(self.iteration, normal, self.dataset)
         self.tracker.log_scores(self.iteration, scores[NORMAL])
         self.tracker.log_set(self.iteration, normal.images, float(normal.lr), self.dataset, self.config.ipc,
                              self.config.force_save)

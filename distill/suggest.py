@@ -102,6 +102,9 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.device)
     options |= fitting_rates(replace(config, **options), dataset, buffer, first)
     notes = doubts(losses, options)
+    if config.factor > 1:
+        notes.insert(0, f"each image holds {config.factor**2} smaller ones, with a label each (--factor {config.factor}), "
+                     "and was measured so")
     if rates is not RATES:
         del options["lr_teacher"]
     return Suggestion(options, losses, notes)
@@ -240,11 +243,12 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
                        f"{float(first.lr):g}"]
     starts = evenly(config.min_start_epoch, config.max_start_epoch - 1, STARTS)
     losses = measured(config, dataset, buffer, first, [config.expert_epochs], [config.syn_steps], RATES, starts)
-    rate = RATES[_largest(_gains(losses.values).sum(-1)[0, 0])]
-    means = losses.values[0, 0].mean(-1)
-    said = ", ".join(f"{mean:.3g} at {each:g}" for each, mean in zip(RATES, means) if math.isfinite(mean))
+    gains = _gains(losses.values).mean(-1)[0, 0]
+    rate = RATES[_largest(gains)]
+    said = ", ".join(f"{gain:.2g} at {each:g}" for each, gain in zip(RATES, gains) if gain > 0.001)
     return replace(first, lr=torch.tensor(rate, device=first.images.device)), [
-        f"--lr_teacher auto is {rate:g}; the first set's mean matching loss over the window is {said}",
+        f"--lr_teacher auto is {rate:g}, the largest that has {NEARLY[1]:g} of the best gain (how far the first set's "
+        f"matching loss is below 1, over the window): {said}",
         *doubts(losses, {"lr_teacher": rate, "syn_steps": config.syn_steps, "expert_epochs": config.expert_epochs})]
 
 

@@ -4,8 +4,9 @@
     python scripts/summary.py RUN
 
 Of a folder, such as a run's, it takes all results that lie in it. A result has rows for each of its protocols. Rows
-that differ only in the learning rate name it; (auto) marks one that was chosen on held-out training images. With
---by_network a set under a protocol is one row and each network a column: how it serves other networks (--eval_mode M).
+that differ only in the learning rate name it; (auto) marks one that was chosen on held-out training images. Where
+results are of different datasets, or of test and of held-out images, each row says of which. With --by_network a set
+under a protocol is one row and each network a column: how it serves other networks (--eval_mode M).
 """
 
 import sys
@@ -18,7 +19,7 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from distill.result_files import EvaluationResult, results_in
+from distill.result_files import EvaluationResult, images_tested, results_in
 from scripts.common import script_parser
 from utils.errors import UserError
 from utils.program.console import table
@@ -34,10 +35,13 @@ def main() -> None:
     for path in options.results:
         found = results_in(path) if path.is_dir() else [EvaluationResult.read(path, advice)]
         if not found:
-            raise UserError(f"{path} is a folder without a result; {advice}")
+            raise UserError(f"{path} holds no result of evaluation.py or baseline.py; give these --json {path}/NAME.json")
         results += found
     # A row for each protocol, or for each of its networks.
-    found = [(what, result.size, list(zip(scores, rates))) for result in results
+    images = [(str(result.config.get("dataset", "")), f"{images_tested(result.tested_on)} images") for result in results]
+    differ = [len(set(column)) > 1 for column in zip(*images)]
+    tested = [" on " * any(differ) + " ".join(word for word, tells in zip(of, differ) if tells) for of in images]
+    found = [(what + on, result.size, list(zip(scores, rates))) for result, on in zip(results, tested)
              for what, scores, rates in result.by_protocol()]
     if not options.by_network:
         found = [(what, size, [of_network]) for what, size, reached in found for of_network in reached]

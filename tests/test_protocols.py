@@ -189,3 +189,13 @@ def test_it_goes_on_at_the_next_network_and_not_with_that_of_other_options(evalu
     (["--robust_score", "--protocol=dc,datm"], ["one protocol"])])
 def test_what_is_no_protocol_or_rate_is_refused(evaluate, options, phrases):
     check_refusal(evaluate(*options, expect=2)[1], *phrases)
+
+
+def test_a_summary_says_what_was_tested_on_where_that_differs(call, tmp_path):
+    for name, tested_on in (("test", "test"), ("held_out", "validation")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(
+            {"what": "a set", "images": 10, "scores": [{"network": "MLP", "accuracies": [0.5]}], "tested_on": tested_on,
+             "config": {"dataset": "MiniFashion"}}))
+    both = call("scripts/summary.py", tmp_path).stdout
+    assert "a set on held-out images " in both and "a set on test images " in both and "MiniFashion" not in both
+    assert " on " not in call("scripts/summary.py", tmp_path / "test.json").stdout

@@ -142,6 +142,8 @@ def opened(config: EvaluationConfig, given: Collection[str],
     read = read_set(config.data_dir, config.label_dir, config.lr_dir,
                     EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher, config.factor)
     check(read)
+    if config.label_dir and not config.lr_dir and "lr_teacher" not in given:
+        note(f"note: without --lr_dir the learning rate is {config.lr_teacher}, the default of --lr_teacher")
     made, missing = read.config or made_with(config.data_dir), None
     if "dataset" not in {*given, *made} and config.dataset == EvaluationConfig.dataset:  # the default is a guess
         missing = UserError("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with "

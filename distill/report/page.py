@@ -183,7 +183,7 @@ def _evolution(run: SavedRun) -> Markup:
     moving, last = animation(pictures.frames)
     still = io.BytesIO()
     last.save(still, "png", optimize=True)
-    names = [pictures.classes[position // pictures.ipc] for position in positions]
+    names = [pictures.classes[position // pictures.stored_per_class] for position in positions]
     return draw.evolution(columns, names, *(base64.b64encode(each).decode() for each in (moving, still.getvalue())),
                           *last.size)
 

@@ -41,7 +41,7 @@ class Pictures:
     start_labels: Tensor | None = None  # [n, K] probabilities
     began: str = "real"  # what the start was: "real", "noise" or SAVED
     frames: Tensor | None = None  # [F, m, C, h, w] uint8, see `Frames`
-    frames_of: tuple[list[int], list[int]] = ([], [])  # their iterations [F], and the images' positions in the set [m]
+    frames_of: tuple[list[int], list[int]] = ([], [])  # their iterations [F], and the stored images' positions [m]
     about: dict[str, Any] | None = None  # the experts' options and accuracies, the machine
     factor: int = 1
     stored: Tensor | None = None  # [m, C, H, W] uint8, of a factor above 1 the images that these are cut out of
