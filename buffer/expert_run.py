@@ -198,7 +198,7 @@ class ExpertRun:
                         "are trained")
             if device.type == "cpu" and self.threads_before not in (None, torch.get_num_threads()):
                 note(f"note: it was last on {number_of(self.threads_before, 'thread')}, and is on "
-                     f"{torch.get_num_threads()} now; what follows may be rounded otherwise")
+                     f"{torch.get_num_threads()} now; what follows may be rounded differently")
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")

@@ -114,7 +114,7 @@ class RunState:
         say(self.config, f"going on at iteration {self.iteration}, where the run was saved")
         if (state["engine"], state["environment"]) != (self.engine, rounding(device)):
             note(f"note: it was last on {state['engine']} on {', '.join(state['environment'].values())}; what follows "
-                 "may be rounded otherwise")
+                 "may be rounded differently")
 
     def track(self, state: dict[str, Any] | None) -> None:
         """Opens a run of wandb, or the one that a saved state had; of several ranks the first does."""

@@ -103,8 +103,8 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     options |= fitting_rates(replace(config, **options), dataset, buffer, first)
     notes = doubts(losses, options)
     if config.factor > 1:
-        notes.insert(0, f"each image holds {config.factor**2} smaller ones, with a label each (--factor {config.factor}), "
-                     "and was measured so")
+        notes.insert(0, f"each image holds {config.factor**2} smaller ones with a label each (--factor "
+                     f"{config.factor}), and was measured so")
     if rates is not RATES:
         del options["lr_teacher"]
     return Suggestion(options, losses, notes)

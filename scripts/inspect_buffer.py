@@ -222,8 +222,8 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
             shapes.setdefault(tuple(tuple(getattr(each, "shape", (None,))) for each in snapshot), path)
     if len(shapes) > 1 or any(None in shape for found in shapes for shape in found):
         names = sorted({str(path) for path in shapes.values()})
-        raise UserError(f"{', '.join(names)}: the snapshots are not all of one network; move away or leave out what "
-                        "does not belong there")
+        raise UserError(f"{', '.join(names)}: the snapshots are not all of one network; give other experts, "
+                        "or move away what does not belong there")
     manifests = {path: read_config(manifest_path(path)) for path, _ in files if manifest_path(path).is_file()}
     started = read_config(unfinished) if unfinished.is_file() else None
     finished: list[Trajectory] = []

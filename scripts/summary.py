@@ -35,10 +35,10 @@ def main() -> None:
     for path in options.results:
         found = results_in(path) if path.is_dir() else [EvaluationResult.read(path, advice)]
         if not found:
-            raise UserError(f"{path} holds no result of evaluation.py or baseline.py; give these --json {path}/NAME.json")
+            raise UserError(f"{path} has no result of evaluation.py or baseline.py; give them --json {path}/NAME.json")
         results += found
     # A row for each protocol, or for each of its networks.
-    images = [(str(result.config.get("dataset", "")), f"{images_tested(result.tested_on)} images") for result in results]
+    images = [(str(each.config.get("dataset", "")), f"{images_tested(each.tested_on)} images") for each in results]
     differ = [len(set(column)) > 1 for column in zip(*images)]
     tested = [" on " * any(differ) + " ".join(word for word, tells in zip(of, differ) if tells) for of in images]
     found = [(what + on, result.size, list(zip(scores, rates))) for result, on in zip(results, tested)

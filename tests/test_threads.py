@@ -57,7 +57,7 @@ def test_measuring_leaves_the_network_alone(monkeypatch):
 
 
 def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_experts, measured, tmp_path):
-    """Whatever would be chosen now: with others the sums would be rounded otherwise."""
+    """Whatever would be chosen now: with others the sums would be rounded differently."""
     for module, function, *command in (
             ("buffer.experts", "gsam_gradient", EXPERTS, *toy.train, f"--buffer_path={tmp_path}"),
             ("distill.distillation", "match_trajectory", DATM, *toy.distil, f"--buffer_path={toy_experts}",
@@ -72,7 +72,7 @@ def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_e
             assert "threads: " not in call(*command, "--dry_run").stdout
         done = call(*command)
         assert "on cpu (1 thread)" in done.stdout and "threads: " not in done.stdout and "going on" in done.stdout
-        assert "may be rounded otherwise" not in done.stderr
+        assert "may be rounded differently" not in done.stderr
 
 
 def test_experts_that_go_on_with_other_threads_are_said_to_and_name_them(call, toy, tmp_path):
@@ -80,7 +80,7 @@ def test_experts_that_go_on_with_other_threads_are_said_to_and_name_them(call, t
     with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 2):
         call(*command, "--threads=2", expect=130)
     said = call(*command, "--threads=1").stderr
-    assert "note: it was last on 2 threads, and is on 1 now; what follows may be rounded otherwise" in said
+    assert "note: it was last on 2 threads, and is on 1 now; what follows may be rounded differently" in said
     (manifest,) = tmp_path.rglob("replay_buffer_0.yaml")
     assert yaml.safe_load(manifest.read_text())["threads"] == 1
     assert "may be rounded" not in call(*command, "--threads=2").stderr  # other experts beside them

@@ -99,7 +99,7 @@ def check_new(folder: Path) -> None:
         UserError
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"--png {folder} is a file, or holds some already; give a folder that is new or empty")
+        raise UserError(f"--png {folder} is a file or a folder with files; give a folder that is new or empty")
 
 
 def whitening_of(distilled: DistilledSet, folder: Path) -> Whitening:

@@ -69,9 +69,9 @@ def _timed(work: Callable[[], None]) -> float:
 
 def main() -> None:
     parser = script_parser(__doc__, json="what was measured")
-    parser.add_argument("--model", default="ConvNetW32")
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--model", default="ConvNetW32", help="whose gradients are summed (%(default)s)")
+    parser.add_argument("--batch", type=int, default=50, help="samples of a step (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps (%(default)s)")
     arguments = parser.parse_args()
     found = measure(arguments.model, arguments.batch, arguments.rounds)
     print(f"{number_of(found['ranks'], 'rank')}, {arguments.model} ({found['parameters']} parameters), batch "

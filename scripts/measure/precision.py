@@ -89,7 +89,7 @@ def errors(draw: int, device: "torch.device") -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = script_parser(__doc__, json="every draw's errors")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--draws", type=int, default=10, metavar="N")
+    parser.add_argument("--draws", type=int, default=10, metavar="N", help="of everything (%(default)s)")
     args = parser.parse_args()
 
     from utils.program.device import describe, select_device

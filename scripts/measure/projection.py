@@ -123,7 +123,8 @@ def published() -> list[Setting]:
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--benchmark", type=Path, nargs="+", metavar="FILE", default=BENCHMARKS)
+    parser.add_argument("--benchmark", type=Path, nargs="+", metavar="FILE", default=BENCHMARKS,
+                        help="what benchmark.py measured with --json (those of results/benchmark)")
     rho, crossings = fit(parser.parse_args().benchmark)
 
     from utils.derivatives.choose_engine import ADJOINT_FACTOR

@@ -786,8 +786,8 @@ def fuzz(inputs: int, seed: int, sandbox: Sandbox) -> dict[str, typing.Any]:
 
 def main() -> None:
     parser = script_parser(__doc__, json="the counts and every failure")
-    parser.add_argument("--inputs", type=int, default=1000, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--inputs", type=int, default=1000, metavar="N", help="how many are tried (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which ones (%(default)s)")
     args = parser.parse_args()
     common.obey_permissions()
     sys.stdout.reconfigure(errors="backslashreplace")  # of whatever odd text a failing command line holds

@@ -44,7 +44,7 @@ def _is_digits(value: Any) -> bool:
 def _folder_name(value: str) -> str:
     _possible_path(value)
     if "/" in value or "\\" in value or not value.strip("."):
-        raise ValueError("it must be the name of a folder, without / and more than dots")
+        raise ValueError("it must be the name of a folder: without /, and not of dots alone")
     return value
 
 
@@ -72,7 +72,7 @@ PROTOCOLS = ("datm", "mtt", "dc")
 def _protocols(value: str) -> str:
     names = value.split(",")
     if not set(names) <= set(PROTOCOLS) or len(names) > len(set(names)):
-        raise ValueError(f"it must be one of {', '.join(PROTOCOLS)}, or several of them, such as dc,datm")
+        raise ValueError(f"it must be one of {', '.join(PROTOCOLS)}, or several different ones, such as dc,datm")
     return value
 
 
