@@ -404,8 +404,8 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
             if methods:
                 jobs.setdefault((part, CALLS[part][1](shapes[name])), (part, shapes[name], methods))
     if not jobs:
-        raise UserError(f"--part {' '.join(args.part)} --methods {' '.join(args.methods)}: no such part has such a "
-                        f"method on {device.type}; {'; '.join(f'{part}: ' + ', '.join(PARTS[part]) for part in args.part)}")
+        raise UserError(f"--part {' '.join(args.part)} --methods {' '.join(args.methods)}: none of these parts has "
+                        f"such a method here; {'; '.join(f'{part}: ' + ', '.join(PARTS[part]) for part in args.part)}")
 
     clock = Clock(args.max_minutes or (GPU_MINUTES if device.type == "cuda" else math.inf))
     rates = machine_rates(device)
