@@ -75,7 +75,7 @@ def test_shapes_come_from_the_configs(call):
     (["--methods", "exakt"], ["invalid choice: 'exakt'", "'exact'"]),
     (["--rounds", "0"], ["--rounds 0", "above 0"]),
     (["--rounds", "x"], ["--rounds", "invalid int"]),
-    (["--part", "experts", "--methods", "unroll"], ["no such part", "experts: bare"]),
+    (["--part", "experts", "--methods", "unroll"], ["none of these parts", "experts: bare"]),
     (["--data_path", "data", "--buffer_path", "b"], ["--data_path, --buffer_path: only for --beside FOLDER"]),
     (["--beside", "x", "--device", "cuda", "--max_minutes", "1"], ["so that --device, --max_minutes would have no"]),
     (["--beside", "x", "--shape", "all"], ["--shape all: it is no config's"]),
