@@ -269,5 +269,5 @@ def test_the_printed_commands_lead_from_experts_to_pictures(call, toy, environme
     evaluate, export = typed(type_in(f"{distil} {small} --threshold=inf --log_path='{tmp_path / 'my logs'}'",
                                      environment, cwd))
     assert "ConvNetD1W4: " in type_in(evaluate, environment, cwd) and "--epoch_eval_train=1" in evaluate
-    assert "3 images: " in type_in(export, environment, cwd)
-    assert len(list((tmp_path / "my logs").rglob("*.png"))) == 2 + 3  # the run's own, and the set's
+    assert "3 images of 2 × 2 smaller ones (12 labels): " in type_in(export, environment, cwd)
+    assert len(list((tmp_path / "my logs").rglob("*.png"))) == 2 + 3 + 1  # the run's own, the set's, and what networks see of it

@@ -186,9 +186,10 @@ class NoWhitening(Whitening):
 def experts(call, tmp_path_factory):
     """`experts(*command)`: the folder of tiny ones by this command, trained once, on random images in the published
     layout; and the options of any program for these data."""
-    nothing = NoWhitening(*(torch.full((1, 1), 0.5) for _ in range(3)))  # the mean is that of 2 x − 1
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("utils.data.datasets.fit", lambda *given: nothing)
+        # The mean is that of 2 x − 1.
+        monkeypatch.setattr("utils.data.datasets.fit", lambda images, *given: NoWhitening(
+            *(torch.full((1, size), 0.5) for size in (images[0].numel(), 1, 1))))
         monkeypatch.setitem(DATASETS, "MiniFashion", DATASETS["FashionMNIST"])
         # What other tests see to, and most of the time.
         monkeypatch.setattr("distill.report.show._MAKERS", dict.fromkeys(SHOWN, lambda run, path: None))

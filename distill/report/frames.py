@@ -32,7 +32,7 @@ class Frames:
     def add(self, iteration: int, distilled: DistilledSet, dataset: Dataset) -> None:
         """The set as it is now; of too many frames one goes, which leaves the others most evenly spaced."""
         shape = _small(dataset.image_size)
-        self.which = shown_of(len(distilled), dataset.num_classes, dataset.channels * shape[0] * shape[1])
+        self.which = shown_of(len(distilled.images), dataset.num_classes, dataset.channels * shape[0] * shape[1])
         pixels = clip_outliers(dataset.to_pixels(distilled.images[self.which]))
         self.iterations.append(iteration)
         self.images.append(scaled_bytes(torch.nn.functional.interpolate(pixels, shape, mode="area")).cpu())
