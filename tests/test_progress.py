@@ -270,4 +270,5 @@ def test_the_printed_commands_lead_from_experts_to_pictures(call, toy, environme
                                      environment, cwd))
     assert "ConvNetD1W4: " in type_in(evaluate, environment, cwd) and "--epoch_eval_train=1" in evaluate
     assert "3 images of 2 × 2 smaller ones (12 labels): " in type_in(export, environment, cwd)
-    assert len(list((tmp_path / "my logs").rglob("*.png"))) == 2 + 3 + 1  # the run's own, the set's, and what networks see of it
+    # The run's own, the set's, and what networks see of it.
+    assert len(list((tmp_path / "my logs").rglob("*.png"))) == 2 + 3 + 1
