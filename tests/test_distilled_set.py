@@ -134,7 +134,7 @@ def test_labels_that_look_like_probabilities_are_said_and_taken_as_it_is_told(ca
     labels = torch.tensor([[1.0, 0, 0], [0.2, 0.5, 0.3], [0, 0, 1]])
     torch.save(toy_data.train_images[:3], tmp_path / "images.pt")
     torch.save(labels, tmp_path / "labels.pt")
-    files = [f"--data_dir={tmp_path / 'images.pt'}", f"--label_dir={tmp_path / 'labels.pt'}"]
+    files = [f"--data_dir={tmp_path / 'images.pt'}", f"--label_dir={tmp_path / 'labels.pt'}", "--lr_teacher=0.01"]
     saved = tmp_path / "set.safetensors"
     done = call(EVALUATION, *toy.evaluate, *files, f"--save={saved}")
     assert "taken for logits" in done.stderr and "--label_kind probabilities" in done.stderr
