@@ -108,8 +108,10 @@ def measure(part: str, folder: Path, config: Path, paths: dict[str, Path], metho
         UserError: a command failed.
     """
     given = read_yaml(config)
-    # Numbers as numbers: the published code takes what YAML takes for text as it is.
+    # Numbers as numbers: the published code takes what YAML takes for text as it is. Its rate of images is a whole one.
     options = {name: value for name, value in as_dict(make(DistillConfig, **given)).items() if name in given}
+    if float(options.get("lr_img", 0.5)).is_integer():
+        options["lr_img"] = int(options["lr_img"])
     options |= {name: str(path) for name, path in paths.items()}
     backends = {THEIRS: None} | {method: BACKENDS[part][method] for method in methods}
     runs: dict[str, list[list[float]]] = {method: [] for method in backends}
