@@ -24,6 +24,7 @@ from distill.result_files import (
     better_of,
     images_tested,
     skipped_advice,
+    tested_on,
 )
 from distill.run_state import Candidate, DistillView, RunState, best_of, frames_of
 from distill.set_files import WHOLE
@@ -58,7 +59,7 @@ def finish(run: RunState) -> None:
         (folder.path / name).unlink(missing_ok=True)
 
     # The result, with which the run counts as finished; then what shows it.
-    chosen_on = "validation" if config.val_fraction else "test"
+    chosen_on = tested_on(config.val_fraction)
     tested = images_tested(chosen_on)
     results = {name: Best(best.iteration, float(best.set.lr), best.scores) for name, best in run.best.items()}
     summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {tested} images "

@@ -160,6 +160,11 @@ class Best:
     scores: Scores
 
 
+def tested_on(val_fraction: float | None) -> Literal["test", "validation"]:
+    """On which images a program with this `--val_fraction` tests and chooses, as results have it."""
+    return "validation" if val_fraction else "test"
+
+
 def images_tested(on: str | None) -> str:
     """On which images a set was tested or chosen, in words; the published `validation` are training images held out."""
     return "held-out" if on == "validation" else "test"

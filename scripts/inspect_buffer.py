@@ -41,6 +41,7 @@ import numpy as np
 
 from buffer.manifests import buffer_folder, expert_files, in_words, made_by, manifest_path, run_file
 from distill.option_checks import check_options
+from distill.result_files import images_tested, tested_on
 from scripts.common import script_parser
 from utils.config import BufferConfig, DistillConfig, defaults, make
 from utils.errors import UserError
@@ -141,7 +142,7 @@ def main() -> None:
         from scripts.plots import save_buffer
 
         accuracies = {of: of_all(name, trajectories)
-                      for of, name in zip(("training batches", f"{tested_on(report)} images"), ACCURACIES)}
+                      for of, name in zip(("training batches", f"{experts_tested_on(report)} images"), ACCURACIES)}
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
                     {"one epoch": of_all("step", trajectories),
                      f"segment of {options.expert_epochs}": of_all("segment", trajectories)})
@@ -341,9 +342,9 @@ def _as_json(each: Trajectory) -> dict[str, Any]:
             **{name: [finite(value) for value in each.series[name]] for name in ("step", "segment", "apart")}}
 
 
-def tested_on(report: dict[str, Any]) -> str:
-    """Which images the experts were tested on."""
-    return "held-out" if (report["options"] or {}).get("val_fraction") else "test"
+def experts_tested_on(report: dict[str, Any]) -> str:
+    """Which images the experts were tested on, in words."""
+    return images_tested(tested_on((report["options"] or {}).get("val_fraction")))
 
 
 def print_report(report: dict[str, Any], expert_epochs: int) -> None:
@@ -373,7 +374,7 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     last = [[row[name][-1] for row in report["trajectories"] if row[name]] for name in ACCURACIES]
     say("accuracy", "after the last epoch: " + "; ".join(
         f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
-        for of, values in zip(("train", tested_on(report)), last) if values) if any(last) else
+        for of, values in zip(("train", experts_tested_on(report)), last) if values) if any(last) else
         "unknown: not recorded beside the files")
     if report["beside"]:
         compared = sum(bool(each["apart"]) for each in report["trajectories"])
@@ -390,7 +391,7 @@ def _by_epoch(report: dict[str, Any], expert_epochs: int) -> list[list[str]]:
     by_start, by_epoch = report["by_start_epoch"], report["by_epoch"]
     # Accuracies are recorded from epoch 1 on.
     columns = [(f"{of}, %", [None, *by_epoch[name]], 100, ".1f")
-               for of, name in zip(("train", tested_on(report)), ACCURACIES)]
+               for of, name in zip(("train", experts_tested_on(report)), ACCURACIES)]
     columns += [("step", by_start["step"], 1, ".4f"), (f"segment of {expert_epochs}", by_start["segment"], 1, ".4f")]
     if report["beside"]:
         columns.append(("apart", [None, *by_epoch["apart"]], 1, ".4f"))

@@ -33,7 +33,7 @@ tune_process()  # before torch is imported
 from distill.finished import run_folder
 from distill.option_checks import check_options
 from distill.report.read_run import SavedRun, read_run
-from distill.result_files import METRICS, RESULT, images_tested
+from distill.result_files import METRICS, RESULT, images_tested, tested_on
 from scripts.common import save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError
@@ -110,12 +110,12 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     finished = {run.name: read_run(run.folder) for run in runs}
     ranked = sorted(runs, key=lambda run: -finished[run.name].result.better[1].scores[0].mean)
     reached = {run.name: numbers(run, finished[run.name]) for run in ranked}
-    tested_on = images_tested("validation" if config.val_fraction else "test")
-    print(table([[*swept, f"accuracy on the {tested_on} images, %", "networks", "iteration", "skipped",
+    tested = images_tested(tested_on(config.val_fraction))
+    print(table([[*swept, f"accuracy on the {tested} images, %", "networks", "iteration", "skipped",
                   "loss before → after", "time"],
                  *([*run.differs.values(), *in_words(reached[run.name])] for run in ranked)]))
     write_text(page, comparison([finished[run.name] for run in ranked]))
-    save_report(json, {"options": options, "tested_on": tested_on, "runs": list(reached.values())})
+    save_report(json, {"options": options, "tested_on": tested, "runs": list(reached.values())})
     print(f"in {shown(page)}{f' and {shown(json)}' if json else ''}")
     best = ranked[0]
     test = evaluation(influential(best.config), best.folder) | commands.device_given(config.device)

@@ -8,7 +8,7 @@ from typing import Any
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate, pool, work_of
 from distill.evaluate.saved_accuracies import Accuracies, key_of, threads_of
-from distill.result_files import EvaluationResult, Score, UnderProtocol
+from distill.result_files import EvaluationResult, Score, UnderProtocol, tested_on
 from utils.config import BaselineConfig, EvaluationConfig, as_dict, defaults, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
@@ -87,7 +87,7 @@ class Session:
         config = self.config
         if config.json and ranks.first():
             EvaluationResult(
-                self.what, len(self.set.images), scores, lr, "validation" if config.val_fraction else "test",
+                self.what, len(self.set.images), scores, lr, tested_on(config.val_fraction),
                 self.accuracies.seconds, influential(self.common), environment(self.set.images.device),
                 len(self.set) if self.set.factor > 1 else None, protocols or {}
             ).write(config.json, **more)

@@ -144,12 +144,12 @@ def opened(config: EvaluationConfig, given: Collection[str],
     check(read)
     if config.label_dir and not config.lr_dir and "lr_teacher" not in given:
         note(f"note: without --lr_dir the learning rate is {config.lr_teacher}, the default of --lr_teacher")
-    made, missing = read.config or made_with(config.data_dir), None
+    made, missing = read.config or made_with(config.data_dir), ""
     if "dataset" not in {*given, *made} and config.dataset == EvaluationConfig.dataset:  # the default is a guess
-        missing = UserError("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with "
-                            "--model, and --zca where the images are whitened")
+        missing = ("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with --model, "
+                   "and --zca where the images are whitened")
         if tuple(read.images.shape[2:]) != image_size(config):
-            raise missing
+            raise UserError(missing)
     told = check_told(config, read, "--data_dir", made)
     try:
         dataset = load_data(config, device)

@@ -18,6 +18,7 @@ from distill.result_files import (
     Score,
     result_so_far,
     results_in,
+    tested_on,
 )
 from utils.config import as_meant
 from utils.errors import UserError
@@ -119,7 +120,7 @@ def read_run(path: Path) -> SavedRun:
         result = RunResult.read(path / RESULT)
     else:
         machine = (pictures.about or {}).get("machine", {}) if pictures else {}
-        result = result_so_far(metrics, "validation" if config.get("val_fraction") else "test", machine)
+        result = result_so_far(metrics, tested_on(config.get("val_fraction")), machine)
         if result is None:
             raise UserError(f"{path} holds a run that was not evaluated yet; look again after its first evaluation "
                             "(every --eval_it iterations), or let the command that began it go on")
