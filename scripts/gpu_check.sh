@@ -3,8 +3,8 @@
 #     bash scripts/gpu_check.sh [FOLDER]
 # FOLDER (gpu_check) gets what each part printed and measured before the next part begins, and gpu_check.json, which has
 # all of it. Each part has a time limit of its own: the speed takes three minutes, the numbers and the tests one or two,
-# each of the others seconds. Without a GPU the parts that need one are skipped, and said to be. Exit code 1: a part
-# failed.
+# each of the others seconds. Without a GPU the parts that need one are skipped, and said to be, as is the speed on the
+# stand-in for one (tests/fakecuda). Exit code 1: a part failed.
 set -uo pipefail
 source "$(dirname "$0")/help.sh"
 if [[ ${1:-} == -* ]]; then
@@ -19,10 +19,12 @@ mkdir -p "$out"
 rm -f "$out"/*.log "$out"/*.json
 : >"$out/parts.tsv"
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
+real=$gpu
+if [[ ${LD_PRELOAD:-} == *fakecuda* ]]; then real=0; fi
 
 trap 'exit 130' INT  # after the part that Ctrl-C stops, which is in the foreground too
 END=570  # seconds, by which everything is over
-parts=$(grep -cE '^(part|on_gpu) ' scripts/gpu_check.sh) number=0
+parts=$(grep -cE '^(part|only_on) ' scripts/gpu_check.sh) number=0
 
 part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit codes that are right
     local name=$1 codes=$2 limit=$(($3 < END - SECONDS ? $3 : END - SECONDS)) began=$SECONDS code said=failed
@@ -45,12 +47,14 @@ part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit code
     collect
 }
 
-on_gpu() {  # on_gpu NAME CODES SECONDS COMMAND…: a part that needs a GPU
-    if [ "$gpu" = 1 ]; then
+only_on() {  # only_on HERE WHAT NAME CODES SECONDS COMMAND…: a part that needs what is here if HERE is 1
+    local here=$1 what=$2
+    shift 2
+    if [ "$here" = 1 ]; then
         part "$@"
     else
         number=$((number + 1))
-        printf '\n--- part %s of %s, %s: skipped, there is no GPU\n' "$number" "$parts" "$1"
+        printf '\n--- part %s of %s, %s: skipped, there is no %s\n' "$number" "$parts" "$1" "$what"
         printf '%s\tskipped\t\t0\t%s\n' "$1" "${*:4}" >>"$out/parts.tsv"
     fi
 }
@@ -75,19 +79,31 @@ EOF
 data="--dataset=MiniFashion --model=ConvNetW32"
 run="$out/logged_files/MiniFashion/1/ConvNetW32/run"
 epochs=3 iterations=80 killed="0 137"  # a fast CPU may be done before it is killed
-if [ "$gpu" = 1 ]; then epochs=150 iterations=300 killed=137; fi
+if [ "$real" = 1 ]; then epochs=150 iterations=300 killed=137; fi
 experts=("$python" buffer/buffer_FTD.py $data --num_experts=1 "--train_epochs=$epochs" --batch_train=256 --rho_max=0.01
          --rho_min=0.01 "--buffer_path=$out/buffers")
 distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml --zca=False --max_start_epoch=1
         --num_eval=1 --epoch_eval_train=50 --threshold=10 "--buffer_path=$out/buffers" "--log_path=$out/logged_files")
 evaluate=("$python" distill/evaluation.py "--data_dir=$run" --num_eval=2 --epoch_eval_train=300
           "--json=$out/evaluation.json")
-compiled=$([ "$gpu" = 1 ] && echo --backend=compile)
+compiled=  # where a GPU's compiler works
+if [ "$gpu" = 1 ] && "$python" - <<'EOF'; then compiled=--backend=compile; fi
+import torch
+from utils.derivatives.choose_engine import check_backend
+from utils.errors import UserError
+
+try:
+    check_backend("compile", torch.device("cuda"))
+except UserError as why:
+    raise SystemExit(f"note: nothing is compiled: {why}")
+EOF
 rm -rf "$out/buffers" "$out/two_ranks" "$out/logged_files"
 
-on_gpu numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 "--json=$out/numbers.json"
-on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda --shape cifar10_ipc1 cifar10_ipc10 \
-    cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=2.5 "--json=$out/speed.json"
+only_on $gpu GPU numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 \
+    "--json=$out/numbers.json"
+only_on $real "real GPU" speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda \
+    --shape cifar10_ipc1 cifar10_ipc10 cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=2.5 \
+    "--json=$out/speed.json"
 # A program that is killed goes on by the same command.
 part experts_killed "$killed" 45 timeout -s KILL 12 "${experts[@]}"
 part experts 0 100 "${experts[@]}"
@@ -101,7 +117,7 @@ part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_
     --num_experts=2 "--buffer_path=$out/two_ranks"  # which share the GPU
 # Last, as they take longest; by several processes where pytest-xdist is there.
 several=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
-on_gpu tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
+only_on $gpu GPU tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
 
 echo
 awk -F'\t' '{ printf "%-20s %-14s %4s s\n", $1, $2, $4 }' "$out/parts.tsv"

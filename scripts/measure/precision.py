@@ -5,7 +5,7 @@
 ConvNet 128, 3×32×32, T = 5, B = 10, random data, with augmentation; the exact gradient, and TESLA's against TESLA's.
 For each draw: the median over the images of the relative error of their gradient, and the cosine between the gradients
 of all images. On a CPU `compile` is the pass that is compiled, with its form of the convolutions, run without the
-compiler; on a GPU it is compiled and captured.
+compiler; on a GPU it is compiled and captured. A backend that cannot be had there is left out, with a note.
 """
 
 import statistics
@@ -22,7 +22,8 @@ tune_process()  # before torch is imported
 from scripts.common import save_report, script_parser
 from utils import networks
 from utils.config import DistillConfig, make
-from utils.program.console import table
+from utils.errors import UserError
+from utils.program.console import note, table
 from utils.program.entry import entry
 
 if TYPE_CHECKING:
@@ -38,8 +39,22 @@ KINDS = {  # device → kind → backend, precision
              for backend in ("plain", "graph", "compile")}}
 
 
-def errors(draw: int, device: "torch.device") -> dict[str, dict[str, float]]:
-    """Of every kind, for one draw of network, data and augmentation."""
+def kinds_on(device: "torch.device") -> dict[str, tuple[str, str]]:
+    """The kinds that can be had there, with a note of each backend that cannot."""
+    from utils.derivatives.choose_engine import check_backend
+
+    kinds = KINDS[device.type]
+    for name in dict.fromkeys(backend for backend, _ in kinds.values()):
+        try:
+            check_backend(name, device)
+        except UserError as why:
+            note(f"note: left out: {why}")
+            kinds = {kind: settings for kind, settings in kinds.items() if settings[0] != name}
+    return kinds
+
+
+def errors(kinds: dict[str, tuple[str, str]], draw: int, device: "torch.device") -> dict[str, dict[str, float]]:
+    """Of these kinds, for one draw of network, data and augmentation."""
     import torch  # which takes seconds; so here, and not for --help and refusals
 
     from distill.matching import match_trajectory
@@ -73,7 +88,7 @@ def errors(draw: int, device: "torch.device") -> dict[str, dict[str, float]]:
     exact = {name: gradient(reference, method, torch.float64, cpu) for name, method in METHODS.items()}
     network = network.to(device)
     found = {}
-    for kind, (backend, precision) in KINDS[device.type].items():
+    for kind, (backend, precision) in kinds.items():
         set_precision("fp32" if device.type == "cpu" or precision == "bf16" else precision, device)
         model = FlatModel(network, backend, precision)
         if kind == "compile":
@@ -95,7 +110,8 @@ def main() -> None:
     from utils.program.device import describe, select_device
 
     device = select_device(args.device)
-    draws = [errors(draw, device) for draw in range(args.draws)]
+    kinds = kinds_on(device)
+    draws = [errors(kinds, draw, device) for draw in range(args.draws)]
     rows = [("kind", "median draw", "best", "worst", "cosine, median")]
     for kind in draws[0]:
         values = [draw[kind]["median_image"] for draw in draws]
