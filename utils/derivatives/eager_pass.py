@@ -194,7 +194,7 @@ class _Norm(NamedTuple):
         return (self.z[0, 0].numel() * mean).view(len(self.z), -1).sum(0)
 
 
-def _group_norm_backward(delta: Tensor, z: Tensor, mean: Tensor, inverse: Tensor, gain: Tensor | None, images: bool
+def _group_norm_backward(delta: Tensor, z: Tensor, mean: Tensor, inverse: Tensor, gain: Tensor, images: bool
                          ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten.native_group_norm_backward(
         _one_image(delta), _one_image(z), mean.view(1, -1), inverse.view(1, -1), gain, 1, len(mean), z[0, 0].numel(),
@@ -202,7 +202,8 @@ def _group_norm_backward(delta: Tensor, z: Tensor, mean: Tensor, inverse: Tensor
 
 
 def _means(delta: Tensor, z: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    _, *sums = _group_norm_backward(delta, z, mean, inverse, None, False)
+    some_gain = inverse  # which these sums do not depend on; torch 2.11 fails without one
+    _, *sums = _group_norm_backward(delta, z, mean, inverse, some_gain, False)
     return tuple(each / z[0, 0].numel() for each in sums)
 
 
