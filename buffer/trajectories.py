@@ -154,11 +154,12 @@ def _load_checked(path: Path, model: FlatModel) -> list[Expert]:
     experts = load_experts(path)
     for snapshot in itertools.chain.from_iterable(experts):
         if [getattr(tensor, "shape", None) for tensor in snapshot] != model.shapes:
-            shapes = [tuple(getattr(tensor, "shape", ())) for tensor in snapshot]
-            raise UserError(f"{path} holds experts of another network: {len(shapes)} tensors, first {shapes[:1]}, last "
-                            f"{shapes[-1:]}; this one has {len(model.shapes)}, first {[tuple(model.shapes[0])]}, last "
-                            f"{[tuple(model.shapes[-1])]}; give the --model, --dataset and --buffer_path that trained "
-                            "them")
+            shapes = ([tuple(getattr(tensor, "shape", ())) for tensor in snapshot], list(map(tuple, model.shapes)))
+            first, theirs, ours = next((number, *pair) for number, pair in enumerate(itertools.zip_longest(*shapes))
+                                       if pair[0] != pair[1])
+            raise UserError(f"{path} holds experts of another network: of its {len(shapes[0])} tensors number {first} "
+                            f"is {theirs or 'missing'}, and of this one's {len(shapes[1])} it is {ours or 'missing'}; "
+                            "give the --model, --dataset, --res and --buffer_path that trained them")
         other = {str(tensor.dtype) for tensor in snapshot} - {"torch.float32"}
         if other:
             raise UserError(f"{path} holds parameters in {', '.join(sorted(other))}; float32 is needed: save them with "

@@ -79,9 +79,8 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
         most = buffer.epochs - config.expert_epochs + 1
         advice = f"--max_start_epoch {most} or less" if most > 0 else f"--expert_epochs {buffer.epochs} or less"
         raise UserError(f"--max_start_epoch {config.max_start_epoch} --expert_epochs {config.expert_epochs}: a segment "
-                        f"would end at epoch {last}, but the experts in {buffer.folder} have "
-                        f"{number_of(buffer.epochs, 'epoch')}; "
-                        f"give {advice}, or train the experts for longer")
+                        f"would end at epoch {last}, but the shortest of the experts in {buffer.folder} has "
+                        f"{number_of(buffer.epochs, 'epoch')}; give {advice}, or train longer ones")
     first = start_epoch_bound(0, config.max_start_epoch, config.current_max_start_epoch, config.expansion_end_epoch,
                               config.Sequential_Generation)
     if config.min_start_epoch >= first:
@@ -130,10 +129,13 @@ def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: di
                         f"{shown(folder.path / NORMAL / WHOLE)}")
     if saved is None:
         return
-    different = sorted(name for name in {**saved["data"], **data} if saved["data"].get(name) != data.get(name))
+    before = saved["data"]
+    different = [f"{name} {'is new' if name not in before else 'is missing' if name not in data else 'differs'}"
+                 for name in sorted({**before, **data}) if before.get(name) != data.get(name)]
     if different:
-        raise UserError(f"{shown(folder.path)} was begun with other data: {', '.join(different)} differ; put back what "
-                        f"it had, or give another --run_name{'' if folder.finished else ' or --resume never'}")
+        raise UserError(f"{shown(folder.path)} was begun with other data: {', '.join(different)}; restore what it had "
+                        "(move away what is new), or give another --run_name"
+                        f"{'' if folder.finished else ' or --resume never'}")
     if saved["iteration"] > config.Iteration:
         raise UserError(f"--Iteration {config.Iteration}: {shown(folder.path)} is at iteration {saved['iteration']} "
                         "already; give at least that")

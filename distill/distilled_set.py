@@ -171,8 +171,8 @@ class DistilledSet(torch.utils.data.Dataset):
 
 
 def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
-    """In what the images of a set are of another space than a dataset, or its classes others, in words; nothing where
-    they agree, or where the set is of files that do not tell."""
+    """In what the images of a set were prepared otherwise than a dataset's, in words; nothing where they agree, or
+    where the set is of files that do not say."""
     if not distilled.mean:
         return ""
     its, ours = distilled.whitening, dataset.whitening
@@ -182,11 +182,30 @@ def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
         return (f"it was whitened by other training images than those of {dataset.name} here (fingerprint "
                 f"{its.fingerprint} there, {ours.fingerprint} here)")
     if not ours and not np.allclose((distilled.mean, distilled.std), (dataset.mean, dataset.std), atol=1e-3):
-        return (f"it was normalised by mean {distilled.mean} and deviation {distilled.std}, and the data here is by "
-                f"{dataset.mean} and {dataset.std}")
-    if distilled.classes and distilled.classes != dataset.classes:
-        return f"its classes are {some_of(distilled.classes)}, and those here {some_of(dataset.classes)}"
+        its, ours = (" and ".join(", ".join(f"{value:.4g}" for value in values) for values in (of.mean, of.std))
+                     for of in (distilled, dataset))
+        return f"it was normalised by mean and deviation {its}, and the data here by {ours}"
     return ""
+
+
+def check_classes(distilled: DistilledSet, dataset: Dataset, option: str, by_name: bool = True) -> None:
+    """Refuses a set whose labels are of other classes than a dataset's, as far as it tells.
+
+    Args:
+        option: by which it was given.
+        by_name: not by their number alone.
+
+    Raises:
+        UserError
+    """
+    its, ours = distilled.classes, dataset.classes
+    if not its or (len(its) == len(ours) and (its == ours or not by_name)):
+        return
+    apart = [f"{whose} alone {'have' if whose == 'the images' else 'has'} {some_of(names)}" for whose, names in (
+        ("the set", [name for name in its if name not in ours]),
+        ("the images", [name for name in ours if name not in its])) if names] or ["in another order"]
+    raise UserError(f"{option}: the set has {len(its)} classes and the images of {dataset.name} here have {len(ours)} "
+                    f"({'; '.join(apart)}), so that its labels do not fit them; give the data that it was made of")
 
 
 READ_FROM = "--data_dir", "--label_dir", "--lr_dir"

@@ -27,7 +27,7 @@ from utils.derivatives.engine import describe_engine
 from utils.loss_and_accuracy import accuracy
 from utils.memory import peak, reset_peak
 from utils.parameters import FlatModel
-from utils.program.console import duration
+from utils.program.console import duration, number_of
 from utils.program.device import describe
 from utils.program.prepare import drawer, dsa_groups
 from utils.program.seeds import generator
@@ -48,9 +48,9 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         seconds = self.iteration * self.iterations + self.evaluation * self.evaluations
-        return (f"an iteration takes about {duration(self.iteration)}, {self.iterations} of them "
+        return (f"an iteration takes about {duration(self.iteration)}, {number_of(self.iterations, 'iteration')} "
                 f"{duration(self.iteration * self.iterations)}\n"
-                f"an evaluation takes about {duration(self.evaluation)}, {self.evaluations} of them "
+                f"an evaluation takes about {duration(self.evaluation)}, {number_of(self.evaluations, 'evaluation')} "
                 f"{duration(self.evaluation * self.evaluations)}\n"
                 f"matching takes about {self.matching_bytes / 1e9:.2g} GB beside {self.data_bytes / 1e9:.2g} GB of "
                 f"data; the whole run about {duration(seconds)}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from buffer.trajectories import Buffer
-from distill.distilled_set import DistilledSet, checked_set, class_indices, other_space
+from distill.distilled_set import DistilledSet, check_classes, checked_set, class_indices, other_space
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut, tiled
@@ -121,8 +121,10 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
     Raises:
         UserError: it is not of this dataset, or of another number of images per class.
     """
-    given = [f"--pix_init {config.pix_init}"] * 3
-    distilled = checked_set(DistilledSet.load(config.pix_init), dataset, read_from=given, factor=config.factor)
+    given = f"--pix_init {config.pix_init}"
+    distilled = DistilledSet.load(config.pix_init)
+    check_classes(distilled, dataset, given)
+    distilled = checked_set(distilled, dataset, read_from=[given] * 3, factor=config.factor)
     if why := other_space(distilled, dataset):
         raise UserError(f"--pix_init {config.pix_init}: {why}; give the --zca and the data that it was made with")
     classes, _ = class_indices(distilled, dataset.num_classes)

@@ -106,8 +106,17 @@ def test_another_whitening_or_normalisation_than_the_datasets_is_said(call, toy,
              "std": "[0.5, 0.5, 0.5]", "config": "{}"}
     save_file(tensors, whole, about)
     plain = [each for each in toy.evaluate if each != "--zca"]
-    assert "it was normalised by mean (0.1, 0.1, 0.1)" in call(
+    assert "it was normalised by mean and deviation 0.1, 0.1, 0.1 and 0.5, 0.5, 0.5" in call(
         EVALUATION, *plain, f"--data_dir={whole}").stderr
+
+
+@pytest.mark.parametrize("classes, said", [
+    ('["blue", "green", "pink"]', "the set alone has pink; the images alone have red"),
+    ('["red", "green", "blue"]', "in another order")])
+def test_a_set_of_other_classes_is_refused(call, toy, whole, classes, said):
+    tensors, about = load_file(whole), {"mean": "[0.1, 0.1, 0.1]", "std": "[0.5, 0.5, 0.5]", "config": "{}"}
+    save_file(tensors, whole, about | {"format": "datm-distilled-set-2", "classes": classes})
+    assert said in call(EVALUATION, *toy.evaluate, f"--data_dir={whole}", expect=2).stderr
 
 
 @pytest.mark.parametrize("name, value", [("whitening", "../../etc/passwd"), ("config", "[1]"), ("mean", '"x"'),

@@ -104,7 +104,7 @@ def test_what_the_experts_refuse(refused, options, phrases):
 
 @pytest.mark.parametrize("options, phrases", [
     (["--max_start_epoch=3", "--expert_epochs=2"], ["--max_start_epoch 3 --expert_epochs 2", "end at epoch 4",
-                                                    "have 3 epochs", "give --max_start_epoch 2 or less"]),
+                                                    "has 3 epochs", "give --max_start_epoch 2 or less"]),
     (["--min_start_epoch=2"], ["--min_start_epoch 2 --max_start_epoch 2", "no start epoch", "must be larger"]),
     (["--Sequential_Generation", "--current_max_start_epoch=1", "--min_start_epoch=1"],
      ["--min_start_epoch 1 --current_max_start_epoch 1", "must be larger"]),
@@ -165,7 +165,7 @@ def test_an_evaluation_that_cannot_be_is_refused_before_the_distillation(refused
 
 def test_an_expert_segment_longer_than_the_trajectory_has_advice_that_helps(call, toy, toy_experts):
     done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", "--expert_epochs=4", expect=2)
-    check_refusal(done, "--expert_epochs 4", "have 3 epochs")
+    check_refusal(done, "--expert_epochs 4", "has 3 epochs")
     assert "give --max_start_epoch" not in done.stderr  # no start epoch would do
 
 
@@ -304,7 +304,7 @@ SHAPES = ["holds experts of another network", "--model"]
     (rewritten(lambda experts: experts[0]), ["expert 0", "is not a list of snapshots"]),  # one, not a list of them
     (rewritten(lambda experts: [[snapshot[:-1] for snapshot in expert] for expert in experts]), SHAPES),
     (rewritten(lambda experts: [[[*snapshot[:-1], torch.zeros(4)] for snapshot in expert] for expert in experts]),
-     [*SHAPES, "last [(4,)]", "last [(3,)]"]),
+     [*SHAPES, "number 5 is (4,)", "it is (3,)"]),
     (rewritten(lambda experts: [[*experts[0][:-1], [1.0, 2.0]]]), SHAPES)])
 def test_damaged_experts_are_refused(damaged, change, phrases):
     damaged(change, phrases)
@@ -319,8 +319,8 @@ def test_experts_of_another_network_are_refused(damaged, call, toy, tmp_path):
     call(BUFFER, *toy.train, "--num_experts=1", "--train_epochs=1", "--model=ConvNetD1W8",
          f"--buffer_path={tmp_path / 'other'}")
     other = tmp_path / "other" / "ImageFolder" / "ConvNetD1W8" / "replay_buffer_0.pt"
-    damaged(lambda path: shutil.copy(other, path), [*SHAPES, "--dataset", "first [(8, 3, 3, 3)]",
-                                                    "first [(4, 3, 3, 3)]"])
+    damaged(lambda path: shutil.copy(other, path), [*SHAPES, "--dataset", "number 0 is (8, 3, 3, 3)",
+                                                    "it is (4, 3, 3, 3)"])
 
 
 def test_more_experts_are_not_trained_beside_a_file_that_is_none(call, toy, tmp_path):

@@ -418,7 +418,7 @@ def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
         done, _ = distil_to("parts", expect=2)
     finally:
         added.unlink()
-    assert "was begun with other data: replay_buffer_2.pt differ" in done.stderr
+    assert "was begun with other data: replay_buffer_2.pt is new" in done.stderr
 
     checkpoint = folder / "checkpoint.pt"
     whole = checkpoint.read_bytes()

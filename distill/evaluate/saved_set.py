@@ -12,6 +12,7 @@ from distill.distilled_set import (
     READ_BY,
     TOLD,
     DistilledSet,
+    check_classes,
     checked_set,
     class_indices,
     other_space,
@@ -160,7 +161,8 @@ def opened(config: EvaluationConfig, given: Collection[str],
     if missing:
         note(f"note: nothing says what this set was made of; it is tested on {config.dataset}, the default")
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
-        note(f"note: the set is of another space: {why}")
+        note(f"note: the set was prepared otherwise than the data here: {why}")
+    check_classes(read, dataset, "--data_dir", by_name=not told)
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
     distilled = in_space(distilled, dataset)
     check_pool(config, dataset)

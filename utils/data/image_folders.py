@@ -220,7 +220,7 @@ def _class_files(notes: Notes, folder: Path, suffixes: Collection[str], classes:
     if empty:
         there = notes.why_left_out()
         raise UserError(f"{notes.name}: no {kinds} file in {folders[empty[0]]} ({len(empty)} of {len(classes)} class "
-                        f"folders are empty{f'; left out: {there}' if there else ''}); add images or remove the folder")
+                        f"folders have none{f'; left out: {there}' if there else ''}); add images or remove the folder")
     return files
 
 
