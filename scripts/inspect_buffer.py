@@ -172,7 +172,8 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
         from scripts.plots import save_losses
 
         save_losses(png, suggested)
-    say_next(config, "next, to distil them:", command("distill/DATM.py", options | suggested.options))
+    say_next(config, "next, to distil them (the config has what was not measured):",
+             command("distill/DATM.py", options | suggested.options))
 
 
 def distilling(folder: Path, ipc: int) -> dict[str, Any]:

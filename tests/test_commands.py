@@ -823,7 +823,7 @@ def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_expe
     (tmp_path / "out/ImageFolder/2/ConvNetD1W4/mine/Normal").mkdir(parents=True)
     (tmp_path / "file").touch()
     for options, phrase in (([f"--buffer_path={tmp_path / 'none'}"], "no replay_buffer_*.pt"),
-                            ([f"--buffer_path={toy_experts}", "--max_start_epoch=9"], "have 3 epochs"),
+                            ([f"--buffer_path={toy_experts}", "--max_start_epoch=9"], "has 3 epochs"),
                             ([f"--buffer_path={toy_experts}", "--run_name=mine"], "holds Normal and is no run's"),
                             ([f"--buffer_path={toy_experts}", f"--log_path={tmp_path}/file"], "cannot write")):
         assert phrase in call("distill/DATM.py", *arguments, *options, expect=2).stderr

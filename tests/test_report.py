@@ -214,7 +214,8 @@ def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
     made = parse(BufferConfig, "", words[2:])
     assert (made.num_experts, made.train_epochs, made.lr_teacher, made.zca) == (3, 3, 0.1, True)
     words = evaluation.replace("\\\n", " ").split()
-    assert words[2:] == [f"--data_dir={runs[1]}", "--num_eval=5", "--epoch_eval_train=1", "--batch_train=256"]
+    assert words[2:] == [f"--data_dir={runs[1]}", f"--json={runs[1] / 'evaluation.json'}", "--num_eval=5",
+                         "--epoch_eval_train=1", "--batch_train=256"]
     made = parse(EvaluationConfig, "", words[2:], known=told_by_set)
     assert (made.dataset, made.model, made.res, made.zca) == ("ImageFolder", "ConvNetD1W4", 8, True)
     assert again == f"python scripts/report.py {runs[1]}"

@@ -40,14 +40,15 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
 
 def evaluation(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """The options with which `evaluation.py` tests the best set of a run as the run does, but on the test images and
-    with as many networks as it is used to.
+    with as many networks as it is used to, into a file beside the set.
 
     Args:
         config: the run's, as its folder holds it.
     """
     usual = {"num_eval": defaults(EvaluationConfig)["num_eval"]}
-    return {"data_dir": run} | usual | unlike_set({name: value for name, value in config.items() if name not in (
-        "no_aug", "val_fraction", "lr_teacher", "precision", "num_eval")}, config)
+    of_run = {name: value for name, value in config.items() if name not in (
+        "no_aug", "val_fraction", "lr_teacher", "precision", "num_eval")}
+    return {"data_dir": run, "json": run / "evaluation.json"} | usual | unlike_set(of_run, config)
 
 
 def unlike_set(options: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,8 @@ def _images(run: SavedRun) -> Markup:
                               "No pictures yet: they are made at an evaluation, but for the first seconds of a run.")
     rows, shown = pictures.rows(), len(pictures.which)
     best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
-    words = draw.about_images(pictures, rows, run.config.get("labels"), _labels_moved(pictures), best.iteration)
+    words = draw.about_images(pictures, rows, run.config.get("zca"), run.config.get("labels"), _labels_moved(pictures),
+                              best.iteration)
     if pictures.stored is not None:
         words = joined(words, draw.stored(pictures, pictures.stored_of(range(shown))))
     most = max(map(len, rows.values()))
