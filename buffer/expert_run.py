@@ -194,8 +194,8 @@ class ExpertRun:
                  f"{in_words(config.num_experts, config.train_epochs)}: {config.model} on "
                  f"{config.dataset} ({number_of(images, 'image')}) · {shown(self.folder)}")
         if self.resumes:
-            total = config.num_experts * config.train_epochs
-            say(config, f"going on with an unfinished run: {self.epochs_done} of {number_of(total, 'epoch')} are done")
+            say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
+                        f"{config.num_experts * config.train_epochs})")
             if device.type == "cpu" and self.threads_before not in (None, torch.get_num_threads()):
                 note(f"note: it was last on {number_of(self.threads_before, 'thread')}, and is on "
                      f"{torch.get_num_threads()} now; what follows may be rounded differently")

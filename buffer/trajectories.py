@@ -154,12 +154,12 @@ def _load_checked(path: Path, model: FlatModel) -> list[Expert]:
     experts = load_experts(path)
     for snapshot in itertools.chain.from_iterable(experts):
         if [getattr(tensor, "shape", None) for tensor in snapshot] != model.shapes:
-            shapes = ([tuple(getattr(tensor, "shape", ())) for tensor in snapshot], list(map(tuple, model.shapes)))
-            first, theirs, ours = next((number, *pair) for number, pair in enumerate(itertools.zip_longest(*shapes))
-                                       if pair[0] != pair[1])
-            raise UserError(f"{path} holds experts of another network: of its {len(shapes[0])} tensors number {first} "
-                            f"is {theirs or 'missing'}, and of this one's {len(shapes[1])} it is {ours or 'missing'}; "
-                            "give the --model, --dataset, --res and --buffer_path that trained them")
+            shapes = [tuple(tensor.shape) if hasattr(tensor, "shape") else "none" for tensor in snapshot]
+            pairs = itertools.zip_longest(shapes, map(tuple, model.shapes), fillvalue="missing")
+            number, (its, ours) = next(each for each in enumerate(pairs, 1) if each[1][0] != each[1][1])
+            raise UserError(f"{path} holds experts of another network: the shape of tensor {number} is {its}, and this "
+                            f"network's is {ours}; give the --model, --dataset, --res and --buffer_path that trained "
+                            "them")
         other = {str(tensor.dtype) for tensor in snapshot} - {"torch.float32"}
         if other:
             raise UserError(f"{path} holds parameters in {', '.join(sorted(other))}; float32 is needed: save them with "

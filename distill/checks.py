@@ -80,7 +80,7 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
         advice = f"--max_start_epoch {most} or less" if most > 0 else f"--expert_epochs {buffer.epochs} or less"
         raise UserError(f"--max_start_epoch {config.max_start_epoch} --expert_epochs {config.expert_epochs}: a segment "
                         f"would end at epoch {last}, but the shortest of the experts in {buffer.folder} has "
-                        f"{number_of(buffer.epochs, 'epoch')}; give {advice}, or train longer ones")
+                        f"{number_of(buffer.epochs, 'epoch')}; give {advice}, or train the experts for longer")
     first = start_epoch_bound(0, config.max_start_epoch, config.current_max_start_epoch, config.expansion_end_epoch,
                               config.Sequential_Generation)
     if config.min_start_epoch >= first:
@@ -130,12 +130,12 @@ def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: di
     if saved is None:
         return
     before = saved["data"]
-    different = [f"{name} {'is new' if name not in before else 'is missing' if name not in data else 'differs'}"
+    different = [f"{name} ({'new' if name not in before else 'missing' if name not in data else 'changed'})"
                  for name in sorted({**before, **data}) if before.get(name) != data.get(name)]
     if different:
-        raise UserError(f"{shown(folder.path)} was begun with other data: {', '.join(different)}; restore what it had "
-                        "(move away what is new), or give another --run_name"
-                        f"{'' if folder.finished else ' or --resume never'}")
+        raise UserError(f"{shown(folder.path)} was begun with other data: {', '.join(different)}; restore what it had"
+                        f"{', move away what is new,' if data.keys() - before.keys() else ','} or give another "
+                        f"--run_name{'' if folder.finished else ' or --resume never'}")
     if saved["iteration"] > config.Iteration:
         raise UserError(f"--Iteration {config.Iteration}: {shown(folder.path)} is at iteration {saved['iteration']} "
                         "already; give at least that")

@@ -171,7 +171,7 @@ class DistilledSet(torch.utils.data.Dataset):
 
 
 def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
-    """In what the images of a set were prepared otherwise than a dataset's, in words; nothing where they agree, or
+    """How the images of a set were prepared differently from a dataset's, in words; nothing where they agree, or
     where the set is of files that do not say."""
     if not distilled.mean:
         return ""
@@ -188,24 +188,25 @@ def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
     return ""
 
 
-def check_classes(distilled: DistilledSet, dataset: Dataset, option: str, by_name: bool = True) -> None:
-    """Refuses a set whose labels are of other classes than a dataset's, as far as it tells.
+def check_classes(distilled: DistilledSet, dataset: Dataset, option: str, named: bool = True) -> None:
+    """Refuses a set whose labels are of other classes than a dataset's, as far as it says what they are.
 
     Args:
         option: by which it was given.
-        by_name: not by their number alone.
+        named: also refuses as many classes of other names.
 
     Raises:
         UserError
     """
     its, ours = distilled.classes, dataset.classes
-    if not its or (len(its) == len(ours) and (its == ours or not by_name)):
+    if not its or (len(its) == len(ours) and (its == ours or not named)):
         return
-    apart = [f"{whose} alone {'have' if whose == 'the images' else 'has'} {some_of(names)}" for whose, names in (
-        ("the set", [name for name in its if name not in ours]),
-        ("the images", [name for name in ours if name not in its])) if names] or ["in another order"]
-    raise UserError(f"{option}: the set has {len(its)} classes and the images of {dataset.name} here have {len(ours)} "
-                    f"({'; '.join(apart)}), so that its labels do not fit them; give the data that it was made of")
+    counts = f"the set has {len(its)} classes and {dataset.name} has {len(ours)} here" if len(its) != len(ours) else ""
+    only = [f"only {whose} {some_of(names)}" for whose, names in (
+        ("the set has", [name for name in its if name not in ours]),
+        ("the images have", [name for name in ours if name not in its])) if names]
+    said = ", ".join(filter(None, [counts, *only])) or "the classes of the set are in another order"
+    raise UserError(f"{option}: {said}, so its labels do not fit; give the data it was made from")
 
 
 READ_FROM = "--data_dir", "--label_dir", "--lr_dir"

@@ -14,7 +14,7 @@ from distill.finish import finish, say_finished, show_so_far
 from distill.finished import run_folder
 from distill.initialize import checksums, initial_set, labellers_of
 from distill.report.names import PICTURES, SHOWN
-from distill.result_files import METRICS, RESULT, VERSIONS
+from distill.result_files import EVALUATION, METRICS, RESULT, VERSIONS
 from distill.run_state import DistillView, RunState
 from distill.set_files import WHOLE
 from utils.config import AUTO, DistillConfig
@@ -146,7 +146,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
         notes = [*notes, *said]
 
     # The folder, and the first lines.
-    folder.start(saved, MADE, SHOWS)
+    folder.start(saved, MADE, SHOWS, [EVALUATION])
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, start.images.device, engine + plan.kept_in_words(config, dataset, buffer.model),
              f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "

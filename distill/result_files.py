@@ -24,6 +24,7 @@ from utils.files import append_json, given, read_json, read_text, reading, write
 from utils.program.console import percent
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
+EVALUATION = "evaluation.json"  # of the best set, by the command that a run ends with
 VERSIONS = NORMAL, EMA = "Normal", "EMA"  # the folders of the sets, as published, and of those with averaged images
 _AGAIN = "put it back, or run again under another --run_name"
 

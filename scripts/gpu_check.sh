@@ -86,22 +86,14 @@ distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml --z
         --num_eval=1 --epoch_eval_train=50 --threshold=10 "--buffer_path=$out/buffers" "--log_path=$out/logged_files")
 evaluate=("$python" distill/evaluation.py "--data_dir=$run" --num_eval=2 --epoch_eval_train=300
           "--json=$out/evaluation.json")
-compiled=  # where a GPU's compiler works
-if [ "$gpu" = 1 ] && "$python" - <<'EOF'; then compiled=--backend=compile; fi
-import torch
-from utils.derivatives.choose_engine import check_backend
-from utils.errors import UserError
-
-try:
-    check_backend("compile", torch.device("cuda"))
-except UserError as why:
-    raise SystemExit(f"note: nothing is compiled: {why}")
-EOF
 rm -rf "$out/buffers" "$out/two_ranks" "$out/logged_files"
 
-only_on $gpu GPU numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 \
+only_on "$real" "real GPU" compiler 0 60 "$python" -c \
+    "import torch; from utils.derivatives.choose_engine import *; check_backend('compile', torch.device('cuda'))"
+compiled=$(grep -qP '^compiler\tok\t' "$out/parts.tsv" && echo --backend=compile)
+only_on "$gpu" GPU numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 \
     "--json=$out/numbers.json"
-only_on $real "real GPU" speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda \
+only_on "$real" "real GPU" speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda \
     --shape cifar10_ipc1 cifar10_ipc10 cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=2.5 \
     "--json=$out/speed.json"
 # A program that is killed goes on by the same command.
@@ -117,7 +109,7 @@ part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_
     --num_experts=2 "--buffer_path=$out/two_ranks"  # which share the GPU
 # Last, as they take longest; by several processes where pytest-xdist is there.
 several=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
-only_on $gpu GPU tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
+only_on "$gpu" GPU tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
 
 echo
 awk -F'\t' '{ printf "%-20s %-14s %4s s\n", $1, $2, $4 }' "$out/parts.tsv"

@@ -172,7 +172,7 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
         from scripts.plots import save_losses
 
         save_losses(png, suggested)
-    say_next(config, "next, to distil them (the config has what was not measured):",
+    say_next(config, "next, to distil them (the config sets the rest):",
              command("distill/DATM.py", options | suggested.options))
 
 

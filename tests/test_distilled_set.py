@@ -111,7 +111,7 @@ def test_another_whitening_or_normalisation_than_the_datasets_is_said(call, toy,
 
 
 @pytest.mark.parametrize("classes, said", [
-    ('["blue", "green", "pink"]', "the set alone has pink; the images alone have red"),
+    ('["blue", "green", "pink"]', "only the set has pink, only the images have red, so its labels do not fit"),
     ('["red", "green", "blue"]', "in another order")])
 def test_a_set_of_other_classes_is_refused(call, toy, whole, classes, said):
     tensors, about = load_file(whole), {"mean": "[0.1, 0.1, 0.1]", "std": "[0.5, 0.5, 0.5]", "config": "{}"}

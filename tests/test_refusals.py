@@ -304,8 +304,8 @@ SHAPES = ["holds experts of another network", "--model"]
     (rewritten(lambda experts: experts[0]), ["expert 0", "is not a list of snapshots"]),  # one, not a list of them
     (rewritten(lambda experts: [[snapshot[:-1] for snapshot in expert] for expert in experts]), SHAPES),
     (rewritten(lambda experts: [[[*snapshot[:-1], torch.zeros(4)] for snapshot in expert] for expert in experts]),
-     [*SHAPES, "number 5 is (4,)", "it is (3,)"]),
-    (rewritten(lambda experts: [[*experts[0][:-1], [1.0, 2.0]]]), SHAPES)])
+     [*SHAPES, "tensor 6 is (4,), and this network's is (3,)"]),
+    (rewritten(lambda experts: [[*experts[0][:-1], [1.0, 2.0]]]), [*SHAPES, "tensor 1 is none"])])
 def test_damaged_experts_are_refused(damaged, change, phrases):
     damaged(change, phrases)
 
@@ -319,8 +319,8 @@ def test_experts_of_another_network_are_refused(damaged, call, toy, tmp_path):
     call(BUFFER, *toy.train, "--num_experts=1", "--train_epochs=1", "--model=ConvNetD1W8",
          f"--buffer_path={tmp_path / 'other'}")
     other = tmp_path / "other" / "ImageFolder" / "ConvNetD1W8" / "replay_buffer_0.pt"
-    damaged(lambda path: shutil.copy(other, path), [*SHAPES, "--dataset", "number 0 is (8, 3, 3, 3)",
-                                                    "it is (4, 3, 3, 3)"])
+    damaged(lambda path: shutil.copy(other, path),
+            [*SHAPES, "--dataset", "tensor 1 is (8, 3, 3, 3), and this network's is (4, 3, 3, 3)"])
 
 
 def test_more_experts_are_not_trained_beside_a_file_that_is_none(call, toy, tmp_path):

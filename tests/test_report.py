@@ -221,6 +221,13 @@ def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
     assert again == f"python scripts/report.py {runs[1]}"
 
 
+def test_images_are_called_un_whitened_where_they_were_whitened(runs):
+    run = read_run(runs[0])
+    plain = replace(run, config=run.config | {"zca": False})
+    assert "un-whitened" in report.page(run) and "un-whitened" in comparison([run, run])
+    assert "un-whitened" not in report.page(plain) and "un-whitened" not in comparison([plain, plain])
+
+
 def test_infinity_survives_the_commands(copied, tmp_path):
     config = yaml.safe_load((copied / "config.yaml").read_text()) | {"threshold": float("inf")}
     (copied / "config.yaml").write_text(yaml.safe_dump(config))

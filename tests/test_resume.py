@@ -277,10 +277,12 @@ def test_whatever_a_user_has_set_for_pictures_and_named_classes_a_run_finishes(r
 
 def test_a_finished_run_goes_on_for_more_iterations(distil_to):
     _, whole = distil_to("whole")
-    distil_to("parts", "--Iteration=4")
+    _, parts = distil_to("parts", "--Iteration=4")
+    (parts / "evaluation.json").write_text("the test of its set")
     with stop_at(distillation, "match_trajectory", 2):
-        done, parts = distil_to("parts", expect=130)
+        done, _ = distil_to("parts", expect=130)
     assert "going on at iteration 4" in done.stdout
+    assert (parts / "evaluation_4.json").exists() and not (parts / "evaluation.json").exists()
     assert set_files(str(parts))[0].endswith("images_best.pt")  # the shorter run's set is of the past
     distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)
@@ -418,7 +420,7 @@ def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
         done, _ = distil_to("parts", expect=2)
     finally:
         added.unlink()
-    assert "was begun with other data: replay_buffer_2.pt is new" in done.stderr
+    assert "was begun with other data: replay_buffer_2.pt (new); restore what it had, move away" in done.stderr
 
     checkpoint = folder / "checkpoint.pt"
     whole = checkpoint.read_bytes()

@@ -161,8 +161,8 @@ def opened(config: EvaluationConfig, given: Collection[str],
     if missing:
         note(f"note: nothing says what this set was made of; it is tested on {config.dataset}, the default")
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
-        note(f"note: the set was prepared otherwise than the data here: {why}")
-    check_classes(read, dataset, "--data_dir", by_name=not told)
+        note(f"note: the set was prepared differently from the data here: {why}")
+    check_classes(read, dataset, f"--data_dir {config.data_dir}", named=not {"dataset", "subset"} & set(told))
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
     distilled = in_space(distilled, dataset)
     check_pool(config, dataset)

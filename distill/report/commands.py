@@ -8,6 +8,7 @@ import yaml
 
 from distill.distilled_set import TOLD
 from distill.report.read_run import SavedRun
+from distill.result_files import EVALUATION
 from utils.config import (
     BufferConfig,
     DistillConfig,
@@ -48,7 +49,7 @@ def evaluation(config: dict[str, Any], run: Path) -> dict[str, Any]:
     usual = {"num_eval": defaults(EvaluationConfig)["num_eval"]}
     of_run = {name: value for name, value in config.items() if name not in (
         "no_aug", "val_fraction", "lr_teacher", "precision", "num_eval")}
-    return {"data_dir": run, "json": run / "evaluation.json"} | usual | unlike_set(of_run, config)
+    return {"data_dir": run, "json": run / EVALUATION} | usual | unlike_set(of_run, config)
 
 
 def unlike_set(options: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _images(runs: dict[str, SavedRun]) -> Markup:
     most = max(1, min(MOST_PER_CLASS, room, max(pictures.stored_per_class for pictures in with_pictures)))
     cards = [(name, [(run_name, _of_class(run, name, run_name, most)) for run_name, run in runs.items()])
              for name in classes]
-    return draw.compared_cards(cards, most)
+    return draw.compared_cards(cards, any(run.config.get("zca") for run in runs.values()), most)
 
 
 def _of_class(run: SavedRun, name: str, run_name: str, most: int) -> list[tuple[Any, str, str]]:

@@ -133,15 +133,17 @@ class RunFolder:
                                 "--run_name, or move what is there away")
         check_writable(self.path / "config.yaml")
 
-    def start(self, saved: dict[str, Any] | None = None, made: Sequence[str] = (), shows: Sequence[str] = ()) -> None:
+    def start(self, saved: dict[str, Any] | None = None, made: Sequence[str] = (), shows: Sequence[str] = (),
+              tests: Sequence[str] = ()) -> None:
         """Saves the config and begins the log, or goes on with as much of it as there was when a state was saved.
 
-        Of a finished run that goes on the result is kept under another name.
+        Of a finished run that goes on the result and its tests are kept under other names.
 
         Args:
             saved: that state.
             made: what an unfinished run may have put beside them, removed at a new beginning.
             shows: what shows a run, removed but where an unfinished one goes on.
+            tests: what tested its result, removed at a new beginning.
 
         Raises:
             UserError: see `check`.
@@ -152,13 +154,15 @@ class RunFolder:
             return
         for name in shows if self.finished or not saved else ():
             (self.path / name).unlink(missing_ok=True)
-        if self.finished:
-            self.result.rename(self.result.with_stem("_".join([self.result.stem, *map(str, self._did)])))
+        if self.finished:  # which it is as long as its result has that name; so that one last
+            for path in (*(self.path / name for name in tests), self.result):
+                if path.exists():
+                    path.rename(path.with_stem("_".join([path.stem, *map(str, self._did)])))
         if not saved:
             if self.log.exists():
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")
             self._state.unlink(missing_ok=True)  # first, for it counts on the others
-            for name in made:
+            for name in (*made, *tests):
                 if not (self.path / name).is_symlink():  # the user's, to another disk
                     remove(self.path / name)
         save_config(self.path / "config.yaml", self._config)
