@@ -3,8 +3,8 @@
 #     bash scripts/gpu_check.sh [FOLDER]
 # FOLDER (gpu_check) gets what each part printed and measured before the next part begins, and gpu_check.json, which has
 # all of it. Each part has a time limit of its own: the speed takes three minutes, the numbers and the tests one or two,
-# each of the others seconds. Without a GPU the parts that need one are skipped, and said to be, as is the speed on the
-# stand-in for one (tests/fakecuda). Exit code 1: a part failed.
+# each of the others seconds. Without a GPU the parts that need one are skipped, and said to be, as are compiled code, numbers
+# and speed on the stand-in for one (tests/fakecuda). Exit code 1: a part failed.
 set -uo pipefail
 source "$(dirname "$0")/help.sh"
 if [[ ${1:-} == -* ]]; then
@@ -91,7 +91,7 @@ rm -rf "$out/buffers" "$out/two_ranks" "$out/logged_files"
 only_on "$real" "real GPU" compiler 0 60 "$python" -c \
     "import torch; from utils.derivatives.choose_engine import *; check_backend('compile', torch.device('cuda'))"
 compiled=$(grep -qP '^compiler\tok\t' "$out/parts.tsv" && echo --backend=compile)
-only_on "$gpu" GPU numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 \
+only_on "$real" "real GPU" numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 \
     "--json=$out/numbers.json"
 only_on "$real" "real GPU" speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda \
     --shape cifar10_ipc1 cifar10_ipc10 cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=2.5 \
