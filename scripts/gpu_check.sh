@@ -3,8 +3,8 @@
 #     bash scripts/gpu_check.sh [FOLDER]
 # FOLDER (gpu_check) gets what each part printed and measured before the next part begins, and gpu_check.json, which has
 # all of it. Each part has a time limit of its own: the speed takes three minutes, the numbers and the tests one or two,
-# each of the others seconds. Without a GPU the parts that need one are skipped, and said to be, as are compiled code, numbers
-# and speed on the stand-in for one (tests/fakecuda). Exit code 1: a part failed.
+# each of the others seconds. Without a GPU the parts that need one are skipped, and said to be; on the stand-in for one
+# (tests/fakecuda) compiled code, numbers and speed are. Exit code 1: a part failed.
 set -uo pipefail
 source "$(dirname "$0")/help.sh"
 if [[ ${1:-} == -* ]]; then
