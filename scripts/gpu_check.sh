@@ -3,8 +3,8 @@
 #     bash scripts/gpu_check.sh [FOLDER]
 # FOLDER (gpu_check) gets what each part printed and measured before the next part begins, and gpu_check.json, which has
 # all of it. Each part has a time limit of its own: the speed takes three minutes, the numbers and the tests one or two,
-# each of the others seconds. Without a GPU the parts that need one are skipped, and said to be; on the stand-in for one
-# (tests/fakecuda) compiled code, numbers and speed are. Exit code 1: a part failed.
+# each of the others seconds. Without a GPU, or on the stand-in for one (tests/fakecuda), the parts that need a real one
+# are skipped, and said to be. Exit code 1: a part failed.
 set -uo pipefail
 source "$(dirname "$0")/help.sh"
 if [[ ${1:-} == -* ]]; then
@@ -19,12 +19,11 @@ mkdir -p "$out"
 rm -f "$out"/*.log "$out"/*.json
 : >"$out/parts.tsv"
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
-real=$gpu
-if [[ ${LD_PRELOAD:-} == *fakecuda* ]]; then real=0; fi
+if [[ ${LD_PRELOAD:-} == *fakecuda* ]]; then gpu=0; fi
 
 trap 'exit 130' INT  # after the part that Ctrl-C stops, which is in the foreground too
 END=570  # seconds, by which everything is over
-parts=$(grep -cE '^(part|only_on) ' scripts/gpu_check.sh) number=0
+parts=$(grep -cE '^(part|on_gpu) ' scripts/gpu_check.sh) number=0
 
 part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit codes that are right
     local name=$1 codes=$2 limit=$(($3 < END - SECONDS ? $3 : END - SECONDS)) began=$SECONDS code said=failed
@@ -47,14 +46,12 @@ part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit code
     collect
 }
 
-only_on() {  # only_on HERE WHAT NAME CODES SECONDS COMMAND…: a part that needs what is here if HERE is 1
-    local here=$1 what=$2
-    shift 2
-    if [ "$here" = 1 ]; then
+on_gpu() {  # on_gpu NAME CODES SECONDS COMMAND…: a part that needs a real GPU
+    if [ "$gpu" = 1 ]; then
         part "$@"
     else
         number=$((number + 1))
-        printf '\n--- part %s of %s, %s: skipped, there is no %s\n' "$number" "$parts" "$1" "$what"
+        printf '\n--- part %s of %s, %s: skipped, there is no real GPU\n' "$number" "$parts" "$1"
         printf '%s\tskipped\t\t0\t%s\n' "$1" "${*:4}" >>"$out/parts.tsv"
     fi
 }
@@ -77,8 +74,8 @@ EOF
 }
 
 # A real GPU must not be done before it is killed, and the stand-in must be done in its time.
-model=ConvNetW8 epochs=3 iterations=80 killed="0 137"
-if [ "$real" = 1 ]; then model=ConvNetW32 epochs=150 iterations=300 killed=137; fi
+model=ConvNetW8 epochs=3 iterations=80 few=5 killed="0 137"
+if [ "$gpu" = 1 ]; then model=ConvNetW32 epochs=150 iterations=300 few=20 killed=137; fi
 data="--dataset=MiniFashion --model=$model"
 run="$out/logged_files/MiniFashion/1/$model/run"
 experts=("$python" buffer/buffer_FTD.py $data --num_experts=1 "--train_epochs=$epochs" --batch_train=256 --rho_max=0.01
@@ -89,12 +86,11 @@ evaluate=("$python" distill/evaluation.py "--data_dir=$run" --num_eval=2 --epoch
           "--json=$out/evaluation.json")
 rm -rf "$out/buffers" "$out/two_ranks" "$out/logged_files"
 
-only_on "$real" "real GPU" compiler 0 60 "$python" -c \
+on_gpu compiler 0 60 "$python" -c \
     "import torch; from utils.derivatives.choose_engine import *; check_backend('compile', torch.device('cuda'))"
 compiled=$(grep -qP '^compiler\tok\t' "$out/parts.tsv" && echo --backend=compile)
-only_on "$real" "real GPU" numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 \
-    "--json=$out/numbers.json"
-only_on "$real" "real GPU" speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda \
+on_gpu numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draws=1 "--json=$out/numbers.json"
+on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda \
     --shape cifar10_ipc1 cifar10_ipc10 cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=2.5 \
     "--json=$out/speed.json"
 # A program that is killed goes on by the same command.
@@ -102,15 +98,15 @@ part experts_killed "$killed" 45 timeout -s KILL 12 "${experts[@]}"
 part experts 0 100 "${experts[@]}"
 part distillation_killed "$killed" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run "--Iteration=$iterations"
 part distillation 0 120 "${distil[@]}" --run_name=run "--Iteration=$iterations"
-part tesla 0 90 "${distil[@]}" --run_name=tesla --matching=tesla --Iteration=20 $compiled
-part unroll 0 45 "${distil[@]}" --run_name=unroll --matching=unroll --Iteration=20
+part tesla 0 90 "${distil[@]}" --run_name=tesla --matching=tesla "--Iteration=$few" $compiled
+part unroll 0 45 "${distil[@]}" --run_name=unroll --matching=unroll "--Iteration=$few"
 part evaluation_killed "$killed" 45 timeout -s KILL 10 "${evaluate[@]}"
 part evaluation 0 45 "${evaluate[@]}"
 part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${experts[@]:1}" \
     --num_experts=2 "--buffer_path=$out/two_ranks"  # which share the GPU
 # Last, as they take longest; by several processes where pytest-xdist is there.
 several=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
-only_on "$gpu" GPU tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
+on_gpu tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
 
 echo
 awk -F'\t' '{ printf "%-20s %-14s %4s s\n", $1, $2, $4 }' "$out/parts.tsv"
