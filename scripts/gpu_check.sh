@@ -99,7 +99,7 @@ part experts 0 100 "${experts[@]}"
 part distillation_killed "$killed" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run "--Iteration=$iterations"
 part distillation 0 120 "${distil[@]}" --run_name=run "--Iteration=$iterations"
 part tesla 0 90 "${distil[@]}" --run_name=tesla --matching=tesla "--Iteration=$few" $compiled
-part unroll 0 45 "${distil[@]}" --run_name=unroll --matching=unroll "--Iteration=$few"
+part unroll 0 90 "${distil[@]}" --run_name=unroll --matching=unroll "--Iteration=$few"
 part evaluation_killed "$killed" 45 timeout -s KILL 10 "${evaluate[@]}"
 part evaluation 0 45 "${evaluate[@]}"
 part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${experts[@]:1}" \
