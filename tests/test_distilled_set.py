@@ -88,7 +88,7 @@ def test_sets_of_the_earlier_format_are_what_they_were(call, toy, toy_data, whol
     done = call(EVALUATION, *toy.evaluate, f"--data_dir={tmp_path / 'old.safetensors'}",
                 f"--save={tmp_path / 'new.safetensors'}")
     assert "note:" not in done.stderr
-    new = DistilledSet.load(tmp_path / "new.safetensors")  # by a whitening that was fitted again, perhaps on more threads
+    new = DistilledSet.load(tmp_path / "new.safetensors")  # by a whitening fitted again, perhaps on more threads
     torch.testing.assert_close(new.pixels(), pixels, atol=1e-5, rtol=0)
     (line,) = call(EXPORT, tmp_path / "old.safetensors", "--whitening", expect=2).stderr.splitlines()
     assert "earlier format, whose file holds its whitening" in line
