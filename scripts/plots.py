@@ -92,6 +92,28 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, boo
         rows[0][0].set_ylabel("test accuracy, %")
 
 
+def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, float]]]]) -> None:
+    """A PNG of accuracy by what is spent, a panel for each kind of it.
+
+    Args:
+        panels: what is spent → images per class in words → (how much, mean, standard deviation, %, NaN of a single
+            network); those of no point are left out.
+    """
+    with drawing(path, 1, len(panels), size=(3.2 * len(panels), 3.4), sharey=True) as (row,):
+        for axes, (what, curves) in zip(row, panels.items()):
+            for colour, (says, points) in enumerate(curves.items()):
+                if points:
+                    axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3, color=f"C{colour}", label=says)
+            at = sorted({point[0] for points in curves.values() for point in points})
+            axes.set(xlabel=what)
+            if len(at) < 8:
+                axes.set_xscale("log")
+                axes.set_xticks(at, [str(each) for each in at])
+                axes.minorticks_off()
+        row[0].set_ylabel("accuracy, %")
+        row[0].legend(fontsize=8)
+
+
 def save_by_steps(path: Path, panels: dict[str, dict[tuple[int, str], tuple[float, float]]]) -> None:
     """A PNG of what gradients are worth, a panel for each measure and a line for each gradient.
 

@@ -15,6 +15,7 @@ named.
 """
 
 import fnmatch
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,7 @@ METHODS = {"random": "random real images", "expert_labels": "those that experts 
            "factor_2": "exact gradient, four images in one (IDC)"}
 # Of the experts' GSAM: FTD's published command, none, and the option's default.
 RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0}
+MANY = "many"  # experts by plain SGD, for what their number is worth
 PER_FILE = BufferConfig().save_interval
 DRAWS = 5  # of real images, for each row of them
 # Test accuracies on Fashion-MNIST at 1, 10 and 50 images per class, of ConvNet: random, DC and the whole set from DC's
@@ -90,6 +92,11 @@ class Form:
     cross_random_lr: float = 0.01  # of random images there
     coreset: bool = False  # beside the main rows
     factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class where it is run, its options
+    # What is spent, compared at these images per class, by distillations of these seeds.
+    spent_at: dict[int, tuple[int, ...]] = field(default_factory=lambda: {1: (0,), 10: (0,)})
+    experts_tried: tuple[int, ...] = (1, 2, 5, 10)  # so many of the experts
+    steps_tried: tuple[int, ...] = (5, 10, 20, 40)  # inner steps T, with all experts
+    many: tuple[int, int] | None = None  # experts for this alone, and their epochs; else they are the FTD ones
     # Where a row fell short: what, images per class, name, window, options.
     tried: tuple[tuple[str, int, str, str, tuple[str, ...]], ...] = ()
 
@@ -110,7 +117,7 @@ SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
     windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
     cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, random_lr=0.03,
-    backend="compile", threads=1, tried=(
+    backend="compile", threads=1, spent_at={1: (0, 1), 10: (0,)}, many=(10, 7), tried=(
         ("the middle window at 1 per class without the threshold", 1, "window_middle_no_threshold", "middle",
          ("--threshold=inf",)),
         ("the same from a smaller α", 1, "window_middle_unskipped", "middle", ("--threshold=inf", "--lr_teacher=0.01")),
@@ -119,7 +126,8 @@ SMALL = Form(
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
-    epoch_eval={1: 1000, 10: 1000, 50: 1000}, whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
+    epoch_eval={1: 1000, 10: 1000, 50: 1000}, experts_tried=(1, 2, 5, 10, 20), steps_tried=(10, 20, 40, 80),
+    whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
     factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: (
         "--batch_syn=200", "--lr_y=5", "--min_start_epoch=6", "--current_max_start_epoch=10", "--max_start_epoch=18")})
 
@@ -144,10 +152,13 @@ class Plan:
     main: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and method
     tables: dict[str, list[Row]] = field(default_factory=dict)
     windows: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and window
+    spent: dict[str, dict[int, dict[int, Row]]] = field(default_factory=dict)  # on what, by images per class and amount
 
     def __post_init__(self) -> None:
         form, at, cross = self.form, self.form.at, self.form.cross
-        self.experts = {kind: self._experts(kind, rho) for kind, rho in RHO.items()}
+        self.experts = {kind: self._experts(kind, rho, form.experts, form.epochs) for kind, rho in RHO.items()}
+        if form.many:
+            self.experts[MANY] = self._experts(MANY, 0.0, *form.many)
         self.looks = {kind: self._look(kind) for kind in RHO}
         for ipc in form.ipcs:
             self.main[ipc] = {
@@ -184,6 +195,11 @@ class Plan:
                 ("hard labels", "hard_labels", ("--labels=hard",), "FTD"),
                 ("experts by plain SGD", "sgd_experts", (), "SGD"),
                 ("experts by GSAM with ρ = 2", "rho_2_experts", (), "FTD_2"))]
+        for ipc, seeds in form.spent_at.items():
+            experts, steps = self._spent(ipc, seeds)
+            self.spent.setdefault("experts", {})[ipc], self.spent.setdefault("inner steps T", {})[ipc] = experts, steps
+            self.tables[f"how many experts, how many inner steps, {ipc} per class"] = list(
+                {row.name: row for row in (*experts.values(), *steps.values())}.values())
         if form.tried:
             self.tables["tried where a row fell short"] = [
                 self._distilled(says, ipc, name, *form.window(window), *options)
@@ -214,17 +230,17 @@ class Plan:
             self.steps.append(step)
         return step
 
-    def _experts(self, kind: str, rho: float) -> Step:
+    def _experts(self, kind: str, rho: float, count: int, epochs: int) -> Step:
         form = self.form
         start = ["torchrun", "--standalone", f"--nproc_per_node={self.jobs}"] if self.jobs > 1 else ["python"]
         path = form.root / "experts" / kind
         folder = path / form.dataset / form.model
-        files = [folder / f"replay_buffer_{number}.pt" for number in range(-(-form.experts // PER_FILE))]
+        files = [folder / f"replay_buffer_{number}.pt" for number in range(-(-count // PER_FILE))]
         return self._add(Step(f"experts_{kind}", EXPERTS, (
             *start, "buffer/buffer_FTD.py", f"--dataset={form.dataset}", f"--model={form.model}", "--zca",
-            "--val_fraction=0.1", f"--num_experts={form.experts}",
-            f"--train_epochs={form.epochs}", f"--rho_max={rho:g}", f"--rho_min={rho:g}", "--alpha=0.3",
-            "--lr_teacher=0.01", f"--backend={form.backend}", f"--buffer_path={path}"), files[-1],
+            "--val_fraction=0.1", f"--num_experts={count}", f"--train_epochs={epochs}", f"--rho_max={rho:g}",
+            f"--rho_min={rho:g}", "--alpha=0.3", "--lr_teacher=0.01", f"--backend={form.backend}",
+            f"--buffer_path={path}"), files[-1],
             tuple(map(manifest_path, files)), folder, alone=self.jobs > 1))
 
     def _look(self, kind: str) -> Step:
@@ -251,6 +267,19 @@ class Plan:
                  f"--run_name={run_name}"), folder / "result.json", (folder / NORMAL / WHOLE,),
                 folder, (self.experts[experts],), read_yaml(path, DistillConfig))))
         return self._tested(says, f"ipc{ipc}_{name}", ipc, steps, networks=networks)
+
+    def _spent(self, ipc: int, seeds: Sequence[int]) -> tuple[dict[int, Row], dict[int, Row]]:
+        """By the number of experts, and by that of inner steps; the config's steps are those of all experts."""
+        form, kind = self.form, MANY if self.form.many else "FTD"
+        experts = {number: self.main[ipc]["exact"] if kind == "FTD" and number == form.experts else self._distilled(
+            f"{number} expert{'s' if number > 1 else ''}", ipc, f"experts_{number}",
+            f"--max_files={-(-number // PER_FILE)}", f"--max_experts={min(number, PER_FILE)}", experts=kind,
+            seeds=seeds) for number in form.experts_tried}
+        asked = int(read_yaml(form.config(ipc), DistillConfig)["syn_steps"])
+        steps = {number: experts[max(experts)] if number == asked else self._distilled(
+            f"T = {number}, all experts", ipc, f"steps_{number}", f"--syn_steps={number}", experts=kind,
+            seeds=seeds) for number in form.steps_tried}
+        return experts, steps
 
     def _tested(self, says: str, name: str, ipc: int, made_by: Sequence[Step], *options: str,
                 networks: int | None = None) -> Row:
@@ -434,7 +463,7 @@ def gather(plan: Plan, results: Results) -> None:
                     copy(step.result.parent / "images.png", f"{step.name}.png")
     untimed = {step.name for step in plan.experts.values()}
     for kind, step in plan.experts.items():
-        if results.of(plan.looks[kind]) is not None:
+        if results.ledger.knows(step):
             copy(step.products[-1], f"experts_{kind}.yaml")
             copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
     # The results have their own times; the experts have not.
@@ -477,8 +506,8 @@ def write_tables(plan: Plan, results: Results) -> None:
               "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "
               "see the same batches, of the way that these have gone.", ""]
     shown = [("row", "ρ", "accuracy on held-out images, %", "apart, %", "trained in", "command")]
-    for kind, step in plan.experts.items():
-        look = results.of(plan.looks[kind])
+    for kind in plan.looks:
+        step, look = plan.experts[kind], results.of(plan.looks[kind])
         cells = [_percent(**look["by_epoch"][name][-1]) if look else "–" for name in ("test_accuracy", "apart")]
         seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
         shown.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–", f"`{step}`"))
@@ -508,8 +537,8 @@ def _main_table(plan: Plan, results: Results) -> str:
 
 
 def write_plots(plan: Plan, results: Results) -> None:
-    """`accuracy.png` (methods by images per class) and `windows.png`."""
-    from scripts.plots import save_by_images, save_windows
+    """`accuracy.png` (methods by images per class), `windows.png` and `spent.png`."""
+    from scripts.plots import save_by_images, save_spent, save_windows
 
     curves = {says: [(ipc, 100 * cell.score.mean, 100 * cell.score.std) for ipc, rows in plan.main.items()
                      if name in rows and (cell := results.cell(rows[name]))] for name, says in methods_of(plan).items()}
@@ -519,6 +548,14 @@ def write_plots(plan: Plan, results: Results) -> None:
     save_by_images(results.folder / "accuracy.png", curves, levels, published,
                    {"published: the whole training set": PUBLISHED_WHOLE})
     save_windows(results.folder / "windows.png", {_images(ipc): windows(plan, results, ipc) for ipc in plan.windows})
+    along = {ipc: [(each.iteration, each.scores[0]) for each in results.metrics(rows["exact"]).of_set(NORMAL)]
+             for ipc, rows in plan.main.items()}
+    spent = {what: {ipc: [(number, cell.score) for number, row in rows.items() if (cell := results.cell(row))]
+                    for ipc, rows in by_ipc.items()} for what, by_ipc in plan.spent.items()}
+    save_spent(results.folder / "spent.png", {
+        what: {_images(ipc): [(at, 100 * score.mean, 100 * score.std or math.nan) for at, score in points]
+               for ipc, points in by_ipc.items()}
+        for what, by_ipc in {"iterations (held-out images)": along, **spent}.items()})
 
 
 def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, float, bool]]:
@@ -593,7 +630,7 @@ def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
             print(f"{row.name:{width}}  {network}: {said}")
     for name in results.others:
         print(f"note: {name} is left out: it was made by another command", file=sys.stderr)
-    print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, a JSON file for each row")
+    print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, spent.png, a JSON file for each row")
 
 
 if __name__ == "__main__":

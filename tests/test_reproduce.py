@@ -32,7 +32,8 @@ reproduce.SMALL = reproduce.Form(
     root / "out", "MiniFashion", "ConvNetD1W4", str(root), experts=2, epochs=3,
     windows={"early": (0, 1), "late": (1, 2)}, windows_at=(1, 2), at=2, seeds=(0, 1), cross=1,
     cross_lr={"MLP": 0.02}, cross_random_lr=0.03, networks=2, epoch_eval={1: 2, 2: 2}, whole_epochs=1, whole_lr=0.01,
-    random_lr=0.01, random_lrs=(0.01,), backend="auto", threads=1, tried=())
+    random_lr=0.01, random_lrs=(0.01,), backend="auto", threads=1, tried=(),
+    spent_at={2: (0,)}, experts_tried=(1, 2), steps_tried=(1, 2), many=(2, 2))
 reproduce.entry(reproduce.main)
 """
 
@@ -120,7 +121,8 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     assert f"| {means.mean():.2f} ± {means.std():.2f} | 2 sets × 2 |" in tables
     assert sum("start_epoch" in line for line in
                (results / "ipc1_window_early.metrics.jsonl").read_text().splitlines()) == 3
-    assert {path.name for path in results.glob("*.png")} == {"accuracy.png", "windows.png", "ipc2_exact.png"}
+    assert {path.name for path in results.glob("*.png")} == {
+        "accuracy.png", "windows.png", "spent.png", "ipc2_exact.png"}
 
     again = subprocess.run(**tiny(*only), capture_output=True, timeout=120)
     assert again.returncode == 0 and "[1 of" not in again.stdout
