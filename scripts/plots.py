@@ -92,26 +92,29 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, boo
         rows[0][0].set_ylabel("test accuracy, %")
 
 
-def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, float]]]]) -> None:
+def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, float | None, bool]]]]) -> None:
     """A PNG of accuracy by what is spent, a panel for each kind of it.
 
     Args:
-        panels: what is spent → images per class in words → (how much, mean, standard deviation, %, NaN of a single
-            network); those of no point are left out.
+        panels: what is spent → images per class in words → (how much, mean, standard deviation, %, None of a single
+            network, whether most updates were made); those of no point are left out.
     """
-    with drawing(path, 1, len(panels), size=(3.2 * len(panels), 3.4), sharey=True) as (row,):
+    labels = list(dict.fromkeys(says for curves in panels.values() for says in curves))
+    with drawing(path, 1, len(panels), size=(3.2 * len(panels) + 1.5, 3.4), sharey=True) as (row,):
+        lines = {}
         for axes, (what, curves) in zip(row, panels.items()):
-            for colour, (says, points) in enumerate(curves.items()):
+            for says, points in curves.items():
+                colour = f"C{labels.index(says)}"
+                for at, mean, deviation, updated in points:
+                    axes.errorbar(at, mean, deviation, marker="o", markersize=4, capsize=3, color=colour,
+                                  mfc=None if updated else "white")
                 if points:
-                    axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3, color=f"C{colour}", label=says)
-            at = sorted({point[0] for points in curves.values() for point in points})
+                    (lines[says],) = axes.plot(*zip(*(point[:2] for point in points)), color=colour)
             axes.set(xlabel=what)
-            if len(at) < 8:
-                axes.set_xscale("log")
-                axes.set_xticks(at, [str(each) for each in at])
-                axes.minorticks_off()
         row[0].set_ylabel("accuracy, %")
-        row[0].legend(fontsize=8)
+        if not all(updated for curves in panels.values() for points in curves.values() for *_, updated in points):
+            (lines["most updates skipped"],) = row[0].plot([], [], "o", color="0.4", mfc="white", markersize=4)
+        row[0].figure.legend(lines.values(), lines, fontsize=8, loc="outside right center", frameon=False)
 
 
 def save_by_steps(path: Path, panels: dict[str, dict[tuple[int, str], tuple[float, float]]]) -> None:

@@ -5,7 +5,8 @@
     bash scripts/reproduce.sh --small --list [--only …]        # the commands, and nothing else
     bash scripts/reproduce.sh --small --tables [--results results/FashionMNIST/small]    # of what is there
 
-`--small` is ConvNetW32 with four experts of ten epochs on a CPU, else it is ConvNet with twenty of forty on a GPU. The
+`--small` is ConvNetW32 with four experts of ten epochs on a CPU (and ten of seven by plain SGD, of which some are
+matched, to see what their number is worth), else it is ConvNet with twenty of forty on a GPU. The
 experts and the distillations see nine tenths of the training images; on the other tenth the best set of a run is
 chosen, and the test images are met by the last evaluation alone. Everything is kept in reproduce/small or
 reproduce/full: experts/, logged_files/, results/ (a JSON file for each row, the runs' metrics, tables.md and plots),
@@ -15,11 +16,10 @@ named.
 """
 
 import fnmatch
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +50,10 @@ METHODS = {"random": "random real images", "expert_labels": "those that experts 
            "herding": "herded ones, with experts' labels", "tesla": "TESLA's gradient",
            "exact": "exact gradient (DATM)", "random_factor_2": "random real images, four in one",
            "factor_2": "exact gradient, four images in one (IDC)"}
-# Of the experts' GSAM: FTD's published command, none, and the option's default.
-RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0}
-MANY = "many"  # experts by plain SGD, for what their number is worth
+# Of the experts' GSAM: FTD's published command, none, and the option's default; none also in those of which some are
+# matched, to see what their number is worth, as they take half the time.
+MANY = "many"
+RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0, MANY: 0.0}
 PER_FILE = BufferConfig().save_interval
 DRAWS = 5  # of real images, for each row of them
 # Test accuracies on Fashion-MNIST at 1, 10 and 50 images per class, of ConvNet: random, DC and the whole set from DC's
@@ -84,6 +85,10 @@ class Form:
     whole_epochs: int
     random_lr: float  # of real images; a table shows what random_lrs reach on the held-out ones
     backend: str  # of the experts; the configs have their own
+    # Images per class at which numbers of experts and of inner steps are compared, and the seeds of those runs.
+    spent_at: dict[int, tuple[int, ...]]
+    experts_tried: tuple[int, ...]  # beside all
+    steps_tried: tuple[int, ...]  # beside the config's
     threads: int | None = None  # of each command; the bits depend on it
     whole_lr: float = 0.01
     random_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
@@ -92,11 +97,7 @@ class Form:
     cross_random_lr: float = 0.01  # of random images there
     coreset: bool = False  # beside the main rows
     factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class where it is run, its options
-    # What is spent, compared at these images per class, by distillations of these seeds.
-    spent_at: dict[int, tuple[int, ...]] = field(default_factory=lambda: {1: (0,), 10: (0,)})
-    experts_tried: tuple[int, ...] = (1, 2, 5, 10)  # so many of the experts
-    steps_tried: tuple[int, ...] = (5, 10, 20, 40)  # inner steps T, with all experts
-    many: tuple[int, int] | None = None  # experts for this alone, and their epochs; else they are the FTD ones
+    many: tuple[int, int] | None = None  # how many experts are compared, and their epochs; None: the FTD ones are
     # Where a row fell short: what, images per class, name, window, options.
     tried: tuple[tuple[str, int, str, str, tuple[str, ...]], ...] = ()
 
@@ -117,7 +118,8 @@ SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
     windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
     cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, random_lr=0.03,
-    backend="compile", threads=1, spent_at={1: (0, 1), 10: (0,)}, many=(10, 7), tried=(
+    backend="compile", threads=1, spent_at={1: (0, 1), 10: (0,)}, experts_tried=(1, 2, 5),
+    steps_tried=(5, 10, 40), many=(10, 7), tried=(
         ("the middle window at 1 per class without the threshold", 1, "window_middle_no_threshold", "middle",
          ("--threshold=inf",)),
         ("the same from a smaller α", 1, "window_middle_unskipped", "middle", ("--threshold=inf", "--lr_teacher=0.01")),
@@ -126,8 +128,8 @@ SMALL = Form(
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
-    epoch_eval={1: 1000, 10: 1000, 50: 1000}, experts_tried=(1, 2, 5, 10, 20), steps_tried=(10, 20, 40, 80),
-    whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
+    epoch_eval={1: 1000, 10: 1000, 50: 1000}, spent_at={1: (0,), 10: (0,)}, experts_tried=(1, 2, 5, 10),
+    steps_tried=(10, 20, 80), whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
     factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: (
         "--batch_syn=200", "--lr_y=5", "--min_start_epoch=6", "--current_max_start_epoch=10", "--max_start_epoch=18")})
 
@@ -152,14 +154,15 @@ class Plan:
     main: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and method
     tables: dict[str, list[Row]] = field(default_factory=dict)
     windows: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and window
-    spent: dict[str, dict[int, dict[int, Row]]] = field(default_factory=dict)  # on what, by images per class and amount
+    # On what, by images per class and amount.
+    spent: dict[str, dict[int, dict[int, Row]]] = field(
+        default_factory=lambda: {"experts that are matched": {}, "inner steps T": {}})
 
     def __post_init__(self) -> None:
         form, at, cross = self.form, self.form.at, self.form.cross
-        self.experts = {kind: self._experts(kind, rho, form.experts, form.epochs) for kind, rho in RHO.items()}
-        if form.many:
-            self.experts[MANY] = self._experts(MANY, 0.0, *form.many)
-        self.looks = {kind: self._look(kind) for kind in RHO}
+        counts = dict.fromkeys(RHO, (form.experts, form.epochs)) | {MANY: form.many}
+        self.experts = {kind: self._experts(kind, rho, *counts[kind]) for kind, rho in RHO.items() if counts[kind]}
+        self.looks = {kind: self._look(kind) for kind in self.experts}
         for ipc in form.ipcs:
             self.main[ipc] = {
                 "random": self._baseline(METHODS["random"], f"ipc{ipc}_random", ipc),
@@ -197,8 +200,8 @@ class Plan:
                 ("experts by GSAM with ρ = 2", "rho_2_experts", (), "FTD_2"))]
         for ipc, seeds in form.spent_at.items():
             experts, steps = self._spent(ipc, seeds)
-            self.spent.setdefault("experts", {})[ipc], self.spent.setdefault("inner steps T", {})[ipc] = experts, steps
-            self.tables[f"how many experts, how many inner steps, {ipc} per class"] = list(
+            self.spent["experts that are matched"][ipc], self.spent["inner steps T"][ipc] = experts, steps
+            self.tables[f"experts and inner steps, {ipc} per class"] = list(
                 {row.name: row for row in (*experts.values(), *steps.values())}.values())
         if form.tried:
             self.tables["tried where a row fell short"] = [
@@ -244,12 +247,12 @@ class Plan:
             tuple(map(manifest_path, files)), folder, alone=self.jobs > 1))
 
     def _look(self, kind: str) -> Step:
-        """At experts, beside those by plain SGD."""
-        result = self.form.root / "results" / f"experts_{kind}.json"
+        """At experts, those that have as many epochs beside those by plain SGD."""
+        result, beside = self.form.root / "results" / f"experts_{kind}.json", self.experts["SGD"]
+        compared = [f"--beside={beside.result.parent}"] if kind != MANY else []
         return self._add(Step(f"experts_{kind}_seen", LOOK, (
-            "python", "scripts/inspect_buffer.py", str(self.experts[kind].result.parent),
-            f"--beside={self.experts['SGD'].result.parent}", f"--json={result}"), result,
-            needs=(self.experts[kind], self.experts["SGD"])))
+            "python", "scripts/inspect_buffer.py", str(self.experts[kind].result.parent), *compared,
+            f"--json={result}"), result, needs=(self.experts[kind], *([beside] if compared else []))))
 
     def _distilled(self, says: str, ipc: int, name: str, *options: str, experts: str = "FTD",
                    seeds: Sequence[int] = (0,)) -> Row:
@@ -269,17 +272,26 @@ class Plan:
         return self._tested(says, f"ipc{ipc}_{name}", ipc, steps, networks=networks)
 
     def _spent(self, ipc: int, seeds: Sequence[int]) -> tuple[dict[int, Row], dict[int, Row]]:
-        """By the number of experts, and by that of inner steps; the config's steps are those of all experts."""
+        """By the number of experts that are matched (all of them choose and label the initial images), and by that of
+        inner steps."""
         form, kind = self.form, MANY if self.form.many else "FTD"
-        experts = {number: self.main[ipc]["exact"] if kind == "FTD" and number == form.experts else self._distilled(
-            f"{number} expert{'s' if number > 1 else ''}", ipc, f"experts_{number}",
-            f"--max_files={-(-number // PER_FILE)}", f"--max_experts={min(number, PER_FILE)}", experts=kind,
-            seeds=seeds) for number in form.experts_tried}
+        total = form.many[0] if form.many else form.experts
         asked = int(read_yaml(form.config(ipc), DistillConfig)["syn_steps"])
-        steps = {number: experts[max(experts)] if number == asked else self._distilled(
-            f"T = {number}, all experts", ipc, f"steps_{number}", f"--syn_steps={number}", experts=kind,
-            seeds=seeds) for number in form.steps_tried}
-        return experts, steps
+
+        def row(experts: int, steps: int, name: str, *options: str) -> Row:
+            return self._distilled(f"experts: {experts}, T: {steps}", ipc, name, *options, experts=kind, seeds=seeds)
+
+        if form.many:
+            everything = row(total, asked, "all_experts")
+        else:
+            everything = replace(self.main[ipc]["exact"], says=f"experts: {total}, T: {asked}")
+        # --max_experts counts those of one file.
+        assert all(number <= PER_FILE or number % PER_FILE == 0 for number in form.experts_tried)
+        experts = {number: row(number, asked, f"experts_{number}", f"--max_files={-(-number // PER_FILE)}",
+                               f"--max_experts={min(number, PER_FILE)}") for number in form.experts_tried}
+        steps = {number: row(total, number, f"steps_{number}", f"--syn_steps={number}")
+                 for number in form.steps_tried if number != asked}
+        return experts | {total: everything}, dict(sorted((steps | {asked: everything}).items()))
 
     def _tested(self, says: str, name: str, ipc: int, made_by: Sequence[Step], *options: str,
                 networks: int | None = None) -> Row:
@@ -419,6 +431,11 @@ class Results:
         metrics = self.metrics(row)
         return (len(metrics.skipped), len(metrics.iterations)) if metrics.iterations else None
 
+    def mostly_updated(self, row: Row) -> bool:
+        """Whether the row's first distillation made most of its updates, as far as is known."""
+        updates = self.updates(row)
+        return not updates or 2 * updates[0] < updates[1]
+
     def metrics(self, row: Row) -> Metrics:
         """Of the row's first distillation, if its set was tested."""
         path = self.folder / f"{row.made_by[0].name}.metrics.jsonl" if row.made_by else None
@@ -436,13 +453,14 @@ def _read_look(path: Path) -> dict[str, Any]:
     with reading(path, AGAIN):
         look = read_json(path)
         for name in ("test_accuracy", "apart"):
-            _percent(**look["by_epoch"][name][-1])
+            _at_the_end(look, name)
         return look
 
 
-def _percent(mean: float | None, std: float | None) -> str:
-    """A dash where experts diverged, or where there are none to compare with."""
-    return "–" if mean is None else percent(mean, std)
+def _at_the_end(look: dict[str, Any], name: str) -> str:
+    """What experts have after their last epoch; a dash where they diverged, or where there are none to compare with."""
+    values = look["by_epoch"][name]
+    return percent(**values[-1]) if values and values[-1]["mean"] is not None else "–"
 
 
 def gather(plan: Plan, results: Results) -> None:
@@ -463,7 +481,7 @@ def gather(plan: Plan, results: Results) -> None:
                     copy(step.result.parent / "images.png", f"{step.name}.png")
     untimed = {step.name for step in plan.experts.values()}
     for kind, step in plan.experts.items():
-        if results.ledger.knows(step):
+        if step.done and results.ledger.knows(step):
             copy(step.products[-1], f"experts_{kind}.yaml")
             copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
     # The results have their own times; the experts have not.
@@ -508,7 +526,7 @@ def write_tables(plan: Plan, results: Results) -> None:
     shown = [("row", "ρ", "accuracy on held-out images, %", "apart, %", "trained in", "command")]
     for kind in plan.looks:
         step, look = plan.experts[kind], results.of(plan.looks[kind])
-        cells = [_percent(**look["by_epoch"][name][-1]) if look else "–" for name in ("test_accuracy", "apart")]
+        cells = [_at_the_end(look, name) if look else "–" for name in ("test_accuracy", "apart")]
         seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
         shown.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–", f"`{step}`"))
     tested = plan.main[form.at]["exact"].evaluations[0]
@@ -548,14 +566,15 @@ def write_plots(plan: Plan, results: Results) -> None:
     save_by_images(results.folder / "accuracy.png", curves, levels, published,
                    {"published: the whole training set": PUBLISHED_WHOLE})
     save_windows(results.folder / "windows.png", {_images(ipc): windows(plan, results, ipc) for ipc in plan.windows})
-    along = {ipc: [(each.iteration, each.scores[0]) for each in results.metrics(rows["exact"]).of_set(NORMAL)]
+    along = {ipc: [(each.iteration, each.scores[0], True) for each in results.metrics(rows["exact"]).of_set(NORMAL)]
              for ipc, rows in plan.main.items()}
-    spent = {what: {ipc: [(number, cell.score) for number, row in rows.items() if (cell := results.cell(row))]
-                    for ipc, rows in by_ipc.items()} for what, by_ipc in plan.spent.items()}
+    spent = {f"{what}\n(test images)": {ipc: [(number, cell.score, results.mostly_updated(row)) for number, row in
+                                              rows.items() if (cell := results.cell(row))]
+                                        for ipc, rows in by_ipc.items()} for what, by_ipc in plan.spent.items()}
     save_spent(results.folder / "spent.png", {
-        what: {_images(ipc): [(at, 100 * score.mean, 100 * score.std or math.nan) for at, score in points]
-               for ipc, points in by_ipc.items()}
-        for what, by_ipc in {"iterations (held-out images)": along, **spent}.items()})
+        what: {_images(ipc): [(at, 100 * score.mean, score.spread and 100 * score.spread, updated)
+                              for at, score, updated in points] for ipc, points in by_ipc.items()}
+        for what, by_ipc in {"iterations\n(held-out images, one network)": along, **spent}.items()})
 
 
 def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, float, bool]]:
@@ -563,10 +582,9 @@ def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, fl
     found = []
     for name, row in plan.windows[ipc].items():
         first, end = plan.form.windows[name]
-        cell, updates = results.cell(row), results.updates(row)
-        if cell:
+        if cell := results.cell(row):
             found.append((f"{first} – {end - 1}", 100 * cell.score.mean, 100 * cell.score.std,
-                          not updates or 2 * updates[0] < updates[1]))
+                          results.mostly_updated(row)))
     return found
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from distill.result_files import Best, Evaluation, EvaluationResult, Iteration, RunResult, Score, append_metrics
 from scripts import reproduce
-from scripts.reproduce import FULL, SMALL, Plan, Results, windows, write_tables
+from scripts.reproduce import FULL, PER_FILE, SMALL, Plan, Results, windows, write_tables
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY
@@ -33,7 +33,7 @@ reproduce.SMALL = reproduce.Form(
     windows={"early": (0, 1), "late": (1, 2)}, windows_at=(1, 2), at=2, seeds=(0, 1), cross=1,
     cross_lr={"MLP": 0.02}, cross_random_lr=0.03, networks=2, epoch_eval={1: 2, 2: 2}, whole_epochs=1, whole_lr=0.01,
     random_lr=0.01, random_lrs=(0.01,), backend="auto", threads=1, tried=(),
-    spent_at={2: (0,)}, experts_tried=(1, 2), steps_tried=(1, 2), many=(2, 2))
+    spent_at={2: (0,)}, experts_tried=(1,), steps_tried=(1,), many=(2, 2))
 reproduce.entry(reproduce.main)
 """
 
@@ -61,6 +61,21 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
     assert len({step.result for step in plan.steps}) == len({step.name for step in plan.steps}) == len(plan.steps)
     rows = {row.name: row for row in plan.rows}  # those in two tables have the same first evaluation
     assert len(rows) == len({row.evaluations[0] for row in plan.rows})
+
+
+@pytest.mark.parametrize("form", [SMALL, FULL], ids=["small", "full"])
+def test_rows_have_the_experts_and_the_inner_steps_that_they_are_shown_at(form):
+    plan = Plan(form, 1)
+    total, by_experts, by_steps = form.many[0] if form.many else form.experts, *plan.spent.values()
+    for ipc, rows in ((ipc, rows) for by_ipc in (by_experts, by_steps) for ipc, rows in by_ipc.items()):
+        for amount, row in rows.items():
+            (step, *_), everything = row.made_by, by_experts[ipc][total]
+            config = parse(DistillConfig, "", list(step.command[2:]), yaml_file=True)
+            matched = min(total, (config.max_files or 2) * (config.max_experts or PER_FILE))
+            assert row.says == f"experts: {matched}, T: {config.syn_steps}"
+            assert amount == (matched if rows is by_experts[ipc] else config.syn_steps)
+            assert [need.name for need in step.needs] == ["experts_many" if form.many else "experts_FTD"]
+        assert everything in rows.values() and list(rows) == sorted(rows)
 
 
 def test_the_number_of_ranks_changes_nothing_that_is_asked():
@@ -165,13 +180,15 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
 
 
 def test_experts_are_compared_and_a_rate_is_given_to_another_network(tiny, tmp_path):
-    done = subprocess.run(**tiny("--jobs=2", "--only", "experts_SGD", "ipc1_exact_mlp_lr", "--only=ipc1_random_mlp"),
-                          capture_output=True, timeout=600)
+    done = subprocess.run(**tiny("--jobs=2", "--only", "experts_SGD", "experts_many", "ipc1_exact_mlp_lr",
+                                 "--only=ipc1_random_mlp"), capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     results = tmp_path / "out" / "results"
     seen = json.loads((results / "experts_SGD.json").read_text())["by_epoch"]
     assert [each["mean"] for each in seen["apart"]] == [0, 0, 0]  # from themselves
     tables = unpadded(results / "tables.md")
+    assert re.search(r"^\| experts_many \| 0 \| [\d.]+ ± [\d.]+ \| – \|", tables, re.M)  # with nothing to compare with
+    assert (results / "experts_many.yaml").exists()
     assert f"| experts_SGD | 0 | {100 * seen['test_accuracy'][-1]['mean']:.2f} ± " in tables
     tested = json.loads((results / "ipc1_exact_mlp_lr.json").read_text())
     assert tested["lr"] == pytest.approx(0.02) and tested["config"]["model"] == "MLP"  # and not the learned one
