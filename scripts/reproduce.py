@@ -401,9 +401,11 @@ class Results:
         return self._found.get(step.name)
 
     def environment(self) -> dict[str, Any]:
-        """Of one of the evaluations, if one says it."""
-        results = [found for found in self._found.values() if isinstance(found, EvaluationResult)]
-        return next((found.environment for found in results if found.environment), {})
+        """Of one of the evaluations, if one says it; from the first to the last date of them all."""
+        said = [found.environment for found in self._found.values()
+                if isinstance(found, EvaluationResult) and found.environment]
+        dates = sorted(each["date"] for each in said)
+        return said[0] | {"date": " to ".join(dict.fromkeys((dates[0], dates[-1])))} if said else {}
 
     def cell(self, row: Row, network: str | None = None) -> Cell | None:
         """Of the network of that name, or of the first; None until all its sets are tested."""
