@@ -260,7 +260,9 @@ def test_the_pages_have_the_numbers_of_the_results():
         "random real images": "random_{}", "herded real images, with experts' labels": "herding_{}",
         "random real images, four in one": "random_factor2_{}",
         "the same with experts' labels": "random_factor2_labels_{}", "TESLA's gradient": "ipc{}_tesla",
-        "exact gradient (DATM)": "ipc{}", "exact gradient, four images in one (`--factor 2`)": "ipc{}_factor2",
+        "exact gradient (DATM)": "ipc{}",
+        "exact gradient, T 80, distilled by ConvNetW32 on a CPU": "../../sets/FashionMNIST_ipc{}_T80",
+        "exact gradient, four images in one (`--factor 2`)": "ipc{}_factor2",
         "the whole training set, 30 epochs, two networks": "whole"}
     section = (REPOSITORY / "results/README.md").read_text()
     small, end = section.index("## Fashion-MNIST, the small form"), section.index("## Settings by")
