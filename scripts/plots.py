@@ -74,46 +74,38 @@ def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]]
         axes.legend(handles=drawn, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
-def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float, bool]]]) -> None:
+def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float]]]) -> None:
     """A PNG of what difficulty windows are worth, a panel for each number of images.
 
     Args:
-        panels: title → (window in words, mean, standard deviation, %, whether most updates were made).
+        panels: title → (window in words, mean, standard deviation, %).
     """
     with drawing(path, 1, len(panels), size=(3 * len(panels), 3.2), sharey=True) as rows:
         for axes, (title, points) in zip(rows[0], panels.items()):
-            for at, (_, mean, deviation, updated) in enumerate(points):
-                axes.errorbar(at, mean, deviation, marker="o", capsize=3, color="C0", mfc=None if updated else "white")
+            for at, (_, mean, deviation) in enumerate(points):
+                axes.errorbar(at, mean, deviation, marker="o", capsize=3, color="C0")
             axes.set_xticks(range(len(points)), [name for name, *_ in points])
             axes.set(title=title, xlabel="start epochs", xlim=(-0.5, max(len(points), 1) - 0.5))
-            if not all(updated for *_, updated in points):
-                axes.plot([], [], "o", color="C0", mfc="white", label="most updates skipped")
-                axes.legend(fontsize=8)
         rows[0][0].set_ylabel("test accuracy, %")
 
 
-def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, float | None, bool]]]]) -> None:
+def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, float]]]]) -> None:
     """A PNG of accuracy by what is spent, a panel for each kind of it.
 
     Args:
-        panels: what is spent → images per class in words → (how much, mean, standard deviation, %, None of a single
-            network, whether most updates were made); those of no point are left out.
+        panels: what is spent → images per class in words → (how much, mean, standard deviation, %); those of no
+            point are left out.
     """
     labels = list(dict.fromkeys(says for curves in panels.values() for says in curves))
     with drawing(path, 1, len(panels), size=(3.2 * len(panels) + 1.5, 3.4), sharey=True) as (row,):
         lines = {}
         for axes, (what, curves) in zip(row, panels.items()):
             for says, points in curves.items():
-                colour = f"C{labels.index(says)}"
-                for at, mean, deviation, updated in points:
-                    axes.errorbar(at, mean, deviation, marker="o", markersize=4, capsize=3, color=colour,
-                                  mfc=None if updated else "white")
                 if points:
-                    (lines[says],) = axes.plot(*zip(*(point[:2] for point in points)), color=colour)
+                    lines[says] = axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3,
+                                                color=f"C{labels.index(says)}")
             axes.set(xlabel=what)
         row[0].set_ylabel("accuracy, %")
-        if not all(updated for curves in panels.values() for points in curves.values() for *_, updated in points):
-            (lines["most updates skipped"],) = row[0].plot([], [], "o", color="0.4", mfc="white", markersize=4)
         row[0].figure.legend(lines.values(), lines, fontsize=8, loc="outside right center", frameon=False)
 
 

@@ -98,6 +98,7 @@ class Form:
     coreset: bool = False  # beside the main rows
     factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class where it is run, its options
     many: tuple[int, int] | None = None  # how many experts are compared, and their epochs; None: the FTD ones are
+    wider: str | None = None  # a network that tests the sets of the most inner steps too
     # Where a row fell short: what, images per class, name, window, options.
     tried: tuple[tuple[str, int, str, str, tuple[str, ...]], ...] = ()
 
@@ -109,9 +110,10 @@ class Form:
         return f"{self.configs}/IPC{ipc}.yaml"
 
     def window(self, name: str) -> list[str]:
-        """The options of one that does not grow."""
+        """The options of one that does not grow, and in which no update is skipped for its loss."""
         first, end = self.windows[name]
-        return [f"--min_start_epoch={first}", f"--max_start_epoch={end}", "--Sequential_Generation=False"]
+        return [f"--min_start_epoch={first}", f"--max_start_epoch={end}", "--Sequential_Generation=False",
+                "--threshold=inf"]
 
 
 SMALL = Form(
@@ -119,16 +121,13 @@ SMALL = Form(
     windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
     cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, random_lr=0.03,
     backend="compile", threads=1, spent_at={1: (0, 1), 10: (0,)}, experts_tried=(1, 2, 5),
-    steps_tried=(5, 10, 40), many=(10, 7), tried=(
-        ("the middle window at 1 per class without the threshold", 1, "window_middle_no_threshold", "middle",
-         ("--threshold=inf",)),
-        ("the same from a smaller α", 1, "window_middle_unskipped", "middle", ("--threshold=inf", "--lr_teacher=0.01")),
-        ("the late window at 10 per class without the threshold", 10, "window_late_no_threshold", "late",
-         ("--threshold=inf",))))
+    steps_tried=(5, 10, 40, 80), many=(10, 7), wider="ConvNet", tried=(
+        ("the middle window at 1 per class from a smaller α", 1, "window_middle_lr_0.01", "middle",
+         ("--lr_teacher=0.01",)),))
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
-    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 50), at=10, seeds=(0,), cross=10,
-    epoch_eval={1: 1000, 10: 1000, 50: 1000}, spent_at={1: (0,), 10: (0,)}, experts_tried=(1, 2, 5, 10),
+    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 10, 50), at=10, seeds=(0,),
+    cross=10, epoch_eval={1: 1000, 10: 1000, 50: 1000}, spent_at={1: (0,), 10: (0,)}, experts_tried=(1, 2, 5, 10),
     steps_tried=(10, 20, 80), whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
     factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: (
         "--batch_syn=200", "--lr_y=5", "--min_start_epoch=6", "--current_max_start_epoch=10", "--max_start_epoch=18")})
@@ -198,11 +197,21 @@ class Plan:
                 ("hard labels", "hard_labels", ("--labels=hard",), "FTD"),
                 ("experts by plain SGD", "sgd_experts", (), "SGD"),
                 ("experts by GSAM with ρ = 2", "rho_2_experts", (), "FTD_2"))]
+        wider = []
         for ipc, seeds in form.spent_at.items():
             experts, steps = self._spent(ipc, seeds)
             self.spent["experts that are matched"][ipc], self.spent["inner steps T"][ipc] = experts, steps
-            self.tables[f"experts and inner steps, {ipc} per class"] = list(
-                {row.name: row for row in (*experts.values(), *steps.values())}.values())
+            rows = [*experts.values(), *steps.values()]
+            self.tables[f"experts and inner steps, {ipc} per class"] = list({row.name: row for row in rows}.values())
+            if form.wider:
+                most = max(steps)
+                wider += [
+                    self._baseline(f"{METHODS['random']}, {ipc} per class", f"ipc{ipc}_random_wider", ipc,
+                                   f"--model={form.wider}", lr=form.cross_random_lr),
+                    self._tested(f"exact gradient (DATM), T {most}, {ipc} per class", f"ipc{ipc}_steps_{most}_wider",
+                                 ipc, steps[most].made_by, f"--model={form.wider}")]
+        if form.wider:
+            self.tables[f"tested on {form.wider}"] = wider
         if form.tried:
             self.tables["tried where a row fell short"] = [
                 self._distilled(says, ipc, name, *form.window(window), *options)
@@ -433,11 +442,6 @@ class Results:
         metrics = self.metrics(row)
         return (len(metrics.skipped), len(metrics.iterations)) if metrics.iterations else None
 
-    def mostly_updated(self, row: Row) -> bool:
-        """Whether the row's first distillation made most of its updates, as far as is known."""
-        updates = self.updates(row)
-        return not updates or 2 * updates[0] < updates[1]
-
     def metrics(self, row: Row) -> Metrics:
         """Of the row's first distillation, if its set was tested."""
         path = self.folder / f"{row.made_by[0].name}.metrics.jsonl" if row.made_by else None
@@ -560,33 +564,41 @@ def write_plots(plan: Plan, results: Results) -> None:
     """`accuracy.png` (methods by images per class), `windows.png` and `spent.png`."""
     from scripts.plots import save_by_images, save_spent, save_windows
 
-    curves = {says: [(ipc, 100 * cell.score.mean, 100 * cell.score.std) for ipc, rows in plan.main.items()
+    curves = {says: [_point(ipc, cell.score) for ipc, rows in plan.main.items()
                      if name in rows and (cell := results.cell(rows[name]))] for name, says in methods_of(plan).items()}
     whole = results.cell(plan.tables["the whole training set"][0])
     levels = {"the whole training set": 100 * whole.score.mean} if whole else {}
     published = {f"published: {method}": list(zip(PUBLISHED_IPCS, figures)) for method, figures in PUBLISHED.items()}
     save_by_images(results.folder / "accuracy.png", curves, levels, published,
                    {"published: the whole training set": PUBLISHED_WHOLE})
-    save_windows(results.folder / "windows.png", {_images(ipc): windows(plan, results, ipc) for ipc in plan.windows})
-    along = {ipc: [(each.iteration, each.scores[0], True) for each in results.metrics(rows["exact"]).of_set(NORMAL)]
-             for ipc, rows in plan.main.items()}
-    spent = {f"{what}\n(test images)": {ipc: [(number, cell.score, results.mostly_updated(row)) for number, row in
-                                              rows.items() if (cell := results.cell(row))]
-                                        for ipc, rows in by_ipc.items()} for what, by_ipc in plan.spent.items()}
-    save_spent(results.folder / "spent.png", {
-        what: {_images(ipc): [(at, 100 * score.mean, score.spread and 100 * score.spread, updated)
-                              for at, score, updated in points] for ipc, points in by_ipc.items()}
-        for what, by_ipc in {"iterations\n(held-out images, one network)": along, **spent}.items()})
+    save_windows(results.folder / "windows.png", windows(plan, results))
+    save_spent(results.folder / "spent.png", spent(plan, results))
 
 
-def windows(plan: Plan, results: Results, ipc: int) -> list[tuple[str, float, float, bool]]:
-    """By window: its start epochs in words, mean and deviation, %, and whether most updates were made."""
-    found = []
-    for name, row in plan.windows[ipc].items():
-        first, end = plan.form.windows[name]
-        if cell := results.cell(row):
-            found.append((f"{first} – {end - 1}", 100 * cell.score.mean, 100 * cell.score.std,
-                          results.mostly_updated(row)))
+def _point(at: Any, score: Score) -> tuple[Any, float, float]:
+    """Of a plot: where, mean and standard deviation, %."""
+    return at, 100 * score.mean, 100 * score.std
+
+
+def windows(plan: Plan, results: Results) -> dict[str, list[tuple[str, float, float]]]:
+    """By images per class in words: points of the windows, whose places are their start epochs in words."""
+    found = {}
+    for ipc, rows in plan.windows.items():
+        cells = {name: cell for name, row in rows.items() if (cell := results.cell(row))}
+        found[_images(ipc)] = [_point(f"{first} – {end - 1}", cells[name].score)
+                               for name, (first, end) in plan.form.windows.items() if name in cells]
+    return found
+
+
+def spent(plan: Plan, results: Results) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
+    """By what is spent, in words, and images per class in words: points at how much of it."""
+    found = {"iterations\n(held-out images, one network)": {
+        _images(ipc): [_point(each.iteration, each.scores[0]) for each in results.metrics(rows["exact"]).of_set(NORMAL)]
+        for ipc, rows in plan.main.items()}}
+    for what, by_ipc in plan.spent.items():
+        found[f"{what}\n(test images)"] = {
+            _images(ipc): [_point(amount, cell.score) for amount, row in rows.items() if (cell := results.cell(row))]
+            for ipc, rows in by_ipc.items()}
     return found
 
 

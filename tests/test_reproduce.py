@@ -15,7 +15,7 @@ import pytest
 
 from distill.result_files import Best, Evaluation, EvaluationResult, Iteration, RunResult, Score, append_metrics
 from scripts import reproduce
-from scripts.reproduce import FULL, PER_FILE, SMALL, Plan, Results, windows, write_tables
+from scripts.reproduce import FULL, PER_FILE, SMALL, Plan, Results, spent, windows, write_tables
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY
@@ -46,7 +46,8 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
     for step in (step for step in plan.steps if step not in plan.looks.values()):
         program, options = Path(step.command[1]).stem, list(step.command[2:])
         config = parse(CONFIGS[program], "", options, yaml_file=program == "DATM")
-        assert config.zca and config.dataset == form.dataset and config.model in (form.model, "MLP", *form.cross_lr)
+        assert config.zca and config.dataset == form.dataset
+        assert config.model in (form.model, "MLP", form.wider, *form.cross_lr)
         # Settings are chosen without the test images, which only the last evaluation sees.
         chosen = program in ("buffer_FTD", "DATM") or "random_lr" in step.name
         assert config.val_fraction == (0.1 if chosen else 0)
@@ -216,14 +217,15 @@ def test_results_of_the_other_form_are_refused(tmp_path):
     assert (elsewhere / "tables.md").read_text() == (folder / "tables.md").read_text()
 
 
-def test_windows_say_whether_anything_was_learned(tmp_path):
+def test_results_are_those_that_the_rows_commands_made(tmp_path):
     plan = Plan(SMALL, 1)
-    rows = [plan.windows[1]["early"], plan.windows[1]["late"], plan.main[1]["exact"]]
+    rows = [plan.windows[1]["early"], plan.windows[1]["late"], plan.main[1]["exact"],
+            *plan.spent["inner steps T"][10].values()]
     made = {}
-    for row, updated in zip(rows, (True, False, True)):
+    for row, updated in zip(rows, (True, False, *[True] * (len(rows) - 2))):
         (step,), (evaluation,) = row.made_by, row.evaluations
         made |= {each.name: {"asked": each.asked, "config": each.config, "seconds": 0}
-                 for each in (step, evaluation, plan.experts["FTD"])}
+                 for each in (step, evaluation, *step.needs)}
         EvaluationResult("distilled images", 10, [Score("ConvNetW32", [0.5, 0.7])], seconds=1).write(
             tmp_path / evaluation.result.name)
         scores = [Score("ConvNetW32", [0.25])]
@@ -233,15 +235,23 @@ def test_windows_say_whether_anything_was_learned(tmp_path):
     (tmp_path / "commands.json").write_text(json.dumps(made))
     results = Results(plan, tmp_path)
     assert not results.others
-    assert windows(plan, results, 1) == [("0 – 2", pytest.approx(60), pytest.approx(10), True),
-                                         ("6 – 8", pytest.approx(60), pytest.approx(10), False)]
+    assert [results.updates(row) for row in rows[:2]] == [(0, 2), (2, 2)]
+    tested = pytest.approx(60), pytest.approx(10)
+    assert windows(plan, results) == {"1 image per class": [("0 – 2", *tested), ("6 – 8", *tested)],
+                                      "10 images per class": [], "50 images per class": []}
+    iterations, experts, steps = spent(plan, results).values()
+    assert iterations == {"1 image per class": [(1, 25, 0)], "10 images per class": [], "50 images per class": []}
+    assert steps == {"1 image per class": [], "10 images per class": [(at, *tested) for at in (5, 10, 20, 40, 80)]}
+    assert experts["10 images per class"] == [(10, *tested)]
 
     # Of experts made otherwise nothing is shown.
-    made["experts_FTD"]["asked"] += " --seed=7"
+    for kind in ("FTD", "many"):
+        made[f"experts_{kind}"]["asked"] += " --seed=7"
     (tmp_path / "commands.json").write_text(json.dumps(made))
     with pytest.raises(UserError, match="nothing in .* is of this form"):
         Results(plan, tmp_path)
-    made["experts_FTD"] = {"asked": plan.experts["FTD"].asked, "config": None, "seconds": 0}
+    for kind in ("FTD", "many"):
+        made[f"experts_{kind}"]["asked"] = plan.experts[kind].asked
     made["ipc1_exact"]["asked"] += " --seed=7"
     (tmp_path / "commands.json").write_text(json.dumps(made))
     results = Results(plan, tmp_path)
