@@ -163,7 +163,7 @@ class ExpertRun:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
             before = files.read_config(self.run_file)
             self.first_number = before.get("first_expert", self.written)
-            self.threads_before = before.get("threads")  # one of an earlier version does not say
+            self.last_threads = before.get("threads")  # one of an earlier version does not say
         interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
@@ -196,8 +196,8 @@ class ExpertRun:
         if self.resumes:
             say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
                         f"{config.num_experts * config.train_epochs})")
-            if device.type == "cpu" and self.threads_before not in (None, torch.get_num_threads()):
-                note(f"note: it was last on {number_of(self.threads_before, 'thread')}, and is on "
+            if device.type == "cpu" and self.last_threads not in (None, torch.get_num_threads()):
+                note(f"note: it was last on {number_of(self.last_threads, 'thread')}, and is on "
                      f"{torch.get_num_threads()} now; what follows may be rounded differently")
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "

@@ -16,8 +16,9 @@ import torch
 
 from buffer import expert_run
 from distill.distilled_set import DistilledSet
+from distill.evaluate import saved_accuracies
 from distill.evaluate.networks import evaluate
-from distill.evaluate.saved_accuracies import Accuracies, Job, Tested
+from distill.evaluate.saved_accuracies import Accuracies, Job
 from distill.loop import student_of
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.files import REPOSITORY
@@ -198,7 +199,7 @@ def test_no_rank_writes_once_the_first_may_remove_the_files(monkeypatch, toy_dat
         assert json.loads((tmp_path / "x.json.unfinished.1").read_text())["accuracies"].keys() == {"ConvNetD1W4/1"}
         for path in tmp_path.iterdir():  # as the first rank does
             path.unlink()
-        return found | {Job("ConvNetD1W4", number): Tested(0.5) for number in (0, 2)}
+        return found | {Job("ConvNetD1W4", number): saved_accuracies.Tested(0.5) for number in (0, 2)}
 
     for name, replaced in (("size", lambda: 2), ("rank", lambda: 1), ("gather", gather)):
         monkeypatch.setattr(ranks, name, replaced)
