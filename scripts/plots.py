@@ -93,8 +93,8 @@ def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, fl
     """A PNG of accuracy by what is spent, a panel for each kind of it.
 
     Args:
-        panels: what is spent → images per class in words → (how much, mean, standard deviation, %); those of no
-            point are left out.
+        panels: what is spent → images per class in words → (how much, mean, standard deviation, %, or NaN); those of
+            no point are left out.
     """
     labels = list(dict.fromkeys(says for curves in panels.values() for says in curves))
     with drawing(path, 1, len(panels), size=(3.2 * len(panels) + 1.5, 3.4), sharey=True) as (row,):

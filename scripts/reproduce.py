@@ -5,20 +5,21 @@
     bash scripts/reproduce.sh --small --list [--only …]        # the commands, and nothing else
     bash scripts/reproduce.sh --small --tables [--results results/FashionMNIST/small]    # of what is there
 
-`--small` is ConvNetW32 with four experts of ten epochs on a CPU (and ten of seven by plain SGD, of which some are
-matched, to see what their number is worth), else it is ConvNet with twenty of forty on a GPU. The
-experts and the distillations see nine tenths of the training images; on the other tenth the best set of a run is
-chosen, and the test images are met by the last evaluation alone. Everything is kept in reproduce/small or
-reproduce/full: experts/, logged_files/, results/ (a JSON file for each row, the runs' metrics, tables.md and plots),
-output/ (what each command printed) and commands.json (what each result was made by and how long that took: one that
-another command made is made again). Rows of another form, or made by other commands, are left out of the tables and
-named.
+`--small` uses ConvNetW32 on a CPU: four experts of ten epochs each by FTD, by plain SGD and by GSAM with ρ = 2, and
+ten of seven epochs by plain SGD, with which numbers of experts and of inner steps are compared. Without it: ConvNet on
+a GPU, twenty experts of forty epochs. Experts and distillations see nine tenths of the training images; the best set
+of a run is chosen on the other tenth, and only the last evaluation sees the test images. Everything is kept in
+reproduce/small or reproduce/full: experts/, logged_files/, results/ (a JSON file for each evaluation, the runs'
+metrics, tables.md and plots), output/ (what each command printed) and commands.json (what made each result, and how
+long that took: what another command made is made again). Rows of another form, or made by other commands, are left out
+of the tables and named.
 """
 
 import fnmatch
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,25 +51,27 @@ METHODS = {"random": "random real images", "expert_labels": "those that experts 
            "herding": "herded ones, with experts' labels", "tesla": "TESLA's gradient",
            "exact": "exact gradient (DATM)", "random_factor_2": "random real images, four in one",
            "factor_2": "exact gradient, four images in one (IDC)"}
-# Of the experts' GSAM: FTD's published command, none, and the option's default; none also in those of which some are
-# matched, to see what their number is worth, as they take half the time.
 MANY = "many"
+# Of each kind of experts: FTD's published ρ, 0 (plain SGD), the option's default; MANY by plain SGD, in half the time.
 RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0, MANY: 0.0}
 PER_FILE = BufferConfig().save_interval
 DRAWS = 5  # of real images, for each row of them
-# Test accuracies on Fashion-MNIST at 1, 10 and 50 images per class, of ConvNet: random, DC and the whole set from DC's
-# table 1 (Zhao et al., ICLR 2021), DSA from its paper (Zhao and Bilen, ICML 2021), IDC from its own (Kim et al., ICML
-# 2022); MTT from tables of later papers, as its own has none.
+RANDOM_LRS = (0.003, 0.01, 0.03, 0.1)  # of which a table shows what random images reach on the held-out ones
+OTHER_LR = WHOLE_LR = 0.01  # of random images on other networks than the form's; of the whole training set
 PUBLISHED = {"random": (51.4, 73.8, 82.5), "DC": (70.5, 82.3, 83.6), "DSA": (70.6, 84.6, 88.7),
              "IDC-I": (70.7, 85.3, 89.1), "IDC, four images in one": (81.0, 86.0, 86.2),
              "MTT, by later papers": (75.3, 87.2, 88.3)}
 PUBLISHED_IPCS, PUBLISHED_WHOLE = (1, 10, 50), 93.5
+SOURCES = ("The published figures are of ConvNet with 128 channels: random images, "
+           "[DC](https://arxiv.org/abs/2006.05929) and the whole set from DC's table 1, "
+           "[DSA](https://arxiv.org/abs/2102.08259) and [IDC](https://arxiv.org/abs/2205.14959) from their own papers, "
+           "MTT from tables of later papers, as its own has none.")
 AGAIN = "restore it, or delete it to make it again"
 
 
 @dataclass(frozen=True)
 class Form:
-    """What differs between the small and the full form."""
+    """What is run, on what, and how long."""
 
     root: Path
     dataset: str
@@ -77,30 +80,24 @@ class Form:
     experts: int
     epochs: int
     windows: dict[str, tuple[int, int]]  # (first start epoch, end, exclusive)
-    windows_at: tuple[int, ...]  # the images per class at which these are compared
-    at: int  # those at which single ideas are taken away
+    at: int  # the images per class at which single ideas are taken away
     seeds: tuple[int, ...]  # of the distillations there
     cross: int  # the images per class of the cross-architecture table
     epoch_eval: dict[int, int]  # epochs of an evaluation, by images per class
     whole_epochs: int
-    random_lr: float  # of real images; a table shows what random_lrs reach on the held-out ones
+    random_lr: float  # of RANDOM_LRS, the best on the held-out images
     backend: str  # of the experts; the configs have their own
     # Images per class at which numbers of experts and of inner steps are compared, and the seeds of those runs.
     spent_at: dict[int, tuple[int, ...]]
     experts_tried: tuple[int, ...]  # beside all
     steps_tried: tuple[int, ...]  # beside the config's
     threads: int | None = None  # of each command; the bits depend on it
-    whole_lr: float = 0.01
-    random_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
     networks: int = 5  # of each evaluation
     cross_lr: dict[str, float] = field(default_factory=dict)  # networks there that another rate is tested on too
-    cross_random_lr: float = 0.01  # of random images there
     coreset: bool = False  # beside the main rows
     factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class where it is run, its options
     many: tuple[int, int] | None = None  # how many experts are compared, and their epochs; None: the FTD ones are
-    wider: str | None = None  # a network that tests the sets of the most inner steps too
-    # Where a row fell short: what, images per class, name, window, options.
-    tried: tuple[tuple[str, int, str, str, tuple[str, ...]], ...] = ()
+    wider: str | None = None  # another network, on which the sets of the largest T are tested too
 
     @property
     def ipcs(self) -> tuple[int, ...]:
@@ -110,7 +107,7 @@ class Form:
         return f"{self.configs}/IPC{ipc}.yaml"
 
     def window(self, name: str) -> list[str]:
-        """The options of one that does not grow, and in which no update is skipped for its loss."""
+        """Options of a window that does not widen; every update is made, whatever its loss."""
         first, end = self.windows[name]
         return [f"--min_start_epoch={first}", f"--max_start_epoch={end}", "--Sequential_Generation=False",
                 "--threshold=inf"]
@@ -118,16 +115,14 @@ class Form:
 
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
-    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, windows_at=(1, 10, 50), at=10, seeds=(0, 1), cross=1,
+    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, at=10, seeds=(0, 1), cross=1,
     cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, random_lr=0.03,
     backend="compile", threads=1, spent_at={1: (0, 1), 10: (0,)}, experts_tried=(1, 2, 5),
-    steps_tried=(5, 10, 40, 80), many=(10, 7), wider="ConvNet", tried=(
-        ("the middle window at 1 per class from a smaller α", 1, "window_middle_lr_0.01", "middle",
-         ("--lr_teacher=0.01",)),))
+    steps_tried=(5, 10, 40, 80), many=(10, 7), wider="ConvNet")
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
-    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, windows_at=(1, 10, 50), at=10, seeds=(0,),
-    cross=10, epoch_eval={1: 1000, 10: 1000, 50: 1000}, spent_at={1: (0,), 10: (0,)}, experts_tried=(1, 2, 5, 10),
+    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, at=10, seeds=(0,), cross=10,
+    epoch_eval={1: 1000, 10: 1000, 50: 1000}, spent_at={1: (0,), 10: (0,)}, experts_tried=(1, 2, 5, 10),
     steps_tried=(10, 20, 80), whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
     factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: (
         "--batch_syn=200", "--lr_y=5", "--min_start_epoch=6", "--current_max_start_epoch=10", "--max_start_epoch=18")})
@@ -152,10 +147,8 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     main: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and method
     tables: dict[str, list[Row]] = field(default_factory=dict)
-    windows: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and window
-    # On what, by images per class and amount.
-    spent: dict[str, dict[int, dict[int, Row]]] = field(
-        default_factory=lambda: {"experts that are matched": {}, "inner steps T": {}})
+    windows: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and start epochs in words
+    spent: dict[str, dict[int, dict[int, Row]]] = field(default_factory=dict)  # on what, by images per class and amount
 
     def __post_init__(self) -> None:
         form, at, cross = self.form, self.form.at, self.form.cross
@@ -180,11 +173,11 @@ class Plan:
             self.tables[_images(ipc)] = list(self.main[ipc].values())
         self.tables["the whole training set"] = [self._baseline(
             "the whole training set", "whole", None, f"--epoch_eval_train={form.whole_epochs}",
-            f"--lr_teacher={form.whole_lr:g}")]
-        for ipc in form.windows_at:
+            f"--lr_teacher={WHOLE_LR:g}")]
+        for ipc in form.ipcs:
             self.windows[ipc] = {
-                name: self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc, f"window_{name}",
-                                      *form.window(name))
+                f"{first} – {end - 1}": self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc,
+                                                        f"window_{name}", *form.window(name))
                 for name, (first, end) in form.windows.items()}
             self.tables[f"the difficulty window, {ipc} per class"] = list(self.windows[ipc].values())
         self.tables[f"single ideas, {at} per class"] = [
@@ -197,30 +190,19 @@ class Plan:
                 ("hard labels", "hard_labels", ("--labels=hard",), "FTD"),
                 ("experts by plain SGD", "sgd_experts", (), "SGD"),
                 ("experts by GSAM with ρ = 2", "rho_2_experts", (), "FTD_2"))]
-        wider = []
-        for ipc, seeds in form.spent_at.items():
-            experts, steps = self._spent(ipc, seeds)
-            self.spent["experts that are matched"][ipc], self.spent["inner steps T"][ipc] = experts, steps
+        by_ipc = {ipc: self._spent(ipc, seeds) for ipc, seeds in form.spent_at.items()}
+        self.spent = {what: {ipc: rows[at] for ipc, rows in by_ipc.items()}
+                      for at, what in enumerate(("experts that are matched", "inner steps T"))}
+        for ipc, (experts, steps) in by_ipc.items():
             rows = [*experts.values(), *steps.values()]
             self.tables[f"experts and inner steps, {ipc} per class"] = list({row.name: row for row in rows}.values())
-            if form.wider:
-                most = max(steps)
-                wider += [
-                    self._baseline(f"{METHODS['random']}, {ipc} per class", f"ipc{ipc}_random_wider", ipc,
-                                   f"--model={form.wider}", lr=form.cross_random_lr),
-                    self._tested(f"exact gradient (DATM), T {most}, {ipc} per class", f"ipc{ipc}_steps_{most}_wider",
-                                 ipc, steps[most].made_by, f"--model={form.wider}")]
         if form.wider:
-            self.tables[f"tested on {form.wider}"] = wider
-        if form.tried:
-            self.tables["tried where a row fell short"] = [
-                self._distilled(says, ipc, name, *form.window(window), *options)
-                for says, ipc, name, window, options in form.tried]
+            self.tables[f"tested on {form.wider}"] = [
+                row for ipc, (_, steps) in by_ipc.items() for row in self._on_wider(ipc, max(steps), steps[max(steps)])]
         (exact,) = self.main[cross]["exact"].made_by
         self.tables[f"other networks, {cross} per class"] = [
-            self._baseline(METHODS["random"], f"ipc{cross}_random_networks", cross, "--eval_mode=M",
-                           lr=form.cross_random_lr),
-            self._baseline(METHODS["random"], f"ipc{cross}_random_mlp", cross, "--model=MLP", lr=form.cross_random_lr),
+            self._baseline(METHODS["random"], f"ipc{cross}_random_networks", cross, "--eval_mode=M", lr=OTHER_LR),
+            self._baseline(METHODS["random"], f"ipc{cross}_random_mlp", cross, "--model=MLP", lr=OTHER_LR),
             self._tested(METHODS["exact"], f"ipc{cross}_exact_networks", cross, [exact], "--eval_mode=M"),
             self._tested(METHODS["exact"], f"ipc{cross}_exact_mlp", cross, [exact], "--model=MLP"),
             *(self._tested(f"{METHODS['exact']}, α {lr:g} instead of the learned one",
@@ -229,7 +211,7 @@ class Plan:
         self.tables["the learning rate of random images, on held-out ones"] = [
             self._baseline(f"{_images(ipc)}, {lr:g}", f"ipc{ipc}_random_lr_{lr:g}", ipc, "--val_fraction=0.1", lr=lr,
                            networks=1)
-            for ipc in form.ipcs for lr in form.random_lrs]
+            for ipc in form.ipcs for lr in RANDOM_LRS]
         self.steps.sort(key=lambda step: KINDS.index(step.kind))
 
     @property
@@ -256,7 +238,7 @@ class Plan:
             tuple(map(manifest_path, files)), folder, alone=self.jobs > 1))
 
     def _look(self, kind: str) -> Step:
-        """At experts, those that have as many epochs beside those by plain SGD."""
+        """Looks at experts; those with as many epochs as the SGD ones are compared with these."""
         result, beside = self.form.root / "results" / f"experts_{kind}.json", self.experts["SGD"]
         compared = [f"--beside={beside.result.parent}"] if kind != MANY else []
         return self._add(Step(f"experts_{kind}_seen", LOOK, (
@@ -302,6 +284,15 @@ class Plan:
                  for number in form.steps_tried if number != asked}
         return experts | {total: everything}, dict(sorted((steps | {asked: everything}).items()))
 
+    def _on_wider(self, ipc: int, inner_steps: int, row: Row) -> Iterator[Row]:
+        """The row's sets, and random images where no other table has them."""
+        on = f"--model={self.form.wider}"
+        if ipc != self.form.cross:
+            yield self._baseline(f"{METHODS['random']}, {ipc} per class", f"ipc{ipc}_random_wider", ipc, on,
+                                 lr=OTHER_LR)
+        yield self._tested(f"{METHODS['exact']}, T {inner_steps}, {ipc} per class", f"{row.name}_wider", ipc,
+                           row.made_by, on)
+
     def _tested(self, says: str, name: str, ipc: int, made_by: Sequence[Step], *options: str,
                 networks: int | None = None) -> Row:
         evaluations = []
@@ -333,8 +324,9 @@ class Plan:
                     needs: tuple[Step, ...] = ()) -> Step:
         result = self.form.root / "results" / f"{name}.json"
         model = [] if any(option.startswith("--model=") for option in options) else [f"--model={self.form.model}"]
+        long = {"--eval_mode=M", "--ipc=None", f"--model={self.form.wider}"} & set(options)
         return self._add(Step(
-            f"{name}_tested", LONG_EVALUATION if {"--eval_mode=M", "--ipc=None"} & set(options) else EVALUATION,
+            f"{name}_tested", LONG_EVALUATION if long else EVALUATION,
             ("python", f"distill/{program}.py", f"--dataset={self.form.dataset}", *model, "--zca", *options,
              f"--num_eval={networks or self.form.networks}", f"--json={result}"), result, needs=needs))
 
@@ -409,12 +401,13 @@ class Results:
         """An evaluation's `EvaluationResult`, or what a look at experts found; None until it is there."""
         return self._found.get(step.name)
 
-    def environment(self) -> dict[str, Any]:
-        """Of one of the evaluations, if one says it; from the first to the last date of them all."""
+    def made_on(self) -> str:
+        """Machines, versions of torch and dates of the evaluations, as far as they say them."""
         said = [found.environment for found in self._found.values()
                 if isinstance(found, EvaluationResult) and found.environment]
         dates = sorted(each["date"] for each in said)
-        return said[0] | {"date": " to ".join(dict.fromkeys((dates[0], dates[-1])))} if said else {}
+        return ", ".join([*sorted({f"{each['device']}, torch {each['torch']}" for each in said}),
+                          " to ".join(dict.fromkeys((*dates[:1], *dates[-1:])))]) if said else ""
 
     def cell(self, row: Row, network: str | None = None) -> Cell | None:
         """Of the network of that name, or of the first; None until all its sets are tested."""
@@ -436,11 +429,6 @@ class Results:
         """What a distillation ended with, if its set was tested."""
         path = self.folder / f"{step.name}.run.json"
         return RunResult.read(path, AGAIN) if step in self._tested and path.exists() else None
-
-    def updates(self, row: Row) -> tuple[int, int] | None:
-        """How many updates the row's first distillation skipped, and of how many."""
-        metrics = self.metrics(row)
-        return (len(metrics.skipped), len(metrics.iterations)) if metrics.iterations else None
 
     def metrics(self, row: Row) -> Metrics:
         """Of the row's first distillation, if its set was tested."""
@@ -491,8 +479,9 @@ def gather(plan: Plan, results: Results) -> None:
             copy(step.products[-1], f"experts_{kind}.yaml")
             copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
     # The results have their own times; the experts have not.
-    made = {name: {key: value for key, value in each.items() if key != "seconds" or name in untimed}
-            for name, each in results.ledger.made.items()}
+    made = {step.name: {key: value for key, value in results.ledger.made[step.name].items()
+                        if key != "seconds" or step.name in untimed}
+            for step in plan.steps if step.name in results.ledger.made}
     write_json(results.folder / "commands.json", made)
 
 
@@ -501,42 +490,39 @@ def gather(plan: Plan, results: Results) -> None:
 
 def write_tables(plan: Plan, results: Results) -> None:
     """`tables.md`: the accuracies that are there, each with what made it."""
-    form, environment = plan.form, results.environment()
+    form = plan.form
     lines = [f"# {form.dataset}, {form.model}, {form.experts} experts of {form.epochs} epochs", "",
              "Accuracy, %, on the test images where a table does not say otherwise: mean ± standard deviation (the "
              "population's) over the networks that are trained on a set, or, of several sets, over the sets. `--seed "
              "0` where a command gives no other. Each random row's networks have random images of their own. Of "
              "several sets the first one's command and times are shown; `reproduce.sh --list --only ROW` prints all."]
-    if environment:
-        threads = f"`OMP_NUM_THREADS={form.threads}`, " if form.threads else ""
-        lines[-1] += (f" Each command: {threads}{environment['device']}, torch {environment['torch']}, "
-                      f"{environment['date']}.")
-    lines += ["", _main_table(plan, results), "", "The published figures are of ConvNet with 128 channels."]
+    if made_on := results.made_on():
+        lines[-1] += f" Each command: {f'`OMP_NUM_THREADS={form.threads}`, ' if form.threads else ''}{made_on}."
+    lines += ["", _main_table(plan, results), "", SOURCES]
     for title, rows in plan.tables.items():
         networks = results.networks(rows)
         many = len(networks) > 1
-        shown = [("row", "set", *(networks if many else ["accuracy, %"]), "networks", "updates skipped",
-                  "distillation + test", "command")]
+        listed = [("row", "set", *(networks if many else ["accuracy, %"]), "networks", "distillation + test",
+                           "command")]
         for row in rows:
             cells = [results.cell(row, network) for network in (networks if many else [None])]
             count = next((cell.count for cell in cells if cell), "–")
-            updates = results.updates(row)
             # Of a set that another row has made the evaluation is what tells the rows apart.
             step = row.evaluations[0] if many or not row.made_by else row.made_by[0]
-            shown.append((row.name, row.says, *(str(cell or "–") for cell in cells), count,
-                          "{} of {}".format(*updates) if updates else "–", results.took(row), f"`{step}`"))
-        lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(shown)]
+            listed.append((row.name, row.says, *(str(cell or "–") for cell in cells), count, results.took(row),
+                                   f"`{step}`"))
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(listed)]
     lines += ["", "## Experts", "",
               "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "
               "see the same batches, of the way that these have gone.", ""]
-    shown = [("row", "ρ", "accuracy on held-out images, %", "apart, %", "trained in", "command")]
+    listed = [("row", "ρ", "accuracy on held-out images, %", "apart, %", "trained in", "command")]
     for kind in plan.looks:
         step, look = plan.experts[kind], results.of(plan.looks[kind])
         cells = [_at_the_end(look, name) if look else "–" for name in ("test_accuracy", "apart")]
         seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
-        shown.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–", f"`{step}`"))
+        listed.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–", f"`{step}`"))
     tested = plan.main[form.at]["exact"].evaluations[0]
-    lines += [table(shown), "", "## Evaluations", "", "A distilled set is tested like this one:", "",
+    lines += [table(listed), "", "## Evaluations", "", "A distilled set is tested like this one:", "",
               "```", str(tested), "```", ""]
     write_text(results.folder / "tables.md", "\n".join(lines))
 
@@ -564,8 +550,8 @@ def write_plots(plan: Plan, results: Results) -> None:
     """`accuracy.png` (methods by images per class), `windows.png` and `spent.png`."""
     from scripts.plots import save_by_images, save_spent, save_windows
 
-    curves = {says: [_point(ipc, cell.score) for ipc, rows in plan.main.items()
-                     if name in rows and (cell := results.cell(rows[name]))] for name, says in methods_of(plan).items()}
+    curves = {says: _points(results, {ipc: rows[name] for ipc, rows in plan.main.items() if name in rows})
+              for name, says in methods_of(plan).items()}
     whole = results.cell(plan.tables["the whole training set"][0])
     levels = {"the whole training set": 100 * whole.score.mean} if whole else {}
     published = {f"published: {method}": list(zip(PUBLISHED_IPCS, figures)) for method, figures in PUBLISHED.items()}
@@ -575,31 +561,26 @@ def write_plots(plan: Plan, results: Results) -> None:
     save_spent(results.folder / "spent.png", spent(plan, results))
 
 
-def _point(at: Any, score: Score) -> tuple[Any, float, float]:
-    """Of a plot: where, mean and standard deviation, %."""
-    return at, 100 * score.mean, 100 * score.std
+def _points(results: Results, rows: Mapping[Any, Row]) -> list[tuple[Any, float, float]]:
+    """Of a plot: where, mean and standard deviation, %, of the rows that are there."""
+    cells = {at: cell for at, row in rows.items() if (cell := results.cell(row))}
+    return [(at, 100 * cell.score.mean, 100 * cell.score.std) for at, cell in cells.items()]
 
 
 def windows(plan: Plan, results: Results) -> dict[str, list[tuple[str, float, float]]]:
     """By images per class in words: points of the windows, whose places are their start epochs in words."""
-    found = {}
-    for ipc, rows in plan.windows.items():
-        cells = {name: cell for name, row in rows.items() if (cell := results.cell(row))}
-        found[_images(ipc)] = [_point(f"{first} – {end - 1}", cells[name].score)
-                               for name, (first, end) in plan.form.windows.items() if name in cells]
-    return found
+    return {_images(ipc): _points(results, rows) for ipc, rows in plan.windows.items()}
 
 
 def spent(plan: Plan, results: Results) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
-    """By what is spent, in words, and images per class in words: points at how much of it."""
-    found = {"iterations\n(held-out images, one network)": {
-        _images(ipc): [_point(each.iteration, each.scores[0]) for each in results.metrics(rows["exact"]).of_set(NORMAL)]
-        for ipc, rows in plan.main.items()}}
-    for what, by_ipc in plan.spent.items():
-        found[f"{what}\n(test images)"] = {
-            _images(ipc): [_point(amount, cell.score) for amount, row in rows.items() if (cell := results.cell(row))]
-            for ipc, rows in by_ipc.items()}
-    return found
+    """By what is spent, in words, and images per class in words: points at how much of it. Those of one network have
+    NaN for a deviation."""
+    iterations = {_images(ipc): [(each.iteration, 100 * each.scores[0].mean, math.nan)
+                                 for each in results.metrics(rows["exact"]).of_set(NORMAL)]
+                  for ipc, rows in plan.main.items()}
+    return {"iterations\n(held-out images, one network)": iterations} | {
+        f"{what}\n(test images)": {_images(ipc): _points(results, rows) for ipc, rows in by_ipc.items()}
+        for what, by_ipc in plan.spent.items()}
 
 
 def main() -> None:
