@@ -80,7 +80,7 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float]]]) 
     Args:
         panels: title → (window in words, mean, standard deviation, %).
     """
-    with drawing(path, 1, len(panels), size=(3 * len(panels), 3.2), sharey=True) as rows:
+    with drawing(path, 1, len(panels), size=(3 * len(panels), 3.2)) as rows:
         for axes, (title, points) in zip(rows[0], panels.items()):
             for at, (_, mean, deviation) in enumerate(points):
                 axes.errorbar(at, mean, deviation, marker="o", capsize=3, color="C0")
