@@ -279,8 +279,8 @@ def test_the_pages_have_the_numbers_of_the_results():
         "the whole training set, 30 epochs, two networks": "whole"}
     section = (REPOSITORY / "results/README.md").read_text()
     small, end = section.index("## Fashion-MNIST, the small form"), section.index("## Settings by")
-    at_the_published_network = section[section.index("## Fashion-MNIST, the published"):section.index("### What limits")]
-    for text in ((REPOSITORY / "README.md").read_text().split("## Results")[1], at_the_published_network):
+    begin, limits = section.index("## Fashion-MNIST, the published"), section.index("### What limits")
+    for text in ((REPOSITORY / "README.md").read_text().split("## Results")[1], section[begin:limits]):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
         for says, *cells in rows[2:]:
             if says.startswith("published: "):
