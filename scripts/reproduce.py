@@ -15,6 +15,7 @@ long that took: what another command made is made again). Rows of another form, 
 of the tables and named.
 """
 
+import difflib
 import fnmatch
 import math
 import os
@@ -334,19 +335,22 @@ class Plan:
         """The rows whose names fit, and the steps that these and the looks at experts that fit take.
 
         Raises:
-            UserError: nothing fits.
+            UserError: nothing fits one of the patterns.
         """
-        def fits(name: str) -> bool:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-        rows = list({row.name: row for row in self.rows if fits(row.name)}.values())
+        rows = {row.name: row for row in self.rows}
+        looks = {f"experts_{kind}": look for kind, look in self.looks.items()}
+        names = [*rows, *looks]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                near = difflib.get_close_matches(pattern, names)
+                said = f"did you mean {' or '.join(near)}?" if near else f"the rows are {', '.join(names)}"
+                raise UserError(f"--only {pattern}: no row fits; {said}")
+        wanted = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+        rows = [row for name, row in rows.items() if name in wanted]
         steps = {step for row in rows for step in (*row.evaluations, *row.made_by)}
-        steps |= {step for kind, step in self.looks.items() if fits(f"experts_{kind}")}
+        steps |= {look for name, look in looks.items() if name in wanted}
         while missing := {need for step in steps for need in step.needs} - steps:
             steps |= missing
-        if not steps:
-            names = dict.fromkeys([*(row.name for row in self.rows), *(f"experts_{kind}" for kind in self.looks)])
-            raise UserError(f"--only {' '.join(patterns)}: no row fits; the rows are {', '.join(names)}")
         return rows, [step for step in self.steps if step in steps]
 
 
@@ -641,6 +645,8 @@ def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
             cell = results.cell(row, network)
             said = f"{cell} % ({cell.count})" if cell else "not all of its sets are tested"
             print(f"{row.name:{width}}  {network}: {said}")
+        if not any(map(results.of, row.evaluations)):
+            print(f"{row.name:{width}}  no result")
     for name in results.others:
         print(f"note: {name} is left out: it was made by another command", file=sys.stderr)
     print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, spent.png, a JSON file for each row")

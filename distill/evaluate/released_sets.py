@@ -59,6 +59,8 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, fact
             _check_alone(data_dir, "images, labels and learning rate", lr_dir=lr_dir)
         data_dir, label_dir, lr_dir = found[0], found[1], found[2] or lr_dir
     elif data_dir and Path(data_dir).is_dir() and set_in(Path(data_dir)) is None:
+        if sets := sorted(path.name for path in Path(data_dir).glob("*.safetensors")):
+            raise UserError(f"--data_dir {data_dir} is a folder of sets; give one of them: {', '.join(sets)}")
         raise UserError(f"--data_dir {data_dir} is a folder without a set ({NORMAL}/{WHOLE}, images_best.pt with "
                         "labels_best.pt, data_best.pt, or one res_….pt); give a folder that has one, or a set's file")
     if data_dir.endswith(".safetensors"):
