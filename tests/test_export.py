@@ -58,6 +58,8 @@ def test_pictures_are_those_of_the_set(call, whole, tmp_path):
     done = call(EXPORT, whole, f"--png={tmp_path / 'png'}")
     assert "6 images" in done.stdout
     distilled = DistilledSet.load(whole)
+    outside = float((distilled.pixels() != distilled.pixels().clamp(0, 1)).float().mean())
+    assert outside > 0 and f"{outside:.0%} of the values lie outside [0, 1]" in done.stderr
     labels = json.loads((tmp_path / "png" / "labels.json").read_text())
     assert labels["classes"] == ["blue", "green", "red"] and labels["lr"] == pytest.approx(float(distilled.lr))
     assert [each["file"] for each in labels["images"]] == [f"{name}/0{number}.png" for name in labels["classes"]

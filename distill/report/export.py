@@ -58,7 +58,11 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     channels = distilled.images.shape[1]
     if channels not in (1, 3):
         raise UserError(f"images of {channels} channels are no pictures; PNG takes 1 or 3")
-    pixels, tiles = _bytes(distilled.pixels()), distilled.factor**2
+    pixels, tiles = distilled.pixels(), distilled.factor**2
+    if clipped := float(((pixels < 0) | (pixels > 1)).float().mean()):
+        note(f"note: {clipped:.0%} of the values lie outside [0, 1] and are clipped; the safetensors file has them, "
+             "and a run's images.png shows them scaled")
+    pixels = _bytes(pixels)
     if tiles > 1:
         try:
             seen = _bytes(distilled.seen().pixels()).unflatten(0, (-1, tiles))  # a row for each image
