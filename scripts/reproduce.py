@@ -511,8 +511,8 @@ def write_tables(plan: Plan, results: Results) -> None:
         for row in rows:
             cells = [results.cell(row, network) for network in (networks if many else [None])]
             count = next((cell.count for cell in cells if cell), "–")
-            # Of a set that another row has made the evaluation is what tells the rows apart.
-            step = row.evaluations[0] if many or not row.made_by else row.made_by[0]
+            # On other networks, of a set that another row has made, the evaluation is what tells the rows apart.
+            step = row.made_by[0] if row.made_by and networks in ([], [form.model]) else row.evaluations[0]
             listed.append((row.name, row.says, *(str(cell or "–") for cell in cells), count, results.took(row),
                                    f"`{step}`"))
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(listed)]
