@@ -15,7 +15,6 @@ long that took: what another command made is made again). Rows of another form, 
 of the tables and named.
 """
 
-import difflib
 import fnmatch
 import math
 import os
@@ -37,7 +36,7 @@ from distill.set_files import WHOLE
 from scripts.common import script_parser
 from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
-from utils.errors import UserError
+from utils.errors import UserError, nearest
 from utils.files import REPOSITORY, atomic_write, read_json, reading, write_json, write_text
 from utils.program import interrupt
 from utils.program.command_line import read_yaml
@@ -340,12 +339,13 @@ class Plan:
         rows = {row.name: row for row in self.rows}
         looks = {f"experts_{kind}": look for kind, look in self.looks.items()}
         names = [*rows, *looks]
+        wanted: set[str] = set()
         for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                near = difflib.get_close_matches(pattern, names)
-                said = f"did you mean {' or '.join(near)}?" if near else f"the rows are {', '.join(names)}"
-                raise UserError(f"--only {pattern}: no row fits; {said}")
-        wanted = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+            fitting = fnmatch.filter(names, pattern)
+            if not fitting:
+                advice = nearest(pattern, names) or f"the rows are {', '.join(names)}"
+                raise UserError(f"--only {pattern}: no row fits; {advice}")
+            wanted.update(fitting)
         rows = [row for name, row in rows.items() if name in wanted]
         steps = {step for row in rows for step in (*row.evaluations, *row.made_by)}
         steps |= {look for name, look in looks.items() if name in wanted}

@@ -62,7 +62,7 @@ def number_of(count: int, noun: str) -> str:
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> UserError:
     """The refusal of a name that is not in a table, naming the nearest one that is."""
     allowed = list(allowed)
-    guess = _nearest(str(given), allowed)
+    guess = nearest(str(given), allowed)
     # A long list after a good guess buries it.
     rest = "(--help lists all)" if guess and len(allowed) > 40 else f"allowed: {', '.join(allowed)}"
     return UserError(f"unknown {kind} {shortened(str(given))!r}; {f'{guess} ' if guess else ''}{rest}")
@@ -72,12 +72,12 @@ def unknown_names(kind: str, given: Sequence[str], allowed: Sequence[str]) -> Us
     """The refusal of all names that are not in a table, each with the nearest one that is."""
     if len(given) == 1:
         return unknown_name(kind, given[0], allowed)
-    guesses = [(name, _nearest(name, allowed)) for name in given]
+    guesses = [(name, nearest(name, allowed)) for name in given]
     words = ", ".join(f"{shortened(name)!r}{f' ({guess})' if guess else ''}" for name, guess in guesses)
     return UserError(f"unknown {kind}s {words}; --help lists all")
 
 
-def _nearest(given: str, allowed: Iterable[str]) -> str:
+def nearest(given: str, allowed: Iterable[str]) -> str:
     """A question, or nothing where no name is near."""
     by_lower = {name.lower().lstrip("-"): name for name in allowed}
     near = difflib.get_close_matches(given.lower().lstrip("-"), list(by_lower), n=1, cutoff=0.65)
