@@ -22,6 +22,7 @@ images with the experts' labels, has at several learning rates, steps and segmen
 (distill/suggest.py), shows it as a table, draws it with --png, and prints the command of the distillation.
 """
 
+import itertools
 import json
 import math
 import os
@@ -231,14 +232,14 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
     finished: list[Trajectory] = []
     with Progress(sum(len(experts) for _, experts in files), "experts") as bar:
         for path, experts in files:
-            recorded = _recorded(path)
-            for expert in experts:
+            # By their order: where the files of several runs are gathered, their numbers are not those of the folder.
+            for expert, recorded in itertools.zip_longest(experts, list(_recorded(path).values())[:len(experts)]):
                 number = len(finished)
                 step, segment = distances(_thetas(expert), expert_epochs)
                 beyond = apart(_thetas(expert), _thetas(others[number])) if number < len(others) else []
                 finished.append(Trajectory(
                     number, path.name, len(expert) - 1, sum(each.numel() for each in expert[0]),
-                    {**recorded.get(number, {}), "step": step, "segment": segment, "apart": beyond}))
+                    {**(recorded or {}), "step": step, "segment": segment, "apart": beyond}))
                 bar.update()
     begun, unfinished_run = [], None
     if started is not None:

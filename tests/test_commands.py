@@ -422,6 +422,8 @@ def test_of_a_run_with_averaged_images_the_better_set_is_tested(distil, call, tm
         call("distill/evaluation.py", f"--data_dir={run}", "--num_eval=1", "--epoch_eval_train=1", "--device=cpu",
              f"--save={tmp_path / 'set.safetensors'}")
         assert torch.equal(load_any(tmp_path / "set.safetensors"), load(run / folder / "images_best.pt"))
+        made = DistilledSet.load(run / folder / "distilled.safetensors").config
+        assert DistilledSet.load(tmp_path / "set.safetensors").config == made
 
 
 def test_evaluation_of_a_pool_and_on_held_out_images(call, toy, toy_run, tmp_path):

@@ -65,14 +65,15 @@ def test_of_mtt_and_ftd_a_folder(evaluated, parts, tmp_path):
     assert "made with zca True, and here zca is False" in evaluated(f"--data_dir={mtt}", "--zca=False")[1].stderr
     ftd = write(tmp_path / "ftd", ema_images_900=images + 1, ema_labels_900=classes, ema_images_5000=images,
                 ema_labels_5000=classes, images_zca_5000=images)
-    found, _ = evaluated(f"--data_dir={ftd}")
+    found, done = evaluated(f"--data_dir={ftd}")
     assert torch.equal(found.images, images) and found.config["zca"] is True
+    assert "the set's learning rate is not among its files" in done.stderr
 
 
 def test_teslas_soft_labels_are_probabilities(evaluated, parts, tmp_path):
     images, _, logits = parts
     tesla = write(tmp_path / "tesla", images_best=images, labels_best=logits.softmax(1))
-    found, done = evaluated(f"--data_dir={tesla}")
+    found, done = evaluated(f"--data_dir={tesla}", "--lr_teacher=0.01")
     torch.testing.assert_close(found.labels.softmax(1), logits.softmax(1))
     assert "note:" not in done.stderr
     assert "taken for logits" in evaluated(f"--data_dir={tesla}", "--label_kind=logits")[1].stderr
@@ -102,7 +103,7 @@ def test_of_ncfm_pixels_of_a_factor(evaluated, toy_data, parts, tmp_path, factor
     torch.save([pixels.flip(0), classes], ncfm / "data_9000.pt")
     torch.save([pixels, classes], ncfm / "data_20000.pt")
     for given in (ncfm, ncfm / "data_20000.pt"):
-        found, done = evaluated(f"--data_dir={given}", f"--factor={factor}")
+        found, done = evaluated(f"--data_dir={given}", f"--factor={factor}", "--lr_teacher=0.01")
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (toy_data.mean, toy_data.std))
         torch.testing.assert_close(found.images, (pixels - mean) / std)
         torch.testing.assert_close(found.pixels(), pixels)

@@ -21,7 +21,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from distill.evaluate.released_sets import method_of
+from distill.evaluate.released_sets import made_with
 from distill.evaluate.saved_set import told_by_set
 from utils.config import EvaluationConfig, make
 from utils.data import augment
@@ -57,7 +57,8 @@ def _settings(config: EvaluationConfig, given: Collection[str], protocol: str, n
     """What a protocol says of the options that are not given."""
     settings = {"epoch_eval_train": 1000, "batch_train": 128 if protocol == "datm" else 256, "dsa": True}
     if protocol == "dc":
-        settings["dsa"] = config.dsa if "dsa" in given else method_of(config.data_dir) in ("DSA", "DM")
+        method = made_with(config.data_dir).get("method")
+        settings["dsa"] = config.dsa if "dsa" in given else method in ("DSA", "DM")
         drawn = (parse_strategy(config.dsa_strategy) if settings["dsa"]
                  else augment.older_operations(config.dataset, network))
         settings["epoch_eval_train"] = 1000 if drawn and not config.no_aug else 300

@@ -41,7 +41,8 @@ PIXELS = {"mean": (0.0,), "std": (1.0,)}  # the space of pixels
 _OF_DC = re.compile(r"res_(?:(DC|DSA|DM)_)?([A-Za-z0-9]+)_(\w+)_\d+ipc\.pt")
 
 
-def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, factor: int = 1) -> DistilledSet:
+def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
+             factor: int = 1) -> tuple[DistilledSet, bool]:
     """Reads a saved set.
 
     Args:
@@ -49,6 +50,9 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, fact
             images alone the *files* of the labels and of the learning rate are given too.
         default_lr: where there is no file of the learning rate.
         factor: how many smaller images along a side those of NCFM hold.
+
+    Returns:
+        The set, and whether its learning rate is in its files; those of DC, DSA and DM need none, as theirs is 0.01.
 
     Raises:
         UserError: a missing or unreadable file.
@@ -65,10 +69,10 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, fact
                         "labels_best.pt, data_best.pt, or one res_….pt); give a folder that has one, or a set's file")
     if data_dir.endswith(".safetensors"):
         _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
-        return DistilledSet.load(data_dir)
-    images, about = _read(data_dir, "--data_dir", IMAGES), {}
+        return DistilledSet.load(data_dir), True
+    images, about, of_dc = _read(data_dir, "--data_dir", IMAGES), {}, False
     if isinstance(images, dict) and "data" in images:
-        (images, labels), about = _condensed(images["data"], data_dir), {"config": {"zca": False}}
+        (images, labels), about, of_dc = _condensed(images["data"], data_dir), {"config": {"zca": False}}, True
     elif isinstance(images, list | tuple) and len(images) == 2:
         (images, labels), about = images, {"config": {"zca": False}, **PIXELS}
         if isinstance(labels, Tensor) and labels.dim() == 1:
@@ -79,8 +83,9 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, fact
         _check_alone(data_dir, "images and labels", label_dir=label_dir)
         label_dir = data_dir
     lr = _read(lr_dir, "--lr_dir", "lr_best.pt") if lr_dir else default_lr
-    return DistilledSet(_tensor(images, "--data_dir", data_dir), _tensor(labels, "--label_dir", label_dir),
-                        _tensor(lr, "--lr_dir", lr_dir), **about)
+    distilled = DistilledSet(_tensor(images, "--data_dir", data_dir), _tensor(labels, "--label_dir", label_dir),
+                             _tensor(lr, "--lr_dir", lr_dir), **about)
+    return distilled, bool(lr_dir) or of_dc
 
 
 def are_pixels(distilled: DistilledSet) -> bool:
@@ -113,11 +118,14 @@ def made_with(data_dir: str) -> dict[str, Any]:
             if {"dataset", "model"} <= options.keys():  # whatever lies there need not be ours
                 return options
         if of_dc := _OF_DC.fullmatch(path.name):
-            _, dataset, model = of_dc.groups()
-            check_dataset_name(dataset)
-            check_network_name(model)
-            return {"dataset": dataset, "model": model, "zca": False}
-        told: dict[str, Any] = {}
+            method, dataset, model = of_dc.groups()
+            told: dict[str, Any] = {"zca": False} | ({"method": method} if method else {})
+            with contextlib.suppress(UserError):  # names of theirs that are none of ours
+                check_dataset_name(dataset)
+                check_network_name(model)
+                told |= {"dataset": dataset, "model": model}
+            return told
+        told = {}
         named = re.fullmatch(r"(?:ema_)?images_(best|\d+)\.pt", path.name)
         if named and (path.parent / f"images_zca_{named[1]}.pt").is_file():
             told["zca"] = True
@@ -125,13 +133,6 @@ def made_with(data_dir: str) -> dict[str, Any]:
             told["label_kind"] = "probabilities"
         return told
     return {}
-
-
-def method_of(data_dir: str) -> str | None:
-    """DC, DSA or DM, where the file of the set is one of theirs and says so."""
-    images, *_ = _files_of(data_dir) or (data_dir,)
-    of_dc = _OF_DC.fullmatch(Path(images).name)
-    return of_dc[1] if of_dc else None
 
 
 def _files_of(data_dir: str) -> tuple[str, str, str] | None:

@@ -29,9 +29,9 @@ from utils.config import (
     DataConfig,
     EvaluationConfig,
     as_meant,
+    from_repository,
     from_root,
     image_size,
-    influential,
     make,
     value_in_words,
 )
@@ -140,12 +140,10 @@ def opened(config: EvaluationConfig, given: Collection[str],
     """
     check_evaluation(config)
     device = take_device(config)
-    read = read_set(config.data_dir, config.label_dir, config.lr_dir,
-                    EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher, config.factor)
+    default_lr = EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher
+    read, rate_known = read_set(config.data_dir, config.label_dir, config.lr_dir, default_lr, config.factor)
     check(read)
-    if config.label_dir and not config.lr_dir and "lr_teacher" not in given:
-        note(f"note: without --lr_dir the learning rate is {config.lr_teacher}, the default of --lr_teacher")
-    made, missing = read.config or made_with(config.data_dir), ""
+    made, missing = made_with(config.data_dir) or read.config, ""
     if "dataset" not in {*given, *made} and config.dataset == EvaluationConfig.dataset:  # the default is a guess
         missing = ("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with --model, "
                    "and --zca where the images are whitened")
@@ -165,11 +163,16 @@ def opened(config: EvaluationConfig, given: Collection[str],
     check_classes(read, dataset, f"--data_dir {config.data_dir}", named=not {"dataset", "subset"} & set(told))
     distilled = checked_set(read, dataset, config.label_kind, factor=config.factor).to(device)
     distilled = in_space(distilled, dataset)
+    if not rate_known and "lr_teacher" not in given and config.protocol != "dc":
+        note(f"note: the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
+             "used")
     check_pool(config, dataset)
     settle_threads(config, dataset, len(distilled))
     say_replaced(config, config.save)
     if config.save and ranks.first():
-        distilled.save_whole(files.given(config.save), dataset, influential(config))
+        read_by = {name: from_repository(getattr(config, name)) for name in (*READ_BY, "model", "factor", "data_path")}
+        made = {name: value for name, value in made.items() if name != "label_kind"}  # the labels are logits by now
+        distilled.save_whole(files.given(config.save), dataset, made | read_by)
     return dataset, distilled
 
 
