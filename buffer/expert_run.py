@@ -123,8 +123,8 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
 def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view: "ExpertView") -> None:
     """Trains one expert, from its first epoch or from where it was saved."""
     view.begin(number)
-    train_expert(run.config, run.dataset, number, curriculum=curriculum, saved=run.saved(number),
-                 report=view.after_epoch, progress=view.after_batch)
+    train_expert(run.config, run.dataset, number, saved=run.saved(number), report=view.after_epoch,
+                 curriculum=curriculum, progress=view.after_batch)
     view.finished(number)
 
 

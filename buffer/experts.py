@@ -78,23 +78,20 @@ class SavedEpochs:
         return self.folder / f"epoch_{epoch}.pt"
 
 
-def train_expert(config: BufferConfig, dataset: Dataset, number: int,
+def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: SavedEpochs,
                  report: Callable[[Epoch], None] = lambda epoch: None, curriculum: Curriculum | None = None,
-                 saved: SavedEpochs | None = None, progress: Callable[[float], None] = lambda done: None,
-                 ) -> tuple[FlatModel, Tensor]:
+                 progress: Callable[[float], None] = lambda done: None) -> None:
     """Trains the expert of that number; the same seed and number give the same expert.
 
     Args:
+        saved: where the initialisation and every epoch are saved, and from where training goes on.
         report: called after every epoch.
         curriculum: PAD's choice of each epoch's images; None: all of them.
-        saved: where every epoch is saved, and from where training goes on; None: nowhere.
         progress: called after every batch with the epochs that are done, in parts of one.
-
-    Returns:
-        The network, and the snapshots [train_epochs + 1, P] on the CPU, the first at initialisation.
 
     Raises:
         DivergedError
+        UserError: what is saved is of another network, or damaged.
         Stopped: a signal came; the finished epochs are saved.
     """
     device = dataset.device
@@ -105,9 +102,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
 
     theta = model.flatten()
     velocity = torch.zeros_like(theta) if config.mom else None
-    snapshots = torch.empty(config.train_epochs + 1, model.num_parameters)
-    snapshots[0] = theta
-    first = 0 if saved is None else _restore(saved, snapshots, theta, velocity, network, report)
+    first = _restore(saved, theta, velocity, network, report)
     kept = kept_of(model, theta, velocity)
     theta, velocity = kept["theta"], kept.get("velocity")
     for epoch in range(first, config.train_epochs):
@@ -122,7 +117,6 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
             train_step(config, model, kept, dataset.train_images[batch], dataset.train_labels[batch], drawn)
             progress(epoch + count / len(batches))
 
-        snapshots[epoch + 1] = theta
         network.eval()
         tested = accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
         if not theta.isfinite().all():
@@ -130,10 +124,8 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int,
                             f"lower --lr_teacher (now {config.lr_teacher:g}) or --rho_max (now {config.rho_max:g})")
         reached = Epoch(epoch + 1, float(kept["total_loss"]) / len(images), float(kept["correct"]) / len(images),
                         tested)
-        if saved is not None:
-            saved.save(epoch + 1, theta, velocity, network, reached)
+        saved.save(epoch + 1, theta, velocity, network, reached)
         report(reached)
-    return model, snapshots
 
 
 def kept_of(model: FlatModel, theta: Tensor, velocity: Tensor | None) -> dict[str, Tensor]:
@@ -157,24 +149,22 @@ def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], 
     model.run(("descend", augment.operations(drawn)), step, kept, x, y, *augment.tensors(drawn))
 
 
-def _restore(saved: SavedEpochs, snapshots: Tensor, theta: Tensor, velocity: Tensor | None, network: nn.Module,
+def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network: nn.Module,
              report: Callable[[Epoch], None]) -> int:
-    """Takes up the saved epochs, or saves the initialisation; returns how many there are beside that."""
+    """Takes up the last saved epoch, or saves the initialisation; returns how many there are beside that."""
     if not len(saved):
         saved.save(0, theta, velocity, network, None)
-    for epoch in range(len(saved)):
-        state = saved[epoch]
-        if state["theta"].shape != snapshots[epoch].shape:
-            raise UserError(f"{saved.folder} holds another network; give --resume never to start over")
-        snapshots[epoch] = state["theta"]
-        if state["reached"]:
-            report(Epoch(**state["reached"]))
-    theta.copy_(snapshots[len(saved) - 1])
+    for reached in saved.reached():
+        report(Epoch(**reached))
+    state = saved[saved.done]
+    if state["theta"].shape != theta.shape:
+        raise UserError(f"{saved.folder} holds another network; give --resume never to start over")
+    theta.copy_(state["theta"])
     if velocity is not None and state["momentum"] is not None:  # earlier versions had none before the first step
         velocity.copy_(state["momentum"])
     for name, each in network.named_buffers():
         each.copy_(state["buffers"][name])
-    return len(saved) - 1
+    return saved.done
 
 
 def work_of(config: BufferConfig, dataset: Dataset) -> Work:

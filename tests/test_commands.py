@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from buffer.experts import train_expert
+from buffer.experts import SavedEpochs, train_expert
 from buffer.manifests import buffer_folder, check_same_kind, made_by, run_file
 from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
@@ -120,13 +120,15 @@ def test_another_seed_trains_other_experts(call, toy, toy_experts, tmp_path):
         assert not (one == other).any(dim=1).all() and not torch.equal(one[0], other[0])
 
 
-def test_the_seed_decides_the_order_and_the_augmentation_too(toy, toy_data):
+def test_the_seed_decides_the_order_and_the_augmentation_too(toy, toy_data, tmp_path):
     """From the same initialisation another seed trains another expert."""
     ends = []
     with mock.patch("buffer.experts.seeded", lambda *address: seeded("the same for all")):
-        for seed in (0, 0, 1):
+        for number, seed in enumerate((0, 0, 1)):
             config = make(BufferConfig, model="ConvNetD1W4", train_epochs=1, seed=seed, rho_max=0.01, rho_min=0.01)
-            ends.append(train_expert(config, toy_data, 0)[1])
+            saved = SavedEpochs(tmp_path / str(number))
+            train_expert(config, toy_data, 0, saved)
+            ends.append(saved.snapshots())
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0][0], ends[2][0])
     assert not torch.equal(ends[0][1], ends[2][1])
 

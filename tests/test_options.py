@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from buffer.curriculum import Curriculum, epoch_share, grand_scores
-from buffer.experts import train_expert
+from buffer.experts import SavedEpochs, train_expert
 from buffer.gsam import gsam_gradient
 from distill.distillation import Distillation, matched_part
 from distill.distilled_set import DistilledSet
@@ -223,7 +223,7 @@ def test_pad_experts_differ_only_with_the_option(call, toy, toy_experts, tmp_pat
     assert torch.equal(pad[0][0], plain[0][0]) and not torch.equal(pad[1][0], plain[1][0])
 
 
-def test_each_epoch_trains_on_the_images_of_its_curriculum(toy_data, monkeypatch):
+def test_each_epoch_trains_on_the_images_of_its_curriculum(toy_data, monkeypatch, tmp_path):
     config = make(BufferConfig, model="ConvNetD1W4", train_epochs=3, rho_max=0, rho_min=0)
     asked = []
 
@@ -236,7 +236,7 @@ def test_each_epoch_trains_on_the_images_of_its_curriculum(toy_data, monkeypatch
     real = gsam_gradient
     monkeypatch.setattr("buffer.experts.gsam_gradient", lambda model, theta, x, y, *rest: seen.append(len(y)) or
                         real(model, theta, x, y, *rest))
-    train_expert(config, toy_data, 0, curriculum=Some())
+    train_expert(config, toy_data, 0, SavedEpochs(tmp_path), curriculum=Some())
     assert asked == [0, 1, 2] and seen == [10, 20, 30]
 
 
@@ -294,10 +294,10 @@ def test_each_option_changes_the_distilled_images(call, toy, toy_experts, tmp_pa
 # --- MTT: experts of plain SGD -------------------------------------------------------------------------------
 
 
-def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data):
+def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data, tmp_path):
     config = make(BufferConfig, model="ConvNetD1W4", train_epochs=2, rho_max=0, rho_min=0, mom=0.9, l2=1e-3,
                   dsa_strategy="none", batch_train=20, lr_teacher=0.1, backend="plain")
-    model, snapshots = train_expert(config, toy_data, 0)
+    train_expert(config, toy_data, 0, SavedEpochs(tmp_path))
     from utils.program.seeds import generator, seeded
     with seeded(0, "expert", 0):
         network = network_for("ConvNetD1W4", toy_data)
@@ -309,8 +309,7 @@ def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data):
             torch.nn.functional.cross_entropy(network(toy_data.train_images[batch]),
                                               toy_data.train_labels[batch]).backward()
             optimiser.step()
-    for ours, theirs in zip(model.unflatten(snapshots[-1]), network.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert torch.equal(SavedEpochs(tmp_path)[2]["theta"], FlatModel(network).flatten())
 
 
 # --- --dsa False, --parall_eva -------------------------------------------------------------------------------
@@ -495,7 +494,7 @@ def test_every_so_many_iterations_a_set_is_saved_evaluated_or_not(call, toy, toy
     assert {path.stem for path in tmp_path.rglob("images_[0-9].pt")} == {"images_0", "images_3", "images_4"}
 
 
-def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monkeypatch):
+def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monkeypatch, tmp_path):
     """Only batch norm shows the difference."""
     modes = []
     monkeypatch.setattr("buffer.experts.gsam_gradient", lambda model, *rest: modes.append(model.network.training) or
@@ -503,7 +502,7 @@ def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monke
     monkeypatch.setattr("buffer.experts.accuracy", lambda predict, *rest: modes.append(predict.func.network.training) or
                         accuracy(predict, *rest))
     config = make(BufferConfig, model="ConvNetD1W4BN", train_epochs=2, batch_train=40, rho_max=0.01, rho_min=0.01)
-    train_expert(config, toy_data, 0)
+    train_expert(config, toy_data, 0, SavedEpochs(tmp_path))
     assert modes == [True, True, False, True, True, False]
 
 

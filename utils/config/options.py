@@ -109,8 +109,9 @@ class BufferConfig(DataConfig):
     l2: Rate = option(METHOD, 0.0, "weight decay")
     rho_max: Rate = option(METHOD, 2.0, "GSAM: radius of the ascent; 0 is plain SGD")
     rho_min: Rate = option(METHOD, 2.0, "GSAM: must equal rho_max, as the learning rate is constant")
-    alpha: Rate = option(METHOD, 0.4, "GSAM: weight of the surrogate gap")
-    adaptive: bool = option(METHOD, True, "GSAM: scale the ascent by the parameters' squares")
+    alpha: Rate = option(METHOD, 0.4, "GSAM: weight of the surrogate gap", effect="rho_max")
+    adaptive: bool = option(METHOD, True, "GSAM: scale the ascent by the parameters' squares",
+                            effect="rho_max")
     decay: bool = option(METHOD, False, "learning rate decay", effect=False)
     pad: bool = option(METHOD, False, "PAD: from easy to hard images, as the options below say")
     init_ratio: Annotated[float, Field(gt=0, le=1)] = option(
@@ -178,16 +179,20 @@ class DistillConfig(TrainConfig):
     min_start_epoch: Index = option(METHOD, 0, "first epoch of the difficulty window")
     max_start_epoch: Count = option(METHOD, 25, "end of the difficulty window, exclusive")
     Sequential_Generation: bool = option(METHOD, True, "let the window's end grow")
-    current_max_start_epoch: Count = option(METHOD, 20, "end of the window at iteration 0")
-    expansion_end_epoch: Count = option(METHOD, 3000, "iteration at which the window has its full size")
+    current_max_start_epoch: Count = option(METHOD, 20, "end of the window at iteration 0",
+                                             effect="Sequential_Generation")
+    expansion_end_epoch: Count = option(METHOD, 3000, "iteration at which the window has its full size",
+                                        effect="Sequential_Generation")
     threshold: Annotated[float, Field(ge=0)] = option(METHOD, 1.0, "skip an update whose matching loss exceeds this; "
                                                       "inf: none")
     load_all: bool = option(METHOD, False, "draw one of all experts at each iteration, instead of walking through them")
     max_files: Count | None = option(METHOD, None, "use at most this many expert files")
     max_experts: Count | None = option(METHOD, None, "use at most this many experts of a file")
     Initialize_Label_With_Another_Model: bool = option(METHOD, False, "label the images by another network's experts")
-    Initialize_Label_Model: str = option(METHOD, "", "that network's name")
-    Initialize_Label_Model_Dir: FilePath = option(METHOD, "", "the folder of its expert files")
+    Initialize_Label_Model: str = option(METHOD, "", "that network's name",
+                                         effect="Initialize_Label_With_Another_Model")
+    Initialize_Label_Model_Dir: FilePath = option(METHOD, "", "the folder of its expert files",
+                                                  effect="Initialize_Label_With_Another_Model")
     Label_Model_Timestamp: int = option(METHOD, -1, "which snapshot of the experts labels the images")
     eval_it: Count = option(EVALUATION, 100, "evaluate every so many iterations")
     skip_first_eva: bool = option(EVALUATION, False, "do not evaluate at iteration 0")
