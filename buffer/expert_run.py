@@ -27,12 +27,12 @@ from utils.config import BufferConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.memory import available
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
-from utils.program.console import announce, note, number_of, say, shown, wrapped
+from utils.program.console import announce, note, say, shown, wrapped
 from utils.program.locks import LockedError, locked
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
@@ -361,8 +361,8 @@ def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
     """Whitening divides by the spread of the training images, which of few images is none in most directions."""
     count, values = len(dataset.train_images), dataset.test_images[0].numel()
     if config.zca and count < values and ranks.first():
-        say(config, f"note: --zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies "
-                    "what these images do not vary in; experts often test better without it")
+        note(f"note: --zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies what "
+             "these images do not vary in; experts often test better without it")
 
 
 def _say_where(config: BufferConfig, folder: Path) -> None:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from utils import files
 from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, identity, influential
 from utils.data.watching import Watch, unwatched
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.files import read_config
-from utils.program.console import number_of
 
 if TYPE_CHECKING:
     from utils.data.datasets import Dataset
@@ -74,7 +73,7 @@ def test_accuracies(folder: Path) -> list[float]:
             for expert in manifest.get("experts", [])]
 
 
-def hold_out(folder: Path) -> float:
+def held_out_fraction(folder: Path) -> float:
     """The fraction of the training images that the experts of a folder did not see, as far as manifests tell."""
     return next((float(manifest["val_fraction"]) for manifest in manifests_of(folder).values()
                  if "val_fraction" in manifest), 0.0)

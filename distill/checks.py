@@ -14,12 +14,12 @@ from utils.config import STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor
 from utils.derivatives.choose_engine import activation_bytes
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.memory import available
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.console import number_of, shown
+from utils.program.console import shown
 from utils.program.prepare import gpus_of_ranks, network_for
 from utils.program.run_folder import RunFolder
 

@@ -30,9 +30,6 @@ from utils.program.prepare import dsa_groups
 from utils.program.seeds import generator
 
 MOMENTUM = 0.5  # of images and α, as published
-# What torch's SGD saves of a group beside its rate and momentum.
-AS_SAVED = {"dampening": 0, "weight_decay": 0, "nesterov": False, "maximize": False, "foreach": None,
-            "differentiable": False, "fused": None}
 MOST_LOST = 100  # losses in a row that are not finite, after which a run stops
 MOST_HELD = 100  # updates in a row that would make α useless, after which a run stops
 FIXED_SEGMENTS = 16  # segments on which the loss before and after is compared
@@ -86,8 +83,7 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
 
 
 class SGD:
-    """torch's SGD of one tensor a group, to the same bits and saved in the same form; but torch's own imports its
-    compiler, which takes seconds.
+    """torch's SGD of one tensor a group, to the same bits; but torch's own imports its compiler, which takes seconds.
 
     Args:
         groups: tensor, learning rate, momentum.
@@ -106,10 +102,7 @@ class SGD:
             descend(tensor, tensor.grad, state.get("momentum_buffer"), group["lr"], momentum)
 
     def state_dict(self) -> dict[str, Any]:
-        groups = [{"lr": group["lr"], "momentum": group["momentum"], **AS_SAVED, "params": [number]}
-                  for number, group in enumerate(self.param_groups)]
-        return {"state": {number: dict(state) for number, state in enumerate(self.state.values()) if state},
-                "param_groups": groups}
+        return {"state": {number: dict(state) for number, state in enumerate(self.state.values()) if state}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         for number, (tensor, state) in enumerate(self.state.items()):

@@ -24,8 +24,8 @@ from utils.data.datasets import Dataset, ImageSpace
 from utils.data.disk_layouts import some_of
 from utils.data.tiles import check_factor, cut
 from utils.data.zca import KeptWhitening, Whitening
-from utils.errors import UserError
-from utils.program.console import note, number_of
+from utils.errors import UserError, number_of
+from utils.program.console import note
 
 FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier held the whitening, and no pictures
 READ_BY = "dataset", "subset", "res", "zca"  # the options that say what the images of a set are
@@ -95,7 +95,9 @@ class DistilledSet(torch.utils.data.Dataset):
         assert self.mean, "only a set from DistilledSet.load knows its space"
         whitening = self.whitening
         if isinstance(whitening, KeptWhitening):
-            whitening = whitening.read(self.images[0].numel())
+            whitening = whitening.read(
+                self.images[0].numel(), "run distill/evaluation.py once on the set with its dataset, or write it where "
+                "the set was made with scripts/export.py SET --whitening")
         return ImageSpace(self.mean, self.std, whitening)
 
     def pixels(self) -> Tensor:

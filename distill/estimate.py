@@ -24,10 +24,11 @@ from utils.config import DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
+from utils.errors import number_of
 from utils.loss_and_accuracy import accuracy
 from utils.memory import peak, reset_peak
 from utils.parameters import FlatModel
-from utils.program.console import duration, number_of
+from utils.program.console import duration
 from utils.program.device import describe
 from utils.program.prepare import drawer, dsa_groups
 from utils.program.seeds import generator

@@ -31,11 +31,11 @@ def answered(config: DistillConfig) -> bool:
     Raises:
         UserError: the folder holds a run of other options, or an expert file is damaged.
     """
-    if ranks.size() > 1:
+    if ranks.size() > 1 or config.dry_run:
         return False
-    data = {} if config.run_name else None if config.dry_run else _data_by_manifests(config)
+    data = {} if config.run_name else _data_by_manifests(config)
     path = None if data is None else run_folder(config, data)
-    if path is None or not RunFolder(path, config, METRICS, RESULT).is_done or config.dry_run:
+    if path is None or not RunFolder(path, config, METRICS, RESULT).is_done:
         return False
     result = RunResult.read(path / RESULT)
     if missing(path) or lost_sets(path, result):

@@ -16,11 +16,10 @@ from distill.distilled_set import DistilledSet, check_classes, checked_set, clas
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut, tiled
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.files import check_is_file, sha256
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
-from utils.program.console import number_of
 from utils.program.prepare import network_for
 from utils.program.progress import watched
 from utils.program.seeds import generator
@@ -49,13 +48,13 @@ def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers
         UserError: an expert file is damaged, or the set to start from is missing.
     """
     watch = partial(watched, quiet=config.quiet)
-    found = {"images": dataset.fingerprint, **buffer.verify(watch)}
+    sums = {"images": dataset.fingerprint, **buffer.verify(watch)}
     if labellers is not buffer:
-        found |= {f"labels by {name}": checksum for name, checksum in labellers.verify(watch).items()}
+        sums |= {f"labels by {name}": checksum for name, checksum in labellers.verify(watch).items()}
     if config.pix_init not in STARTS:
         check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
-        found["the set to start from"] = sha256(config.pix_init)
-    return found
+        sums["the set to start from"] = sha256(config.pix_init)
+    return sums
 
 
 def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:
@@ -86,16 +85,16 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     def experts() -> Iterator[Tensor]:
         return (buffer.snapshot(number, timestamp).to(device) for number in range(len(buffer)))
 
-    each = config.ipc * config.factor**2  # samples per class
-    notes = [] if config.pix_init == "noise" else drawn_again(dataset, each)
-    classes = torch.arange(dataset.num_classes, device=device).repeat_interleave(each)
+    per_class = config.ipc * config.factor**2  # samples
+    notes = [] if config.pix_init == "noise" else drawn_again(dataset, per_class)
+    classes = torch.arange(dataset.num_classes, device=device).repeat_interleave(per_class)
     if config.pix_init == "noise":
         shape = (config.ipc * dataset.num_classes, dataset.channels, *dataset.image_size)
         images = torch.randn(shape, generator=random).to(device)
     elif config.pix_init == "real":
-        images = tiled(dataset.train_images[random_real(dataset, each, random).to(device)], config.factor)
+        images = tiled(dataset.train_images[random_real(dataset, per_class, random).to(device)], config.factor)
     else:
-        chosen, filled = predicted_correctly(model, experts, dataset, each, random)
+        chosen, filled = predicted_correctly(model, experts, dataset, per_class, random)
         notes += filled
         images = tiled(dataset.train_images[chosen.to(device)], config.factor)
     samples = cut(images, config.factor)
@@ -103,7 +102,7 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     if config.labels == "hard":
         labels = classes
     elif config.pix_init == "noise":
-        labels = class_labels(model, next(experts()), dataset, each, random)
+        labels = class_labels(model, next(experts()), dataset, per_class, random)
     elif config.pix_init == "real":
         labels = expert_logits(model, buffer.snapshot(0, -1).to(device), samples)
     else:

@@ -1,4 +1,4 @@
-"""The distillation on one page: refuse · load · build · refuse · begin or go on · iterate · finish."""
+"""The distillation on one page: refuse · load · build · refuse · begin or go on · iterate · conclude."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 from buffer.manifests import buffer_folder, check_same_images, in_words
 from buffer.trajectories import Buffer
 from distill import checks, estimate, plan, suggest
+from distill.conclusion import conclude, say_finished, show_so_far
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.finish import finish, say_finished, show_so_far
 from distill.finished import run_folder
 from distill.initialize import checksums, initial_set, labellers_of
 from distill.report.names import PICTURES, SHOWN
@@ -22,7 +22,7 @@ from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
-from utils.program.console import announce, say
+from utils.program.console import announce, note, say
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder, kept_to_this_run
 
@@ -65,7 +65,7 @@ def distill(config: DistillConfig) -> None:
     with kept_to_this_run(path, "give another --run_name"):
         folder = RunFolder(path, config, METRICS, RESULT)
 
-        # A run that is done is not run again; what shows it is made up, if it was stopped before that.
+        # A run that is done is not run again; what shows it is made, if it was stopped before that.
         if folder.is_done:
             say_finished(config, dataset, buffer, folder)
             return
@@ -77,7 +77,7 @@ def distill(config: DistillConfig) -> None:
         run = begin_or_go_on(config, dataset, buffer, labellers, data, folder)
         with interrupt.deferred():
             iterate(run)
-        finish(run)
+        conclude(run)
 
 
 def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
@@ -151,8 +151,8 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     announce(config, start.images.device, engine + plan.kept_in_words(config, dataset, buffer.model),
              f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "
              f"{in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
-    for note in notes:
-        say(config, f"note: {note}")
+    for each in notes:
+        note(f"note: {each}")
 
     # The state, as it begins or as it was saved.
     distillation = Distillation(config, dataset, buffer, start)
@@ -204,5 +204,5 @@ def iterate(run: RunState) -> None:
             run.log(record)
             run.tracker.log_step(record)
             run.note_skipped(record)
-            run.go_on()
+            run.advance()
             view.stepped(record)

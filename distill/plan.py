@@ -3,9 +3,9 @@
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
+from utils.errors import number_of
 from utils.networks import evaluation_pool
 from utils.parameters import FlatModel
-from utils.program.console import number_of
 
 SAVE_INTERVAL = 1000  # the set of an iteration divisible by this is always written
 
@@ -74,7 +74,7 @@ def kept_steps(config: DistillConfig, dataset: Dataset, model: FlatModel) -> int
 def kept_in_words(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
     """To be said after the engine; empty where nothing is kept."""
     steps = kept_steps(config, dataset, model)
-    return f", maps of {number_of(steps, 'step')} kept" if steps else ""
+    return f", activations of the last {number_of(steps, 'step')} kept" if steps else ""
 
 
 def work_of_an_iteration(config: DistillConfig, dataset: Dataset) -> Work:

@@ -40,7 +40,7 @@ class Candidate(NamedTuple):
     scores: list[Score]
 
 
-class Seldom:
+class Throttle:
     """A block of work that is done so seldom that it takes a share of the time at most.
 
     Args:
@@ -79,7 +79,7 @@ class RunState:
         self.evaluated = False  # whether this iteration's evaluation is done
         self.best: dict[str, Candidate] = {}
         self.frames = Frames()
-        self.drawing = Seldom(DRAW_SHARE, FIRST_DRAWING)
+        self.drawing = Throttle(DRAW_SHARE, FIRST_DRAWING)
         self._accuracies: dict[str, Accuracies] = {}  # of the evaluation that is under way
         self._seconds_before, self._began = 0.0, perf_counter()
 
@@ -189,7 +189,7 @@ class RunState:
             note(f"note: the first {SKIPPED_AT_FIRST} updates were all skipped: "
                  f"{skipped_advice(record.loss, as_dict(self.config))}")
 
-    def go_on(self) -> None:
+    def advance(self) -> None:
         """To the next iteration."""
         self.iteration, self.evaluated = self.iteration + 1, False
 

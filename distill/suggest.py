@@ -18,28 +18,28 @@ from distill.initialize import initial_set
 from distill.matching import losses_on_the_way
 from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.files import finite
 from utils.program import ranks
-from utils.program.console import number_of, table
+from utils.program.console import table
 from utils.program.progress import Progress
 from utils.program.seeds import generator
 
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # α
 STEPS = (10, 20, 40)  # T
 SEGMENTS = (1, 2, 3, 5, 8)  # M
-STARTS = 6  # start epochs at most, evenly over the trajectory
+MOST_STARTS = 6  # start epochs at most, evenly over the trajectory
 DRAWS = 2  # experts and augmentations for each start epoch
 UPDATES = 8  # drawn, by whose gradients the rates of images and labels are chosen
 BATCH = 50  # samples of an inner step at most, which changes the loss little
-LOST = 4.0  # a loss above which larger rates are not tried
-NEARLY = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
-WORTH = 0.5  # of the best start epoch's gain, below which the window ends
-MOVED = {"lr_img": 0.2, "lr_y": 0.003}  # of the standard deviation, by a first update; labels have more momentum
+DIVERGED_LOSS = 4.0  # a loss above which larger rates are not tried
+GAIN_SHARES = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
+END_GAIN_SHARE = 0.5  # of the best start epoch's gain, below which the window ends
+FIRST_STEP = {"lr_img": 0.2, "lr_y": 0.003}  # of the standard deviation, by a first update; labels have more momentum
 EPOCHS, STEPS_OF_A_TEST = 300, 1000  # at least, of a network that is trained on the set
-HARDLY = 0.98  # a smallest loss above which there is little to match
-EASY = 0.6  # a loss below which real images teach a start epoch already
-ABOVE = 1.5  # times the first set's largest loss: the threshold, which drawn losses should seldom exceed
+HARD_LOSS = 0.98  # a smallest loss above which there is little to match
+EASY_LOSS = 0.6  # a loss below which real images teach a start epoch already
+THRESHOLD_FACTOR = 1.5  # times the first set's largest loss: the threshold, which drawn losses should seldom exceed
 
 
 class Losses(NamedTuple):
@@ -94,7 +94,7 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     segments = [epochs for epochs in SEGMENTS if epochs <= max(1, buffer.epochs // 2)]
     rates = RATES if math.isnan(first.lr) else [float(first.lr)]  # a saved set's own
     losses = measured(config, dataset, buffer, first, segments, STEPS, rates,
-                      evenly(0, buffer.epochs - segments[0], STARTS))
+                      evenly(0, buffer.epochs - segments[0], MOST_STARTS))
     options = proposed(losses)
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
@@ -111,8 +111,8 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
 
 
 def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
-    """The rates of images and labels at which a first update moves them by `MOVED` of their standard deviation; none
-    where no update was drawn that the threshold lets pass."""
+    """The rates of images and labels at which a first update moves them by `FIRST_STEP` of their standard deviation;
+    none where no update was drawn that the threshold lets pass."""
     distillation = Distillation(config, dataset, buffer, first)
     matches = []
     with Progress(UPDATES, "measuring updates", quiet=config.quiet) as bar:
@@ -131,7 +131,7 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
             ranks.merge_rows(gradient, config.factor**2 if name == "lr_y" else 1)
     size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
             for name, (of_all, tensor) in gradients.items()}
-    return {name: float(f"{MOVED[name] / size[name]:.0e}") for name in size if size[name]}
+    return {name: float(f"{FIRST_STEP[name] / size[name]:.0e}") for name in size if size[name]}
 
 
 def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet, segments: Sequence[int],
@@ -175,7 +175,7 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
                 known = ranks.from_first_rank(losses.cpu().numpy)
                 values[inside, :, place, at, draw] = known
                 bar.update()
-                if known.min() > LOST:
+                if known.min() > DIVERGED_LOSS:
                     break
             bar.reach((number + 1) * len(rates))
     if not np.isfinite(values).any():
@@ -188,30 +188,30 @@ def proposed(losses: Losses) -> dict[str, Any]:
     """The options by these losses.
 
     The gain of a start epoch is how far the loss is below 1, where a training has come no nearer to the target. Over
-    the first half of the trajectory, M and T are the smallest ones, and α then the largest, that have `NEARLY` the
-    largest sum of gains. The window begins at the first start epoch that gains and that real images do not teach
-    already (`EASY`), and ends after the best one of those that follow, at the first that gains less than `WORTH` of
-    what that one does; between those that were measured gains are interpolated.
+    the first half of the trajectory, M and T are the smallest ones, and α then the largest, that have `GAIN_SHARES` of
+    the largest sum of gains. The window begins at the first start epoch that gains and that real images do not teach
+    already (`EASY_LOSS`), and ends after the best one of those that follow, at the first that gains less than
+    `END_GAIN_SHARE` of what that one does; between those that were measured gains are interpolated.
     """
     gains = _gains(losses.values)
     half = [number for number, start in enumerate(losses.starts) if 2 * start <= losses.starts[-1]]
     of_all = gains[..., half].sum(-1)  # [segments, steps, rates]
-    enough = of_all.max(-1) >= NEARLY[0] * of_all.max()
+    enough = of_all.max(-1) >= GAIN_SHARES[0] * of_all.max()
     segment = int(enough.any(1).argmax())
     step = int(enough[segment].argmax())
     rate = _largest(of_all[segment, step])
     chosen = losses.values[segment, step, rate]
     known = np.flatnonzero(~np.isnan(chosen))
     epochs = np.arange(losses.starts[known[-1]] + 1)
-    loss = np.interp(epochs, np.array(losses.starts)[known], np.minimum(chosen[known], LOST))
+    loss = np.interp(epochs, np.array(losses.starts)[known], np.minimum(chosen[known], DIVERGED_LOSS))
     gain = _gains(loss)
-    begin = int(((loss >= EASY) & (loss < 1)).argmax())
+    begin = int(((loss >= EASY_LOSS) & (loss < 1)).argmax())
     best = begin + int(gain[begin:].argmax())
-    little = np.flatnonzero(gain[best:] < WORTH * gain[best])
+    little = np.flatnonzero(gain[best:] < END_GAIN_SHARE * gain[best])
     end = best + int(little[0]) if len(little) else len(gain)
     return {"lr_teacher": losses.rates[rate], "syn_steps": losses.steps[step],
             "expert_epochs": losses.segments[segment], "min_start_epoch": begin, "max_start_epoch": end,
-            "threshold": round(max(1.0, ABOVE * float(loss[begin:end].max())), 1)}
+            "threshold": round(max(1.0, THRESHOLD_FACTOR * float(loss[begin:end].max())), 1)}
 
 
 def doubts(losses: Losses, options: dict[str, Any]) -> list[str]:
@@ -221,7 +221,7 @@ def doubts(losses: Losses, options: dict[str, Any]) -> list[str]:
                            losses.rates.index(rate)]
     least = float(np.nanmin(chosen))
     notes = []
-    if least > HARDLY:
+    if least > HARD_LOSS:
         notes.append("a training on the first set hardly comes nearer to the experts (its smallest loss is "
                      f"{least:.3f}); experts trained with a smaller --lr_teacher, for fewer epochs or without --zca "
                      "can be easier")
@@ -241,14 +241,14 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
     if not math.isnan(first.lr):
         return first, ["--lr_teacher auto measured nothing, since the set of --pix_init has its own rate, "
                        f"{float(first.lr):g}"]
-    starts = evenly(config.min_start_epoch, config.max_start_epoch - 1, STARTS)
+    starts = evenly(config.min_start_epoch, config.max_start_epoch - 1, MOST_STARTS)
     losses = measured(config, dataset, buffer, first, [config.expert_epochs], [config.syn_steps], RATES, starts)
     gains = _gains(losses.values).mean(-1)[0, 0]
     rate = RATES[_largest(gains)]
     said = ", ".join(f"{gain:.2g} at {each:g}" for each, gain in zip(RATES, gains) if gain > 0.001)
     return replace(first, lr=torch.tensor(rate, device=first.images.device)), [
-        f"--lr_teacher auto is {rate:g}, the largest that has {NEARLY[1]:g} of the best gain (how far the first set's "
-        f"matching loss is below 1, over the window): {said}",
+        f"--lr_teacher auto is {rate:g}, the largest that has {GAIN_SHARES[1]:g} of the best gain (how far the first "
+        f"set's matching loss is below 1, over the window): {said}",
         *doubts(losses, {"lr_teacher": rate, "syn_steps": config.syn_steps, "expert_epochs": config.expert_epochs})]
 
 
@@ -260,7 +260,7 @@ def _gains(losses: np.ndarray) -> np.ndarray:
 
 def _largest(gains: np.ndarray) -> int:
     """The largest of the rates that gain nearly as much as the best one."""
-    return int(np.flatnonzero(gains >= NEARLY[1] * gains.max())[-1])
+    return int(np.flatnonzero(gains >= GAIN_SHARES[1] * gains.max())[-1])
 
 
 def evenly(first: int, last: int, most: int) -> list[int]:

@@ -1,10 +1,7 @@
 """Commands that make files from each other's files: each run once, several at a time, going on where it was stopped."""
 
-import contextlib
-import os
 import shlex
 import signal
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +14,7 @@ from utils.errors import UserError
 from utils.files import check_writable, own, read_json, reading, remove, write_json
 from utils.program import interrupt
 from utils.program.console import duration
+from utils.program.locks import sign
 
 LOOK_SECONDS = 0.2  # between two looks at the commands that run
 
@@ -204,12 +202,9 @@ def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextI
 
 
 def _name(lock: TextIO, running: Mapping[subprocess.Popen, _Running]) -> None:
-    """Who keeps the folder locked, for the message to whoever comes second: this process may be killed before those."""
+    """Names those that it runs beside this process, which may be killed before them."""
     started = ", ".join(str(process.pid) for process in running)
-    with contextlib.suppress(OSError):
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}{', which started ' * bool(started)}{started}")
-        lock.flush()
+    sign(lock, f", which started {started}" if started else "")
 
 
 def _signal_within(seconds: float) -> int | None:

@@ -818,7 +818,7 @@ def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_expe
     monkeypatch.setattr("distill.estimate._measured", lambda measured, device: (measured(), (next(times), 0))[1])
     done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
     assert f"{gradient} (" in done.stdout and f"an iteration takes about {seconds} s," in done.stdout
-    assert ("maps of 1 step kept), on cpu" in done.stdout) == ("adjoint" in option)
+    assert ("activations of the last 1 step kept), on cpu" in done.stdout) == ("adjoint" in option)
     assert "GB of data" in done.stdout
     assert "(Ctrl-C, if the estimate is enough)" in done.stdout and "--lr_teacher=" in done.stdout
     assert "mean matching loss of the first set" in done.stdout and "measuring updates 8/8" in done.stderr
@@ -837,7 +837,7 @@ def test_the_rate_is_measured_where_it_is_auto(call, toy, toy_experts, tmp_path)
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=auto",
                  "--lr_teacher=auto", "--max_start_epoch=1"]
     done = call("distill/DATM.py", *arguments)
-    rate, gains = re.search(r"--lr_teacher auto is (\S+), .* over the window\): (.*)", done.stdout).groups()
+    rate, gains = re.search(r"--lr_teacher auto is (\S+), .* over the window\): (.*)", done.stderr).groups()
     gains = {at: float(gain) for gain, at in re.findall(r"(\S+) at ([\d.]*\d)", gains)}
     # The largest rate that gains nearly as much as the best one does.
     assert gains[rate] >= 0.78 * max(gains.values()) > 0 and len(gains) >= 3

@@ -306,7 +306,8 @@ def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda present=present: present > 0)
         start_as_ranks(make(DistillConfig, device=listed))
     start_as_ranks(make(DistillConfig, device="auto", parall_eva=True))  # of a distillation only a list does
-    start_as_ranks(make(EvaluationConfig, device="auto", parall_eva=True))
+    for device in ("auto", "cpu", "cuda:1"):  # the last two name one device
+        start_as_ranks(make(EvaluationConfig, device=device, parall_eva=True))
     assert started == [4, 2, 4]
 
 

@@ -206,7 +206,7 @@ def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
 
 def test_a_stop_at_the_very_end_loses_nothing(distil_to):
     _, whole = distil_to("whole")
-    for module, function in (("distill.finish", "save_pictures"), ("distill.report.show", "save_curves")):
+    for module, function in (("distill.conclusion", "save_pictures"), ("distill.report.show", "save_curves")):
         with stop_at(importlib.import_module(module), function, 1):
             distil_to(function, expect=130)
         done, parts = distil_to(function)
@@ -224,7 +224,7 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
     assert all((parts / name).exists() for name in pictures)
 
     # A drawing that fails is a note, and stops nothing; nor does it stop the pages that are there from being renewed.
-    monkeypatch.setattr("distill.finish.save_pictures", mock.Mock(side_effect=RuntimeError("no pencil")))
+    monkeypatch.setattr("distill.conclusion.save_pictures", mock.Mock(side_effect=RuntimeError("no pencil")))
     done, _ = distil_to("parts")
     assert "report.safetensors could not be made (RuntimeError: no pencil)" in done.stderr
     monkeypatch.undo()
@@ -302,7 +302,7 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to):
 
     # Stopped before its pictures, a run that went on does not pass the old ones for its own.
     before = (parts / "report.html").read_text()
-    with stop_at(importlib.import_module("distill.finish"), "save_pictures", 1):
+    with stop_at(importlib.import_module("distill.conclusion"), "save_pictures", 1):
         distil_to("parts", "--Iteration=7", expect=130)
     assert "is finished" in distil_to("parts", "--Iteration=7")[0].stdout
     assert (parts / "report.html").read_text() != before and (parts / "images.png").exists()

@@ -7,7 +7,7 @@ import torch
 from buffer.trajectories import Buffer
 from distill import suggest
 from distill.initialize import expert_logits, initial_set
-from distill.suggest import LOST, Losses, doubts, measured, proposed
+from distill.suggest import DIVERGED_LOSS, Losses, doubts, measured, proposed
 from utils.config import DistillConfig, make
 from utils.networks import build_network
 from utils.parameters import FlatModel
@@ -29,7 +29,7 @@ def losses(*by_start, rates=(0.01,)):
 def test_the_window_is_where_something_is_gained(of_starts, window):
     options = proposed(losses(of_starts))
     assert (options["min_start_epoch"], options["max_start_epoch"]) == window
-    assert options["threshold"] < LOST
+    assert options["threshold"] < DIVERGED_LOSS
 
 
 def test_the_largest_rate_that_gains_nearly_as_much_is_taken():

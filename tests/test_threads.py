@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from tests.test_resume import stop_at
+from utils.errors import number_of
 from utils.networks import build_network
 from utils.program import threads
-from utils.program.console import number_of
 
 EXPERTS, DATM, BASELINE = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/baseline.py"
 

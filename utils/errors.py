@@ -29,6 +29,11 @@ def out_of_memory(error: BaseException | None) -> str:
     return ""
 
 
+def reason(error: BaseException) -> str:
+    """What a foreign error says, on one line and short; its type where it says nothing."""
+    return " ".join((str(error) or type(error).__name__).split())[:160]
+
+
 def one_line(error: Exception | str) -> str:
     """A message as one line that a terminal can show: no line ends, no control characters, its middle left out if long.
 

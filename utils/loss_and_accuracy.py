@@ -1,4 +1,4 @@
-"""Accuracy on whole tensors, and in words."""
+"""Cross entropy, and accuracy on whole tensors."""
 
 from collections.abc import Callable
 

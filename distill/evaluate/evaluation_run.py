@@ -13,9 +13,10 @@ from utils.config import BaselineConfig, EvaluationConfig, as_dict, defaults, in
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
+from utils.errors import number_of
 from utils.files import given
 from utils.program import interrupt, ranks, threads
-from utils.program.console import announce, number_of, say, shown
+from utils.program.console import announce, say, shown
 from utils.program.machine import environment
 from utils.program.prepare import flat_model, network_for
 from utils.program.progress import Progress

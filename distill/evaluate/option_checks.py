@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from buffer.manifests import buffer_folder, check_same_data, hold_out, require_experts
+from buffer.manifests import buffer_folder, check_same_data, held_out_fraction, require_experts
 from distill.set_files import check_whole
 from utils.config import AUTO, BaselineConfig, EvaluationConfig, TrainConfig
 from utils.data.names import check_dataset_name, parse_strategy
@@ -81,7 +81,7 @@ def as_experts_saw(config: BaselineConfig) -> BaselineConfig:
     images: theirs are of the same space, and whatever beats the rest must not have seen more."""
     if config.ipc is None or config.val_fraction or (config.pick == "random" and not labelled_by_experts(config)):
         return config
-    return replace(config, val_fraction=hold_out(buffer_folder(config)))
+    return replace(config, val_fraction=held_out_fraction(buffer_folder(config)))
 
 
 def labelled_by_experts(config: BaselineConfig) -> bool:

@@ -17,9 +17,9 @@ from distill.initialize import drawn_again, expert_labels, predicted_correctly, 
 from utils.config import BaselineConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor, cut, tiled
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.parameters import FlatModel
-from utils.program.console import note, number_of
+from utils.program.console import note
 from utils.program.prepare import begin, load_data, network_for
 from utils.program.progress import watched
 from utils.program.seeds import generator

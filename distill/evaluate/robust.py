@@ -37,8 +37,8 @@ from distill.evaluate.real_images import drawn, real_sets, seen_by_experts
 from distill.evaluate.saved_set import at_its_rate, opened, with_classes
 from distill.result_files import as_json
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
-from utils.errors import UserError
-from utils.program.console import number_of, say
+from utils.errors import UserError, number_of
+from utils.program.console import say
 from utils.program.seeds import generator
 
 WEIGHT = 0.5  # w and γ

@@ -11,7 +11,7 @@ from distill.report.page_pictures import IMAGE_BYTES
 from distill.report.read_run import SavedRun
 from distill.report.template import code, document, draw, joined, option
 from utils.config import as_meant, from_repository
-from utils.program.console import number_of
+from utils.errors import number_of
 
 MOST_PER_CLASS = 3  # images
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
-from distill.report.template import TEMPLATES
-from distill.result_files import EvaluationResult, RunResult, images_tested, read_result
+from distill.report.template import TEMPLATES, line
+from distill.result_files import EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import BaselineConfig, from_repository, worth_giving
 from utils.data.zca import BESIDE, Whitening
-from utils.errors import UserError
+from utils.errors import UserError, number_of
 from utils.program.commands import command
-from utils.program.console import note, number_of
+from utils.program.console import note
 
 # The sizes that hubs sort sets by: each below this number of images.
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000),
@@ -157,7 +157,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
         licence, source: see `save_card`.
     """
     made, count = distilled.config, len(distilled.images)
-    dataset, licence = _line(made.get("dataset", "unknown")), _line(licence)
+    dataset, licence = line(made.get("dataset", "unknown")), line(licence)
     title = f"{dataset}, distilled to {number_of(count, 'image')}"
     head = {"license": licence or "unknown", "task_categories": ["image-classification"],
             "tags": ["dataset-distillation"], "pretty_name": title,
@@ -173,29 +173,6 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
 
 def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _line(text: Any) -> str:
-    return " ".join(str(text).split())
-
-
-def _markdown(text: Any) -> str:
-    """Text as Markdown shows it, on one line: what would be its marks, as characters."""
-    return re.sub(r"([\\`*\[\]<>|&~$#!])", r"\\\1", _line(text))
-
-
-def _code(text: Any) -> str:
-    """Text as code within a line; backticks, which would end it, as apostrophes."""
-    return f"`{_line(text).replace('`', chr(39))}`"
-
-
-def _block(text: str, language: str = "") -> str:
-    """Lines as a block of code; its fence is longer than any row of backticks in it, which would end it."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-TEMPLATES.filters |= {"markdown": _markdown, "code": _code, "block": _block, "images_tested": images_tested}
 
 
 def _is_of_set(result: EvaluationResult) -> bool:

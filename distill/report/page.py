@@ -22,7 +22,8 @@ from distill.report.svg import numbers_every, thinned
 from distill.report.template import code, document, draw, joined, option
 from distill.result_files import EMA, NORMAL, Iteration, Score, images_tested, skipped_advice
 from utils.config import DistillConfig, about, changed, defaults
-from utils.program.console import duration, number_of
+from utils.errors import number_of
+from utils.program.console import duration
 
 MOST_COLUMNS = 8  # of evaluations at which the set is shown
 MOST_BARS, LIKELIEST = 10, 5  # of a soft label, all classes or of more the likeliest are drawn

@@ -9,6 +9,7 @@ from distill.report.matplotlib_figures import save_curves, save_images
 from distill.report.names import ANIMATION, PAGE, SHOWN
 from distill.report.page import page
 from distill.report.read_run import SavedRun
+from utils.errors import reason
 from utils.files import write_text
 from utils.program.console import note, shown
 
@@ -46,6 +47,5 @@ def noting_failure(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries that draw fail in every way there is
-        reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        note(f"note: {shown(folder / name)} could not be made ({type(error).__name__}: {reason}); the same command "
-             "makes it up")
+        note(f"note: {shown(folder / name)} could not be made ({type(error).__name__}: {reason(error)}); the same "
+             "command makes it again")

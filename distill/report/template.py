@@ -1,7 +1,9 @@
-"""The templates: page.html, whose macros draw a page, and what these take: pictures, paths and options as HTML."""
+"""The templates: page.html, whose macros draw a page, and the card's; and what these take: pictures, paths and options
+as HTML, text as Markdown."""
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
+from distill.result_files import images_tested
 from utils.config import value_in_words
 
 HERE = Path(__file__).parent
@@ -23,10 +26,31 @@ def png(pixels: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def line(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
+def markdown(text: Any) -> str:
+    """Text as Markdown shows it, on one line: what would be its marks, as characters."""
+    return re.sub(r"([\\`*\[\]<>|&~$#!])", r"\\\1", line(text))
+
+
+def markdown_code(text: Any) -> str:
+    """Text as code within a line; backticks, which would end it, as apostrophes."""
+    return f"`{line(text).replace('`', chr(39))}`"
+
+
+def markdown_block(text: str, language: str = "") -> str:
+    """Lines as a block of code; its fence is longer than any row of backticks in it, which would end it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=jinja2.select_autoescape(["html"]),
                                trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
                                keep_trailing_newline=True)
-TEMPLATES.filters["png"] = png
+TEMPLATES.filters |= {"png": png, "markdown": markdown, "code": markdown_code, "block": markdown_block,
+                      "images_tested": images_tested}
 draw: Any = TEMPLATES.get_template("page.html").module
 """The macros of page.html by name; each returns HTML."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.report.pixels import clip_outliers
 from distill.result_files import Iteration, Score
 from utils.data.datasets import Dataset
+from utils.errors import reason
 from utils.files import finite
 from utils.program.console import note
 
@@ -105,8 +106,7 @@ class Tracker:
 
     def _off(self, error: Exception) -> None:
         self._run = None
-        reason = " ".join((str(error) or type(error).__name__).split())[:160]
-        note(f"note: wandb is off ({reason}); metrics go to metrics.jsonl")
+        note(f"note: wandb is off ({reason(error)}); metrics go to metrics.jsonl")
 
 
 def _pictures(images: Tensor, lr: float, dataset: Dataset, show: bool) -> dict[str, Any]:

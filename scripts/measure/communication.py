@@ -16,6 +16,7 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from utils.errors import number_of
 from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
@@ -23,7 +24,6 @@ tune_process()  # before torch is imported
 from scripts.common import save_report, script_parser
 from utils import networks
 from utils.program import ranks
-from utils.program.console import number_of
 from utils.program.entry import entry
 
 

@@ -58,9 +58,8 @@ from scripts.common import script_parser
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, EVALUATION
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
-from utils.errors import obeyed, shortened
+from utils.errors import number_of, obeyed, shortened
 from utils.files import REPOSITORY
-from utils.program.console import number_of
 from utils.program.entry import entry
 
 TIMEOUT = 20  # seconds of the processor

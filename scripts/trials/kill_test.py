@@ -33,6 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from utils.errors import number_of
 from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
@@ -43,7 +44,7 @@ from scripts.common import script_parser
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, MOST_SECONDS, temporary
 from utils.files import REPOSITORY, read_config
-from utils.program.console import number_of, table
+from utils.program.console import table
 from utils.program.entry import entry
 from utils.program.progress import Progress
 

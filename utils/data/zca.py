@@ -100,11 +100,12 @@ class KeptWhitening(NamedTuple):
     fingerprint: str
     folder: Path  # of the set, which may hold it
 
-    def read(self, dimension: int) -> Whitening:
+    def read(self, dimension: int, advice: str) -> Whitening:
         """From `whitening.safetensors` in the folder, or the disk cache.
 
         Args:
             dimension: D, of the set's images.
+            advice: what to do where it is in neither.
 
         Raises:
             UserError: it is in neither, or damaged.
@@ -121,8 +122,7 @@ class KeptWhitening(NamedTuple):
         kept = _read(_path(self.fingerprint), self.fingerprint, dimension)
         if kept is None:
             raise UserError(f"the whitening of this set, {self.fingerprint}, is neither in {cache_folder()} nor in "
-                            f"{beside}; run distill/evaluation.py once on the set with its dataset, or write it where "
-                            "the set was made with scripts/export.py SET --whitening")
+                            f"{beside}; {advice}")
         return kept
 
 
@@ -213,7 +213,7 @@ def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu", watc
     try:
         save({"mean": whitening.mean, "transform": whitening.transform, "inverse": whitening.inverse, "eps": EPS}, path)
     except UserError as error:
-        print(f"warning: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)",
+        print(f"note: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)",
               file=sys.stderr)
     return whitening
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from utils.errors import UserError, out_of_memory
+from utils.errors import UserError, out_of_memory, reason
 
 PART = 1 << 22  # bytes of a large file that are read at once
 
@@ -38,10 +38,10 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
     except Exception as error:  # damaged bytes make the readers fail in every way there is
         if out_of_memory(error):
             raise
-        reason = " ".join((str(error) or type(error).__name__).split())[:160]
         # The system names the file that it cannot open; a place that damaged bytes send it to has no name.
         unopened = isinstance(error, OSError) and error.filename is not None
-        raise UserError(f"{what}{f': {error.strerror}' if unopened else f' {problem} ({reason})'}; {advice}") from error
+        why = f": {error.strerror}" if unopened else f" {problem} ({reason(error)})"
+        raise UserError(f"{what}{why}; {advice}") from error
 
 
 def check_is_file(path: Path, what: str, instead: str | Path = "the path of a file") -> None:

@@ -6,13 +6,13 @@ import fcntl
 import itertools
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from utils.errors import UserError
 from utils.files import own
+from utils.program.console import note
 
 
 class LockedError(UserError):
@@ -47,10 +47,7 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
             _lock(file, folder, advice)
             if not _is_at(file, path):
                 continue  # whoever held the lock took the file away in between
-            with contextlib.suppress(OSError):  # a full disk; who holds the lock is only for the message
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
+            sign(file)
             try:
                 yield file
             finally:
@@ -59,6 +56,14 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
                     for each in made:
                         each.rmdir()
             return
+
+
+def sign(lock: TextIO, more: str = "") -> None:
+    """Who holds the lock, for the message to whoever comes second; on a full disk that is not known."""
+    with contextlib.suppress(OSError):
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}{more}")
+        lock.flush()
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
@@ -77,5 +82,4 @@ def _lock(file: TextIO, folder: Path, advice: str) -> None:
     except OSError as error:  # some network file systems have no locks
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
             raise
-        print(f"note: {folder} is on a file system without locks; see to it that only one run writes there",
-              file=sys.stderr)
+        note(f"note: {folder} is on a file system without locks; see to it that only one run writes there")

@@ -68,8 +68,11 @@ def take_device(config: DataConfig) -> torch.device:
 
 
 def gpus_of_ranks(config: DataConfig) -> list[int]:
-    """Those of this machine that its ranks take in turn: what `device` lists, else all; they share them if they are
-    more."""
+    """Those of this machine that its ranks take in turn: what `device` names or lists, else all; they share them if
+    they are more. None where it names the CPU."""
+    if isinstance(config.device, str) and config.device not in ("auto", "cuda"):
+        named = select_device(config.device)
+        return [] if named.index is None else [named.index]
     return listed_gpus(config.device) or list(range(gpu_count()))
 
 

@@ -30,14 +30,15 @@ from distill.run_state import Candidate, DistillView, RunState, best_of, frames_
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
+from utils.errors import number_of
 from utils.program import commands, ranks
-from utils.program.console import note, number_of, say, shown, wrapped
+from utils.program.console import note, say, shown, wrapped
 from utils.program.machine import environment
 from utils.program.progress import watched
 from utils.program.run_folder import RunFolder
 
 
-def finish(run: RunState) -> None:
+def conclude(run: RunState) -> None:
     """Writes what a finished run leaves, and says where: first the result, then what shows it, which may fail."""
     config, dataset, start, folder = run.config, run.dataset, run.start, run.folder
 
@@ -69,7 +70,7 @@ def finish(run: RunState) -> None:
     RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
               FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device)).write(folder.result)
     run.tracker.finish()
-    make_up(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
+    show_finished(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
 
     # What was reached, and where it lies.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
@@ -79,14 +80,14 @@ def finish(run: RunState) -> None:
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
         note(f"note: every update was skipped: {advice}")
     if learned and run.best[NORMAL].iteration == 0:
-        say(config, "note: the best set is the one that the run began with; none on its way was better on the "
-                    f"{tested} images")
+        note("note: the best set is the one that the run began with; none on its way was better on the "
+             f"{tested} images")
     print(wrapped(summary))
     _say_where(config, folder.path, run.best, better_of(run.best))
 
 
 def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
-    """Of a run that is not run again; what is missing of its best sets and of what shows it is made up."""
+    """Of a run that is not run again; what is missing of its best sets and of what shows it is made again."""
     result = RunResult.read(folder.result)
     lost, unseen = lost_sets(folder.path, result), missing(folder.path)
     if ranks.first() and (lost or unseen):
@@ -98,7 +99,7 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
             for name in (name for name in lost if name in best):
                 save_best(config, dataset, folder.path, best, name)
             start = DistilledSet(**state["start"]).to(device) if state else None
-            make_up(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
+            show_finished(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
     say_it_is(config, folder.path, result)
 
 
@@ -108,7 +109,7 @@ def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[st
     best[name].set.save_whole(path / name / WHOLE, dataset, influential(config))
 
 
-def make_up(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet | None,
+def show_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet | None,
             best: dict[str, Candidate], frames: Frames) -> None:
     """Makes what shows a finished run and is not there.
 
