@@ -312,5 +312,5 @@ def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, st
     if isinstance(ipc, int) and len(distilled.images) == ipc * num_classes:
         classes = torch.arange(num_classes, device=distilled.labels.device)
         classes = classes.repeat_interleave(len(distilled) // num_classes)
-        return classes, "the order of the images, those of a class together"
+        return classes, "the order of the images, grouped by class"
     return distilled.labels.argmax(dim=1), "the largest soft label"

@@ -243,5 +243,5 @@ def drawn_again(dataset: Dataset, ipc: int) -> list[str]:
     sizes = {name: len(dataset.class_indices(label)) for label, name in enumerate(dataset.classes)}
     small = sorted((name for name in sizes if sizes[name] < ipc), key=sizes.__getitem__)
     count = "1 class has" if len(small) == 1 else f"{len(small)} classes have"
-    return [f"{count} fewer than {ipc} training images ({small[0]}: {sizes[small[0]]}); the rest is drawn again"
+    return [f"{count} fewer than {ipc} training images ({small[0]}: {sizes[small[0]]}); some are used more than once"
             ] if small else []

@@ -28,6 +28,8 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
             _mean_and_spread(distance, range(values.shape[1]), values, colour, name)
         distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
         distance.legend(fontsize=8)
+        for axes in (accuracy, distance):
+            axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def save_losses(path: Path, suggested: Suggestion) -> None:

@@ -187,7 +187,7 @@ def test_in_a_pipe_there_are_whole_lines_and_few(run, program, made, tmp_path, s
 def test_the_first_line_says_on_what_whatever_is_evaluated(call, program, toy_experts, tmp_path, option):
     done = call(EVALUATION, *program(EVALUATION, tmp_path), option, *(
         [f"--buffer_path={toy_experts}", "--epoch_eval_real=1"] if option == "--robust_score" else []))
-    assert re.match(FIRST, done.stdout) and "the class of an image is known by" in done.stdout
+    assert re.match(FIRST, done.stdout) and "classes are taken from" in done.stdout
 
 
 QUIET = {

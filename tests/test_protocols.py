@@ -130,7 +130,7 @@ def test_several_protocols_by_one_command_are_what_each_is(evaluate, call, folde
     assert both["config"]["epoch_eval_train"] == 4 and both["config"]["batch_train"] == 128  # as given
 
     # The table has the rows of both, and tells a set's own rate (of datm alone, as of both) from another.
-    assert "result.json is there and is replaced" in evaluate("--lr_teacher=0.02", *options)[1].stdout
+    assert "result.json exists and will be replaced" in evaluate("--lr_teacher=0.02", *options)[1].stdout
     text = call("scripts/summary.py", folder / "both.json", folder / "result.json").stdout
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
     assert [row[0] for row in rows] == 2 * ["distilled images under dc"] + [

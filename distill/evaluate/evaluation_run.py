@@ -39,7 +39,7 @@ def settle_threads(config: EvaluationConfig | BaselineConfig, dataset: Dataset, 
 def say_replaced(config: EvaluationConfig | BaselineConfig, path: str) -> None:
     """Says that a file that is to be written is there already."""
     if path and ranks.first() and given(path).exists():
-        say(config, f"{shown(path)} is there and is replaced")
+        say(config, f"{shown(path)} exists and will be replaced")
 
 
 class Session:

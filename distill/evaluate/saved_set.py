@@ -38,7 +38,7 @@ from utils.config import (
 from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.program import ranks
-from utils.program.console import note
+from utils.program.console import note, say, shown
 from utils.program.prepare import load_data, take_device
 from utils.program.seeds import generator
 
@@ -173,13 +173,14 @@ def opened(config: EvaluationConfig, given: Collection[str],
         read_by = {name: from_repository(getattr(config, name)) for name in (*READ_BY, "model", "factor", "data_path")}
         made = {name: value for name, value in made.items() if name != "label_kind"}  # the labels are logits by now
         distilled.save_whole(files.given(config.save), dataset, made | read_by)
+        say(config, f"set saved in {shown(config.save)}")
     return dataset, distilled
 
 
 def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSet, str]:
     """The set with the images' classes in the place of soft labels, and by what they are known, in words."""
     classes, known_by = class_indices(distilled, dataset.num_classes)
-    return dataclasses.replace(distilled, labels=classes), f"the class of an image is known by {known_by}"
+    return dataclasses.replace(distilled, labels=classes), f"classes are taken from {known_by}"
 
 
 def told_by_set(given: dict[str, Any]) -> dict[str, Any]:

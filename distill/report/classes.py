@@ -41,7 +41,8 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
     by_class = draw.chart_of("Accuracy by class", draw.bars("Accuracy by class", bars, ""),
                              f"The {WORST} best and the {WORST} worst of {len(names)} classes." if many else "")
     map_ = heat_map("Which class is taken for which", shares, names, "class", "prediction",
-                    _worst(shares, names, "{0} taken for {1}: {2}", "No class is taken for another."))
+                    _worst(shares, names, "Most frequent confusions", "{0} taken for {1}: {2}",
+                           "No class is taken for another."))
     rows = [[f"{number + 1}: {name}" if many else name, f"{100 * share:.1f} %", *_taken_for(row, names, number)]
             for number, (name, share, row) in enumerate(zip(names, own.tolist(), shares))]
     table = draw.folded("Accuracy by class as a table", draw.table(
@@ -55,8 +56,9 @@ def labels(means: Tensor, names: Sequence[str]) -> Markup:
     own = means.diagonal()
     words = (f"A class keeps {100 * float(own.mean()):.0f} % of its own label on average, from "
              f"{100 * float(own.min()):.0f} to {100 * float(own.max()):.0f} %. ")
+    words += _worst(means, names, "Largest shares of another class", "{1} in labels of {0}: {2}", "")
     return draw.charts([heat_map("Mean soft label of each class", means, names, "class of the images",
-                                 "class in the label", words + _worst(means, names, "{1} in labels of {0}: {2}", ""))])
+                                 "class in the label", words)])
 
 
 def heat_map(title: str, shares: Tensor, names: Sequence[str], rows: str, columns: str, words: str) -> Markup:
@@ -88,20 +90,20 @@ def heat_map(title: str, shares: Tensor, names: Sequence[str], rows: str, column
     height = top + side + margin
     marks.append(f'<text x="{margin + side / 2}" y="{height - 5}" text-anchor="middle">{columns}</text><text '
                  f'transform="translate(14 {top + side / 2}) rotate(-90)" text-anchor="middle">{rows}</text>')
-    scale = (f"In %, each row together 100; the strongest colour is {100 * most:.0f} %, and small shares are "
-             "made stronger to be seen."
+    scale = (f"In %; each row adds up to 100. The strongest colour is {100 * most:.0f} %; small shares are drawn "
+             "more strongly, so that they can be seen."
              + ("" if named else " Classes by their numbers."))
     return draw.chart(title, f"{title}: {columns} by {rows}. {words}", width, f"{height:.0f}", Markup("".join(marks)),
                       [], f"{words} {scale}".strip())
 
 
-def _worst(shares: Tensor, names: Sequence[str], form: str, none: str) -> str:
+def _worst(shares: Tensor, names: Sequence[str], lead: str, form: str, none: str) -> str:
     """The largest shares outside the diagonal, in words."""
     others = shares.clone().fill_diagonal_(0)
     values, places = others.flatten().sort(descending=True, stable=True)
     said = [form.format(names[place // len(names)], names[place % len(names)], f"{100 * value:.0f} %")
             for value, place in zip(values[:WORST].tolist(), places[:WORST].tolist()) if value >= 0.005]
-    return f"Most: {'; '.join(said)}." if said else none
+    return f"{lead}: {'; '.join(said)}." if said else none
 
 
 def _taken_for(row: Tensor, names: Sequence[str], own: int) -> list[Any]:

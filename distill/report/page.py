@@ -41,7 +41,7 @@ def page(run: SavedRun) -> str:
             config and f"{config.get('matching')} gradient", run.result.environment.get("date"),
             "" if run.finished else "not finished"]
     sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
-                ("evolution", "On the way", _evolution(run)), ("labels", "Labels", _labels(run)),
+                ("evolution", "Progress", _evolution(run)), ("labels", "Labels", _labels(run)),
                 ("curves", "Curves", _curves(run)), ("classes", "Classes", _classes(run)),
                 ("options", "Options", _options(run)), ("reproduce", "Reproduce", _reproduce(run)),
                 ("machine", "Versions and hardware", _machine(run))]
