@@ -242,7 +242,7 @@ def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
     path.write_bytes(content)
     done = call(DATM, "--cfg", path, expect=2)
     check_refusal(done, *phrases)
-    assert str(path) in done.stderr or "--" in phrases[0]
+    assert str(path) in done.stderr
 
 
 @pytest.mark.parametrize("whose", ["config", "manifest"])

@@ -134,11 +134,16 @@ def test_what_is_none_of_these_is_refused(evaluated, parts, tmp_path):
     none = write(tmp_path / "none", images_zca_best=images, labels_best=classes, images_5=images)
     odd = write(tmp_path / "odd", data_1=[images, 1])
     short = write(tmp_path / "short", data_1=[images, classes[:5]])
+    runs = tmp_path / "runs"
+    for name in ("one", "two"):
+        (runs / name / "Normal").mkdir(parents=True)
+        (runs / name / "Normal" / "distilled.safetensors").touch()
     (sets := tmp_path / "sets").mkdir()
     for name in ("two", "one"):
         (sets / f"{name}.safetensors").touch()
     for given, phrase in (
             ([sets], "is a folder of sets; give one of them: one.safetensors, two.safetensors"),
+            ([runs], "is not the folder of one run; give one of "),
             ([none], "is a folder without a set (Normal/distilled.safetensors, images_best.pt with labels_best.pt"),
             ([none / "images_5.pt"], "--label_dir is missing"),
             ([odd], "holds a int, not a tensor"),

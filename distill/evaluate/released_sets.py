@@ -32,6 +32,7 @@ from distill.result_files import NORMAL
 from distill.set_files import WHOLE, set_files, set_in
 from utils import files
 from utils.data.datasets import Dataset
+from utils.data.disk_layouts import some_of
 from utils.data.names import check_dataset_name
 from utils.errors import UserError
 from utils.networks import check_network_name
@@ -62,7 +63,10 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
         if found[2] or found[0].endswith(".safetensors"):
             _check_alone(data_dir, "images, labels and learning rate", lr_dir=lr_dir)
         data_dir, label_dir, lr_dir = found[0], found[1], found[2] or lr_dir
-    elif data_dir and Path(data_dir).is_dir() and set_in(Path(data_dir)) is None:
+    elif data_dir and Path(data_dir).is_dir():
+        if inside := sorted(map(str, Path(data_dir).glob(f"**/{WHOLE}"))):
+            raise UserError(f"--data_dir {data_dir} is not the folder of one run; give {'one of ' * (len(inside) > 1)}"
+                            f"{some_of(inside)}")
         if sets := sorted(path.name for path in Path(data_dir).glob("*.safetensors")):
             raise UserError(f"--data_dir {data_dir} is a folder of sets; give one of them: {', '.join(sets)}")
         raise UserError(f"--data_dir {data_dir} is a folder without a set ({NORMAL}/{WHOLE}, images_best.pt with "

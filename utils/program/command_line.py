@@ -82,7 +82,13 @@ def config_of(config_type: type[Config], options: dict[str, str],
         if is_path(name, options.get(name), config_type):
             options[name] = os.path.abspath(os.path.expanduser(options[name]))
     others = known(options) if known else {}
-    return make(config_type, **root_values | others | options), [*from_yaml | options]
+    try:
+        return make(config_type, **root_values | others | options), [*from_yaml | options]
+    except UserError as error:
+        name = str(error).split()[0].removeprefix("--")
+        if name in from_yaml and name not in options:
+            raise UserError(f"--cfg {path}: {error}") from error
+        raise
 
 
 def read_yaml(path: str, config_type: type) -> dict[str, Any]:

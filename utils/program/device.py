@@ -1,13 +1,13 @@
 """Which device a run takes, and the device in words."""
 
 import functools
+import sys
 import warnings
 
 import torch
 
 from utils.errors import UserError, number_of
 from utils.program import ranks
-from utils.program.console import note
 
 
 def gpu_count() -> int:
@@ -23,7 +23,7 @@ def gpu_count() -> int:
 
 @functools.cache
 def _say_unusable(present: int, why: str) -> None:
-    note(f"note: torch cannot use the {number_of(present, 'GPU')} of this machine: {why}")
+    print(f"note: torch cannot use the {number_of(present, 'GPU')} of this machine: {why}", file=sys.stderr)
 
 
 def listed_gpus(device: str | list[int]) -> list[int]:
@@ -45,7 +45,7 @@ def select_device(device: str | list[int]) -> torch.device:
         present = listed_gpus(device)
         chosen = torch.device("cuda", present[0]) if present else torch.device("cuda:0" if gpus else "cpu")
         if device != [0] and not present:
-            note(f"note: no GPU {device} here; using {chosen}")
+            print(f"note: no GPU {device} here; using {chosen}", file=sys.stderr)
         return chosen
     if device == "auto":
         return torch.device("cuda:0" if gpus else "cpu")
