@@ -577,5 +577,5 @@ def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_
         assert "is above --threshold 1e-09" in said and "in this order: a larger --threshold; --lr_teacher auto" in said
         assert float(said.split("the matching loss (")[1].split(")")[0]) > 1e-9
     done = call(DATM, *arguments, "--lr_teacher=auto", "--run_name=auto")
-    assert "--lr_teacher auto" not in done.stderr
+    assert "; --lr_teacher auto" not in done.stderr
     assert done.stderr.count("a smaller --lr_teacher than the one that auto measured") == 2

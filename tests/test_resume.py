@@ -317,7 +317,7 @@ def test_a_run_starts_from_a_saved_set(distil_to):
     _, folder = distil_to("log")
     start = f"--pix_init={folder}/Normal/distilled.safetensors"
     done, again = distil_to("again", start, "--Iteration=0", "--lr_teacher=0.2")
-    assert re.search(r"rate starts at 0\.\d+, that of the set of --pix_init, and not at --lr_teacher 0\.2", done.stdout)
+    assert re.search(r"rate starts at 0\.\d+, that of the set of --pix_init, and not at --lr_teacher 0\.2", done.stderr)
     for name, tensor in load_file(folder / "Normal/distilled.safetensors").items():
         assert torch.equal(load_file(again / "Normal/distilled.safetensors")[name], tensor)
     assert "image of a saved set that it started from" in (again / "report.html").read_text()

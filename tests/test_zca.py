@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_written_warns_once(images, tmp_path, monkeypatc
     monkeypatch.setenv("DATM_CACHE", str(tmp_path / "file" / "cache"))  # below a file: not even root can write there
     assert zca.fit(images, "a").mean.shape == (1, 90)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("warning:") and "DATM_CACHE" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("note:") and "DATM_CACHE" in lines[0]
 
 
 def test_cache_folder(monkeypatch, tmp_path):
