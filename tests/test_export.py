@@ -280,7 +280,6 @@ def test_the_folder_of_a_run_is_its_set_and_one_above_is_answered_by_it(call, ma
     call(EXPORT, made, f"--png={tmp_path / 'png'}")
     assert len(list((tmp_path / "png").rglob("*.png"))) == 6
     whole = made / "Normal" / "distilled.safetensors"
-    for command, problem in (
-            ([EXPORT, made.parent, "--png=x"], "a file"),
-            ([EVALUATION, "--dataset=ImageFolder", f"--data_dir={made.parent}", "--label_dir=x"], "the folder of one run")):
+    evaluation = [EVALUATION, "--dataset=ImageFolder", f"--data_dir={made.parent}", "--label_dir=x"]
+    for command, problem in (([EXPORT, made.parent, "--png=x"], "a file"), (evaluation, "the folder of one run")):
         assert f"{made.parent} is not {problem}; give {whole}" in call(*command, expect=2).stderr
