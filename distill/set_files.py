@@ -8,9 +8,9 @@ from utils import files
 WHOLE = "distilled.safetensors"  # the self-describing file
 
 
-def set_in(folder: Path) -> Path | None:
-    """The distilled set in a run's folder, which may be what was meant by the folder."""
-    return next(iter(sorted(folder.glob(f"**/{WHOLE}"))), None) if folder.is_dir() else None
+def sets_in(folder: Path) -> list[Path]:
+    """The distilled sets of the runs in a folder, one of which may be what was meant by the folder."""
+    return sorted(folder.glob(f"**/{WHOLE}")) if folder.is_dir() else []
 
 
 def whole_set(path: Path) -> Path:
@@ -38,5 +38,5 @@ def check_whole(path: Path) -> None:
     Raises:
         UserError
     """
-    files.check_is_file(path, "distilled set", set_in(path) or f"the path of a {WHOLE}")
+    files.check_is_file(path, "distilled set", next(iter(sets_in(path)), f"the path of a {WHOLE}"))
     files.check_kind(path, "distilled set", "safetensors", f"give the path of a {WHOLE}")

@@ -29,7 +29,7 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet, are_probabilities
 from distill.evaluate.option_checks import IMAGES, check_given
 from distill.result_files import NORMAL
-from distill.set_files import WHOLE, set_files, set_in
+from distill.set_files import WHOLE, set_files, sets_in
 from utils import files
 from utils.data.datasets import Dataset
 from utils.data.disk_layouts import some_of
@@ -64,9 +64,9 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
             _check_alone(data_dir, "images, labels and learning rate", lr_dir=lr_dir)
         data_dir, label_dir, lr_dir = found[0], found[1], found[2] or lr_dir
     elif data_dir and Path(data_dir).is_dir():
-        if inside := sorted(map(str, Path(data_dir).glob(f"**/{WHOLE}"))):
+        if inside := sets_in(Path(data_dir)):
             raise UserError(f"--data_dir {data_dir} is not the folder of one run; give {'one of ' * (len(inside) > 1)}"
-                            f"{some_of(inside)}")
+                            f"{some_of([str(path) for path in inside])}")
         if sets := sorted(path.name for path in Path(data_dir).glob("*.safetensors")):
             raise UserError(f"--data_dir {data_dir} is a folder of sets; give one of them: {', '.join(sets)}")
         raise UserError(f"--data_dir {data_dir} is a folder without a set ({NORMAL}/{WHOLE}, images_best.pt with "
@@ -190,7 +190,7 @@ _NUMBERS += [np.dtype, type(np.dtype(np.float64))]
 def _read(path: str, option: str, usual_name: str) -> Any:
     check_given(path, option, usual_name)
     with torch.serialization.safe_globals(_NUMBERS):
-        return files.load(path, what=f"{option} file", instead=set_in(Path(path)) or usual_name)
+        return files.load(path, what=f"{option} file", instead=next(iter(sets_in(Path(path))), usual_name))
 
 
 def _condensed(sets: Any, path: str) -> tuple[Any, Any]:
