@@ -278,6 +278,7 @@ def test_the_pages_have_the_numbers_of_the_results():
         "the same with experts' labels": "random_factor2_labels_{}", "TESLA's gradient": "ipc{}_tesla",
         "exact gradient (DATM)": "ipc{}",
         "exact gradient, T 80, distilled by ConvNetW32 on a CPU": "../../sets/FashionMNIST_ipc{}_T80",
+        "exact gradient, that set at 10 per class taken further at T 80": "../../sets/FashionMNIST_ipc{}_T80",
         "exact gradient, four images in one (`--factor 2`)": "ipc{}_factor2",
         "the whole training set, 30 epochs, two networks": "whole"}
     section = (REPOSITORY / "results/README.md").read_text()
