@@ -74,15 +74,15 @@ EOF
 }
 
 # A real GPU must not be done before it is killed, and the stand-in must be done in its time.
-model=ConvNetW8 epochs=3 iterations=80 few=5 killed="0 137"
-if [ "$gpu" = 1 ]; then model=ConvNetW32 epochs=150 iterations=300 few=20 killed=137; fi
+model=ConvNetW8 epochs=3 iterations=80 few=5 networks=2 killed="0 137"
+if [ "$gpu" = 1 ]; then model=ConvNetW32 epochs=150 iterations=300 few=20 networks=40 killed=137; fi
 data="--dataset=MiniFashion --model=$model"
 run="$out/logged_files/MiniFashion/1/$model/run"
 experts=("$python" buffer/buffer_FTD.py $data --num_experts=1 "--train_epochs=$epochs" --batch_train=256 --rho_max=0.01
          --rho_min=0.01 "--buffer_path=$out/buffers")
 distil=("$python" distill/DATM.py --cfg=configs/MiniFashion/ConvIN/IPC1.yaml $data --zca=False --max_start_epoch=1
         --num_eval=1 --epoch_eval_train=50 --threshold=10 "--buffer_path=$out/buffers" "--log_path=$out/logged_files")
-evaluate=("$python" distill/evaluation.py "--data_dir=$run" --num_eval=2 --epoch_eval_train=300
+evaluate=("$python" distill/evaluation.py "--data_dir=$run" "--num_eval=$networks" --epoch_eval_train=300
           "--json=$out/evaluation.json")
 rm -rf "$out/buffers" "$out/two_ranks" "$out/logged_files"
 
@@ -101,7 +101,7 @@ part distillation 0 120 "${distil[@]}" --run_name=run "--Iteration=$iterations"
 part tesla 0 90 "${distil[@]}" --run_name=tesla --matching=tesla "--Iteration=$few" $compiled
 part unroll 0 90 "${distil[@]}" --run_name=unroll --matching=unroll "--Iteration=$few"
 part evaluation_killed "$killed" 45 timeout -s KILL 10 "${evaluate[@]}"
-part evaluation 0 45 "${evaluate[@]}"
+part evaluation 0 60 "${evaluate[@]}"
 part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${experts[@]:1}" \
     --num_experts=2 "--buffer_path=$out/two_ranks"  # which share the GPU
 # Last, as they take longest; by several processes where pytest-xdist is there.
