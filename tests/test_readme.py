@@ -117,7 +117,7 @@ def test_shell_scripts_explain_themselves_and_begin_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name, samples", [("ipc1", 10), ("ipc1_T80", 10), ("ipc1_factor2", 40), ("ipc10", 100),
-                                           ("ipc10_T80", 100), ("ipc50", 500)])
+                                           ("ipc10_T80", 100), ("ipc50", 500), ("ipc50_T80", 500)])
 def test_the_ready_sets_are_those_that_their_page_tells_of(name, samples):
     path = REPOSITORY / f"results/sets/FashionMNIST_{name}.safetensors"
     page = path.with_name("README.md").read_text()
