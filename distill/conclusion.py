@@ -110,7 +110,7 @@ def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[st
 
 
 def show_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet | None,
-            best: dict[str, Candidate], frames: Frames) -> None:
+                  best: dict[str, Candidate], frames: Frames) -> None:
     """Makes what shows a finished run and is not there.
 
     Args:

@@ -37,6 +37,7 @@ def _square(counts: list[list[int]]) -> list[list[int]]:
 
 Counts = Annotated[list[list[Annotated[int, Field(ge=0)]]], Field(min_length=1), AfterValidator(_square)]
 
+
 @dataclass(frozen=True)
 class Score:
     """Test accuracies of the networks of one kind, each trained from its own initialisation."""

@@ -507,14 +507,14 @@ def write_tables(plan: Plan, results: Results) -> None:
         networks = results.networks(rows)
         many = len(networks) > 1
         listed = [("row", "set", *(networks if many else ["accuracy, %"]), "networks", "distillation + test",
-                           "command")]
+                   "command")]
         for row in rows:
             cells = [results.cell(row, network) for network in (networks if many else [None])]
             count = next((cell.count for cell in cells if cell), "–")
             # On other networks, of a set that another row has made, the evaluation is what tells the rows apart.
             step = row.made_by[0] if row.made_by and networks in ([], [form.model]) else row.evaluations[0]
             listed.append((row.name, row.says, *(str(cell or "–") for cell in cells), count, results.took(row),
-                                   f"`{step}`"))
+                           f"`{step}`"))
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(listed)]
     lines += ["", "## Experts", "",
               "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "

@@ -197,7 +197,7 @@ def test_a_run_leaves_the_published_files(distilled):
     tags = {path.name.removeprefix("lr_").removesuffix(".pt") for path in (folder / "Normal").glob("lr_*.pt")}
     assert {"best", "4"} <= tags <= {"best", "0", "2", "4"}
     assert names(folder / "Normal") == ["distilled.safetensors", *sorted(f"{kind}_{tag}.pt" for kind in kinds
-                                                                        for tag in tags)]
+                                                                         for tag in tags)]
     for tag in tags:
         for kind, shape in kinds.items():
             tensor = load(folder / "Normal" / f"{kind}_{tag}.pt")

@@ -63,7 +63,6 @@ WITHOUT_EFFECT = {
     EvaluationConfig: {"batch_real"}}
 
 
-
 def names(config_type):
     return [field.name for field in dataclasses.fields(config_type)]
 

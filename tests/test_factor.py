@@ -138,7 +138,7 @@ def test_a_set_knows_its_factor_and_its_three_files_are_told(call, toy, toy_expe
     for name, path in copies.items():
         path.write_bytes(files[name].read_bytes())
     three = [f"--{option}_dir={copies[kind]}" for option, kind in (("data", "images"), ("label", "labels"),
-                                                                        ("lr", "lr"))]
+                                                                   ("lr", "lr"))]
     results = []
     for name, options in {"run": [f"--data_dir={made}"], "three": [*three, "--factor=2"]}.items():
         done = call(EVALUATION, *toy.evaluate, *options, f"--json={tmp_path / name}.json",

@@ -14,7 +14,7 @@ from utils.program import interrupt
 
 
 def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_experts, environment, tmp_path,
-                                                            monkeypatch, capsys):
+                                                             monkeypatch, capsys):
     saved, report, plot = (tmp_path / name for name in ("set.safetensors", "gradients.json", "gradients.png"))
     DistilledSet(toy_data.train_images[:6], torch.eye(3).repeat_interleave(2, 0), torch.tensor(0.1)).save_whole(
         saved, toy_data, {})

@@ -119,7 +119,6 @@ def test_experts_that_diverged_are_named(call, folder, tmp_path):
     assert "NaN" not in (tmp_path / "out.json").read_text()
 
 
-
 @pytest.mark.parametrize("change, phrases", [
     (lambda folder: (folder / "replay_buffer_1.pt").write_bytes(b"PK"), ["replay_buffer_1.pt", "not a torch file"]),
     (lambda folder: torch.save([[torch.zeros(3)]], folder / "replay_buffer_1.pt"), ["is not a list of snapshots"]),

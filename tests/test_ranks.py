@@ -231,7 +231,7 @@ def test_a_command_starts_its_own_ranks(torchrun, toy, toy_experts, tmp_path):
     torchrun(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert bytes_in(tmp_path) == bytes_in(toy_experts)
     _, err = torchrun(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--rho_max=1", f"--buffer_path={tmp_path}",
-                   expect=2)
+                      expect=2)
     assert err.count("buffer_FTD.py: error: --rho_max 1 --rho_min 0.01") == 1 and "Traceback" not in err
 
 
@@ -271,7 +271,7 @@ def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):
     for number in (0, 2):
         folder = tmp_path / str(number)
         _, err = torchrun(number, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, "--save_interval=5",
-                       f"--buffer_path={folder}", expect=2)
+                          f"--buffer_path={folder}", expect=2)
         assert "expert 2 diverged" in err and not list(folder.rglob("unfinished"))
         (path,) = folder.rglob("replay_buffer_*.pt")
         assert len(torch.load(path)) == 2

@@ -42,6 +42,7 @@ SMALLEST = 10  # samples at a time, below which a GPU has no work
 GPUS = {  # name → GB, TF32 TFLOP/s, GB/s
     "8 GB (RTX 3070)": (8, 20.3, 448), "24 GB (RTX 3090)": (24, 35.6, 936), "80 GB (A100)": (80, 156, 2039)}
 
+
 class Costs(NamedTuple):
     """Of one image: forward operations, bytes of activations; of the network: bytes of θ."""
 

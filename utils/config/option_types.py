@@ -83,6 +83,7 @@ Rate = Annotated[float, Field(ge=0, le=3e38, allow_inf_nan=False)]
 RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
+
 def _sides(value: Any) -> Any:
     """`32x48` as it is kept; of a square one side."""
     if not isinstance(value, str) or not re.search("[x×]", value, re.IGNORECASE):

@@ -180,7 +180,7 @@ class DistillConfig(TrainConfig):
     max_start_epoch: Count = option(METHOD, 25, "end of the difficulty window, exclusive")
     Sequential_Generation: bool = option(METHOD, True, "let the window's end grow")
     current_max_start_epoch: Count = option(METHOD, 20, "end of the window at iteration 0",
-                                             effect="Sequential_Generation")
+                                            effect="Sequential_Generation")
     expansion_end_epoch: Count = option(METHOD, 3000, "iteration at which the window has its full size",
                                         effect="Sequential_Generation")
     threshold: Annotated[float, Field(ge=0)] = option(METHOD, 1.0, "skip an update whose matching loss exceeds this; "

@@ -30,8 +30,10 @@ class Convolution(Protocol):
 
     def forward(self, v: Tensor, u: Tensor) -> Tensor:
         """V · U"""
+
     def backward(self, d: Tensor, u: Tensor) -> Tensor:
         """D · Uᵀ"""
+
     def weight(self, v: Tensor, d: Tensor) -> Tensor:
         """Vᵀ · D"""
 

@@ -58,6 +58,7 @@ class Engine(Protocol):
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
                  ) -> tuple[Tensor, Tensor, Tensor]: ...
+
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint: ...
 
 

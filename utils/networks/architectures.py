@@ -38,6 +38,7 @@ POOLINGS: dict[str, Callable[[], nn.Module | None]] = {
     "average": partial(nn.AvgPool2d, 2),
 }
 
+
 class ConvNet(nn.Module):
     """`depth` blocks of [3×3 convolution, norm, activation, 2×2 pooling] and a linear layer; [B, C, H, W] → [B, K].
 
@@ -240,6 +241,7 @@ _MAKERS: dict[str, Callable[..., nn.Module]] = {
     "ResNet18BN_AP": partial(ResNet18, norm="batch", pool=True),
 }
 assert tuple(_MAKERS) == CLASSICS
+
 
 def build_network(name: str, channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     """A freshly initialised network that maps images [B, channels, *image_size] to logits [B, num_classes].

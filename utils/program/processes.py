@@ -71,6 +71,7 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
                                     ) from error
                 raise
 
+
 _function: Callable = None
 
 _ticks: Sequence[int] = None
