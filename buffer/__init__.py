@@ -1,1 +1,1 @@
-"""Experts: training, and the files of their trajectories."""
+"""Experts: their training, and the files of their trajectories."""

@@ -24,7 +24,7 @@ def main() -> None:
     config = parse(BufferConfig, __doc__)
     check_options(config)
 
-    from buffer.expert_run import train_buffer  # and torch, which takes seconds
+    from buffer.expert_run import train_buffer  # imports torch, which takes seconds
 
     train_buffer(config)
 

@@ -1,7 +1,7 @@
 """PAD's expert curriculum: which training images an epoch uses, from easy to hard (Li et al., PAD, section 3.2).
 
-How hard an image is, is measured by GraNd (Paul et al., NeurIPS 2021): the norm of the loss gradient for that image
-alone, early in training, averaged over networks; so does PAD's code, where its paper says EL2N.
+An image's difficulty is measured by GraNd (Paul et al., NeurIPS 2021): the norm of the loss gradient for that image
+alone, early in training, averaged over networks. PAD's code uses GraNd too, although its paper says EL2N.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from utils.program.prepare import network_for
 from utils.program.progress import Progress
 from utils.program.seeds import generator, seeded
 
-NETWORKS = 10  # over which GraNd is averaged
-EPOCHS = 5  # of plain SGD before it is measured
-MEASURED = 64  # images whose gradients are held at a time, P numbers each
+NETWORKS = 10  # number of networks over which GraNd is averaged
+EPOCHS = 5  # epochs of plain SGD before GraNd is measured
+MEASURED = 64  # images whose gradients, of P numbers each, are held at a time
 
 
 def epoch_share(epoch: int, config: BufferConfig) -> tuple[float, float]:
-    """(first, last) share of a class's images, sorted from easy to hard, that an epoch uses; epochs count from 0.
+    """The share (first, last) of a class's images, sorted from easy to hard, that an epoch uses; epochs count from 0.
 
-    The easiest `init_ratio` at first, growing linearly to all at `add_end_epoch`; from `rm_epoch_first` without the
-    easiest `rm_easy_ratio_first`, from `rm_epoch_second` without the easiest `rm_easy_ratio_second`.
+    Starts with the easiest `init_ratio` and grows linearly to all images at `add_end_epoch`. From `rm_epoch_first` the
+    easiest `rm_easy_ratio_first` are left out, from `rm_epoch_second` the easiest `rm_easy_ratio_second`.
     """
     if epoch < config.add_end_epoch:
         return 0.0, config.init_ratio + (1 - config.init_ratio) * epoch / config.add_end_epoch
@@ -42,7 +42,7 @@ def epoch_share(epoch: int, config: BufferConfig) -> tuple[float, float]:
 
 
 class Curriculum:
-    """The images of each epoch; `indices(epoch)` → [n], class by class.
+    """The images of each epoch; `indices(epoch)` → [n], ordered by class.
 
     Args:
         scores: GraNd of every training image [N]; larger is harder.
@@ -60,10 +60,10 @@ class Curriculum:
 
 
 def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -> Tensor:
-    """GraNd of every training image [N] on the CPU, computed once per dataset, network, way of training and seed.
+    """GraNd of every training image [N] on the CPU, cached per dataset, network, training settings and seed.
 
     Raises:
-        UserError: a network with batch norm, whose loss for one image is not that image's alone.
+        UserError: the network has batch norm, with which an image's loss depends on the rest of the batch.
     """
     if has_batch_norm(network_for(config.model, dataset)):
         raise UserError(f"--pad with --model {config.model}: GraNd needs each image's own gradient, which batch norm "
@@ -71,7 +71,7 @@ def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -
     key = (dataset.fingerprint, config.zca, config.model, config.lr_teacher, config.batch_train, config.seed, NETWORKS,
            EPOCHS)
     path = cache_folder() / f"grand_{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.pt"
-    with contextlib.suppress(UserError):  # a damaged one, or none, is made again
+    with contextlib.suppress(UserError):  # a missing or damaged file is made again
         kept = load(path, "GraNd cache file")
         if isinstance(kept, Tensor) and kept.shape == dataset.train_labels.shape and kept.isfinite().all():
             return kept

@@ -1,7 +1,7 @@
-"""Many experts on one page: load · begin or go on · train what is missing · write.
+"""A run that trains experts: load the data, start or resume, train what is missing, write the files.
 
-Experts are kept in `unfinished/`, epoch by epoch, until they are written, `save_interval` to a file. Several ranks
-train different experts: whoever holds the lock of an expert's number trains it, and the first rank writes the files.
+Experts are kept in `unfinished/`, epoch by epoch, until they are written, `save_interval` to a file. Ranks train
+different experts: the rank that holds the lock of an expert's number trains it, and the first rank writes the files.
 """
 
 import json
@@ -38,20 +38,20 @@ from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
 from utils.program.run_folder import kept_to_this_run
 
-AT_CHANCE = 1.2  # times the accuracy of guessing, up to which an expert counts as one that did not learn
+AT_CHANCE = 1.2  # times the accuracy of guessing; an expert not above this did not learn
 MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
 
 
 def train_buffer(config: BufferConfig) -> None:
-    """Trains `num_experts` experts and writes them: all of `buffer/buffer_FTD.py` but for `option_checks`.
+    """Trains `num_experts` experts and writes them: all of `buffer/buffer_FTD.py` except `option_checks`.
 
     Raises:
-        UserError: whatever in the config or the data does not fit together.
+        UserError: the config, the data and the folder do not fit together.
     """
-    # Load the data, and build the network, which may be refused, before anything is written.
+    # Load the data and build the network before anything is written, as either may be refused.
     folder = buffer_folder(config)
     device, dataset = begin(config)
-    dataset = dataset.to(device)  # the training images too, of which an epoch takes all
+    dataset = dataset.to(device)  # the training images too, as an epoch uses all of them
     check_same_images(folder, dataset)
     network = network_for(config.model, dataset).to(device)
     of_one = work_of(config, dataset)
@@ -59,13 +59,13 @@ def train_buffer(config: BufferConfig) -> None:
                    threads_before(folder, config))
     model = flat_model(config, network, of_one, config.micro_batch)
 
-    # Take the folder; begin, or go on with what is unfinished there.
+    # Lock the folder; start, or resume the unfinished run there.
     with kept_to_this_run(folder, "give another --buffer_path"):
         run = ranks.first_rank_first(lambda: ExpertRun(config, dataset, folder, model))
         run.announce(device)
         _note_whitening(config, dataset)
 
-        # Order the images from easy to hard, if epochs are to use some of them only.
+        # Order the images from easy to hard, if epochs use only some of them.
         curriculum = None
         if config.pad:
             curriculum = ranks.first_rank_first(
@@ -84,17 +84,17 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
     """Trains the experts that are missing and writes the files.
 
     Raises:
-        DivergedError: those experts before it are written.
-        UserError: several in a row did not learn, or a file cannot be written.
+        DivergedError: an expert diverged; those before it are written.
+        UserError: several experts in a row did not learn, or a file cannot be written.
         Stopped: a signal came; what was finished is saved.
     """
     with ExpertView(run) as view:
         for number in range(run.written, run.end_number):
-            # An expert that diverged ends the run, whichever rank's it was.
+            # An expert that diverged on any rank ends the run.
             if run.diverged.exists():
                 break
 
-            # Train this one, unless another rank does, or has meanwhile.
+            # Train this one, unless another rank is training it or has done so meanwhile.
             try:
                 with locked(run.unfinished / f"lock_{number}", advice="which nobody reads"):
                     if run.is_missing(number):
@@ -104,24 +104,24 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
             except DivergedError as error:
                 files.write_json(run.diverged, str(error))
 
-            # Write the files that are complete with it.
+            # Write the files that are now complete.
             if ranks.first():
                 run.write_complete()
 
-        # Once all ranks are here: write what is left, and clear up.
+        # Once all ranks are done, write what is left and clean up.
         ranks.barrier()
         diverged = json.loads(run.diverged.read_text()) if run.diverged.exists() else None
-        ranks.barrier()  # all have read it before the first one clears up
+        ranks.barrier()  # all have read the file before the first rank removes it
         if ranks.first():
-            view.reach(run.epochs_done)  # of all ranks
+            view.reach(run.epochs_done)  # those of all ranks
             run.write_complete(partly=diverged is not None)
             run.clear(partly=diverged is not None)
-        if diverged:  # it would again, so there was nothing to go on from
+        if diverged:  # raised after the clean-up, as resuming this expert would diverge again
             raise DivergedError(diverged)
 
 
 def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view: "ExpertView") -> None:
-    """Trains one expert, from its first epoch or from where it was saved."""
+    """Trains one expert, from its first epoch or from its last saved one."""
     view.begin(number)
     train_expert(run.config, run.dataset, number, saved=run.saved(number), report=view.after_epoch,
                  curriculum=curriculum, progress=view.after_batch)
@@ -129,7 +129,7 @@ def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view
 
 
 def threads_before(folder: Path, config: BufferConfig) -> int | None:
-    """With how many threads the folder's unfinished run began, if it goes on; one of an earlier version had all."""
+    """Thread count of the unfinished run that this one resumes, if any; one of an earlier version used all threads."""
     path = run_file(folder)
     return (files.read_config(path).get("threads", torch.get_num_threads())
             if config.resume == "auto" and path.exists() else None)
@@ -139,37 +139,37 @@ class ExpertRun:
     """The experts of one command.
 
     `unfinished/run.yaml` holds the run's options and the number of its first expert, `unfinished/expert_{n}/` the
-    epochs of expert n. A run that was stopped or killed goes on from there.
+    epochs of expert n. A run that was stopped or killed resumes from there.
 
     Raises:
-        UserError: the folder holds an unfinished run of other options, or there is no room for the experts.
+        UserError: the folder holds experts or an unfinished run of other options or images, or there is no room.
     """
 
     def __init__(self, config: BufferConfig, dataset: Dataset, folder: Path, model: FlatModel):
         self.config, self.dataset, self.folder, self.model = config, dataset, folder, model
-        # Once more, now that nobody else can write: the data took a while to load.
+        # Checked again now that the folder is locked, as it may have changed while the data was loaded.
         check_same_kind(folder, config)
         check_same_images(folder, dataset)
         self.run_file = run_file(folder)
         self.unfinished = self.run_file.parent
-        self.diverged = self.unfinished / "diverged.json"  # where a rank leaves word that one of its experts diverged
+        self.diverged = self.unfinished / "diverged.json"  # tells all ranks that an expert diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
-        self.written = self._judged = trajectories.count_experts(folder)  # those before are in files, and judged
+        self.written = self._judged = trajectories.count_experts(folder)  # earlier ones are in files, and judged
         self._at_chance = 0
-        # A run after a finished one goes on counting, so that it trains other experts.
+        # A run after a finished one continues the numbers, so that it trains other experts.
         self.first_number = self.written
         self.resumes = self.run_file.exists() and config.resume == "auto"
         if self.resumes:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
             before = files.read_config(self.run_file)
             self.first_number = before.get("first_expert", self.written)
-            self.last_threads = before.get("threads")  # one of an earlier version does not say
+            self.last_threads = before.get("threads")  # earlier versions did not save it
         interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
 
     def _begun(self) -> list[int]:
-        """The numbers of the experts that have epochs here and are not in a file."""
+        """The numbers of the experts that have saved epochs and are not in a file yet."""
         numbers = (path.name.removeprefix("expert_") for path in self.unfinished.glob("expert_*"))
         return sorted(int(number) for number in numbers if number.isdecimal() and int(number) >= self.written)
 
@@ -184,11 +184,11 @@ class ExpertRun:
             shutil.rmtree(self.unfinished, ignore_errors=True)
         files.save_config(self.run_file, self.options | {
             "first_expert": self.first_number, "threads": torch.get_num_threads()})
-        for number in range(self.written):  # what a kill after a file was written left
+        for number in range(self.written):  # left by a kill just after a file was written
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
 
     def announce(self, device: torch.device) -> None:
-        """The first lines."""
+        """Prints the first lines."""
         config, images = self.config, len(self.dataset.train_labels)
         announce(config, device, describe_engine(self.model.engine, min(config.batch_train, images)),
                  f"{in_words(config.num_experts, config.train_epochs)}: {config.model} on "
@@ -209,13 +209,13 @@ class ExpertRun:
 
     @property
     def trained(self) -> int:
-        """How many of the run's experts are, in files or not."""
+        """The number of the run's experts that are trained, whether in a file yet or not."""
         return sum(number < self.written or self._is_trained(number)
                    for number in range(self.first_number, self.end_number))
 
     @property
     def epochs_done(self) -> int:
-        """Of all the run's experts."""
+        """The number of epochs done, over all the run's experts."""
         return sum(self.config.train_epochs if number < self.written else self.saved(number).done
                    for number in range(self.first_number, self.end_number))
 
@@ -226,18 +226,18 @@ class ExpertRun:
         return len(self.saved(number)) > self.config.train_epochs
 
     def is_missing(self, number: int) -> bool:
-        """Whether the expert is neither trained nor in a file, by whichever rank."""
-        # In this order, for its epochs are removed only once they are in a file.
+        """Whether the expert is neither trained nor in a file, counting the work of all ranks."""
+        # In this order, as its epochs are removed only once they are in a file.
         return not self._is_trained(number) and number >= trajectories.count_experts(self.folder)
 
     def write_complete(self, partly: bool = False) -> None:
-        """Judges the experts that are trained, and writes the files that are complete with them.
+        """Judges the trained experts in order, and writes the files that are complete.
 
         Args:
-            partly: write a last file of fewer, too.
+            partly: also write a last file of fewer experts.
 
         Raises:
-            UserError: several in a row did not learn.
+            UserError: several experts in a row did not learn, or a file cannot be written.
         """
         while self._judged < self.end_number and self._is_trained(self._judged):
             self._judge(self._judged, self.saved(self._judged)[self.config.train_epochs]["reached"]["train_accuracy"])
@@ -245,18 +245,21 @@ class ExpertRun:
         while self.written < self._judged:
             number = min(self.config.save_interval, (self._judged if partly else self.end_number) - self.written)
             if self.written + number > self._judged or not all(
-                    map(self._is_trained, range(self.written, self.written + number))):  # somebody removed epochs
+                    map(self._is_trained, range(self.written, self.written + number))):  # their epochs were removed
                 return
             self._write(number)
 
     def _judge(self, number: int, learned: float) -> None:
-        """Says so if an expert did not learn.
+        """Prints a note if an expert did not learn.
+
+        Args:
+            learned: its accuracy on the training images.
 
         Raises:
-            UserError: nor did those before it.
+            UserError: the `MOST_AT_CHANCE`-th expert in a row did not learn.
         """
         chance = 1 / self.dataset.num_classes
-        if learned > AT_CHANCE * chance or learned == 1:  # of one class there is nothing more to learn
+        if learned > AT_CHANCE * chance or learned == 1:  # with one class, guessing is always right
             self._at_chance = 0
             return
         self._at_chance += 1
@@ -268,7 +271,7 @@ class ExpertRun:
                             "--train_epochs, with --resume never")
 
     def _write(self, count: int) -> None:
-        """Writes a file of the next so many experts."""
+        """Writes a file of the next `count` experts."""
         numbers = range(self.written, self.written + count)
         experts = [trajectories.as_expert(self.model, self.saved(number).snapshots()) for number in numbers]
         epochs = [{"expert": number, **epoch} for number in numbers for epoch in self.saved(number).reached()]
@@ -279,29 +282,29 @@ class ExpertRun:
             shutil.rmtree(self.saved(number).folder)
 
     def clear(self, partly: bool = False) -> None:
-        """Removes what was kept for going on.
+        """Removes what was kept for resuming.
 
         Args:
-            partly: an expert diverged, so that those after it will never be there.
+            partly: an expert diverged, so those after it are not written.
 
         Raises:
-            UserError: an expert is in no file.
+            UserError: an expert is missing from the files, as its epochs were removed.
         """
         self.diverged.unlink(missing_ok=True)
         if any(map(self._is_trained, self._begun())) and partly:
-            return  # those after the one that diverged are kept, for who finds another way to train it
+            return  # experts after the diverged one are kept, in case it can be trained otherwise
         if self.written < self.end_number and not partly:
             missing = [number for number in range(self.written, self.end_number) if not self._is_trained(number)]
             raise UserError(f"epochs of {', '.join(f'expert {number}' for number in missing)} are gone from "
                             f"{self.unfinished}, so that experts from {self.written} on are not written yet; the same "
                             "command trains what is missing")
-        # The run file first: without it nothing here counts.
+        # The run file first: without it the rest is ignored.
         self.run_file.unlink(missing_ok=True)
         files.remove(self.unfinished)
 
 
 class ExpertView(Progress):
-    """What an expert run shows while it trains."""
+    """The progress bar of an expert run."""
 
     def __init__(self, run: ExpertRun):
         config = run.config
@@ -312,15 +315,15 @@ class ExpertView(Progress):
                          device=run.dataset.device)
 
     def begin(self, number: int) -> None:
-        """An expert is begun, or gone on with."""
+        """Starts or resumes an expert."""
         self._before, self._begun = self._run.epochs_done, self._run.saved(number).done
-        # Ranks that train, each as fast as this one.
+        # The number of ranks that train; each is assumed to be as fast as this one.
         self._together = min(ranks.size(), self._run.config.num_experts - self._run.trained)
         self.set_description(f"expert {number}", refresh=False)
-        self.show()  # the last expert's numbers are not this one's
+        self.show()  # clears the previous expert's numbers
 
     def after_batch(self, done: float) -> None:
-        """So many of the expert's epochs are done, in parts of one."""
+        """Records that `done` of the expert's epochs, as a fraction, are done."""
         self.count = f"epoch {min(int(done) + 1, self._epochs)}/{self._epochs}"
         self.reach(min(self.total, self._before + self._together * (done - self._begun)))
 
@@ -333,11 +336,11 @@ class ExpertView(Progress):
 
 
 def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int, unfinished: Path) -> None:
-    """Refuses a run whose files cannot fit the disk, or whose experts of one file cannot fit the memory.
+    """Refuses a run whose files do not fit on the disk, or whose experts of one file do not fit in memory.
 
     Args:
-        left: how many experts are to be written yet.
-        unfinished: holds what is there of them already.
+        left: the number of experts still to be written.
+        unfinished: the folder with their epochs saved so far.
 
     Raises:
         UserError
@@ -345,7 +348,7 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
     expert = 4 * model.num_parameters * (config.train_epochs + 1)
     at_once = min(config.save_interval, left)
     disk, memory = shutil.disk_usage(folder).free, available()
-    # The epochs of a file's experts, with their momenta, lie beside it until it is written.
+    # The epochs of a file's experts, with their momenta, stay on the disk until the file is written.
     there = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     needed = expert * (left + at_once * (2 if config.mom else 1)) - there
     if needed > disk:
@@ -358,7 +361,7 @@ def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int,
 
 
 def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
-    """Whitening divides by the spread of the training images, which of few images is none in most directions."""
+    """Prints a note on whitening with few images: it divides by their spread, which is zero in most directions."""
     count, values = len(dataset.train_images), dataset.test_images[0].numel()
     if config.zca and count < values and ranks.first():
         note(f"note: --zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies what "
@@ -366,7 +369,7 @@ def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
 
 
 def _say_where(config: BufferConfig, folder: Path) -> None:
-    """Where the experts are, and what to type next."""
+    """Prints where the experts are, and what to type next."""
     trained = in_words(config.num_experts, config.train_epochs)
     print(wrapped(f"trained {trained}; {shown(folder)} holds {trajectories.count_experts(folder)} in "
                   f"{', '.join(path.name for path in expert_files(folder))}"))

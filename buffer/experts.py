@@ -1,4 +1,4 @@
-"""Train experts and keep the whole trajectory of their parameters (MTT, section 3.1; FTD, section 3.3)."""
+"""Train experts and save the whole trajectory of their parameters (MTT, section 3.1; FTD, section 3.3)."""
 
 import itertools
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class DivergedError(UserError):
 
 
 class Epoch(NamedTuple):
-    """What one epoch of an expert reached; accuracies in [0, 1]."""
+    """Loss and accuracies of one epoch of an expert; accuracies in [0, 1]."""
 
     epoch: int
     loss: float
@@ -38,9 +38,9 @@ class Epoch(NamedTuple):
 
 
 class SavedEpochs:
-    """The epochs of one expert while it is in training: a file each, from which training goes on.
+    """The epochs of one expert in training, one file each, from which training resumes.
 
-    Epoch 0 is the initialisation. A file holds θ and whatever else the next epoch needs: the momentum, and batch norm's
+    Epoch 0 is the initialisation. A file holds θ and all else that the next epoch needs: the momentum, and batch norm's
     running statistics.
     """
 
@@ -48,12 +48,12 @@ class SavedEpochs:
         self.folder = folder
 
     def __len__(self) -> int:
-        """How many follow each other without a gap, the initialisation included."""
+        """The number of consecutive files, including the initialisation."""
         return next(number for number in itertools.count() if not self._path(number).exists())
 
     @property
     def done(self) -> int:
-        """Epochs of training."""
+        """The number of training epochs done."""
         return max(0, len(self) - 1)
 
     def __getitem__(self, epoch: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class SavedEpochs:
         return torch.stack([self[epoch]["theta"] for epoch in range(len(self))])
 
     def reached(self) -> list[dict[str, Any]]:
-        """What each epoch reached, from the first."""
+        """Each epoch's loss and accuracies (`Epoch`), from the first epoch."""
         return [self[epoch]["reached"] for epoch in range(1, len(self))]
 
     def _path(self, epoch: int) -> Path:
@@ -81,17 +81,17 @@ class SavedEpochs:
 def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: SavedEpochs,
                  report: Callable[[Epoch], None] = lambda epoch: None, curriculum: Curriculum | None = None,
                  progress: Callable[[float], None] = lambda done: None) -> None:
-    """Trains the expert of that number; the same seed and number give the same expert.
+    """Trains the expert with this number; the same seed and number give the same expert.
 
     Args:
-        saved: where the initialisation and every epoch are saved, and from where training goes on.
-        report: called after every epoch.
+        saved: holds the initialisation and every epoch; training resumes from the last one.
+        report: called after every epoch, also for those already saved.
         curriculum: PAD's choice of each epoch's images; None: all of them.
-        progress: called after every batch with the epochs that are done, in parts of one.
+        progress: called after every batch with the number of epochs done, as a fraction.
 
     Raises:
-        DivergedError
-        UserError: what is saved is of another network, or damaged.
+        DivergedError: the parameters are no longer finite after an epoch.
+        UserError: the saved epochs are of another network, or damaged.
         Stopped: a signal came; the finished epochs are saved.
     """
     device = dataset.device
@@ -129,14 +129,14 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: Sav
 
 
 def kept_of(model: FlatModel, theta: Tensor, velocity: Tensor | None) -> dict[str, Tensor]:
-    """What `train_step` changes: θ [P], the momentum [P] if there is one, and sums over the samples of an epoch."""
+    """The tensors that `train_step` updates: θ [P], the momentum [P] if any, and sums over the samples of an epoch."""
     return model.keep(theta=theta, total_loss=theta.new_zeros(()), correct=theta.new_zeros((), dtype=torch.long),
                       **({} if velocity is None else {"velocity": velocity}))
 
 
 def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], x: Tensor, y: Tensor,
                drawn: augment.Draw | None) -> None:
-    """A step of GSAM on a batch [B, C, H, W] that is augmented as drawn; on a GPU whole from one graph."""
+    """One GSAM step on a batch [B, C, H, W], augmented as drawn; on a GPU the whole step is one CUDA graph."""
     def step(engine, kept, x, y, *parameters):
         x = augment.apply(x, drawn and drawn.holding(parameters))
         loss, logits, direction = gsam_gradient(engine, kept["theta"], x, y, config.rho_max, config.alpha,
@@ -151,7 +151,7 @@ def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], 
 
 def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network: nn.Module,
              report: Callable[[Epoch], None]) -> int:
-    """Takes up the last saved epoch, or saves the initialisation; returns how many there are beside that."""
+    """Restores the last saved epoch, or saves the initialisation; returns the number of epochs done."""
     if not len(saved):
         saved.save(0, theta, velocity, network, None)
     for reached in saved.reached():
@@ -160,7 +160,7 @@ def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network
     if state["theta"].shape != theta.shape:
         raise UserError(f"{saved.folder} holds another network; give --resume never to start over")
     theta.copy_(state["theta"])
-    if velocity is not None and state["momentum"] is not None:  # earlier versions had none before the first step
+    if velocity is not None and state["momentum"] is not None:  # earlier versions saved none before the first step
         velocity.copy_(state["momentum"])
     for name, each in network.named_buffers():
         each.copy_(state["buffers"][name])
@@ -168,6 +168,6 @@ def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network
 
 
 def work_of(config: BufferConfig, dataset: Dataset) -> Work:
-    """What one expert takes; not all of them, so that their number changes none."""
+    """The work of one expert, not of all: it selects the engine, and the number of experts must not change results."""
     passes = 2 if config.rho_max else 1
     return Work(gradients=passes * len(dataset.train_labels) * config.train_epochs)

@@ -1,6 +1,6 @@
-"""Surrogate gap guided sharpness-aware minimisation (Zhuang et al., ICLR 2022), as FTD trains its experts.
+"""Surrogate gap guided sharpness-aware minimisation (Zhuang et al., ICLR 2022), with which FTD trains its experts.
 
-All vectors are flat, [P], so that every norm and product runs over all parameters together.
+All vectors are flat, [P], so that norms and products run over all parameters together.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ def ascent(theta: Tensor, gradient: Tensor, rho: float, adaptive: bool) -> Tenso
 
 
 def surrogate_gap(gradient: Tensor, perturbed: Tensor, alpha: float) -> Tensor:
-    """∇L at θ + e, less α times the part of ∇L at θ that is orthogonal to it (GSAM, alg. 1)."""
+    """∇L(θ + e) minus α times the component of ∇L(θ) that is orthogonal to ∇L(θ + e) (GSAM, alg. 1)."""
     norm, norm_perturbed = gradient.norm(), perturbed.norm()
     cosine = torch.dot(gradient, perturbed) / (norm_perturbed * norm + EPSILON)
     orthogonal = gradient - cosine * norm * perturbed / (norm_perturbed + EPSILON)
@@ -32,14 +32,14 @@ def surrogate_gap(gradient: Tensor, perturbed: Tensor, alpha: float) -> Tensor:
 
 def gsam_gradient(model: FlatModel | Engine, theta: Tensor, x: Tensor, y: Tensor, rho: float, alpha: float,
                   adaptive: bool = True, network: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The descent direction of one GSAM step on one (already augmented) batch.
+    """The descent direction of one GSAM step on an already augmented batch.
 
-    With rho 0 it is the plain gradient and the second pass is left out.
+    With rho 0 this is the plain gradient, and the second pass is left out.
 
     Args:
         theta: θ [P].
         x, y: images [B, C, H, W] and classes [B].
-        network: the one whose engine `model` is; None: `model` has it.
+        network: the network of `model`, if that is an engine; None: `model.network`.
 
     Returns:
         (loss at θ, logits at θ [B, K], direction [P]), all detached.
@@ -54,7 +54,7 @@ def gsam_gradient(model: FlatModel | Engine, theta: Tensor, x: Tensor, y: Tensor
 
 @contextlib.contextmanager
 def frozen_batch_norm_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norm normalises by the batch as ever, but leaves its running statistics alone."""
+    """Batch norm still normalises by the batch, but does not update its running means and variances."""
     layers = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

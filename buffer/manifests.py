@@ -1,7 +1,7 @@
-"""Expert files and their manifests by name, number, options and checksum; known without torch.
+"""Expert files and their manifests: names, numbers, options and checksums, all read without torch.
 
-`replay_buffer_{n}.pt` has beside it a manifest `.yaml`: the options of the run that trained the experts, and what they
-reached; published files have none.
+Beside `replay_buffer_{n}.pt` lies a manifest `.yaml` with the options of the run that trained the experts, and their
+accuracies; published files have none.
 """
 
 import os
@@ -20,7 +20,7 @@ from utils.files import read_config
 if TYPE_CHECKING:
     from utils.data.datasets import Dataset
 
-LOOK_SECONDS = 0.2  # between two looks at how far the threads are
+LOOK_SECONDS = 0.2  # between two polls of the threads
 _NAME = re.compile(r"replay_buffer_(\d+)\.pt")
 
 
@@ -35,55 +35,55 @@ def buffer_folder(config: BufferConfig | DistillConfig | BaselineConfig) -> Path
 
 
 def expert_files(folder: Path) -> list[Path]:
-    """The expert files of a folder in the order of their numbers."""
+    """The expert files of a folder, ordered by number."""
     numbers = {path: int(match[1]) for path in folder.glob("*.pt") if (match := _NAME.fullmatch(path.name))}
     return sorted(numbers, key=numbers.__getitem__)
 
 
-# Options in which experts of one folder may differ: how many there are, from which seed and for how long; and where the
-# folder and the data were, as both may have been moved.
+# Options in which experts of one folder may differ: their number, seed and epochs, and the paths of the folder and the
+# data, as both may have been moved.
 _MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs", "buffer_path", "data_path")
-# What a manifest holds beside the options of the run.
+# Entries of a manifest other than the run's options.
 _FACTS = ("fingerprint", "threads", "experts", "sha256")
-# The options that decide which images an expert saw.
+# The options that determine which images an expert was trained on.
 _DATA = ("dataset", "zca", "val_fraction")
 
 
 def manifest_path(path: Path) -> Path:
-    """Where the options, the dataset's fingerprint, the experts' accuracies and the checksum of an expert file are."""
+    """An expert file's manifest: options, the dataset's fingerprint, the experts' accuracies and the checksum."""
     return path.with_suffix(".yaml")
 
 
 def manifests_of(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Those of the expert files that have one; published files have none."""
+    """The manifests of a folder's expert files, by their paths; published files have none."""
     paths = map(manifest_path, expert_files(folder))
     return {path: read_config(path) for path in paths if path.exists()}
 
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
-    """The different options by which the experts of a folder were made, as far as manifests tell."""
+    """The distinct sets of options that the experts of a folder were trained with, as far as manifests tell."""
     kinds = [{name: value for name, value in manifest.items() if name not in _FACTS}
              for manifest in manifests_of(folder).values()]
     return [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
 
 
 def test_accuracies(folder: Path) -> list[float]:
-    """Those of the experts of a folder after their last epoch, as far as manifests tell."""
+    """Test accuracies of the experts of a folder after their last epoch, as far as manifests tell."""
     return [float(expert["test_accuracy"]) for manifest in manifests_of(folder).values()
             for expert in manifest.get("experts", [])]
 
 
 def held_out_fraction(folder: Path) -> float:
-    """The fraction of the training images that the experts of a folder did not see, as far as manifests tell."""
+    """The fraction of the training images held out from the experts of a folder, as far as manifests tell."""
     return next((float(manifest["val_fraction"]) for manifest in manifests_of(folder).values()
                  if "val_fraction" in manifest), 0.0)
 
 
 def check_same_data(folder: Path, config: DataConfig) -> None:
-    """Refuses experts that were trained on other data, by the options saved beside them; published ones have none.
+    """Refuses experts whose manifests tell that they were trained on other data; published ones have no manifest.
 
     Raises:
-        UserError: that, or experts of several kinds in the folder.
+        UserError: the experts were trained on other data, or with options that differ among them.
     """
     manifests = manifests_of(folder)
     for path, saved in manifests.items():
@@ -95,7 +95,7 @@ def check_same_data(folder: Path, config: DataConfig) -> None:
 
 
 def check_same_kind(folder: Path, config: BufferConfig) -> None:
-    """Refuses to add experts to others that were trained in another way.
+    """Refuses to add experts to a folder whose experts were trained with other options.
 
     Raises:
         UserError
@@ -113,12 +113,12 @@ def _check_same_kind(path: Path, saved: dict[str, Any], options: dict[str, Any])
 
 
 def run_file(folder: Path) -> Path:
-    """Where the options of the unfinished run of a folder are."""
+    """The file with the options of a folder's unfinished run."""
     return folder / "unfinished" / "run.yaml"
 
 
 def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | None = None) -> None:
-    """Refuses to go on with the folder's unfinished run with other options, or with others of what it holds (`more`).
+    """Refuses to resume the folder's unfinished run with other options, or with other values of `more`.
 
     Raises:
         UserError
@@ -132,7 +132,7 @@ def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | No
 
 
 def check_same_images(folder: Path, dataset: "Dataset") -> None:
-    """As `check_same_data`, by the images themselves: two datasets of one name, such as ImageFolder, may differ.
+    """As `check_same_data`, but compares the images: two datasets of one name, such as ImageFolder, may differ.
 
     Raises:
         UserError
@@ -155,16 +155,16 @@ def require_experts(folder: Path) -> None:
 
 
 def in_words(experts: int, epochs: int) -> str:
-    """Such as `4 experts of 10 epochs`."""
+    """For example `4 experts of 10 epochs`."""
     return f"{number_of(experts, 'expert')} of {number_of(epochs, 'epoch')}"
 
 
 def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]:
     """The SHA-256 of each file, by its name."""
-    read: list[int] = []  # bytes, by whichever thread
+    read: list[int] = []  # bytes read, appended by all threads
     waiting, shown = True, 0
     with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
-          ThreadPoolExecutor(os.cpu_count()) as pool):  # hashing lets go of the interpreter
+          ThreadPoolExecutor(os.cpu_count()) as pool):  # hashing releases the GIL
         found = [pool.submit(files.sha256, path, read.append) for path in paths]
         while waiting:
             _, waiting = wait(found, LOOK_SECONDS)
@@ -175,10 +175,10 @@ def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]
 
 
 def is_as_written(path: Path, checksum: str) -> bool:
-    """Whether an expert file is the one that its manifest was written for; False where there is no manifest.
+    """Whether an expert file has the checksum in its manifest; False without a manifest or a checksum in it.
 
     Raises:
-        UserError: it is another one.
+        UserError: the checksums differ.
     """
     manifest = manifest_path(path)
     expected = read_config(manifest).get("sha256") if manifest.exists() else None

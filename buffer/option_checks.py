@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded, torch among it."""
+"""Options refused before anything is loaded, including torch."""
 
 from buffer.manifests import buffer_folder, check_same_data, check_same_kind, check_same_run
 from utils.config import BufferConfig
@@ -8,7 +8,7 @@ from utils.networks import check_network_name
 
 
 def check_options(config: BufferConfig) -> None:
-    """Refuses what the options and the folder of the experts show.
+    """Refuses options that are invalid, or that do not fit the folder of the experts.
 
     Raises:
         UserError
@@ -16,7 +16,7 @@ def check_options(config: BufferConfig) -> None:
     if config.rho_max != config.rho_min:
         raise UserError(f"--rho_max {config.rho_max:g} --rho_min {config.rho_min:g}: rho follows the learning rate, "
                         "which is constant here; give both the same value")
-    check_dataset_name(config.dataset)  # these two become folders
+    check_dataset_name(config.dataset)  # both names become folders
     check_network_name(config.model)
     parse_strategy(config.dsa_strategy)
     if config.pad and not config.add_end_epoch <= config.rm_epoch_first <= config.rm_epoch_second:

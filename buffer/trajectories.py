@@ -1,4 +1,4 @@
-"""Expert files `replay_buffer_{n}.pt`: written in the published form, read memory-mapped.
+"""Expert files `replay_buffer_{n}.pt`: written in the published format, read memory-mapped.
 
 A file is a list of experts; an expert is a list of snapshots; a snapshot is a list of CPU tensors in
 `parameters()` order.
@@ -27,7 +27,7 @@ def count_experts(folder: Path) -> int:
     """How many experts the files of a folder hold.
 
     Raises:
-        UserError: a file in between is missing, so that the next expert's number would be one that exists.
+        UserError: a file number is missing, so that the next expert's number would already exist.
     """
     paths = expert_files(folder)
     for number, path in enumerate(paths):
@@ -39,16 +39,16 @@ def count_experts(folder: Path) -> int:
 
 def write_experts(folder: Path, experts: Sequence[Expert], options: dict[str, Any],
                   epochs: Sequence[dict[str, Any]]) -> None:
-    """Writes an expert file, and beside it first its manifest and what each epoch reached (`.jsonl`).
+    """Writes an expert file, and before it the manifest and each epoch's loss and accuracies (`.jsonl`) beside it.
 
-    Its number is the first free one, as the published code counts: no file is ever overwritten.
+    The file's number is the first free one, as in the published code, so no file is ever overwritten.
 
     Args:
-        options: the run's, the dataset's fingerprint and, on a CPU, the number of threads.
-        epochs: of all the experts, in order; each says of which.
+        options: the run's options, the dataset's fingerprint and, on a CPU, the number of threads.
+        epochs: the epochs of all the experts, in order; each names its expert.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: a file cannot be written.
     """
     paths = (folder / f"replay_buffer_{number}.pt" for number in itertools.count())
     path = next(path for path in paths if not path.exists())
@@ -63,10 +63,10 @@ def write_experts(folder: Path, experts: Sequence[Expert], options: dict[str, An
 
 
 def load_experts(path: Path) -> list[Expert]:
-    """The experts of a file, of whatever network, memory-mapped.
+    """The experts of a file, of any network, memory-mapped.
 
     Raises:
-        UserError: it is missing or damaged, or no list of experts.
+        UserError: the file is missing or damaged, or is not a list of experts.
     """
     experts = files.load(path, what="expert file", mmap=True)
     if not isinstance(experts, list) or not experts:
@@ -81,8 +81,8 @@ def load_experts(path: Path) -> list[Expert]:
 def as_expert(model: FlatModel, snapshots: Tensor) -> Expert:
     """Snapshots [E+1, P] → the published nested lists, as views.
 
-    Saved as views of one storage, an expert is one record of its file instead of (E+1)·(number of tensors),
-    which makes a file open many times faster; it is the same lists of tensors to whoever loads it.
+    As views of one storage, an expert takes one record in its file instead of (E+1)·(number of tensors), so that the
+    file opens many times faster. It loads as the same lists of tensors.
     """
     return [model.unflatten(theta) for theta in snapshots]
 
@@ -93,10 +93,10 @@ class Buffer:
     Args:
         folder: holds `replay_buffer_{n}.pt` files.
         model: the network whose experts they must be.
-        max_files, max_experts: use at most so many files, and experts of each.
+        max_files, max_experts: maximum number of files, and of experts from each.
 
     Raises:
-        UserError: no file, an unreadable one, an empty one, or one of another network.
+        UserError: there is no file, or one is unreadable, empty, or of another network.
     """
 
     def __init__(self, folder: Path, model: FlatModel, max_files: int | None = None, max_experts: int | None = None):
@@ -108,7 +108,7 @@ class Buffer:
         self._experts = [expert for experts in self._files for expert in experts]
 
     def verify(self, watch: Watch = unwatched) -> dict[str, str]:
-        """Reads every file, against its manifest's checksum or, without one, for values that are not finite.
+        """Checks every file against its manifest's checksum or, without one, for values that are not finite.
 
         Returns:
             The SHA-256 of each file, by its name.
@@ -150,7 +150,7 @@ class Buffer:
 
 
 def _load_checked(path: Path, model: FlatModel) -> list[Expert]:
-    """The experts of a file, if they are this network's: shapes are known without touching the bytes."""
+    """The experts of a file, which must be this network's; checks the shapes without reading the values."""
     experts = load_experts(path)
     for snapshot in itertools.chain.from_iterable(experts):
         if [getattr(tensor, "shape", None) for tensor in snapshot] != model.shapes:

@@ -23,7 +23,7 @@ def main() -> None:
     config = parse(TeslaConfig, __doc__, yaml_file=True)
     check_options(config)
     if not answered(config):
-        from distill.loop import distill  # and torch, which takes seconds
+        from distill.loop import distill  # imports torch, which takes seconds
 
         distill(config)
 

@@ -24,7 +24,7 @@ def main() -> None:
     config = parse(BaselineConfig, __doc__)
     check_baseline(config)
 
-    from distill.evaluate.real_images import evaluate_real  # and torch, which takes seconds
+    from distill.evaluate.real_images import evaluate_real  # imports torch, which takes seconds
 
     evaluate_real(config)
 

@@ -1,4 +1,4 @@
-"""What is refused before a distillation begins, of what is loaded; for the rest see `option_checks`."""
+"""Checks that need loaded files, before a distillation starts; `option_checks` has the others."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from utils.program.run_folder import RunFolder
 
 
 def check_start(config: DistillConfig) -> None:
-    """Refuses a saved set to start from that, as it says of itself, is not of these data.
+    """Refuses a `--pix_init` set that, by its own metadata, has another image size or whitening than the data.
 
     Raises:
         UserError
@@ -41,8 +41,8 @@ def check_start(config: DistillConfig) -> None:
 
 
 def check_networks(config: DistillConfig, dataset: Dataset) -> None:
-    """Refuses a factor or networks that do not fit these images, those of the evaluation too, and what ranks cannot
-    share.
+    """Refuses a factor or networks (the evaluation's too) that do not fit the images, and options that do not work
+    with several ranks.
 
     Raises:
         UserError
@@ -90,7 +90,7 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
 
 
 def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
-    """Refuses a run that cannot fit the memory: by what it must hold at the least, not by what it may take.
+    """Refuses a run that cannot fit in memory, by a lower bound of what it needs.
 
     Raises:
         UserError
@@ -98,9 +98,9 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
     device = dataset.device
     pixels, num_images = dataset.test_images[0].numel(), config.ipc * dataset.num_classes
     batch = batch_size(config, dataset)
-    state = 4 * 4 * num_images * pixels  # images, their gradient and momentum, the start
+    state = 4 * 4 * num_images * pixels  # images, their gradient and momentum, the initial images
     if config.factor > 1:
-        state += 2 * 4 * num_samples(config, dataset) * pixels  # what is cut out of them, and its gradient
+        state += 2 * 4 * num_samples(config, dataset) * pixels  # the samples cut out of them, and their gradient
     samples = batch * config.syn_steps if config.matching == "unroll" else min(batch, model.engine.micro_batch or batch)
     steps = 4 * model.num_parameters * (config.syn_steps + 1) + samples * activation_bytes(model.network)
     free = available(device)
@@ -113,12 +113,12 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
 
 def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],
                    folder: RunFolder) -> None:
-    """Refuses to go on with a run that was begun with other data, that is beyond what is asked of it, or whose state
-    is gone.
+    """Refuses to resume a run that was started with other data, is past the requested iteration, or is finished and
+    has lost its checkpoint.
 
     Args:
-        saved: what was saved of the run, if anything.
-        data: checksums of all that it reads, by name.
+        saved: the run's saved state; None: there is none.
+        data: checksums of everything the run reads, by name.
 
     Raises:
         UserError

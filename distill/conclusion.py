@@ -1,4 +1,4 @@
-"""What a distillation leaves and says when it is finished, and shows before."""
+"""What a distillation writes and prints when it finishes, and the pictures and page it updates while it runs."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,11 +39,12 @@ from utils.program.run_folder import RunFolder
 
 
 def conclude(run: RunState) -> None:
-    """Writes what a finished run leaves, and says where: first the result, then what shows it, which may fail."""
+    """Writes the outputs of a finished run and says where they are: first the result, then its pictures and page,
+    which may fail."""
     config, dataset, start, folder = run.config, run.dataset, run.start, run.folder
 
-    # The matching loss before and after, to which all ranks contribute; the first one does the rest. A set without an
-    # update is the one that the run began with.
+    # The matching loss before and after: all ranks take part, and the first one does the rest. Without any update the
+    # set is still the initial one.
     learned = run.distillation.skipped < config.Iteration
     with watched("measuring the matching loss", FIXED_SEGMENTS * (1 + learned), config.quiet) as advance:
         before = run.distillation.fixed_loss(start, advance)
@@ -51,15 +52,16 @@ def conclude(run: RunState) -> None:
     if not ranks.first():
         return
 
-    # The best sets: once more, as a run that was killed just after it wrote them may have gone on to another best set.
+    # Write the best sets again: a run that was killed after writing one but before saving its state may have chosen
+    # another after it was resumed.
     for name in run.best:
         save_best(config, dataset, folder.path, run.best, name)
 
-    # What showed it on its way is not what shows it now.
+    # The pictures and page drawn during the run are out of date.
     for name in (*SHOWN, PICTURES):
         (folder.path / name).unlink(missing_ok=True)
 
-    # The result, with which the run counts as finished; then what shows it.
+    # The result, which marks the run as finished; then its pictures and page.
     chosen_on = tested_on(config.val_fraction)
     tested = images_tested(chosen_on)
     results = {name: Best(best.iteration, float(best.set.lr), best.scores) for name, best in run.best.items()}
@@ -72,11 +74,11 @@ def conclude(run: RunState) -> None:
     run.tracker.finish()
     show_finished(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
 
-    # What was reached, and where it lies.
+    # Say what was reached and where it is.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     say(config, f"{skipped} of {number_of(config.Iteration, 'update')} skipped, α held back {number_of(held, 'time')}")
     if config.Iteration and not learned:
-        # By the losses that were compared with the threshold, which those of the fixed segments may be below.
+        # Based on the losses that were compared with the threshold; those of the fixed segments may be below it.
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
         note(f"note: every update was skipped: {advice}")
     if learned and run.best[NORMAL].iteration == 0:
@@ -87,12 +89,13 @@ def conclude(run: RunState) -> None:
 
 
 def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
-    """Of a run that is not run again; what is missing of its best sets and of what shows it is made again."""
+    """Says that the run is already finished, after restoring best sets, pictures and page that are missing."""
     result = RunResult.read(folder.result)
     lost, unseen = lost_sets(folder.path, result), missing(folder.path)
     if ranks.first() and (lost or unseen):
         with noting_failure(folder.path, "what is missing"):
-            # The rest is made of what lies in the folder, and not all of it can be made of an older run's.
+            # Only these need the checkpoint. The others are made from the folder's files, and for a run of an earlier
+            # version some cannot be made at all.
             state = folder.saved_state if lost or PICTURES in unseen else None
             device = dataset.device
             best = best_of(state, device) if state else {}
@@ -104,17 +107,17 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
 
 
 def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[str, Candidate], name: str) -> None:
-    """Writes the best set of that name, in the published files and whole."""
+    """Writes the best set of this version, as the published files and as one self-describing file."""
     best[name].set.save(path / name, "best", dataset)
     best[name].set.save_whole(path / name / WHOLE, dataset, influential(config))
 
 
 def show_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet | None,
                   best: dict[str, Candidate], frames: Frames) -> None:
-    """Makes what shows a finished run and is not there.
+    """Makes the pictures and page of a finished run that are missing.
 
     Args:
-        start: the set that it began with; None: it is not known any more, as its state is gone.
+        start: the initial set; None: unknown, as no checkpoint was loaded.
     """
     if start is not None and PICTURES in missing(path):
         _save_pictures(config, dataset, buffer, path, start, best, frames)
@@ -123,7 +126,7 @@ def show_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, path:
 
 
 def show_so_far(run: RunState, view: DistillView) -> None:
-    """Brings what shows an unfinished run up to date, so seldom that it takes `DRAW_SHARE` of the time at most."""
+    """Updates the pictures and page of an unfinished run, rarely enough to take at most `DRAW_SHARE` of the time."""
     if not ranks.first() or run.iteration == run.config.Iteration or not run.drawing.due():
         return
     path = run.folder.path
@@ -142,7 +145,7 @@ def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path
 
 
 def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best: str) -> None:
-    """What lies in a finished run's folder, and what to type next."""
+    """Prints what a finished run's folder contains and which commands to run next."""
     print(f"in {shown(path)}{'' if config.quiet else ':'}")
     say(config, f"  {PAGE:<29} the run on one page, for a browser")
     for name in versions:

@@ -1,7 +1,7 @@
 """The state of a distillation and one iteration of it: draw a segment of an expert's trajectory, match it, learn.
 
-Everything random in iteration `it` comes from a generator addressed (seed, "iteration", it), and is drawn before any of
-the mathematics, so that an iteration can be repeated without the ones before it, and shared among ranks.
+All randomness of iteration `it` comes from a generator seeded by (seed, "iteration", it) and is drawn before any
+computation, so an iteration can be repeated without the ones before it, and shared among ranks.
 """
 
 import math
@@ -30,9 +30,9 @@ from utils.program.prepare import dsa_groups
 from utils.program.seeds import generator
 
 MOMENTUM = 0.5  # of images and α, as published
-MOST_LOST = 100  # losses in a row that are not finite, after which a run stops
-MOST_HELD = 100  # updates in a row that would make α useless, after which a run stops
-FIXED_SEGMENTS = 16  # segments on which the loss before and after is compared
+MOST_LOST = 100  # non-finite losses in a row after which a run stops
+MOST_HELD = 100  # updates in a row that would make α non-positive or non-finite, after which a run stops
+FIXED_SEGMENTS = 16  # segments on which the losses before and after the run are compared
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,23 @@ class Segment:
     augment: Sequence[augment.Draw | None]
 
     def own(self, together: int) -> "Segment":
-        """What is left of it for this rank: of each batch the samples that it owns, those of an image `together`."""
+        """Only the samples of each batch that this rank owns; `together` consecutive samples belong to one image."""
         rows = [ranks.own_rows(batch, together) for batch in self.batches]
         return replace(self, batches=[batch[mine] for batch, mine in zip(self.batches, rows)],
                        augment=[draw and draw.of(mine) for draw, mine in zip(self.augment, rows)])
 
     def to(self, device: torch.device) -> "Segment":
-        """On `device`, all of it by one copy."""
+        """The segment on `device`, sent in one copy."""
         draws, batches = augment.together(self.augment, self.batches, device)
         return replace(self, batches=batches, augment=draws)
 
 
 def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, int], num_samples: int,
                  device: torch.device, expert: int | None, bound: int, random: torch.Generator) -> Segment:
-    """Draws everything random in one iteration; of several ranks, what is left of it for this one.
+    """Draws everything random in one iteration; with several ranks, keeps only this rank's samples.
 
     Args:
-        expert: which one, or None to draw it.
+        expert: its number; None: draw it.
         bound: exclusive upper bound of the start epoch.
     """
     if expert is None:
@@ -83,10 +83,10 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
 
 
 class SGD:
-    """torch's SGD of one tensor a group, to the same bits; but torch's own imports its compiler, which takes seconds.
+    """SGD with one tensor per group; bit-identical to torch.optim.SGD, whose import takes seconds.
 
     Args:
-        groups: tensor, learning rate, momentum.
+        groups: (tensor, learning rate, momentum) each.
     """
 
     def __init__(self, groups: Sequence[tuple[Tensor, float, float]]):
@@ -112,10 +112,10 @@ class SGD:
 
 
 class Distillation:
-    """The set, its optimiser and its counts; `draw`, `match` and `learn` are one iteration.
+    """The set, its optimiser and its counters; `draw`, `match` and `learn` are one iteration.
 
-    Several ranks share the work: each one's rows of images and labels are its own, and up to date there only, until
-    `merge`; α is the same on all.
+    Several ranks share the work: each updates only the images and labels that it owns, and the other rows are stale
+    until `merge`. α is the same on all ranks.
     """
 
     _COUNTS = ("skipped", "held", "held_in_a_row", "lost_in_a_row")
@@ -127,10 +127,10 @@ class Distillation:
         self.ema = self.set.images.clone() if config.ema else None
         self.part = matched_part(config)
         self.skipped = self.held = self.held_in_a_row = self.lost_in_a_row = 0
-        # What SGD moves in α's stead: α itself, or log α.
+        # The parameter that SGD updates: α itself or log α.
         self.learns_log = config.lr_param == "log"
         self.rate = self.set.lr.log() if self.learns_log else self.set.lr
-        # A step of log α moves α by α² times what a step of α does; the scale makes the first steps agree.
+        # A step on log α moves α by α² times as much as a step on α; the scale makes the first steps agree.
         given = config.lr_teacher != AUTO and config.pix_init in STARTS
         first = config.lr_teacher if given else float(start.lr)
         scale = 1 / first**2 if self.learns_log else 1.0
@@ -139,7 +139,7 @@ class Distillation:
                               *learned])
 
     def draw(self, iteration: int) -> Segment:
-        """What this iteration matches."""
+        """The segment that this iteration matches."""
         config = self.config
         bound = start_epoch_bound(iteration, config.max_start_epoch, config.current_max_start_epoch,
                                   config.expansion_end_epoch, config.Sequential_Generation)
@@ -148,7 +148,7 @@ class Distillation:
                             generator(config.seed, "iteration", iteration))
 
     def match(self, segment: Segment) -> Match:
-        """The loss of the segment and its gradient in images, labels and α."""
+        """The matching loss of the segment and its gradients with respect to images, labels and α."""
         theta_start, theta_target = self._ends(segment)
         samples = self.set.samples()
         if self.config.labels == "target":
@@ -159,15 +159,15 @@ class Distillation:
         return match._replace(grad_images=cut_adjoint(match.grad_images, self.set.factor))
 
     def learn(self, iteration: int, segment: Segment, match: Match) -> Iteration:
-        """Updates the set, unless the loss exceeds the threshold or is not finite; returns what to record.
+        """Updates the set unless the loss exceeds the threshold or is not finite; returns the iteration's record.
 
-        An α that would become zero, negative or NaN stays where it was, since nothing can be trained with it.
+        If α would become zero, negative or non-finite, it keeps its value, as training needs a positive one.
 
         Raises:
-            UserError: that happened `MOST_HELD` times in a row, or `MOST_LOST` losses in a row were not finite.
+            UserError: α was held back `MOST_HELD` times in a row, or `MOST_LOST` losses in a row were not finite.
         """
         config = self.config
-        # Waits for the device. Where machines differ in the last bit, all ranks must still decide alike.
+        # Synchronises with the device. All ranks must decide alike even if machines differ in the last bit.
         loss, lr = ranks.from_first_rank(lambda: (float(match.loss), float(self.set.lr)))
         updated = math.isfinite(loss) and loss <= config.threshold
         held = False
@@ -194,7 +194,7 @@ class Distillation:
                          segment.expert)
 
     def update(self, match: Match) -> None:
-        """One step of SGD on images, α and, if they are learned, labels; each with its own rate, as published."""
+        """One SGD step on images, α and, if learned, labels; each with its own rate, as published."""
         self.set.images.grad = match.grad_images
         self.set.labels.grad = match.grad_labels
         self.rate.grad = match.grad_lr * self.set.lr if self.learns_log else match.grad_lr  # ∂/∂log α = α ∂/∂α
@@ -205,13 +205,13 @@ class Distillation:
             self.ema.lerp_(self.set.images, 1 - self.config.ema_decay)
 
     def _hold_rate(self, lr: float) -> None:
-        """Puts α back and forgets its momentum, which would only push it over again."""
+        """Resets α to `lr` and drops its momentum, which would push it out of range again."""
         self.set.lr.fill_(lr)
         self.rate.copy_(self.set.lr.log() if self.learns_log else self.set.lr)
         self.optimiser.state[self.rate].pop("momentum_buffer", None)
 
     def merge(self) -> None:
-        """Brings every rank's rows to all of them."""
+        """Exchanges the ranks' rows, so that images, labels and their momenta are up to date on all."""
         for tensor, together in ((self.set.images, 1), (self.set.labels, self.config.factor**2), (self.ema, 1)):
             momentum = None if tensor is None else self.optimiser.state.get(tensor, {}).get("momentum_buffer")
             for rows in (tensor, momentum):
@@ -219,7 +219,7 @@ class Distillation:
                     ranks.merge_rows(rows, together)
 
     def state(self) -> dict[str, Any]:
-        """What the next steps depend on, beside the config; for `restore`. Of several ranks, after `merge`."""
+        """Everything later steps depend on besides the config, for `restore`. With several ranks, `merge` first."""
         return self._tensors() | {"optimiser": self.optimiser.state_dict(),
                                   "counts": {name: getattr(self, name) for name in self._COUNTS}}
 
@@ -235,12 +235,12 @@ class Distillation:
         return self.set.tensors() | {"rate": self.rate, "ema": self.ema}
 
     def versions(self) -> dict[str, DistilledSet]:
-        """What is evaluated and saved, by the name of its folder: the set, and the one of averaged images."""
+        """The sets that are evaluated and saved, by folder name: the set, and with `ema` one of averaged images."""
         now = self.set.detach()
         return {NORMAL: now} | ({} if self.ema is None else {EMA: replace(now, images=self.ema.clone())})
 
     def fixed_loss(self, distilled: DistilledSet, advance: Callable[[float], object] = lambda count: None) -> float:
-        """The mean matching loss over segments that are the same whenever it is called with the same config.
+        """The mean matching loss over segments that depend only on the config.
 
         Args:
             advance: called with 1 after each segment.
@@ -257,7 +257,7 @@ class Distillation:
         return float(total) / FIXED_SEGMENTS
 
     def _walk(self, iteration: int) -> int:
-        """Every expert once a round, in an order of the round's own."""
+        """The expert of this iteration: each round visits every expert once, in an order drawn for the round."""
         round_, position = divmod(iteration, len(self.buffer))
         return self.buffer.walk_order(generator(self.config.seed, "walk", round_))[position]
 
@@ -269,7 +269,7 @@ class Distillation:
 
 def labels_for(config: DistillConfig, buffer: Buffer, distilled: DistilledSet, samples: Tensor,
                theta_target: Tensor) -> Tensor:
-    """The labels of one segment: the set's own, or with `labels: target` what the target expert says of its samples."""
+    """The labels of one segment: the set's own, or with `labels: target` the target expert's logits of its samples."""
     if config.labels == "target":
         labels = distilled.labels.clone()
         mine = ranks.own_rows(torch.arange(len(labels), device=labels.device), config.factor**2)
@@ -280,12 +280,12 @@ def labels_for(config: DistillConfig, buffer: Buffer, distilled: DistilledSet, s
 
 
 def student(buffer: Buffer) -> FlatModel | SharedModel:
-    """The network of the experts; of several ranks, with its batches spread over them."""
+    """The experts' network; with several ranks, its batches are spread over them."""
     return buffer.model if ranks.size() == 1 else SharedModel(buffer.model)
 
 
 def matched_part(config: DistillConfig) -> Part | None:
-    """PAD's part of the parameters, or None for all."""
+    """The parameters that PAD matches; None: all."""
     if config.depth_ratio:
         return deep_part(config.depth_ratio)
     return far_part(config.loss_ratio) if config.loss_ratio else None

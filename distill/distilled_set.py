@@ -1,8 +1,9 @@
 """A distilled set and its files.
 
-The published ones are three: `images_{tag}.pt`, `labels_{tag}.pt`, `lr_{tag}.pt`. Beside them `distilled.safetensors`
-holds the set whole, as networks see it and as pictures, with its class names and config; safetensors hold data only,
-never code. Its whitening, which is far larger, lies in the disk cache, or beside it where it travelled.
+The published format is three files: `images_{tag}.pt`, `labels_{tag}.pt` and `lr_{tag}.pt`. Beside them,
+`distilled.safetensors` holds the whole set, as networks see it and as pictures, with its class names and config;
+safetensors hold data only, never code. The whitening is far larger: it is in the disk cache, or beside the set if it
+was exported with it.
 """
 
 import functools
@@ -27,30 +28,30 @@ from utils.data.zca import KeptWhitening, Whitening
 from utils.errors import UserError, number_of
 from utils.program.console import note
 
-FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier held the whitening, and no pictures
-READ_BY = "dataset", "subset", "res", "zca"  # the options that say what the images of a set are
-FOLDERS = "data_path", "buffer_path"  # and where that lay, and the experts of it
-TOLD = *READ_BY, "model", "factor", *FOLDERS  # those that an evaluation need not be given
+FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier one held the whitening and no pictures
+READ_BY = "dataset", "subset", "res", "zca"  # the options that determine a set's images
+FOLDERS = "data_path", "buffer_path"  # where the dataset and its experts were
+TOLD = *READ_BY, "model", "factor", *FOLDERS  # options that an evaluation takes from the set if not given
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DistilledSet(torch.utils.data.Dataset):
     """Images in the space that networks are trained in, their labels, and the learning rate to train with.
 
-    A ready `torch.utils.data.Dataset` of (sample [C, H, W], label), as networks see them: of an image of factor f its
-    f² tiles, each stretched to the whole size, see `utils.data.tiles`. What stands below `lr` is there if the set was
+    A `torch.utils.data.Dataset` of (sample [C, H, W], label) as networks see them: an image of factor f gives f²
+    samples, its tiles stretched to full size (see `utils.data.tiles`). The attributes below `lr` are set if the set was
     loaded from a self-describing file.
     """
 
     images: Tensor  # [N, C, H, W], as stored
-    labels: Tensor  # label logits [N·f², K], or classes [N·f²] int64; those of an image together
+    labels: Tensor  # label logits [N·f², K] or classes [N·f²] int64, grouped by image
     lr: Tensor  # α, a scalar
     classes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)  # the options that made it
-    mean: tuple[float, ...] = ()  # of its space, see `ImageSpace`
+    mean: tuple[float, ...] = ()  # see `ImageSpace`
     std: tuple[float, ...] = ()
     whitening: Whitening | KeptWhitening | None = None
-    pictures: Tensor | None = None  # [N, C, H, W], see `pixels`; files of the earlier format hold none
+    pictures: Tensor | None = None  # [N, C, H, W], see `pixels`; None in files of the earlier format
 
     def __repr__(self) -> str:
         made = "".join(f", {name} {self.config[name]}" for name in ("dataset", "model") if name in self.config)
@@ -68,26 +69,26 @@ class DistilledSet(torch.utils.data.Dataset):
 
     @property
     def factor(self) -> int:
-        """Each image holds so many samples along a side."""
+        """How many samples an image holds along each side."""
         return math.isqrt(len(self.labels) // len(self.images))
 
     def samples(self) -> Tensor:
-        """What networks see [N·f², C, H, W]; of factor 1 the images themselves."""
+        """The samples that networks see [N·f², C, H, W]; with factor 1 the images themselves."""
         return cut(self.images, self.factor)
 
     def seen(self) -> "DistilledSet":
-        """The set of these samples, of factor 1, without pictures."""
+        """The set with `samples()` as its images: factor 1, no pictures. A set of factor 1 is returned as it is."""
         return self if self.factor == 1 else replace(self, images=self.samples(), pictures=None)
 
     @property
     def size(self) -> str:
-        """How many images and labels there are, in words."""
+        """The number of images and labels, in words."""
         parts = f" of {self.factor} × {self.factor} smaller ones ({len(self)} labels)" if self.factor > 1 else ""
         return f"{number_of(len(self.images), 'image')}{parts}"
 
     @functools.cached_property
     def space(self) -> ImageSpace:
-        """What makes of pixels what networks see, and the reverse.
+        """The conversion between pixels and what networks see.
 
         Raises:
             UserError: the images are whitened, and the whitening is neither in the disk cache nor beside the set.
@@ -101,18 +102,19 @@ class DistilledSet(torch.utils.data.Dataset):
         return ImageSpace(self.mean, self.std, whitening)
 
     def pixels(self) -> Tensor:
-        """The images as pictures [N, C, H, W]: un-whitened, around [0, 1], not clipped. Needs no whitening."""
+        """The images as pictures [N, C, H, W]: un-whitened, around [0, 1], not clipped. Stored pictures are used if
+        there are any, so no whitening is needed."""
         return self.space.to_pixels(self.images) if self.pictures is None else self.pictures
 
     def detach(self) -> "DistilledSet":
-        """A copy that later updates of this set do not touch."""
+        """A copy that later updates of this set do not affect."""
         return self._each(lambda tensor: tensor.detach().clone())
 
     def to(self, device: torch.device | str) -> "DistilledSet":
         return self._each(lambda tensor: tensor.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `DistilledSet(**tensors)` makes a set of again, without what a self-describing file adds."""
+        """The tensors from which `DistilledSet(**tensors)` makes the set again, without its metadata."""
         return {"images": self.images, "labels": self.labels, "lr": self.lr}
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "DistilledSet":
@@ -120,17 +122,17 @@ class DistilledSet(torch.utils.data.Dataset):
         return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()}, pictures=pictures)
 
     def save(self, folder: Path, tag: str | int, dataset: Dataset) -> None:
-        """Writes the published files, on the CPU, and `images_zca_{tag}.pt` (un-whitened) for a whitened dataset."""
+        """Writes the published files as CPU tensors, and for a whitened dataset `images_zca_{tag}.pt` (un-whitened)."""
         for name, tensor in self.detach().to("cpu").tensors().items():
             files.save(tensor, folder / f"{name}_{tag}.pt")
         if dataset.whitening is not None:
             files.save(dataset.to_pixels(self.images.detach()).cpu(), folder / f"images_zca_{tag}.pt")
 
     def save_whole(self, path: Path, dataset: Dataset, config: dict[str, Any]) -> None:
-        """Writes the one self-describing file that `load` reads.
+        """Writes the self-describing file that `load` reads.
 
         Args:
-            config: the options that made the set, as JSON can hold them.
+            config: the options that made the set, serialisable as JSON.
         """
         options = {name: str(value) if value == math.inf else value for name, value in config.items()}
         about = {"format": FORMAT, "dataset": dataset.name, "classes": json.dumps(dataset.classes),
@@ -141,7 +143,7 @@ class DistilledSet(torch.utils.data.Dataset):
 
     @classmethod
     def load(cls, path: str | Path) -> "DistilledSet":
-        """Reads a file of `save_whole`, of this format or the earlier one; of a run's folder, see `whole_set`.
+        """Reads a file written by `save_whole`, in this format or the earlier one. For folders see `whole_set`.
 
         Raises:
             UserError: missing, damaged, another kind of file, or tensors that do not fit each other or are not finite.
@@ -160,7 +162,7 @@ class DistilledSet(torch.utils.data.Dataset):
                 raise ValueError("its config is no table of options")
             whitening = None
             if fingerprint := about.get("whitening"):
-                if not re.fullmatch("[0-9a-f]{32}", fingerprint):  # part of a file's name
+                if not re.fullmatch("[0-9a-f]{32}", fingerprint):  # becomes part of a file name
                     raise ValueError("its whitening's fingerprint is none")
                 whitening = KeptWhitening(fingerprint, path.parent)
             elif "zca_mean" in tensors:
@@ -168,13 +170,13 @@ class DistilledSet(torch.utils.data.Dataset):
             pictures, factor = tensors.pop("pixels", None), int(config.get("factor", 1))
             distilled = cls(**tensors, classes=classes, config=config, mean=mean, std=std, whitening=whitening,
                             pictures=pictures)
-        # Whoever reads a set can rely on it: there is nothing to check in an export or a page.
+        # Checked here once, so that exports and pages need no checks of their own.
         return _checked(distilled, "it", tuple(distilled.images.shape[1:]), len(classes), [str(path)] * 3, factor)
 
 
 def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
-    """How the images of a set were prepared differently from a dataset's, in words; nothing where they agree, or
-    where the set is of files that do not say."""
+    """How a set's images were prepared differently from a dataset's, in words; empty if they agree, or if the set's
+    files do not say."""
     if not distilled.mean:
         return ""
     its, ours = distilled.whitening, dataset.whitening
@@ -191,11 +193,11 @@ def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
 
 
 def check_classes(distilled: DistilledSet, dataset: Dataset, option: str, named: bool = True) -> None:
-    """Refuses a set whose labels are of other classes than a dataset's, as far as it says what they are.
+    """Refuses a set whose classes, if it names them, are not the dataset's.
 
     Args:
-        option: by which it was given.
-        named: also refuses as many classes of other names.
+        option: the option that gave the set, for messages.
+        named: also refuse the same number of classes with other names.
 
     Raises:
         UserError
@@ -219,11 +221,11 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
     """The set as float32 (classes as int64), if its tensors fit each other, the dataset and the factor.
 
     Args:
-        read_from: where images, labels and learning rate are from, for the message.
-        label_kind: what labels that are no classes are: "logits" or "probabilities", of which logits are made.
+        read_from: where images, labels and learning rate come from, for messages.
+        label_kind: what floating-point labels are: "logits", or "probabilities", which are converted to logits.
 
     Raises:
-        UserError: they do not, or hold values that are not finite.
+        UserError: they do not fit, hold values that are not finite, or are not of the given `label_kind`.
     """
     distilled = _checked(distilled, dataset.name, (dataset.channels, *dataset.image_size), dataset.num_classes,
                          read_from, factor)
@@ -233,7 +235,7 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
         if not probable:
             raise UserError("--label_kind probabilities: the labels are "
                             f"{'not rows of at least 0 that sum to 1' if soft else 'classes'}; leave it out")
-        # Softmax gives them back; the least positive number stands for 0, which has no logarithm.
+        # Softmax restores the probabilities. The smallest normal number replaces 0, whose logarithm is infinite.
         return replace(distilled, labels=labels.clamp_min(torch.finfo(labels.dtype).tiny).log())
     if probable:
         note("note: each row of labels is at least 0 and sums to 1, as probabilities do; they are taken for logits, as "
@@ -242,7 +244,7 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "lo
 
 
 def are_probabilities(labels: Tensor) -> bool:
-    """Whether labels are rows of at least 0 that sum to 1."""
+    """Whether labels are non-negative rows that sum to 1."""
     return (labels.is_floating_point() and labels.dim() == 2 and bool((labels >= 0).all())
             and bool((labels.sum(dim=1) - 1).abs().max() < 1e-3))
 
@@ -252,13 +254,13 @@ def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], 
     """The set as float32 (classes as int64), if its tensors fit these images and classes and the factor.
 
     Args:
-        whose: the images and classes are, in words.
-        read_from: where images, labels and learning rate are from, for the message.
+        whose: whose images and classes these are, for messages.
+        read_from: where images, labels and learning rate come from, for messages.
 
     Raises:
-        UserError: they do not, or hold values that are not finite in float32.
+        UserError: they do not fit, or hold values that are not finite in float32.
     """
-    # Casts come first, as they make large values infinite.
+    # Cast before checking, as large values become infinite in float32.
     images, labels, lr = (_cast(tensor) for tensor in distilled.tensors().values())
     pictures = images if distilled.pictures is None else _cast(distilled.pictures)
     in_images, in_labels, in_lr = read_from
@@ -286,14 +288,14 @@ def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], 
 
 
 def _cast(tensor: Tensor) -> Tensor:
-    """As sets are used: floating-point numbers of any size as float32, whole ones as int64."""
+    """Casts floating-point tensors to float32 and integers to int64; complex and boolean ones stay as they are."""
     if tensor.is_floating_point():
         return tensor.float()
     return tensor if tensor.is_complex() or tensor.dtype == torch.bool else tensor.long()
 
 
 def labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
-    """Whether these are label logits of so many images, or their classes."""
+    """Whether these are label logits or valid classes of `count` samples."""
     if labels.is_floating_point():
         return tuple(labels.shape) == (count, num_classes)
     named = set(labels.unique().tolist())
@@ -301,10 +303,10 @@ def labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
 
 
 def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, str]:
-    """The class of each sample [N·f²] int64, and by what it is known.
+    """The class of each sample [N·f²] int64, and where it was taken from, in words.
 
-    A learned label need not be largest at the class that its image started from, so where a distillation made the set,
-    the order of its images says the class.
+    A learned label need not be largest at the class that its image started from, so if a distillation made the set,
+    the order of its images gives the class.
     """
     if not distilled.labels.is_floating_point():
         return distilled.labels, "the labels, which are classes"

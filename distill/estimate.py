@@ -1,4 +1,4 @@
-"""What a distillation will take on this machine: measured on a few of its own steps, and extrapolated."""
+"""How much time and memory a distillation will take on this machine, extrapolated from a few measured steps."""
 
 from collections.abc import Callable
 from statistics import median
@@ -34,11 +34,11 @@ from utils.program.prepare import drawer, dsa_groups
 from utils.program.seeds import generator
 
 FEW, MORE = 1, 3  # inner steps of the two measurements
-LR = 0.01  # any, as the time does not depend on it
+LR = 0.01  # any value; the time does not depend on it
 
 
 class Estimate(NamedTuple):
-    """Seconds and bytes; the evaluation's are those of the first network of its pool, for all."""
+    """Seconds and bytes; the evaluation is measured on the matched network, which stands for all of its pool."""
 
     iteration: float
     iterations: int
@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estimate:
-    """Measures a few inner steps, one epoch of an evaluation and one test pass; compiling is not counted."""
+    """Measures a few inner steps, one epoch of an evaluation and one test pass; compile time is not included."""
     device = dataset.device
     samples = num_samples(config, dataset)
     batch = batch_size(config, dataset)
@@ -72,7 +72,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     groups = dsa_groups(config, inner_loop=True)
 
     def calls(steps: int) -> tuple[Callable[[], object], Callable[[], object]]:
-        """A match of so many steps, and the training of the student alone."""
+        """A match over `steps` inner steps, and the student's training alone."""
         batches = [torch.randperm(samples, generator=random)[:batch] for _ in range(steps)]
         draws = [augment.draw(groups, batch, dataset.image_size, random) for _ in range(steps)]
         draws, batches = augment.together(draws, batches, device)
@@ -81,13 +81,13 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
 
     (few, _), (more, train) = calls(FEW), calls(MORE)
     before = reset_peak(device)
-    few()  # the first call allocates, and compiles or captures where that is asked for
-    captured = torch.cuda.memory_reserved(device) - before if device.type == "cuda" else 0  # and kept
+    few()  # warm-up: allocates, and compiles or captures if the engine does
+    captured = torch.cuda.memory_reserved(device) - before if device.type == "cuda" else 0  # reserved by the warm-up
     (_, few_bytes), (more_seconds, more_bytes) = (_measured(each, device) for each in (few, more))
-    # Of the exact gradient each further step keeps a θ; of the unrolled one, its graph.
+    # For each further step, the exact gradient keeps a θ and the unrolled one a graph.
     step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
     maps = max(0, kept_steps(config, dataset, model) - MORE) * batch * model.engine.map_bytes
-    # The steps that a truncated gradient does not go through are trained alone.
+    # Before the last K steps, a truncated gradient only trains.
     matched = matched_steps(config)
     alone = config.syn_steps - matched
     train_seconds = _measured(train, device)[0] if alone else 0.0
@@ -103,11 +103,11 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
                     evaluations(config),
                     captured + more_bytes + maps + (config.syn_steps - MORE) * step_bytes + state,
                     sum(each.nbytes for each in (dataset.train_images, dataset.test_images)
-                        if isinstance(each, torch.Tensor)))  # those on the host, beside a GPU, take none of its memory
+                        if isinstance(each, torch.Tensor)))  # `HostImages` take no GPU memory
 
 
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
-    """`DATM.py --dry_run`: prints the estimate."""
+    """Prints the estimate, for `DATM.py --dry_run`."""
     print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, "
           f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}"
           f"{kept_in_words(config, dataset, model)}), on "
@@ -119,7 +119,7 @@ def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
 
 
 def _measured(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """(median seconds of three calls, bytes of memory that they add at their peak)"""
+    """(median seconds of three calls, bytes of memory added at their peak)"""
     before = reset_peak(device)
     seconds = []
     for _ in range(3):

@@ -62,10 +62,10 @@ def main() -> None:
 
 
 def known(given: dict[str, Any]) -> dict[str, Any]:
-    """What the set tells of the options that are not given."""
+    """The options that follow from the set and the protocol, except those that are given."""
     check_set(make(EvaluationConfig, **given))
 
-    from distill.evaluate import protocols  # and torch, which takes seconds
+    from distill.evaluate import protocols  # imports torch, which takes seconds
 
     return protocols.known(given)
 

@@ -1,4 +1,4 @@
-"""Where a run's folder is, and what is said of a finished run; known without torch."""
+"""Where a run's folder is, and the answer to a command whose run is finished; works without torch."""
 
 import contextlib
 from functools import partial
@@ -17,19 +17,19 @@ from utils.program.run_folder import RunFolder, run_id
 
 
 def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
-    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the name defaults to one made of the config and
+    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the default name is derived from the config and
     the checksums of the data."""
     name = config.run_name or f"{config.matching}_seed{config.seed}_{run_id(config, data)}"
     return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name
 
 
 def answered(config: DistillConfig) -> bool:
-    """Whether the run is done, and nothing of it is missing; then it says so.
+    """Whether the run is finished and none of its files are missing; if so, prints that it is.
 
-    Of all others, and where files alone do not tell, it says nothing: `distill.loop` does.
+    False also if files alone cannot tell; `distill.loop` then decides.
 
     Raises:
-        UserError: the folder holds a run of other options, or an expert file is damaged.
+        UserError: the folder holds a run with other options, or an expert file is damaged.
     """
     if ranks.size() > 1 or config.dry_run:
         return False
@@ -45,9 +45,10 @@ def answered(config: DistillConfig) -> bool:
 
 
 def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
-    """The checksums that the name of a run's folder is made of, if a run of these options is done: of the experts'
-    files, and of the images that all of them were trained on, as their manifests tell. None where they do not, and
-    where a run reads more than these.
+    """The checksums from which the run folder's name is derived: those of the expert files and, from their manifests,
+    of the images that all experts were trained on.
+
+    None: no run with these options is finished, the manifests do not tell, or the run reads other files too.
     """
     more = config.Initialize_Label_With_Another_Model or config.max_files or config.max_experts
     if more or config.pix_init not in STARTS:
@@ -65,14 +66,14 @@ def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
 
 
 def _is_done(config: DistillConfig, folder: Path) -> bool:
-    """Whether the run in a folder is of these options, and no more is asked of it."""
-    with contextlib.suppress(UserError):  # it may be another run's, and its own affair
+    """Whether the run in a folder has these options and needs no further iterations."""
+    with contextlib.suppress(UserError):  # the folder may hold a run with other options
         return RunFolder(folder, config, METRICS, RESULT).is_done
     return False
 
 
 def lost_sets(path: Path, result: RunResult) -> list[str]:
-    """The best sets of a finished run that are not in its folder."""
+    """The names of a finished run's best sets that are missing from its folder."""
     names = [NORMAL, EMA] if result.best_ema else [NORMAL]
     return [name for name in names if not (path / name / WHOLE).exists()]
 

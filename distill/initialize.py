@@ -1,6 +1,6 @@
 """Which real images a distillation starts from, and which soft labels they get (DATM, section 3.3).
 
-"Experts" below are final snapshots θ, taken from a buffer; networks judge without augmentation.
+"Experts" below are snapshots θ from a buffer, by default the last ones; they see images without augmentation.
 """
 
 import math
@@ -24,25 +24,25 @@ from utils.program.prepare import network_for
 from utils.program.progress import watched
 from utils.program.seeds import generator
 
-WALK = 256  # images of a class that are judged at a time
+WALK = 256  # images of a class that are classified at a time
 
 
 def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buffer:
-    """The experts that label the first images: those that are matched, all of their folder, or another network's.
+    """The experts that label the initial images: those that are matched, all in their folder, or another network's.
 
     Raises:
-        UserError: the other network's are of another one.
+        UserError: the other network's expert files are missing, unreadable or of a different network.
     """
     if config.Initialize_Label_With_Another_Model:
         network = network_for(config.Initialize_Label_Model, dataset).to(dataset.device)
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
     elif config.max_files or config.max_experts:
-        buffer = Buffer(buffer.folder, buffer.model)  # all experts label, whichever are matched
+        buffer = Buffer(buffer.folder, buffer.model)  # all experts label, even if only some are matched
     return buffer
 
 
 def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer) -> dict[str, str]:
-    """Of all that a distillation reads, by name: what tells it from one of the same options, wherever files lie.
+    """Checksums of everything a distillation reads, by name; with the options they identify a run, whatever the paths.
 
     Raises:
         UserError: an expert file is damaged, or the set to start from is missing.
@@ -58,16 +58,16 @@ def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers
 
 
 def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:
-    """The set that a distillation starts from, on the CPU, and notes on what had to be mended.
+    """The set that a distillation starts from, on the CPU, and notes for the user.
 
-    Its rate is NaN where `distill.suggest` is to measure it. Images of class c occupy rows c·ipc … (c+1)·ipc − 1. With
-    a factor f each is made of f² real ones, and labels are of what networks see of these.
+    Its learning rate is NaN if `distill.suggest` is to measure it. Images of class c occupy rows
+    c·ipc … (c+1)·ipc − 1. With factor f each is made of f² real ones, and each of its samples has a label.
 
     Args:
         buffer: the experts that label the images.
 
     Raises:
-        UserError: experts without the snapshot `Label_Model_Timestamp`; a saved set that does not fit.
+        UserError: the experts have no snapshot `Label_Model_Timestamp`, or a saved set does not fit.
     """
     if config.pix_init not in STARTS:
         distilled, rate = saved_start(config, dataset), config.lr_teacher
@@ -115,10 +115,11 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
 
 
 def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
-    """The set of `--pix_init FILE`, on the CPU; with hard labels, its classes.
+    """The set of `--pix_init FILE`, on the CPU; with `labels: hard`, its labels are classes.
 
     Raises:
-        UserError: it is not of this dataset, or of another number of images per class.
+        UserError: it is of another dataset or number of images per class, not sorted by class, or without soft labels
+            though they are needed.
     """
     given = f"--pix_init {config.pix_init}"
     distilled = DistilledSet.load(config.pix_init)
@@ -140,8 +141,8 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
 
 
 def random_real(dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
-    """Indices [K·ipc] of `ipc` random training images of each class, classes in order; of a class that has fewer, all
-    of them, and then again."""
+    """Indices [K·ipc] of `ipc` random training images of each class, classes in order; a class with fewer images
+    repeats them."""
     return torch.cat([_repeated(_shuffled(dataset, label, random), ipc) for label in range(dataset.num_classes)])
 
 
@@ -149,15 +150,15 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
                         random: torch.Generator) -> tuple[Tensor, list[str]]:
     """Indices [K·ipc] of training images that an expert predicts correctly, classes in order.
 
-    Per class, a random permutation is walked until `ipc` images are found; when the class is exhausted, the next
-    expert judges what is left. Where all experts together do not find enough, the images with the highest
-    true-class logit of the first expert fill the rest.
+    The images of each class are tried in random order until `ipc` are found; when the class is exhausted, the next
+    expert tries the rest. If all experts together find too few, the images with the highest true-class logit of the
+    first expert are added.
 
     Args:
-        experts: makes an iterator over θ [P], on the dataset's device.
+        experts: returns a new iterator over θ [P], on the dataset's device.
 
     Returns:
-        The indices, and a line for every class that had to be filled.
+        The indices, and a note for each class that had to be filled.
     """
     chosen, notes = [], []
     for label in range(dataset.num_classes):
@@ -186,9 +187,7 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
 
 
 def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, classes: Tensor) -> tuple[Tensor, int]:
-    """Soft labels: for each image the mean logits of the experts that predict it correctly.
-
-    An image that no expert gets right has the mean over all of them.
+    """Soft labels: for each image the mean logits of the experts that predict it correctly, or of all if none does.
 
     Args:
         experts: θ [P] each.
@@ -196,7 +195,7 @@ def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, c
         classes: the true classes [N].
 
     Returns:
-        Label logits [N, K], and how many images no expert got right.
+        Label logits [N, K], and the number of images that no expert predicts correctly.
     """
     total = total_right = count = count_right = 0
     for theta in experts:
@@ -210,7 +209,7 @@ def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, c
 
 
 def class_labels(model: FlatModel, theta: Tensor, dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
-    """Labels [K·ipc, K] for images that show nothing yet: an expert's mean logits over images of each class."""
+    """Labels [K·ipc, K] for noise images: an expert's mean logits over real images of each class."""
     prototypes = [
         expert_logits(model, theta, dataset.train_images[_shuffled(dataset, label, random)[:WALK]]).mean(dim=0)
         for label in range(dataset.num_classes)]
@@ -219,9 +218,9 @@ def class_labels(model: FlatModel, theta: Tensor, dataset: Dataset, ipc: int, ra
 
 @torch.no_grad()
 def expert_logits(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
-    """What an expert θ [P] says of x [B, C, H, W]: logits [B, K], without a graph."""
-    # Experts carry no running statistics, so their batch norms can only normalise by the batch at hand (published: by
-    # mean 0 and variance 1, where a fresh network's begin).
+    """The logits [B, K] of an expert θ [P] for x [B, C, H, W], without a graph."""
+    # Expert files hold no running statistics, so batch norm uses those of the batch at hand (published: those of a
+    # fresh network, mean 0 and variance 1).
     model.network.train(has_batch_norm(model.network))
     logits = torch.cat([model(theta, part) for part in x.split(WALK)])
     model.network.train()
@@ -234,12 +233,12 @@ def _shuffled(dataset: Dataset, label: int, random: torch.Generator) -> Tensor:
 
 
 def _repeated(indices: Tensor, count: int) -> Tensor:
-    """So many of them, from the first again where they are fewer."""
+    """The first `count` indices, starting over if there are fewer."""
     return indices[torch.arange(count) % len(indices)]
 
 
 def drawn_again(dataset: Dataset, ipc: int) -> list[str]:
-    """A line for the classes that have fewer than `ipc` training images, if there are any."""
+    """A note on the classes that have fewer than `ipc` training images, if there are any."""
     sizes = {name: len(dataset.class_indices(label)) for label, name in enumerate(dataset.classes)}
     small = sorted((name for name in sizes if sizes[name] < ipc), key=sizes.__getitem__)
     count = "1 class has" if len(small) == 1 else f"{len(small)} classes have"

@@ -1,4 +1,4 @@
-"""The distillation on one page: refuse · load · build · refuse · begin or go on · iterate · conclude."""
+"""The distillation on one page: check · load · build · check · start or resume · iterate · conclude."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,26 +26,26 @@ from utils.program.console import announce, note, say
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder, kept_to_this_run
 
-# What a run puts into its folder beside its log and its result, and what of that shows it.
+# A run's outputs besides its log and result: its sets and unfinished evaluations; pictures, page and final sets.
 MADE = [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)]
 SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
 
 
 def distill(config: DistillConfig) -> None:
-    """A config in, a run folder out: all of `distill/DATM.py` but for `option_checks`.
+    """A config in, a run folder out: all of `distill/DATM.py` except `option_checks`.
 
     Raises:
-        UserError: whatever in the config, the data or the experts does not fit together.
+        UserError: config, data and experts do not fit together.
     """
     # Load the data and open the experts; refuse a difficulty window that does not fit them.
     dataset, buffer = opened(config)
     checks.check_window(config, buffer)
 
-    # Know the run by its options and by the checksums of all that it reads.
+    # Identify the run by its options and the checksums of everything it reads.
     labellers = labellers_of(config, dataset, buffer)
     data = ranks.from_first_rank(lambda: checksums(config, dataset, buffer, labellers))
 
-    # A dry run ends here, with what a run would take and which settings fit the experts.
+    # A dry run ends here, with an estimate of time and memory and the settings that fit the experts.
     path = run_folder(config, data)
     if config.dry_run:
         folder, saved = RunFolder(path, config, METRICS, RESULT), None
@@ -61,19 +61,19 @@ def distill(config: DistillConfig) -> None:
         print("\nnothing was distilled; leave --dry_run out to begin, and add what is proposed if you want it")
         return
 
-    # Take the run's folder.
+    # Lock the run's folder.
     with kept_to_this_run(path, "give another --run_name"):
         folder = RunFolder(path, config, METRICS, RESULT)
 
-        # A run that is done is not run again; what shows it is made, if it was stopped before that.
+        # A finished run is not repeated; if its pictures or page are missing, they are made.
         if folder.is_done:
             say_finished(config, dataset, buffer, folder)
             return
 
-        # Refuse what cannot fit the memory.
+        # Refuse what cannot fit in memory.
         checks.check_memory(config, dataset, buffer.model)
 
-        # Distil, from the beginning or from where the run was saved.
+        # Distil, from the start or from the checkpoint.
         run = begin_or_go_on(config, dataset, buffer, labellers, data, folder)
         with interrupt.deferred():
             iterate(run)
@@ -81,12 +81,12 @@ def distill(config: DistillConfig) -> None:
 
 
 def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
-    """The data and the experts of a distillation, with the student that it matches.
+    """The data and the experts of a distillation, with the student that it trains.
 
     Raises:
-        UserError: whatever in the options, the data or the experts does not fit together, but for the window.
+        UserError: options, data and experts do not fit together; the difficulty window is not checked.
     """
-    # Refuse a saved set to start from that is of other data; load the data.
+    # Refuse a --pix_init set of other data; load the data.
     checks.check_start(config)
     _, dataset = begin(config)
 
@@ -94,7 +94,7 @@ def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
     checks.check_networks(config, dataset)
     student = student_of(config, dataset)
 
-    # Open the experts; refuse those of other data.
+    # Open the experts; refuse those trained on other data.
     buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
     return dataset, buffer
@@ -103,18 +103,19 @@ def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
 def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
     """The network that is matched, with the engine that the config asks for."""
     network = network_for(config.model, dataset).to(dataset.device)
-    if config.matching == "unroll":  # which is autograd's own affair
+    if config.matching == "unroll":  # plain autograd
         return FlatModel(network, "plain")
-    # A rank's share of a batch changes in every step, and compiled code is for one size.
+    # A rank's share of a batch changes size in every step, but compiled code is for fixed sizes.
     if ranks.size() > 1 and config.backend == "auto":
         config = replace(config, backend="eager")
     return flat_model(config, network, plan.work_of(config, dataset), config.micro_batch)
 
 
 def settle_threads(config: DistillConfig, dataset: Dataset, buffer: Buffer, saved: dict[str, Any] | None) -> None:
-    """As many threads as help, or as a saved run had; the student's engine is chosen again, which depends on it."""
+    """Uses as many threads as help, or as the resumed run had. If that changes their number, builds the student again,
+    since its engine depends on it."""
     before = torch.get_num_threads()
-    known = saved and saved.get("threads", before)  # a run of an earlier version had all
+    known = saved and saved.get("threads", before)  # earlier versions always used all
     threads.settle(config, buffer.model.network, plan.batch_size(config, dataset), plan.work_of(config, dataset), known)
     if torch.get_num_threads() != before:
         buffer.model = student_of(config, dataset)
@@ -122,20 +123,20 @@ def settle_threads(config: DistillConfig, dataset: Dataset, buffer: Buffer, save
 
 def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer, data: dict[str, str],
                    folder: RunFolder) -> RunState:
-    """The distillation in its folder, at its first iteration or at the one at which it was saved.
+    """The distillation in its folder, at its first iteration or where it was saved.
 
     Args:
-        data: checksums of all that it reads.
+        data: checksums of everything the run reads.
 
     Raises:
-        UserError: what was saved is damaged, or was made of other data.
+        UserError: the checkpoint is damaged, or was made with other data.
     """
-    # What was saved, if it was made of the same data; None at the beginning.
+    # The checkpoint, which must be of the same data; None for a new run.
     saved = ranks.from_first_rank(lambda: folder.saved_state if config.resume == "auto" else None)
     checks.check_same_run(config, saved, data, folder)
     settle_threads(config, dataset, buffer, saved)
 
-    # The set to start from: real images, and what experts say of them; or a saved set.
+    # The initial set: as in the checkpoint, or made now.
     if saved:
         start, notes = DistilledSet(**saved["start"]), saved["notes"]
     else:
@@ -145,7 +146,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
         start, said = suggest.with_fitting_rate(config, dataset, buffer, start)
         notes = [*notes, *said]
 
-    # The folder, and the first lines.
+    # Prepare the folder, and print the header.
     folder.start(saved, MADE, SHOWS, [EVALUATION])
     engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
     announce(config, start.images.device, engine + plan.kept_in_words(config, dataset, buffer.model),
@@ -154,7 +155,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     for each in notes:
         note(f"note: {each}")
 
-    # The state, as it begins or as it was saved.
+    # The state, new or as it was saved.
     distillation = Distillation(config, dataset, buffer, start)
     run = RunState(config, dataset, distillation, start, notes, engine, data, folder)
     if saved:
@@ -164,7 +165,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
 
 
 def iterate(run: RunState) -> None:
-    """Runs all iterations that are left.
+    """Runs the remaining iterations.
 
     Raises:
         Stopped: a signal came; the state is saved.
@@ -172,7 +173,7 @@ def iterate(run: RunState) -> None:
     config, distillation = run.config, run.distillation
     with DistillView(run) as view:
         for iteration in range(run.iteration, config.Iteration + 1):
-            # Save when it is time to, and stop where a signal asks for it.
+            # Save if it is due, and stop if a signal asked for it.
             stop, due = ranks.any_of(interrupt.requested(), run.folder.save_due())
             if stop or due:
                 distillation.merge()
@@ -180,17 +181,17 @@ def iterate(run: RunState) -> None:
             if stop:
                 interrupt.stop()
 
-            # Evaluate the set, unless that was done before the run was stopped here; keep the best.
+            # Evaluate the set, unless that was done before the run was resumed here; keep the best.
             if plan.is_evaluated(config, iteration) and not run.evaluated:
                 scores = run.evaluate(view)
                 run.keep_best(scores, view)
                 show_so_far(run, view)
 
-            # Publish the set, whatever it scores.
+            # Write the set, whatever it scores.
             if plan.is_published(config, iteration):
                 run.publish()
 
-            # Nobody would see an update after the last evaluation.
+            # An update after the last evaluation would be of no use.
             if iteration == config.Iteration:
                 run.save()
                 break

@@ -5,16 +5,16 @@ The student starts at an expert's θ₀ and takes T steps of gradient descent on
 
     loss = ‖θ_T − θ*‖² / ‖θ₀ − θ*‖²
 
-Its gradient with respect to images, labels and α comes in three forms of one signature:
+Three methods compute its gradient with respect to images, labels and α:
 
 * `exact`, the default: the adjoint recursion, one step's graph in memory at a time. With λ = ∂loss/∂θ_T and
-  s = ⟨∇L(θₜ; xₜ, yₜ), λ⟩, step t contributes ∂α −= s, ∂xₜ = −α ∂s/∂xₜ, ∂yₜ = −α ∂s/∂yₜ, and hands
-  λ ← λ − α ∂s/∂θₜ to the step before it. Truncated to the last K steps it stops there: the steps before count as
-  given, and contribute nothing.
-* `unroll`: autograd through all T steps. The same numbers, T graphs in memory; kept to be read and to be
-  compared with.
-* `tesla` (Cui et al., ICML 2023, as the published DATM_tesla does it): λ is never handed back. No cheaper than
-  `exact` and not its gradient.
+  s = ⟨∇L(θₜ; xₜ, yₜ), λ⟩, step t contributes ∂α −= s, ∂xₜ = −α ∂s/∂xₜ, ∂yₜ = −α ∂s/∂yₜ, and passes
+  λ ← λ − α ∂s/∂θₜ to the step before it. Truncated to the last K steps, it treats the earlier steps as constant:
+  they contribute nothing.
+* `unroll`: autograd through all T steps. The same numbers, with T graphs in memory; a readable reference to compare
+  with.
+* `tesla` (Cui et al., ICML 2023, as in the published DATM_tesla): λ is never passed back. No cheaper than `exact`,
+  and not the same gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor
         augment: one draw per inner step, or None for no augmentation.
         method: `exact`, `unroll` or `tesla`.
         part: sum both distances over these parameters only (PAD); None: over all.
-        adjoint_steps: K, of `exact`: through how many of the last steps the gradient goes; None: through all.
+        adjoint_steps: K, for `exact` only: the gradient goes through the last K steps; None: through all.
 
     Returns:
         The loss and its gradients; a sample that no step used has gradient zero.
@@ -80,7 +80,7 @@ def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor
 def matching_loss(model: FlatModel, theta_start: Tensor, theta_target: Tensor, images: Tensor, labels: Tensor,
                   lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
                   part: Part | None = None) -> Tensor:
-    """The loss of `match_trajectory` alone, a third of the work."""
+    """The loss of `match_trajectory` without its gradient, for a third of the work."""
     return losses_on_the_way(model, theta_start, [theta_target], images, labels, lr, batches, augment, part,
                              steps=[len(batches)])[0, 0]
 
@@ -88,13 +88,13 @@ def matching_loss(model: FlatModel, theta_start: Tensor, theta_target: Tensor, i
 def losses_on_the_way(model: FlatModel, theta_start: Tensor, targets: Sequence[Tensor], images: Tensor, labels: Tensor,
                       lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
                       part: Part | None = None, *, steps: Sequence[int]) -> Tensor:
-    """The losses that shorter inner loops would have, for several targets: one training shows them all.
+    """The losses after different numbers of inner steps, to several targets, from a single training.
 
     Args:
-        steps: the numbers of steps after which the loss is wanted, from 1 on.
+        steps: the numbers of steps after which to compute the loss, each at least 1.
 
     Returns:
-        [targets, steps].
+        Losses [targets, steps].
     """
     augment = augment if augment is not None else [None] * len(batches)
     thetas, _ = _train(model, theta_start, images, labels, lr, batches, augment)
@@ -112,7 +112,7 @@ def deep_part(depth_ratio: float) -> Part:
 
 
 def far_part(loss_ratio: float) -> Part:
-    """All but the `loss_ratio` of θ's elements that are nearest to the target (PAD as published in code)."""
+    """All but the `loss_ratio` of θ's elements that are nearest to the target (PAD's published code)."""
     def far(final: Tensor, target: Tensor) -> Tensor:
         mask = torch.ones_like(final, dtype=torch.bool)
         mask[(final - target).abs().topk(int(loss_ratio * len(final)), largest=False).indices] = False
@@ -126,8 +126,8 @@ def _mask(part: Part | None, theta_final: Tensor, theta_target: Tensor) -> Tenso
 
 def _train(model, theta_start, images, labels, lr, batches, augment, keep_maps: int = 0
            ) -> tuple[list[Tensor], list[Maps | None]]:
-    """The inner loop: θ₀ … θ_T, detached, P numbers a step and no graph; and what the last `keep_maps` steps leave to
-    their adjoints."""
+    """The inner loop: θ₀ … θ_T, detached (P numbers a step, no graph), and the activations that the last `keep_maps`
+    steps keep for their adjoints."""
     kept = model.keep(images=images.detach(), labels=labels.detach(), lr=lr.detach())
     thetas = [theta_start.detach()]
     maps = [[] if left <= keep_maps else None for left in range(len(batches), 0, -1)]
@@ -161,7 +161,7 @@ def _unrolled(model, theta_start, theta_target, images, labels, lr, batches, aug
 
 def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augment, part, carry_back: bool,
              steps: int | None) -> Match:
-    """The recursion of the module's docstring over the last `steps`; without `carry_back` it is TESLA's."""
+    """The adjoint recursion of the module's docstring over the last `steps`; without `carry_back`, TESLA's."""
     soft = labels.is_floating_point()
     images, labels, lr = images.detach(), labels.detach(), lr.detach()
     keep_maps = min(model.kept_steps(max(map(len, batches))), len(batches) if steps is None else steps)
@@ -175,7 +175,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     kept = model.keep(images=images, labels=labels, lr=lr, co_state=co_state, grad_images=torch.zeros_like(images),
                       grad_lr=torch.zeros_like(lr), **({"grad_labels": torch.zeros_like(labels)} if soft else {}))
 
-    # The same steps in reverse, each revisited with its own draw.
+    # The same steps in reverse, each with its own augmentation draw.
     for batch, draw, of_step in islice(zip(*map(reversed, (batches, augment, maps))), steps):
         def step(model, kept, batch, theta, *parameters, draw=draw, maps=of_step):
             x = kept["images"][batch].requires_grad_()
@@ -193,7 +193,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
                 kept["co_state"] -= of_theta
 
         model.run(("revisit", carry_back, dsa.operations(draw)), step, kept, batch, thetas.pop(), *dsa.tensors(draw))
-    # Copies, since what is kept is for the next match too.
+    # Copies, since the next match may reuse the memory of the kept tensors.
     grad_images, grad_lr, grad_labels = (kept[name].clone() if name in kept else None
                                          for name in ("grad_images", "grad_lr", "grad_labels"))
     return Match(loss, grad_images, grad_labels, grad_lr)

@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded, torch among it."""
+"""Checks before anything is loaded, including torch."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from utils.networks import check_network_name
 
 
 def check_options(config: DistillConfig) -> None:
-    """Refuses what the options show, and the folders and files that they name.
+    """Refuses options that contradict each other, and named folders and files that are missing or do not fit.
 
     Raises:
         UserError
@@ -35,7 +35,7 @@ def check_options(config: DistillConfig) -> None:
 
 
 def check_part(config: DistillConfig) -> None:
-    """Refuses both of PAD's rules for a part of the parameters at once.
+    """Refuses PAD's two rules for choosing parameters if both are given.
 
     Raises:
         UserError
@@ -46,7 +46,7 @@ def check_part(config: DistillConfig) -> None:
 
 
 def check_unrolled(config: DistillConfig) -> None:
-    """Refuses options of the engines for the unrolled gradient, which is autograd's and takes none.
+    """Refuses engine options for the unrolled gradient, which is plain autograd.
 
     Raises:
         UserError
@@ -60,7 +60,7 @@ def check_unrolled(config: DistillConfig) -> None:
 
 
 def check_truncated(config: DistillConfig) -> None:
-    """Refuses a truncated gradient of another kind than the exact one, or through more steps than there are.
+    """Refuses to truncate any gradient but the exact one, or to more steps than there are.
 
     Raises:
         UserError

@@ -7,22 +7,22 @@ from utils.errors import number_of
 from utils.networks import evaluation_pool
 from utils.parameters import FlatModel
 
-SAVE_INTERVAL = 1000  # the set of an iteration divisible by this is always written
+SAVE_INTERVAL = 1000  # the set is always written at iterations divisible by this
 
 
 def num_samples(config: DistillConfig, dataset: Dataset) -> int:
-    """What networks see of the set, each with its label."""
+    """The number of samples that networks see, each with its label."""
     return config.ipc * dataset.num_classes * config.factor**2
 
 
 def set_in_words(config: DistillConfig, dataset: Dataset) -> str:
-    """The size of the set."""
+    """The size of the set, in words."""
     more = f", factor {config.factor} ({num_samples(config, dataset)} labels)" if config.factor > 1 else ""
     return f"ipc {config.ipc}{more}"
 
 
 def batch_size(config: DistillConfig, dataset: Dataset) -> int:
-    """Samples of an inner step."""
+    """Samples per inner step."""
     samples = num_samples(config, dataset)
     return min(config.batch_syn or samples, samples)
 
@@ -34,20 +34,20 @@ def is_evaluated(config: DistillConfig, iteration: int) -> bool:
 
 
 def is_published(config: DistillConfig, iteration: int) -> bool:
-    """Whether the set is written at this iteration whatever it scores (published: never without an evaluation)."""
+    """Whether the set is written at this iteration whatever its score (published: only after an evaluation)."""
     return iteration == config.Iteration or iteration % SAVE_INTERVAL == 0
 
 
 def evaluations(config: DistillConfig, begin: int = 0) -> int:
-    """How often a run is evaluated, from this iteration on."""
+    """The number of evaluations from iteration `begin` on."""
     return sum(is_evaluated(config, iteration) for iteration in
                {config.Iteration, *range(-(-begin // config.eval_it) * config.eval_it, config.Iteration,
                                          config.eval_it)})
 
 
 def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
-    """About how many iterations take as long as an evaluation, by the work that engines count; for a run that has
-    had none yet, as compiling and measuring one would take its time."""
+    """About how many iterations take as long as an evaluation, from their amounts of work. Used until the first
+    evaluation of a run, since compiling and timing one beforehand would be slow."""
     samples = (config.epoch_eval_train + 1) * num_samples(config, dataset)
     tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
     evaluation = Work(gradients=networks(config) * (samples + tested))
@@ -55,36 +55,36 @@ def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
 
 
 def networks(config: DistillConfig) -> int:
-    """How many an evaluation trains."""
+    """The number of networks that one evaluation trains."""
     return config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
 
 
 def matched_steps(config: DistillConfig) -> int:
-    """The inner steps that the gradient goes through, the last ones."""
+    """The number of inner steps that the gradient goes through; they are the last ones."""
     return config.adjoint_steps or config.syn_steps
 
 
 def kept_steps(config: DistillConfig, dataset: Dataset, model: FlatModel) -> int:
-    """The inner steps that leave maps to their adjoints, the last ones."""
+    """The number of inner steps that keep activations for their adjoints; they are the last ones."""
     if config.matching == "unroll":
         return 0
     return min(model.kept_steps(batch_size(config, dataset)), matched_steps(config))
 
 
 def kept_in_words(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
-    """To be said after the engine; empty where nothing is kept."""
+    """A suffix to the engine's description; empty if no activations are kept."""
     steps = kept_steps(config, dataset, model)
     return f", activations of the last {number_of(steps, 'step')} kept" if steps else ""
 
 
 def work_of_an_iteration(config: DistillConfig, dataset: Dataset) -> Work:
-    """Its inner steps together."""
+    """The work of its inner steps."""
     matched, batch = matched_steps(config), batch_size(config, dataset)
     return Work(gradients=(config.syn_steps - matched) * batch, matched=matched * batch)
 
 
 def work_of(config: DistillConfig, dataset: Dataset) -> Work:
-    """All inner steps of a run together."""
+    """The work of all inner steps of a run."""
     return Work(*(config.Iteration * part for part in work_of_an_iteration(config, dataset)))
 
 

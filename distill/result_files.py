@@ -1,10 +1,10 @@
-"""The formats of results, each written and read here alone.
+"""The formats of results; only this module writes and reads them.
 
-    metrics.jsonl      of a distillation: a line is an `Iteration`, or an `Evaluation` of the set on the way
+    metrics.jsonl      of a distillation: each line is an `Iteration`, or an `Evaluation` during the run
     result.json        of a finished distillation: `RunResult`
     --json FILE        of evaluation.py and baseline.py: `EvaluationResult`
 
-Accuracies are shares in [0, 1]; None is not recorded. A file that does not hold this is a `UserError`.
+Accuracies are shares in [0, 1]; None means not recorded. Reading a file with other contents raises a `UserError`.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from utils.files import append_json, given, read_json, read_text, reading, write
 from utils.program.console import percent
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
-EVALUATION = "evaluation.json"  # of the best set, by the command that a run ends with
-VERSIONS = NORMAL, EMA = "Normal", "EMA"  # the folders of the sets, as published, and of those with averaged images
+EVALUATION = "evaluation.json"  # of the best set, written by the command that a run prints at its end
+VERSIONS = NORMAL, EMA = "Normal", "EMA"  # folders of the sets as published, and with averaged images
 _AGAIN = "put it back, or run again under another --run_name"
 
 
@@ -44,7 +44,7 @@ class Score:
 
     network: str
     accuracies: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
-    # How often each class (row) was predicted as each (column), by all of these networks; None: not counted.
+    # Counts over all these networks, true classes in rows, predicted ones in columns; None: not counted.
     confusion: Counts | None = None
 
     @computed_field
@@ -55,17 +55,17 @@ class Score:
     @computed_field
     @property
     def std(self) -> float:
-        """The population's standard deviation (numpy's default), as the published code has it."""
+        """The population standard deviation (numpy's default), as in the published code."""
         return float(np.std(self.accuracies))
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation; None over one network, which has none."""
+        """The standard deviation; None for a single network."""
         return self.std if len(self.accuracies) > 1 else None
 
     @property
     def percent(self) -> str:
-        """As tables have it."""
+        """Mean and standard deviation in percent, for tables."""
         return percent(self.mean, self.spread)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Score:
 
 
 Scores = Annotated[list[Score], Field(min_length=1)]
-"""One of each kind; the first decides which set is the best."""
+"""One for each kind of network; the first decides which set is the best."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,23 @@ class Iteration:
     """One iteration of a distillation."""
 
     iteration: int
-    # NaN where it was not finite, which JSON writes as null.
+    # NaN if it was not finite; null in JSON.
     loss: Annotated[float, BeforeValidator(lambda loss: math.nan if loss is None else loss)]
     updated: bool
-    lr: float  # α after it
+    lr: float  # α after the iteration
     start_epoch: int
-    bound: int  # exclusive, of the start epochs that could be drawn
+    bound: int  # exclusive upper bound of the start epochs that could be drawn
     held: bool = False  # whether α was held back
     expert: int | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of a distillation on its way."""
+    """One evaluation during a distillation."""
 
     iteration: int
     scores: Scores
-    set: str = NORMAL  # of VERSIONS
+    set: str = NORMAL  # one of VERSIONS
 
 
 def append_metrics(path: Path, line: Iteration | Evaluation) -> None:
@@ -115,7 +115,7 @@ class Metrics(NamedTuple):
     def read(cls, path: Path, advice: str = _AGAIN, finished: bool = True) -> "Metrics":
         """
         Args:
-            finished: whether the run is; in the log of another one the last line may be on its way.
+            finished: whether the run is finished; if not, an incomplete last line is ignored.
         """
         metrics = cls([], [])
         with reading(path, advice):
@@ -133,19 +133,19 @@ class Metrics(NamedTuple):
 
     @property
     def mean_loss(self) -> float:
-        """Skipped updates included; NaN where none was finite."""
+        """Over all finite losses, skipped updates included; NaN if there are none."""
         losses = [step.loss for step in self.iterations if math.isfinite(step.loss)]
         return sum(losses) / len(losses) if losses else math.nan
 
     def running_mean(self) -> tuple[int, list[tuple[int, float]]]:
-        """Over how many iterations, and the mean loss around each, without the skipped ones; nothing of a short run."""
+        """The window's length, and (iteration, mean loss around it) without skipped ones; empty for a short run."""
         if len(self.iterations) < 20:
             return 0, []
         span = max(len(self.iterations) // 50, 5)
         losses = np.array([step.loss if step.updated else math.nan for step in self.iterations])
         spans = np.lib.stride_tricks.sliding_window_view(np.nan_to_num(losses), span)
         counted = np.lib.stride_tricks.sliding_window_view(~np.isnan(losses), span)
-        with np.errstate(invalid="ignore"):  # NaN where all were skipped, which is a gap in the line
+        with np.errstate(invalid="ignore"):  # NaN if all were skipped: a gap in the curve
             means = spans.sum(1, where=counted) / counted.sum(1)
         return span, [(step.iteration, mean) for step, mean in zip(self.iterations[span // 2:], means.tolist())]
 
@@ -163,18 +163,18 @@ class Best:
 
 
 def tested_on(val_fraction: float | None) -> Literal["test", "validation"]:
-    """On which images a program with this `--val_fraction` tests and chooses, as results have it."""
+    """The images that a program with this `--val_fraction` tests and selects on, as named in results."""
     return "validation" if val_fraction else "test"
 
 
 def images_tested(on: str | None) -> str:
-    """On which images a set was tested or chosen, in words; the published `validation` are training images held out."""
+    """The images that a set was tested or chosen on, in words; `validation` means held-out training images."""
     return "held-out" if on == "validation" else "test"
 
 
 @dataclass(frozen=True)
 class FixedLoss:
-    """The mean matching loss over segments that stay the same, of the set that a run began with and of its last one."""
+    """The mean matching loss over fixed segments, of a run's initial set and of its last one."""
 
     before: float | None = None
     after: float | None = None
@@ -183,7 +183,7 @@ class FixedLoss:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished distillation ended with."""
+    """The result of a finished distillation."""
 
     summary: str
     best: Best
@@ -197,7 +197,7 @@ class RunResult:
 
     @property
     def better(self) -> tuple[str, Best]:
-        """The set of `better_of`: its folder, and what it reached."""
+        """The better set by `better_of`: its folder's name and its result."""
         best = {NORMAL: self.best} | ({EMA: self.best_ema} if self.best_ema else {})
         name = better_of(best)
         return name, best[name]
@@ -212,16 +212,16 @@ class RunResult:
 
 
 def better_of(best: Mapping[str, Any]) -> str:
-    """Of the best sets as published and with averaged images (VERSIONS), each with its `scores`, which is better."""
+    """Which of the best sets, as published or with averaged images (VERSIONS), has the better `scores`."""
     return max((name for name in VERSIONS if name in best), key=lambda name: best[name].scores[0].mean)
 
 
 def result_so_far(metrics: Metrics, chosen_on: Literal["test", "validation"],
                   environment: dict[str, Any]) -> RunResult | None:
-    """What an unfinished run would end with if its last iteration were that of its log; None before an evaluation."""
+    """The result of an unfinished run if it ended at the last iteration of its log; None before an evaluation."""
     best = {}
     for name in VERSIONS:
-        # The first of the best, as a run keeps them.
+        # The first of equally good ones, as a run keeps it.
         first = max(metrics.of_set(name), key=lambda evaluation: evaluation.scores[0].mean, default=None)
         if first:
             lr = [step.lr for step in metrics.iterations if step.iteration < first.iteration][-1:] or [math.nan]
@@ -231,11 +231,11 @@ def result_so_far(metrics: Metrics, chosen_on: Literal["test", "validation"],
 
 
 def skipped_advice(loss: float, options: dict[str, Any]) -> str:
-    """What to change, in which order, in a run whose updates were all skipped; for its end and its page too.
+    """What to change, in order, in a run whose updates were all skipped; printed by the run and shown on its page.
 
     Args:
-        loss: of skipped updates, or their mean; NaN: none was finite.
-        options: the run's.
+        loss: that of skipped updates, or their mean; NaN: none was finite.
+        options: those of the run.
     """
     finite, threshold = math.isfinite(loss), options["threshold"]
     too_large = f"({loss:.4g}) is above --threshold {threshold:g}" if finite else "is not finite"
@@ -245,7 +245,7 @@ def skipped_advice(loss: float, options: dict[str, Any]) -> str:
         rate = "a smaller --lr_teacher than the one that auto measured"
     else:
         rate = "--lr_teacher auto, which measures the rate that fits these experts; a smaller --lr_teacher by hand"
-    # Below 1 a training comes nearer to the experts, and there is something to learn.
+    # Below 1 the student ends nearer to the target than it started, so there is something to learn.
     first, last = ("a larger --threshold; ", "") if loss < 1 else ("", "--threshold inf; " * finite)
     return (f"the matching loss {too_large}, so nothing is learned. DATM.py --dry_run "
             f"measures what fits; by hand change, in this order: {first}{rate}; a window that "
@@ -255,10 +255,10 @@ def skipped_advice(loss: float, options: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class UnderProtocol:
-    """What they reached under one of several protocols, or each at a rate of its own."""
+    """Scores under one of several protocols, or with a learning rate chosen for each kind of network."""
 
     scores: Scores
-    trained: dict[str, dict[str, Any]]  # by network: epochs, batch_train, dsa, lr; of a chosen rate, held_out
+    trained: dict[str, dict[str, Any]]  # by network: epochs, batch_train, dsa, lr; held_out if the rate was chosen
 
 
 def under_protocol(what: str, protocol: str) -> str:
@@ -268,7 +268,7 @@ def under_protocol(what: str, protocol: str) -> str:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What networks that were trained on a set reached."""
+    """The result of an evaluation: the scores of networks that were trained on a set."""
 
     what: str  # the set, in words
     images: int
@@ -278,26 +278,26 @@ class EvaluationResult:
     seconds: float | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
-    labels: int | None = None  # of a factor above 1, as many for each image as it holds smaller ones
-    protocols: dict[str, UnderProtocol] = Field(default_factory=dict)  # of which the first has these scores
+    labels: int | None = None  # their number if the factor is above 1: factor² for each image
+    protocols: dict[str, UnderProtocol] = Field(default_factory=dict)  # by name; `scores` are those of the first
 
     @property
     def size(self) -> str:
-        """As tables have it."""
+        """The number of images and labels, for tables."""
         return str(self.images) if self.labels is None else f"{self.images} ({self.labels} labels)"
 
     def write(self, path: str | Path, **more: Any) -> None:
         """
         Args:
-            more: what `--robust_score` adds, so that its file serves wherever that of an evaluation does.
+            more: entries that `--robust_score` adds; its file still reads as that of an evaluation.
         """
         values = as_json(self) | more
         write_json(given(path), {name: value for name, value in values.items()
                                  if name not in ("lr", "labels", "protocols") or value not in (None, {})})
 
     def by_protocol(self) -> list[tuple[str, list[Score], list[str]]]:
-        """For tables: the set under a protocol, in words, its scores, and the learning rate of each; of a result
-        without protocols one such."""
+        """For tables: for each protocol the set under it, in words, the scores, and the learning rate of each; one
+        entry if there are no protocols."""
         if not self.protocols:
             rate = "-" if self.lr is None else f"{self.lr:.4g}"
             return [(self.what, self.scores, [rate] * len(self.scores))]
@@ -319,20 +319,20 @@ def _rate_in_words(trained: dict[str, Any]) -> str:
 
 
 def results_in(folder: Path) -> list[EvaluationResult]:
-    """Results of evaluations that somebody put into a folder."""
+    """The evaluation results in a folder."""
     results = []
     for file in sorted(folder.glob("*.json")):
         if not file.name.startswith(Path(RESULT).stem):
-            with contextlib.suppress(UserError):  # whatever else lies there
+            with contextlib.suppress(UserError):  # not the result of an evaluation
                 results.append(EvaluationResult.read(file, ""))
     return results
 
 
 def read_result(path: Path, name: str, advice: str) -> RunResult | EvaluationResult:
-    """The result of an evaluation, or that of a run.
+    """The result of an evaluation or of a run.
 
     Args:
-        name, advice: of the message, where it is neither.
+        name, advice: for the message if it is neither.
     """
     with reading(name, advice, "is not a result"):
         values = read_json(path)
@@ -340,7 +340,7 @@ def read_result(path: Path, name: str, advice: str) -> RunResult | EvaluationRes
 
 
 def as_json(record: Any) -> Any:
-    """A record as plain data; numbers that are not finite are None."""
+    """A record as plain data; numbers that are not finite become None."""
     return json.loads(RootModel[type(record)](record).model_dump_json())
 
 

@@ -1,4 +1,4 @@
-"""Where a distillation is: its iteration, its best sets, what of that is saved, and what it shows while it runs."""
+"""The state of a running distillation: its iteration, its best sets, what is saved, and what is shown meanwhile."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,16 +23,17 @@ from utils.program.machine import environment
 from utils.program.progress import Progress
 from utils.program.run_folder import RunFolder
 
-DRAW_SHARE = 0.1  # of a run's time, at most, that goes into what shows it on its way
-FIRST_DRAWING = 0.5  # seconds that the first takes, for all that is known
+DRAW_SHARE = 0.1  # the most of a run's time that goes into drawing its pictures and page
+FIRST_DRAWING = 0.5  # seconds assumed for the first drawing
 
-SKIPPED_AT_FIRST = 10  # updates, after which a run that has skipped them all says so
+SKIPPED_AT_FIRST = 10  # first updates of a run; if all are skipped, it says so
 
 
 class Candidate(NamedTuple):
-    """A set on the way, and how it scored.
+    """A set at one of a run's evaluations, and its scores.
 
-    The first network of the pool decides which is the best; in the published code any that beats its own best does.
+    The first network of the pool decides which set is the best; in the published code, any network that beats its own
+    best does.
     """
 
     iteration: int
@@ -41,10 +42,10 @@ class Candidate(NamedTuple):
 
 
 class Throttle:
-    """A block of work that is done so seldom that it takes a share of the time at most.
+    """A block of work that is done rarely enough to take at most a given share of the time.
 
     Args:
-        seconds: that it takes the first time, for all that is known.
+        seconds: how long to assume it takes the first time.
     """
 
     def __init__(self, share: float, seconds: float):
@@ -62,11 +63,11 @@ class Throttle:
 
 
 class RunState:
-    """A distillation on its way, and what its folder holds of it.
+    """A running distillation, and its state in the run's folder.
 
     Args:
-        start: the set it began with.
-        notes: what there was to say of that.
+        start: the initial set.
+        notes: notes for the user on the initial set.
         engine: how derivatives are computed, in words.
         data: checksums of the images and the expert files.
     """
@@ -80,7 +81,7 @@ class RunState:
         self.best: dict[str, Candidate] = {}
         self.frames = Frames()
         self.drawing = Throttle(DRAW_SHARE, FIRST_DRAWING)
-        self._accuracies: dict[str, Accuracies] = {}  # of the evaluation that is under way
+        self._accuracies: dict[str, Accuracies] = {}  # of the current evaluation
         self._seconds_before, self._began = 0.0, perf_counter()
 
     @property
@@ -88,11 +89,11 @@ class RunState:
         return self._seconds_before + perf_counter() - self._began
 
     def save(self) -> None:
-        """Saves what the run needs to go on from here; of several ranks, after `Distillation.merge`."""
+        """Saves what the run needs to resume from here. With several ranks, call `Distillation.merge` first."""
         self.folder.save_state(self._state)
 
     def _state(self) -> dict[str, Any]:
-        """For `restore`; it shares its tensors, so it must be saved before the next step."""
+        """The state for `restore`. It shares the run's tensors, so it must be saved before the next step."""
         best = {name: {"iteration": candidate.iteration, "set": candidate.set.tensors(),
                        "scores": [[score.network, score.accuracies, score.confusion] for score in candidate.scores]}
                 for name, candidate in self.best.items()}
@@ -104,7 +105,7 @@ class RunState:
                 "frames": vars(self.frames)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up what was saved; says where, and what is different here."""
+        """Restores a saved state; says at which iteration, and if results may now be rounded differently."""
         device = self.start.images.device
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
         self.best, self.frames = best_of(state, device), frames_of(state)
@@ -117,26 +118,26 @@ class RunState:
                  "may be rounded differently")
 
     def track(self, state: dict[str, Any] | None) -> None:
-        """Opens a run of wandb, or the one that a saved state had; of several ranks the first does."""
+        """Opens a wandb run, or reopens that of a saved state; on the first rank only."""
         self.tracker = Tracker(self.config.wandb if ranks.first() else "disabled", self.config.project,
                                self.folder.path.name, as_dict(self.config), self.folder.path,
                                state and state["tracker"], self.config.quiet)
 
     def evaluate(self, view: "DistillView") -> dict[str, list[Score]]:
-        """Evaluates the set, and the one of averaged images; the scores of each, by its name.
+        """Evaluates the set and, with `ema`, the one of averaged images; returns the scores of each, by name.
 
         Raises:
-            Stopped: a signal came; what was found is saved, and this iteration's evaluation goes on from there.
+            Stopped: a signal came; the accuracies so far are saved, and this evaluation resumes from there.
         """
         self.distillation.merge()
-        if ranks.size() > 1:  # a rank that waits for the others' networks cannot save when it is told to stop
+        if ranks.size() > 1:  # a rank waiting for the others' networks cannot save on a signal
             self.save()
         versions = self.distillation.versions()
         self._accuracies = {name: ranks.from_first_rank(partial(
             Accuracies, self.folder.path / f"{name}.unfinished", digest(distilled)))
             for name, distilled in versions.items()}
         epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in self._accuracies.values())
-        try:  # all of them before any is recorded, so that a signal finds the state as it was before
+        try:  # evaluate all sets before recording any, so that a signal leaves the state as it was
             with view.aside("evaluating", epochs) as tick:
                 scores = {name: evaluate(self.config, self.dataset, distilled, "iteration", self.iteration,
                                          on_epoch=partial(_after_epoch, tick), accuracies=self._accuracies[name])
@@ -149,7 +150,7 @@ class RunState:
         return scores
 
     def keep_best(self, scores: dict[str, list[Score]], view: "DistillView") -> None:
-        """Records an evaluation, publishes each set that scored best so far, and saves."""
+        """Records an evaluation, writes each set that is the best so far, and saves the state."""
         for name, distilled in self.distillation.versions().items():
             now = Candidate(self.iteration, distilled, scores[name])
             if name not in self.best or now.scores[0].mean > self.best[name].scores[0].mean:
@@ -169,7 +170,7 @@ class RunState:
             accuracies.forget()
 
     def publish(self) -> None:
-        """Writes the set as it is, under the iteration's number."""
+        """Writes the current set, under the iteration's number."""
         self.distillation.merge()
         for name, distilled in self.distillation.versions().items():
             self._write(name, distilled, self.iteration)
@@ -179,18 +180,18 @@ class RunState:
             distilled.save(self.folder.path / name, tag, self.dataset)
 
     def log(self, line: Iteration | Evaluation) -> None:
-        """One line of metrics.jsonl."""
+        """Appends a line to metrics.jsonl."""
         if ranks.first():
             append_metrics(self.folder.log, line)
 
     def note_skipped(self, record: Iteration) -> None:
-        """Says so early, once, where nothing is learned."""
+        """Notes early on, once, if all updates so far were skipped."""
         if record.iteration + 1 == self.distillation.skipped == SKIPPED_AT_FIRST and ranks.first():
             note(f"note: the first {SKIPPED_AT_FIRST} updates were all skipped: "
                  f"{skipped_advice(record.loss, as_dict(self.config))}")
 
     def advance(self) -> None:
-        """To the next iteration."""
+        """Moves on to the next iteration."""
         self.iteration, self.evaluated = self.iteration + 1, False
 
 
@@ -201,7 +202,7 @@ def best_of(state: dict[str, Any], device: torch.device) -> dict[str, Candidate]
 
 
 def frames_of(state: dict[str, Any]) -> Frames:
-    """The set on its way, in a run's saved state; those of an earlier version hold none."""
+    """The frames in a run's saved state; empty if an earlier version saved it."""
     return Frames(**state.get("frames", {}))
 
 
@@ -211,13 +212,13 @@ def _after_epoch(tick: Callable[[], None]) -> None:
 
 
 def rounding(device: torch.device) -> dict[str, str]:
-    """What, beside the engine, decides how results are rounded."""
+    """What determines rounding besides the engine: torch's version and the device."""
     here = environment(device)
     return {name: here[name] for name in ("torch", "device")}
 
 
 class DistillView(Progress):
-    """What a distillation shows while it runs."""
+    """The progress bar of a distillation."""
 
     def __init__(self, run: RunState):
         config, dataset = run.config, run.dataset
@@ -249,7 +250,7 @@ class DistillView(Progress):
                   f"skipped {self._run.distillation.skipped}")
 
     def _evaluations_left(self) -> float:
-        """Seconds; before the first evaluation by the pace of the iterations."""
+        """Seconds; estimated from the pace of the iterations until the first evaluation."""
         run = self._run
         seconds = self._evaluation or self._in_iterations * (self.pace.seconds or 0.0)
         left = plan.evaluations(run.config, run.iteration)

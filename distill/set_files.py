@@ -1,4 +1,4 @@
-"""Where the files of a distilled set are; known without torch."""
+"""Where the files of a distilled set are; works without torch."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ WHOLE = "distilled.safetensors"  # the self-describing file
 
 
 def sets_in(folder: Path) -> list[Path]:
-    """The distilled sets of the runs in a folder, one of which may be what was meant by the folder."""
+    """The distilled sets anywhere below a folder, to suggest if the folder itself is no set."""
     return sorted(folder.glob(f"**/{WHOLE}")) if folder.is_dir() else []
 
 
 def whole_set(path: Path) -> Path:
-    """The self-describing file that a path means: of a run's folder the better of its best sets, as its result says;
-    any other path is itself."""
+    """The self-describing file that a path stands for: in a run's folder, the better of its best sets according to its
+    result; any other path is returned as it is."""
     result = path / RESULT
     version = RunResult.read(result).better[0] if result.is_file() else NORMAL
     return next((file for file in (path / version / WHOLE, path / WHOLE) if file.is_file()), path)
 
 
 def set_files(data_dir: str) -> tuple[str, str, str] | None:
-    """The files of images, labels and learning rate in a run's folder: see `whole_set`, which holds all three, and of a
-    run that has none, as it is unfinished or the published code's, the best set in published files. None where
-    `--data_dir` is something else."""
+    """The files of images, labels and learning rate in a run's folder: its `whole_set`, which holds all three, or, if
+    the run is unfinished or the published code's, the published files of its best set. None: `--data_dir` is something
+    else."""
     path = Path(data_dir)
     if data_dir and (whole := whole_set(path)) != path:
         return str(whole), "", ""
@@ -33,7 +33,7 @@ def set_files(data_dir: str) -> tuple[str, str, str] | None:
 
 
 def check_whole(path: Path) -> None:
-    """Refuses what is no self-describing file, or plainly of another kind.
+    """Refuses a path that is not a file, or a file that is plainly of another kind.
 
     Raises:
         UserError

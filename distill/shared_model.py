@@ -11,10 +11,11 @@ from utils.program.ranks import sum_
 
 
 class SharedModel:
-    """A `FlatModel` whose batches are spread over the ranks: each gives its own samples and gets the whole's gradient.
+    """A `FlatModel` whose batches are spread over the ranks: each passes its own samples and gets the gradient of the
+    whole batch.
 
-    A rank without samples in a batch gives an empty one. One vector of P + 2 numbers is summed for each call; images
-    and labels stay where they are.
+    A rank without samples in a batch passes an empty one. Each call sums one vector of P + 2 numbers over the ranks;
+    images and labels are not communicated.
     """
 
     def __init__(self, model: FlatModel) -> None:
@@ -22,14 +23,14 @@ class SharedModel:
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
                  ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As `FlatModel.gradient`; the logits are those of this rank's samples, None without any."""
+        """As `FlatModel.gradient`; the logits are those of this rank's samples, or None if it has none."""
         loss, logits, of_theta = (self.model.gradient(theta, x, y, maps) if len(x)
                                   else (theta.new_zeros(()), None, 0 * theta))
         loss, of_theta, _ = self._mean(len(x), loss, of_theta)
         return loss, logits, of_theta
 
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
-        """As `FlatModel.adjoint`; the gradients of the whole batch's s in x and y are those of this rank's samples."""
+        """As `FlatModel.adjoint`: s of the whole batch, and its gradients in x and y for this rank's samples."""
         if len(x):
             here = self.model.adjoint(theta, co_state, x, y, maps)
         else:
@@ -48,12 +49,12 @@ class SharedModel:
         return tensors
 
     def run(self, name: Any, step: Step, kept: dict[str, Tensor], batch: Tensor, *inputs: Tensor) -> Any:
-        """As `FlatModel.run`; what is summed over ranks is not captured."""
+        """As `FlatModel.run`, but never captured, because of the sums over ranks."""
         return step(self, kept, batch, *inputs)
 
     @staticmethod
     def _mean(samples: int, scalar: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Means over the batches of all ranks, weighted by their samples, and how many those are together."""
+        """Means over all ranks, weighted by their numbers of samples, and the total number of samples."""
         weighted = torch.cat([vector * samples, (scalar * samples).reshape(1), vector.new_full((1,), samples)])
         sum_(weighted)
         total = weighted[-1]

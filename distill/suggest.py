@@ -1,5 +1,5 @@
-"""Settings that fit the experts at hand, by the matching loss that the first set has at several rates, steps and
-segments: how far a training on it gets towards the experts before anything is distilled."""
+"""Settings that fit the given experts, from the initial set's matching loss at several learning rates, step counts and
+segment lengths: how close training on it gets to the experts before anything is distilled."""
 
 import itertools
 import math
@@ -28,22 +28,22 @@ from utils.program.seeds import generator
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # α
 STEPS = (10, 20, 40)  # T
 SEGMENTS = (1, 2, 3, 5, 8)  # M
-MOST_STARTS = 6  # start epochs at most, evenly over the trajectory
-DRAWS = 2  # experts and augmentations for each start epoch
-UPDATES = 8  # drawn, by whose gradients the rates of images and labels are chosen
-BATCH = 50  # samples of an inner step at most, which changes the loss little
-DIVERGED_LOSS = 4.0  # a loss above which larger rates are not tried
-GAIN_SHARES = 0.6, 0.8  # of the best gain, at which shorter segments and fewer steps, then larger rates, are preferred
-END_GAIN_SHARE = 0.5  # of the best start epoch's gain, below which the window ends
-FIRST_STEP = {"lr_img": 0.2, "lr_y": 0.003}  # of the standard deviation, by a first update; labels have more momentum
-EPOCHS, STEPS_OF_A_TEST = 300, 1000  # at least, of a network that is trained on the set
-HARD_LOSS = 0.98  # a smallest loss above which there is little to match
-EASY_LOSS = 0.6  # a loss below which real images teach a start epoch already
-THRESHOLD_FACTOR = 1.5  # times the first set's largest loss: the threshold, which drawn losses should seldom exceed
+MOST_STARTS = 6  # the most start epochs that are measured, evenly over the trajectory
+DRAWS = 2  # draws of an expert and augmentations for each start epoch
+UPDATES = 8  # matches whose gradients determine the rates of images and labels
+BATCH = 50  # the most samples per inner step; the loss depends little on it
+DIVERGED_LOSS = 4.0  # above this loss, larger rates are not tried
+GAIN_SHARES = 0.6, 0.8  # of the best gain, which suffice for shorter segments and fewer steps; for larger rates
+END_GAIN_SHARE = 0.5  # the window ends below this share of the best start epoch's gain
+FIRST_STEP = {"lr_img": 0.2, "lr_y": 0.003}  # size of a first update, in standard deviations; labels have more momentum
+EPOCHS, STEPS_OF_A_TEST = 300, 1000  # minimum for a network that is trained on the set
+HARD_LOSS = 0.98  # if even the smallest loss is above this, there is little to match
+EASY_LOSS = 0.6  # below this loss, real images already teach a start epoch
+THRESHOLD_FACTOR = 1.5  # threshold = this times the initial set's largest loss; drawn losses should seldom exceed it
 
 
 class Losses(NamedTuple):
-    """The mean matching loss [segments, steps, rates, starts]; NaN where a segment would leave the trajectory."""
+    """Mean matching losses [segments, steps, rates, starts]; NaN where a segment would leave the trajectory."""
 
     segments: Sequence[int]
     steps: Sequence[int]
@@ -53,14 +53,14 @@ class Losses(NamedTuple):
 
 
 class Suggestion(NamedTuple):
-    """Options that fit, what they were chosen by, and what to know of the choice."""
+    """Proposed options, the losses they are based on, and notes for the user."""
 
     options: dict[str, Any]
     losses: Losses
     notes: list[str]
 
     def __str__(self) -> str:
-        """The losses of the proposed segment as a table, and what was chosen by all of them."""
+        """A table of the losses at the proposed segment length, then the proposed options and notes."""
         segments, steps, rates, starts, values = self.losses
         of_segment = values[segments.index(self.options["expert_epochs"])]
         rows = [["T", "α", *(f"s = {start}" for start in starts)],
@@ -82,23 +82,23 @@ class Suggestion(NamedTuple):
 
 
 def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer) -> Suggestion:
-    """Measures the first set all over the trajectory and proposes the options of a distillation.
+    """Measures the initial set over the whole trajectory and proposes options for a distillation.
 
     Args:
-        labellers: the experts that label the first images.
+        labellers: the experts that label the initial images.
 
     Raises:
         UserError: no loss is finite, whatever the rate.
     """
     first, _ = ranks.from_first_rank(lambda: initial_set(replace(config, lr_teacher=AUTO), dataset, labellers))
     segments = [epochs for epochs in SEGMENTS if epochs <= max(1, buffer.epochs // 2)]
-    rates = RATES if math.isnan(first.lr) else [float(first.lr)]  # a saved set's own
+    rates = RATES if math.isnan(first.lr) else [float(first.lr)]  # a saved set has its own
     losses = measured(config, dataset, buffer, first, segments, STEPS, rates,
                       evenly(0, buffer.epochs - segments[0], MOST_STARTS))
     options = proposed(losses)
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
-    options |= {"Sequential_Generation": False} if config.Sequential_Generation else {}  # all of the window at once
+    options |= {"Sequential_Generation": False} if config.Sequential_Generation else {}  # the whole window at once
     first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.device)
     options |= fitting_rates(replace(config, **options), dataset, buffer, first)
     notes = doubts(losses, options)
@@ -111,8 +111,8 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
 
 
 def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
-    """The rates of images and labels at which a first update moves them by `FIRST_STEP` of their standard deviation;
-    none where no update was drawn that the threshold lets pass."""
+    """The rates at which a first update moves images and labels by `FIRST_STEP` of their standard deviation; empty if
+    every drawn loss is above the threshold."""
     distillation = Distillation(config, dataset, buffer, first)
     matches = []
     with Progress(UPDATES, "measuring updates", quiet=config.quiet) as bar:
@@ -136,10 +136,10 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
 
 def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet, segments: Sequence[int],
              steps: Sequence[int], rates: Sequence[float], starts: Sequence[int]) -> Losses:
-    """Trains on the first set from each start epoch at each rate, and compares with all the targets along the way.
+    """Trains on the initial set from each start epoch at each rate, and measures the losses to all targets.
 
     Args:
-        first: the set that a distillation begins with; its own rate is not used.
+        first: the initial set; its own rate is not used.
 
     Raises:
         UserError: no loss is finite.
@@ -158,12 +158,12 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
                                    generator(config.seed, "suggest", start, draw))
             theta, *targets = (buffer.snapshot(segment.expert, start + epochs).to(device)
                                for epochs in (0, *(segments[each] for each in inside)))
-            # One training for all targets, or one for each where they have labels of their own.
+            # One training for all targets, or with `labels: target` one for each, as the labels differ.
             together = [[target] for target in targets] if config.labels == "target" else [targets]
             trained = [partial(losses_on_the_way, model, theta, some, samples,
                                labels_for(config, buffer, first, samples, some[0]), augment=segment.augment, part=part)
                        for some in together]
-            if not number:  # a step that allocates and compiles, so that the first training tells the time
+            if not number:  # a warm-up that allocates and compiles, so that the first training is timed correctly
                 trained[0](lr=torch.tensor(rates[0], device=device), batches=segment.batches[-1:],
                            augment=segment.augment[-1:], steps=[1])
                 bar.pace.reached(0)
@@ -171,7 +171,7 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
             for place, rate in enumerate(rates):
                 losses = torch.cat([each(lr=torch.tensor(rate, device=device), batches=segment.batches, steps=steps)
                                     for each in trained]).nan_to_num(math.inf, math.inf)
-                # Where machines differ in the last bit, all ranks must still decide alike.
+                # All ranks must decide alike even if machines differ in the last bit.
                 known = ranks.from_first_rank(losses.cpu().numpy)
                 values[inside, :, place, at, draw] = known
                 bar.update()
@@ -185,13 +185,15 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
 
 
 def proposed(losses: Losses) -> dict[str, Any]:
-    """The options by these losses.
+    """Chooses options from these losses.
 
-    The gain of a start epoch is how far the loss is below 1, where a training has come no nearer to the target. Over
-    the first half of the trajectory, M and T are the smallest ones, and α then the largest, that have `GAIN_SHARES` of
-    the largest sum of gains. The window begins at the first start epoch that gains and that real images do not teach
-    already (`EASY_LOSS`), and ends after the best one of those that follow, at the first that gains less than
-    `END_GAIN_SHARE` of what that one does; between those that were measured gains are interpolated.
+    The gain of a start epoch is how far its loss is below 1, the loss of a training that gets no closer to the target;
+    gains are summed over the first half of the trajectory. First M, then T is the smallest that reaches the share
+    `GAIN_SHARES[0]` of the largest sum. α is the largest that reaches `GAIN_SHARES[1]` of the best for this M and T.
+
+    The window begins at the first start epoch with a loss below 1 that real images do not teach already (`EASY_LOSS`).
+    It ends after the best start epoch from there on, at the first one that gains less than `END_GAIN_SHARE` of what the
+    best one does. Losses between the measured start epochs are interpolated.
     """
     gains = _gains(losses.values)
     half = [number for number, start in enumerate(losses.starts) if 2 * start <= losses.starts[-1]]
@@ -232,8 +234,8 @@ def doubts(losses: Losses, options: dict[str, Any]) -> list[str]:
 
 def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
                       first: DistilledSet) -> tuple[DistilledSet, list[str]]:
-    """`--lr_teacher auto`: the first set with the rate that `proposed` would take for this T, M and window, and what
-    there is to say of it. A saved set has a rate of its own.
+    """`--lr_teacher auto`: the initial set with the rate that `proposed` would choose for this T, M and window, and
+    notes for the user. A saved set keeps its own rate.
 
     Raises:
         UserError: no loss is finite, whatever the rate.
@@ -253,23 +255,23 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
 
 
 def _gains(losses: np.ndarray) -> np.ndarray:
-    """How far each loss is below 1, where a training has come no nearer to the target; above, next to nothing, but the
-    more the smaller the loss is."""
+    """How far each loss is below 1, the loss of a training that gets no closer to the target. Above 1, a tiny positive
+    number that is larger for smaller losses."""
     return np.nan_to_num(np.clip(1 - losses, 0, None) + 1e-9 / losses)
 
 
 def _largest(gains: np.ndarray) -> int:
-    """The largest of the rates that gain nearly as much as the best one."""
+    """The index of the largest rate that gains nearly as much as the best one."""
     return int(np.flatnonzero(gains >= GAIN_SHARES[1] * gains.max())[-1])
 
 
 def evenly(first: int, last: int, most: int) -> list[int]:
-    """At most so many whole numbers from the first to the last, both of them among these."""
+    """At most `most` integers, evenly spaced from `first` to `last`, both included."""
     return sorted(set(np.linspace(first, last, most).round().astype(int).tolist()))
 
 
 def _batch(images: int, steps: int) -> int | None:
-    """Samples of an inner step with which T steps see each image twice, but no fewer than `BATCH`; None: all."""
+    """The batch size at which T steps see each image twice, but at least `BATCH`; None: the whole set."""
     batch = max(BATCH, -(-2 * images // steps))
     return batch if batch < images else None
 

@@ -1,4 +1,4 @@
-"""What scripts have in common: a command line, and a report as JSON."""
+"""What scripts share: the command line, and the report as JSON."""
 
 import argparse
 import sys
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class ScriptParser(Parser):
-    """The command line of a script, whose files to write are refused at once where they cannot be (`check_output`)."""
+    """A script's command line. Output files that cannot be written are refused at once (`check_output`)."""
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
-        self._kinds: dict[str, str] = {}  # of the files to write, by option
+        self._kinds: dict[str, str] = {}  # option → kind of its output file
 
     def add_output(self, name: str, kind: str, help: str) -> None:
         self._kinds[name] = kind
@@ -37,7 +37,7 @@ def script_parser(description: str, json: str = "", key: str = "report_of") -> S
     """
     Args:
         json: what `--json` writes; empty: there is no such option.
-        key: by which one that it wrote before is known.
+        key: marks a JSON file as an earlier report, which may be overwritten.
     """
     parser = ScriptParser(description)
     if json:
@@ -46,9 +46,9 @@ def script_parser(description: str, json: str = "", key: str = "report_of") -> S
 
 
 def save_report(path: Path | None, report: dict[str, Any], device: "str | torch.device" = "cpu") -> None:
-    """Writes what was measured on a device, if that is asked for, with what it was measured by."""
+    """Writes a report, if there is a path for it, with the script's name and the environment of the device."""
     if path:
-        import torch  # which a command line is parsed without
+        import torch  # slow to import, and not needed to parse a command line
 
         from utils.program.machine import environment
 

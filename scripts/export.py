@@ -50,7 +50,7 @@ def main() -> None:
     path = whole_set(options.set)
     check_whole(path)
 
-    from distill.distilled_set import DistilledSet  # and torch, which takes seconds
+    from distill.distilled_set import DistilledSet  # imports torch, which takes seconds
     from distill.report.export import check_new, save_card, save_pngs, whitening_of
     from utils.data.zca import BESIDE
 

@@ -21,11 +21,11 @@ rm -f "$out"/*.log "$out"/*.json
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 if [[ ${LD_PRELOAD:-} == *fakecuda* ]]; then gpu=0; fi
 
-trap 'exit 130' INT  # after the part that Ctrl-C stops, which is in the foreground too
-END=570  # seconds, by which everything is over
+trap 'exit 130' INT  # after the part in the foreground, which Ctrl-C stops too
+END=570  # seconds within which everything must end
 parts=$(grep -cE '^(part|on_gpu) ' scripts/gpu_check.sh) number=0
 
-part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit codes that are right
+part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit codes of a success
     local name=$1 codes=$2 limit=$(($3 < END - SECONDS ? $3 : END - SECONDS)) began=$SECONDS code said=failed
     number=$((number + 1))
     shift 3
@@ -37,7 +37,7 @@ part() {  # part NAME CODES SECONDS COMMAND…: runs it; CODES are the exit code
     {
         timeout --foreground -s INT -k 15 "$limit" "$@" 2>&1 | tee -i "$out/$name.log" | tail -n 25
         code=${PIPESTATUS[0]}
-    } 2>/dev/null  # where bash tells of a part that is killed on purpose
+    } 2>/dev/null  # where bash reports a part that is killed on purpose
     for right in $codes; do
         if [ "$code" = "$right" ]; then said=ok; fi
     done
@@ -73,7 +73,7 @@ measured = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob(
 EOF
 }
 
-# A real GPU must not be done before it is killed, and the stand-in must be done in its time.
+# A real GPU must still be at work when it is killed, and the stand-in must finish within its time limit.
 model=ConvNetW8 epochs=3 iterations=80 few=5 networks=2 killed="0 137"
 if [ "$gpu" = 1 ]; then model=ConvNetW32 epochs=150 iterations=300 few=20 networks=40 killed=137; fi
 data="--dataset=MiniFashion --model=$model"
@@ -93,7 +93,7 @@ on_gpu numbers 0 120 "$python" scripts/measure/precision.py --device=cuda --draw
 on_gpu speed 0 200 "$python" scripts/measure/benchmark.py --device=cuda \
     --shape cifar10_ipc1 cifar10_ipc10 cifar10_ipc50 cifar100_ipc50 tiny_ipc50 --rounds=3 --max_minutes=2.5 \
     "--json=$out/speed.json"
-# A program that is killed goes on by the same command.
+# A program that was killed is resumed by the same command.
 part experts_killed "$killed" 45 timeout -s KILL 12 "${experts[@]}"
 part experts 0 100 "${experts[@]}"
 part distillation_killed "$killed" 45 timeout -s KILL 20 "${distil[@]}" --run_name=run "--Iteration=$iterations"
@@ -103,8 +103,8 @@ part unroll 0 90 "${distil[@]}" --run_name=unroll --matching=unroll "--Iteration
 part evaluation_killed "$killed" 45 timeout -s KILL 10 "${evaluate[@]}"
 part evaluation 0 60 "${evaluate[@]}"
 part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 "${experts[@]:1}" \
-    --num_experts=2 "--buffer_path=$out/two_ranks"  # which share the GPU
-# Last, as they take longest; by several processes where pytest-xdist is there.
+    --num_experts=2 "--buffer_path=$out/two_ranks"  # the ranks share the GPU
+# Last, as they take longest; in several processes if pytest-xdist is installed.
 several=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
 on_gpu tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
 

@@ -55,11 +55,11 @@ from utils.program.entry import entry
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # has what is neither known of the experts nor measured
+CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # for options that are neither known from the experts nor measured
 OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_path")
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
-           "pad", "seed")  # those worth a line
+           "pad", "seed")  # the ones that are printed
 MOST_ROWS = 20
 
 
@@ -70,8 +70,8 @@ class Trajectory(NamedTuple):
     file: str
     epochs: int  # trained so far
     parameters: int
-    # `step` and `segment` by start epoch; `apart` by epoch from 1, empty where there is nothing to compare with; the
-    # accuracies by epoch from 1, where they were recorded.
+    # `step` and `segment` by start epoch; `apart` by epoch from 1, empty without an expert to compare with; the
+    # accuracies by epoch from 1, if they were recorded.
     series: dict[str, list[float]]
 
     @property
@@ -83,7 +83,7 @@ def distances(snapshots: Iterable["Tensor"], expert_epochs: int) -> tuple[list[f
     """Relative distances ‖θ_{s+1} − θ_s‖ / ‖θ_s‖ and ‖θ_{s+M} − θ_s‖ / ‖θ_s‖ of a trajectory, by s.
 
     Args:
-        snapshots: θ_0, θ_1, … [P]; never more than M + 1 of them are held.
+        snapshots: θ_0, θ_1, … [P]; at most M + 1 of them are held at once.
         expert_epochs: M.
     """
     step, segment, last = [], [], deque(maxlen=expert_epochs + 1)
@@ -104,7 +104,7 @@ def apart(snapshots: Iterable["Tensor"], others: Iterable["Tensor"]) -> list[flo
         others: θ′_0, θ′_1, … [P].
 
     Raises:
-        UserError: they begin elsewhere.
+        UserError: they begin with different parameters.
     """
     pairs = zip(snapshots, others)
     first, start = next(pairs)
@@ -153,13 +153,13 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
     """Measures which settings fit the experts of a folder, and prints how to distil them.
 
     Raises:
-        UserError: no experts, or experts of unknown data; data that are not there any more.
+        UserError: no experts, experts without a manifest, or data that is no longer there.
     """
     options = distilling(folder, ipc)
     config = parse(DistillConfig, "", [f"--{name}={value}" for name, value in options.items()], yaml_file=True)
     check_options(config)
 
-    from distill.loop import opened  # and torch, which takes seconds
+    from distill.loop import opened  # imports torch, which takes seconds
     from distill.suggest import suggestion
     from utils.program.progress import watched
 
@@ -178,11 +178,11 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
 
 
 def distilling(folder: Path, ipc: int) -> dict[str, Any]:
-    """What a distillation of these experts is given, as far as their manifest and the images per class decide it: a
-    single image per class holds four, which was better wherever it was tried (results/README.md).
+    """Options for distilling these experts that follow from their manifest and the images per class: one image per
+    class gets factor 2 (four in one), which was better wherever it was tried (results/README.md).
 
     Raises:
-        UserError: no experts; no manifest; they lie where no distillation looks for them.
+        UserError: no experts, no manifest, or a folder in which distill/DATM.py would not look for them.
     """
     _paths(folder)
     made = made_by(folder)
@@ -192,7 +192,7 @@ def distilling(folder: Path, ipc: int) -> dict[str, Any]:
     made_with = defaults(BufferConfig) | made[0]
     known = {name: made_with[name] for name in OF_DATA if made_with[name] is not None}
     below = buffer_folder(make(DistillConfig, **known, buffer_path="experts")).relative_to("experts")
-    folder = Path(os.path.abspath(folder))  # a link to experts is where it is
+    folder = Path(os.path.abspath(folder))  # without resolving symbolic links
     if not str(folder).endswith(f"/{below}"):
         raise UserError(f"{folder} holds experts that distill/DATM.py looks for in <buffer_path>/{below}; move them "
                         "there, or give DATM.py --dry_run")
@@ -206,15 +206,15 @@ def distilling(folder: Path, ipc: int) -> dict[str, Any]:
 
 
 def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict[str, Any], list[Trajectory]]:
-    """All that there is to know of a folder's experts: for JSON, and each expert.
+    """The report on a folder's experts, for JSON, and the trajectory of each expert.
 
     Raises:
-        UserError: no experts, damaged files, or experts of several networks; so of those to compare with.
+        UserError: no experts, damaged files, or experts of several networks, here or among those to compare with.
     """
     unfinished = run_file(folder)
     paths, other_paths = _paths(folder, or_unfinished=True), _paths(beside) if beside else []
 
-    from buffer.trajectories import load_experts  # and torch, which takes seconds
+    from buffer.trajectories import load_experts  # imports torch, which takes seconds
     from utils.program.progress import Progress
 
     files, other_files = ([(path, load_experts(path)) for path in each] for each in (paths, other_paths))
@@ -232,7 +232,7 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
     finished: list[Trajectory] = []
     with Progress(sum(len(experts) for _, experts in files), "experts") as bar:
         for path, experts in files:
-            # By their order: where the files of several runs are gathered, their numbers are not those of the folder.
+            # Matched by order: in a folder with the files of several runs, recorded numbers are not the folder's.
             for expert, recorded in itertools.zip_longest(experts, list(_recorded(path).values())[:len(experts)]):
                 number = len(finished)
                 step, segment = distances(_thetas(expert), expert_epochs)
@@ -263,7 +263,7 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
 
 
 def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
-    """The expert files of a folder, which has some (or an unfinished run)."""
+    """The expert files of a folder. Refuses a folder with none; with `or_unfinished`, an unfinished run will do."""
     paths = expert_files(folder)
     if not paths and not (or_unfinished and run_file(folder).is_file()):
         if run_file(folder).is_file():
@@ -277,14 +277,14 @@ def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
 
 
 def _thetas(expert: Iterable[Iterable["Tensor"]]) -> Iterator["Tensor"]:
-    """Its snapshots, each as a vector [P]."""
+    """An expert's snapshots, each as a vector [P]."""
     from utils.parameters import flatten
 
     return (flatten(snapshot).float() for snapshot in expert)
 
 
 def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
-    """Each epoch's accuracies by the number of the expert, from the file beside an expert file, if it is there."""
+    """Expert number → accuracies by epoch, from the .jsonl beside an expert file, if there is one."""
     found: dict[int, dict[str, list[float]]] = {}
     log = path.with_suffix(".jsonl")
     if not log.is_file():
@@ -300,7 +300,7 @@ def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
 
 def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int,
                 written: int) -> tuple[list[Trajectory], dict[str, Any]]:
-    """The experts of a run that was stopped or still goes on, and what there is of it."""
+    """The experts of a run that was stopped or is still going on, and a summary of that run."""
     from buffer.experts import SavedEpochs
 
     begun = []
@@ -335,7 +335,7 @@ def _mean_std(values: np.ndarray) -> list[dict[str, float | None]]:
     """Mean and standard deviation of each column, over the rows that reach it and are finite there."""
     columns = [column[np.isfinite(column)] for column in values.T]
     return [{"mean": float(column.mean()) if len(column) else None,
-             "std": float(column.std()) if len(column) > 1 else None} for column in columns]  # over one there is none
+             "std": float(column.std()) if len(column) > 1 else None} for column in columns]  # none over a single value
 
 
 def _as_json(each: Trajectory) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_output("out", "bz2", "file to write (default: the repository's)")
     args = parser.parse_args()
 
-    from utils.data.disk_layouts import (  # and torch, which takes seconds
+    from utils.data.disk_layouts import (  # imports torch, which takes seconds
         MINIFASHION,
         MINIFASHION_SHA256,
         fashion_mnist_folders,

@@ -1,4 +1,4 @@
-"""Plots of what is in a buffer, and of what runs are worth."""
+"""Plots of experts, of matching losses, and of what runs and gradients reach."""
 
 import itertools
 from pathlib import Path
@@ -13,8 +13,8 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
     """A PNG of how experts learned: accuracy by epoch, and relative distances between snapshots by start epoch.
 
     Args:
-        accuracies: what of → [experts, epochs 1…E] in [0, 1], NaN where unknown; may be empty.
-        distances: what of → [experts, start epochs 0…]; NaN where an expert has no such snapshot.
+        accuracies: images → [experts, epochs 1…E] in [0, 1], NaN where unknown; may be empty.
+        distances: segment → [experts, start epochs 0…]; NaN where an expert has no such snapshot.
     """
     with drawing(path, 1, 2, size=(9, 3.5)) as ((accuracy, distance),):
         for colour, (name, values) in zip(("C2", "C0"), accuracies.items()):
@@ -33,7 +33,7 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
 
 
 def save_losses(path: Path, suggested: Suggestion) -> None:
-    """A PNG of the matching losses by which settings were proposed: a panel for each T of the proposed segment, a line
+    """A PNG of the matching losses behind proposed settings, at the proposed segment length: a panel for each T, a line
     for each α."""
     losses, chosen = suggested.losses, suggested.options
     of_segment = losses.values[losses.segments.index(chosen["expert_epochs"])]
@@ -55,9 +55,9 @@ def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]]
     """A PNG of accuracies by images per class, ours in colours and published ones in grey.
 
     Args:
-        curves: method → (images per class, mean, standard deviation), %; those of no point are left out.
-        levels: what does not depend on the images per class → %.
-        published, published_levels: the same of others, without deviations.
+        curves: method → points (images per class, mean, standard deviation), %; methods without points are left out.
+        levels: accuracies that do not depend on the images per class: name → %.
+        published, published_levels: the same for published results, without deviations.
     """
     with drawing(path, size=(8.5, 4.4)) as ((axes,),):
         drawn = [axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3, label=method)
@@ -77,10 +77,10 @@ def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]]
 
 
 def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float]]]) -> None:
-    """A PNG of what difficulty windows are worth, a panel for each number of images.
+    """A PNG of accuracy by difficulty window, a panel for each number of images.
 
     Args:
-        panels: title → (window in words, mean, standard deviation, %).
+        panels: title → points (window in words, mean, standard deviation), %.
     """
     with drawing(path, 1, len(panels), size=(3 * len(panels), 3.2)) as rows:
         for axes, (title, points) in zip(rows[0], panels.items()):
@@ -92,11 +92,11 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float]]]) 
 
 
 def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, float]]]]) -> None:
-    """A PNG of accuracy by what is spent, a panel for each kind of it.
+    """A PNG of accuracy by cost, a panel for each kind of cost.
 
     Args:
-        panels: what is spent → images per class in words → (how much, mean, standard deviation, %, or NaN); those of
-            no point are left out.
+        panels: kind of cost → images per class in words → points (amount, mean, standard deviation or NaN), %; curves
+            without points are left out.
     """
     labels = list(dict.fromkeys(says for curves in panels.values() for says in curves))
     with drawing(path, 1, len(panels), size=(3.2 * len(panels) + 1.5, 3.4), sharey=True) as (row,):
@@ -112,7 +112,7 @@ def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, fl
 
 
 def save_by_steps(path: Path, panels: dict[str, dict[tuple[int, str], tuple[float, float]]]) -> None:
-    """A PNG of what gradients are worth, a panel for each measure and a line for each gradient.
+    """A PNG that compares gradients, a panel for each measure and a line for each gradient.
 
     Args:
         panels: title → (inner steps T, gradient) → mean, standard deviation.
@@ -127,7 +127,7 @@ def save_by_steps(path: Path, panels: dict[str, dict[tuple[int, str], tuple[floa
 
 
 def _mean_and_spread(axes, at: range, values: np.ndarray, colour: str, label: str) -> None:
-    """Mean over the rows, a line, and one standard deviation on each side."""
+    """Draws the mean over the rows as a line, with a band of one standard deviation on each side."""
     values = np.ma.masked_invalid(values)
     mean, std = values.mean(axis=0), values.std(axis=0)
     axes.plot(at, mean, marker="." if len(at) < 30 else None, color=colour, label=label)

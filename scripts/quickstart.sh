@@ -19,9 +19,11 @@ run=$out/logged_files/MiniFashion/1/ConvNetW32/quickstart
 distilled=$run/Normal/distilled.safetensors  # the best set, which the run's pictures and page show too
 data="--dataset=MiniFashion --model=ConvNetW32 --zca"
 mkdir -p "$out"
-export DATM_PART_OF=quickstart.sh  # which says how to go on, in the place of the command that was stopped
+export DATM_PART_OF=quickstart.sh  # this script, not the command that was stopped, says how to go on
 
-step() {  # step MADE RESULT OF COMMAND…: runs it, unless it made the result that is there of the files OF; MADE is all
+# step MADE RESULT OF COMMAND…: runs it, unless the same command made RESULT and none of the files OF is newer. MADE is
+# all that it makes, deleted before it is made again.
+step() {
     local made=$1 result=$2 of=$3 made_by=$out/.made_by_$(basename "$2") file again=no
     shift 3
     for file in $of; do
@@ -40,15 +42,15 @@ step() {  # step MADE RESULT OF COMMAND…: runs it, unless it made the result t
     printf '%s\n' "$*" >"$made_by"
 }
 
-ended() {  # STATUS: of a command that failed, or, above 128, was stopped by a signal
+ended() {  # ended STATUS: of a command that failed or, above 128, was stopped by a signal
     if [ "$1" -gt 128 ]; then
         printf 'The quickstart goes on from what is there with: bash scripts/quickstart.sh\n' >&2
     fi
     exit "$1"
 }
 
-# A tenth of the training images is held out of experts and distillation alike, to choose the best set on: the test
-# images are for the table alone.
+# A tenth of the training images is held out of both experts and distillation, to choose the best set on; the test
+# images are only for the table.
 step $out/buffers $experts "" \
     python buffer/buffer_FTD.py $data --val_fraction=0.1 --num_experts=4 --train_epochs=6 --batch_train=64 \
     --rho_max=0.01 --rho_min=0.01 --alpha=0.3 --lr_teacher=0.01 --buffer_path=$out/buffers

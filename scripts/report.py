@@ -38,7 +38,7 @@ def main() -> None:
     for path in options.runs:
         check_is_run(path)
 
-    from distill.report.comparison import comparison  # and torch, which takes seconds
+    from distill.report.comparison import comparison  # imports torch, which takes seconds
     from distill.report.page import page
     from distill.report.show import show
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def with_pictures(run: SavedRun) -> SavedRun:
-    """The run of an older version with what its distilled set shows: its images and labels."""
+    """A run of an older version, with pictures from its distilled set: images and labels only."""
     path = run.path / NORMAL / WHOLE
     if run.pictures is not None or not path.is_file():
         return run

@@ -44,7 +44,7 @@ from utils.program.console import duration, percent, shown, table
 from utils.program.entry import entry
 from utils.program.locks import locked
 
-# In the order in which they are begun: those that take long first.
+# In the order in which they are begun: the longest first.
 KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
     "experts", "look", "distillation", "long evaluation", "evaluation", "repetition")
 METHODS = {"random": "random real images", "expert_labels": "those that experts get right, with their labels",
@@ -52,12 +52,13 @@ METHODS = {"random": "random real images", "expert_labels": "those that experts 
            "exact": "exact gradient (DATM)", "random_factor_2": "random real images, four in one",
            "factor_2": "exact gradient, four images in one (IDC)"}
 MANY = "many"
-# Of each kind of experts: FTD's published ρ, 0 (plain SGD), the option's default; MANY by plain SGD, in half the time.
+# ρ of each kind of experts: FTD's published one, 0 (plain SGD), the option's default; MANY by plain SGD, in half the
+# time.
 RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0, MANY: 0.0}
 PER_FILE = BufferConfig().save_interval
-DRAWS = 5  # of real images, for each row of them
-RANDOM_LRS = (0.003, 0.01, 0.03, 0.1)  # of which a table shows what random images reach on the held-out ones
-OTHER_LR = WHOLE_LR = 0.01  # of random images on other networks than the form's; of the whole training set
+DRAWS = 5  # sets of real images, drawn for each row of expert-labelled ones
+RANDOM_LRS = (0.003, 0.01, 0.03, 0.1)  # tried for random images, in a table of held-out accuracies
+OTHER_LR = WHOLE_LR = 0.01  # for random images on networks other than the form's; for the whole training set
 PUBLISHED = {"random": (51.4, 73.8, 82.5), "DC": (70.5, 82.3, 83.6), "DSA": (70.6, 84.6, 88.7),
              "IDC-I": (70.7, 85.3, 89.1), "IDC, four images in one": (81.0, 86.0, 86.2),
              "MTT, by later papers": (75.3, 87.2, 88.3)}
@@ -76,28 +77,28 @@ class Form:
     root: Path
     dataset: str
     model: str
-    configs: str  # their folder
+    configs: str  # folder of the configs
     experts: int
     epochs: int
     windows: dict[str, tuple[int, int]]  # (first start epoch, end, exclusive)
-    at: int  # the images per class at which single ideas are taken away
-    seeds: tuple[int, ...]  # of the distillations there
-    cross: int  # the images per class of the cross-architecture table
+    at: int  # images per class of the ablations
+    seeds: tuple[int, ...]  # of the ablations
+    cross: int  # images per class of the cross-architecture table
     epoch_eval: dict[int, int]  # epochs of an evaluation, by images per class
     whole_epochs: int
     random_lr: float  # of RANDOM_LRS, the best on the held-out images
-    backend: str  # of the experts; the configs have their own
+    backend: str  # for training experts; the configs have their own
     # Images per class at which numbers of experts and of inner steps are compared, and the seeds of those runs.
     spent_at: dict[int, tuple[int, ...]]
-    experts_tried: tuple[int, ...]  # beside all
-    steps_tried: tuple[int, ...]  # beside the config's
-    threads: int | None = None  # of each command; the bits depend on it
+    experts_tried: tuple[int, ...]  # besides all
+    steps_tried: tuple[int, ...]  # besides the config's
+    threads: int | None = None  # of each command; results are bit-identical only with the same number
     networks: int = 5  # of each evaluation
-    cross_lr: dict[str, float] = field(default_factory=dict)  # networks there that another rate is tested on too
-    coreset: bool = False  # beside the main rows
-    factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class where it is run, its options
-    many: tuple[int, int] | None = None  # how many experts are compared, and their epochs; None: the FTD ones are
-    wider: str | None = None  # another network, on which the sets of the largest T are tested too
+    cross_lr: dict[str, float] = field(default_factory=dict)  # in that table: network → another rate to test
+    coreset: bool = False  # add a row of herded images to the main rows
+    factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class → options of a factor-2 run
+    many: tuple[int, int] | None = None  # experts for comparing numbers of them, and their epochs; None: the FTD ones
+    wider: str | None = None  # another network on which the sets of the largest T are tested too
 
     @property
     def ipcs(self) -> tuple[int, ...]:
@@ -107,7 +108,7 @@ class Form:
         return f"{self.configs}/IPC{ipc}.yaml"
 
     def window(self, name: str) -> list[str]:
-        """Options of a window that does not widen; every update is made, whatever its loss."""
+        """Options of a window that does not grow; every update is made, whatever its loss."""
         first, end = self.windows[name]
         return [f"--min_start_epoch={first}", f"--max_start_epoch={end}", "--Sequential_Generation=False",
                 "--threshold=inf"]
@@ -130,7 +131,7 @@ FULL = Form(
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: what it says, its evaluations, and what made the set of each, if something did."""
+    """A row of a table: its text, its evaluations, and the step that made the set of each, if any."""
 
     says: str
     name: str
@@ -148,7 +149,7 @@ class Plan:
     main: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and method
     tables: dict[str, list[Row]] = field(default_factory=dict)
     windows: dict[int, dict[str, Row]] = field(default_factory=dict)  # by images per class and start epochs in words
-    spent: dict[str, dict[int, dict[int, Row]]] = field(default_factory=dict)  # on what, by images per class and amount
+    spent: dict[str, dict[int, dict[int, Row]]] = field(default_factory=dict)  # by cost, images per class and amount
 
     def __post_init__(self) -> None:
         form, at, cross = self.form, self.form.at, self.form.cross
@@ -238,7 +239,7 @@ class Plan:
             tuple(map(manifest_path, files)), folder, alone=self.jobs > 1))
 
     def _look(self, kind: str) -> Step:
-        """Looks at experts; those with as many epochs as the SGD ones are compared with these."""
+        """Inspects experts; those with as many epochs as the plain SGD ones are compared with these."""
         result, beside = self.form.root / "results" / f"experts_{kind}.json", self.experts["SGD"]
         compared = [f"--beside={beside.result.parent}"] if kind != MANY else []
         return self._add(Step(f"experts_{kind}_seen", LOOK, (
@@ -247,8 +248,8 @@ class Plan:
 
     def _distilled(self, says: str, ipc: int, name: str, *options: str, experts: str = "FTD",
                    seeds: Sequence[int] = (0,)) -> Row:
-        """A distillation of each seed; those of no iteration only draw images, which one network each is tested on."""
-        if experts != "FTD":  # which are those of the configs
+        """A distillation for each seed. With --Iteration=0 it only draws images, and one network tests each set."""
+        if experts != "FTD":  # the configs already name the FTD ones
             options = (f"--buffer_path={self.form.root}/experts/{experts}", *options)
         networks = 1 if "--Iteration=0" in options else self.form.networks
         path, steps = self.form.config(ipc), []
@@ -263,8 +264,8 @@ class Plan:
         return self._tested(says, f"ipc{ipc}_{name}", ipc, steps, networks=networks)
 
     def _spent(self, ipc: int, seeds: Sequence[int]) -> tuple[dict[int, Row], dict[int, Row]]:
-        """By the number of experts that are matched (all of them choose and label the initial images), and by that of
-        inner steps."""
+        """Rows by number of matched experts (all of them choose and label the initial images), and by number of inner
+        steps."""
         form, kind = self.form, MANY if self.form.many else "FTD"
         total = form.many[0] if form.many else form.experts
         asked = int(read_yaml(form.config(ipc), DistillConfig)["syn_steps"])
@@ -276,7 +277,7 @@ class Plan:
             everything = row(total, asked, "all_experts")
         else:
             everything = replace(self.main[ipc]["exact"], says=f"experts: {total}, T: {asked}")
-        # --max_experts counts those of one file.
+        # --max_experts limits the experts of each file.
         assert all(number <= PER_FILE or number % PER_FILE == 0 for number in form.experts_tried)
         experts = {number: row(number, asked, f"experts_{number}", f"--max_files={-(-number // PER_FILE)}",
                                f"--max_experts={min(number, PER_FILE)}") for number in form.experts_tried}
@@ -285,7 +286,7 @@ class Plan:
         return experts | {total: everything}, dict(sorted((steps | {asked: everything}).items()))
 
     def _on_wider(self, ipc: int, inner_steps: int, row: Row) -> Iterator[Row]:
-        """The row's sets, and random images where no other table has them."""
+        """The row's sets on the wider network, and random images if no other table has them."""
         on = f"--model={self.form.wider}"
         if ipc != self.form.cross:
             yield self._baseline(f"{METHODS['random']}, {ipc} per class", f"ipc{ipc}_random_wider", ipc, on,
@@ -305,7 +306,7 @@ class Plan:
             evaluations.append(self._evaluation(
                 "evaluation", f"{name}_seed_{seed}" if seed else name, *given, *options,
                 f"--epoch_eval_train={self.form.epoch_eval[ipc]}",
-                # Of several sets of real images each is met by another network, as random ones are.
+                # Each of several sets of real images gets another network, as in the rows of random images.
                 *([f"--seed={seed}"] if networks == 1 and seed else []), networks=networks, needs=(step,)))
         return Row(says, name, tuple(evaluations), tuple(made_by))
 
@@ -331,10 +332,10 @@ class Plan:
              f"--num_eval={networks or self.form.networks}", f"--json={result}"), result, needs=needs))
 
     def wanted(self, patterns: Sequence[str]) -> tuple[list[Row], list[Step]]:
-        """The rows whose names fit, and the steps that these and the looks at experts that fit take.
+        """The rows whose names match, and all steps for them and for the matching inspections of experts.
 
         Raises:
-            UserError: nothing fits one of the patterns.
+            UserError: nothing matches one of the patterns.
         """
         rows = {row.name: row for row in self.rows}
         looks = {f"experts_{kind}": look for kind, look in self.looks.items()}
@@ -362,17 +363,17 @@ def _images(ipc: int) -> str:
 
 
 class Cell(NamedTuple):
-    """What a row reached: over its sets where there are several, else over the networks of the one."""
+    """What a row reached: over its sets if there are several, else over the networks of its one set."""
 
     score: Score
-    count: str  # of what the score is over, in words
+    count: str  # of sets or networks that the score is over, in words
 
     def __str__(self) -> str:
         return self.score.percent
 
 
 class Results:
-    """What lies in a folder of results, of a plan.
+    """The results of a plan that are in a folder.
 
     Args:
         folder: holds commands.json too, unless `ledger` is given.
@@ -380,8 +381,8 @@ class Results:
 
     def __init__(self, plan: Plan, folder: Path, ledger: Ledger | None = None):
         self.folder, self.ledger = folder, ledger or Ledger(folder / "commands.json")
-        self.others: list[str] = []  # steps that were made, or whose needs were, by other commands
-        self._found: dict[str, Any] = {}  # by the name of the step
+        self.others: list[str] = []  # steps that other commands made, or that need such a step
+        self._found: dict[str, Any] = {}  # by name of the step
         self._tested: set[Step] = set()
         for step in plan.steps:
             path = folder / step.result.name
@@ -402,11 +403,11 @@ class Results:
         return self.ledger.knows(step) and all(map(self._is_of_plan, step.needs))
 
     def of(self, step: Step) -> Any:
-        """An evaluation's `EvaluationResult`, or what a look at experts found; None until it is there."""
+        """The `EvaluationResult` of an evaluation, or the report on experts; None until it is there."""
         return self._found.get(step.name)
 
     def made_on(self) -> str:
-        """Machines, versions of torch and dates of the evaluations, as far as they say them."""
+        """Machines, versions of torch and dates of the evaluations, as far as they are recorded."""
         said = [found.environment for found in self._found.values()
                 if isinstance(found, EvaluationResult) and found.environment]
         dates = sorted(each["date"] for each in said)
@@ -414,7 +415,7 @@ class Results:
                           " to ".join(dict.fromkeys((*dates[:1], *dates[-1:])))]) if said else ""
 
     def cell(self, row: Row, network: str | None = None) -> Cell | None:
-        """Of the network of that name, or of the first; None until all its sets are tested."""
+        """A row's cell, for this network or the first one; None until all sets of the row are tested."""
         if not all(map(self.of, row.evaluations)):
             return None
         of_network = [[score for score in self.of(step).scores if network in (None, score.network)]
@@ -435,14 +436,14 @@ class Results:
         return RunResult.read(path, AGAIN) if step in self._tested and path.exists() else None
 
     def metrics(self, row: Row) -> Metrics:
-        """Of the row's first distillation, if its set was tested."""
+        """The metrics of a row's first distillation; empty unless its set was tested."""
         path = self.folder / f"{row.made_by[0].name}.metrics.jsonl" if row.made_by else None
         if path is None or row.made_by[0] not in self._tested or not path.exists():
             return Metrics([], [])
         return Metrics.read(path, AGAIN)
 
     def took(self, row: Row) -> str:
-        """The first set's time and that of its evaluation, in words."""
+        """The time of the first set's distillation and of its evaluation, in words."""
         times = [self.run(step) for step in row.made_by[:1]] + [self.of(step) for step in row.evaluations[:1]]
         return " + ".join(duration(found.seconds) for found in times if found and found.seconds) or "–"
 
@@ -456,14 +457,14 @@ def _read_look(path: Path) -> dict[str, Any]:
 
 
 def _at_the_end(look: dict[str, Any], name: str) -> str:
-    """What experts have after their last epoch; a dash where they diverged, or where there are none to compare with."""
+    """Mean ± deviation over experts after their last epoch; a dash if they diverged, or have none to compare with."""
     values = look["by_epoch"][name]
     return percent(**values[-1]) if values and values[-1]["mean"] is not None else "–"
 
 
 def gather(plan: Plan, results: Results) -> None:
-    """Puts what the runs recorded beside the results: metrics, what the run ended with, pictures of the main sets, and
-    the experts' manifests and accuracies."""
+    """Copies what the runs recorded into the results folder: metrics, run results, pictures of the main sets, and the
+    experts' manifests and accuracies."""
     def copy(source: Path, name: str) -> None:
         if source.exists():
             with atomic_write(results.folder / name) as aside:
@@ -482,7 +483,7 @@ def gather(plan: Plan, results: Results) -> None:
         if step.done and results.ledger.knows(step):
             copy(step.products[-1], f"experts_{kind}.yaml")
             copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
-    # The results have their own times; the experts have not.
+    # Results record their own times; experts do not.
     made = {step.name: {key: value for key, value in results.ledger.made[step.name].items()
                         if key != "seconds" or step.name in untimed}
             for step in plan.steps if step.name in results.ledger.made}
@@ -493,7 +494,7 @@ def gather(plan: Plan, results: Results) -> None:
 
 
 def write_tables(plan: Plan, results: Results) -> None:
-    """`tables.md`: the accuracies that are there, each with what made it."""
+    """Writes `tables.md`: the accuracies that are there, each with its command."""
     form = plan.form
     lines = [f"# {form.dataset}, {form.model}, {form.experts} experts of {form.epochs} epochs", "",
              "Accuracy, %, on the test images where a table does not say otherwise: mean ± standard deviation (the "
@@ -511,7 +512,7 @@ def write_tables(plan: Plan, results: Results) -> None:
         for row in rows:
             cells = [results.cell(row, network) for network in (networks if many else [None])]
             count = next((cell.count for cell in cells if cell), "–")
-            # On other networks, of a set that another row has made, the evaluation is what tells the rows apart.
+            # On other networks, rows share sets that another row made, so the evaluation tells them apart.
             step = row.made_by[0] if row.made_by and networks in ([], [form.model]) else row.evaluations[0]
             listed.append((row.name, row.says, *(str(cell or "–") for cell in cells), count, results.took(row),
                            f"`{step}`"))
@@ -532,7 +533,7 @@ def write_tables(plan: Plan, results: Results) -> None:
 
 
 def methods_of(plan: Plan) -> dict[str, str]:
-    """Those of the main table, in its order."""
+    """The methods of the main table, in its order."""
     return {name: says for name, says in METHODS.items() if any(name in rows for rows in plan.main.values())}
 
 
@@ -551,7 +552,7 @@ def _main_table(plan: Plan, results: Results) -> str:
 
 
 def write_plots(plan: Plan, results: Results) -> None:
-    """`accuracy.png` (methods by images per class), `windows.png` and `spent.png`."""
+    """Writes `accuracy.png` (methods by images per class), `windows.png` and `spent.png`."""
     from scripts.plots import save_by_images, save_spent, save_windows
 
     curves = {says: _points(results, {ipc: rows[name] for ipc, rows in plan.main.items() if name in rows})
@@ -566,19 +567,18 @@ def write_plots(plan: Plan, results: Results) -> None:
 
 
 def _points(results: Results, rows: Mapping[Any, Row]) -> list[tuple[Any, float, float]]:
-    """Of a plot: where, mean and standard deviation, %, of the rows that are there."""
+    """Points of a plot: position, mean and standard deviation, %, of the rows that have results."""
     cells = {at: cell for at, row in rows.items() if (cell := results.cell(row))}
     return [(at, 100 * cell.score.mean, 100 * cell.score.std) for at, cell in cells.items()]
 
 
 def windows(plan: Plan, results: Results) -> dict[str, list[tuple[str, float, float]]]:
-    """By images per class in words: points of the windows, whose places are their start epochs in words."""
+    """Images per class in words → points of the windows, at their start epochs in words."""
     return {_images(ipc): _points(results, rows) for ipc, rows in plan.windows.items()}
 
 
 def spent(plan: Plan, results: Results) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
-    """By what is spent, in words, and images per class in words: points at how much of it. Those of one network have
-    NaN for a deviation."""
+    """Cost in words → images per class in words → points by amount. The deviation over one network is NaN."""
     iterations = {_images(ipc): [(each.iteration, 100 * each.scores[0].mean, math.nan)
                                  for each in results.metrics(rows["exact"]).of_set(NORMAL)]
                   for ipc, rows in plan.main.items()}
@@ -622,7 +622,7 @@ def main() -> None:
     with locked(form.root, "end it, or what is left of it if it was killed") as lock:
         ledger = Ledger(form.root / "commands.json")
         if not options.tables:
-            import torch  # which takes seconds; so here, and not for --help and refusals
+            import torch  # takes seconds, and --help and refusals do without it
 
             if not options.small and not torch.cuda.is_available():
                 print("note: without a GPU this form takes weeks; --small is made for a CPU", file=sys.stderr)
@@ -636,7 +636,7 @@ def main() -> None:
 
 
 def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
-    """Tables and plots into the folder; the accuracies of these rows to the terminal."""
+    """Writes tables and plots into the folder, and prints the accuracies of these rows."""
     write_tables(plan, results)
     write_plots(plan, results)
     width = max((len(row.name) for row in rows), default=0)

@@ -1,4 +1,4 @@
-"""Commands that make files from each other's files: each run once, several at a time, going on where it was stopped."""
+"""Runs commands that depend on each other's files: each once, several at a time, resuming those that were stopped."""
 
 import shlex
 import signal
@@ -16,34 +16,34 @@ from utils.program import interrupt
 from utils.program.console import duration
 from utils.program.locks import sign
 
-LOOK_SECONDS = 0.2  # between two looks at the commands that run
+LOOK_SECONDS = 0.2  # between two polls of the running commands
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the file that is there when it is done."""
+    """A command, and the file that exists when it is done."""
 
     name: str
     kind: str
     command: tuple[str, ...]
     result: Path
-    products: tuple[Path, ...] = ()  # what steps that need it read, if those are other files
-    folder: Path | None = None  # to be deleted for it to be made again, if not the result alone
+    products: tuple[Path, ...] = ()  # other files that it makes, for the steps that need it
+    folder: Path | None = None  # deleted before the step is run anew; None: only the result is
     needs: tuple["Step", ...] = ()
-    config: Mapping[str, Any] | None = field(default=None, compare=False)  # what the command reads from a YAML
-    alone: bool = False  # takes all cores for itself
+    config: Mapping[str, Any] | None = field(default=None, compare=False)  # contents of the YAML that the command reads
+    alone: bool = False  # needs all cores
 
     def __str__(self) -> str:
         return shlex.join(self.command)
 
     @property
     def asked(self) -> str:
-        """The command but for the number of its ranks, which changes nothing."""
+        """The command without its number of ranks, which does not change the result."""
         return shlex.join(self.command[next(at for at, word in enumerate(self.command) if word.endswith(".py")):])
 
     @property
     def made(self) -> Path:
-        """All that the command makes."""
+        """The file or folder with everything that the command makes."""
         return self.folder or self.result
 
     @property
@@ -52,7 +52,7 @@ class Step:
 
 
 def in_order(steps: Sequence[Step]) -> list[Step]:
-    """So that each comes after those it needs."""
+    """Sorts the steps so that each comes after those it needs."""
     ordered: dict[Step, None] = {}
     while len(ordered) < len(steps):
         ordered |= dict.fromkeys(step for step in steps if all(need in ordered for need in step.needs))
@@ -60,13 +60,13 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
 
 
 class Ledger:
-    """What each result was made by, and how long that took; written before a command begins.
+    """Records which command made each result, and how long it took; written before a command begins.
 
     Args:
         path: a JSON file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
 
     def __init__(self, path: Path):
@@ -78,12 +78,12 @@ class Ledger:
                 raise ValueError("a command or its seconds are missing")
 
     def knows(self, step: Step) -> bool:
-        """Whether what there is of the step, if anything, was made by its command."""
+        """Whether the step's files, if there are any, were made by its command and config."""
         made = self.made.get(step.name)
         return made is not None and (made["asked"], made.get("config")) == (step.asked, step.config)
 
     def check(self, step: Step) -> None:
-        """Refuses to make again what nobody knows to be made by a step.
+        """Refuses to replace files in a step's place if it is not known what made them.
 
         Raises:
             UserError
@@ -92,7 +92,7 @@ class Ledger:
             raise UserError(f"nobody knows which command made {step.made}; move it away")
 
     def begin(self, step: Step) -> None:
-        """A step goes on, or is begun; what another command made, or what was made of something else, is removed."""
+        """Prepares to begin or resume a step; removes what another command made, or made from other inputs."""
         if step.done or not self.knows(step):
             remove(step.made)
         if not step.made.exists():
@@ -100,7 +100,7 @@ class Ledger:
             self.write()
 
     def add(self, step: Step, seconds: float) -> None:
-        """So many more seconds were spent on it."""
+        """Adds to the seconds spent on a step."""
         self.made[step.name]["seconds"] += round(seconds, 1)
         self.write()
 
@@ -110,15 +110,15 @@ class Ledger:
 
 @dataclass(frozen=True)
 class _Running:
-    """A command at work."""
+    """A running command."""
 
     step: Step
     output: Path
-    begins_at: int  # in its output, where earlier attempts may stand
+    begins_at: int  # offset in its output, which may hold earlier attempts
     began: float
 
     def ending(self, code: int) -> str:
-        """How it ended, and why, as far as it said."""
+        """How it ended, and why, if it said so."""
         if code < 0:
             return (f"was killed by {signal.Signals(-code).name}, perhaps for lack of memory, against which a smaller "
                     "--jobs helps")
@@ -130,12 +130,13 @@ class _Running:
 
 def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environment: Mapping[str, str],
               lock: TextIO) -> None:
-    """Runs the steps that are not done by their own commands, so many at once, each after those it needs.
+    """Runs the steps that are not done yet, or not by their current command, each after those it needs.
 
-    A signal stops the commands as it would stop each of them alone: they save, and go on the next time. A second one is
-    handed on too, and stops them at once.
+    A signal stops the commands as it would stop each of them alone: they save, and are resumed the next time. A second
+    one is passed on too, and stops them at once.
 
     Args:
+        jobs: how many run at once.
         output: a folder for what each command prints.
         lock: stays locked as long as a command runs, even if this process is killed.
 
@@ -145,7 +146,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
     check_writable(output / "commands")
     output.mkdir(parents=True, exist_ok=True)
     waiting: list[Step] = []
-    for step in in_order(steps):  # what was made of something that is made again is made again too
+    for step in in_order(steps):  # a step is made again if one that it needs is
         if not (step.done and ledger.knows(step)) or set(step.needs) & set(waiting):
             ledger.check(step)
             waiting.append(step)
@@ -154,7 +155,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
     running: dict[subprocess.Popen, _Running] = {}
     if waiting:
         print(f"{total} of {len(steps)} commands are to be run; what each prints goes to {output}/", flush=True)
-    with interrupt.blocked():  # but for where they are waited for, so that no command is left alone
+    with interrupt.blocked():  # except in `_signal_within`, so that no command is left running
         try:
             while waiting or running:
                 free = jobs - sum(jobs if command.step.alone else 1 for command in running.values())
@@ -194,7 +195,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
 
 def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextIO) -> tuple[subprocess.Popen, _Running]:
     with open(output, "ab", opener=own) as file:
-        # A session of its own, so that a terminal's Ctrl-C reaches it once, from here.
+        # A session of its own, so that Ctrl-C in a terminal reaches it only through this process.
         process = subprocess.Popen(step.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                                    env=environment, start_new_session=True, pass_fds=(lock.fileno(),),
                                    preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, interrupt.SIGNALS))
@@ -202,13 +203,13 @@ def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextI
 
 
 def _name(lock: TextIO, running: Mapping[subprocess.Popen, _Running]) -> None:
-    """Names those that it runs beside this process, which may be killed before them."""
+    """Adds the running commands to the lock's message, as this process may be killed before they end."""
     started = ", ".join(str(process.pid) for process in running)
     sign(lock, f", which started {started}" if started else "")
 
 
 def _signal_within(seconds: float) -> int | None:
-    """The signal that comes meanwhile, of those that are blocked and not ignored."""
+    """The first blocked signal that arrives in this time and is not ignored."""
     heeded = [each for each in interrupt.SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
     found = signal.sigtimedwait(heeded, seconds)
     return found and found.si_signo

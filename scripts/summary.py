@@ -37,7 +37,7 @@ def main() -> None:
         if not found:
             raise UserError(f"{path} has no result of evaluation.py or baseline.py; give them --json {path}/NAME.json")
         results += found
-    # A row for each protocol, or for each of its networks.
+    # A row for each protocol, or for each of its networks if these are not columns.
     images = [(str(each.config.get("dataset", "")), f"{images_tested(each.tested_on)} images") for each in results]
     differ = [len(set(column)) > 1 for column in zip(*images)]
     tested = [" on " * any(differ) + " ".join(word for word, tells in zip(of, differ) if tells) for of in images]
@@ -61,10 +61,10 @@ def main() -> None:
 
 
 def named(rows: Sequence[tuple[str, ...]], rates: Sequence[str]) -> list[str]:
-    """The set of each row, with its learning rate where that was chosen, or where it alone tells rows apart.
+    """The name of each row's set, with its learning rate if that was chosen (auto) or alone tells rows apart.
 
     Args:
-        rows: the set, in words, first, and what else tells a row from others.
+        rows: of each row the set in words, then whatever else tells it from others.
     """
     of_same = {row: {rate for other, rate in zip(rows, rates) if other == row} for row in rows}
     return [f"{row[0]}, learning rate {rate}" if rate.endswith("(auto)") or len(of_same[row]) > 1 else row[0]

@@ -46,16 +46,16 @@ from utils.program.run_folder import RunFolder
 
 DATM = "distill/DATM.py"
 VAL_FRACTION = "0.1"
-REFUSED = 2  # the exit code of a program that says in one line why it cannot go on
-LOOK_SECONDS = 0.1  # between two looks at the run at work
+REFUSED = 2  # exit code of a program that says in one line why it cannot go on
+LOOK_SECONDS = 0.1  # between two polls of the run
 
 
 class Run(NamedTuple):
-    """One combination."""
+    """One combination of values."""
 
     name: str
-    differs: dict[str, str]  # its value of each option that is swept
-    options: dict[str, str]  # all that DATM.py is given
+    differs: dict[str, str]  # its value of each swept option
+    options: dict[str, str]  # everything that DATM.py is given
     config: DistillConfig
 
     @property
@@ -69,12 +69,12 @@ def main() -> None:
     runs = combinations(options)
     config, swept = runs[0].config, list(runs[0].differs)
 
-    # Refuse what can be known before hours of work.
+    # Refuse whatever can be checked before hours of work.
     for run in runs:
         check_options(run.config)
-        RunFolder(run.folder, run.config, METRICS, RESULT)  # refuses the run of other options that is there
+        RunFolder(run.folder, run.config, METRICS, RESULT)  # refuses if a run of other options is there
     if any(run.config.pix_init not in STARTS for run in runs):
-        from distill.checks import check_start  # and torch, which takes seconds
+        from distill.checks import check_start  # imports torch, which takes seconds
 
         for run in runs:
             check_start(run.config)
@@ -103,7 +103,7 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     Args:
         options: of the sweep, as they were typed.
     """
-    from distill.report.commands import evaluation  # and torch, which takes seconds
+    from distill.report.commands import evaluation  # imports torch, which takes seconds
     from distill.report.comparison import comparison
 
     config, swept = runs[0].config, list(runs[0].differs)
@@ -127,12 +127,12 @@ def combinations(options: dict[str, str]) -> list[Run]:
     """A run for each combination of the values, all of them parsed.
 
     Args:
-        options: as they are typed, `cfg` among them.
+        options: as they are typed, including `cfg`.
 
     Raises:
-        UserError: a value that is wrong or there twice, or nothing to sweep.
+        UserError: a wrong or repeated value, or nothing to sweep.
     """
-    # In the order in which options are declared, so that a run has one name however they are typed.
+    # In the order of declaration, so that a run's name does not depend on the order in which options are typed.
     order = ["cfg", *(field.name for field in fields(DistillConfig))]
     values = {name: split(name, options[name]) for name in order if name in options}
     swept = [name for name in values if len(values[name]) > 1]
@@ -154,29 +154,29 @@ def combinations(options: dict[str, str]) -> list[Run]:
 
 
 def in_a_name(text: str, value: Any) -> str:
-    """A value as it stands in a folder's name: however it was typed, but for a path."""
+    """A value as part of a folder's name: the same however it was typed, unless it is a path."""
     text = str(value).removesuffix(".0") if isinstance(value, float) else text if "/" in text else str(value)
     return re.sub(r"[/\\]+", "-", text)
 
 
 def split(name: str, text: str) -> list[str]:
-    """The values of an option."""
+    """The values of an option, split at commas unless it is `cfg`, an existing path, or does not decide the result."""
     whole = name == "cfg" or not about(name, DistillConfig)["decides"] or (
         is_path(name, text, DistillConfig) and os.path.exists(os.path.expanduser(text)))
     return [text] if whole else text.split(",")
 
 
 def run_to_its_end(run: Run) -> bool:
-    """Starts or goes on with a run and waits for it: whether it came to its end, or said why it cannot. A signal is
-    handed on, upon which it saves; a second one too, which stops it at once.
+    """Starts or resumes a run and waits for it; returns False if it was refused. A first signal is passed on, and the
+    run saves; a second one is too, and stops it at once.
 
     Raises:
         Stopped: a signal came.
-        SystemExit: it broke down, with its exit code.
+        SystemExit: the run crashed; with its exit code.
     """
     sys.stdout.flush()
     with interrupt.deferred():
-        # A session of its own, so that a terminal's Ctrl-C reaches it once, from here.
+        # A session of its own, so that Ctrl-C in a terminal reaches it only through this process.
         process = subprocess.Popen([sys.executable, str(REPOSITORY / DATM), *(
             f"--{name}={value}" for name, value in run.options.items())], stdin=subprocess.DEVNULL,
             start_new_session=True, env=os.environ | {interrupt.PART_OF: Path(sys.argv[0]).name})

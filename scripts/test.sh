@@ -8,7 +8,7 @@ source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 ruff check --config pyproject.toml buffer distill utils scripts tests
-export OMP_NUM_THREADS=1  # as each process would take all cores otherwise
-# In the order of the files, as the largest files are not those that take longest.
+export OMP_NUM_THREADS=1  # otherwise each process would take all cores
+# In the order of the files: those with the most tests, which pytest-xdist puts first, do not take longest.
 python -m pytest -c pyproject.toml --confcutdir=tests --numprocesses=auto --maxprocesses=8 --dist=loadfile \
     --no-loadscope-reorder "$@"

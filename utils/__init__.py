@@ -1,4 +1,4 @@
-"""What every part of the program uses; knows nothing of buffer/ or distill/."""
+"""Code that the whole program shares; it imports nothing from buffer/ or distill/."""
 
 import importlib
 from collections.abc import Callable
@@ -6,8 +6,9 @@ from typing import Any
 
 
 def later(module: str, *names: str) -> Callable[[str], Any]:
-    """A package's `__getattr__` for names of one of its modules, which is imported when the first of them is asked for:
-    with it comes torch, which takes two seconds, and which `--help`, a refusal and a finished run do without.
+    """A package's `__getattr__` that imports `module` when one of `names` is first accessed.
+
+    This defers importing torch, which takes two seconds and is not needed for `--help`, a refusal or a finished run.
     """
     def named(name: str) -> Any:
         if name not in names:

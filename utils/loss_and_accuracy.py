@@ -9,29 +9,29 @@ from torch import Tensor
 
 @torch.no_grad()
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of logits [B, K] have their largest entry at labels [B]; stays on the device."""
+    """How many rows of logits [B, K] have their largest entry at labels [B]; stays on the device."""
     return (logits.argmax(dim=1) == labels).sum()
 
 
 @torch.no_grad()
 def predictions(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The classes [N] into which `predict` (images → logits) puts images [N, C, H, W]; they stay on the device."""
-    batch = 500 if images.is_cuda else 100  # a CPU's caches hold the maps of few, and more only take memory
+    """The classes [N] that `predict` (images → logits) gives to images [N, C, H, W]; they stay on the device."""
+    batch = 500 if images.is_cuda else 100  # a CPU's caches hold few images' activations; more only cost memory
     return torch.cat([predict(x).argmax(dim=1) for x in images.split(batch)])
 
 
 def accuracy(predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
-    """The share of images [N, C, H, W] that `predict` (images → logits) puts into their class, in [0, 1]."""
+    """The share of images [N, C, H, W] that `predict` (images → logits) classifies correctly, in [0, 1]."""
     return share_correct(predictions(predict, images), labels)
 
 
 def share_correct(predicted: Tensor, labels: Tensor) -> float:
-    """The share of predicted classes [N] that are the labels [N], in [0, 1]; waits for the device."""
+    """The share of predicted classes [N] that equal the labels [N], in [0, 1]; waits for the device."""
     return float((predicted == labels).sum()) / len(labels)
 
 
 def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """How often each class (row) was predicted as each (column), [K, K] int64, from classes [N] and labels [N]."""
+    """The confusion matrix [K, K] int64 of predicted classes [N] (columns) and labels [N] (rows)."""
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 

@@ -1,5 +1,4 @@
-"""Memory: what a computation takes at its peak, of the GPU it runs on, else of the process; room for what is large, and
-sending to a GPU."""
+"""Memory: its peak use and what is available, of the GPU or of the process; large host tensors; copies to a GPU."""
 
 import contextlib
 import ctypes
@@ -19,11 +18,11 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.files import cache_folder
 
-ALIGNED = 16  # bytes, at multiples of which tensors lie that are sent together
+ALIGNED = 16  # bytes to which tensors that are sent together are aligned
 
 
 def reset_peak(device: torch.device) -> float:
-    """Gives back what was freed but kept, starts a new count of the peak, and returns the bytes taken now."""
+    """Releases memory that is cached but free, resets the peak, and returns the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -38,9 +37,9 @@ def reset_peak(device: torch.device) -> float:
 
 
 def peak(device: torch.device) -> float:
-    """The most bytes taken since `reset_peak`; where the system cannot start a new count, since the process began."""
+    """The peak bytes in use since `reset_peak`; since the process began where the system cannot reset the peak."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)  # captured graphs hold theirs without allocating
+        return torch.cuda.max_memory_reserved(device)  # captured graphs' memory is reserved, not allocated
     if sys.platform == "linux":
         return _status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
@@ -48,31 +47,32 @@ def peak(device: torch.device) -> float:
 
 
 def available(device: torch.device | None = None) -> float:
-    """Bytes of a GPU's memory, or of the host's, that this process can still have; infinite where nothing says."""
-    if device is not None and device.type == "cuda":  # what torch holds and does not use is free too
+    """Bytes of a GPU's or the host's memory that this process can still get; infinite if the system does not say."""
+    if device is not None and device.type == "cuda":
+        # Torch's unused cache is free too, except in the pools of captured graphs.
         unused = sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
                      if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == (0, 0))
-        return torch.cuda.mem_get_info(device)[0] + unused  # but not in the pools of captured graphs
+        return torch.cuda.mem_get_info(device)[0] + unused
     limits = [math.inf]
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         limits += [1024 * float(line.split()[1]) for line in meminfo.read_text().splitlines()
                    if line.startswith("MemAvailable:")]
-    group = Path("/sys/fs/cgroup")  # a container's
-    with contextlib.suppress(OSError, ValueError):  # no limit is written as a word
+    group = Path("/sys/fs/cgroup")  # a container's limit
+    with contextlib.suppress(OSError, ValueError):  # without a limit, memory.max is the word "max"
         taken = float((group / "memory.current").read_text())
         taken -= sum(float(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines()
-                     if line.startswith("inactive_file "))  # of which the system would let go
+                     if line.startswith("inactive_file "))  # page cache that the system would reclaim
         limits.append(float((group / "memory.max").read_text()) - taken)
     return min(limits)
 
 
 def check_room(size: int, what: str) -> None:
-    """Refuses what `room` will not have.
+    """Refuses a size for which `room` finds neither memory nor disk space.
 
     Args:
         size: in bytes.
-        what: needs it, in words.
+        what: what needs it, in words (plural).
 
     Raises:
         UserError
@@ -85,8 +85,9 @@ def check_room(size: int, what: str) -> None:
 
 
 def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of the host to be filled: in memory, or, where that has no room, in a file of the cache folder that is
-    mapped into it; the file has no name, and goes with the process.
+    """An uninitialised host tensor: in memory or, if that is too small, memory-mapped to a file in the cache folder.
+
+    The file has no name and disappears with the process.
 
     Raises:
         UserError: the disk has no room either.
@@ -97,7 +98,7 @@ def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_folder()) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # or the process would be killed where the disk fills up
+            os.posix_fallocate(file.fileno(), 0, size)  # else the process would be killed when the disk fills up
             return torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(dtype).view(*shape)
     except OSError as error:
         raise UserError(f"{size / 2**30:.1f} GiB are more than the memory has room for, and cannot be had in "
@@ -105,13 +106,13 @@ def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _free_on_disk() -> float:
-    """Bytes where `room` makes its files."""
+    """Free bytes on the disk where `room` creates its files."""
     folder = cache_folder().absolute()
     return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
 
 
 def sent(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Tensors of the host on `device`; on a GPU by one copy, which waits for nothing and for which nothing waits."""
+    """Host tensors copied to `device`; to a GPU in one asynchronous copy from pinned memory."""
     if torch.device(device).type != "cuda" or not tensors:
         return [each.to(device) for each in tensors]
     sizes = [-(-each.nbytes // ALIGNED) * ALIGNED for each in tensors]
@@ -123,6 +124,6 @@ def sent(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
 
 
 def _status(key: str) -> float:
-    """A line of /proc/self/status, in bytes."""
+    """The value of a line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * float(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

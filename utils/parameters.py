@@ -16,7 +16,7 @@ from utils.memory import available
 
 Result = TypeVar("Result")
 MOST_FOR_MAPS = 1 << 30  # bytes
-SHARE_FOR_MAPS = 1 / 16  # of the memory at hand, which other processes of this run want too
+SHARE_FOR_MAPS = 1 / 16  # of the available memory; other processes of this run need some too
 
 
 class FlatModel:
@@ -27,11 +27,11 @@ class FlatModel:
 
     Args:
         network: any `nn.Module`, on its device; it keeps the mode (train or eval) it is in.
-        backend, precision, micro_batch, work: how derivatives are computed, see `select_engine` of
+        backend, precision, micro_batch, work: how derivatives are computed; see `select_engine` in
             `utils.derivatives.choose_engine`.
 
     Raises:
-        UserError: the network or the machine cannot have what they ask for.
+        UserError: the network or the machine does not support these options.
     """
 
     def __init__(self, network: nn.Module, backend: str = "eager", precision: str = "auto",
@@ -40,10 +40,10 @@ class FlatModel:
         self.names = [name for name, _ in network.named_parameters()]
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self.num_parameters = sum(map(math.prod, self.shapes))
-        # Not this object's own methods: an engine that held it would keep both alive until garbage is collected.
+        # Not bound methods: the reference cycle would keep model and engine alive until garbage collection.
         self.engine: Engine = select_engine(network, partial(_forward, network, self.names, self.shapes),
                                             partial(_unflatten, self.shapes), backend, precision, micro_batch, work)
-        self.halved: list[int] = []  # the batches for which the memory was full, and the micro-batch was halved
+        self.halved: list[int] = []  # batch sizes at which memory was full and the micro-batch was halved
 
     def flatten(self) -> Tensor:
         """The network's own parameters as a new vector [P], detached."""
@@ -63,8 +63,7 @@ class FlatModel:
 
         Args:
             x, y: images [B, C, H, W]; label logits [B, K] or classes [B].
-            maps: an empty list, which takes what spares the adjoint of the same step some of its work; None: that is
-                not kept. See `kept_steps`.
+            maps: an empty list to fill with activations that `adjoint` reuses; None: keep none. See `kept_steps`.
         """
         return self._fitted(len(x), lambda: self.engine.gradient(theta, x, y, maps))
 
@@ -72,13 +71,13 @@ class FlatModel:
         """s = ⟨∇L(θ; x, y), λ⟩ and its gradients in θ, x and y, all detached; `co_state` is λ [P].
 
         Args:
-            maps: what `gradient` put there at the same θ, x and y; afterwards it is empty.
+            maps: the list that `gradient` filled at the same θ, x and y; emptied here.
         """
         return self._fitted(len(x), lambda: self.engine.adjoint(theta, co_state, x, y, maps))
 
     def kept_steps(self, batch: int) -> int:
-        """Of how many steps on so many samples there is room for what gradients leave to adjoints. It decides time and
-        memory, and not a bit of the result."""
+        """For how many steps of this batch size saved activations fit in memory. Affects time and memory only; results
+        are bit-identical."""
         bytes_of_step = batch * self.engine.map_bytes
         return int(self._room_for_maps // bytes_of_step) if bytes_of_step else 0
 
@@ -87,37 +86,37 @@ class FlatModel:
         return min(MOST_FOR_MAPS, SHARE_FOR_MAPS * available())
 
     def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
-        """The tensors for steps of `run`, which may change them; where steps are replayed, copies in memory of the
-        model's own, until the next call."""
+        """The tensors, for steps of `run` to modify in place. If steps are replayed from CUDA graphs: copies in the
+        model's own memory, valid until the next call."""
         return self.engine.keep(**tensors) if isinstance(self.engine, Captured) else tensors
 
     def run(self, name: Any, step: Step, kept: dict[str, Tensor], batch: Tensor, *inputs: Tensor) -> Any:
-        """`step(model, kept, batch, *inputs)`, whole from one CUDA graph where the derivatives are.
+        """`step(model, kept, batch, *inputs)`, replayed whole from one CUDA graph if the engine is captured.
 
         Args:
-            name: what it depends on beside the shapes of its inputs.
-            step: changes `kept` only after all else, so that it can be done again; `model` has `gradient` and
-                `adjoint`.
+            name: identifies the step; must cover all it depends on besides the shapes of its inputs.
+            step: modifies `kept` only after everything else, so that it can be retried when memory is full; its `model`
+                provides `gradient` and `adjoint`.
             kept: from `keep`.
-            batch: indices [B], or the samples.
+            batch: indices [B], or the samples themselves.
         """
         if not isinstance(self.engine, Captured):
             return step(self, kept, batch, *inputs)
         return self._fitted(len(batch), lambda: self.engine.run(name, step, kept, batch, *inputs))
 
     def halve(self, batch: int) -> bool:
-        """Takes half as many samples of such a batch at a time from now on; False if that cannot be."""
+        """Halves the micro-batch that a batch of this size uses from now on; False if that is impossible."""
         done = self.engine.halve(batch)
         self.halved += [batch] * done
         return done
 
     def _fitted(self, batch: int, step: Callable[[], Result]) -> Result:
-        """The step, again with half the micro-batch as often as the GPU's memory is full."""
+        """Runs the step, and again with half the micro-batch for as long as the GPU's memory is full."""
         while True:
             try:
                 return step()
             except torch.OutOfMemoryError as error:
-                full = error.with_traceback(None)  # whose frames would keep the tensors of the step
+                full = error.with_traceback(None)  # its frames would keep the step's tensors alive
             if not self.halve(batch):
                 raise full
             if torch.cuda.is_available():
@@ -128,10 +127,11 @@ class FlatModel:
 
 def descend(theta: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, momentum: float = 0.0,
             weight_decay: float = 0.0) -> None:
-    """One step of torch's SGD, in place and to the same bits, which a CUDA graph can hold.
+    """One in-place step of SGD, bit-identical to torch.optim.SGD; it can be captured in a CUDA graph.
 
     Args:
-        theta, gradient, velocity: θ, ∇L and the momentum [P], zero at first; None without momentum.
+        theta, gradient: θ and ∇L [P].
+        velocity: the momentum buffer [P], initially zero; None: no momentum.
     """
     if weight_decay:
         gradient = gradient.add(theta, alpha=weight_decay)

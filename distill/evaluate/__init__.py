@@ -1,1 +1,1 @@
-"""What a set is worth: fresh networks are trained on it and tested on real images."""
+"""Evaluation of a set: fresh networks are trained on it and tested on real images."""

@@ -1,6 +1,6 @@
-"""A coreset: the real images that stand best for their class in the features of an expert, its penultimate activations.
+"""Coresets: the real images that best represent their class in an expert's features, its penultimate activations.
 
-Features count as they are; iCaRL scales each to length 1.
+Features are used as they are; iCaRL scales each to length 1.
 """
 
 import math
@@ -15,12 +15,12 @@ from utils.parameters import FlatModel
 
 
 def herding(features: Tensor, count: int) -> Tensor:
-    """Indices [count] of features [n, F], n ≥ count: each next one brings the mean of the chosen ones nearest to the
-    mean of all.
+    """Indices [count] of features [n, F], n ≥ count: each choice brings the mean of the chosen ones nearest to the mean
+    of all.
 
     Welling 2009, "Herding dynamical weights to learn", as in iCaRL (Rebuffi et al. 2017, algorithm 4).
     """
-    # Around the mean of all, ‖(Σ + φ) / k‖ is least where ‖φ‖² + 2⟨φ, Σ⟩ is, with Σ the sum of the chosen ones.
+    # For centred features, ‖(Σ + φ) / k‖ is least where ‖φ‖² + 2⟨φ, Σ⟩ is, with Σ the sum of the chosen ones.
     features = features - features.mean(dim=0)
     lengths, total, chosen = features.square().sum(dim=1), torch.zeros_like(features[0]), []
     for _ in range(count):
@@ -31,10 +31,10 @@ def herding(features: Tensor, count: int) -> Tensor:
 
 
 def k_center(features: Tensor, count: int) -> Tensor:
-    """Indices [count] of features [n, F], n ≥ count: first the one nearest to the mean of all, then each time the one
+    """Indices [count] of features [n, F], n ≥ count: first the one nearest to the mean of all, then repeatedly the one
     farthest from its nearest chosen one.
 
-    The greedy algorithm of Sener & Savarese 2018, https://arxiv.org/abs/1708.00489, which leaves the first one open.
+    The greedy algorithm of Sener & Savarese 2018, https://arxiv.org/abs/1708.00489, which leaves the first choice open.
     """
     features = features - features.mean(dim=0)
     lengths = features.square().sum(dim=1)
@@ -42,7 +42,7 @@ def k_center(features: Tensor, count: int) -> Tensor:
     for _ in range(count - 1):
         last = chosen[-1]
         nearest = nearest.minimum(lengths + lengths[last] - 2 * (features @ features[last]))
-        nearest[last] = -math.inf  # of equal images none is chosen twice
+        nearest[last] = -math.inf  # no image is chosen twice, even among equal ones
         chosen.append(nearest.argmax())
     return torch.stack(chosen)
 
@@ -51,16 +51,16 @@ CORESETS: dict[str, Callable[[Tensor, int], Tensor]] = {"herding": herding, "k_c
 
 
 def coreset(pick: str, model: FlatModel, theta: Tensor, dataset: Dataset, count: int) -> Tensor:
-    """Indices [K·count] of training images, classes in order; one class's features are in memory at a time.
+    """Indices [K·count] of training images, classes in order. Only one class's features are in memory at a time.
 
     Args:
-        pick: of `CORESETS`.
+        pick: a key of `CORESETS`.
         theta: the expert [P], on the dataset's device.
     """
     chosen = []
     for label in range(dataset.num_classes):
         members = dataset.class_indices(label)
-        # Of about one size, as batch norms normalise by them.
+        # Parts of about equal size, since batch norm uses their statistics.
         parts = members.chunk(math.ceil(len(members) / WALK))
         features = torch.cat([expert_features(model, theta, dataset.train_images[part]) for part in parts])
         chosen.append(members[CORESETS[pick](features, count)])
@@ -68,7 +68,7 @@ def coreset(pick: str, model: FlatModel, theta: Tensor, dataset: Dataset, count:
 
 
 def expert_features(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
-    """What an expert θ [P] makes of x [B, C, H, W] before its last linear layer: [B, F], without a graph."""
+    """The input [B, F] of an expert's last linear layer for x [B, C, H, W], without a graph; θ is [P]."""
     *_, last = (module for module in model.network.modules() if isinstance(module, nn.Linear))
     features: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))

@@ -1,4 +1,4 @@
-"""The frame of an evaluation: what is said at its beginning, what was found before, its bar, and its result's file."""
+"""The frame of an evaluation: its header, the results of a stopped run, the progress bar and the result file."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,13 +23,13 @@ from utils.program.progress import Progress
 
 
 def unfinished(config: EvaluationConfig | BaselineConfig) -> Path | None:
-    """The file of what was found before an evaluation was stopped; None where nothing is written."""
+    """The file of partial results, from which a stopped evaluation resumes; None: nothing is written."""
     return Path(f"{config.json}.unfinished") if config.json else None
 
 
 def settle_threads(config: EvaluationConfig | BaselineConfig, dataset: Dataset, samples: int) -> None:
-    """As many threads as help the first kind of network on so many samples, or as an evaluation that was stopped had;
-    before all that is computed with them."""
+    """Uses as many threads as help the first kind of network on this many samples, or as a stopped evaluation had. To
+    be called before anything is computed with them."""
     networks = pool(config, dataset)
     work = Work(samples * (config.epoch_eval_train + 1) * config.num_eval * len(networks))
     threads.settle(config, network_for(networks[0], dataset).to(dataset.device), min(config.batch_train, samples), work,
@@ -37,22 +37,22 @@ def settle_threads(config: EvaluationConfig | BaselineConfig, dataset: Dataset, 
 
 
 def say_replaced(config: EvaluationConfig | BaselineConfig, path: str) -> None:
-    """Says that a file that is to be written is there already."""
+    """Says that an output file exists and will be replaced, if it does."""
     if path and ranks.first() and given(path).exists():
         say(config, f"{shown(path)} exists and will be replaced")
 
 
 class Session:
-    """One evaluation of a set, announced; `accuracies` holds what was found before it was stopped, and `write` ends it.
+    """One evaluation of a set; announces it. `accuracies` holds results from before it was stopped; `write` ends it.
 
     Args:
         sets: one, or several of one size, as `evaluate` takes them.
-        trained: at which rate and how long, in words, where that is not what set and config say.
+        what: what they are, in words.
+        notes: further lines of the announcement.
+        trained: learning rate and epochs, in words, if not those of set and config.
         beside: other sets on which the result depends.
-        configs: other options on which it does; those in which they differ are said of each, and are in the result as
-            if they were not given.
-        what: they are, in words.
-        notes: what else there is to say of them; the first goes on in the line.
+        configs: the options of single parts, on which the result depends too. Options that differ among them are left
+            to `trained` and `notes`, and have their defaults in the result.
     """
 
     def __init__(self, config: EvaluationConfig | BaselineConfig, dataset: Dataset, sets: Sequence[DistilledSet],
@@ -61,7 +61,7 @@ class Session:
         self.config, self.what, self.set = config, what, sets[0]
         networks = pool(config, dataset)
         trained = trained or f"learning rate {float(self.set.lr):.4g}, {number_of(config.epoch_eval_train, 'epoch')}"
-        # The engine that networks of the first kind get; made for this alone, which costs next to nothing.
+        # Only to describe the engine that networks of the first kind get; costs next to nothing.
         model = flat_model(config, network_for(networks[0], dataset).to(self.set.images.device),
                            work_of(config, self.set))
         differ = {name for each in configs for name, value in as_dict(each).items()
@@ -84,7 +84,7 @@ class Session:
 
     def write(self, scores: list[Score], lr: float | None, protocols: dict[str, UnderProtocol] | None = None,
               **more: Any) -> None:
-        """Writes the result where `--json` says so; arguments as those of `EvaluationResult` and its `write`."""
+        """Writes the result to `--json`, if given; arguments as for `EvaluationResult` and its `write`."""
         config = self.config
         if config.json and ranks.first():
             EvaluationResult(
@@ -98,7 +98,7 @@ class Session:
 
 def evaluate_and_say(config: EvaluationConfig | BaselineConfig, dataset: Dataset, sets: Sequence[DistilledSet],
                      what: str, *notes: str) -> None:
-    """Evaluates with a progress bar, prints the scores and writes them to `--json`; arguments as those of `Session`."""
+    """Evaluates with a progress bar, prints the scores and writes them to `--json`; arguments as for `Session`."""
     session = Session(config, dataset, sets, what, *notes)
     accuracies, epochs = session.accuracies, config.epoch_eval_train + 1
     networks = len(pool(config, dataset)) * config.num_eval

@@ -1,4 +1,4 @@
-"""Train `num_eval` networks of each kind on a set, test each on real images; mean and standard deviation."""
+"""Trains `num_eval` networks of each kind on a set and tests each on real images."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ from utils.program.prepare import drawer, flat_model, network_for
 from utils.program.processes import in_processes
 from utils.program.seeds import generator, seeded
 
-# Processes win at steps too short to keep all threads busy, and take a few seconds to start (on two cores they won 40 %
-# at 5 ms a step, 18 % at 24 ms and 7 % at 98 ms).
+# Parallel processes pay off if steps are too short to keep all threads busy (on two cores they gained 40 % at 5 ms a
+# step, 18 % at 24 ms and 7 % at 98 ms), but take a few seconds to start.
 SHORT_STEP = 0.03  # seconds
 PROCESSES_PAY = 60.0  # seconds of training
-MOST_PROCESSES = 8  # at once, each of which imports torch
-MOST_COUNTED = 200  # classes, of which it is counted which is taken for which: a file holds the square of it
+MOST_PROCESSES = 8  # at once; each imports torch
+MOST_COUNTED = 200  # the most classes for which confusions are counted: a file holds the square of it
 
 
 def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Sequence[DistilledSet],
@@ -35,18 +35,18 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
              accuracies: Accuracies | None = None, networks: Sequence[str] | None = None) -> list[Score]:
     """Trains `num_eval` networks of each kind in the pool of `eval_mode` and tests each after its last epoch.
 
-    Several ranks share them. Else several are trained at once where that wins: on a CPU small ones in processes that
-    divide its threads, which changes rounding. Every network has its own random numbers, so where it is trained does
-    not matter.
+    Several ranks share the networks. Otherwise, small networks on a CPU are trained in parallel processes that divide
+    its threads, if that is faster; this changes rounding. Every network has its own random numbers, so it does not
+    matter where it is trained.
 
     Args:
-        dataset, distilled: on one device; the images of both in the same space. Of several sets, all of one size,
-            network n is trained on set n, and again from the first when there are no more.
-        address: tells this evaluation's random numbers from those of others with the same seed.
-        augmented: False trains on the images as they are.
+        dataset, distilled: on one device, with images in the same space. With several sets, all of one size, network n
+            is trained on set n modulo their number.
+        address: distinguishes this evaluation's random numbers from those of others with the same seed.
+        augmented: False: train on the images as they are.
         on_epoch: called after each epoch of each network.
-        accuracies: those found before, and where to put those found now.
-        networks: these kinds, in the place of the pool.
+        accuracies: results from before; new ones are added.
+        networks: these kinds instead of the pool.
     """
     accuracies = Accuracies() if accuracies is None else accuracies
     jobs = [Job(name, number) for name in networks or pool(config, dataset)
@@ -59,8 +59,8 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
 
     processes = 0 if ranks.size() > 1 else _processes_that_pay(train, jobs)
     if processes:
-        # As many networks as make full rounds; what is left then has all threads to itself. With a share of the threads
-        # and of the work, an engine is chosen as with all of both; one thread is not shared.
+        # Processes take full rounds of networks; the rest are then trained with all threads. Each process has a share
+        # of the threads, so it is told that share of the work and chooses the same engine; one thread is not divided.
         shares = processes if torch.get_num_threads() > 1 else 1
         shared = dataclasses.replace(train, sets=tuple(distilled.detach() for distilled in train.sets),
                                      work=Work(train.work.gradients / shares))
@@ -75,14 +75,14 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
 
 
 def _score(network: str, tested: Sequence[Tested]) -> Score:
-    """What networks of one kind reached, their predictions counted together."""
+    """The score of the networks of one kind, with their confusions summed."""
     counts = [each.confusion for each in tested]
     together = None if None in counts else torch.tensor(counts).sum(dim=0).tolist()
     return Score(network, [each.accuracy for each in tested], together)
 
 
 def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:
-    """How many processes these networks are worth; 0 where they are too large, or train for too short a time."""
+    """How many processes to train these networks in; 0: none, as steps take too long or all of it too little time."""
     processes = min(len(jobs), threads.at_hand(), MOST_PROCESSES)
     if train.sets[0].images.device.type != "cpu" or processes < 2:
         return 0
@@ -94,23 +94,23 @@ def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:
 
 
 def work_of(config: TrainConfig, distilled: DistilledSet) -> Work:
-    """What one network takes."""
+    """The work of training one network."""
     return Work(gradients=len(distilled) * (config.epoch_eval_train + 1))
 
 
 def epochs_to_come(config: TrainConfig, accuracies: Accuracies) -> int:
-    """How many epochs `evaluate` has yet to train here, of all networks; of several ranks, this one."""
+    """How many epochs `evaluate` has yet to train, over all networks; with several ranks, on this one."""
     networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval - len(accuracies)
     return len(ranks.deal(range(networks))) * (config.epoch_eval_train + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What all networks of an evaluation are trained and tested on; called with a job, what one network reached."""
+    """What the networks of an evaluation are trained and tested on; called with a job, trains and tests one."""
 
     config: TrainConfig
-    dataset: Dataset  # its test images
-    sets: tuple[DistilledSet, ...]  # of one size; network n is trained on number n, and again from the first
+    dataset: Dataset  # only its test images are used
+    sets: tuple[DistilledSet, ...]  # of one size; network n is trained on set n modulo their number
     address: tuple[int | str, ...]
     augmented: bool
     work: Work  # of one network
@@ -132,13 +132,13 @@ class Training:
                       confusion(predicted, labels, classes).tolist() if classes <= MOST_COUNTED else None)
 
     def network(self, job: Job) -> nn.Module:
-        """As it is before its training."""
+        """The network before its training."""
         with seeded(self.config.seed, "evaluation", *self.address, *job):
             return network_for(job.network, self.dataset)
 
 
 def check_pool(config: TrainConfig, dataset: Dataset) -> None:
-    """Builds each network that will be evaluated once, so that what cannot be is refused at the start.
+    """Builds each network of the evaluation once, so that impossible ones are refused at the start.
 
     Raises:
         UserError: a network that cannot read these images.

@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded, torch among it."""
+"""Checks before anything is loaded, including torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from utils.networks import check_network_name, evaluation_pool
 
 
 def check_evaluation(config: TrainConfig) -> None:
-    """Refuses what cannot be evaluated whatever the data; asks nothing of them, so it comes first.
+    """Refuses what cannot be evaluated on any data; needs no data, so it comes first.
 
     Raises:
         UserError: an unknown dataset, network, mode or augmentation.
@@ -24,11 +24,11 @@ def check_evaluation(config: TrainConfig) -> None:
     evaluation_pool(config.eval_mode, config.model)
 
 
-IMAGES = "images_best.pt, or a run's folder"  # what `--data_dir` may be, for messages
+IMAGES = "images_best.pt, or a run's folder"  # what `--data_dir` can be, for messages
 
 
 def check_set(config: EvaluationConfig) -> None:
-    """Refuses what the options of an evaluation show, and a set that is not there.
+    """Refuses invalid options of an evaluation, and a set that does not exist.
 
     Raises:
         UserError
@@ -43,7 +43,7 @@ def check_set(config: EvaluationConfig) -> None:
 
 
 def check_robust(config: EvaluationConfig) -> None:
-    """Refuses options that the robust scores contradict.
+    """Refuses options that contradict `--robust_score`.
 
     Raises:
         UserError
@@ -57,7 +57,7 @@ def check_robust(config: EvaluationConfig) -> None:
 
 
 def check_given(path: str, option: str, usual_name: str) -> None:
-    """Refuses a file of a set that is not given.
+    """Refuses a missing option for a file of a set.
 
     Raises:
         UserError
@@ -67,7 +67,7 @@ def check_given(path: str, option: str, usual_name: str) -> None:
 
 
 def check_baseline(config: BaselineConfig) -> None:
-    """Refuses what the options of a baseline and the folder of its experts show.
+    """Refuses invalid options of a baseline, and experts that do not fit them.
 
     Raises:
         UserError
@@ -77,8 +77,8 @@ def check_baseline(config: BaselineConfig) -> None:
 
 
 def as_experts_saw(config: BaselineConfig) -> BaselineConfig:
-    """With the images held out that the experts did not see, where they choose or label images for a test on the test
-    images: theirs are of the same space, and whatever beats the rest must not have seen more."""
+    """The config with the experts' hold-out, if experts choose or label the images and no hold-out is given. Images
+    then come from those that the experts saw, in the same space: no method may have seen more than the others."""
     if config.ipc is None or config.val_fraction or (config.pick == "random" and not labelled_by_experts(config)):
         return config
     return replace(config, val_fraction=held_out_fraction(buffer_folder(config)))
@@ -89,7 +89,7 @@ def labelled_by_experts(config: BaselineConfig) -> bool:
 
 
 def check_experts(config: BaselineConfig) -> None:
-    """Refuses a factor of all images, and experts that cannot choose or label the images, where they are to.
+    """Refuses a factor for the whole training set, and experts that cannot choose or label the images as asked.
 
     Raises:
         UserError

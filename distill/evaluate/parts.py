@@ -1,5 +1,5 @@
-"""Several evaluations as one: one bar, one file of what was found, and, where it is asked for, a learning rate that is
-chosen among several on held-out training images, never on the test images."""
+"""Several evaluations run as one, with one progress bar and one file of partial results. If asked for, each learning
+rate is chosen among several on held-out training images, never on the test images."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ from utils.program import ranks
 from utils.program.progress import Progress
 
 RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # DD-Ranking's
-HELD_OUT = 0.1  # of each class's training images, to choose a rate on
+HELD_OUT = 0.1  # share of each class's training images, to choose a rate on
 
 
 class Part(NamedTuple):
@@ -29,8 +29,8 @@ class Part(NamedTuple):
     what: str
     config: TrainConfig
     sets: list[DistilledSet]  # of one size
-    rates: tuple[float, ...] = ()  # those of which one is chosen; none: the sets have theirs
-    networks: tuple[str, ...] = ()  # these kinds of the pool; none: all
+    rates: tuple[float, ...] = ()  # one of these is chosen; empty: the sets' own
+    networks: tuple[str, ...] = ()  # these kinds of the pool; empty: all
 
     @property
     def batches_per_epoch(self) -> int:
@@ -45,10 +45,10 @@ class Part(NamedTuple):
 
 
 def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset:
-    """The dataset with a share of its training images, none of them used, in the place of the test images.
+    """The dataset with a share of its training images, none of them in `used`, in place of the test images.
 
     Raises:
-        UserError: all are used.
+        UserError: all training images are used.
     """
     left = torch.ones(len(dataset.train_labels), dtype=torch.bool)
     left[used.cpu()] = False
@@ -67,15 +67,15 @@ def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset
 
 def evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset, session: Session,
                    aloud: bool = True) -> dict[str, dict[str, Any]]:
-    """What each part reached: what a file of the single evaluation says, and the learning rates.
+    """Evaluates all parts; returns the result of each by name, with its scores and learning rates.
 
     Args:
-        chosen_on: its test images are those on which learning rates are chosen.
-        aloud: say each score when it is known.
+        chosen_on: learning rates are chosen on its test images.
+        aloud: print each score as soon as it is known.
     """
     config, accuracies = session.config, session.accuracies
 
-    # One bar over them all, in batches, as an epoch of the training set takes far longer than one of the set.
+    # One bar for all, counted in batches: an epoch of the training set takes far longer than one of the set.
     runs = [(part.batches_per_epoch * (part.config.epoch_eval_train + 1),
              _saved(accuracies, name, rate).missing([Job(network, number) for number in range(config.num_eval)]))
             for name, part in parts.items() for network in part.kinds(dataset) for rate in (*part.rates, None)]
@@ -108,5 +108,5 @@ def evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset,
 
 
 def _saved(accuracies: Accuracies, name: str, rate: float | None = None) -> Accuracies:
-    """Those of one part, at a rate that is tried or at the one that is used."""
+    """The accuracies of one part, at a candidate rate, or (None) at the rate that is used."""
     return accuracies.part(f"{name}/" if rate is None else f"{name} at {rate:g}/")

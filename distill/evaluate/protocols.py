@@ -1,4 +1,4 @@
-"""How papers evaluate a set, as options of evaluation.py where they are not given.
+"""The evaluation protocols of papers, as defaults for options of evaluation.py that are not given.
 
                     datm        mtt         dc
     epochs          1000        1000        300; 1000 with augmentation
@@ -7,14 +7,14 @@
     augmentation    DSA         DSA         DC's own: on MNIST crop, scale or rotate, for ConvNetBN crop or noise, else
                                             none; DSA for the sets of DSA and DM
 
-In all of them epochs 0 … E inclusive of SGD with momentum 0.9 and weight decay 5e-4, whose rate is a tenth after epoch
-E // 2 + 1, with fresh momentum; the accuracy after the last epoch (`train.py`). `mtt` is that of FTD and TESLA too.
+All train for epochs 0 … E inclusive by SGD with momentum 0.9 and weight decay 5e-4; after epoch E // 2 + 1 the rate is
+a tenth and the momentum is reset. The accuracy is that after the last epoch (`train.py`). FTD and TESLA use `mtt` too.
 
 (dc: Zhao et al., ICLR 2021, Zhao & Bilen, ICML 2021 and WACV 2023, and their code, VICO-UoE/DatasetCondensation,
 main.py, main_DM.py and utils.py: lr_net, batch_train, epoch_eval_train, get_daparam, evaluate_synset. mtt: Cazenavette
 et al., CVPR 2022, and its code, GeorgeCazenavette/mtt-distillation, distill.py and utils.py. datm: evaluation.py of its
-code. They test 20 networks of each of five sets, and 5 networks; here `--num_eval` says how many. What differs of DC's
-augmentation is said in utils/data/augment.py.)
+code. dc tests 20 networks on each of five sets, the others test 5 networks; here `--num_eval` decides. For differences
+from DC's augmentation see utils/data/augment.py.)
 """
 
 from collections.abc import Collection
@@ -30,13 +30,13 @@ from utils.networks import evaluation_pool
 
 
 def known(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that are known by the set and by the first protocol, but for those that are given.
+    """The options that follow from the set and its first protocol, except those that are given.
 
     Args:
-        given: options by name, of any spelling.
+        given: options by name, values in any spelling.
 
     Raises:
-        UserError: one cannot be what is given, or what the set says of itself.
+        UserError: an option has an invalid value, given or stated by the set.
     """
     told = told_by_set(given)
     config = make(EvaluationConfig, **told | given)
@@ -45,7 +45,7 @@ def known(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def under(config: EvaluationConfig, given: Collection[str], protocol: str, network: str) -> EvaluationConfig:
-    """A config under one of its protocols, for one kind of network.
+    """The config under one of its protocols, for one kind of network.
 
     Args:
         given: the names of the options that are given.
@@ -54,7 +54,7 @@ def under(config: EvaluationConfig, given: Collection[str], protocol: str, netwo
 
 
 def _settings(config: EvaluationConfig, given: Collection[str], protocol: str, network: str) -> dict[str, Any]:
-    """What a protocol says of the options that are not given."""
+    """A protocol's values of the options that are not given."""
     settings = {"epoch_eval_train": 1000, "batch_train": 128 if protocol == "datm" else 256, "dsa": True}
     if protocol == "dc":
         method = made_with(config.data_dir).get("method")

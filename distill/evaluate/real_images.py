@@ -1,4 +1,4 @@
-"""`distill/baseline.py`: real images in the place of a distilled set, which distillation has to beat."""
+"""`distill/baseline.py`: real images in place of a distilled set, the baseline that distillation has to beat."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ from utils.program.seeds import generator
 
 
 def evaluate_real(config: BaselineConfig) -> None:
-    """Real images in, accuracies printed and written as JSON: all of `distill/baseline.py` but for `option_checks`.
+    """Real images in, accuracies printed and written as JSON: all of `distill/baseline.py` except `option_checks`.
 
     Raises:
         UserError: options that do not fit the dataset or the experts.
@@ -47,7 +47,7 @@ def evaluate_real(config: BaselineConfig) -> None:
 
 
 def seen_by_experts(config: BaselineConfig, dataset: Dataset) -> tuple[Dataset, list[str]]:
-    """The data that real images are taken from, see `as_experts_saw`, and what there is to say of that."""
+    """The data that real images are taken from (see `as_experts_saw`), and notes for the user on that."""
     as_seen = as_experts_saw(config)
     if as_seen == config:
         return dataset, []
@@ -56,7 +56,7 @@ def seen_by_experts(config: BaselineConfig, dataset: Dataset) -> tuple[Dataset, 
 
 
 def per_class(config: BaselineConfig) -> int:
-    """How many real images: f² in each of ipc."""
+    """The number of real images per class: f² in each of ipc."""
     return config.ipc * config.factor**2
 
 
@@ -75,8 +75,8 @@ def check_sizes(config: BaselineConfig, dataset: Dataset) -> None:
 
 
 def drawn(config: BaselineConfig, dataset: Dataset) -> list[Tensor]:
-    """Indices [K·ipc·f²] of random training images, classes in order; others for each network evaluated, because
-    at few images a class the draw weighs more than the initialisation.
+    """Indices [K·ipc·f²] of random training images, classes in order, drawn anew for each network: with few images per
+    class, the draw matters more than the initialisation.
     """
     return [random_real(dataset, per_class(config), random) for random in _draws(config)]
 
@@ -86,8 +86,8 @@ def _draws(config: BaselineConfig) -> list[torch.Generator]:
 
 
 def chosen_by(buffer: Buffer, config: BaselineConfig, dataset: Dataset) -> list[Tensor]:
-    """Indices as those of `drawn`, of images that experts choose; a coreset by each of several experts, as many as
-    there are networks."""
+    """Indices as from `drawn`, of images that experts choose. For coresets, each of up to `num_eval` experts chooses
+    one."""
     if config.pick in CORESETS:
         order = torch.randperm(len(buffer), generator=generator(config.seed, "baseline"))[:config.num_eval].tolist()
         return [coreset(config.pick, buffer.model, theta, dataset, per_class(config))
@@ -100,7 +100,7 @@ def chosen_by(buffer: Buffer, config: BaselineConfig, dataset: Dataset) -> list[
 
 
 def last_snapshots(buffer: Buffer, dataset: Dataset, order: Sequence[int] | None = None) -> Iterator[Tensor]:
-    """Of all experts, or of these."""
+    """The last snapshots of all experts, or of those in `order`."""
     return (buffer.snapshot(number, -1).to(dataset.device) for number in order or range(len(buffer)))
 
 
@@ -110,11 +110,11 @@ ADJECTIVES = {"random": "random", "correct": "rightly predicted", "herding": "he
 def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledSet], str]:
     """Real images as sets, on the dataset's device, and what they are, in words.
 
-    Random ones: `num_eval` sets, each drawn anew. Those that experts choose: see `chosen_by`. The whole training set:
-    one.
+    Random images: `num_eval` sets, each drawn anew. Images chosen by experts: see `chosen_by`. The whole training set:
+    one set.
 
     Raises:
-        UserError: experts of other images, or damaged.
+        UserError: the experts were trained on other images, or their files are damaged.
     """
     images, labels, device = dataset.train_images, dataset.train_labels, dataset.device
     lr = torch.tensor(config.lr_teacher, device=device)

@@ -1,16 +1,16 @@
-"""Distilled sets as other projects release them, and ours; each is told by how it lies on the disk.
+"""Distilled sets as other projects release them, and ours, recognised by the files' names and contents.
 
-    DC, DSA, DM         res_[METHOD_]DATASET_MODEL_Nipc.pt, {"data": [[images, classes], …]}: a set for each of their
-                        experiments, of which the first is taken
-    MTT, FTD, TESLA     a folder of images_TAG.pt and labels_TAG.pt, the tag `best` or an iteration; FTD's averaged
-                        images as ema_images_TAG.pt and ema_labels_TAG.pt. Classes; TESLA's soft labels are
-                        probabilities. The learned rate is not among the files. images_zca_TAG.pt, pictures, lies
-                        there if the images are whitened
-    DATM, PAD           the same with lr_TAG.pt and label logits, in a folder or in the Normal/ of one
-    NCFM, IDC           data_TAG.pt, [images, classes]: pixels in [0, 1], which are normalised in use and never
-                        whitened; of an image that holds smaller ones the class is that of all of them
+    DC, DSA, DM         res_[METHOD_]DATASET_MODEL_Nipc.pt, {"data": [[images, classes], …]}: one set for each of
+                        their experiments; the first is taken
+    MTT, FTD, TESLA     a folder of images_TAG.pt and labels_TAG.pt, where TAG is `best` or an iteration; FTD's
+                        averaged images are ema_images_TAG.pt with ema_labels_TAG.pt. Labels are classes, TESLA's soft
+                        ones probabilities. The learned rate is not saved. If the images are whitened there is an
+                        images_zca_TAG.pt with pictures
+    DATM, PAD           the same with lr_TAG.pt and label logits, in a folder or in its Normal/
+    NCFM, IDC           data_TAG.pt, [images, classes]: pixels in [0, 1], normalised in use and never whitened; smaller
+                        images that share one image have one class
 
-All but the last hold images as networks see them: normalised, or whitened. (As the code of each project saves them:
+All but the last hold images as networks see them: normalised or whitened. (As the code of each project saves them:
 VICO-UoE/DatasetCondensation, GeorgeCazenavette/mtt-distillation, AngusDujw/FTD-distillation, justincui03/tesla,
 NUS-HPC-AI-Lab/DATM and PAD, gszfwsb/NCFM.)
 """
@@ -38,7 +38,7 @@ from utils.errors import UserError
 from utils.networks import check_network_name
 from utils.program.console import note
 
-PIXELS = {"mean": (0.0,), "std": (1.0,)}  # the space of pixels
+PIXELS = {"mean": (0.0,), "std": (1.0,)}  # identity normalisation: the images are pixels
 _OF_DC = re.compile(r"res_(?:(DC|DSA|DM)_)?([A-Za-z0-9]+)_(\w+)_\d+ipc\.pt")
 
 
@@ -47,13 +47,13 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
     """Reads a saved set.
 
     Args:
-        data_dir: a run's folder or a `distilled.safetensors`; or what another project released, see above. Of a file of
-            images alone the *files* of the labels and of the learning rate are given too.
-        default_lr: where there is no file of the learning rate.
-        factor: how many smaller images along a side those of NCFM hold.
+        data_dir: a run's folder or a `distilled.safetensors`, or what another project released (see above). If it is a
+            file of images alone, `label_dir` and `lr_dir` are the *files* of the labels and of the learning rate.
+        default_lr: used if there is no file of the learning rate.
+        factor: how many smaller images an image of NCFM holds along each side.
 
     Returns:
-        The set, and whether its learning rate is in its files; those of DC, DSA and DM need none, as theirs is 0.01.
+        The set, and whether its learning rate is known: from its files, or as DC, DSA and DM always use 0.01.
 
     Raises:
         UserError: a missing or unreadable file.
@@ -97,7 +97,7 @@ def are_pixels(distilled: DistilledSet) -> bool:
 
 
 def in_space(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
-    """The set as networks see the images of a dataset, which it has been checked against."""
+    """The set as networks see it on a dataset, against which it must have been checked: pixels are converted."""
     if not are_pixels(distilled):
         return distilled
     low, high = distilled.images.aminmax()
@@ -108,8 +108,8 @@ def in_space(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
 
 
 def made_with(data_dir: str) -> dict[str, Any]:
-    """The options that made the set of `--data_dir`, as its file tells, its run's config.yaml or what another project
-    released; none where nothing does, or where something cannot be read, which is said where the set is."""
+    """The options that made the set of `--data_dir`, according to its file, its run's config.yaml, or the names and
+    files that another project released; empty if unknown or unreadable (reading the set then reports it)."""
     if not data_dir:
         return {}
     with contextlib.suppress(UserError, OSError, ValueError):
@@ -119,12 +119,12 @@ def made_with(data_dir: str) -> dict[str, Any]:
             return {name: value for name, value in config.items() if name != "label_kind"}  # its labels are logits
         with contextlib.suppress(UserError, OSError, ValueError):
             options = files.read_config(path.parent.parent / "config.yaml")
-            if {"dataset", "model"} <= options.keys():  # whatever lies there need not be ours
+            if {"dataset", "model"} <= options.keys():  # it may be another project's file
                 return options
         if of_dc := _OF_DC.fullmatch(path.name):
             method, dataset, model = of_dc.groups()
             told: dict[str, Any] = {"zca": False} | ({"method": method} if method else {})
-            with contextlib.suppress(UserError):  # names of theirs that are none of ours
+            with contextlib.suppress(UserError):  # their names may be unknown here
                 check_dataset_name(dataset)
                 check_network_name(model)
                 told |= {"dataset": dataset, "model": model}
@@ -140,11 +140,11 @@ def made_with(data_dir: str) -> dict[str, Any]:
 
 
 def _files_of(data_dir: str) -> tuple[str, str, str] | None:
-    """The files of images, labels and learning rate that a folder means; "" for those that another one holds, or that
-    are not there. None where `--data_dir` is something else.
+    """The files of images, labels and learning rate that a folder stands for; "" for one that another file includes, or
+    that is missing. None: `--data_dir` is something else.
 
     Raises:
-        UserError: of several sets none is the best.
+        UserError: the folder holds several sets, none of which is marked as the best.
     """
     if (found := set_files(data_dir)) or not data_dir:
         return found
@@ -168,7 +168,7 @@ def _tag(path: Path) -> str:
 
 
 def _best(paths: Iterable[Path]) -> Path | None:
-    """The best of the same set's states, else the last one."""
+    """Of one set's states, the one tagged `best`, or else the last iteration's."""
     tagged = [path for path in paths if _tag(path) == "best" or _tag(path).isdecimal()]
     tagged = [path for path in tagged if not re.fullmatch(r"(ema_)?images_zca_\w+", path.stem)]
     return max(tagged, key=lambda path: (_tag(path) == "best", int(_tag(path)) if _tag(path) != "best" else 0),
@@ -176,12 +176,12 @@ def _best(paths: Iterable[Path]) -> Path | None:
 
 
 def _check_alone(data_dir: str, what: str, **others: str) -> None:
-    """Refuses files beside one that holds the same."""
+    """Refuses files that are given beside one that already holds the same."""
     if given := [option for option, path in others.items() if path]:
         raise UserError(f"--{given[0]} beside --data_dir {data_dir}, which holds {what}; leave it out")
 
 
-# What the accuracies in a file of DC are made of, which are numbers of numpy's, whose module has had two names.
+# Types that unpickling DC's files needs: their accuracies are numpy scalars, whose module has had two names.
 _scalar = np.float64().__reduce__()[0]
 _NUMBERS = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 _NUMBERS += [np.dtype, type(np.dtype(np.float64))]
@@ -194,7 +194,7 @@ def _read(path: str, option: str, usual_name: str) -> Any:
 
 
 def _condensed(sets: Any, path: str) -> tuple[Any, Any]:
-    """The images and the classes of the first set in a file of DC, DSA or DM: [[images, classes], …], one for each
+    """The images and classes of the first set in a file of DC, DSA or DM: [[images, classes], …], one pair for each
     repetition of their experiment."""
     if not isinstance(sets, list) or not sets or not all(isinstance(each, list) and len(each) == 2 for each in sets):
         raise UserError(f"--data_dir {path} is no res_*.pt of DC, DSA or DM, whose \"data\" is [[images, classes], …]; "

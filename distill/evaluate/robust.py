@@ -1,6 +1,6 @@
-"""DD-Ranking's scores of a distilled set: what of its accuracy is neither its labels' nor the evaluation's merit.
+"""DD-Ranking's scores of a distilled set: how much of its accuracy is due neither to its labels nor to the evaluation.
 
-By network, accuracies A in [0, 1] and means over the networks:
+For each kind of network, with A the mean accuracy in [0, 1]:
 
     HLR = A(real, hard labels) − A(distilled, hard labels)              hard label recovery; less is better
     IOR = A(distilled, its own labels) − A(random real, such labels)    improvement over random
@@ -9,8 +9,8 @@ By network, accuracies A in [0, 1] and means over the networks:
     scaled(x) = (exp(x) − exp(−1)) / (e − exp(−1)), w = γ = 0.5
 
 (Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300, its documentation and its
-code.) There and here each network is trained on random images of its own, and the rates for hard labels and for random
-images are the best of five. It differs in this:
+code.) There and here, each network has its own random images, and the rates for hard labels and for random images are
+the best of five. Differences:
 
     there                                                       here
     the average of the scores of single runs                    the score of the mean accuracies
@@ -18,7 +18,7 @@ images are the best of five. It differs in this:
     a rate is chosen by one network each, on the test images    by the mean of all networks, on held-out training images
     hard labels: without augmentation, unless asked for         with it, as everything but the two without augmentation
     random images: labels of a teacher, or the mean of several  the mean of the experts that are right
-    the rate drops and the momentum stays                       the momentum is forgotten, as DATM's evaluation does
+    the rate drops and the momentum stays                       the momentum is reset, as in DATM's evaluation
     real data: a rate, drop and length set for each network     --lr_teacher and --epoch_eval_real, with the same drop
 """
 
@@ -48,12 +48,12 @@ WEIGHT = 0.5  # w and γ
 
 
 def scaled(x: float) -> float:
-    """[−1, 1] → [0, 1], growing faster where x is larger."""
+    """[−1, 1] → [0, 1], growing faster for larger x."""
     return (math.exp(x) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
 def robust_scores(at: dict[str, float]) -> dict[str, float]:
-    """One network's scores; see the top of this file.
+    """The scores of one kind of network; see the top of this file.
 
     Args:
         at: its mean accuracies in [0, 1]: syn, syn_hard, random, syn_no_aug, random_no_aug, real.
@@ -68,7 +68,7 @@ def robust_scores(at: dict[str, float]) -> dict[str, float]:
 
 
 def evaluate_robust(config: EvaluationConfig, given: Collection[str]) -> None:
-    """A saved set in, scores printed and written as JSON: `evaluation.py --robust_score` but for `option_checks`.
+    """A saved set in, scores printed and written as JSON: `evaluation.py --robust_score` except `option_checks`.
 
     Args:
         given: the names of the options that are given.

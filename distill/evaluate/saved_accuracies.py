@@ -1,4 +1,4 @@
-"""The accuracies of an evaluation's networks while it runs, in a file, so that one that was stopped goes on."""
+"""The accuracies of an evaluation's networks, saved to a file while it runs, so that it can resume if stopped."""
 
 import contextlib
 import copy
@@ -30,19 +30,19 @@ class Job(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """What one network reached."""
+    """The result of one network."""
 
     accuracy: float
-    confusion: list[list[int]] | None = None  # as that of a `Score`
+    confusion: list[list[int]] | None = None  # as in a `Score`
 
 
 class Accuracies:
-    """What an evaluation's networks reached, as it is found.
+    """The results of an evaluation's networks, collected as they are tested.
 
     Args:
-        path: a JSON file that holds them, and the seconds that they took, until they are all found, so that an
-            evaluation that was stopped goes on.
-        key: what they depend on; those found for another key do not count.
+        path: a JSON file that holds the results and the seconds they took until all are known, so that a stopped
+            evaluation can resume; None: no file.
+        key: identifies what the results depend on; saved ones with another key are ignored.
     """
 
     def __init__(self, path: Path | None = None, key: str = ""):
@@ -50,10 +50,10 @@ class Accuracies:
         self._found: dict[str, Tested] = {}
         self._seconds_before, self._began = 0.0, perf_counter()
         for file in self._files():
-            with contextlib.suppress(Exception):  # whatever it is, it can be found again
+            with contextlib.suppress(Exception):  # whatever is wrong, the results can be computed again
                 saved = read_json(file)
                 if saved["key"] == key:
-                    counts = saved.get("confusions", {})  # which those of an earlier version do not hold
+                    counts = saved.get("confusions", {})  # earlier versions saved none
                     self._found |= {name: Tested(float(accuracy), counts.get(name))
                                     for name, accuracy in saved["accuracies"].items()}
                     self._seconds_before = max(self._seconds_before, float(saved["seconds"]))
@@ -61,17 +61,17 @@ class Accuracies:
                     note(f"note: {shown(file)} is of other options, another set or machine; starting over")
 
     def part(self, prefix: str) -> "Accuracies":
-        """Of several evaluations in one file, one."""
-        part = copy.copy(self)  # which shares what is found
+        """One of several evaluations that share a file."""
+        part = copy.copy(self)  # shares the results
         part._prefix = prefix
         return part
 
     @property
     def seconds(self) -> float:
-        """How long it took to find them."""
+        """How long the results took, including the time before a stop."""
         return self._seconds_before + perf_counter() - self._began
 
-    # A clock means nothing on another machine, to which the first rank sends this: what has passed goes, and counts on.
+    # The first rank sends this to other machines, whose clocks differ: send the elapsed time and count on from there.
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_seconds_before": self.seconds}
 
@@ -85,7 +85,7 @@ class Accuracies:
         return self._found[self._name(job)]
 
     def so_far(self) -> list[str]:
-        """The mean accuracy of the network that was tested last, in words; nothing before the first."""
+        """The mean accuracy of the kind of network that was tested last, in words; empty before the first."""
         if not self._found:
             return []
         kinds = [name.rsplit("/", 1)[0] for name in self._found]
@@ -105,16 +105,16 @@ class Accuracies:
                                  for kind, of in (("accuracies", "accuracy"), ("confusions", "confusion"))}})
 
     def learn(self, found: dict[Job, Tested]) -> None:
-        """Those of other ranks, who have written them. Nothing is written: the first rank may remove the files now."""
+        """Adds other ranks' results. Writes nothing: they have, and the first rank may be removing the files now."""
         self._found |= {self._name(job): tested for job, tested in found.items()}
 
     def forget(self) -> None:
-        """Removes the files, once what was found is kept elsewhere."""
+        """Removes the files, once the results are stored elsewhere."""
         for path in self._files() if ranks.first() else ():
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        """The file, and those of other ranks."""
+        """The file and those of other ranks, if they exist."""
         if self._path is None:
             return []
         name = re.compile(re.escape(self._path.name) + r"(\.[0-9]+)?")
@@ -125,13 +125,13 @@ class Accuracies:
 
 
 def threads_of(path: Path | None) -> int | None:
-    """With how many threads the accuracies in such a file were found, where there is one."""
-    with contextlib.suppress(Exception):  # whatever it is, they can be found again
+    """The thread count with which the accuracies in such a file were computed; None: there is none."""
+    with contextlib.suppress(Exception):  # whatever is wrong, they can be computed again
         return int(read_json(path).get("threads", torch.get_num_threads())) if path else None
 
 
 def key_of(configs: Sequence[TrainConfig], dataset: Dataset, *sets: DistilledSet) -> str:
-    """The same for the same options, dataset and sets, on the same kind of machine."""
+    """A hash of the options, the dataset, the sets, torch's version and the device."""
     here = environment(sets[0].images.device)
     key = hashlib.sha256(json.dumps([*map(identity, configs), configs[0].backend, here["torch"], here["device"],
                                      dataset.fingerprint, *map(digest, sets)]).encode())
@@ -139,7 +139,7 @@ def key_of(configs: Sequence[TrainConfig], dataset: Dataset, *sets: DistilledSet
 
 
 def digest(distilled: DistilledSet) -> str:
-    """The same for the same set, to the bit."""
+    """A hash that is equal for bit-identical sets."""
     content = hashlib.sha256()
     for tensor in distilled.tensors().values():
         content.update(tensor.cpu().numpy().tobytes())

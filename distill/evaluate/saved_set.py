@@ -73,8 +73,8 @@ def evaluate_files(config: EvaluationConfig, given: Collection[str],
 
 def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], EvaluationConfig], dataset: Dataset,
                    distilled: DistilledSet, what: str, *notes: str) -> None:
-    """Evaluates under each protocol, each kind of network by options and, with `--lr_teacher auto`, at a rate of its
-    own; prints the scores and writes them to `--json`, those of the first protocol where those of a single one are."""
+    """Evaluates each kind of network under each protocol with its own options and, with `--lr_teacher auto`, its own
+    rate. Prints the scores and writes them to `--json`, the first protocol's in the place of a single evaluation's."""
     auto = config.lr_teacher == AUTO
     rates = {f"{rate:g}": rate for rate in (float(distilled.lr), *RATES)} if auto else {}
     parts = {"/".join(of): Part(of[0], each, [at_its_rate(each, distilled)], tuple(sorted(rates.values())), (of[1],))
@@ -83,7 +83,7 @@ def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], Eval
                 for protocol in dict.fromkeys(part.what for part in parts.values())]
     session = Session(config, dataset, [distilled], what, *notes, *in_words[1:], trained=in_words[0],
                       configs=list(configs.values()))
-    none = torch.tensor([], dtype=torch.long)  # a distilled set holds none of the real images
+    none = torch.tensor([], dtype=torch.long)  # a distilled set uses none of the real images
     chosen_on = held_out(dataset, none, generator(config.seed, "evaluation", "rates")) if auto else dataset
     results = evaluate_parts(parts, dataset, chosen_on, session, aloud=False)
     scores: dict[str, list[Score]] = {}
@@ -102,7 +102,7 @@ def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], Eval
 
 
 def _in_words(parts: list[Part]) -> str:
-    """How the kinds of networks are trained."""
+    """How the kinds of networks are trained under one protocol, in words."""
     configs, (part, *_) = [part.config for part in parts], parts
     epochs = " or ".join(dict.fromkeys(str(each.epoch_eval_train) for each in configs))
     rate = f"the best of the rates {', '.join(f'{rate:.4g}' for rate in part.rates)}" if part.rates else (
@@ -112,14 +112,14 @@ def _in_words(parts: list[Part]) -> str:
 
 
 def at_its_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledSet:
-    """The set with the learning rate that its evaluation has: DC's has one for all sets."""
+    """The set with the learning rate that its protocol uses; DC's has one for all sets."""
     if config.protocol != "dc" or config.lr_teacher == AUTO:
         return distilled
     return dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
 
 
 def at_given_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledSet:
-    """The set with the learning rate of the options; says so where the set has another one of its own."""
+    """The set with the learning rate of the options; prints a note if the set's own is different."""
     given = dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
     if not given.lr.equal(distilled.lr):
         note(f"note: --lr_teacher {config.lr_teacher:g} is used in the place of the set's own learning rate, "
@@ -129,11 +129,11 @@ def at_given_rate(config: EvaluationConfig, distilled: DistilledSet) -> Distille
 
 def opened(config: EvaluationConfig, given: Collection[str],
            check: Callable[[DistilledSet], None] = lambda distilled: None) -> tuple[Dataset, DistilledSet]:
-    """The dataset and, of the same kind, the set, both on the device; the set is saved whole where `save` says so.
+    """The dataset and the set, in the same space and on the device. Also writes the set to `--save`, if given.
 
     Args:
         given: the names of the options that are given.
-        check: refuses a set before anything large is loaded.
+        check: called with the set, to refuse it before anything large is loaded.
 
     Raises:
         UserError: files or options that do not fit.
@@ -178,17 +178,17 @@ def opened(config: EvaluationConfig, given: Collection[str],
 
 
 def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSet, str]:
-    """The set with the images' classes in the place of soft labels, and by what they are known, in words."""
+    """The set with the images' classes in place of soft labels, and where they were taken from, in words."""
     classes, known_by = class_indices(distilled, dataset.num_classes)
     return dataclasses.replace(distilled, labels=classes), f"classes are taken from {known_by}"
 
 
 def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that say how a set is read, as the set of `--data_dir` tells them: what it was made of, its network,
-    and the folders of the real data and of the experts, where these are still there; but for those that are given.
+    """The options for reading the set of `--data_dir` that it states itself, except those that are given: what it was
+    made of, its network, and the folders of the real data and of the experts, if they still exist.
 
     Raises:
-        UserError: it tells what no option can be.
+        UserError: the set states an invalid value.
     """
     made = made_with(given.get("data_dir", ""))
     told = {name: from_root(made[name]) if name in FOLDERS else made[name]
@@ -202,14 +202,15 @@ def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: dict[str, Any]) -> list[str]:
-    """Says, before any data are loaded, by which options a set was made of others; refuses images of another size.
+    """Notes, before any data are loaded, which of the options that made a set differ here; refuses images of another
+    size.
 
     Args:
-        option: by which it was given.
+        option: the option that gave the set, for messages.
         made: the options that made it, as far as they are known.
 
     Returns:
-        The names of these options.
+        The names of the options that differ.
 
     Raises:
         UserError

@@ -1,4 +1,4 @@
-"""The published training of an evaluation: a pure function of a set and where a network starts."""
+"""The published training of an evaluation: a pure function of a set and the initial parameters."""
 
 from collections.abc import Callable
 
@@ -15,20 +15,20 @@ WEIGHT_DECAY = 5e-4
 
 
 def learning_rate(lr: float, epoch: int, epochs: int) -> float:
-    """The rate of one epoch: a tenth after epoch `epochs // 2 + 1`."""
+    """The learning rate of one epoch: `lr`, and a tenth of it after epoch `epochs // 2 + 1`."""
     return lr if epoch <= epochs // 2 + 1 else lr * 0.1
 
 
 def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tensor, lr: float, *, epochs: int,
                   batch_size: int, draw: Drawer, random: torch.Generator,
                   on_epoch: Callable[[], None] = lambda: None) -> Tensor:
-    """Trains as the published evaluation does, and returns the θ [P] it ends at.
+    """Trains as the published evaluation does, and returns the final θ [P].
 
-    SGD with momentum and weight decay, epochs 0..`epochs` inclusive; when the rate drops the optimiser is made
-    anew, so its momentum is forgotten. Every batch is augmented.
+    SGD with momentum and weight decay, epochs 0..`epochs` inclusive. The momentum is reset when the rate drops, as the
+    published code makes a new optimiser. Every batch is augmented.
 
     Args:
-        theta: where it starts.
+        theta: the initial parameters [P].
         images, labels: X [N, C, H, W]; label logits [N, K] or classes [N].
         draw: the augmentation of each batch.
         random: draws the order of the samples and the augmentation.

@@ -1,4 +1,4 @@
-"""What a page says by class: how well each is told from the others, and what the labels hold; as maps and in words."""
+"""A page's sections by class: predictions and mean soft labels, as heat maps and in words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,18 +11,18 @@ from distill.report.svg import ticks
 from distill.report.template import draw, joined, png
 from distill.result_files import Score
 
-MOST_NAMED, MOST_NUMBERED = 20, 12  # classes whose names stand beside a map, and whose shares stand in its cells
-LONGEST = 14  # letters of a name beside a map
+MOST_NAMED, MOST_NUMBERED = 20, 12  # classes up to which a map has names beside it, and numbers in its cells
+LONGEST = 14  # characters of a name beside a map
 WORST = 5
-COLOUR = (31, 119, 190)  # on which white letters can be read; less of it is more transparent
+COLOUR = (31, 119, 190)  # dark enough for white text; smaller shares are more transparent
 
 
 def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -> Markup:
-    """Accuracy by class, and which class was taken for which.
+    """Accuracy by class, and the confusion matrix.
 
     Args:
-        iteration: of the evaluation, the last one.
-        best: that of the best set, of which the rest of the page is.
+        iteration: of the last evaluation, which made the predictions.
+        best: the iteration of the best set, which the rest of the page shows.
     """
     which = "that of the best set" if iteration == best else f"not that of the best set, iteration {best:,}"
     counts = torch.tensor(score.confusion, dtype=torch.double)
@@ -32,7 +32,7 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
     words = draw.paragraph(
         f"Predictions at the last evaluation (iteration {iteration:,}, {which}) by {networks} {score.network} "
         f"network{'s together' if networks > 1 else ''}: {int(counts.sum()):,} in all, {right} of them right.")
-    # All classes in their order; of many the best and the worst.
+    # All classes in order; if there are many, only the best and the worst.
     many = len(names) > MOST_NAMED
     order = own.argsort(descending=True, stable=True).tolist()
     shown = [*order[:WORST], *order[-WORST:]] if many else range(len(names))
@@ -51,7 +51,7 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
 
 
 def labels(means: Tensor, names: Sequence[str]) -> Markup:
-    """What the soft labels of each class's images hold of each class, on average."""
+    """The mean soft label of each class's images, as a heat map."""
     means = means.double()
     own = means.diagonal()
     words = (f"A class keeps {100 * float(own.mean()):.0f} % of its own label on average, from "
@@ -62,7 +62,7 @@ def labels(means: Tensor, names: Sequence[str]) -> Markup:
 
 
 def heat_map(title: str, shares: Tensor, names: Sequence[str], rows: str, columns: str, words: str) -> Markup:
-    """A square of shares [K, K] as a chart, a stronger colour for a larger one."""
+    """Shares [K, K] as a chart; larger shares have a stronger colour."""
     count, most = len(names), float(shares.max().clamp(min=1e-9))
     strong = (shares / most).clamp(0, 1).sqrt()
     pixels = torch.cat([torch.tensor(COLOUR).view(3, 1, 1).expand(3, count, count),

@@ -1,4 +1,4 @@
-"""What to type to have a run again, and to test what it made."""
+"""The commands that reproduce a run and test its best set."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ from utils.program.commands import command
 
 
 def commands(run: SavedRun) -> list[tuple[str, str]]:
-    """What to type, in the repository's root, to have the run again: (what it does, shell text)."""
+    """The commands that reproduce the run, typed in the repository's root: (what it does, shell text)."""
     if not run.config:
         return []
     experts = (run.pictures.about or {}).get("experts") if run.pictures else None
@@ -40,11 +40,11 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
 
 
 def evaluation(config: dict[str, Any], run: Path) -> dict[str, Any]:
-    """The options with which `evaluation.py` tests the best set of a run as the run does, but on the test images and
-    with as many networks as it is used to, into a file beside the set.
+    """Options of `evaluation.py` that test a run's best set as the run does, but on the test images, with the default
+    number of networks, and with the result in the run's folder.
 
     Args:
-        config: the run's, as its folder holds it.
+        config: the run's options, as its folder holds them.
     """
     usual = {"num_eval": defaults(EvaluationConfig)["num_eval"]}
     of_run = {name: value for name, value in config.items() if name not in (
@@ -53,7 +53,8 @@ def evaluation(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def unlike_set(options: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """Those of an evaluation's options that must be given for a set: it tells of some itself, the others have defaults.
+    """The evaluation options that must be given for a set: those that differ from what the set records itself or, if it
+    does not record them, from the defaults.
 
     Args:
         made: the options that made the set.
@@ -64,11 +65,11 @@ def unlike_set(options: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
 
 
 def again(config: dict[str, Any], run_name: str, on_cpu: bool) -> str:
-    """A YAML of a run's options that differ from the defaults, and the command that runs it again."""
+    """Shell text that writes a YAML of the run's options that differ from the defaults, and runs it again."""
     default = defaults(DistillConfig)
     always = {name: config[name] for name in ("dataset", "model", "ipc", "seed") if name in config}
     options = always | {name: value for name, value in changed(config, DistillConfig).items() if name in default}
-    # A YAML's numbers are read as text, in which infinity is "inf".
+    # Numbers in a YAML are read as text, where infinity is "inf".
     text = yaml.safe_dump({name: str(value) if isinstance(value, float) and math.isinf(value) else value
                            for name, value in options.items()}, sort_keys=False, allow_unicode=True)
     placed = {"cfg": "again.yaml", "run_name": run_name} | ({"device": "cpu"} if on_cpu else {})

@@ -17,7 +17,7 @@ MOST_PER_CLASS = 3  # images
 
 
 def comparison(runs: Sequence[SavedRun]) -> str:
-    """The page."""
+    """The page that compares these runs."""
     named = dict(zip(_distinct_names(runs), runs))
     title = number_of(len(runs), "distillation run")
     drawn = curves.charts(named)
@@ -31,7 +31,7 @@ def comparison(runs: Sequence[SavedRun]) -> str:
 
 
 def _table(caption: str, corner: str, columns: dict[str, dict[Any, Any]], absent: str) -> Markup:
-    """A column for each run, a row for each name in any of them."""
+    """A table with a column for each run, and a row for each name in any column."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [[name, *(column.get(name, absent) for column in columns.values())] for name in names]
     return draw.table(caption, [corner, *columns], rows)
@@ -68,7 +68,7 @@ def _images(runs: dict[str, SavedRun]) -> Markup:
 
 
 def _of_class(run: SavedRun, name: str, run_name: str, most: int) -> list[tuple[Any, str, str]]:
-    """The first images of a class, each with what its label says of it, or as stored with how many it holds."""
+    """A class's first images, each with its label's largest class; of a factor above 1, the first stored images."""
     pictures = run.pictures
     if pictures is None or name not in pictures.classes:
         return []
@@ -85,7 +85,7 @@ def _of_class(run: SavedRun, name: str, run_name: str, most: int) -> list[tuple[
 
 
 def _distinct_names(runs: Sequence[SavedRun]) -> list[str]:
-    """The folders' names, with as much of what is above them as tells them apart."""
+    """The folders' names, with as many parent folders as it takes to tell them apart."""
     for depth in range(1, max(len(run.path.parts) for run in runs) + 1):
         names = ["/".join(run.path.parts[-depth:]) for run in runs]
         if len(set(names)) == len(names):

@@ -13,13 +13,13 @@ from distill.report.svg import Chart, thinned
 from distill.report.template import draw
 from distill.result_files import NORMAL, Iteration, Score
 
-STYLES = 6  # colours and dashes
-LEVELS = 7  # dashes of what accuracies are compared with
-LEAST_ACCURACY = 10.0  # %, to which the scale of accuracies goes from 0 at least, so that noise looks like noise
+STYLES = 6  # colours and dashes of curves, in report.css
+LEVELS = 7  # dashes of reference accuracies, in report.css
+LEAST_ACCURACY = 10.0  # %: the accuracy axis covers at least 0 to this, so that noise looks like noise
 
 
 def charts(runs: dict[str, SavedRun]) -> list[Markup]:
-    """Of one run or, side by side, of several by their names."""
+    """The charts of one run, or of several by name."""
     several = len(runs) > 1
     drawn = [_losses(runs), _accuracies(runs), _rates(runs),
              *(_window(run, f", {name}" if several else "") for name, run in runs.items()), _skipped(runs)]
@@ -31,7 +31,7 @@ def loss_in_words(step: Iteration, form: str = ".3g") -> str:
 
 
 def _losses(runs: dict[str, SavedRun]) -> Markup | None:
-    """Every loss and its running mean; of several runs the means alone."""
+    """Every loss and the running mean; for several runs only the means."""
     alone = len(runs) == 1
     chart = Chart("Matching loss", "iteration", "matching loss")
     spans = []
@@ -59,13 +59,13 @@ def _losses(runs: dict[str, SavedRun]) -> Markup | None:
 
 
 def _ends(runs: dict[str, SavedRun], in_words: Callable[[Iteration], str]) -> str:
-    """What the runs began and ended with."""
+    """The first and last value of each run, in words."""
     return _of_each(runs, lambda run: f"from {in_words(run.metrics.iterations[0])} to "
                                       f"{in_words(run.metrics.iterations[-1])}" if run.metrics.iterations else "")
 
 
 def _of_each(runs: dict[str, SavedRun], in_words: Callable[[SavedRun], str]) -> str:
-    """What there is to say of each run, after its name where there are several."""
+    """The words for each run, after its name if there are several."""
     said = {name: in_words(run) for name, run in runs.items()}
     return "; ".join(f"{name}: {words}" if len(runs) > 1 else words for name, words in said.items() if words)
 
@@ -100,7 +100,7 @@ def _accuracies(runs: dict[str, SavedRun]) -> Markup | None:
 
 
 def _levels(run: SavedRun) -> list[tuple[str, float]]:
-    """What there is to compare a run's accuracies with, as far as it is known: (what, accuracy)."""
+    """Known reference values for a run's accuracies: (what, accuracy)."""
     pictures, evaluations = run.pictures, run.metrics.of_set(NORMAL)
     if not evaluations:
         return []

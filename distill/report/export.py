@@ -1,4 +1,4 @@
-"""A distilled set for others: pictures in folders of classes, and a card that says what the set is."""
+"""Exports of a distilled set: PNG files in a folder per class, and a dataset card."""
 
 import math
 import re
@@ -22,23 +22,23 @@ from utils.errors import UserError, number_of
 from utils.program.commands import command
 from utils.program.console import note
 
-# The sizes that hubs sort sets by: each below this number of images.
+# Size categories of dataset hubs, each below this number of images.
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000),
           ("1M<n<10M", 10_000_000))
 
 
-OF_SET = "distilled images"  # what the result of a set is of, in the file of evaluation.py
+OF_SET = "distilled images"  # how results of evaluation.py name a set with its own labels
 LABELS = "labels.json"
-SEEN = "seen.png"  # what networks see of each image of a factor above 1, in rows
+SEEN = "seen.png"  # for a factor above 1: for each image a row of its tiles, as networks see them
 LONGEST_NAME = 200  # bytes; most file systems take 255
 
 
 def folder_names(classes: tuple[str, ...]) -> list[str]:
-    """A folder for each class: its name, less what not every file system takes; one of its own, whatever the names."""
+    """A unique folder name for each class: its name without characters that some file systems refuse."""
     names = [re.sub(r"[^\w .()+-]", "-", name).encode()[:LONGEST_NAME].decode(errors="ignore").strip(" .") or "class"
              for name in classes]
     while True:
-        # Some file systems take upper and lower case for the same.
+        # Some file systems ignore case.
         taken = Counter([name.casefold() for name in names] + [LABELS])
         if max(taken.values()) == 1:
             return names
@@ -46,13 +46,13 @@ def folder_names(classes: tuple[str, ...]) -> list[str]:
 
 
 def save_pngs(distilled: DistilledSet, folder: Path) -> None:
-    """Writes `<class>/00.png` …, un-whitened and clipped to [0, 1], and `labels.json`; of a factor above 1 also SEEN.
+    """Writes `<class>/00.png` …, un-whitened and clipped to [0, 1], and `labels.json`; for a factor above 1 also SEEN.
 
-    Eight bits and the clipping lose a little, so these are for looking at and for other programs; the whole set is the
-    safetensors file.
+    Eight bits and clipping lose a little, so these are for viewing and for other programs; only the safetensors file
+    is exact.
 
     Raises:
-        UserError: the folder holds something already, or the images are no pictures.
+        UserError: the folder is not empty, or the images do not have 1 or 3 channels.
     """
     check_new(folder)
     channels = distilled.images.shape[1]
@@ -67,7 +67,7 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
         try:
             seen = _bytes(distilled.seen().pixels()).unflatten(0, (-1, tiles))  # a row for each image
             _save(folder / SEEN, seen.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3))
-        except UserError as error:  # its whitening is not here
+        except UserError as error:  # its whitening is not available
             note(f"note: no {SEEN}: {error}")
     indices, known_by = class_indices(distilled, len(distilled.classes))
     folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
@@ -97,7 +97,7 @@ def _save(path: Path, picture: Tensor) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Refuses a folder in which pictures of two sets would mix.
+    """Refuses a folder that is not empty, as the pictures of two sets would mix.
 
     Raises:
         UserError
@@ -107,11 +107,11 @@ def check_new(folder: Path) -> None:
 
 
 def whitening_of(distilled: DistilledSet, folder: Path) -> Whitening:
-    """The set's, to be written beside it in its folder.
+    """The set's whitening, to be written beside the set.
 
     Raises:
-        UserError: it is not whitened, its whitening is not here, it has no fingerprint to be found again by, or that
-            of another set is there.
+        UserError: the set is not whitened, its whitening is not available or has no fingerprint, or another set's
+            whitening is in the folder.
     """
     whitening = distilled.space.whitening
     if whitening is None or not whitening.fingerprint:
@@ -127,32 +127,33 @@ def whitening_of(distilled: DistilledSet, folder: Path) -> Whitening:
 
 
 def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence: str, source: str) -> Path:
-    """Writes `README.md` beside the set: what it was made from and how, what it reaches, how it is used.
+    """Writes `README.md` beside the set: what it was made from, how, its accuracy, and how to use it.
 
     Args:
-        path: the set's own file.
+        path: the set's file.
         results: files of `evaluation.py --json`, or of `baseline.py --json` for as many real images, or the
             `result.json` of the set's run; without one the card states no accuracy.
-        licence, source: of the real images, in words; an empty one is unknown.
+        licence: of the real images; empty: unknown.
+        source: of the real images, in words; empty: the dataset's name.
 
     Raises:
-        UserError: there is a README.md, or a result is damaged or that of another set.
+        UserError: README.md exists, or a result is damaged or of another set.
     """
     target = path.parent / "README.md"
     if target.exists():
         raise UserError(f"{target} exists, and may have been edited; move it away to have it written")
     results = [(file.name, _read_result(file, distilled)) for file in results]
     text = card(distilled, path.name, results, licence, source, whitening_beside=(path.parent / BESIDE).exists())
-    files.write_text(target, text.encode(errors="replace").decode())  # a file's name need not be text
+    files.write_text(target, text.encode(errors="replace").decode())  # a file name may hold bytes that are not text
     return target
 
 
 def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult | EvaluationResult]],
          licence: str = "", source: str = "", whitening_beside: bool = False) -> str:
-    """The card's text, by the template card_template.md. No path of the machine that made the set is in it.
+    """The card's text, from card_template.md. It holds no path of the machine that made the set.
 
     Args:
-        name: of the set's file.
+        name: the name of the set's file.
         results: names and contents of result files.
         licence, source: see `save_card`.
     """
@@ -176,29 +177,29 @@ def _yaml(values: dict[str, Any]) -> str:
 
 
 def _is_of_set(result: EvaluationResult) -> bool:
-    """Whether it is of a set with its own labels, under whichever protocol."""
+    """Whether a result is of a set with its own labels, under any protocol."""
     return result.what.split(" under ")[0] == OF_SET
 
 
 def _command(result: EvaluationResult, distilled: DistilledSet, name: str) -> str:
-    """What gave a result: its options that neither the set tells nor are the defaults, less paths."""
+    """The command that gave a result, without paths, defaults and options that the set records itself."""
     options = {key: value for key, value in result.config.items() if not key.endswith(("_path", "_dir"))}
     if not _is_of_set(result):
         return command("distill/baseline.py", worth_giving(options, BaselineConfig), from_repository)
     rate = {}
-    if result.lr is not None:  # it says more than the option, whose default a set's own rate takes the place of
+    if result.lr is not None:  # the rate that was used; a set's own rate replaces the option's default
         options.pop("lr_teacher", None)
         own = math.isclose(result.lr, float(distilled.lr), rel_tol=1e-6)
-        rate = {} if own else {"lr_teacher": float(f"{result.lr:.7g}")}  # as it was typed, before it became float32
+        rate = {} if own else {"lr_teacher": float(f"{result.lr:.7g}")}  # as typed, before rounding to float32
     return command("distill/evaluation.py", {"data_dir": name} | unlike_set(options, distilled.config) | rate,
                    from_repository)
 
 
 def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationResult:
-    """A result file, if it can be one of this set.
+    """Reads a result file.
 
     Raises:
-        UserError
+        UserError: it is damaged, or is neither of this set nor of as many real images.
     """
     advice = "give a file of evaluation.py --json, or the result.json of the set's run"
     result = read_result(path, f"--result {path}", advice)

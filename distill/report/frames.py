@@ -1,4 +1,4 @@
-"""A set as it changed: a few of its images at some of its evaluations, in bytes, and as one picture that moves."""
+"""How a set changed during a run: a few of its images at some evaluations, as bytes and as an animation."""
 
 import io
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ from distill.report.pixels import clip_outliers, scaled_bytes
 from utils.data.datasets import Dataset
 from utils.files import atomic_write
 
-MOST_FRAMES, MOST_IMAGES, MOST_SIDE = 20, 10, 64  # larger images are made smaller
-FRAME_BYTES = 1_000_000  # of all frames, in a run's state and on its page
-WIDTH = 320  # pixels, at least, of the picture that moves
-SECONDS, LAST_SECONDS = 0.3, 2.0  # that a frame stays
+MOST_FRAMES, MOST_IMAGES, MOST_SIDE = 20, 10, 64  # larger images are scaled down to MOST_SIDE
+FRAME_BYTES = 1_000_000  # all frames together, in a run's state and on its page
+WIDTH = 320  # least width of the animation, in pixels
+SECONDS, LAST_SECONDS = 0.3, 2.0  # how long a frame, and the last one, is shown
 
 
 @dataclass
 class Frames:
-    """What is kept of a set on its way; it stays as small as it is, however long the way."""
+    """A few of the set's images over the run; bounded in size."""
 
     iterations: list[int] = field(default_factory=list)
-    images: list[Tensor] = field(default_factory=list)  # [n, C, h, w] uint8 of each
-    which: list[int] = field(default_factory=list)  # their positions in the set
+    images: list[Tensor] = field(default_factory=list)  # at each iteration, [n, C, h, w] uint8
+    which: list[int] = field(default_factory=list)  # positions of these images in the set
 
     def add(self, iteration: int, distilled: DistilledSet, dataset: Dataset) -> None:
-        """The set as it is now; of too many frames one goes, which leaves the others most evenly spaced."""
+        """Adds the set as it is now; of too many frames, drops the one that leaves the others most evenly spaced."""
         shape = _small(dataset.image_size)
         self.which = shown_of(len(distilled.images), dataset.num_classes, dataset.channels * shape[0] * shape[1])
         pixels = clip_outliers(dataset.to_pixels(distilled.images[self.which]))
@@ -43,7 +43,7 @@ class Frames:
 
 
 def shown_of(count: int, num_classes: int, image_bytes: int) -> list[int]:
-    """Positions in a set of so many images, class by class: of as many classes as there is room for, evenly spaced."""
+    """Positions of the images to show of a set of `count`, class by class, of evenly spaced classes if not all fit."""
     room = max(1, min(MOST_IMAGES, FRAME_BYTES // (MOST_FRAMES * image_bytes)))
     ipc, classes = count // num_classes, min(room, num_classes)
     per_class = min(ipc, room // classes)
@@ -56,15 +56,14 @@ def _small(size: Sequence[int]) -> tuple[int, int]:
 
 
 def strip(frames: Tensor) -> list[Tensor]:
-    """Of each of the frames [F, n, C, h, w] its images below each other, with transparent gaps: [C + 1, H, w] uint8."""
+    """Each of the frames [F, n, C, h, w] as a column of its images, with transparent gaps: [C + 1, H, w] uint8."""
     solid = torch.full_like(frames[:, :, :1], 255)
     apart = torch.nn.functional.pad(torch.cat([frames, solid], dim=2), (0, 0, 0, 1))
     return list(apart.transpose(1, 2).flatten(2, 3)[:, :, :-1])
 
 
 def animation(frames: Tensor) -> tuple[bytes, Image.Image]:
-    """A WebP of frames [F, n, C, h, w] uint8, and its last picture: images side by side, a bar under them for how far
-    it is."""
+    """A WebP of frames [F, n, C, h, w] uint8, and its last picture: images side by side above a progress bar."""
     count, images, _, height, width = frames.shape
     columns = min(images, 5)
     times = max(1, -(-WIDTH // (columns * (width + 1))))
@@ -85,6 +84,6 @@ def animation(frames: Tensor) -> tuple[bytes, Image.Image]:
 
 
 def save_animation(path: Path, frames: Tensor) -> None:
-    """The WebP of `animation`."""
+    """Writes the WebP of `animation`."""
     with atomic_write(path) as aside:
         aside.write_bytes(animation(frames)[0])

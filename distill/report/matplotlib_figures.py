@@ -17,10 +17,10 @@ from utils.files import atomic_write
 
 
 def save_images(path: Path, pictures: Pictures) -> None:
-    """A PNG of each class's first starting images and what became of them, at most 20 classes; of a factor above 1, as
-    networks see them, after the images that are stored.
+    """A PNG of the first initial and distilled images of at most 20 classes. For a factor above 1, they are shown as
+    networks see them, after the stored images.
 
-    One image per class: a column for each class, the starting one above the distilled one. More: a row for each class.
+    One image per class: a column for each class, the initial image above the distilled one. More: a row for each class.
     """
     rows = list(pictures.rows().items())[:20]
     per_class = min(len(of_class) for _, of_class in rows)
@@ -32,7 +32,7 @@ def save_images(path: Path, pictures: Pictures) -> None:
                                            ("distilled", per_class)) for word in [word, *[""] * (count - 1)][:count]]
     if per_class == 1:
         pairs, side_labels, top_labels = list(zip(*pairs)), top_labels, side_labels
-    # One picture of them all, since axes for each take a second for every fifty.
+    # A single mosaic, as separate axes take a second for every fifty images.
     _, height, width = pairs[0][0].shape
     gap = max(1, width // 12)
     mosaic = np.full((len(pairs) * (height + gap), len(pairs[0]) * (width + gap), 3), 255, dtype=np.uint8)
@@ -53,7 +53,7 @@ def save_curves(path: Path, metrics: Metrics, threshold: float | None) -> None:
     """A PNG of a run's matching loss, accuracy, learning rate and start epochs.
 
     Args:
-        threshold: where skipped updates whose loss was not finite are drawn; None: nowhere.
+        threshold: the height at which skipped updates with a non-finite loss are drawn; None: they are not drawn.
     """
     with drawing(path, 2, 2, size=(9, 5.5)) as axes:
         _draw_curves(axes, metrics, math.nan if threshold is None else threshold)
@@ -65,7 +65,7 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
     iterations = [step.iteration for step in steps]
     (loss, accuracy), (lr, window) = axes
 
-    # As in the page: losses of skipped updates are gaps in the line, and not in the mean.
+    # As on the page, losses of skipped updates are gaps in the line and left out of the mean.
     loss.plot(iterations, [step.loss if step.updated else math.nan for step in steps], color="0.75", linewidth=0.6)
     _, means = metrics.running_mean()
     loss.plot([at for at, _ in means], [mean for _, mean in means], color="C0")
@@ -79,7 +79,7 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
         at = [iteration for iteration, _ in scores]
         mean, std = (100 * np.array(values) for values in zip(*((score.mean, score.std) for _, score in scores)))
         accuracy.plot(at, mean, marker=".", color="C2")
-        accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)  # over one nothing
+        accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)  # no band for one network
         accuracy.set_ylim(0, max(LEAST_ACCURACY, 1.05 * float((mean + std).max())))
     accuracy.set(title=f"accuracy, % ({scores[0][1].network if scores else ''})", xlabel="iteration")
 
@@ -95,7 +95,7 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
 
 
 def shown_name(name: str) -> str:
-    """A name with what no font can show replaced: bytes of a folder's name that are no text, line ends."""
+    """A printable name: bytes that are not text are escaped, line ends and other unprintable characters replaced."""
     name = name.encode("utf-8", "backslashreplace").decode()
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
 
@@ -105,18 +105,18 @@ def drawing(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, floa
             **options: Any) -> Iterator[Any]:
     """Axes [rows, columns] to draw on, written as a PNG at the end.
 
-    Whatever a user has set for figures of their own does not matter here.
+    The user's own matplotlib settings are ignored.
 
     Args:
         size: width and height in inches.
-        options: of matplotlib's `subplots`.
+        options: for matplotlib's `subplots`.
     """
-    os.environ["MPLBACKEND"] = "agg"  # a notebook hands on its own, which need not be here
-    import matplotlib  # slow to import, and only a finished run draws
-    from matplotlib.figure import Figure  # of no window system, unlike pyplot's
+    os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own backend, which may not be installed here
+    import matplotlib  # slow to import, so only when something is drawn
+    from matplotlib.figure import Figure  # needs no window system, unlike pyplot
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a font without a name's letters draws boxes in their place
+        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
         matplotlib.rcdefaults()
         matplotlib.rcParams["text.parse_math"] = False
         figure = Figure(figsize=size, layout="constrained")

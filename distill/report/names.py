@@ -1,13 +1,12 @@
-"""The files that show a run, by name; known without torch."""
+"""The names of the files that show a run; importable without torch."""
 
 from pathlib import Path
 
 PAGE, ANIMATION = "report.html", "evolution.webp"
-PICTURES = "report.safetensors"  # what the others are made of
+PICTURES = "report.safetensors"  # the data that the others are made from
 SHOWN = ("images.png", "curves.png", ANIMATION, PAGE)
 
 
 def missing(folder: Path) -> list[str]:
-    """What shows a finished run and is not in its folder: PICTURES, of which the others are made, and those of
-    SHOWN."""
+    """Which of PICTURES and SHOWN are missing from a finished run's folder."""
     return [name for name in (PICTURES, *SHOWN) if not (folder / name).exists()]

@@ -1,7 +1,7 @@
-"""A run's page, `report.html`: one file that opens without a network, without scripts, in any browser.
+"""A run's page, `report.html`: one file for any browser, without scripts or network access.
 
-It is made of a `SavedRun`, which is plain data, so that it can be made again without the dataset. How it is built is
-page.html, how it looks report.css.
+It is made from a `SavedRun`, which is plain data, so it can be made again without the dataset. page.html has its
+structure, report.css its style.
 """
 
 import base64
@@ -25,10 +25,10 @@ from utils.config import DistillConfig, about, changed, defaults
 from utils.errors import number_of
 from utils.program.console import duration
 
-MOST_COLUMNS = 8  # of evaluations at which the set is shown
-MOST_BARS, LIKELIEST = 10, 5  # of a soft label, all classes or of more the likeliest are drawn
-LONG_NAME = 20  # characters of a class's name, from which a browser shows it whole on its own
-OPEN_UP_TO = 20  # images whose details are open from the beginning
+MOST_COLUMNS = 8  # evaluations at which the set is shown
+MOST_BARS, LIKELIEST = 10, 5  # of more than MOST_BARS classes, a soft label shows only the LIKELIEST
+LONG_NAME = 20  # characters; a longer class name may be cut off, so it gets a tooltip
+OPEN_UP_TO = 20  # images; with more, their details are folded at first
 TABLE_ROWS = 20
 
 
@@ -83,7 +83,7 @@ def _recorded(value: Any, as_text: Callable[[Any], str]) -> str:
 
 
 def _progress(run: SavedRun) -> str:
-    """How far an unfinished run is."""
+    """How far an unfinished run has got."""
     total = run.config.get("Iteration")
     of = f" of {total:,} ({100 * run.iteration / total:.0f} %)" if isinstance(total, int) and total else ""
     return f"iteration {run.iteration:,}{of}, {run.as_of}"
@@ -109,7 +109,7 @@ def _summary(run: SavedRun) -> Markup:
 
 
 def _options_whole(text: str) -> Markup:
-    """Text whose options are not broken after their hyphens."""
+    """Text in which no line breaks inside an option."""
     return joined(*(Markup('<span class="whole">%s</span>') % part if part.startswith("--") else escape(part)
                     for part in re.split(r"(--\w+(?: auto| inf)?)", text)))
 
@@ -134,7 +134,7 @@ def _images(run: SavedRun) -> Markup:
         return joined(words, draw.cards(pictures, cards, shown > OPEN_UP_TO))
     classes = [(pictures.classes[number], [_card(pictures, row, shown <= OPEN_UP_TO, alone=False) for row in of_class])
                for number, of_class in rows.items()]
-    kind = "beside" if most == 2 else "below"  # two leave room for others
+    kind = "beside" if most == 2 else "below"  # two leave room for other classes beside them
     return joined(words, draw.cards_by_class(pictures, classes, kind))
 
 
@@ -146,7 +146,7 @@ def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> di
     """One image, for the template.
 
     Args:
-        alone: of its class, whose name then is the heading.
+        alone: it is its class's only image, so that the class name is the heading.
     """
     number, position = divmod(pictures.which[row], pictures.ipc)
     image, part = divmod(position, pictures.factor**2)
@@ -158,7 +158,7 @@ def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> di
 
 
 def _bars(pictures: Pictures, row: int) -> tuple[list[dict[str, Any]], str]:
-    """A soft label: all classes, or of many the likeliest, and what there is to say of the others."""
+    """The bars of a soft label, for all classes or the likeliest of many, and a line on the others."""
     label = pictures.labels[row]
     start = pictures.start_labels[row] if _labels_moved(pictures) else None
     if start is not None and start.equal(label):
@@ -198,7 +198,7 @@ def _labels(run: SavedRun) -> Markup:
 
 
 def _classes(run: SavedRun) -> Markup:
-    """What the networks of the last evaluation took for what."""
+    """The predictions of the last evaluation, by class."""
     evaluations = run.metrics.of_set(NORMAL)
     score = evaluations[-1].scores[0] if evaluations else None
     if score is None or score.confusion is None:
@@ -221,7 +221,7 @@ def _curves(run: SavedRun) -> Markup:
 
 
 def _numbers(run: SavedRun) -> Markup:
-    """The curves as tables, for those who read numbers or hear them."""
+    """The curves as tables, for exact numbers and for screen readers."""
     scores = [[f"{evaluation.iteration:,}", f"{evaluation.set}, {score.network}", in_words(score),
                str(len(score.accuracies))] for evaluation in run.metrics.evaluations for score in evaluation.scores]
     some: list[Iteration] = numbers_every(run.metrics.iterations, TABLE_ROWS)

@@ -1,4 +1,4 @@
-"""The pictures of a page, and what else no other file of a run's folder holds: `report.safetensors`."""
+"""`report.safetensors`: a page's pictures, and other data for it that no other file of the run's folder holds."""
 
 import json
 from dataclasses import dataclass
@@ -16,60 +16,60 @@ from utils.files import load_tensors, reading, save_tensors
 from utils.program.machine import machine
 
 FORMAT = "datm-report-1"
-SAVED = "saved"  # of a start: a set of an earlier run
-IMAGE_BYTES = 4_500_000  # of a page, for its pictures; with frames, base64 and the rest it stays below 10 MB
-MOST_CLASSES = 200  # of which labels are shown by class
+SAVED = "saved"  # a kind of start (`Pictures.began`): the set of an earlier run
+IMAGE_BYTES = 4_500_000  # a page's pictures; with frames, base64 and the rest the page stays below 10 MB
+MOST_CLASSES = 200  # above which mean labels by class are left out
 MOST_PER_CLASS = 10
-NEAR = 4  # real images among which the nearest is looked for exactly
+NEAR = 4  # nearest real images that are compared exactly
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Some images of a set, in bytes, as networks see them, and what belongs beside them; None is not known."""
+    """Some images of a set as bytes, as networks see them, and what is shown beside them; None: not known."""
 
     classes: tuple[str, ...]
-    ipc: int  # of a factor above 1, samples per class
+    ipc: int  # for a factor above 1, samples per class
     version: str  # which set: Normal or EMA
-    which: list[int]  # their positions in the set
+    which: list[int]  # positions of these images in the set
     distilled: Tensor  # [n, C, H, W] uint8
     labels: Tensor  # [n, K] probabilities
     means: Tensor | None = None  # [K, K] the mean label of each class of the whole set, in probabilities
     start: Tensor | None = None  # [n, C, H, W] uint8
     neighbour: Tensor | None = None  # [n, C, H, W] uint8
-    change: Tensor | None = None  # [n, 1, H, W] uint8, 128 is none
-    rms: Tensor | None = None  # [n], of pixels in [0, 1]
+    change: Tensor | None = None  # [n, 1, H, W] uint8; 128: no change
+    rms: Tensor | None = None  # [n], of the change of pixels in [0, 1]
     start_labels: Tensor | None = None  # [n, K] probabilities
     began: str = "real"  # what the start was: "real", "noise" or SAVED
     frames: Tensor | None = None  # [F, m, C, h, w] uint8, see `Frames`
-    frames_of: tuple[list[int], list[int]] = ([], [])  # their iterations [F], and the stored images' positions [m]
+    frames_of: tuple[list[int], list[int]] = ([], [])  # their iterations [F], and positions among the stored images [m]
     about: dict[str, Any] | None = None  # the experts' options and accuracies, the machine
     factor: int = 1
-    stored: Tensor | None = None  # [m, C, H, W] uint8, of a factor above 1 the images that these are cut out of
+    stored: Tensor | None = None  # [m, C, H, W] uint8: for a factor above 1, the images that hold these samples
 
     @property
     def start_in_words(self) -> str:
-        """What one image of the start is."""
+        """What one initial image is, in words."""
         return {"noise": "noise", SAVED: "image of a saved set"}.get(self.began, "real image")
 
     @property
     def hard(self) -> bool:
-        """Whether every label is a class."""
+        """Whether every label is one-hot."""
         return bool(((self.labels == 0) | (self.labels == 1)).all())
 
     @property
     def stored_per_class(self) -> int:
-        """How many images of a class are stored; its samples where that is not known."""
+        """Stored images per class; samples per class if the stored images are not known."""
         return self.ipc if self.stored is None else self.ipc // self.factor**2
 
     def rows(self) -> dict[int, list[int]]:
-        """Rows of these tensors, by class."""
+        """Row numbers in these tensors, by class."""
         rows: dict[int, list[int]] = {}
         for row, position in enumerate(self.which):
             rows.setdefault(position // self.ipc, []).append(row)
         return rows
 
     def stored_of(self, rows: list[int]) -> list[Tensor]:
-        """The stored images that hold those in some rows, each once."""
+        """The stored images that hold the samples of these rows, each once."""
         if self.stored is None:
             return []
         holding = [position // self.factor**2 for position in self.which]
@@ -78,10 +78,10 @@ class Pictures:
 
     @classmethod
     def read(cls, path: Path) -> "Pictures":
-        """What `save_pictures` wrote.
+        """Reads what `save_pictures` wrote.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the file is damaged.
         """
         with reading(path, "put it back, or run again under another --run_name"):
             tensors, metadata = load_tensors(path)
@@ -120,8 +120,8 @@ class Pictures:
 
 
 def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
-    """Which positions of a set a page shows: as many images a class as fit, and classes as long as there is room."""
-    room = max(IMAGE_BYTES // (3 * image_bytes + 3000), 1)  # three pictures of each, and the bars of its label
+    """Positions in a set that a page shows: as many images per class as fit, and as many classes as there is room."""
+    room = max(IMAGE_BYTES // (3 * image_bytes + 3000), 1)  # three pictures per image, and its label's bars
     per_class = max(min(room // num_classes, ipc, MOST_PER_CLASS), 1)
     return [number * ipc + each for number in range(min(num_classes, max(room // per_class, 1)))
             for each in range(per_class)]
@@ -130,12 +130,12 @@ def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
 @torch.no_grad()
 def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: DistilledSet, version: str, began: str,
                   frames: Frames, experts: list[dict[str, Any]], reached: list[float]) -> None:
-    """Writes `report.safetensors`: what a page shows of a set and the run folder does not hold otherwise.
+    """Writes `report.safetensors`: what a page shows of a set that no other file of the run's folder holds.
 
     Args:
         version: the name of the best set.
-        began: how the images of the start were made, one of `utils.config.STARTS` or SAVED.
-        frames: the set on its way.
+        began: how the initial images were made: one of `utils.config.STARTS`, or SAVED.
+        frames: the set over the run.
         experts: the options that made the experts.
         reached: the experts' accuracies.
     """
@@ -143,11 +143,11 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
     start, best = start.seen(), best.seen()
     ipc = len(best) // dataset.num_classes
     which = chosen(dataset.num_classes, ipc, best.images[0].numel())
-    # Clipped at the deviations of the whole set, as the published pictures are, then scaled each to its own range.
+    # Clipped by the standard deviation of the whole set, as published pictures are, then each scaled to its own range.
     unclipped = dataset.to_pixels(best.images)
     pixels = clip_outliers(unclipped)[which]
     first = dataset.to_pixels(start.images[which])
-    changes = unclipped[which] - first  # what was learned, which clipping is no part of
+    changes = unclipped[which] - first  # before clipping, as that is not learned
     change = changes.mean(1, keepdim=True)
     most = change.abs().max().clamp(min=1e-8)
     tensors = {"distilled": scaled_bytes(pixels), "start": scaled_bytes(first),
@@ -170,7 +170,7 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
 
 
 def stored_of(pixels: Tensor, which: list[int], factor: int) -> Tensor:
-    """Of the stored images of a set those that hold some of its samples, [m, C, H, W] uint8."""
+    """Those of a set's stored images that hold the given samples, [m, C, H, W] uint8."""
     return scaled_bytes(clip_outliers(pixels)[sorted({position // factor**2 for position in which})])
 
 
@@ -178,8 +178,8 @@ def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
     """The training image of the same class that is nearest in pixel space, for each image [n, C, H, W]."""
     space, labels = dataset.space, torch.tensor(classes, device=pixels.device)
     if space.whitening is not None and dataset.train_energy is not None:
-        # With a the whitened image and M the un-whitening, ‖x − p‖² = ‖x − μ‖² − 2 a·M(p − μ) + ‖p − μ‖². So not every
-        # image has to be un-whitened, which would take as long as whitening the dataset: minutes in many dimensions.
+        # For pixels x, whitened a, and M the un-whitening, ‖x − p‖² = ‖x − μ‖² − 2 a·M(p − μ) + ‖p − μ‖². This avoids
+        # un-whitening all images, which would take as long as whitening the dataset: minutes in many dimensions.
         towards = space.whitening.pulled_back(pixels)
 
         def distances(rows: Tensor, members: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
         rows, members = (labels == number).nonzero().flatten(), dataset.class_indices(number)
         few = members[distances(rows, members).topk(min(NEAR, len(members)), largest=False).indices]  # [rows, ≤ NEAR]
         near[rows] = few[:, torch.arange(NEAR, device=few.device).clamp(max=few.shape[1] - 1)]
-    # Rounding cannot tell the nearest few apart, so they are compared as pictures.
+    # Rounding errors may swap the nearest few, so these are compared as pictures.
     real = dataset.to_pixels(dataset.train_images[near.flatten()]).view(len(pixels), NEAR, *pixels.shape[1:])
     best = (real - pixels[:, None]).square().sum((2, 3, 4)).argmin(1)
     return real[torch.arange(len(pixels), device=pixels.device), best]
@@ -206,8 +206,8 @@ def probabilities(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def class_means(labels: Tensor, num_classes: int) -> Tensor | None:
-    """The mean label of each class [K, K], in probabilities, of a set in which those of a class stand together; None of
-    too many classes."""
+    """The mean label of each class [K, K], as probabilities; the labels must be grouped by class. None: too many
+    classes."""
     if num_classes > MOST_CLASSES:
         return None
     return probabilities(labels, num_classes).unflatten(0, (num_classes, -1)).mean(1)

@@ -1,10 +1,10 @@
-"""Images of any range as pictures that can be shown."""
+"""Converts images of any range into displayable pictures."""
 
 from torch import Tensor
 
 
 def clip_outliers(images: Tensor, deviations: float = 2.5) -> Tensor:
-    """Values clamped at the mean ± 2.5 standard deviations of the whole tensor, as published pictures are."""
+    """Clamps values to the mean ± 2.5 standard deviations of the whole tensor, as in published pictures."""
     mean, std = images.mean(), images.std()
     return images.clamp(mean - deviations * std, mean + deviations * std)
 

@@ -1,4 +1,4 @@
-"""A run's folder, read: plain data, of which its page is made."""
+"""Reads a run's folder into plain data, from which its page is made."""
 
 import datetime
 import os
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What lies in a run's folder."""
+    """The contents of a run's folder."""
 
     path: Path
     config: dict[str, Any]
     metrics: Metrics
-    result: RunResult  # of an unfinished run, what it reached so far
+    result: RunResult  # of an unfinished run, what it has reached so far
     pictures: "Pictures | None"
     missing: list[str]  # what the folder does not hold, in words
     as_of: str = ""  # of an unfinished run, when its log was last written
-    beside: list[EvaluationResult] = field(default_factory=list)  # what somebody put there to compare with
+    beside: list[EvaluationResult] = field(default_factory=list)  # results that the user put there to compare with
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class SavedRun:
 
     @property
     def iteration(self) -> int:
-        """How many iterations it did."""
+        """How many iterations are done."""
         return max(step.iteration + number for number, lines in ((1, self.metrics.iterations),
                                                                  (0, self.metrics.evaluations)) for step in lines[-1:])
 
@@ -62,15 +62,15 @@ class SavedRun:
 
     @property
     def real_images(self) -> dict[str, Score]:
-        """What as many real images reached under the same training, by results that lie beside the run: kind, in words
-        → its score, over all results of that kind (several seeds)."""
+        """Scores of as many real images under the same training, from results in the run's folder: kind, in words →
+        score over all results of that kind (several seeds)."""
         network, here = self.result.best.scores[0].network, as_meant(self.config)
         accuracies: dict[str, list[float]] = {}
         for result in self.beside:
             there = as_meant(result.config)
             same = all(there.get(name) == here.get(name)
                        for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
-            # Older results say "a class", and "1 random real images".
+            # Older results say "a class" instead of "per class", and "1 random real images".
             named = re.fullmatch(rf"{self.config.get('ipc')} (.+ real image)s? (?:per|a) class(.*)", result.what)
             for score in result.scores if same and named else ():
                 if score.network == network:
@@ -82,7 +82,7 @@ def check_is_run(path: Path) -> Path:
     """The absolute path of a run's folder.
 
     Raises:
-        UserError: it is none.
+        UserError: the path is not a run's folder.
     """
     path = Path(os.path.abspath(path))
     if not path.is_dir():
@@ -94,12 +94,12 @@ def check_is_run(path: Path) -> Path:
 
 
 def read_run(path: Path) -> SavedRun:
-    """A run's folder, finished or not. What an older one does not hold is named in `missing`.
+    """Reads the folder of a run, finished or not. `missing` names what the folder of an older version lacks.
 
     Raises:
         UserError: not a run's folder, a run that was not evaluated yet, or a damaged file.
     """
-    from distill.report.page_pictures import Pictures  # which are tensors
+    from distill.report.page_pictures import Pictures  # imports torch
 
     path = check_is_run(path)
     finished, missing = (path / RESULT).is_file(), []

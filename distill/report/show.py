@@ -1,4 +1,4 @@
-"""What shows a run: pictures and a page, each made of what lies in its folder, so at any time again."""
+"""Makes a run's pictures and page from the files in its folder, so they can be made again at any time."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ assert tuple(_MAKERS) == SHOWN
 
 
 def show(run: SavedRun, names: Sequence[str] = SHOWN) -> None:
-    """Makes those of SHOWN in a run's folder; what cannot be made is a note, and the others are made."""
+    """Makes these files of SHOWN in a run's folder; a failure is noted, and the others are still made."""
     for name in (name for name in SHOWN if name in names):
         with noting_failure(run.path, name):
             _MAKERS[name](run, run.path / name)
@@ -43,9 +43,9 @@ def show(run: SavedRun, names: Sequence[str] = SHOWN) -> None:
 
 @contextlib.contextmanager
 def noting_failure(folder: Path, name: str) -> Iterator[None]:
-    """A picture is not worth a run: whatever goes wrong with it is a note."""
+    """Turns any error inside into a note, as a picture must not stop a run."""
     try:
         yield
-    except Exception as error:  # libraries that draw fail in every way there is
+    except Exception as error:  # drawing libraries raise errors of all kinds
         note(f"note: {shown(folder / name)} could not be made ({type(error).__name__}: {reason(error)}); the same "
              "command makes it again")

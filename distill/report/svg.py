@@ -11,21 +11,22 @@ from markupsafe import Markup, escape
 from distill.report.template import draw
 
 MOST_POINTS = 2000
-LOG_FROM = 50.0  # times the least value is the greatest, from which a scale of positive values is logarithmic
+LOG_FROM = 50.0  # ratio of the largest to the smallest value above which a scale of positive values is logarithmic
 
 Item = TypeVar("Item")
 Point = tuple[float, ...]
 
 
 def thinned(items: Sequence[Item], most: int = MOST_POINTS) -> list[Item]:
-    """At most so many of them, evenly spaced, the first and the last among them."""
+    """At most `most` items, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
 
 
 def numbers_every(items: Sequence[Item], most: int) -> list[Item]:
-    """As `thinned`, but at a whole step from the first, so that a table's iterations are round; and the last."""
+    """As `thinned`, but with a constant whole step from the first, so that a table's iterations are round; and the
+    last."""
     if len(items) <= most:
         return list(items)
     every = math.ceil((len(items) - 1) / (most - 1))
@@ -33,7 +34,7 @@ def numbers_every(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, at most so many."""
+    """Round numbers from `low` to `high`, with at most `most` steps between them."""
     step = 10 ** math.floor(math.log10((high - low) / most))
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most)
     if whole:
@@ -43,11 +44,11 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
 
 
 class Chart:
-    """A picture of curves over a number. Values that are not finite are gaps.
+    """A line chart. Values that are not finite are gaps.
 
     Args:
         whole: the values are whole numbers, and so are the ticks.
-        shows: values that the scale, which is linear then, shows in any case.
+        shows: values that the scale always includes; the scale is linear then.
     """
 
     width, height = 440, 250
@@ -66,14 +67,14 @@ class Chart:
             self._marks.append((kind, style, name, list(points), how))
 
     line = partialmethod(_add, "line")
-    # From (x, low, high); with `steps` each holds until the next x.
+    # Of points (x, low, high); with `steps`, each holds until the next x.
     band = partialmethod(_add, "band")
-    dots = partialmethod(_add, "dots")  # of a `radius`
-    # Exceptions, for which the scale makes no room: those above it, or not finite, stand at the upper edge.
+    dots = partialmethod(_add, "dots")  # with a `radius`
+    # Exceptions, which do not widen the scale: values above it, or not finite, are drawn at its upper edge.
     crosses = partialmethod(_add, "crosses")
 
     def figure(self, words: str) -> Markup:
-        """The chart as a `figure`; its words say what it shows, for those who do not see it too."""
+        """The chart as a `figure`; the words say what it shows, also to screen readers."""
         legend = [(Markup(_swatch(kind, style)), name) for kind, style, name, _, _ in self._marks if name]
         title = f"{self.title}{' (logarithmic scale)' if self._log() else ''}"
         label = f"{title}: {self.y_label} over {self.x_label}. {words}"
@@ -129,7 +130,7 @@ def _tick(value: float) -> str:
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
-    """A range that is not empty."""
+    """The range, widened if it is empty."""
     if high > low:
         return low, high
     half = abs(low) * 0.1 or 0.5

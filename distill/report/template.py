@@ -1,5 +1,5 @@
-"""The templates: page.html, whose macros draw a page, and the card's; and what these take: pictures, paths and options
-as HTML, text as Markdown."""
+"""The templates, page.html with the macros that draw a page and card_template.md, and their filters and helpers:
+pictures, paths and options as HTML, text as Markdown."""
 
 import base64
 import io
@@ -31,17 +31,17 @@ def line(text: Any) -> str:
 
 
 def markdown(text: Any) -> str:
-    """Text as Markdown shows it, on one line: what would be its marks, as characters."""
+    """Text on one line, with Markdown's special characters escaped."""
     return re.sub(r"([\\`*\[\]<>|&~$#!])", r"\\\1", line(text))
 
 
 def markdown_code(text: Any) -> str:
-    """Text as code within a line; backticks, which would end it, as apostrophes."""
+    """Text as inline code; backticks, which would end it, become apostrophes."""
     return f"`{line(text).replace('`', chr(39))}`"
 
 
 def markdown_block(text: str, language: str = "") -> str:
-    """Lines as a block of code; its fence is longer than any row of backticks in it, which would end it."""
+    """Lines as a code block, with a fence longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
@@ -56,7 +56,7 @@ draw: Any = TEMPLATES.get_template("page.html").module
 
 
 def document(title: str, kind: str, name: str, lead: list[str], sections: list[tuple[str, str, Markup]]) -> str:
-    """A whole page of sections (id, heading, content). Its policy forbids the browser to fetch anything."""
+    """A whole page of sections (id, heading, content). Its security policy keeps the browser from fetching anything."""
     style = (HERE / "report.css").read_text(encoding="utf-8")
     return draw.document(title, kind, name, lead, sections, style).lstrip()
 
@@ -66,7 +66,7 @@ def joined(*parts: Markup) -> Markup:
 
 
 def code(text: Any) -> Markup:
-    """A name, a value or a path, which a browser may break after each folder."""
+    """A name, a value or a path as code; a browser may break a path after each folder."""
     return Markup("<code>%s</code>") % Markup("/<wbr>").join(str(text).split("/"))
 
 

@@ -1,9 +1,9 @@
-"""Weights & Biases, when it is there: the published keys, pictures and histograms; never in the way.
+"""Optional logging to Weights & Biases, with the published keys, pictures and histograms; it never stops a run.
 
-Pictures, histograms and `Synthetic_LR` come at every evaluation; in the published code the former with each set that is
-saved, the latter at every iteration.
+Pictures, histograms and `Synthetic_LR` are logged at every evaluation. The published code logs pictures and histograms
+with each set that is saved, and `Synthetic_LR` at every iteration.
 
-Metrics always go to `metrics.jsonl` as well, so nothing is lost without it.
+Metrics always go to `metrics.jsonl` as well, so nothing is lost without wandb.
 """
 
 import netrc
@@ -25,7 +25,7 @@ from utils.program.console import note
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
-PICTURES_UP_TO_IPC = 50  # from it on pictures are huge; --force_save logs them all the same
+PICTURES_UP_TO_IPC = 50  # from this ipc on pictures are huge and logged only with --force_save
 CONNECT_SECONDS = 20.0
 
 
@@ -33,18 +33,18 @@ class Tracker:
     """Logs to a wandb run, or to nothing.
 
     Args:
-        mode: `auto` does what wandb's own settings say, which goes online where an account is known and is silent
-            elsewhere; `online` overrides them; `offline` writes files into `folder` for `wandb sync`; `disabled` never
-            imports wandb. Nothing asks for a login. Whatever fails is said in one line, and the run goes on without.
-        resumed: the `state` of a tracker whose run goes on here.
-        quiet: say nothing of a missing account.
+        mode: `auto` follows wandb's own settings, and is disabled where they say online but there is no account;
+            `online` overrides them; `offline` writes files into `folder` for `wandb sync`; `disabled` never imports
+            wandb. Nothing asks for a login. A failure is noted in one line, and the run goes on without wandb.
+        resumed: the `state` of the tracker of a run that is resumed.
+        quiet: do not mention a missing account.
     """
 
     def __init__(self, mode: Mode, project: str, name: str, config: dict[str, Any], folder: Path,
                  resumed: dict[str, Any] | None = None, quiet: bool = False):
         self._run = None
         self._id = resumed["id"] if resumed else uuid.uuid4().hex[:8]
-        # network → mean and standard deviation of its best score; over one network there is none
+        # network → mean and standard deviation of its best score; the deviation over one network is None
         self._best: dict[str, list[float | None]] = resumed["best"] if resumed else {}
         try:
             if mode == "auto":
@@ -56,9 +56,9 @@ class Tracker:
                              "offline)")
             if mode == "disabled":
                 return
-            import wandb  # slow to import, so only where it is used
+            import wandb  # slow to import, so only if it is used
 
-            wandb.setup(settings=wandb.Settings(silent=True))  # or `init` would ask for a login, on a terminal
+            wandb.setup(settings=wandb.Settings(silent=True))  # otherwise `init` would ask for a login on a terminal
             settings = wandb.Settings(init_timeout=CONNECT_SECONDS, console="off", silent=True)
             self._run = wandb.init(project=project, name=name, config=config, dir=str(folder), settings=settings,
                                    id=self._id, resume="allow", mode=mode)
@@ -87,7 +87,7 @@ class Tracker:
         self._log(step, lambda: _pictures(images.detach().cpu(), lr, dataset, ipc < PICTURES_UP_TO_IPC or force))
 
     def state(self) -> dict[str, Any]:
-        """With which another `Tracker` goes on with the same run."""
+        """What another `Tracker` needs to resume the same run."""
         return {"id": self._id, "best": self._best}
 
     def finish(self) -> None:
@@ -97,7 +97,7 @@ class Tracker:
         self._guarded(lambda: self._run.log(values(), step=step))
 
     def _guarded(self, action: Callable[[], Any]) -> None:
-        """Whatever wandb does, building its pictures included: once it fails it is left out."""
+        """Runs anything that involves wandb, building its pictures included; after an error, wandb is off."""
         if self._run is not None:
             try:
                 action()
@@ -128,13 +128,13 @@ def _finite(pixels: Tensor) -> Tensor:
 
 
 def _own_mode() -> Mode:
-    """What wandb's own settings say: its variables, and the files that `wandb offline` or `wandb disabled` write."""
-    if os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no"):  # which newer ones do not read
+    """The mode by wandb's own settings: its variables, and the files that `wandb offline` or `wandb disabled` write."""
+    if os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no"):  # newer versions ignore it
         return "disabled"
     own, here = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb", os.environ.get("WANDB_DIR") or "."
     files = [os.path.expanduser(f"{folder}/settings") for folder in (own, f"{here}/wandb", f"{here}/.wandb")]
     if not os.environ.get("WANDB_MODE") and not any(map(os.path.exists, files)):
-        return "online"  # as wandb would say, less the seconds that importing it takes
+        return "online"  # wandb's answer, without the seconds that its import takes
     import wandb
 
     mode = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode
@@ -142,7 +142,8 @@ def _own_mode() -> Mode:
 
 
 def _has_account() -> bool:
-    """Whether a key is where `wandb login` puts it; asks neither the user nor the network, nor imports wandb."""
+    """Whether there is a key in the environment or where `wandb login` puts it. Asks neither the user nor the network,
+    and does not import wandb."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -46,7 +46,7 @@ from utils.errors import UserError
 from utils.files import given
 from utils.program.entry import entry
 
-# Options for measuring without --beside alone, and with it alone.
+# Options that have an effect only without --beside, and only with it.
 ALONE, BESIDE = ("device", "max_seconds", "max_minutes"), ("data_path", "buffer_path")
 
 
@@ -73,7 +73,7 @@ def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
-    """Refuses numbers that are none, and options that the way of measuring does not heed.
+    """Refuses numbers that are not above 0, options without effect (with or without --beside), and shapes of no config.
 
     Raises:
         UserError
@@ -99,7 +99,7 @@ def main() -> None:
     check(args, shapes)
     parts = beside.check(args.beside, args.data_path, args.buffer_path, args.part) if args.beside else []
 
-    from scripts.measure import benchmark_run  # and torch, which takes seconds
+    from scripts.measure import benchmark_run  # imports torch, which takes seconds
 
     if args.beside:
         benchmark_run.beside_published(args, parts, [shapes[name] for name in args.shape or ["cifar10_ipc10"]])

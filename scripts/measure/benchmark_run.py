@@ -1,4 +1,4 @@
-"""The measurements of benchmark.py, which explains them; here is what needs torch."""
+"""The measurements that benchmark.py describes; a module of its own, as they need torch."""
 
 import argparse
 import contextlib
@@ -43,8 +43,8 @@ from utils.program.seeds import generator, seeded
 
 BENCHMARK = "scripts/measure/benchmark.py"
 EXPERT = make(BufferConfig)
-EXPERT_STEPS = 3  # a call, in the experts' part
-EPOCHS = 2  # a call, in the evaluation's part
+EXPERT_STEPS = 3  # per call, in the experts' part
+EPOCHS = 2  # per call, in the evaluation's part
 CPU = torch.device("cpu")
 BACKENDS = {"plain": "plain", "exact": "eager", "eager": "eager", "compiled": "compile", "graph": "graph"}
 
@@ -77,7 +77,7 @@ def matching_calls(shape: Shape, device: torch.device, methods: Sequence[str]) -
     start = FlatModel(network).flatten()
     target = start + 0.01 * torch.randn(start.shape, generator=random).to(device)
 
-    models: dict[str, FlatModel] = {}  # TESLA shares an engine, and on a GPU its graphs
+    models: dict[str, FlatModel] = {}  # by backend; TESLA shares another method's engine, and on a GPU its graphs
     for method in methods:
         backend = {"unroll": "plain", "tesla": "graph" if device.type == "cuda" else "eager"}.get(method)
         backend = backend or BACKENDS[method]
@@ -96,7 +96,7 @@ def expert_calls(shape: Shape, device: torch.device, methods: Sequence[str]) -> 
     labels = torch.randint(shape.classes, (number,), generator=random).to(device)
 
     def epoch(model: FlatModel, method: str) -> None:
-        """The epoch of `buffer.experts.train_expert`; `synced` waits for the device at each batch."""
+        """An epoch as in `buffer.experts.train_expert`; `synced` waits for the device at each batch."""
         random = generator("benchmark", "experts", "epoch")
         kept = kept_of(model, model.flatten(), None)
         batches = torch.randperm(number, generator=random).split(EXPERT.batch_train)
@@ -117,7 +117,7 @@ def evaluation_calls(shape: Shape, device: torch.device, methods: Sequence[str])
     labels = torch.randn(shape.images, shape.classes, generator=random).to(device)
 
     def train(model: FlatModel, method: str) -> Tensor:
-        return train_network(model, model.flatten(), images, labels, 0.01, epochs=EPOCHS - 1,  # they start at 0
+        return train_network(model, model.flatten(), images, labels, 0.01, epochs=EPOCHS - 1,  # it runs one more
                              batch_size=shape.batch_train, draw=partial(draw, shape),
                              random=generator("benchmark", "order"))
 
@@ -136,14 +136,14 @@ def beside_bare(bare: Call, network: nn.Module, methods: Sequence[str],
 
 
 def bare_passes(network: nn.Module, images: Tensor, labels: Tensor, batch: int, times: int) -> None:
-    """Forward and backward over all images, so many times."""
+    """Forward and backward passes over all images, `times` times."""
     for _ in range(times):
         for x, y in zip(images.split(batch), labels.split(batch)):
             network.zero_grad()
             cross_entropy(network(x), y).backward()
 
 
-# What of a shape decides the cost of the part, how often a call does the unit that is reported, and that unit.
+# Part → its calls, the key by which shapes cost the same, reported units per call, and the name of the unit.
 CALLS = {
     "matching": (matching_calls, lambda shape: shape, 1, "call"),
     "experts": (expert_calls, lambda shape: (shape.network, shape.image), EXPERT_STEPS, "step"),
@@ -155,7 +155,7 @@ CALLS = {
 
 
 class Clock:
-    """Spreads the time that is left evenly over the measurements that are left."""
+    """Spreads the remaining time evenly over the remaining measurements."""
 
     def __init__(self, minutes: float) -> None:
         self.end = self.end_of_share = perf_counter() + 60 * minutes
@@ -189,8 +189,8 @@ def tidy(device: torch.device) -> None:
 
 
 def attempt(call: Call, device: torch.device, max_seconds: float) -> float | str:
-    """The seconds of a call, or why it is not to be measured."""
-    tidy(device)  # the engines look at how much is free
+    """The seconds of a call, or why it is not measured further."""
+    tidy(device)  # the engines look at how much memory is free
     try:
         took = timed(call, device)
         return took if took <= max_seconds else "too slow"
@@ -201,14 +201,14 @@ def attempt(call: Call, device: torch.device, max_seconds: float) -> float | str
 
 
 def name_in(bar: Progress, method: str) -> None:
-    """Shows the method that is called for the first time in a process."""
+    """Shows the method that is about to be called for the first time in a process."""
     bar.show("compiling" if method == "compiled" else method)
     bar.refresh()
 
 
 def measure(calls: Calls, rows: dict[str, dict[str, Any]], rounds: int, units: int, device: torch.device,
             clock: Clock, max_seconds: float, bar: Progress) -> None:
-    """Puts into the rows of the methods what their calls took: `units` of whatever is counted, in turns."""
+    """Times the methods' calls in turn, and puts the seconds per unit into their rows; a call does `units` of them."""
     kept: dict[str, Call] = {}
     for method, engine, call in calls:
         name_in(bar, method)
@@ -231,7 +231,7 @@ def measure(calls: Calls, rows: dict[str, dict[str, Any]], rounds: int, units: i
 
 
 def summarise(rows: list[dict[str, Any]], baseline: str, flops: float | None, rate: float) -> None:
-    """Adds medians, spreads, ratios to the baseline within each round, and the share of the rate."""
+    """Adds medians, minima and maxima, median ratios to the baseline within a round, and the share of the rate."""
     base = next((row.get("seconds") for row in rows if row["method"] == baseline), None)
     for row in rows:
         seconds = row.get("seconds")
@@ -243,7 +243,7 @@ def summarise(rows: list[dict[str, Any]], baseline: str, flops: float | None, ra
 
 
 def machine_rates(device: torch.device) -> dict[str, float | str]:
-    """The rates of a matrix product and of a copy, read and written bytes together."""
+    """The rates of a matrix product and of a copy (bytes read and written)."""
     gpu = device.type == "cuda"
     size = 8192 if gpu else 2048
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
@@ -270,8 +270,8 @@ def median_time(call: Call, device: torch.device) -> float:
 def worker(shape: Shape, device: torch.device, method: str, max_seconds: float) -> dict[str, Any]:
     """What `--worker` prints: the peak memory of one method, or why there is none."""
     ((_, _, call),) = matching_calls(shape, device, [method])
-    with contextlib.suppress(OSError):  # only where there is /proc
-        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends it is killed before other programs
+    with contextlib.suppress(OSError):  # there may be no /proc
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this process is killed first
     took = attempt(call, device, max_seconds)
     if isinstance(took, str):
         return {"status": took}
@@ -294,7 +294,7 @@ def memory_of(shape: Shape, device: torch.device, method: str, clock: Clock, max
                               timeout=min(3 * max_seconds + 60, clock.end - perf_counter()))
     except subprocess.TimeoutExpired:
         return {"status": "no time left" if clock.over else "too slow"}
-    if done.returncode == -9:  # by the system, when no memory is left
+    if done.returncode == -9:  # killed by the system, as no memory was left
         return {"status": "out of memory"}
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
@@ -303,12 +303,12 @@ def memory_of(shape: Shape, device: torch.device, method: str, clock: Clock, max
 
 def measure_memory(shape: Shape, rows: dict[str, dict[str, Any]], device: torch.device, clock: Clock,
                    max_seconds: float, bar: Progress) -> None:
-    """Puts into the rows of the methods that can be measured what memory they take, or why they cannot."""
+    """Puts the memory that methods take into their rows, or why it cannot be measured."""
     for method, row in rows.items():
         name_in(bar, method)
         if row["status"] == "measured":
             found = memory_of(shape, device, method, clock, max_seconds)
-            if row.get("seconds"):  # which it was
+            if row.get("seconds"):  # its time was measured
                 found.pop("status")
             row |= found
         bar.update()
@@ -323,7 +323,7 @@ def show(baseline: str, unit: str, methods: list[dict[str, Any]], title: str) ->
         ("seconds", "rounds", lambda values: str(len(values))), ("ratio", f"time / {baseline}", short),
         ("peak_host_bytes", "host memory, MB", megabytes), ("peak_device_bytes", "GPU memory, MB", megabytes),
         ("fraction_of_rate", "of product rate", short)]
-    # Where nothing was measured the first column still says why.
+    # The first column stays even if nothing was measured: it says why.
     columns = [column for column in columns if column[0] == "median" or any(column[0] in row for row in methods)]
     rows = [("method", "engine", *(head for _, head, _ in columns))]
     for row in methods:
@@ -346,7 +346,7 @@ def megabytes(value: int) -> str:
 
 
 def can_run(method: str, device: torch.device) -> bool:
-    """Whether there is what the method needs: a C++ compiler, or a GPU."""
+    """Whether the machine has what the method needs: a C++ compiler, or a GPU."""
     network = build_network("ConvNetD1W1", 1, 2, (4, 4)).to(device)
     try:
         return bool(FlatModel(network, backend=BACKENDS.get(method, "plain")).engine)
@@ -355,7 +355,7 @@ def can_run(method: str, device: torch.device) -> bool:
 
 
 def beside_published(args: argparse.Namespace, parts: list[str], shapes: list[Shape]) -> None:
-    """`--beside`: prints and writes what the published code and ours take.
+    """`--beside`: measures the published code and ours, and prints and writes the results.
 
     Raises:
         UserError: a command failed.
@@ -379,7 +379,7 @@ def beside_published(args: argparse.Namespace, parts: list[str], shapes: list[Sh
 
 
 def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
-    """Prints and writes what the methods of each part take here; or, as `--worker`, the memory of one.
+    """Measures the methods of each part, and prints and writes the results; with `--worker`, the memory of one method.
 
     Raises:
         UserError: nothing that is asked for can be measured here.
@@ -397,7 +397,7 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
     if "compiled" in args.methods:
         print("compiled: where there is a compiler it compiles first, for a minute or two a shape on a CPU", flush=True)
 
-    jobs: dict[Any, tuple[str, Shape, list[str]]] = {}  # shapes that cost a part the same are measured once
+    jobs: dict[Any, tuple[str, Shape, list[str]]] = {}  # shapes of the same cost for a part are measured once
     for part in dict.fromkeys(args.part):
         methods = [method for method in PARTS[part] if method in args.methods and can_run(method, device)]
         for name in chosen:
@@ -425,17 +425,17 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
             steps = [partial(measure, calls(shape, device, methods), rows, args.rounds, units, device, clock,
                              max_seconds, bar)]
             if part == "matching":
-                # On a CPU first, as what the memory has no room for would end this process too; on a GPU it is the
-                # time that is short.
+                # First on a CPU, as a method that runs out of memory would end this process too; last on a GPU, where
+                # time is short.
                 steps.insert(len(steps) if device.type == "cuda" else 0,
                              partial(measure_memory, shape, rows, device, clock, max_seconds, bar))
             for step in steps:
                 step()
         if "compiled" in methods:
-            torch.compiler.reset()  # code for every further shape counts against a limit
+            torch.compiler.reset()  # compiled code of all shapes counts against a limit
         tidy(device)
         flops = None
-        if part == "matching":  # 9 F a step, of the module's docstring
+        if part == "matching":  # 9 F a step, as benchmark.py explains
             flops = 9 * costs(shape.network, shape.image, shape.classes).flops * shape.batch * shape.steps
         summarise(list(rows.values()), PARTS[part][0], flops, 1e9 * rates["product_gflops"])
         report.setdefault(part, []).append({"shape": asdict(shape), "flops": flops, "methods": list(rows.values())})
@@ -443,4 +443,4 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
                   "evaluation": f"batch {min(shape.batch_train, shape.images)}"}[part]
         show(PARTS[part][0], unit, list(rows.values()), f"{part} · {shape}, {detail}")
         if args.json:
-            write_json(args.json, report)  # at once, so that an interrupt costs the rest only
+            write_json(args.json, report)  # at once, so that an interrupt loses only the rest

@@ -28,8 +28,8 @@ from utils.program.entry import entry
 
 
 def measure(model_name: str, batch: int, rounds: int) -> dict[str, float]:
-    """Seconds of a step's arithmetic on this rank's share of the batch, and of its two sums."""
-    import torch  # which takes seconds; so here, and not for --help and refusals
+    """Seconds of a step's arithmetic on a rank's share of the batch, and of its two sums; those of the slowest rank."""
+    import torch  # takes seconds, and --help and refusals do without it
 
     from utils.parameters import FlatModel
 

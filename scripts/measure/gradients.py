@@ -54,7 +54,7 @@ KINDS = {"json": "json:report_of", "png": "png"}
 
 
 class Measured(NamedTuple):
-    """One match."""
+    """One match: its gradient's cosine with the exact one, and its time."""
 
     cosine: float
     seconds: float
@@ -67,14 +67,14 @@ def with_gradient(config: DistillConfig, steps: int, gradient: str) -> DistillCo
 
 
 class Kept:
-    """What was found so far, in a file beside that of the report, until that is written.
+    """The results so far, in a file beside the report until that is written.
 
     Args:
         path: of the report; None: nothing is kept.
-        of: what everything depends on, by name.
+        of: everything that the results depend on, by name.
 
     Raises:
-        UserError: the file holds what was found for something else, which took long, or is damaged.
+        UserError: the file is damaged, or holds results that depend on something else, kept because they took long.
     """
 
     def __init__(self, path: Path | None, of: dict[str, str]) -> None:
@@ -99,7 +99,7 @@ class Kept:
         return name in self._saved["found"]
 
     def get(self, name: str, find: Callable[..., Any], *given: Any) -> Any:
-        """What was found under a name, as JSON has it, or is found now."""
+        """The result of that name, as JSON has it; computed if it is not there yet."""
         if name not in self:
             self._saved["found"][name] = find(*given)
             if self._path:
@@ -113,8 +113,8 @@ class Kept:
 
 def measured(config: DistillConfig, dataset: "Dataset", buffer: "Buffer", start: "DistilledSet",
              steps: int) -> dict[str, list[Measured]]:
-    """The same draws by all gradients in turn, the exact one first."""
-    import torch  # which takes seconds; so here, and not for --help and refusals
+    """Measures all gradients on the same draws in turn, the exact one first."""
+    import torch  # takes seconds, and --help and refusals do without it
 
     from distill.distillation import Distillation
 
@@ -137,7 +137,7 @@ def measured(config: DistillConfig, dataset: "Dataset", buffer: "Buffer", start:
 
 def reached(config: DistillConfig, dataset: "Dataset", buffer: "Buffer", start: "DistilledSet",
             iterations: int) -> dict[str, Any]:
-    """What so many iterations make of a set."""
+    """Distils a set for this many iterations and evaluates it."""
     from distill.distillation import Distillation
     from distill.evaluate.networks import evaluate
 
@@ -150,7 +150,7 @@ def reached(config: DistillConfig, dataset: "Dataset", buffer: "Buffer", start: 
 
 
 def tested(config: DistillConfig, dataset: "Dataset", start: "DistilledSet") -> dict[str, float]:
-    """What a set is worth as it is, and how long it takes to know."""
+    """The accuracy of a set as it is, and the seconds that its evaluation takes."""
     from distill.evaluate.networks import evaluate
 
     began = perf_counter()
@@ -159,7 +159,7 @@ def tested(config: DistillConfig, dataset: "Dataset", start: "DistilledSet") -> 
 
 @contextlib.contextmanager
 def of_distilled() -> Iterator[None]:
-    """Inside, the distilled set is one to start from: who is refused hears of the option that was given."""
+    """Inside, the distilled set is given as --pix_init; refusals name the option that the user gave, --distilled."""
     try:
         yield
     except UserError as error:
@@ -184,7 +184,7 @@ def main() -> None:
     with of_distilled():
         check_options(of_saved)
 
-    from distill.checks import check_start, check_window  # and torch, which takes seconds
+    from distill.checks import check_start, check_window  # imports torch, which takes seconds
     from distill.initialize import checksums, initial_set, labellers_of
     from distill.loop import opened
     from utils.program.machine import machine
@@ -202,12 +202,12 @@ def main() -> None:
         with of_distilled():
             starts["distilled set"] = [initial_set(of_saved, dataset, labellers)[0].to(dataset.device)] * SEEDS
 
-    # What was found before; and what the first sets are worth.
+    # Earlier results, and the accuracy of the first sets.
     here, asked = machine(dataset.device), identity(config) | how_much(config)
     kept = Kept(files.get("json"), {name: str(value) for name, value in {
         **asked, **checksums(of_saved, dataset, buffer, labellers),
         **{name: here[name] for name in ("torch", "device", "processor")},
-        # They decide seconds, and with them how many iterations are equal in time.
+        # These decide the time of an iteration, and so how many fit into the same time.
         **{name: getattr(config, name) for name in ("backend", "micro_batch")}
     }.items()})
     before: list[dict[str, float]] = []
@@ -216,7 +216,7 @@ def main() -> None:
             before.append(kept.get(f"first set, seed {each.seed}", tested, each, dataset, start))
             bar.update()
 
-    # The gradients; an inner step of all of them is a step of the bar.
+    # The gradients; the bar counts inner steps, each of all gradients.
     found: dict[tuple[str, int, str], list[Measured]] = {}
     steps = sorted({*STEPS, config.syn_steps})
     settings, parts = list(product(steps, GRADIENTS)), {

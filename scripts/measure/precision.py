@@ -40,7 +40,7 @@ KINDS = {  # device → kind → backend, precision
 
 
 def kinds_on(device: "torch.device") -> dict[str, tuple[str, str]]:
-    """The kinds that can be had there, with a note of each backend that cannot."""
+    """The kinds that the device can run; notes each backend that it cannot."""
     from utils.derivatives.choose_engine import check_backend
 
     kinds = KINDS[device.type]
@@ -54,8 +54,8 @@ def kinds_on(device: "torch.device") -> dict[str, tuple[str, str]]:
 
 
 def errors(kinds: dict[str, tuple[str, str]], draw: int, device: "torch.device") -> dict[str, dict[str, float]]:
-    """Of these kinds, for one draw of network, data and augmentation."""
-    import torch  # which takes seconds; so here, and not for --help and refusals
+    """The errors of these kinds, for one draw of network, data and augmentation."""
+    import torch  # takes seconds, and --help and refusals do without it
 
     from distill.matching import match_trajectory
     from utils.data import augment

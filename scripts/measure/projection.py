@@ -37,14 +37,14 @@ from utils.program.console import duration, table
 from utils.program.entry import entry
 
 BENCHMARKS = [REPOSITORY / "results" / "benchmark" / name for name in ("cpu_w32.json", "cpu.json")]
-MICRO_BATCH = 100  # in the column `matching`
-SMALLEST = 10  # samples at a time, below which a GPU has no work
+MICRO_BATCH = 100  # assumed in the column `matching`
+SMALLEST = 10  # smallest micro-batch that keeps a GPU busy
 GPUS = {  # name → GB, TF32 TFLOP/s, GB/s
     "8 GB (RTX 3070)": (8, 20.3, 448), "24 GB (RTX 3090)": (24, 35.6, 936), "80 GB (A100)": (80, 156, 2039)}
 
 
 class Costs(NamedTuple):
-    """Of one image: forward operations, bytes of activations; of the network: bytes of θ."""
+    """Forward operations and bytes of activations per image; bytes of θ."""
 
     flops: int
     activations: int
@@ -52,7 +52,7 @@ class Costs(NamedTuple):
 
 
 def costs(network: str, image: tuple[int, int, int], classes: int) -> Costs:
-    import torch  # which takes seconds; so here, and not for --help and refusals
+    import torch  # takes seconds, and --help and refusals do without it
     from torch.utils.flop_counter import FlopCounterMode
 
     from utils.derivatives.choose_engine import activation_bytes
@@ -66,12 +66,12 @@ def costs(network: str, image: tuple[int, int, int], classes: int) -> Costs:
 
 
 def fit(paths: list[Path]) -> tuple[float, float]:
-    """ρ and c, from the two shapes, each in its own report or both in one."""
+    """ρ and c, fitted to the two shapes, which may be in one report or two."""
     rows = {}
     advice = "make one with scripts/measure/benchmark.py --part matching --shape cpu_w32 cpu --json FILE"
     with reading(f"--benchmark {' '.join(map(str, paths))}", advice, "is no benchmark of cpu_w32 and cpu"):
         reports = [json.loads(path.read_text()) for path in paths]
-        # What else the machine did slowed some of these down: the best is its own.
+        # Other load may have slowed some of these down: the best is the machine's rate.
         product, copy = (1e9 * max(report["rates"][name] for report in reports)
                          for name in ("product_gflops", "copy_gb_per_s"))
         for measured in (measured for report in reports for measured in report["matching"]):
@@ -87,7 +87,7 @@ def fit(paths: list[Path]) -> tuple[float, float]:
 
 
 class Setting(NamedTuple):
-    """A config, and what it is for the model above."""
+    """A config, with the quantities of the model above."""
 
     name: str
     config: DistillConfig
@@ -98,7 +98,7 @@ class Setting(NamedTuple):
     costs: Costs
 
     def seconds(self, gpu: str, rho: float, crossings: float) -> float:
-        """An iteration's, on one of `GPUS`."""
+        """Seconds of an iteration on one of `GPUS`."""
         _, tflops, bandwidth = GPUS[gpu]
         return self.config.syn_steps * self.batch * (
             12 * self.costs.flops / (rho * 1e12 * tflops) + crossings * self.costs.activations / (1e9 * bandwidth))

@@ -1,4 +1,4 @@
-"""What benchmark.py measures: parts, their methods, and shapes; known without torch."""
+"""What benchmark.py measures: parts, their methods, and shapes; importable without torch."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import yaml
 from utils.config import DistillConfig, make
 from utils.files import REPOSITORY
 
-PARTS = {  # part → its methods, the one that the others are compared with first
+PARTS = {  # part → its methods, the baseline first
     "matching": ("unroll", "plain", "tesla", "exact", "compiled", "graph"),
     "experts": ("bare", "synced", "eager", "compiled", "graph"),
     "evaluation": ("bare", "eager", "compiled", "graph")}
@@ -16,7 +16,7 @@ IMAGES = {  # dataset → (C, H, W), classes, test images
     "CIFAR10": ((3, 32, 32), 10, 10_000), "CIFAR100": ((3, 32, 32), 100, 10_000), "Tiny": ((3, 64, 64), 200, 10_000),
     "FashionMNIST": ((1, 28, 28), 10, 10_000), "MiniFashion": ((1, 28, 28), 10, 1_000),
     "ImageNet1K": ((3, 64, 64), 1000, 50_000)}
-GPU_MINUTES, MAX_SECONDS = 9.0, 180.0  # what is asked for where nothing is said
+GPU_MINUTES, MAX_SECONDS = 9.0, 180.0  # defaults of --max_minutes on a GPU, and of --max_seconds
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Shape:
     steps: int
     batch: int
     batch_train: int = 256
-    config: str = ""  # whose distillation it is, in the repository
+    config: str = ""  # the YAML that it is from, in the repository; empty: none
 
     def __str__(self) -> str:
         return (f"{self.name}: {self.network}, {'×'.join(map(str, self.image))}, {self.classes} classes, "
@@ -54,7 +54,7 @@ def all_shapes() -> dict[str, Shape]:
     return {shape.name: shape for shape in shapes}
 
 
-SENSIBLE = {  # what `--shape` all means; of shapes that differ in the number of images alone, one
+SENSIBLE = {  # what `--shape all` means; of shapes that differ only in their number of images, only one
     "cpu": ("cpu_w32", "cpu", "cpu_t80", "cpu_b200"),
     "cuda": ("cifar10_ipc1", "cifar10_ipc10", "cifar10_ipc50", "cifar100_ipc10", "cifar100_ipc50", "tiny_ipc10",
              "tiny_ipc50")}

@@ -1,4 +1,4 @@
-"""What the trials have in common: small settings of the programs, processes of them, and the end of a trial."""
+"""What the trials share: small settings for the programs, starting them as processes, and ending a trial."""
 
 import contextlib
 import os
@@ -22,15 +22,15 @@ TRAIN = (*COMMON, "--num_experts=3", "--train_epochs=2", "--save_interval=2", "-
          "--batch_train=256")
 DISTIL = ("--cfg=configs/MiniFashion/ConvIN/IPC1.yaml", *COMMON, "--expert_epochs=1", "--max_start_epoch=2",
           "--run_name=run", "--wandb=disabled")
-EXPERTS = "buffers/MiniFashion/ConvNetD1W4"  # where the programs put their files, in --buffer_path=buffers
-RUN = "logs/MiniFashion/1/ConvNetD1W4/run"  # and in --log_path=logs
-MOST_SECONDS = 300  # that a run may take
+EXPERTS = "buffers/MiniFashion/ConvNetD1W4"  # where the programs put their files, with --buffer_path=buffers
+RUN = "logs/MiniFashion/1/ConvNetD1W4/run"  # and with --log_path=logs
+MOST_SECONDS = 300  # time limit of a run
 TEMPORARY = re.compile(rf"\..+{re.escape(ASIDE)}\w{{8}}(\.\w+)?")
 
 
 def obey_permissions() -> None:
-    """Starts this trial again without root's right to read and write everything, so that closed folders are met as any
-    user meets them; other rights, such as to mount a disk, stay. Anybody else is left as they are."""
+    """Restarts this trial without root's right to read and write everything, so that closed folders are closed, as for
+    any user. Other rights, such as mounting a disk, are kept. Does nothing for other users."""
     status = Path("/proc/self/status")
     rights = re.search(r"CapEff:\s*(\w+)", status.read_text()) if status.exists() else None
     if rights and int(rights[1], 16) & 0b110 and shutil.which("setpriv"):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -44,14 +44,14 @@ def set_files(folder: Path | str) -> dict[str, str]:
 
 
 def load(path: Path | str) -> Any:
-    """What a file of torch's holds."""
-    import torch  # which takes seconds; so here, and not for --help and refusals
+    """Reads a file that torch wrote."""
+    import torch  # takes seconds, and --help and refusals do without it
 
     return torch.load(path, weights_only=True)
 
 
 def save(value: Any, path: Path | str) -> None:
-    """Writes a file of torch's; of an array its tensor."""
+    """Writes a file with torch; an array as a tensor."""
     import torch
 
     torch.save(torch.from_numpy(value) if isinstance(value, np.ndarray) else value, path)
@@ -64,12 +64,12 @@ def write_set(folder: Path, images: Any, labels: Any, lr: float = 0.01) -> None:
 
 
 def noise(*shape: int) -> np.ndarray:
-    """The same at every call."""
+    """Standard normal noise, the same at every call."""
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 def surroundings(cache: Path) -> dict[str, str]:
-    """The environment: one thread for every run, and a folder of the trial's own for the whitening."""
+    """The environment of a run: one thread, and a cache folder of the trial's own for the whitening."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"OMP_NUM_THREADS": "1", "DATM_CACHE": str(cache), "PYTHONUNBUFFERED": "1", "PATH": path,
                          "COLUMNS": "100"}
@@ -77,23 +77,23 @@ def surroundings(cache: Path) -> dict[str, str]:
 
 def start(command: Sequence[str], cache: Path, wrapper: Sequence[str] = (), more: dict[str, str] | None = None,
           **streams: Any) -> subprocess.Popen:
-    """A program and its options as a process.
+    """Starts a program with its options as a process.
 
     Args:
-        wrapper: what it is started by.
-        more: of its environment.
+        wrapper: a command that starts it.
+        more: additions to its environment.
     """
     environment = surroundings(cache) | (more or {})
     return subprocess.Popen([*wrapper, sys.executable, *command], cwd=REPOSITORY, env=environment, text=True, **streams)
 
 
 def temporary(folder: Path) -> list[str]:
-    """The temporary files below a folder, which a killed program may leave, and no other."""
+    """The temporary files below a folder, which only a killed program may leave."""
     return sorted(path.name for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name))
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a file does: its size and its time, by its path."""
+    """Size and modification time of every file below a folder, by path."""
     found = {}
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # it was renamed meanwhile
@@ -104,7 +104,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def conclude(path: Path | None, report: dict[str, Any], failed: bool) -> None:
-    """Writes the report, if that is asked for; exit code 1 if something failed."""
+    """Writes the report, if there is a path for it; exits with code 1 if something failed."""
     save_report(path, report)
     if failed:
         sys.exit(1)

@@ -41,12 +41,12 @@ from utils.program.entry import entry
 from utils.program.progress import Progress
 
 MARKER, FOREIGN = "it ran", "somebody else's"
-# Lists of lists of lists, each of which names the one before nine times.
+# Nested lists, each of nine aliases of the one before ("billion laughs").
 LAUGHS = b"a0: &a0 [x]\n" + b"".join(
     b"a%d: &a%d [%s]\n" % (number, number, b", ".join([b"*a%d" % (number - 1)] * 9)) for number in range(1, 30))
 EPOCH = "buffers/*/*/unfinished/expert_{}/epoch_1.pt"  # of an expert that is being trained
 METRICS, CHECKPOINT, RESULT = (f"{common.RUN}/{name}" for name in ("metrics.jsonl", "checkpoint.pt", "result.json"))
-RHO = ("--rho_max=0.05", "--rho_min=0.05")  # another one than that of the experts that are there
+RHO = ("--rho_max=0.05", "--rho_min=0.05")  # not that of the experts that are there
 
 
 class SkippedError(Exception):
@@ -54,7 +54,7 @@ class SkippedError(Exception):
 
 
 class Bomb:
-    """Code in a file: unpickling it makes a folder."""
+    """Code in a file: unpickling it makes the folder `marker`."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -67,35 +67,35 @@ class Bomb:
 
 
 class Scene:
-    """A folder of the fault's own, with what the programs need in it, and the table's row."""
+    """A fault's own folder, with what the programs need, and its row of the table."""
 
     def __init__(self, folder: Path, experts: Path, cache: Path):
         self.folder, self._experts, self._cache = folder, experts, cache
-        self.disk = folder / "disk"  # where a small disk is mounted, if one is
+        self.disk = folder / "disk"  # where a small disk is mounted, if the fault needs one
         self.disk.mkdir(parents=True)
         self.row: dict[str, Any] = {}
-        self.environment: dict[str, str] = {}  # what a fault adds to that of the programs
+        self.environment: dict[str, str] = {}  # added to that of the programs
 
     def copy_experts(self, manifests: bool = True) -> Path:
-        """Three experts in two files; without their manifests they are as published ones are. The first file."""
+        """Copies three experts in two files, and returns the first; without manifests they are like published ones."""
         shutil.copytree(self._experts, self.disk / "buffers", dirs_exist_ok=True,
                         ignore=None if manifests else shutil.ignore_patterns("*.yaml", "*.jsonl"))
         return self.disk / common.EXPERTS / "replay_buffer_0.pt"
 
     def write_set(self, **other: Any) -> None:
-        """A distilled set, random but for the tensors that are given."""
+        """Writes a distilled set, random except for the given tensors."""
         tensors = {"images": common.noise(10, 1, 28, 28), "labels": common.noise(10, 10)} | other
         common.write_set(self.folder / "set", **tensors)
 
     def prepare(self, script: str) -> None:
-        """What a program needs is put there."""
+        """Puts a program's input into the folder."""
         if script == EVALUATION:
             self.write_set()
         else:
             self.copy_experts()
 
     def usual(self, script: str) -> list[str]:
-        """A program, and the options with which all is well."""
+        """A program, with options that work."""
         buffers = f"--buffer_path={self.disk}/buffers"
         files = [f"--{name}={path}" for name, path in common.set_files(self.folder / "set").items()]
         return [script, *{
@@ -110,7 +110,7 @@ class Scene:
                             stderr=subprocess.PIPE)
 
     def run(self, *command: str, expect: int = 0, wrapper: tuple[str, ...] = ()) -> str:
-        """What a program printed on stderr."""
+        """Runs a program, checks its exit code and returns its stderr."""
         with self.start(*command, wrapper=wrapper) as process:
             out, err = process.communicate(timeout=common.MOST_SECONDS)
         assert process.returncode == expect, f"exit code {process.returncode} instead of {expect}\n{out}\n{err}"
@@ -118,7 +118,7 @@ class Scene:
         return err
 
     def refused(self, *command: str, alone: bool = True) -> None:
-        """Runs a program that must be answered by one line, with nothing lost; fills the row.
+        """Runs a program that must be refused in one line, with nothing lost; fills the row.
 
         Args:
             alone: no other program writes files meanwhile.
@@ -138,14 +138,14 @@ class Scene:
         self.row |= {"program": Path(command[0]).name, "exit_code": 2, "printed": shortened(errors[0], self.folder)}
 
     def answered(self, unnoticed: str, *command: str, wrapper: tuple[str, ...] = ()) -> None:
-        """Runs a program that does not mind, for the reason that is given, or that must be refused; fills the row."""
+        """Runs a program that must be refused, or must succeed if there is a reason (`unnoticed`); fills the row."""
         if not unnoticed:
             return self.refused(*command)
         self.run(*command, wrapper=wrapper)
         self.row |= {"program": Path(command[0]).name, "exit_code": 0, "printed": f"nothing: {unnoticed}"}
 
     def wait_for(self, pattern: str, process: subprocess.Popen) -> Path:
-        """The first file of that pattern on the disk, as soon as it is there."""
+        """Waits for a file of that pattern on the disk, and returns it."""
         while not (there := sorted(self.disk.glob(pattern))):
             assert process.poll() is None, f"it ended before: {process.communicate()}"
             sleep(0.002)
@@ -157,7 +157,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 def shortened(line: str, folder: Path) -> str:
-    """An error line without the name of its program, and of paths the last part only."""
+    """An error line without the name of its program, with only the last part of paths."""
     line = line.split(": error: ", 1)[1]
     line = re.sub(r"process \d+ on [\w.-]+", "process … on …", line)
     return re.sub(rf"{re.escape(str(folder))}(/[^\s,;:')]*)?", lambda path: Path(path[0]).name, line)
@@ -168,7 +168,7 @@ def shortened(line: str, folder: Path) -> str:
 
 @contextlib.contextmanager
 def small_disk(scene: Scene, kilobytes: int) -> Iterator[None]:
-    """A tmpfs in the place of the scene's disk."""
+    """Mounts a tmpfs as the scene's disk."""
     if sys.platform != "linux" or os.geteuid():
         raise SkippedError("mounting a small disk wants root on Linux")
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(scene.disk)],
@@ -187,7 +187,7 @@ def remount(scene: Scene, option: str) -> None:
 
 @contextlib.contextmanager
 def read_only(scene: Scene) -> Iterator[None]:
-    """Whatever lies on the scene's disk then, which can be read only. Permissions do not stop root, a mount does."""
+    """Makes the scene's disk read-only, with whatever is on it; by a mount, as permissions do not stop root."""
     aside = shutil.copytree(scene.disk, scene.folder / "aside")
     with small_disk(scene, 16_000):
         shutil.copytree(aside, scene.disk, dirs_exist_ok=True)
@@ -196,14 +196,14 @@ def read_only(scene: Scene) -> Iterator[None]:
 
 
 def fill(scene: Scene) -> None:
-    """Takes all that is left of a small disk."""
+    """Takes all the space that is left on a small disk."""
     with contextlib.suppress(OSError), (scene.disk / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
 def filled_when(scene: Scene, pattern: str, command: list[str]) -> None:
-    """Refused, as the disk fills up when a file of that pattern appears."""
+    """A command is refused because the disk fills up as soon as a file of that pattern appears."""
     stop = threading.Event()
 
     def watch() -> None:
@@ -227,12 +227,12 @@ def filled_when(scene: Scene, pattern: str, command: list[str]) -> None:
 
 def no_space(scene: Scene, script: str, kilobytes: int, *options: str, full: bool = False, full_when: str = "",
              results: str = "", count: int = 1) -> None:
-    """On a small disk a program is refused; with space, the same command goes on to its end.
+    """A program is refused on a small disk; once there is space, the same command goes on to its end.
 
     Args:
-        full, full_when: nothing is left of it from the beginning, or once there is a file of that pattern.
-        results, count: the pattern of what the program makes, and how many there are in the end; none: it would take
-            too long.
+        full, full_when: the disk is full from the beginning, or once there is a file of that pattern.
+        results, count: the pattern of what the program makes, and how many there are in the end; empty: it is not run
+            again, as that would take too long.
     """
     with small_disk(scene, kilobytes):
         scene.prepare(script)
@@ -261,7 +261,7 @@ def damaged_experts(scene: Scene, damage: Callable[[Path], None], script: str = 
                     unnoticed: str = "") -> None:
     """
     Args:
-        unnoticed: why the program does not mind; else it is refused.
+        unnoticed: why the program succeeds nevertheless; empty: it is refused.
     """
     damage(scene.copy_experts(manifests))
     scene.answered(unnoticed, *scene.usual(script))
@@ -283,10 +283,10 @@ def set_with_nan(scene: Scene) -> None:
 
 
 def second_is_refused(scene: Scene, script: str, at_work: str, *options: str) -> None:
-    """Of two runs at the same time.
+    """Of two runs at the same time, the second one is refused.
 
     Args:
-        at_work: the pattern of a file that the first one writes before the second one is started.
+        at_work: the pattern of a file; the second run is started once the first one has written it.
     """
     scene.prepare(script)
     command = [*scene.usual(script), *options]
@@ -303,10 +303,10 @@ def second_is_refused(scene: Scene, script: str, at_work: str, *options: str) ->
 
 def interrupted(scene: Scene, damage: Callable[[Path], None], script: str, pattern: str, *options: str,
                 unnoticed: str = "") -> None:
-    """A program is killed as soon as there is a file of that pattern, which is damaged before it is to go on.
+    """A program is killed as soon as there is a file of that pattern, which is damaged before the program is resumed.
 
     Args:
-        unnoticed: why the program does not mind; else it is refused, and starts over where it is asked to.
+        unnoticed: why the program succeeds nevertheless; empty: it is refused, and starts over with --resume=never.
     """
     scene.prepare(script)
     command = [*scene.usual(script), *options]
@@ -320,7 +320,7 @@ def interrupted(scene: Scene, damage: Callable[[Path], None], script: str, patte
 
 
 def experts_of_another_rho(scene: Scene) -> None:
-    """Two files of them, one of which was trained elsewhere."""
+    """Among the expert files is one that was trained elsewhere, with another rho."""
     path = scene.copy_experts()
     others = scene.folder / "others"
     scene.run(*scene.usual(BUFFER), *RHO, "--num_experts=1", f"--buffer_path={others}")
@@ -336,7 +336,7 @@ def experts_of_another_rho_are_added(scene: Scene) -> None:
 
 def closed_folder(scene: Scene, script: str, option: str = "", *more: str, variable: str = "",
                   unnoticed: str = "") -> None:
-    """A path below a folder that may not be entered, in an option or a variable of the environment."""
+    """A path below a folder that may not be entered, in an option or an environment variable."""
     scene.prepare(script)
     closed = scene.folder / "closed"
     closed.mkdir(mode=0)
@@ -365,8 +365,8 @@ def nobody_listens(scene: Scene, script: str, how: str, results: str) -> None:
 def hostile(scene: Scene, prepare: Callable[[Scene], list[str]], script: str = DATM, unnoticed: str = "") -> None:
     """
     Args:
-        prepare: puts what somebody else made where the program meets it; options for it.
-        unnoticed: why the program does not mind; else it is refused.
+        prepare: puts a file of somebody else's where the program meets it, and returns options for the program.
+        unnoticed: why the program succeeds nevertheless; empty: it is refused.
     """
     scene.prepare(script)
     scene.answered(unnoticed, *scene.usual(script), *prepare(scene))
@@ -433,7 +433,7 @@ def flip(path: Path, bit: int, becomes: float) -> None:
     first, scale = (tensor.numpy() for tensor in experts[0][0][1:3])
     content = bytearray(path.read_bytes())
     assert (scale == 1).all(), "the third tensor is not the norm's weight"
-    # The tensors of a snapshot follow each other, so that the bias before it tells where in the file it is.
+    # The tensors of a snapshot are stored in order, so the bias before it tells where in the file it is.
     offset = content.index(first.tobytes() + scale.tobytes()) + first.nbytes
     content[offset + bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
@@ -550,7 +550,7 @@ def main() -> None:
                 function(scene)
             except SkippedError as reason:
                 scene.row = {"printed": f"skipped: {reason}"}
-            except Exception as error:  # the other faults are worth knowing all the same
+            except Exception as error:  # the other faults are still worth trying
                 failures.append(name)
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 scene.row |= {"printed": f"FAILED: {' '.join(str(error).split())[:60]}"}

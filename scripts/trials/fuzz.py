@@ -40,7 +40,7 @@ from pathlib import Path
 from time import perf_counter
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"  # a fork inherits no thread of a pool
+    os.environ[variable] = "1"  # a fork does not inherit the threads of a pool
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from utils.program.process_settings import tune_process
@@ -62,8 +62,8 @@ from utils.errors import number_of, obeyed, shortened
 from utils.files import REPOSITORY
 from utils.program.entry import entry
 
-TIMEOUT = 20  # seconds of the processor
-WAIT = 120.0  # seconds, where other programs keep the processor busy
+TIMEOUT = 20  # seconds of processor time
+WAIT = 120.0  # seconds by the clock, as other programs may keep the processor busy
 MEMORY = 16 << 30  # bytes of address space
 LONGEST_LINE = 1000  # characters of a refusal
 TESLA, BASELINE = "distill/DATM_tesla.py", "distill/baseline.py"
@@ -74,7 +74,7 @@ WITH_YAML = (DATM, TESLA)
 EPOCHS = 3  # of the toy's experts
 CLASSES, IMAGES = ("blue", "green", "red"), {"train": 6, "test": 2}  # images of each class
 
-# A refusal that can only come after something was finished, which is kept.
+# Refusals that can only come after some results were written, which are kept.
 LATE = re.compile(r"diverged in epoch|times in a row")
 
 
@@ -82,12 +82,12 @@ LATE = re.compile(r"diverged in epoch|times in a row")
 
 
 class Sandbox:
-    """`shared/`, which no input may change, and `work/`, made anew for each input, where it stands."""
+    """The folders of the inputs: `shared/`, which none may change, and `work/`, where each runs, made anew for it."""
 
     def __init__(self, root: Path):
         self.root, self.shared, self.work = root, root / "shared", root / "work"
-        self.repository = self.work / "repository"  # stands in its place: paths in a YAML are relative to it
-        # Of an input, beside what it must not change.
+        self.repository = self.work / "repository"  # a stand-in: paths in a YAML are relative to it
+        # Outside `root`, where files are watched for changes.
         self.outputs = [root.with_name("stdout"), root.with_name("stderr")]
 
     def build(self) -> None:
@@ -125,7 +125,7 @@ class Sandbox:
         return {**data, **evaluation, **experts, "ipc": "1", "json": "out/result.json"}
 
     def renew(self) -> None:
-        """An empty `work/` but for files and folders that odd paths point to."""
+        """Makes `work/` anew, empty except for files and folders that odd paths point to."""
         if self.work.exists():
             (self.work / "unreadable").chmod(0o700)
             shutil.rmtree(self.work)
@@ -140,7 +140,7 @@ class Sandbox:
         (self.work / "loop").symlink_to("loop")
 
     def allows(self, path: str) -> bool:
-        """Whether a path, from either of the places it can be relative to, is one that a run may write to."""
+        """Whether a run may write to a path, from either of the folders that it can be relative to."""
         allowed = tuple(f"{folder}{os.sep}" for folder in (self.work, self.shared))
         return path.startswith(("/proc/", "/dev/null")) or all(
             f"{absolute(start, path)}{os.sep}".startswith(allowed) for start in (self.work, self.repository))
@@ -150,7 +150,7 @@ class Sandbox:
         return text.replace(str(self.root), "SANDBOX").replace(str(REPOSITORY), ".")
 
     def files(self) -> dict[str, tuple[int, int]]:
-        """Every file but what is kept for the next run, with its size and time of change."""
+        """Size and modification time of every file, except finished ones in the cache, which is kept between runs."""
         return {path: status for path, status in common.state(self.root).items()
                 if os.path.basename(path).startswith(".") or os.path.dirname(path) != os.environ["DATM_CACHE"]}
 
@@ -181,7 +181,7 @@ class Sandbox:
                 resource.setrlimit(limit, most)
             for number, path in enumerate(self.outputs, 1):
                 os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), number)
-            # As Python makes them where the locale is a UTF-8 one.
+            # As Python opens them in a UTF-8 locale.
             sys.stdout.reconfigure(encoding="utf-8", errors="strict", line_buffering=False)
             sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
             for number in (1, 2) if case.unheard else ():
@@ -224,7 +224,7 @@ def absolute(start: Path, path: str) -> str:
 
 
 class Yaml(typing.NamedTuple):
-    """A YAML file and what it means; None: nothing, so that it must be refused."""
+    """A YAML file and its meaning; None: it has none and must be refused."""
 
     content: bytes
     meaning: dict[str, str] | None
@@ -237,7 +237,7 @@ class Case(typing.NamedTuple):
     arguments: list[str]
     yaml: Yaml | None
     plain: bool  # made of nothing odd, so that it must run
-    unheard: str = ""  # "full", "closed": where the output goes, if nobody is to hear it
+    unheard: str = ""  # "full" or "closed": how stdout and stderr refuse the output
 
     def command(self, sandbox: Sandbox) -> str:
         content = f"   # given.yaml: {shortened(repr(self.yaml.content), 600)}" if self.yaml else ""
@@ -255,7 +255,7 @@ class Outcome(typing.NamedTuple):
     stdout: str
     stderr: str
     new: list[str]  # files
-    changed: list[str]  # files that were there and are gone or not the same
+    changed: list[str]  # files that existed before and are gone or different
     seconds: float
 
 
@@ -263,7 +263,7 @@ class Outcome(typing.NamedTuple):
 
 
 class MeaninglessError(Exception):
-    """No value of the option's type, or no command line at all."""
+    """A text that is no value of the option's type, or arguments that are no command line at all."""
 
 
 PATHS = {"data_path", "buffer_path", "log_path", "Initialize_Label_Model_Dir", "data_dir", "label_dir", "lr_dir",
@@ -276,10 +276,10 @@ YES, NO = {"1", "true", "on", "yes", "t", "y"}, {"0", "false", "off", "no", "f",
 
 
 def read(name: str, text: str, hint: typing.Any) -> typing.Any:
-    """The value that a text must have, by the option's type alone.
+    """The value that a text means, by the option's type alone.
 
     Raises:
-        MeaninglessError
+        MeaninglessError: it means none.
     """
     types = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else ()
     if type(None) in types:
@@ -292,7 +292,7 @@ def read(name: str, text: str, hint: typing.Any) -> typing.Any:
         if text == "auto":
             return text
         hint = float
-    value, means = text, True  # names; and the device, which no run saves
+    value, means = text, True  # a name, or the device, which no run saves
     if typing.get_origin(hint) is typing.Literal:
         means = text in typing.get_args(hint)
     elif hint is bool:
@@ -310,11 +310,11 @@ def read(name: str, text: str, hint: typing.Any) -> typing.Any:
 
 
 class HelpError(Exception):
-    """Help is asked for."""
+    """The arguments ask for help."""
 
 
 class Reader(argparse.ArgumentParser):
-    """Python's own reader of command lines, which says by exceptions what it found."""
+    """Python's own parser of command lines, with exceptions for errors and for help."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise MeaninglessError(message)
@@ -327,7 +327,7 @@ def command_line(case: Case) -> dict[str, str]:
     """Option → its last text on the command line.
 
     Raises:
-        MeaninglessError: not options and their values alone.
+        MeaninglessError: something other than options and their values.
         HelpError
     """
     reader = Reader(allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -337,7 +337,7 @@ def command_line(case: Case) -> dict[str, str]:
 
 
 def meaning(case: Case, sandbox: Sandbox) -> dict[str, typing.Any]:
-    """Option → value of everything the entry has.
+    """Option → value, for every option of the entry.
 
     Raises:
         MeaninglessError
@@ -353,7 +353,7 @@ def meaning(case: Case, sandbox: Sandbox) -> dict[str, typing.Any]:
         for name, text in case.yaml.meaning.items():
             if name not in hints:
                 raise MeaninglessError(name)
-            if name not in given:  # else it may be wrong
+            if name not in given:  # an overridden value may be wrong
                 values[name] = _from_repository(text, sandbox) if name in PATHS else read(name, text, hints[name])
     for name, text in given.items():
         values[name] = absolute(sandbox.work, text) if name in PATHS and text else read(name, text, hints[name])
@@ -370,7 +370,7 @@ def _from_repository(text: str, sandbox: Sandbox) -> str:
 
 
 def problems(case: Case, outcome: Outcome, sandbox: Sandbox) -> list[str]:
-    """Everything that is wrong with what an input led to."""
+    """Everything that is wrong with the outcome of an input."""
     found = []
     output = outcome.stdout + outcome.stderr
     if "Traceback (most" in output or re.search(r"\b\w*Warning: ", output):
@@ -398,9 +398,9 @@ def _problems_of_refusal(case: Case, outcome: Outcome) -> list[str]:
     found = [f"{Path(path).name} was changed by a refused input" for path in outcome.changed]
     if case.plain:
         found.append("a good input was refused")
-    if case.unheard:  # nor can what it left be told from what came before a late refusal
+    if case.unheard:  # without its output, a late refusal, which may leave files, cannot be recognised
         return found
-    # As a terminal counts lines: Unicode's other line ends are characters like any other.
+    # Lines as on a terminal, where Unicode's other line ends are characters like any other.
     lines = [line for line in outcome.stderr.split("\n") if line.strip()]
     errors = [line for line in lines if line.startswith(f"{Path(case.script).name}: error: ")]
     if len(errors) != 1 or lines[-1] not in errors:
@@ -416,7 +416,7 @@ def _problems_of_refusal(case: Case, outcome: Outcome) -> list[str]:
 
 
 def _problems_of_run(case: Case, values: dict[str, typing.Any], outcome: Outcome, sandbox: Sandbox) -> list[str]:
-    own = {values.get("json"), values.get("save")}  # whatever lies there is meant to be replaced
+    own = {values.get("json"), values.get("save")}  # a file there is meant to be replaced
     found = [f"{Path(path).name} was changed" for path in outcome.changed if path not in own]
     if values.get("dry_run"):
         return found + (["a dry run wrote files"] if outcome.new else [])
@@ -485,7 +485,7 @@ BOOLEANS = ["True", "true", "TRUE", "1", "yes", "on", "t", "Y", "False", "false"
 FALSE = ["False", "false", "0", "no", "off", "f", "N"]
 UNSET = ["None", "none", "null", "~", ""]
 
-# Values that are good whatever the others, as long as they come from here too.
+# Values that are good in any combination with each other.
 _EVERY = {
     "seed": ["0", "7", "-3", "+5", "007", "1_000", "4.0", "99999999999999999999"], "dsa": BOOLEANS,
     "dsa_strategy": ["color", "flip_scale", "none", "", "color_crop_cutout_flip_scale_rotate"],
@@ -559,7 +559,7 @@ ODD_NAMES = {
     "val_fraction": ["0.5", "0.9", "0.99", "1", "1e-9"], "Initialize_Label_With_Another_Model": ["True"],
     "min_start_epoch": ["1", "2"], "expert_epochs": ["2", "4"], "pad": ["True"], "wandb": ["Auto", "yes"],
     "loss_ratio": ["0.5", "0.999"], "depth_ratio": ["0.999"], "dry_run": ["True"], "train_epochs": ["9" * 20]}
-NETWORKED = {"wandb": {"online", "offline"}, "backend": {"compile"}}  # left out: see above
+NETWORKED = {"wandb": {"online", "offline"}, "backend": {"compile"}}  # left out, see the top
 WORK = {"num_experts", "train_epochs", "Iteration", "syn_steps", "num_eval", "epoch_eval_train"}  # multiply the work
 MOST_WORK = 6
 WILD_TOKENS = ["--", "-", "---", "-x", "-1", "configs/x.yaml", "x", "--=1", "--=", "=", "-seed=1", "---seed=1",
@@ -572,7 +572,7 @@ WILD_TOKENS = ["--", "-", "---", "-x", "-1", "configs/x.yaml", "x", "--=1", "--=
 
 
 def odd_values(name: str, sandbox: Sandbox) -> st.SearchStrategy[str]:
-    """Texts for an option, mostly wrong ones; none that would take minutes, or lead outside the sandbox."""
+    """Texts for an option, mostly wrong ones, but none that would take minutes or lead outside the sandbox."""
     kinds = [st.sampled_from(NUMBERS), st.sampled_from(TEXTS), st.integers(-2**70, 2**70).map(str),
              st.floats().map(repr), st.text(max_size=30), st.text(alphabet=string.punctuation + " 01eE", max_size=8)]
     if name in ODD_NAMES:
@@ -596,7 +596,7 @@ def odd_values(name: str, sandbox: Sandbox) -> st.SearchStrategy[str]:
 
 @st.composite
 def cases(draw: typing.Callable[..., typing.Any], script: str, sandbox: Sandbox) -> Case:
-    """Inputs of an entry: one in five of nothing odd."""
+    """Inputs of an entry; one in five has nothing odd in it."""
     plain = draw(st.integers(0, 4)) == 0
     good, hints = GOOD[script], typing.get_type_hints(ENTRIES[script])
     options = list(sandbox.usual(script).items())
@@ -637,7 +637,7 @@ def cases(draw: typing.Callable[..., typing.Any], script: str, sandbox: Sandbox)
 
 
 def misspelt(name: str) -> st.SearchStrategy[str]:
-    """An option's name with one letter less, twice or in the other case, two swapped, cut, or with something behind."""
+    """An option's name with a letter missing, doubled, swapped or in the other case, cut off, longer, or hyphenated."""
     def at(place: int) -> list[str]:
         before, letter, behind = name[:place], name[place], name[place + 1:]
         return [before + behind, before + 2 * letter + behind, before + letter.swapcase() + behind,
@@ -648,7 +648,7 @@ def misspelt(name: str) -> st.SearchStrategy[str]:
 
 
 def spelt(name: str, text: str, hint: typing.Any) -> st.SearchStrategy[list[str]]:
-    """The tokens of an option: in one word, in two, or, of a switch, its name alone."""
+    """The tokens of an option: one word, two, or for a switch its name alone."""
     forms = [[f"--{name}={text}"]]
     if not text.startswith("-") or re.fullmatch(r"-\d+", text):
         forms.append([f"--{name}", text])
@@ -661,12 +661,12 @@ def spelt(name: str, text: str, hint: typing.Any) -> st.SearchStrategy[list[str]
 
 
 def plain_yamls(pairs: dict[str, str], sandbox: Sandbox) -> st.SearchStrategy[Yaml]:
-    """One key a line, quoted in one of the ways that YAML has."""
+    """Files with one key a line, each value in one of YAML's styles of quoting."""
     pairs = {name: text for name, text in pairs.items() if name not in PATHS or sandbox.allows(text)}
 
     def write(quotes: list[int]) -> Yaml:
         lines = [f"{name}: {_quoted(text, quote)}" for (name, text), quote in zip(pairs.items(), quotes)]
-        # A file of no keys is refused.
+        # A file without keys is refused.
         return Yaml("\n".join(["canvas_size: 2" if not lines else "# a comment", *lines, ""]).encode(), pairs)
 
     return st.lists(st.integers(0, 2), min_size=len(pairs), max_size=len(pairs)).map(write)
@@ -683,7 +683,7 @@ def _quoted(text: str, quote: int) -> str:
 
 
 def odd_yamls(pairs: dict[str, str], sandbox: Sandbox) -> st.SearchStrategy[Yaml]:
-    """Files that are not YAML, no options, or options written in ways that YAML allows."""
+    """Files that are not YAML, YAML that does not hold options, and options in unusual YAML."""
     layers = b"[" + b", ".join([b"x"] * 9) + b"]"
     for level in range(9):
         layers = b"[&b%d %s, %s]" % (level, layers, b", ".join([b"*b%d" % level] * 9))
@@ -734,7 +734,7 @@ def odd_yamls(pairs: dict[str, str], sandbox: Sandbox) -> st.SearchStrategy[Yaml
 
 
 def import_everything() -> None:
-    """What the programs import and takes seconds: for the forked children, and not for --help and refusals."""
+    """Imports, once for all forked children, what takes seconds; --help and refusals do without it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -746,14 +746,14 @@ def import_everything() -> None:
 
 
 def refuse_connections() -> None:
-    """No input may reach the network: what would be downloaded is not there."""
+    """Cuts inputs off the network, so that downloads fail."""
     def refuse(*_: typing.Any, **__: typing.Any) -> typing.NoReturn:
         raise socket.gaierror(socket.EAI_NONAME, "the fuzz test has no network")
     socket.getaddrinfo = refuse
 
 
 def fuzz(inputs: int, seed: int, sandbox: Sandbox) -> dict[str, typing.Any]:
-    """Runs so many inputs; returns counts by entry and exit code, and every failure."""
+    """Runs the inputs; returns counts by entry and exit code, and every failure."""
     codes: dict[str, collections.Counter] = {script: collections.Counter() for script in ENTRIES}
     plain, seconds, failures, timeouts = [], [], [], []
 
@@ -789,7 +789,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which ones (%(default)s)")
     args = parser.parse_args()
     common.obey_permissions()
-    sys.stdout.reconfigure(errors="backslashreplace")  # of whatever odd text a failing command line holds
+    sys.stdout.reconfigure(errors="backslashreplace")  # for odd text in a failing command line
     import_everything()
     refuse_connections()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
@@ -798,11 +798,11 @@ def main() -> None:
                        "WANDB_API_KEY": "", "WANDB_MODE": "", "NETRC": os.devnull, "CUDA_VISIBLE_DEVICES": ""}
         sandbox.build()
         gc.collect()
-        gc.freeze()  # so that the children's collections do not copy the parent's pages
+        gc.freeze()  # so that garbage collection in the children does not copy the parent's pages
         began = perf_counter()
         report = fuzz(args.inputs, args.seed, sandbox)
         report["seconds"] = round(perf_counter() - began)
-        sandbox.renew()  # nothing unreadable is left to delete
+        sandbox.renew()  # so that everything can be deleted
         (sandbox.work / "unreadable").chmod(0o700)
     gc.unfreeze()
     print(f"{number_of(report['inputs'], 'input')}, seed {args.seed}, {report['of_nothing_odd']} of nothing odd, in "

@@ -49,8 +49,8 @@ from utils.program.entry import entry
 from utils.program.progress import Progress
 
 LOOK_SECONDS = 0.0005  # between two looks at a folder
-QUICKER = 0.7  # the pace of a case after a run that ended before it was killed
-MOST_IN_A_ROW = 4  # kills of one run, so that there is time for it to end
+QUICKER = 0.7  # factor on the time until a kill, after a run that ended before it was killed
+MOST_IN_A_ROW = 4  # kills of one run, which then has time to end
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 OF_THE_RUN = {"seconds", "date", "id", "buffer_path", "log_path", "data_dir", "label_dir", "lr_dir", "save", "json"}
 
@@ -60,7 +60,7 @@ OF_THE_RUN = {"seconds", "date", "id", "buffer_path", "log_path", "data_dir", "l
 
 @dataclass(frozen=True)
 class Case:
-    """A command. `{out}` is the folder of the run, `{experts}` and `{set}` what the undisturbed ones made."""
+    """A command. `{out}` is the folder of the run, `{experts}` and `{set}` are what the undisturbed runs made."""
 
     name: str
     script: str
@@ -72,15 +72,15 @@ _DISTILLATION = (*common.DISTIL, "--val_fraction=0.8", "--Iteration=40", "--eval
                  "--epoch_eval_train=10", "--num_eval=2", "--skip_first_eva=False", "--buffer_path={experts}",
                  "--log_path={out}/logs")
 _EVALUATION = (*common.COMMON, "--val_fraction=0.8", "--json={out}/result.json")
-# Momentum, a last file with fewer experts than the others; PAD's order of images, all in one file.
+# EXPERTS: momentum, and a last file with fewer experts than the others. PAD: its curriculum, all experts in one file.
 EXPERTS = Case("experts", BUFFER, (*_EXPERTS, "--mom=0.9"))
 PAD = Case("experts, pad", BUFFER, (*_EXPERTS, "--num_experts=3", "--save_interval=10", "--pad", "--seed=1",
                                     "--init_ratio=0.5", "--add_end_epoch=1", "--rm_epoch_first=1",
                                     "--rm_epoch_second=2"))
-# An average of images, log α; short batches, TESLA.
+# DISTILLATION: averaged images, log α. TESLA: its gradient, small batches.
 DISTILLATION = Case("distillation", DATM, (*_DISTILLATION, "--ema=True", "--lr_param=log"))
 TESLA = Case("distillation, tesla", DATM, (*_DISTILLATION, "--matching=tesla", "--batch_syn=4", "--load_all"))
-# From the whole set; from the published files, without augmentation.
+# EVALUATION: of the self-describing file. FILES: of the published files, without augmentation.
 EVALUATION = Case("evaluation", common.EVALUATION, (*_EVALUATION, "--data_dir={set}/distilled.safetensors",
                                                     "--num_eval=8", "--epoch_eval_train=50"))
 FILES = Case("evaluation, files", common.EVALUATION, (
@@ -93,7 +93,7 @@ class Run:
     """A case in a folder of its own.
 
     Args:
-        out: the folder, beside which a file gets what the case prints.
+        out: the folder; what the case prints goes into a file beside it.
         made: the folder of the undisturbed runs.
     """
 
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all experts are there, for to start that program again is to ask for more of them."""
+        """Whether all experts are there: starting their program again would ask for more of them."""
         if self.case.script != BUFFER:
             return False
         folder = self.out / common.EXPERTS
@@ -116,7 +116,7 @@ class Run:
 
     @contextlib.contextmanager
     def started(self) -> Iterator[subprocess.Popen]:
-        """The process, which does not outlive the block."""
+        """The process; it is killed at the end of the block."""
         paths = {"out": self.out, "experts": self.made / EXPERTS.name / "buffers",
                  "set": self.made / DISTILLATION.name / common.RUN / "Normal"}
         command = [self.case.script, *(option.format(**paths) for option in self.case.options)]
@@ -129,11 +129,11 @@ class Run:
 
     @property
     def size(self) -> int:
-        """Of what was printed so far."""
+        """Bytes printed so far."""
         return self.printed.stat().st_size
 
     def finish(self) -> dict[str, float]:
-        """Lets it run to its end. The seconds that there are for each way to kill it."""
+        """Lets it run to its end; returns the seconds that there are for each way to kill it."""
         began = first_line = perf_counter()
         if not self.is_complete:
             size = self.size
@@ -154,9 +154,9 @@ class Run:
         """Kills it after that time; False if it ended before.
 
         Args:
-            how: from the start on (whole), from its first line on (work), or then at the next change of a file
-                (change).
-            size: of what was printed before it was started.
+            how: from when the time counts: its start (whole) or its first line (work, change); with `change`, the kill
+                then waits for the next change of a file.
+            size: bytes printed before it was started.
         """
         while how != "whole" and process.poll() is None and self.size == size:
             sleep(LOOK_SECONDS)
@@ -169,7 +169,7 @@ class Run:
         return process.wait() == -signal.SIGKILL
 
     def compare(self) -> dict[str, Any]:
-        """Refuses a folder that does not hold exactly what the undisturbed run made, which it returns."""
+        """Asserts that the folder holds exactly what the undisturbed run made, and returns that."""
         expected, found = contents(self.made / self.case.name), contents(self.out)
         assert found.keys() == expected.keys(), f"other files: {sorted(found.keys() ^ expected.keys())}"
         different = [name for name in found if found[name] != expected[name]]
@@ -182,19 +182,19 @@ class Run:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file of a folder, read, by its path there; without temporary files and locks."""
+    """The contents of every file of a folder, by relative path; without temporary files and locks."""
     found, left_out = {}, {".lock", *temporary(folder)}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in left_out:
             try:
                 found[str(path.relative_to(folder))] = read(path)
-            except Exception as error:  # readers fail in every way there is when a file is not whole
+            except Exception as error:  # readers raise errors of all kinds if a file is not whole
                 raise AssertionError(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
     return found
 
 
 def read(path: Path) -> Any:
-    """A file's values, so that == compares tensors and pictures to the bit."""
+    """A file's values, in a form whose == compares tensors and pictures bit for bit."""
     match path.suffix:
         case ".pt":
             return plain(common.load(path))
@@ -214,7 +214,7 @@ def read(path: Path) -> Any:
 
             with Image.open(path) as picture:
                 return picture.mode, picture.size, Bits(picture.tobytes())
-        case ".html":  # it says where it lies and how long the run took; what it is made of is compared above
+        case ".html":  # it holds paths and the run's duration; what it is made from is compared above
             assert path.read_text().endswith("</html>\n"), f"{path.name} is not whole"
             return None
         case _:
@@ -222,13 +222,13 @@ def read(path: Path) -> Any:
 
 
 class Bits(bytes):
-    """The bytes of a tensor."""
+    """The bytes of a tensor or a picture."""
 
 
 def plain(value: Any) -> Any:
-    """Without what belongs to the run and not to its result; tensors as type, shape and bytes."""
+    """A value without the entries OF_THE_RUN, which do not belong to its result; tensors as type, shape and bytes."""
     match value:
-        case object(dtype=dtype, shape=shape):  # a tensor; torch takes seconds to import
+        case object(dtype=dtype, shape=shape):  # a tensor, recognised without importing torch
             return str(dtype), tuple(shape), Bits(value.contiguous().numpy().tobytes())
         case dict():
             return {name: plain(each) for name, each in value.items() if name not in OF_THE_RUN}
@@ -238,7 +238,7 @@ def plain(value: Any) -> Any:
 
 
 def tensors(value: Any) -> int:
-    """How many tensors are in what `read` returned."""
+    """How many tensors, or pictures, are in what `read` returned."""
     if isinstance(value, dict):
         value = list(value.values())
     return isinstance(value, Bits) + (sum(map(tensors, value)) if isinstance(value, (list, tuple)) else 0)
@@ -248,7 +248,7 @@ def tensors(value: Any) -> int:
 
 
 def killed(run: Run, kills: int, pace: dict[str, float], chance: random.Random) -> Counter:
-    """One run, killed up to so many times and then left alone; counts what happened."""
+    """Kills one run at most `kills` times, then lets it finish; counts what happened."""
     counts = Counter(runs=1)
     while counts["kills"] < kills and not run.is_complete:
         size, how = run.size, chance.choice(tuple(pace))
@@ -285,7 +285,7 @@ def signalled(case: Case, work: Path, made: Path, number: signal.Signals, times:
             code, took = process.wait(MOST_SECONDS), perf_counter() - began
         if code:
             break
-        pace["work"] *= QUICKER  # it was at its end already
+        pace["work"] *= QUICKER  # it had finished already
     run.check_end(code, 128 + number)
     said = run.printed.read_text()
     assert "Traceback" not in said, f"{run.out.name} printed a traceback:\n{said}"
@@ -307,7 +307,7 @@ def signalled(case: Case, work: Path, made: Path, number: signal.Signals, times:
 
 @contextlib.contextmanager
 def noted(failures: list[str], what: str) -> Iterator[None]:
-    """Puts what goes wrong into a list, so that the other cases are still run."""
+    """Puts an error into a list, so that the other cases are still run."""
     try:
         yield
     except Exception as error:
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=6, metavar="N", help="in all (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (%(default)s)")
     args = parser.parse_args()
-    for number in SIGNALS:  # a shell in the background ignores some, which programs would inherit and heed
+    for number in SIGNALS:  # some are ignored in a shell's background jobs, and programs would inherit that
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     chance = random.Random(args.seed)
@@ -355,7 +355,7 @@ def main() -> None:
                     bar.update(counts[case.name]["kills"] - before)
                     number += 1
             for number in range(args.signals):
-                # The last of them twice, which does not let the program finish its step.
+                # The last one is sent twice, so that the program cannot finish its step.
                 times = 2 if number and number == args.signals - 1 else 1
                 case = cases[number % len(cases)]
                 with noted(failures, f"signal {number}"):

@@ -1,4 +1,4 @@
-"""The options of the programs: their types, what there is, and what values mean. Import from here."""
+"""The options of the programs: their types, their definitions and the meaning of values. Import from here."""
 
 from utils.config.option_types import AUTO, STARTS
 from utils.config.options import (

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 
 def _possible_path(value: str) -> str:
-    """Refuses what no file system can hold, for which the system calls have errors of their own."""
+    """Refuses a path that no system call accepts: one with a null character, or too long."""
     try:
         os.lstat(value)
     except ValueError:
@@ -20,7 +20,7 @@ def _possible_path(value: str) -> str:
     return value
 
 
-# Made absolute when the config is parsed; a file may be left out, a folder not.
+# Made absolute when the config is parsed. A file path may be empty, a folder path may not.
 FilePath = Annotated[str, "path", AfterValidator(_possible_path)]
 FolderPath = Annotated[str, "path", Field(min_length=1), AfterValidator(_possible_path)]
 STARTS = ("samples_predicted_correctly", "real", "noise")
@@ -48,16 +48,16 @@ def _folder_name(value: str) -> str:
     return value
 
 
-FolderName = Annotated[str, AfterValidator(_folder_name)]  # which stays inside its folder
+FolderName = Annotated[str, AfterValidator(_folder_name)]  # cannot lead out of its parent folder
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
-# Inside float32; a learning rate's own rate even over the square of a learning rate, which `lr_param: log` makes of it.
+# These bounds fit float32, and so does a RateOfRate over the square of a LearningRate, which `lr_param: log` computes.
 LearningRate = Annotated[float, Field(ge=1e-10, le=3e38, allow_inf_nan=False)]
 AUTO = "auto"
 
 
 def _number_or_auto(value: Any) -> Any:
-    """Refuses other words in one sentence for both."""
+    """Refuses any other word with one message for both types."""
     if isinstance(value, str) and value != AUTO:
         try:
             float(value)
@@ -85,7 +85,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 def _sides(value: Any) -> Any:
-    """`32x48` as it is kept; of a square one side."""
+    """Normalises `HxW`; a square becomes its side."""
     if not isinstance(value, str) or not re.search("[x×]", value, re.IGNORECASE):
         return value
     sides = re.fullmatch(r"\s*0*([1-9]\d{0,8})\s*[x×]\s*0*([1-9]\d{0,8})\s*", value, re.IGNORECASE | re.ASCII)

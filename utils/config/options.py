@@ -1,7 +1,7 @@
-"""The options of the programs: one frozen, typed config each.
+"""The options of the programs: one frozen, typed config per program.
 
-An option is a field of its program's dataclass: name, type, bounds, default, one sentence of help, whether it has an
-effect and whether it decides the result, each stated once.
+An option is a field of its program's dataclass, which is the only place that states its name, type, bounds, default and
+help, whether it has an effect and whether the result depends on it.
 """
 
 from functools import partial
@@ -30,30 +30,31 @@ from utils.config.option_types import (
 )
 
 HOW_MUCH = "how much"
-GROUPS = MAIN, METHOD, EVALUATION, SPEED, FILES = "main", "method", "evaluation", "speed", "files"  # as --help has them
+GROUPS = MAIN, METHOD, EVALUATION, SPEED, FILES = "main", "method", "evaluation", "speed", "files"  # as in --help
 
 
 def option(group: str, default: Any, help: str, effect: bool | str = True, decides: bool | str = True,
            writes: str = "") -> Any:
-    """A field of a config: its help group, its default, its sentence of help.
+    """A field of a config, with its help group, default and help text.
 
     Args:
-        effect: False: accepted, unused; the name of a switch: without effect unless that is on.
-        decides: whether the result depends on it, or only where a run happens and what it writes; HOW_MUCH: it says
-            how far a run goes, so that the same run can be asked for more.
-        writes: of a file that the program writes, how to know one of its kind (`utils.files.check_output`).
+        effect: False: accepted but unused; the name of another option: no effect unless that one is on.
+        decides: True: the result depends on it; False: it only affects how or where a run computes and what it writes;
+            HOW_MUCH: it sets how far a run goes, and the same run can be continued with a larger value.
+        writes: for a file that the program writes, the kind by which its own files are recognised
+            (`utils.files.check_output`).
     """
     default = {"default_factory": partial(list, default)} if isinstance(default, list) else {"default": default}
     return Field(**default, description=help,
                  json_schema_extra={"group": group, "effect": effect, "decides": decides, "writes": writes})
 
 
-# Name → the sizes (`res`) that mean what an unset one means: the dataset's own, and the 32 that published configs have
-# whatever the dataset, where it changes nothing.
+# Dataset → the values of `res` that mean the same as an unset one: its own size, then 32 where that has no effect
+# (published configs give 32 for every dataset).
 OWN_SIZES = {"MiniFashion": (28, 32), "FashionMNIST": (28, 32), "MNIST": (28, 32), "CIFAR10": (32,), "CIFAR100": (32,),
              "SVHN": (32,), "Tiny": (64, 32), "ImageNet": (128,), "ImageNet1K": (64, 32), "ImageFolder": (32,)}
 
-# Options of several programs.
+# Options that several programs share.
 MICRO_BATCH = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: chosen by the "
                      "memory at hand", decides=False)
 RESUME = option(FILES, "auto", "auto: go on with an unfinished run of the same options; never: discard it and start "
@@ -67,7 +68,7 @@ config_class = dataclass(frozen=True, kw_only=True, config={"coerce_numbers_to_s
 
 @config_class
 class DataConfig:
-    """What every program shares: the real data, its whitening and augmentation, the seed and the device."""
+    """Options that all programs share: the real data, its whitening and augmentation, the seed and the device."""
 
     dataset: str = option(MAIN, "CIFAR10", "MiniFashion, FashionMNIST, MNIST, CIFAR10, CIFAR100, SVHN, Tiny, ImageNet, "
                           "ImageNet1K or ImageFolder (your own)")

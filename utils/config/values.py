@@ -1,6 +1,6 @@
-"""Configs from values of any spelling, and what their values mean.
+"""Configs made from text or typed values, and the meaning of their values.
 
-`1e-5` is a number, `False` is false, `None` and `null` are nothing.
+`1e-5` is a number, `False` is false, `None` and `null` mean no value.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ Config = TypeVar("Config", bound=DataConfig)
 
 
 def make(config_type: type[Config], **values: Any) -> Config:
-    """A config from values of any spelling (text, numbers, lists).
+    """A config from values given as text, numbers or lists.
 
     Raises:
-        UserError: the first value that is wrong, what it should be, and how the option is spelt.
+        UserError: a value is wrong; the message names the first such option and what is allowed.
     """
     try:
         return config_type(**{name: _spelt(name, value, config_type) for name, value in values.items()})
@@ -37,7 +37,7 @@ def make(config_type: type[Config], **values: Any) -> Config:
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         message = message.split(", unable")[0].replace("String should have", "it must have")
         if isinstance(bound := next(iter(problem.get("ctx", {}).values()), None), float):
-            message = re.sub(r"[\d.]+$", f"{bound:g}", message)  # 1e-10, without its nine zeros
+            message = re.sub(r"[\d.]+$", f"{bound:g}", message)  # 1e-10 rather than all its zeros
         value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))
         raise UserError(f"--{name} {shortened(value)}: {message}") from None
 
@@ -54,7 +54,7 @@ def has_effect(config: DataConfig, name: str) -> bool:
 
 
 def _spelt(name: str, value: Any, config_type: type) -> Any:
-    """The spellings that YAML and the command line allow beyond the type's own."""
+    """The value, with spellings that YAML and the command line allow converted to what the type accepts."""
     hint = typing.get_type_hints(config_type)[name]
     if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
         return None
@@ -65,13 +65,13 @@ def _spelt(name: str, value: Any, config_type: type) -> Any:
 
 
 def about(name: str, config_type: type) -> dict[str, Any]:
-    """What an option says of itself: group, effect, decides, help."""
+    """What an option's field states: group, effect, decides, writes, help."""
     field = next(field for field in fields(config_type) if field.name == name)
     return field.default.json_schema_extra | {"help": field.default.description}
 
 
 def from_root(value: Any) -> Any:
-    """A path of a YAML or a default: `../x` and `./x` mean `x` at the repository's root."""
+    """A path from a YAML or a default, made absolute: `../x` and `./x` mean `x` at the repository's root."""
     if not value or not isinstance(value, str):
         return value
     value = os.path.expanduser(value)
@@ -81,25 +81,25 @@ def from_root(value: Any) -> Any:
 
 
 def from_repository(value: Any) -> Any:
-    """A path inside the repository relative to it, as saved configs have it; any other value as it is."""
+    """A path inside the repository made relative to it, as in saved configs; any other value unchanged."""
     return str(value).removeprefix(f"{REPOSITORY}{os.sep}") if isinstance(value, str | Path) else value
 
 
 def influential(config: DataConfig) -> dict[str, Any]:
-    """The options that decide the result, paths inside the repository relative to it."""
+    """The options that affect the result, with paths inside the repository made relative to it."""
     return {name: from_repository(value) for name, value in as_dict(config).items()
             if about(name, type(config))["decides"] and has_effect(config, name)}
 
 
 def identity(config: DataConfig) -> dict[str, Any]:
-    """The options that tell a run from another one: those that decide what is computed, but not for how long, nor
-    where files lie, which may have been moved; what is in them is known by checksums."""
+    """The options that identify a run: all that affect the result except its length and its paths (files are identified
+    by checksum)."""
     return as_meant({name: value for name, value in influential(config).items()
                      if about(name, type(config))["decides"] is True and not is_path(name, value, type(config))})
 
 
 def as_meant(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of which two ways to ask for the same are one: a dataset's own size is an unset `res`, a `subset` is of
+    """The options with equivalent values made equal: a dataset's own size is an unset `res`, `subset` matters for
     ImageNet only, and a gradient through all steps is an unset `adjoint_steps`."""
     dataset, same = str(options.get("dataset")), {}
     if options.get("res") in OWN_SIZES.get(dataset, ()):
@@ -112,59 +112,58 @@ def as_meant(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def image_size(config: DataConfig) -> tuple[int, int]:
-    """(H, W) of the images that a config names, as is known before they are read."""
+    """(H, W) of a config's images, known before they are read."""
     res = config.res if config.dataset in ("ImageNet", "ImageFolder") else None
     height, _, width = str(res or OWN_SIZES[config.dataset][0]).partition("x")
     return int(height), int(width or height)
 
 
 def how_much(config: DataConfig) -> dict[str, int]:
-    """The options that say how far a run goes."""
+    """The options that set how far a run goes."""
     return {name: value for name, value in as_dict(config).items()
             if about(name, type(config))["decides"] == HOW_MUCH}
 
 
 def path_options(config_type: type) -> dict[str, Any]:
-    """The options that are paths, or may be, with their defaults."""
+    """The options that are or may be paths, with their defaults."""
     hints = typing.get_type_hints(config_type, include_extras=True)
     return {field.name: field.default.default for field in fields(config_type)
             if {"path", "path or name"} & set(map(str, typing.get_args(hints[field.name])))}
 
 
 def is_path(name: str, value: Any, config_type: type) -> bool:
-    """Whether the value that an option has is a path; of one that may be a name too, by its suffix."""
+    """Whether an option's value is a path; if the option also takes a name, the suffix decides."""
     kinds = typing.get_args(typing.get_type_hints(config_type, include_extras=True)[name])
     return bool(value) and ("path" in kinds or ("path or name" in kinds and str(value).endswith(".safetensors")))
 
 
 def defaults(config_type: type) -> dict[str, Any]:
-    """What each option is when it is not given, paths as `influential` has them."""
+    """The default of each option, with paths as in `influential`."""
     rooted = {name: from_root(value) for name, value in path_options(config_type).items()
               if is_path(name, value, config_type)}
     return {name: from_repository(value) for name, value in as_dict(make(config_type, **rooted)).items()}
 
 
 def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """The options that mean something else than the defaults, in the order in which they are declared; unknown ones
-    last."""
+    """The options whose meaning differs from the defaults, in order of declaration; unknown ones last."""
     default, meant = defaults(config_type), as_meant(options)
     names = [*(name for name in default if name in options), *(name for name in options if name not in default)]
     return {name: options[name] for name in names if name not in default or meant[name] != default[name]}
 
 
 def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:
-    """What a program is given to have these options again: the dataset, the network and what is not the default."""
+    """The options to give a program to reproduce these: dataset, network and all that differ from the defaults."""
     known = {name: value for name, value in options.items() if name in defaults(config_type)}
     return {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, config_type)
 
 
 def value_in_words(value: Any) -> Any:
-    """What a message says of an option's value: one without a value is unset, as `--help` has it."""
+    """An option's value as messages show it; no value is `unset`, as in `--help`."""
     return "unset" if value is None or value == "" else value
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The options that mean something else than before, in words; empty if there are none."""
+    """The options whose meaning differs from before, in words; empty if there are none."""
     before, now = as_meant(before), as_meant(now)
     return ", ".join(f"{name} ({value_in_words(before[name])} there, {value_in_words(value)} here)"
                      for name, value in now.items() if name in before and before[name] != value)

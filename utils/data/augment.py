@@ -1,7 +1,7 @@
 """Differentiable Siamese augmentation (Zhao & Bilen, ICML 2021): draw the parameters, then apply them.
 
 A strategy such as `color_crop_cutout_flip_scale_rotate` names groups of operations. One group is drawn per
-batch, uniformly; its parameters are drawn per sample. The augmentation that came before it, used with `--dsa False`,
+batch, uniformly; its parameters are drawn per sample. The older augmentation, used with `--dsa False`,
 draws one operation per image instead (`draw_per_image`). Drawing is the only random part and always runs on the
 CPU, so a seed gives the same augmentation on every device; `apply` is pure and differentiable in the images.
 """
@@ -27,12 +27,12 @@ CROP_FRACTION = 0.125
 CUTOUT_FRACTION = 0.5
 FLIP_PROBABILITY = 0.5
 
-# Those of the older augmentation.
+# The strengths of the older augmentation.
 OLD_CROP = 4
 OLD_SCALE = 0.2
 OLD_ROTATE_DEGREES = 45.0
 OLD_NOISE = 0.001
-SENT_BYTES = 32 << 20  # of what is drawn ahead: an epoch of most; noise is as large as the images
+SENT_BYTES = 32 << 20  # drawn ahead: mostly a whole epoch, but noise is as large as the images
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Draw:
     parameters: dict[str, tuple[Tensor, ...]]
 
     def holding(self, parameters: Sequence[Tensor]) -> "Draw":
-        """The draw with these in the place of its `tensors`."""
+        """The same draw with its `tensors` replaced by these."""
         rest = iter(parameters)
         return Draw(self.group, {name: tuple(next(rest) for _ in values) for name, values in self.parameters.items()})
 
     def of(self, rows: Tensor) -> "Draw":
-        """The draw of some of the batch's images; `rows` as it would index a tensor [B]."""
+        """The draw for some of the batch's images; `rows` is an index into a tensor [B]."""
         return Draw(self.group, {name: tuple(value[rows] for value in values)
                                  for name, values in self.parameters.items()})
 
@@ -58,18 +58,18 @@ Drawer = Callable[[int, torch.Generator], Draw | None]
 
 
 def operations(drawn: Draw | None) -> tuple[str, ...]:
-    """The names of what was drawn, in order; none where nothing was."""
+    """The names of the drawn operations, in order; empty if nothing was drawn."""
     return tuple(drawn.parameters) if drawn else ()
 
 
 def tensors(drawn: Draw | None) -> list[Tensor]:
-    """All parameters of what was drawn, in order; none where nothing was."""
+    """All parameters of the draw, in order; empty if nothing was drawn."""
     return [value for values in drawn.parameters.values() for value in values] if drawn else []
 
 
 def together(draws: Sequence[Draw | None], others: Sequence[Tensor], device: torch.device | str
              ) -> tuple[list[Draw | None], list[Tensor]]:
-    """Several draws and other tensors of the host on `device`, all by one copy; see `sent`."""
+    """Several draws and other host tensors, all moved to `device` in one copy; see `sent`."""
     there = iter(sent([*others, *itertools.chain(*map(tensors, draws))], device))
     others = [next(there) for _ in others]
     return [drawn and drawn.holding([next(there) for _ in tensors(drawn)]) for drawn in draws], others
@@ -77,7 +77,7 @@ def together(draws: Sequence[Draw | None], others: Sequence[Tensor], device: tor
 
 def drawn_ahead(batches: Sequence[Tensor], draw: Drawer, random: torch.Generator, device: torch.device | str
                 ) -> Iterator[tuple[Tensor, Draw | None]]:
-    """Batches of indices [B] and what is drawn for each, on `device`, where many go by one copy."""
+    """Yields batches of indices [B], each with its draw, on `device`; one copy moves many of them."""
     waiting, size = [], 0
     for batch in batches:
         waiting.append((batch, draw(len(batch), random)))
@@ -104,9 +104,9 @@ def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[in
                    generator: torch.Generator) -> Draw | None:
     """The older augmentation (DC, Zhao et al., ICLR 2021): one of `operations` for each image, uniformly.
 
-    Shifts by up to 4 pixels (`crop`), scales by 0.8 … 1.2, rotates by ±45°, or adds noise of deviation 0.001. An image
-    whose turn it is not gets the operation's identity. Published: shifts of −3 … 4, whole degrees of −45 … 44, what
-    shifts and rotations uncover filled with the batch's mean, not with zeros, and other interpolation.
+    Shifts by up to 4 pixels (`crop`), scales by 0.8 … 1.2, rotates by ±45°, or adds noise of deviation 0.001. The other
+    operations get parameters that leave the image unchanged. Published: shifts of −3 … 4, whole degrees of −45 … 44,
+    uncovered pixels filled with the batch's mean instead of zeros, and other interpolation.
     """
     if not operations:
         return None
@@ -130,19 +130,19 @@ def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[in
     return Draw("per image", parameters)
 
 
-OLDER_FOR_EXPERTS = ("crop", "scale", "rotate")  # whatever the dataset, as in the trainers DATM's comes from
+OLDER_FOR_EXPERTS = ("crop", "scale", "rotate")  # for every dataset, as in the trainers that DATM's is based on
 
 
 def older_operations(dataset: str, network: str) -> tuple[str, ...]:
-    """Where DC's evaluation uses the older augmentation: on MNIST, and for ConvNetBN; nowhere else. (DATM's published
-    evaluation has this table too, and fails with `--dsa False`.)"""
+    """The older augmentation's operations in DC's evaluation: for MNIST and for ConvNetBN; otherwise none. DATM's
+    published evaluation has the same table, but fails with `--dsa False`."""
     if network == "ConvNetBN":
         return ("crop", "noise")
     return ("crop", "scale", "rotate") if dataset == "MNIST" else ()
 
 
 def apply(x: Tensor, drawn: Draw | None) -> Tensor:
-    """The drawn operations on x [B, C, H, W], in their order; x itself when nothing was drawn, or it has no images."""
+    """The drawn operations applied to x [B, C, H, W], in order; x itself if it is empty or nothing was drawn."""
     if drawn is None or not len(x):
         return x
     for name, values in drawn.parameters.items():
@@ -246,7 +246,7 @@ def _draw_crop(batch: int, image_size: tuple[int, int], generator: torch.Generat
 
 
 def _draw_cutout(batch: int, image_size: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, ...]:
-    # A square of even side has no centre pixel; the published draw then reaches one further.
+    # A square of even side has no centre pixel; the published code then draws from one more position.
     return tuple(_integers(0, size - _cut_size(size) % 2, batch, generator) for size in image_size)
 
 

@@ -1,8 +1,7 @@
 """Name → whole dataset as tensors: `load_dataset(name, data_path) -> Dataset`.
 
-Files that are there are used as they are; torchvision downloads only what is absent. `DATASETS`, at the end, is the
-table of names; each loader says what it reads. The means and deviations of CIFAR, Tiny and
-ImageNet are the published ones.
+Existing files are used as they are; torchvision downloads only missing ones. `DATASETS`, at the end, is the table of
+names; each loader documents what it reads. The means and deviations of CIFAR, Tiny and ImageNet are the published ones.
 """
 
 import dataclasses
@@ -25,22 +24,22 @@ from utils.data.zca import Whitening, chunk, fit, to_unit
 from utils.errors import UserError
 from utils.memory import room
 
-HOLD_OUT_SEED = 0  # of the generator that chooses held-out images: the same choice in every run
-PUBLISHED_RES = 32  # stands in published configs whatever the dataset, and means nothing there
+HOLD_OUT_SEED = 0  # for choosing held-out images: the same choice in every run
+PUBLISHED_RES = 32  # in published configs for every dataset; ignored where the dataset has its own size
 
 
 class ImageSpace(NamedTuple):
-    """Where networks see images: normalised by mean and std, or, if there is a whitening, whitened instead."""
+    """The space in which networks see images: normalised by mean and std, or whitened if there is a whitening."""
 
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     whitening: Whitening | None
 
     def from_pixels(self, images: Tensor) -> Tensor:
-        """[n, C, H, W] in [0, 1] → what networks see.
+        """Images [n, C, H, W] in [0, 1] → the same in this space.
 
         Raises:
-            UserError: images of another size or other channels.
+            UserError: the images have another size or number of channels.
         """
         self._check(images)
         if self.whitening is not None:
@@ -48,7 +47,7 @@ class ImageSpace(NamedTuple):
         return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """The inverse of `from_pixels`, which raises the same; not clipped."""
+        """The inverse of `from_pixels`, with the same errors; not clipped."""
         self._check(images)
         if self.whitening is not None:
             return self.whitening.invert(images)
@@ -63,7 +62,7 @@ class ImageSpace(NamedTuple):
 
 
 class HostImages:
-    """Images [N, C, H, W] that stay on the host, read like a tensor of `device`: what is taken from them goes there."""
+    """Images [N, C, H, W] that stay on the host but are indexed like a tensor on `device`, which gets the result."""
 
     def __init__(self, images: Tensor, device: torch.device):
         self.images, self.device, self.shape = images, device, images.shape
@@ -75,7 +74,7 @@ class HostImages:
         return self.images[chosen.cpu() if isinstance(chosen, Tensor) else chosen].to(self.device)
 
     def to(self, device: torch.device | str) -> Tensor:
-        """All of them."""
+        """All images, on `device`."""
         return self.images.to(device)
 
 
@@ -83,8 +82,8 @@ class HostImages:
 class Dataset:
     """A training and a test set in the space that networks see: normalised by mean and std, or ZCA-whitened.
 
-    All tensors lie on `device`, but for two that would fill a GPU and are seldom needed: the training images, which
-    `to` brings there for a program that trains on them, and the whitening.
+    All tensors are on `device` except two that would fill a GPU and are seldom needed there: the training images, which
+    `to` moves there for a program that trains on them, and the whitening.
     """
 
     name: str
@@ -93,11 +92,11 @@ class Dataset:
     test_images: Tensor  # [M, C, H, W] float32
     test_labels: Tensor  # [M] int64
     classes: tuple[str, ...]
-    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]; not applied where the images are whitened
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]; not applied to whitened images
     std: tuple[float, ...]
     whitening: Whitening | None
     fingerprint: str  # SHA-256, in hex, of the name and the raw images and labels
-    # [N] of whitened training images, `Whitening.energy` of the pixels, which are costly to have back.
+    # [N] if whitened: `Whitening.energy` of the training images' pixels, which are costly to recover.
     train_energy: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -107,7 +106,7 @@ class Dataset:
 
     @property
     def device(self) -> torch.device:
-        """Where what is done with it is computed."""
+        """The device that computes with the dataset."""
         return self.test_images.device
 
     @property
@@ -137,11 +136,11 @@ class Dataset:
 
     @functools.cached_property
     def _indices_by_class(self) -> tuple[Tensor, ...]:
-        counts = self.train_labels.bincount(minlength=self.num_classes).tolist()  # the one host sync, once
+        counts = self.train_labels.bincount(minlength=self.num_classes).tolist()  # the only host sync, done once
         return self.train_labels.argsort(stable=True).split(counts)
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """The same dataset with every tensor on `device`, the training images too, but not the whitening."""
+        """The same dataset with every tensor on `device`, including the training images but not the whitening."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | HostImages)}
         return dataclasses.replace(self, **moved)
 
@@ -157,11 +156,11 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
         subset: which ten classes, for ImageNet.
         zca: whiten (`utils.data.zca`, fitted on the training images) instead of normalising by mean and std.
         res: side in pixels, or `HxW`, for ImageNet (128 unless given) and ImageFolder (32); the others have their own.
-        val_fraction: hold out this fraction of each class's training images, in place of the test images. Which
-            ones is drawn from a generator seeded with HOLD_OUT_SEED. The whitening is that of all training images.
-        device: that of the dataset; normalising and whitening happen there. On a GPU, the training images lie on the
-            host.
-        watch: shows how far what takes long is.
+        val_fraction: hold out this fraction of each class's training images and use it as the test set. The choice is
+            drawn from a generator seeded with HOLD_OUT_SEED. The whitening is fitted on all training images.
+        device: the dataset's device, which also normalises and whitens. If it is a GPU, the training images stay on
+            the host.
+        watch: shows the progress of long steps.
 
     Raises:
         UserError: unknown names; files that are missing, damaged or not in the expected layout; a failed download.
@@ -181,7 +180,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     _check_labels(name, "test", test.labels, classes)
     train_key = _sha256(*train)
     mean, std = normal or _measure(train.images)
-    # Fitted before any image is held out, so that what is made with a hold-out lives in the same space as the rest.
+    # Fitted before images are held out, so that results with and without a hold-out share one space.
     whitening = fit(train.images, train_key, device, watch) if zca else None
     if val_fraction:
         train, test = _hold_out(train, val_fraction, classes)
@@ -190,7 +189,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     (train_images, train_labels), (test_images, test_labels) = train, test
     del train, test  # so that each raw copy is freed as soon as it is converted
     device = torch.device(device)
-    there = whitening and dataclasses.replace(whitening, fitted_inverse=None).to(device)  # for as long as it whitens
+    there = whitening and dataclasses.replace(whitening, fitted_inverse=None).to(device)  # only while it whitens
     with watch("whitening the images" if zca else "normalising the images",
                len(train_images) + len(test_images)) as advance:
         train_images, energy = _converted(train_images, ImageSpace(mean, std, there), device, advance)
@@ -203,8 +202,10 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
 
 def _converted(raw: Tensor, space: ImageSpace, device: torch.device, advance: Callable[[float], object]
                ) -> tuple[Tensor, Tensor | None]:
-    """Raw images → what networks see, on the host, and of whitened ones the energy of the pixels [N] on `device`, which
-    computes both and holds a chunk of them only."""
+    """Raw images → images as networks see them, on the host, and, if whitened, the pixels' energy [N] on `device`.
+
+    Both are computed on `device`, which holds only a chunk of the images at a time.
+    """
     images, energy, size = room(raw.shape), [], chunk(raw)
     for some, place in zip(raw.split(size), images.split(size)):
         pixels = to_unit(some, device)
@@ -253,7 +254,7 @@ def _check_labels(name: str, split: str, labels: Tensor, classes: Sequence[str])
 
 
 def _hold_out(train: Split, fraction: float, classes: Sequence[str]) -> tuple[Split, Split]:
-    """Of each class the fraction, rounded, at least one → (remaining, held out), both in the order of the files."""
+    """Holds out a rounded fraction of each class, at least one image → (remaining, held out), both in file order."""
     generator = torch.Generator().manual_seed(HOLD_OUT_SEED)
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     for c, name in enumerate(classes):

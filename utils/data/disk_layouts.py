@@ -1,4 +1,4 @@
-"""How each dataset lies on the disk: MiniFashion, the idx files of MNIST and Fashion-MNIST, what torchvision reads."""
+"""Dataset files on disk: MiniFashion, the idx files of MNIST and Fashion-MNIST, and those that torchvision reads."""
 
 import bz2
 import gzip
@@ -20,7 +20,7 @@ from utils.data.watching import Watch, unwatched
 from utils.errors import UserError
 from utils.files import REPOSITORY, reading
 
-DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+DOWNLOAD_TIMEOUT = 30.0  # seconds without receiving a byte
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MINIFASHION = REPOSITORY / "utils" / "data" / "minifashion" / "minifashion.bz2"
@@ -32,12 +32,12 @@ DIGITS = tuple("0123456789")
 # (mean, std) per channel, of pixels in [0, 1].
 NORMAL_FASHION = (0.2861,), (0.3530,)
 NORMAL_MNIST = (0.1307,), (0.3081,)
-NORMAL_CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of both, as published
+NORMAL_CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR10 and CIFAR100, as published
 NORMAL_SVHN = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
 
 
 class Split(NamedTuple):
-    """Images as read, one by one in the order of the files."""
+    """Images as read, in file order, with their labels."""
 
     images: Tensor  # [N, C, H, W], uint8 in 0 … 255 or float32 in [0, 1]
     labels: Tensor  # [N] int64
@@ -52,12 +52,12 @@ class Raw(NamedTuple):
     normal: tuple[tuple[float, ...], tuple[float, ...]] | None  # (mean, std); None: measured on the training images
 
 
-Size = tuple[int, int] | None  # (H, W) that is asked for
+Size = tuple[int, int] | None  # the requested (H, W)
 Loader = Callable[[Path, str, Size, Watch], Raw]  # (data_path, subset, size, watch)
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
-    """a, b, c and 7 more"""
+    """Names for a message: a, b, c and 7 more."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
@@ -70,7 +70,7 @@ def listing(folder: Path) -> str:
 
 
 def minifashion(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
-    """The first 600 training and 100 test images of each class of Fashion-MNIST; in the repository."""
+    """The first 600 training and 100 test images of each class of Fashion-MNIST; stored in the repository."""
     try:
         content = bz2.decompress(MINIFASHION.read_bytes())
     except (OSError, ValueError, EOFError):
@@ -82,8 +82,8 @@ def minifashion(data_path: Path, subset: str, size: Size, watch: Watch = unwatch
 
 
 def pack_minifashion(train: Split, test: Split) -> bytes:
-    """Whole Fashion-MNIST → the content of MiniFashion, which `unpack_minifashion` reads; within a class in the order
-    of the original file."""
+    """The whole Fashion-MNIST → the content of MiniFashion, for `unpack_minifashion`; each class keeps the order of the
+    original file."""
     content = b""
     for (images, labels), per_class in zip((train, test), MINIFASHION_PER_CLASS):
         chosen = torch.cat([(labels == c).nonzero().flatten()[:per_class] for c in range(len(FASHION_CLASSES))])
@@ -103,7 +103,7 @@ def unpack_minifashion(content: bytes) -> tuple[Split, Split]:
 
 
 def fashion_mnist_folders(data_path: Path) -> list[Path]:
-    """Where Fashion-MNIST's four idx files are looked for, in this order."""
+    """The folders in which Fashion-MNIST's four idx files are looked for, in this order."""
     return [data_path / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST]
 
 
@@ -128,7 +128,7 @@ def _idx_or_download(name: str, data_path: Path, folders: Sequence[Path]) -> tup
 
 
 def _idx_path(folder: Path, file: str) -> Path | None:
-    """The file, unpacked or as .gz."""
+    """The file, unpacked or as .gz; None if neither exists."""
     return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
 
 
@@ -171,7 +171,7 @@ def _read_idx(path: Path) -> Tensor:
 
 
 def _torchvision_datasets():
-    """torchvision.datasets, imported where it is needed: a second and more, and some datasets do without."""
+    """torchvision.datasets, imported only when needed: it takes over a second, and some datasets do not use it."""
     try:
         import torchvision.datasets
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
@@ -181,15 +181,15 @@ def _torchvision_datasets():
 
 
 def _download(name: str, data_path: Path, fetch: Callable[[str], object], files: dict[str, str]) -> None:
-    """Runs torchvision's `fetch(root)` in a folder aside, then moves what it got to `data_path`.
+    """Runs torchvision's `fetch(root)` in a temporary folder, then moves the files to `data_path`.
 
-    Nothing half-downloaded is left where a later run would find it.
+    So a later run never finds a partial download.
 
     Args:
-        files: path below `data_path` → md5 of what could be put there by hand.
+        files: path below `data_path` → md5 of a file that the user could put there by hand; for the error message.
     """
     patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none and could wait for ever
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets no timeout and could wait for ever
     try:
         data_path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_path, prefix=".download-") as aside:

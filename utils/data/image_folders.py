@@ -1,4 +1,4 @@
-"""How each dataset lies on the disk: folders of image files, a folder for each class."""
+"""Dataset files on disk: folders of image files, one folder per class."""
 
 import itertools
 import math
@@ -33,13 +33,13 @@ IMAGENET_SUBSETS = dict(
 
 
 class Notes:
-    """What a user may not expect of a dataset's files: counted while they are looked for and read, said once."""
+    """What may surprise a user about a dataset's files: counted while they are found and read, printed once."""
 
     def __init__(self, name: str, passed_over: Collection[str] = ()) -> None:
         """
         Args:
             name: of the dataset.
-            passed_over: suffixes of files that belong to it, and are not images.
+            passed_over: suffixes of its files that are not images; these are not counted.
         """
         self.name, self._passed_over = name, passed_over
         self._left_out, self._images = Counter(), Counter()
@@ -55,7 +55,7 @@ class Notes:
         self._first.setdefault(remark, path)
 
     def why_left_out(self) -> str:
-        """3 × .txt, 1 × broken link (PATH, of the first)"""
+        """3 × .txt, 1 × broken link (PATH), where PATH is the first .txt file; empty if no file is left out."""
         if not self._left_out:
             return ""
         kinds = self._left_out.most_common()
@@ -104,8 +104,11 @@ def tiny(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> 
 
 @unlimited()
 def imagenet(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
-    """Ten classes of ImageNet: train/<wnid>/* and val/<wnid>/*, all thousand or the ten, as Imagenette comes; made as
-    small as covers `size` (128×128), centre crop."""
+    """Ten classes of ImageNet: train/<wnid>/* and val/<wnid>/*, with folders for all thousand classes or, as in the
+    Imagenette download, for the ten.
+
+    Images are resized to the smallest that covers `size` (default 128×128) and centre-cropped.
+    """
     if subset not in IMAGENET_SUBSETS:
         raise unknown_name("ImageNet subset", subset, IMAGENET_SUBSETS)
     chosen = IMAGENET_SUBSETS[subset].split()
@@ -122,7 +125,8 @@ def image_folder(data_path: Path, subset: str, size: Size, watch: Watch = unwatc
     """A user's own images: train/<class>/* and test/<class>/* (else val/<class>/*), read as one channel if all are
     grey, else as RGB.
 
-    Made as small as covers `size` (32×32), centre crop. Mean and std are measured on the training images.
+    Images are resized to the smallest that covers `size` (default 32×32) and centre-cropped. Mean and std are measured
+    on the training images.
     """
     second = next((split for split in ("test", "val") if (data_path / split).is_dir()), None)
     if second is None or not (data_path / "train").is_dir():
@@ -170,14 +174,14 @@ def _raw(notes: Notes, watch: Watch, root: Path, train: dict[str, list[Path]], t
 
 
 def _subfolders(folder: Path) -> dict[str, Path]:
-    """Name → path of the visible folders in it; none where there is no such folder."""
+    """Name → path of the visible folders in `folder`; empty if it does not exist."""
     if not folder.is_dir():
         return {}
     return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
 
 
 def _files(notes: Notes, folder: Path, suffixes: Collection[str], above: tuple[os.stat_result, ...] = ()) -> list[Path]:
-    """The visible files of these kinds in a folder, sorted by name, and then those of its folders."""
+    """The visible files with these suffixes in a folder, sorted by name, then those in its subfolders."""
     here = folder.stat()
     if any(os.path.samestat(here, each) for each in above):
         notes.left_out("link in a circle", folder)
@@ -187,7 +191,7 @@ def _files(notes: Notes, folder: Path, suffixes: Collection[str], above: tuple[o
     files, folders = [], []
     for entry in entries:
         suffix = os.path.splitext(entry.name)[1].lower()
-        # scandir knows what an entry is, so that only links cost a look; a path takes one to itself for a broken one.
+        # scandir already knows the type of an entry; only links need a stat. A Path treats a link to itself as broken.
         entry_or_path = Path(entry) if entry.is_symlink() else entry
         if entry_or_path.is_dir():
             folders.append(folder / entry.name)
@@ -202,7 +206,7 @@ def _files(notes: Notes, folder: Path, suffixes: Collection[str], above: tuple[o
 
 def _class_files(notes: Notes, folder: Path, suffixes: Collection[str], classes: Sequence[str] | None = None,
                  expected: str = "one folder per class") -> dict[str, list[Path]]:
-    """Class → files in <class>/ and deeper, for these classes or all folders there are."""
+    """Class → files in <class>/ and below, for these classes; None: for every folder."""
     kinds = ".jpg/.jpeg/.png" if ".png" in suffixes else "/".join(suffixes)
     folders = _subfolders(folder)
     if classes is None:
@@ -226,9 +230,9 @@ def _class_files(notes: Notes, folder: Path, suffixes: Collection[str], classes:
 
 def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[str], shape: tuple[int, int, int],
                 dtype: torch.dtype, read: Callable[[Path], Picture], advance: Callable[[float], object]) -> Split:
-    """All files, class by class, with a thread for each core: decoding releases Python's lock."""
+    """Reads all files, class by class, with one thread per core: decoding releases the GIL."""
     paths = [path for c in classes for path in files[c]]
-    need = len(paths) * math.prod(shape) * (4 + dtype.itemsize)  # as read, and as float32 beside it
+    need = len(paths) * math.prod(shape) * (4 + dtype.itemsize)  # as read, plus a float32 copy
     check_room(need, f"{len(paths)} images of {'×'.join(map(str, shape))}, {paths[0]} the first")
     images = room((len(paths), *shape), dtype)
 

@@ -1,4 +1,4 @@
-"""The one way to read an image file: of any depth, transparency, orientation and shape → bytes of one size."""
+"""Reads image files of any bit depth, transparency, orientation and shape as uint8 images of one size."""
 
 import contextlib
 import errno
@@ -17,19 +17,19 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.memory import available
 
-# What Pillow decodes itself. Not EPS, for which it starts Ghostscript, nor what needs another program in other ways.
+# The formats that Pillow decodes itself. Not EPS, for which it runs Ghostscript, nor others that need a program.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI", "SUN",
            "QOI", "ICO", "XBM", "XPM")
-GREY = ("1", "L", "LA", "La", "I", "F")  # Pillow's modes of one channel; those that begin with I;16 are too
-LARGE = 2**26  # pixels from which a picture is held against the memory, and none is read beside it
-ORDINARY = 2**24  # pixels to which a picture may be resized whole, or 16 times those that are kept of it
+GREY = ("1", "L", "LA", "La", "I", "F")  # Pillow's single-channel modes, besides those that begin with I;16
+LARGE = 2**26  # pixels from which images are checked against available memory and read one at a time
+ORDINARY = 2**24  # an image is resized whole to at most this many pixels, or to 16 times those kept if more
 
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # tags of TIFF and EXIF
 TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
                         Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
                         Image.Transpose.ROTATE_90), start=2))
 
-# What a user may not expect of an image.
+# What may surprise a user about an image.
 TRANSPARENT = "transparent, laid over white"
 TURNED = "turned as the EXIF says"
 DEEP = "of 16 bits or floats, made 8 bits"
@@ -48,21 +48,21 @@ class Picture(NamedTuple):
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has."""
+    """Those of `FORMATS` that this Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Of the files that `read_image` reads, as Pillow knows them: .jpg, .jfif, .png, …"""
+    """Suffixes of the files that `read_image` reads, as registered in Pillow: .jpg, .jfif, .png, …"""
     # MPO, several JPEGs in one file, is opened as the first of them.
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats(), "MPO"))
 
 
 @contextlib.contextmanager
 def unlimited() -> Iterator[None]:
-    """Without Pillow's warnings, and without its limit of pixels: `read_image` looks at the memory instead."""
+    """Turns off Pillow's warnings and its pixel limit: `read_image` checks the available memory instead."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -73,7 +73,7 @@ def unlimited() -> Iterator[None]:
 
 
 def is_grey(path: Path) -> bool:
-    """Whether an image file has one channel, as its header says.
+    """Whether an image file has one channel, according to its header.
 
     Raises:
         UserError, OSError: see `read_image`.
@@ -83,13 +83,13 @@ def is_grey(path: Path) -> bool:
 
 
 def read_image(path: Path, size: tuple[int, int], channels: int = 3, resize: bool = True) -> Picture:
-    """An image file → [channels, *size] uint8, the smallest that covers `size` (H, W), and of that the centre; for
-    squares, what torchvision's Resize and CenterCrop make of it.
+    """An image file → [channels, *size] uint8, resized to the smallest that covers `size` (H, W) and centre-cropped.
+
+    For squares, the same as torchvision's Resize and CenterCrop.
 
     Raises:
-        UserError: not an image; values without a meaning as one; too large for the memory; of another size where
-            `resize` is off.
-        OSError: the system does not let it be read.
+        UserError: not an image; values out of range; too large for the memory; another size, with `resize` off.
+        OSError: the system cannot read the file.
     """
     with _opened(path) as opened, _memory_for(opened, path):
         image, remarks = _as_seen(opened, path)
@@ -112,9 +112,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise
     except MemoryError as error:
         raise UserError(f"{path} does not fit the memory; make it smaller") from error
-    except Exception as error:  # decoders meet damage with exceptions of every kind
+    except Exception as error:  # decoders raise exceptions of every kind for damaged files
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-            raise  # the system's, not the file's: a permission, the disk
+            raise  # the system's fault, not the file's: permissions, the disk
         raise UserError(f"{path} is not a readable image ({error}); fetch it again, save it as PNG, or "
                         "delete it") from error
 
@@ -124,8 +124,8 @@ def _memory_for(image: Image.Image, path: Path) -> Iterator[None]:
     if image.width * image.height < LARGE:
         yield
         return
-    copies = 2 if image.mode in ("L", "RGB") else 5  # converted, its alpha, white below it
-    need = 4 * copies * image.width * image.height + 24 * image.height  # and pointers to each row
+    copies = 2 if image.mode in ("L", "RGB") else 5  # besides: the converted image, its alpha, the white background
+    need = 4 * copies * image.width * image.height + 24 * image.height  # and a pointer to each row
     with _one_large:
         free = available()
         if need > free:
@@ -135,14 +135,14 @@ def _memory_for(image: Image.Image, path: Path) -> Iterator[None]:
 
 
 def _as_seen(image: Image.Image, path: Path) -> tuple[Image.Image, list[str]]:
-    """Upright, opaque and of 8 bits, and the remarks on it."""
+    """The image made upright, opaque and 8-bit, and the remarks on it."""
     remarks = []
     several, orientation = False, 1
     with contextlib.suppress(Exception):  # what follows the first picture may be damaged
-        several = getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's: depth, a smaller copy
+        several = getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's depth or smaller copy
     tags = getattr(image, "tag_v2", {})
     image.load()
-    with contextlib.suppress(Exception):  # or its EXIF
+    with contextlib.suppress(Exception):  # the EXIF may be damaged
         orientation = image.getexif().get(ORIENTATION)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
@@ -162,15 +162,15 @@ def _as_seen(image: Image.Image, path: Path) -> tuple[Image.Image, list[str]]:
 
 
 def _of_8_bits(image: Image.Image, path: Path, tags: Mapping) -> tuple[Image.Image, Image.Image | None, float]:
-    """Of modes I, I;16 and F → the image, its alpha if a value stands for transparent, and its largest value."""
+    """Mode I, I;16 or F → the 8-bit image, its alpha if a value means transparent, and its largest 16-bit value."""
     values = np.asarray(image)
     top = 1 if image.mode == "F" else 2**12 - 1 if tags.get(BITS_PER_SAMPLE) == (12,) else 2**16 - 1
     low, high = float(values.min()), float(values.max())
-    if not 0 <= low <= high <= top:  # nor NaN
+    if not 0 <= low <= high <= top:  # refuses NaN too
         raise UserError(f"{path} has values from {low:g} to {high:g} (Pillow's mode {image.mode}); an image has 8 "
                         "bits, 16 bits (0 to 65535) or floats in [0, 1]: write it as one of these")
     pixels = np.rint(values * np.float32(255) / np.float32(top)).astype(np.uint8)
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow sees to in 8 bits only
+    if tags.get(PHOTOMETRIC) == 0:  # zero is white; Pillow handles that in 8 bits only
         pixels = 255 - pixels
     clear = image.info.get("transparency")
     alpha = None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
@@ -178,7 +178,7 @@ def _of_8_bits(image: Image.Image, path: Path, tags: Mapping) -> tuple[Image.Ima
 
 
 def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
-    # The shape of the whole as torchvision rounds it.
+    # The size of the whole image, rounded as in torchvision.
     if image.width * height >= image.height * width:
         across, down = int(height * image.width / image.height), height
     else:
@@ -187,7 +187,7 @@ def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
     if across * down <= max(ORDINARY, 16 * width * height):
         whole = image.resize((across, down), Image.Resampling.BILINEAR)
         return whole.crop((left, top, left + width, top + height))
-    # Of a strip whose length would become huge, only the centre is.
+    # A long strip would become huge, so only its centre is resized.
     x, y = image.width / across, image.height / down
     box = (left * x, top * y, (left + width) * x, (top + height) * y)
     return image.resize((width, height), Image.Resampling.BILINEAR, box)

@@ -1,10 +1,10 @@
-"""What datasets and groups of augmentations there are, by name; known without torch."""
+"""The names of the datasets and of the groups of augmentations; does not need torch."""
 
 from utils.errors import unknown_name
 
 NAMES = ("MiniFashion", "FashionMNIST", "MNIST", "CIFAR10", "CIFAR100", "SVHN", "Tiny", "ImageNet", "ImageNet1K",
          "ImageFolder")
-# Group of DSA → its operations, of which one is drawn.
+# DSA group → its operations, all of which are applied when the group is drawn.
 GROUPS = {"color": ("brightness", "saturation", "contrast")} | {
     name: (name,) for name in ("crop", "cutout", "flip", "scale", "rotate")}
 

@@ -1,8 +1,8 @@
-"""Several small images in one, each a sample of its own (IDC, Kim et al., ICML 2022).
+"""Several small images stored in one, each a separate sample (IDC, Kim et al., ICML 2022).
 
-An image of factor f is a grid of f × f tiles, in row-major order. In use each tile is cut out and stretched to the
-whole size, bilinearly and with the corners where IDC has them (align_corners False). Where a side is no multiple of f,
-tiles differ by one pixel: none overlap, and nothing is padded.
+An image of factor f is a grid of f × f tiles, in row-major order. For use, each tile is cut out and stretched
+bilinearly to the full image size, with align_corners False as in IDC. If a side is not a multiple of f, tiles differ by
+one pixel in size; none overlap, and nothing is padded.
 """
 
 import functools
@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 
 def check_factor(factor: int, image_size: Sequence[int]) -> None:
-    """Refuses a grid that images (H, W) have no pixels for.
+    """Refuses a grid with more tiles along a side than images (H, W) have pixels.
 
     Raises:
         UserError
@@ -28,7 +28,7 @@ def check_factor(factor: int, image_size: Sequence[int]) -> None:
 
 
 def cut(images: Tensor, factor: int) -> Tensor:
-    """[N, C, H, W] → the samples that networks see [N·f², C, H, W], those of an image together; linear."""
+    """Images [N, C, H, W] → the samples that networks see [N·f², C, H, W], grouped by image; linear."""
     if factor == 1:
         return images
     rows, columns = _stretching(images, factor)
@@ -36,7 +36,7 @@ def cut(images: Tensor, factor: int) -> Tensor:
 
 
 def cut_adjoint(gradient: Tensor, factor: int) -> Tensor:
-    """The gradient in `cut(images, factor)` [N·f², C, H, W] → that in the images [N, C, H, W]."""
+    """The gradient in `cut(images, factor)` [N·f², C, H, W] → the gradient in the images [N, C, H, W]."""
     if factor == 1:
         return gradient
     rows, columns = _stretching(gradient, factor)
@@ -44,7 +44,7 @@ def cut_adjoint(gradient: Tensor, factor: int) -> Tensor:
 
 
 def tiled(samples: Tensor, factor: int) -> Tensor:
-    """Samples [N·f², C, H, W], each made as small as its tile by the mean over areas → images [N, C, H, W]."""
+    """Samples [N·f², C, H, W] → images [N, C, H, W]; each sample is shrunk to its tile by averaging over areas."""
     if factor == 1:
         return samples
     grid = samples.unflatten(0, (-1, factor, factor))
@@ -55,7 +55,7 @@ def tiled(samples: Tensor, factor: int) -> Tensor:
 
 
 def _edges(side: int, factor: int) -> list[tuple[int, int]]:
-    """Where tiles begin and end."""
+    """Where each tile begins and ends along a side."""
     return list(itertools.pairwise(number * side // factor for number in range(factor + 1)))
 
 
@@ -63,10 +63,10 @@ def _stretching(images: Tensor, factor: int) -> list[Tensor]:
     return [_matrices(side, factor, images.dtype, images.device) for side in images.shape[-2:]]
 
 
-# Matrices, because on a GPU the gradient of torch's own interpolation is not the same to the bit twice.
+# Matrices, because on a GPU the gradient of torch's own interpolation is not bit-reproducible.
 @functools.lru_cache(maxsize=16)
 def _matrices(side: int, factor: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[f, side, side]: for each tile along a side, what stretches it to the whole."""
+    """[f, side, side]: for each tile along a side, the matrix that stretches it to the full side."""
     matrices = torch.zeros(factor, side, side, dtype=torch.float64)
     for matrix, (begin, end) in zip(matrices, _edges(side, factor)):
         pixels = torch.eye(end - begin, dtype=torch.float64)

@@ -1,11 +1,11 @@
-"""How far something long is, for whoever shows it; who that is, nobody here knows."""
+"""Progress of long steps, reported to a callback; the code here does not know what displays it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 Watch = Callable[[str, float], contextlib.AbstractContextManager[Callable[[float], object]]]
-"""What is done, in words, and how much of it there is, in any unit → inside it, what to call with how much more is
-done."""
+"""(description of a step, its total in any unit) → a context manager that yields a function, to be called with each
+further amount done."""
 
 
 @contextlib.contextmanager

@@ -25,17 +25,17 @@ from utils.memory import available
 
 EPS = 0.1  # the published ridge, added to the eigenvalues of the covariance
 CHUNK = 4096  # images at a time: bounds the extra memory, large enough for full matmul speed
-BLOCK = 1024  # rows of a matrix at a time, where it is rounded to float32 or comes from a GPU
+BLOCK = 1024  # rows of a matrix at a time when rounding to float32 or copying from a GPU
 LONG = 60.0  # seconds from which a fit is announced
-EIGEN = 10  # an eigenproblem of size n takes as long as a product of so many n³ operations
-BESIDE = "whitening.safetensors"  # a whitening that travels with a set, in its folder
+EIGEN = 10  # an eigenproblem of size n takes as long as matrix products with EIGEN · n³ operations
+BESIDE = "whitening.safetensors"  # a whitening stored in a distilled set's folder
 
 Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
 def _in_float32() -> Iterator[None]:
-    """Products on a GPU are not rounded to TF32, whatever a run computes in."""
+    """Keeps matrix products on a GPU in full float32 rather than TF32, whatever the run's precision."""
     products = torch.backends.cuda.matmul
     chosen, products.fp32_precision = products.fp32_precision, "ieee"
     try:
@@ -54,12 +54,12 @@ class Whitening:
 
     mean: Tensor  # [1, D]
     transform: Tensor  # [D, D]
-    fitted_inverse: Tensor | None = None  # [D, D]; None: computed from T where it is needed
-    fingerprint: str = ""  # of the training images and eps, to which it was fitted; empty where that is not known
+    fitted_inverse: Tensor | None = None  # [D, D]; None: computed from T when needed
+    fingerprint: str = ""  # of the training images and eps that it was fitted to; empty if unknown
 
     @functools.cached_property
     def inverse(self) -> Tensor:
-        """[D, D]; T is symmetric and its eigenvalues are far from 0, so float64 gives it back to 1e-5."""
+        """[D, D]; T is symmetric and its eigenvalues are far from 0, so inverting in float64 is accurate to 1e-5."""
         if self.fitted_inverse is not None:
             return self.fitted_inverse
         return _interruptible(lambda: torch.linalg.inv(self.transform.double()).float())
@@ -75,13 +75,13 @@ class Whitening:
         return _by_chunks(images, lambda rows: (rows @ inverse).add_(mean))
 
     def energy(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] in [0, 1] → the squared norm [N] of each less the mean."""
+        """Images [N, C, H, W] in [0, 1] → the squared norm [N] of each image minus the mean."""
         mean = self.mean.to(images.device)
         return torch.cat([(some.flatten(1) - mean).square().sum(1) for some in images.split(CHUNK)])
 
     @_in_float32()
     def pulled_back(self, images: Tensor) -> Tensor:
-        """Pixels [N, C, H, W] → [N, D] whose product with a whitened image a is ⟨`invert`(a) − μ, image − μ⟩."""
+        """Pixels [N, C, H, W] → [N, D] whose dot product with a whitened image a is ⟨`invert`(a) − μ, image − μ⟩."""
         return (images.flatten(1) - self.mean.to(images.device)) @ self.inverse.to(images.device).T
 
     def to(self, device: torch.device | str) -> "Whitening":
@@ -90,22 +90,22 @@ class Whitening:
         return Whitening(self.mean.to(device), self.transform.to(device), inverse, self.fingerprint)
 
     def save(self, path: Path) -> None:
-        """Writes what `KeptWhitening` reads: μ and T."""
+        """Writes μ and T to a file that `KeptWhitening` can read."""
         save_tensors(path, {"mean": self.mean, "transform": self.transform}, {"fingerprint": self.fingerprint})
 
 
 class KeptWhitening(NamedTuple):
-    """A whitening that is looked for when it is needed, by its fingerprint: it is far larger than a set."""
+    """A whitening that is read only when needed, found by its fingerprint; it is far larger than a set."""
 
     fingerprint: str
-    folder: Path  # of the set, which may hold it
+    folder: Path  # of the set; it may hold the whitening
 
     def read(self, dimension: int, advice: str) -> Whitening:
-        """From `whitening.safetensors` in the folder, or the disk cache.
+        """The whitening, from `whitening.safetensors` in the folder or from the disk cache.
 
         Args:
             dimension: D, of the set's images.
-            advice: what to do where it is in neither.
+            advice: what to do if it is in neither; for the message.
 
         Raises:
             UserError: it is in neither, or damaged.
@@ -134,8 +134,8 @@ def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
 
 
 def chunk(images: Tensor) -> int:
-    """How many are whitened at a time."""
-    # A signal waits for a product: with many dimensions, fewer images at a time (a second or two on one core).
+    """How many images are whitened at a time."""
+    # Signals wait until a product ends: with many dimensions, take fewer images (a second or two on one core).
     return min(CHUNK, max(1, 2**36 // images[:1].numel()**2)) if len(images) else 1
 
 
@@ -151,16 +151,16 @@ def _by_chunks(images: Tensor, change) -> Tensor:
 
 
 class _Work:
-    """How far a fit is, in operations: told by the thread that computes, asked by the one that waits."""
+    """The progress of a fit, in operations: written by the computing thread, read by the waiting one."""
 
     def __init__(self, total: float) -> None:
         self.total = total
         self._began = perf_counter()
-        self._now = 0.0, 0.0, self._began  # what is done, what is begun, and when that was
+        self._now = 0.0, 0.0, self._began  # operations done, those of the current part, and when it began
 
     @contextlib.contextmanager
     def part(self, size: float) -> Iterator[None]:
-        """So many operations."""
+        """Counts `size` operations as done when the block ends."""
         done = self._now[0]
         self._now = done, size, perf_counter()
         yield
@@ -168,27 +168,27 @@ class _Work:
 
     @property
     def done(self) -> float:
-        """Of a part that is not finished, as LAPACK says nothing on its way, what the pace so far lets expect."""
+        """Operations done; within a part, where LAPACK reports nothing, extrapolated from the pace so far."""
         done, begun, since = self._now
         pace = done / max(since - self._began, 1e-9)
         return done + min(0.99 * begun, pace * (perf_counter() - since))
 
 
 def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu", watch: Watch = unwatched) -> Whitening:
-    """The whitening of a training set, from the disk cache or fitted.
+    """The whitening of a training set, from the disk cache or newly fitted.
 
-    It is `kornia.enhance.ZCAWhitening`'s but for kornia's rounding of a float32 covariance (1e-5), and kept as
-    `<cache folder>/zca_<key>.pt`; what an earlier version kept there is used as it is. The result lies on the CPU,
-    computed in float64 and rounded to float32, so that machines agree but for the last bit of some values.
+    It equals `kornia.enhance.ZCAWhitening`'s except for kornia's float32 rounding of the covariance (1e-5), and is
+    cached as `<cache folder>/zca_<key>.pt`; files of earlier versions are used as they are. The result is on the CPU,
+    computed in float64 and rounded to float32, so that machines agree except in the last bit of some values.
 
     Args:
         images: the whole training set [N, C, H, W], uint8 in 0 … 255 or float32 in [0, 1].
-        cache_key: what identifies these images' content (a hash of the raw images).
-        device: where to compute, if its memory is large enough; else on the CPU.
-        watch: shows how far it is.
+        cache_key: identifies the content of these images (a hash of the raw images).
+        device: where to compute if its memory suffices; else the CPU is used.
+        watch: shows the progress.
 
     Raises:
-        UserError: fewer than two images; a fit that would not fit in memory.
+        UserError: fewer than two images, or not enough memory for the fit.
     """
     dimension = images[0].numel()
     fingerprint = hashlib.sha256(f"{cache_key} eps={EPS}".encode()).hexdigest()[:32]
@@ -219,8 +219,10 @@ def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu", watc
 
 
 def _interruptible(compute: Callable[[], Result], meanwhile: Callable[[], None] = lambda: None) -> Result:
-    """What `compute` returns or raises, from another thread: LAPACK holds the one that calls it for minutes, in which
-    Python hears no signal. What a signal raises in this thread ends the wait; the other one ends with the process.
+    """Runs `compute` in another thread and returns or raises its outcome; calls `meanwhile` while it waits.
+
+    LAPACK blocks its thread for minutes, in which Python would handle no signal. An exception that a signal raises in
+    this thread ends the wait; the worker ends with the process.
     """
     outcome: Future[Result] = Future()
 
@@ -233,7 +235,7 @@ def _interruptible(compute: Callable[[], Result], meanwhile: Callable[[], None] 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     try:
-        while not wait([outcome], timeout=0.2).done:  # by turns: the system may wake another thread for a signal
+        while not wait([outcome], timeout=0.2).done:  # polls: the system may deliver a signal to another thread
             meanwhile()
     except BaseException as error:
         atexit.register(_leave, worker, 128 + getattr(error, "signal", signal.SIGINT))
@@ -242,9 +244,9 @@ def _interruptible(compute: Callable[[], Result], meanwhile: Callable[[], None] 
 
 
 def _leave(worker: threading.Thread, code: int) -> None:
-    """The way out of a process whose worker still computes; Python's own waits for it, or is aborted by it."""
+    """Exit hook while the worker is still in LAPACK: Python's normal shutdown would wait for it or crash."""
     if worker.is_alive():
-        with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        with contextlib.suppress(OSError, ValueError):  # the streams may be closed
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
@@ -254,9 +256,9 @@ def _leave(worker: threading.Thread, code: int) -> None:
 def _computed(images: Tensor, device: torch.device, work: _Work) -> tuple[Tensor, Tensor, Tensor]:
     """μ, T and T's inverse, float32 on the CPU, computed in float64 on `device`.
 
-    With C the covariance (over N − 1), any B with C = BᵀB and BBᵀ = diag(S) gives a function of it,
-    f(C) = f(0) I + Bᵀ diag((f(S) − f(0)) / S) B; with fewer images than dimensions it has N rows only, and the
-    directions that no image has are in f(0) I.
+    With C the covariance (over N − 1), any B with C = BᵀB and BBᵀ = diag(S) gives any function of C as
+    f(C) = f(0) I + Bᵀ diag((f(S) − f(0)) / S) B. With fewer images than dimensions, B has only N rows, and f(0) I
+    covers the directions outside the images' span.
     """
     def rows(part: Tensor) -> Tensor:
         return to_unit(part, device).flatten(1).double()
@@ -298,12 +300,12 @@ def _computed(images: Tensor, device: torch.device, work: _Work) -> tuple[Tensor
 
 
 def _path(fingerprint: str) -> Path:
-    """Where a fit is kept."""
+    """The cache file of a fit."""
     return cache_folder() / f"zca_{fingerprint}.pt"
 
 
 def _read(path: Path, fingerprint: str, dimension: int) -> Whitening | None:
-    """The kept fit, or None where there is none or it is damaged."""
+    """The cached fit; None if it is missing or damaged."""
     if not path.is_file() or not path.stat().st_size:
         return None
     with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
@@ -315,25 +317,25 @@ def _read(path: Path, fingerprint: str, dimension: int) -> Whitening | None:
 
 
 def _fits(tensors: list[Tensor], dimension: int) -> bool:
-    """Whether these can be μ, T and T's inverse, as far as they are given."""
+    """Whether the tensors can be μ, T and, if given, T's inverse: the right shapes, all finite."""
     shapes = [(1, dimension), (dimension, dimension), (dimension, dimension)]
     return [tuple(tensor.shape) for tensor in tensors] == shapes[:len(tensors)] and all(
         tensor.isfinite().all() for tensor in tensors)
 
 
 def _operations(count: int, dimension: int) -> float:
-    """Of a fit: the covariance, its eigenvectors, and two functions of it."""
+    """The operations of a fit: the covariance, its eigenvectors, and two functions of it."""
     size = min(count, dimension)
     return 2 * count * dimension * size + EIGEN * size**3 + 4 * size * dimension**2
 
 
 def _place(count: int, dimension: int, device: torch.device) -> torch.device:
-    """Where a fit runs; one that takes long there is announced.
+    """The device that a fit runs on; prints a notice if it will take long on the CPU.
 
     Raises:
-        UserError: it fits nowhere.
+        UserError: no device has enough memory.
     """
-    # Measured: the two results, and four matrices beside the images that the eigenproblem is made of, or a chunk.
+    # Measured: the two float32 results, and in float64 the eigenproblem's images (or a chunk) and four matrices.
     need = 8 * dimension**2 + 40 * dimension * min(count, max(dimension, CHUNK))
     if device.type == "cuda" and need < available(device):
         return device

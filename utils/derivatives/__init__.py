@@ -1,1 +1,1 @@
-"""A step's derivatives: by autograd or by hand, compiled or captured."""
+"""The derivatives of a training step: by autograd or hand-written, compiled or captured."""

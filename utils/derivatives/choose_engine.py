@@ -1,4 +1,4 @@
-"""Which engine computes a network's derivatives here, in how large micro-batches, and in what arithmetic."""
+"""Chooses the engine for a network's derivatives, the size of its micro-batches and its arithmetic."""
 
 import copy
 import functools
@@ -26,29 +26,29 @@ from utils.errors import UserError, shortened
 from utils.memory import available
 from utils.networks import has_batch_norm
 
-# Activations of a micro-batch on a CPU: what its cache still serves, and what autograd's larger kernels want.
-CACHED_BYTES = 24 << 20
-EAGER_BYTES = 64 << 20  # the cache counts for less than how seldom several threads wait for each other
-PLAIN_BYTES = 128 << 20
-SHARE_OF_MEMORY = 0.7  # of a GPU's free memory, that a micro-batch may take
+# Bytes of activations in a micro-batch on a CPU.
+CACHED_BYTES = 24 << 20  # compiled: as much as the cache still serves
+EAGER_BYTES = 64 << 20  # not compiled: fewer waits between threads matter more than the cache
+PLAIN_BYTES = 128 << 20  # autograd: for its larger kernels
+SHARE_OF_MEMORY = 0.7  # of a GPU's free memory that a micro-batch may use
 ADJOINT_FACTOR = 6.0  # an adjoint's peak memory over its activations, at most (measured: 5)
-# Seconds of uncompiled work from which compiling pays: it takes a minute or two on a CPU, 3 to 14 seconds on a GPU.
+# Seconds of uncompiled work above which compiling pays: it takes a minute or two on a CPU, 3 to 14 seconds on a GPU.
 COMPILING_PAYS = {"cpu": 600.0, "cuda": 30.0}
-# Bytes of activations through gradient and adjoint, for that estimate: on one CPU core; on an H100, where it was 36e9
-# at 500 images a step, 10e9 at 10, and 53e9 and 24e9 through the gradients of experts and of evaluations.
+# For that estimate, bytes of activations per second through gradient and adjoint: on one CPU core; on an H100, which
+# reached 36e9 with 500 images per step, 10e9 with 10, and 53e9 and 24e9 in the gradients of experts and evaluations.
 ACTIVATIONS_PER_SECOND = {"cpu": 0.19e9, "cuda": 25e9}
-GRADIENT_ALONE = 1 / 3  # of the work of a gradient and an adjoint together
+GRADIENT_ALONE = 1 / 3  # a gradient's share of the work of a gradient and its adjoint
 
 
 class Work(NamedTuple):
-    """What is to be computed: samples times steps."""
+    """The amount of computation ahead, in samples times steps."""
 
-    gradients: float = 0.0  # through a gradient alone
-    matched: float = 0.0  # through a gradient and its adjoint
+    gradients: float = 0.0  # with a gradient only
+    matched: float = 0.0  # with a gradient and its adjoint
 
     @property
     def total(self) -> float:
-        """As if all were matched."""
+        """The equivalent amount of matched work."""
         return self.matched + GRADIENT_ALONE * self.gradients
 
 
@@ -58,18 +58,18 @@ NOTHING = Work()
 def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor],
                   unflatten: Callable[[Tensor], list[Tensor]], backend: str, precision: str = "auto",
                   micro_batch: int | None = None, work: Work = NOTHING) -> Engine:
-    """The engine for a network on the device it is on.
+    """The engine for a network, on the network's device.
 
     Args:
-        backend: `plain`: autograd, the reference. `eager`: on a CPU, for the published ConvNet, the hand-written
-            `EagerPass`. `compile`: for every ConvNet the hand-written pass, compiled; on a GPU captured too. `graph`:
-            autograd, replayed from CUDA graphs. `auto`: compile if `work` repays it and there is a compiler; else on a
-            GPU graph, on a CPU eager. What cannot be had is left out.
+        backend: `plain`: autograd, the reference. `eager`: the hand-written `EagerPass`, for the published ConvNet on a
+            CPU. `compile`: the hand-written pass for every ConvNet, compiled; on a GPU also captured. `graph`:
+            autograd, replayed from CUDA graphs. `auto`: compile if `work` repays it and there is a compiler; else graph
+            on a GPU and eager on a CPU. Networks that a pass does not cover use autograd.
         micro_batch: samples at a time; None: chosen by `micro_batch_for`.
-        work: what is to come.
+        work: the work ahead; decides whether `auto` compiles.
 
     Raises:
-        UserError: a backend that cannot be had here, or micro-batches of a network with batch norm.
+        UserError: the backend is not available here, or micro-batches are given for a network with batch norm.
     """
     device = next(network.parameters()).device
     check_backend(backend, device)
@@ -91,17 +91,17 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
     else:
         size = micro_batch or micro_batch_for(network, PLAIN_BYTES)
         engine = Autograd(forward, size, dtype, splits=not has_batch_norm(network))
-    # Batch norm's running statistics change with every call, which warming up and replaying would spoil.
+    # Warm-up calls and replays would corrupt batch norm's running statistics, which change with every call.
     captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)
     return Captured(engine) if captured else engine
 
 
 def activation_bytes(network: nn.Module) -> int:
-    """What the outputs of all layers take for one image, in float32.
+    """Bytes of the outputs of all layers for one image, in float32.
 
-    The network must come from `build_network`, which notes the shape of its images.
+    The network must come from `build_network`, which records the shape of its images.
     """
-    # On the meta device torch would import its compiler, for seconds; values do not matter.
+    # Not on the meta device: torch would import its compiler, which takes seconds. The values do not matter.
     network_copy = copy.deepcopy(network).to_empty(device="cpu").eval()
     elements: list[int] = []
     for module in network_copy.modules():
@@ -113,9 +113,9 @@ def activation_bytes(network: nn.Module) -> int:
 
 
 def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:
-    """Samples at a time: on a CPU what takes `cpu_bytes` of activations; on a GPU what fits its free memory.
+    """Samples at a time: on a CPU those whose activations take `cpu_bytes`; on a GPU as many as fit its free memory.
 
-    None where a batch cannot be split, or where nothing is known of the network's images.
+    None if a batch cannot be split, or if the shape of the network's images is unknown.
     """
     if has_batch_norm(network) or not hasattr(network, "image_shape"):
         return None
@@ -123,14 +123,14 @@ def micro_batch_for(network: nn.Module, cpu_bytes: int) -> int | None:
     if device.type != "cuda":
         return max(1, cpu_bytes // activation_bytes(network))
     free = SHARE_OF_MEMORY * available(device) / ADJOINT_FACTOR
-    # A power of two changes less from run to run.
+    # Rounded down to a power of two, which changes less from run to run.
     return 1 << max(0, int(free // activation_bytes(network)).bit_length() - 1)
 
 
 def seconds_uncompiled(network: nn.Module, work: Work) -> float:
-    """About how long the work takes here: on this machine's CPU, or on a GPU like those of data centres.
+    """Roughly how long the work takes, uncompiled, on this machine's CPU or on a data-centre GPU.
 
-    An estimate from the network and the number of threads, not a measurement: the same run always gets the same answer.
+    Estimated from the network and the number of threads, not measured, so the same run always gets the same answer.
     """
     kind = next(network.parameters()).device.type
     workers = torch.get_num_threads() if kind == "cpu" else 1
@@ -143,10 +143,10 @@ def repays(network: nn.Module, work: Work) -> bool:
 
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """Refuses a backend that nothing here can run.
+    """Refuses a backend that this machine cannot run.
 
     Raises:
-        UserError: CUDA graphs on a CPU, or compiling without a compiler that can.
+        UserError: CUDA graphs on a CPU, or compiling without a working compiler.
     """
     if backend == "graph" and device.type != "cuda":
         raise UserError("--backend graph captures CUDA graphs, and this runs on the CPU; give auto, eager or compile")
@@ -158,8 +158,9 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Sets the arithmetic of float32 products for the whole process, and on a GPU that a convolution takes the same
-    algorithm each time; bf16 is the engines' own affair.
+    """Sets the precision of float32 products for the whole process, and on a GPU makes convolutions deterministic.
+
+    bf16 is left to the engines.
 
     Raises:
         UserError: TF32 without a GPU.
@@ -171,25 +172,25 @@ def set_precision(precision: str, device: torch.device) -> None:
         torch.backends.cuda.matmul.fp32_precision = leaf
         torch.backends.cudnn.conv.fp32_precision = leaf
     if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True  # or experts that go on are not those that were stopped
+        torch.backends.cudnn.deterministic = True  # else a resumed expert would differ from an uninterrupted one
 
 
 @functools.cache
 def _can_compile(device: torch.device) -> bool:
-    """Whether code can be compiled here; says so once where it cannot."""
+    """Whether code can be compiled here; if not, prints a note once."""
     reason = _why_not_compiled(device)
-    if reason and multiprocessing.parent_process() is None:  # which has said so for its helpers
+    if reason and multiprocessing.parent_process() is None:  # helpers leave it to their parent
         print(f"note: not compiled, though this is long enough to repay it: {reason}", file=sys.stderr)
     return reason is None
 
 
 @functools.cache
 def _why_not_compiled(device: torch.device) -> str | None:
-    """Why code cannot be compiled here, in words, found by compiling next to nothing; None where it can. Beside the
-    compiler there are Python's headers, a temporary folder that may not hold programs, and for a GPU Triton."""
+    """Why code cannot be compiled here, in words; None if it can. Found by compiling a trivial function: it takes not
+    only a compiler, but Python's headers, a temporary folder that allows executables and, for a GPU, Triton."""
     try:
         quietly_compiled(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # compilers fail in every way there is
+    except Exception as error:  # compilers raise exceptions of every kind
         lines = str(error).splitlines() or [type(error).__name__]
         told = next((line for line in lines if "error: " in line), lines[0])
         who = f"{_compiler()} is here and" if device.type == "cpu" else f"Triton for {device}"

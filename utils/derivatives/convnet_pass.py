@@ -1,13 +1,13 @@
-"""The ConvNet's derivatives written out by hand: ∇L, and in one sweep everything the adjoint of a step needs of it.
+"""Hand-written derivatives of the ConvNet: ∇L, and in a single pass everything that the adjoint of a step needs.
 
-`adjoint` pushes dual numbers a + ε ȧ forward and backward through the network, where the parameters move along λ:
-θ + ε λ. The ε part of the loss is then s = ⟨∇L, λ⟩, and that of the backward pass is its gradient, since derivatives
-commute (Pearlmutter 1994, "Fast exact multiplication by the Hessian", with inputs and labels beside the parameters).
-Against autograd's reverse over reverse that is fewer operations, no graph, and convolutions in the form that suits the
-machine (`utils.derivatives.convolution`).
+`adjoint` propagates dual numbers a + ε ȧ forward and backward through the network, with the parameters θ + ε λ. The ε
+part of the loss is then s = ⟨∇L, λ⟩, and the ε part of the backward pass is the gradient of s, since derivatives
+commute (Pearlmutter 1994, "Fast exact multiplication by the Hessian"; here for inputs and labels as well as
+parameters). Compared with autograd's reverse over reverse, this takes fewer operations and no graph, and each
+convolution has the form that suits the machine (`utils.derivatives.convolution`).
 
-Maps are [B, H, W, C]. Where a layer pools, they are seen as windows [B, H/2, 2, W/2, 2, C], so that pooling is a sum
-over two axes and its transpose a broadcast: elementwise work fuses into one loop a layer when compiled.
+Maps are [B, H, W, C]. Where a layer pools, they are viewed as windows [B, H/2, 2, W/2, 2, C], so that pooling is a sum
+over two axes and its transpose a broadcast; when compiled, the elementwise work fuses into one loop per layer.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from utils.derivatives.convolution import Columns, Convolution, Direct, Winograd
 from utils.networks import GROUPS, LEAK, ConvNet, ConvNetPlan
 
-# Where which form of the convolution wins on a CPU, compiled, as measured.
-FEW_CHANNELS = 4  # of a first layer, up to which `Columns` does
-MANY_CHANNELS = 64  # in and out, from which `Winograd` does
-EPSILON = 1e-5  # of every norm, the library's default
+# Where each form of the convolution is fastest on a CPU, compiled; measured.
+FEW_CHANNELS = 4  # `Columns` up to this many input channels, as in a first layer
+MANY_CHANNELS = 64  # `Winograd` from this many input and output channels
+EPSILON = 1e-5  # of every norm, torch's default
 PIXELS = (1, 2, 3, 4)  # the axes of a window view that hold one image's pixels
 
 
 class BlockWeights(NamedTuple):
-    """One block's parameters, or what belongs to them: tangents or gradients."""
+    """One block's parameters, or their tangents or gradients."""
 
     kernel: Tensor  # lifted
     bias: Tensor  # [C]
@@ -56,7 +56,7 @@ class Block:
 
     @property
     def ignores_bias(self) -> bool:
-        """An instance's mean takes the convolution's bias with it, and its gradient is zero."""
+        """Instance norm subtracts the convolution's bias with the mean, so the bias has no effect and zero gradient."""
         return self.plan.norm == "instance"
 
     def windows(self, z: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Block:
         return z.unflatten(-2, (-1, k)).unflatten(-4, (-1, k))
 
     def mean(self, x: Tensor) -> Tensor:
-        """Over what the norm takes together."""
+        """The mean over each group of elements that the norm normalises together."""
         if self.plan.norm == "layer":
             return x.mean((*PIXELS, 5), keepdim=True)
         mean = x.mean(PIXELS, keepdim=True)
@@ -74,11 +74,11 @@ class Block:
         return mean.unflatten(-1, (GROUPS, -1)).mean(-1).repeat_interleave(self.plan.width // GROUPS, -1)
 
     def affine(self, x: Tensor) -> Tensor:
-        """Sums x over what shares a gain."""
+        """Sums x over the elements that share a gain."""
         return x.sum(0) if self.plan.norm == "layer" else x.sum((0, *PIXELS))
 
     def activate(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """f(h), f′(h), and f″(h) where it is not zero."""
+        """f(h), f′(h) and f″(h); None for the last if it is zero everywhere."""
         if self.plan.activation == "relu":
             return h.relu(), (h > 0).to(h.dtype), None
         if self.plan.activation == "leaky":
@@ -93,7 +93,7 @@ class Block:
         if self.plan.pooling != "max":
             return 1 / self.window**2
         flat = a.permute(0, 1, 3, 5, 2, 4).flatten(-2)  # [B, H/2, W/2, C, 4]
-        first = F.one_hot(flat.argmax(-1), 4).to(a.dtype)  # the first of equals, as the library has it
+        first = F.one_hot(flat.argmax(-1), 4).to(a.dtype)  # the first of equal maxima, as in torch
         return first.unflatten(-1, (2, 2)).permute(0, 1, 4, 2, 5, 3)
 
     def pool(self, a: Tensor, choice: Tensor | float) -> Tensor:
@@ -114,9 +114,9 @@ class ConvNetPass:
     """The two derivatives of a ConvNet, as pure functions of lifted weights.
 
     Args:
-        plan, image_shape: of a network that `covers` is true of, and its images [C, H, W].
-        device: where it runs, which decides the form of each convolution.
-        dtype: type of the convolutions' operands; None: the images' own.
+        plan, image_shape: of a network that `covers` accepts; image_shape is [C, H, W].
+        device: where it runs; decides the form of each convolution.
+        dtype: type of the convolutions' operands; None: the images' type.
     """
 
     map_bytes = 0  # see `Engine`
@@ -132,19 +132,19 @@ class ConvNetPass:
         self.features = (plan.width, *size)
 
     def lift(self, parameters: Sequence[Tensor]) -> Weights:
-        """θ in `parameters()` order → the weights that `gradient` and `adjoint` take; once a step."""
+        """θ in `parameters()` order → the weights that `gradient` and `adjoint` take; called once per step."""
         rest = iter(parameters)
         blocks = []
         for block in self.blocks:
             kernel, bias = block.convolution.lift_kernel(next(rest)), next(rest)
             gain, shift = (None, None) if block.plan.norm == "none" else (next(rest), next(rest))
-            if block.plan.norm == "layer":  # the library's [C, H, W]
+            if block.plan.norm == "layer":  # torch has [C, H, W]
                 gain, shift = (block.windows(each.permute(1, 2, 0)) for each in (gain, shift))
             blocks.append(BlockWeights(kernel, bias, gain, shift))
         return Weights(blocks, next(rest), next(rest))
 
     def lower(self, gradient: Weights) -> Tensor:
-        """A gradient of lifted weights → that of θ [P]."""
+        """A gradient in lifted weights → the gradient in θ [P]."""
         parts: list[Tensor] = []
         for block, of in zip(self.blocks, gradient.blocks):
             parts += [block.convolution.lower_kernel(of.kernel), of.bias]
@@ -198,15 +198,15 @@ class ConvNetPass:
 
     def adjoint(self, weights: Weights, tangents: Weights, x: Tensor, y: Tensor
                 ) -> tuple[Tensor, Weights, Tensor, Tensor | None]:
-        """s = ⟨∇L, λ⟩ with its gradients in θ, x and, where y are label logits, y.
+        """s = ⟨∇L, λ⟩ with its gradients in θ, in x and, if y are label logits, in y.
 
-        `_` after a name marks the ε part of it: `a_` is ȧ.
+        A trailing `_` marks an ε part: `a_` is ȧ.
 
         Args:
             tangents: λ, lifted.
             x, y: as for `gradient`.
         """
-        a, a_ = x.permute(0, 2, 3, 1), None  # the images do not move
+        a, a_ = x.permute(0, 2, 3, 1), None  # the images have no ε part
         saved = []
         for block, w, w_ in zip(self.blocks, weights.blocks, tangents.blocks):
             form = block.convolution
@@ -276,7 +276,7 @@ class ConvNetPass:
 
     @staticmethod
     def _normalise(block: Block, w: BlockWeights, z: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(z − μ)/σ, 1/σ and what the activation is applied to."""
+        """(z − μ)/σ, 1/σ and the input of the activation."""
         if block.plan.norm == "none":
             return z, None, z
         centred = z - block.mean(z)
@@ -289,8 +289,8 @@ class ConvNetPass:
 
 
 def covers(network: nn.Module) -> bool:
-    """Whether the pass is written for this network: any ConvNet but those with batch norm or pooling that rounds."""
-    if type(network) is not ConvNet or network.plan.norm == "batch":  # a subclass may compute anything
+    """Whether the pass supports this network: any ConvNet without batch norm whose pooling never rounds a size."""
+    if type(network) is not ConvNet or network.plan.norm == "batch":  # a subclass may compute something else
         return False
     channels, *size = network.image_shape
     grown = 2 * network.plan.paddings(channels)[0] - 2
@@ -299,7 +299,7 @@ def covers(network: nn.Module) -> bool:
 
 def _form(channels: int, width: int, padding: int, size: tuple[int, int], device: torch.device,
           dtype: torch.dtype | None) -> Convolution:
-    """The convolution's fastest form; on a GPU the library has all of them."""
+    """The fastest form of the convolution; on a GPU `Direct`, since the library there contains all of them."""
     if device.type != "cpu" or dtype is not None:
         return Direct(channels, width, padding, dtype)
     if channels <= FEW_CHANNELS:
@@ -326,5 +326,5 @@ def loss_at_logits(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def softmax_tangent(p: Tensor, moved: Tensor) -> Tensor:
-    """What moving the logits does to p = softmax(logits); symmetric."""
+    """The ε part of p = softmax(logits), given that of the logits, `moved`; this linear map is symmetric."""
     return p * (moved - (p * moved).sum(1, keepdim=True))

@@ -1,8 +1,8 @@
-"""The 3×3 convolution as a bilinear map z = out(V · U), in the form that is fastest where it runs.
+"""The 3×3 convolution as a bilinear map z = out(V · U), in several forms; `convnet_pass` picks the fastest.
 
-A form lifts its operands into a space of its own, where the three products that a convolution and its derivatives
-consist of are cheap, and lowers the results. Lifts and products are linear, and a lowering is the transpose of the
-lift of the same name, so that sums may be taken in the lifted space, and derivatives of any order need nothing else:
+Each form lifts its operands into a space of its own, where the three products that make up a convolution and its
+derivatives are cheap, and lowers the results. Lifts and products are linear, and each lowering is the transpose of the
+lift of the same name. Sums may therefore be taken in the lifted space, and derivatives of any order need nothing else:
 
     z  = lower_output(V · U)          V = lift_input(a)     a [B, H, W, I]
     ∂a = lower_input(D · Uᵀ)          D = lift_output(δ)    δ, z [B, H, W, O]
@@ -39,10 +39,10 @@ class Convolution(Protocol):
 
 
 class Direct:
-    """The library's convolution, in the memory format it prefers; nothing is lifted.
+    """Torch's convolution, in the memory format it prefers; nothing is lifted.
 
     Args:
-        dtype: convolve in this type and return to the operands'; None: in theirs.
+        dtype: convolve in this type and convert the result back; None: convolve in the operands' type.
     """
 
     def __init__(self, channels: int, width: int, padding: int, dtype: torch.dtype | None = None) -> None:
@@ -71,7 +71,7 @@ class Direct:
 
 
 class Columns:
-    """One matrix product per step of the convolution, over all 3×3 patches: for a first layer of few channels."""
+    """Each of the three products as one matrix product over all 3×3 patches; for a first layer with few channels."""
 
     def __init__(self, channels: int, width: int, padding: int, size: tuple[int, int]) -> None:
         self.shape = (width, channels, 3, 3)
@@ -110,23 +110,23 @@ class Columns:
 
 
 class Winograd:
-    """F(4×4, 3×3) of Lavin & Gray (CVPR 2016): 36 products of matrices instead of 144, on tiles of 6×6.
+    """F(4×4, 3×3) of Lavin & Gray (CVPR 2016): 36 matrix products instead of 144, on 6×6 tiles.
 
-    For padding one and maps whose sides are multiples of four; on a CPU. The interpolation points 0, ±3/4, ±3/2 keep
-    the error in float32 at six times that of the direct sum (about 1e-6; with the textbook's 0, ±1, ±2 thirteen times).
+    For a CPU, a padding of one, and maps whose sides are multiples of four. With the interpolation points 0, ±3/4, ±3/2
+    the float32 error is six times that of the direct sum (about 1e-6); with the textbook's 0, ±1, ±2, thirteen times.
     """
 
     def __init__(self, channels: int, width: int, size: tuple[int, int]) -> None:
         assert size[0] % 4 == size[1] % 4 == 0, size
         self.channels, self.width = channels, width
         self.rows, self.columns = size[0] // 4, size[1] // 4
-        # In two dimensions: of the data [36, 36], kernel [36, 9], output [16, 36].
+        # Two-dimensional transforms of data [36, 36], kernel [36, 9] and output [16, 36].
         squares = [torch.kron(each, each) for each in _cook_toom((0.0, 0.75, -0.75, 1.5, -1.5))]
         self._transforms = {dtype: [square.to(dtype) for square in squares]
                             for dtype in (torch.float32, torch.float64)}
 
     def lift_kernel(self, w: Tensor) -> Tensor:
-        _, kernel, _ = self._transforms[torch.float64]  # small, so it may be exact
+        _, kernel, _ = self._transforms[torch.float64]  # kernels are small, so float64 costs little
         lifted = kernel @ w.double().permute(2, 3, 1, 0).reshape(9, -1)
         return lifted.to(w.dtype).view(36, self.channels, self.width)
 
@@ -166,7 +166,7 @@ class Winograd:
 
 
 def _planes(a: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """[B, H, W, C] → [B, C, H, W], without moving anything."""
+    """[B, H, W, C] → [B, C, H, W], a view unless the type changes."""
     return _typed(a.permute(0, 3, 1, 2), dtype)
 
 
@@ -175,9 +175,9 @@ def _typed(a: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _overlap(tiles: Tensor) -> Tensor:
-    """Adds up tiles [..., n, 6, C] that start four apart, and cuts one from either end: [..., 4n, C]."""
+    """Sums overlapping tiles [..., n, 6, C] that start four apart and drops one element at each end: [..., 4n, C]."""
     own = F.pad(tiles[..., :4, :], (0, 0, 0, 0, 0, 1))
-    spilled = F.pad(tiles[..., 4:, :], (0, 0, 0, 2, 1, 0))  # into the tile after it
+    spilled = F.pad(tiles[..., 4:, :], (0, 0, 0, 2, 1, 0))  # into the next tile
     sides = (own + spilled).flatten(-3, -2)
     return sides[..., 1:sides.shape[-2] - 3, :]
 

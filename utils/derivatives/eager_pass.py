@@ -1,14 +1,14 @@
-"""The derivatives of `convnet_pass` for the published ConvNet on a CPU, uncompiled: in few passes over memory.
+"""The derivatives of `convnet_pass` for the published ConvNet on a CPU, uncompiled, in few passes over memory.
 
-Uncompiled, every operation reads and writes whole maps, and without care most of the time goes there rather than into
-the convolutions. With instance norm, all that a block does between its convolutions is linear in a few maps once their
-means over each plane are known. So both derivatives need two things, for which the library has fused kernels: means
-of products, and sums of maps with a factor for each plane. With ẑ = (z − μ)/σ, means ⟨·⟩ over a plane, and k = ⟨ẑ ż⟩:
+Uncompiled, every operation reads and writes whole maps, which without care takes more time than the convolutions.
+With instance norm, everything a block does between its convolutions is linear in a few maps once their means over each
+plane are known. Both derivatives therefore need only two operations, for which torch has fused kernels: means of
+products, and sums of maps with one factor per plane. With ẑ = (z − μ)/σ, means ⟨·⟩ over a plane, and k = ⟨ẑ ż⟩:
 
     ẑ˙ = (ż − ⟨ż⟩ − ẑ k)/σ                  ∂z = γ (δ − ⟨δ⟩ − ẑ ⟨δ ẑ⟩)/σ
 
-Maps are [B, C, H, W]; a plane is one image's channel, and what belongs to planes is [B·C]. To the library they are one
-image of B·C channels, whose group norm takes each plane alone.
+Maps are [B, C, H, W]; a plane is one channel of one image, and values per plane are [B·C]. Torch is given them as one
+image with B·C channels, on which group norm with B·C groups normalises each plane separately.
 """
 
 import math
@@ -29,11 +29,11 @@ Weights = list[Tensor]
 
 
 class BlockMaps(NamedTuple):
-    """What a gradient leaves to the adjoint at the same place, by block: the outcomes of 2 of their 11 convolutions,
-    which take most of the time and little of the memory."""
+    """What a gradient saves for the adjoint at the same θ, x and y: per block, the results of 2 of the 11 convolutions
+    that both take. Convolutions take most of the time, their results little of the memory."""
 
-    z: list[Tensor]  # each block's before its norm
-    delta: list[Tensor]  # ∂L of what each but the last hands on
+    z: list[Tensor]  # the norm's input in each block
+    delta: list[Tensor]  # ∂L of the output of each block but the last
 
 
 class EagerPass:
@@ -50,7 +50,7 @@ class EagerPass:
             size = [side // 2 for side in before]
             elements += pooled + plan.width * math.prod(before)
             pooled = plan.width * math.prod(size)
-        self.map_bytes = 4 * elements  # a sample's `BlockMaps`, in float32
+        self.map_bytes = 4 * elements  # of one sample's `BlockMaps`, in float32
 
     @staticmethod
     def lift(parameters: Sequence[Tensor]) -> Weights:
@@ -61,7 +61,7 @@ class EagerPass:
         return torch.cat([part.reshape(-1) for part in gradient])
 
     def gradient(self, weights: Weights, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Weights, BlockMaps]:
-        """The loss, the logits [B, K], ∇L, and what the adjoint may be given."""
+        """The loss, the logits [B, K], ∇L, and the maps that `adjoint` can reuse."""
         *_, matrix, bias = weights
         a, saved, deltas = x.contiguous(), [], []
         for convolution, (kernel, _, gain, shift) in zip(self.convolutions, _blocks(weights)):
@@ -81,19 +81,19 @@ class EagerPass:
         for convolution, (kernel, of_bias, gain, _) in zip(reversed(self.convolutions), reversed(_blocks(weights))):
             v, norm, a = saved.pop()
             delta, p, q = norm.backward(_masked(_spread(delta), a), gain.repeat(len(x)))
-            # A plane's mean takes the bias with it.
+            # The norm subtracts the bias with the plane's mean.
             parts += [norm.of_channels(q), norm.of_channels(p), torch.zeros_like(of_bias)]
             delta, of_kernel = convolution.backward(delta, v, kernel, images=bool(saved))
             parts.append(of_kernel)
             deltas.insert(0, delta)
-        return loss, logits, parts[::-1], BlockMaps(zs, deltas[1:])  # the images have none
+        return loss, logits, parts[::-1], BlockMaps(zs, deltas[1:])  # without the images' own, which is None
 
     def adjoint(self, weights: Weights, tangents: Weights, x: Tensor, y: Tensor, maps: BlockMaps | None = None
                 ) -> tuple[Tensor, Weights, Tensor, Tensor | None]:
-        """s = ⟨∇L, λ⟩ with its gradients in θ, x and, where y are label logits, y; `_` marks the ε part.
+        """s = ⟨∇L, λ⟩ with its gradients in θ, in x and, if y are label logits, in y; `_` marks ε parts.
 
         Args:
-            maps: what the gradient at the same θ, x and y returned, which changes nothing but the time.
+            maps: what `gradient` returned at the same θ, x and y; saves time and changes nothing else.
         """
         number = len(x)
         (*_, matrix, bias), (*_, matrix_, bias_) = weights, tangents
@@ -104,7 +104,7 @@ class EagerPass:
             z = maps.z[len(saved)] if maps else convolution.forward(v, kernel)
             z_ = convolution.forward(v, kernel_)
             v_ = None
-            if a_ is not None:  # the images do not move
+            if a_ is not None:  # the images have no ε part
                 v_ = convolution.lift(a_)
                 z_ += convolution.forward(v_, kernel)
             gain, shift, gain_, shift_ = (each.repeat(number) for each in (gain, shift, gain_, shift_))
@@ -139,7 +139,7 @@ class EagerPass:
             inverse = norm.inverse
             scale, along, along_ = inverse * gain, gain * p, gain * (p_ + moved) + gain_ * p
             decay = inverse * k  # −(1/σ)˙ σ
-            # The derivative of ∂z = (γ δ − means)/σ: of ẑ, of 1/σ, and of what they are applied to.
+            # The ε part of ∂z = (γ δ − means)/σ by the product rule: of ẑ, of 1/σ and of the terms that they multiply.
             delta_ = norm.affine(inverse * (2 * decay * along - along_),
                                  inverse * (decay * gain * q - gain * q_ - gain_ * q + inverse * along * mean_),
                                  (scale, delta_), (inverse * gain_ - decay * scale, delta),
@@ -155,7 +155,7 @@ class EagerPass:
 
 
 class _Norm(NamedTuple):
-    """An instance norm's input with its moments."""
+    """The input of an instance norm, with its moments."""
 
     z: Tensor  # [B, C, H, W]
     mean: Tensor  # μ [B·C]
@@ -163,14 +163,14 @@ class _Norm(NamedTuple):
 
     @classmethod
     def of(cls, z: Tensor, gain: Tensor, shift: Tensor) -> tuple["_Norm", Tensor]:
-        """With γ ẑ + β."""
+        """The norm of z, and its output γ ẑ + β."""
         planes = z.shape[0] * z.shape[1]
         h, mean, inverse = torch.native_group_norm(_one_image(z), gain, shift, 1, planes, z[0, 0].numel(), planes,
                                                    EPSILON)
         return cls(z, mean.view(-1), inverse.view(-1)), h.view_as(z)
 
     def affine(self, of_normed: Tensor, constant: Tensor, *others: tuple[Tensor, Tensor]) -> Tensor:
-        """Σ factor · map, of ẑ, one and others; factors [B·C]."""
+        """Σ factor · map over ẑ, 1 and `others`; the factors are [B·C]."""
         _, total = self.of(self.z, of_normed, constant)
         for factor, each in others:
             total.addcmul_(each, factor.view(*each.shape[:2], 1, 1))
@@ -190,7 +190,7 @@ class _Norm(NamedTuple):
         return (back.view_as(self.z), *(each / self.z[0, 0].numel() for each in sums))
 
     def of_channels(self, mean: Tensor) -> Tensor:
-        """Sums over images and pixels [C], of what has these means over planes."""
+        """Sums over images and pixels [C], from means over planes [B·C]."""
         return (self.z[0, 0].numel() * mean).view(len(self.z), -1).sum(0)
 
 
@@ -202,7 +202,7 @@ def _group_norm_backward(delta: Tensor, z: Tensor, mean: Tensor, inverse: Tensor
 
 
 def _means(delta: Tensor, z: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    some_gain = inverse  # which these sums do not depend on; torch 2.11 fails without one
+    some_gain = inverse  # any: the sums do not depend on it, but torch 2.11 needs one
     _, *sums = _group_norm_backward(delta, z, mean, inverse, some_gain, False)
     return tuple(each / z[0, 0].numel() for each in sums)
 
@@ -212,7 +212,7 @@ def _one_image(z: Tensor) -> Tensor:
 
 
 class _Convolution:
-    """The library's; stride one."""
+    """Torch's convolution, with stride one."""
 
     def __init__(self, padding: int) -> None:
         self.padding = padding
@@ -232,7 +232,7 @@ class _Convolution:
 
 
 class _Patches(_Convolution):
-    """Products with all 3×3 patches: for a first layer of few channels."""
+    """Matrix products over all 3×3 patches; for a first layer with few channels."""
 
     def __init__(self, padding: int, size: Sequence[int]) -> None:
         super().__init__(padding)
@@ -254,7 +254,7 @@ class _Patches(_Convolution):
 
 
 def covers_eagerly(network: nn.Module) -> bool:
-    """Whether the pass is written for this network: the published ConvNet of any depth and width."""
+    """Whether the pass supports this network: the published ConvNet, of any depth and width."""
     published = ConvNetPlan()
     return covers(network) and replace(network.plan, depth=published.depth, width=published.width) == published
 
@@ -265,7 +265,7 @@ def _blocks(weights: Weights) -> list[Weights]:
 
 @cache
 def _pairs(width: int, dtype: torch.dtype) -> Tensor:
-    """Two rows of pixels [2 W] → one of means [W/2]."""
+    """The matrix [2 W, W/2] that averages two rows of pixels to one row of window means."""
     return torch.eye(width // 2, dtype=dtype).repeat_interleave(2, 0).repeat(2, 1) / 4
 
 
@@ -282,5 +282,5 @@ def _spread(delta: Tensor) -> Tensor:
 
 
 def _masked(delta: Tensor, a: Tensor) -> Tensor:
-    """Through a ReLU whose output was a; in place."""
+    """The backward of a ReLU with output a, applied to delta in place."""
     return torch.ops.aten.threshold_backward.grad_input(delta, a, 0, grad_input=delta)

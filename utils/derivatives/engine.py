@@ -1,13 +1,14 @@
-"""How a step's derivatives are computed: by autograd or by hand, compiled or captured; chosen in choose_engine.py.
+"""Engines for a step's derivatives: autograd or hand-written, compiled or captured; see choose_engine.py.
 
-An engine does the two things of which training, matching and evaluation consist:
+An engine computes the two kinds of derivatives that training, matching and evaluation need:
 
     gradient(θ, x, y)    → (L, logits, ∇L)
     adjoint(θ, λ, x, y)  → (s, ∂s/∂θ, ∂s/∂x, ∂s/∂y)   of s = ⟨∇L(θ; x, y), λ⟩
 
-`Autograd` does both for every network and is the reference; `HandWritten` does them for ConvNets, compiled
-(`convnet_pass`) or not (`eager_pass`). Both walk through a batch in micro-batches, exactly: networks without batch norm
-treat samples alone, so the loss is a weighted sum over any split. `Captured` replays either from CUDA graphs.
+`Autograd` computes both for every network and is the reference; `HandWritten` covers ConvNets, compiled
+(`convnet_pass`) or not (`eager_pass`). Both can split a batch into micro-batches, which is exact: networks without
+batch norm treat samples independently, so the loss is a weighted sum over the parts. `Captured` replays either from
+CUDA graphs.
 """
 
 import contextlib
@@ -42,18 +43,18 @@ class Adjoint(NamedTuple):
 
 
 Maps = list[BlockMaps]
-"""Of a step's micro-batches in order, what a gradient leaves to the adjoint; it is spent there."""
+"""What a gradient saves for the adjoint of the same step, per micro-batch and in order; the adjoint consumes it."""
 
 
 class Engine(Protocol):
     """Shapes: θ, λ [P]; x [B, C, H, W]; y label logits [B, K] or classes [B]. Everything returned is detached."""
 
     name: str
-    micro_batch: int | None  # samples at a time in the adjoint; None: all
-    map_bytes: int  # a sample's maps, which a gradient may leave to the adjoint at the same place; 0: it leaves none
+    micro_batch: int | None  # samples at a time; None: all
+    map_bytes: int  # bytes per sample that a gradient may save for its adjoint; 0: it saves nothing
 
     def halve(self, batch: int) -> bool:
-        """Takes half as many samples of such a batch at a time from now on; False if that cannot be."""
+        """Halves the micro-batch that a batch of this size uses from now on; False if that is impossible."""
         ...
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
@@ -63,14 +64,17 @@ class Engine(Protocol):
 
 
 def describe_engine(engine: Engine, batch: int) -> str:
-    """The engine in words, for steps on so many samples."""
+    """The engine in words, for batches of this size."""
     most = max(equal_parts(batch, engine.micro_batch))
     return f"{engine.name}, {f'micro-batch {most} of {batch}' if most < batch else f'batch {batch}'}"
 
 
 def equal_parts(batch: int, most: int | None) -> list[int]:
-    """Sizes of micro-batches of at most `most`: equal ones where that needs fewer than twice as many, which spares
-    compiled and captured code a second shape; else sizes that differ by one."""
+    """Sizes of micro-batches of at most `most` samples.
+
+    Equal if that takes less than twice the smallest number of micro-batches, since compiled and captured code then
+    sees a single shape; else sizes that differ by one.
+    """
     fewest = 1 if most is None else math.ceil(batch / most)
     for number in range(fewest, 2 * fewest):
         if batch % number == 0:
@@ -79,12 +83,12 @@ def equal_parts(batch: int, most: int | None) -> list[int]:
 
 
 MicroBatch = tuple[Any, Sequence[Tensor]]
-"""Of one micro-batch: a tree of tensors that are means over its samples, and tensors with a row for each of them."""
+"""The results for one micro-batch: a tree of means over its samples, and tensors with one row per sample."""
 
 
 def _in_parts(part: Callable[[Tensor, Tensor], MicroBatch], x: Tensor, y: Tensor, most: int | None
               ) -> tuple[Any, Sequence[Tensor]]:
-    """Walks through a batch: the means over all of it, and each kind of rows, in order. One part passes through."""
+    """Calls `part` on each micro-batch: the means over the whole batch, and the rows of each tensor, concatenated."""
     sizes = equal_parts(len(x), most)
     if len(sizes) == 1:
         return part(x, y)
@@ -101,13 +105,13 @@ def _scaled(rows: Sequence[Tensor], share: float) -> Sequence[Tensor]:
 
 
 class Autograd:
-    """Every network: autograd, and reverse over reverse for the adjoint.
+    """For every network: autograd, with reverse over reverse for the adjoint.
 
     Args:
         forward: (θ, x) → logits.
         micro_batch: samples at a time; None: all.
         dtype: run the network in this type by autocast.
-        splits: whether a batch can be split, which batch norm forbids.
+        splits: whether a batch can be split; not with batch norm.
     """
 
     name = "autograd"
@@ -158,12 +162,13 @@ class Autograd:
 
 
 class HandWritten:
-    """The ConvNet family, by `ConvNetPass` or `EagerPass`.
+    """For ConvNets: `ConvNetPass` or `EagerPass`.
 
     Args:
-        network_pass: the pass; its `gradient` and `adjoint` are pure functions, which `compiled` hands to the compiler.
+        network_pass: the pass; its `gradient` and `adjoint` are pure functions.
         unflatten: θ [P] → tensors in `parameters()` order.
         micro_batch: samples at a time; None: all.
+        compiled: compile both functions.
     """
 
     def __init__(self, network_pass: ConvNetPass | EagerPass, unflatten: Callable[[Tensor], list[Tensor]],
@@ -173,7 +178,7 @@ class HandWritten:
         self.map_bytes = network_pass.map_bytes
         self._gradient, self._adjoint = network_pass.gradient, network_pass.adjoint
         if compiled:
-            # Networks times shapes; torch keeps the setting for each thread.
+            # Enough for all networks and shapes of a run; torch keeps the setting per thread.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._gradient, self._adjoint = _compiled(network_pass)
 
@@ -215,19 +220,19 @@ class HandWritten:
 
 @cache
 def _compiled(network_pass: ConvNetPass) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both derivatives compiled, once a pass."""
+    """Both derivatives, compiled once per pass."""
     return tuple(map(quietly_compiled, (network_pass.gradient, network_pass.adjoint)))
 
 
 def quietly_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call; for fixed shapes, of which a run has few, since that is faster."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns wherever there is no GPU
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication")  # --precision
+    """The function, compiled at its first call, for fixed shapes: that is faster, and a run has few shapes."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns on every machine without a GPU
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32 matrix multiplication")  # see --precision
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 shared_pass = cache(ConvNetPass)
-"""One pass for all networks of a plan, so that the tenth network of an evaluation is not compiled again."""
+"""One pass for all networks of the same plan, so that an evaluation of ten networks compiles only once."""
 
 
 _CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
@@ -235,13 +240,13 @@ _CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures on a GPU; libraries keep memory for every stream that they have worked in."""
+    """One stream for all captures on a GPU, since libraries keep memory for every stream they have used."""
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def _no_garbage_collected() -> Iterator[None]:
-    """For a capture: a graph or a compiled module that dies meanwhile frees what it holds, which ends the capture."""
+    """Disables garbage collection during a capture, which would fail if an old graph or compiled module were freed."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -252,18 +257,17 @@ def _no_garbage_collected() -> Iterator[None]:
 
 
 Step = Callable[..., Any]
-"""(engine, kept tensors by name, *inputs) → a tree of tensors; the kept ones may be changed in place."""
+"""(engine, kept tensors by name, *inputs) → a tree of tensors; it may modify the kept tensors in place."""
 
 
 class Captured:
-    """Replays an engine's calls from CUDA graphs, one for each kind of call and shape of its inputs.
+    """Replays an engine's calls from CUDA graphs, one graph per kind of call and input shapes.
 
-    A replay launches the whole call at once, whatever the number of its kernels. Results are copied out of the graph's
-    own memory, so that they stay valid after the next call. What cannot be captured is noted once, and from then on
-    called as it is.
+    A replay launches all kernels of a call at once. Results are copied out of the graph's own memory, so that they stay
+    valid after the next call. If a capture fails, a note is printed and all later calls run without graphs.
     """
 
-    map_bytes = 0  # a graph has memory of its own
+    map_bytes = 0  # a graph has its own memory
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -285,12 +289,12 @@ class Captured:
         return self.engine.micro_batch
 
     def halve(self, batch: int) -> bool:
-        self._graphs.clear()  # with the memory they hold
+        self._graphs.clear()  # also frees their memory
         self._pool = None
         return self.engine.halve(batch)
 
     def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
-        """Memory with the tensors' values that is the same for every graph; see `FlatModel.keep`."""
+        """The tensors copied into memory that is the same for every graph; see `FlatModel.keep`."""
         keys = {name: (name, each.shape, each.dtype, each.device) for name, each in tensors.items()}
         for name, key in keys.items():
             if key not in self._kept:
@@ -323,7 +327,7 @@ class Captured:
 
     def _capture(self, function: Step, kept: dict[str, Tensor], inputs: Sequence[Tensor]
                  ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
-        """The graph, its inputs and its outputs; None, with a note, where the call cannot be captured."""
+        """The graph, its inputs and its outputs; None, after printing a note, if the capture fails."""
         held = [each.detach().clone() for each in inputs]
         with _CAPTURING:
             stream, current = _capture_stream(inputs[0].device), torch.cuda.current_stream()
@@ -335,13 +339,13 @@ class Captured:
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                # Before torch 2.15 a capture that fails leaves its stream as the current one.
+                # Before torch 2.15, a failed capture leaves its stream as the current one.
                 with torch.cuda.stream(current), _no_garbage_collected(), torch.cuda.graph(
                         graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = function(self.engine, kept, *held)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # the same calls went well just now, so it is the capture's
+            except RuntimeError as error:  # the same calls have just succeeded uncaptured
                 print("note: not replayed from CUDA graphs, since the capture failed: "
                       f"{shortened(str(error.__context__ or error).splitlines()[0])}", file=sys.stderr)
                 return None
@@ -350,7 +354,7 @@ class Captured:
 
 
 def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Copies all at once: a kernel for each type."""
+    """Copies all tensors at once, with one kernel per dtype."""
     pairs = sorted(zip(to, values), key=lambda pair: str(pair[0].dtype))
     for _, some in itertools.groupby(pairs, key=lambda pair: pair[0].dtype):
         torch._foreach_copy_(*map(list, zip(*some)))

@@ -1,4 +1,4 @@
-"""One way to read any file, of our own or of others: without running code, and what is wrong is one line."""
+"""Reading files, our own and others', without running code; any failure becomes a one-line message."""
 
 import codecs
 import contextlib
@@ -17,38 +17,38 @@ import yaml
 
 from utils.errors import UserError, out_of_memory, reason
 
-PART = 1 << 22  # bytes of a large file that are read at once
+PART = 1 << 22  # bytes of a file that are read at a time
 
 
 @contextlib.contextmanager
 def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Iterator[None]:
-    """Whatever goes wrong inside, while a file is read and understood, is said in one line.
+    """Turns any failure inside, while a file is read and parsed, into a one-line refusal.
 
     Args:
-        what: the file, or it as the user knows it.
-        advice: what to do about it.
+        what: the file, as the user knows it.
+        advice: what to do about the failure.
 
     Raises:
-        UserError
+        UserError: the file cannot be opened, or is damaged.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # damaged bytes make the readers fail in every way there is
+    except Exception as error:  # readers of damaged bytes may raise anything
         if out_of_memory(error):
             raise
-        # The system names the file that it cannot open; a place that damaged bytes send it to has no name.
+        # An OSError names a file that cannot be opened, but none if damaged bytes lead to an invalid position in it.
         unopened = isinstance(error, OSError) and error.filename is not None
         why = f": {error.strerror}" if unopened else f" {problem} ({reason(error)})"
         raise UserError(f"{what}{why}; {advice}") from error
 
 
 def check_is_file(path: Path, what: str, instead: str | Path = "the path of a file") -> None:
-    """Refuses what is no file.
+    """Refuses a path that is not a file.
 
     Args:
-        instead: what to give.
+        instead: what to give instead.
 
     Raises:
         UserError
@@ -58,14 +58,14 @@ def check_is_file(path: Path, what: str, instead: str | Path = "the path of a fi
         raise UserError(f"{what} {path} {problem}; give {instead}")
 
 
-# How a file begins, by its kind; a safetensors with the length of its head.
+# First bytes of a file, by kind; a safetensors file begins with the length of its header.
 BEGINS = {"png": rb"\x89PNG", "html": rb"(?i)\s*<!doctype html", "bz2": b"BZh", "safetensors": rb"(?s).{8}\{",
           "json": rb"\s*\{", "torch": rb"PK\x03\x04|\x80[\x02-\x05]"}
 _IN_WORDS = {"png": "a picture", "safetensors": "a safetensors file", "torch": "a torch file"}
 
 
 def check_kind(path: Path, what: str, kind: str, advice: str) -> None:
-    """Refuses a file that is plainly of another kind; whether one is damaged, whoever reads it will see.
+    """Refuses a file that is plainly of another kind; damage is found later, when the file is read.
 
     Args:
         kind: torch or safetensors.
@@ -79,18 +79,18 @@ def check_kind(path: Path, what: str, kind: str, advice: str) -> None:
     found = next((its for each, its in _IN_WORDS.items() if re.match(BEGINS[each], begin)), "")
     if not found:
         with contextlib.suppress(UnicodeDecodeError):
-            text = codecs.getincrementaldecoder("utf-8")().decode(begin)  # its last character may be cut
+            text = codecs.getincrementaldecoder("utf-8")().decode(begin)  # the last character may be cut off
             found = "a text" if text and all(each.isprintable() or each.isspace() for each in text) else ""
     if found not in ("", _IN_WORDS[kind]):
         raise UserError(f"{what} {path} is {found}, not {_IN_WORDS[kind]}; {advice}")
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A text in UTF-8, whoever wrote it, from a file or a pipe. Nobody is waited for at a pipe without a writer.
+    """The UTF-8 text of a file or a pipe, our own or others'; does not block on a pipe without a writer.
 
     Raises:
-        OSError: it cannot be read, or is a folder or a device, which may have no end.
-        UnicodeDecodeError
+        OSError: the file cannot be read, or is a folder or a device, which may be endless.
+        UnicodeDecodeError: the text is not UTF-8.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     mode = os.fstat(handle).st_mode
@@ -98,27 +98,27 @@ def read_text(path: str | os.PathLike) -> str:
         os.close(handle)
         raise OSError(errno.EINVAL, "it is a folder or a device", os.fspath(path))
     os.set_blocking(handle, True)
-    with open(handle, encoding="utf-8-sig") as file:  # editors put a mark at its beginning
+    with open(handle, encoding="utf-8-sig") as file:  # some editors write a byte order mark
         return file.read()
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file holds; inside `reading`, for it fails in many ways."""
+    """The value in a JSON file; to be called inside `reading`, as it fails in many ways."""
     return json.loads(read_text(path))
 
 
 def read_yaml(path: str | os.PathLike, loader: type[yaml.SafeLoader | yaml.BaseLoader] = yaml.SafeLoader
               ) -> dict[Any, Any]:
-    """The options in a YAML file, whoever wrote it: each once, and no aliases, by which a few lines become more than a
-    machine holds.
+    """The options in a YAML file, our own or others'. Duplicate keys are refused, and so are aliases, with which a few
+    lines can expand beyond any memory.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: what is wrong, in words that go on from its name, and what to do.
+        OSError: the file cannot be read.
+        ValueError: the file is refused; the message follows the file's name, and says what is wrong and what to do.
     """
     try:
         text = read_text(path)
-        node = yaml.compose(text, yaml.BaseLoader)  # first, for it soon gives up on what is nested deeply
+        node = yaml.compose(text, yaml.BaseLoader)  # first, as it fails early on deep nesting
         alias = next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None)
         options = None if alias else yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -135,10 +135,10 @@ def read_yaml(path: str | os.PathLike, loader: type[yaml.SafeLoader | yaml.BaseL
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What `save_config` wrote.
+    """The options that `save_config` wrote.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     with reading(path, "it held the options of what lies beside it: put it back, or move what lies beside it away"):
         return read_yaml(path)
@@ -148,7 +148,7 @@ def sha256(path: str | os.PathLike, report: Callable[[int], object] = lambda siz
     """A file's SHA-256, in hex.
 
     Args:
-        report: told how many bytes more are read.
+        report: called with the number of bytes of each part read.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:

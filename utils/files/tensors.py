@@ -1,4 +1,4 @@
-"""Files of tensors, read without running code and written whole."""
+"""Files of tensors, read without running code and written atomically."""
 
 import os
 import pickle
@@ -23,20 +23,20 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
     Args:
         what: what the file should be, for the message ("image file", "buffer", …).
         mmap: leave the tensors' bytes on disk until they are touched.
-        advice: what to do about one that is damaged or refused; None: write it again.
-        instead: what may have been meant by a path that is none, or by a file of another kind.
+        advice: what to do about a file that is damaged or refused; None: write it again.
+        instead: what to give instead of a path without a file, or of a file of another kind.
 
     Raises:
-        UserError: missing, truncated, not a torch file, or holding more than tensors.
+        UserError: the file is missing, truncated, not a torch file, or holds more than tensors of real numbers.
     """
     path = Path(path)
     check_is_file(path, what, instead or "the path of a file")
     check_kind(path, what, "torch", advice or (f"give {instead}" if instead else "write or copy it again"))
     with (reading(f"{what} {path}", advice or "write or copy it again",
                   "cannot be read (truncated, or not a torch file)"), warnings.catch_warnings()):
-        warnings.simplefilter("ignore")  # what torch has to say about foreign files is said here
+        warnings.simplefilter("ignore")  # problems of foreign files are reported here
         try:
-            # A file of torch's older, non-zip form cannot be memory-mapped; it is read whole.
+            # Torch's older, non-zip format cannot be memory-mapped and is read whole.
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
@@ -50,7 +50,7 @@ def load(path: str | os.PathLike, what: str = "file", mmap: bool = False, advice
 
 
 def _odd_tensor(value: object) -> str | None:
-    """A tensor in nested containers that arithmetic does not take as it takes others, in words."""
+    """What is unusable about a tensor in nested containers (sparse, meta, quantized, complex), in words, or None."""
     waiting, seen = [value], set()
     while waiting:
         each = waiting.pop()
@@ -59,14 +59,14 @@ def _odd_tensor(value: object) -> str | None:
                      "a quantized tensor": each.is_quantized, "complex numbers": each.is_complex()}
             if odd := next((kind for kind, it_is in kinds.items() if it_is), None):
                 return odd
-        elif isinstance(each, dict | list | tuple) and id(each) not in seen:  # one may hold another many times
+        elif isinstance(each, dict | list | tuple) and id(each) not in seen:  # it may occur many times
             seen.add(id(each))
             waiting += each.values() if isinstance(each, dict) else each
     return None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `save_tensors` wrote: the tensors, and the metadata."""
+    """The tensors and the metadata that `save_tensors` wrote."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         if odd := _odd_tensor(tensors):
@@ -75,8 +75,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save(value: object, path: str | os.PathLike) -> None:
-    """`torch.save`, whole or not at all."""
-    # Through a handle, for given a path torch writes its name into the file, and equal tensors make unequal files.
+    """`torch.save`, atomically."""
+    # Through a handle: given a path, torch writes its name into the file, so equal tensors would give unequal files.
     with atomic_write(path) as aside, aside.open("wb") as file:
         torch.save(value, file)
 

@@ -1,4 +1,4 @@
-"""Whole files only: written aside and renamed, and never in the place of somebody else's."""
+"""Atomic writes: to a temporary file that is then renamed, and never over somebody else's file."""
 
 import contextlib
 import errno
@@ -22,19 +22,19 @@ from safetensors import SafetensorError, safe_open
 from utils.errors import UserError
 from utils.files.reading import BEGINS, read_json
 
-ASIDE = ".datm-"  # in the names of files that are not whole yet, and in no other's
+ASIDE = ".datm-"  # marks the names of temporary files; no other file has it
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success flushes it to disk and renames it over `path`.
 
-    A reader sees the old file or the new one, never a part. If the block raises, nothing is left behind; what a killed
-    process left of the same file is removed. A link in the place is replaced, and what it points to stays: somebody
-    else may have put it there. For a link of the user's, see `given`.
+    A reader sees the old file or the new one, never a part. If the block raises, nothing is left behind; leftovers of
+    killed processes that wrote the same file are removed. A link at `path` is replaced and its target left alone, as
+    somebody else may have put the link there. For a user's own link, see `given`.
 
     Raises:
-        UserError: the folder cannot be made or written, the disk is full, or a folder, device or pipe is in the place.
+        UserError: the folder cannot be made or written, the disk is full, or `path` is a folder, device or pipe.
     """
     path = Path(path)
     handle, aside = _begin(path)
@@ -42,7 +42,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         yield aside
         with open(aside, "rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes private files; results are as readable as any other file of the user's.
+        # mkstemp makes private files; results get the user's usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         aside.chmod(0o666 & ~umask)
@@ -55,7 +55,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
                 os.close(folder)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        # Safetensors report a full disk by a class of their own, torch's zip writer by a RuntimeError.
+        # Safetensors reports a full disk by its own exception class, torch's zip writer by a RuntimeError.
         library_could_not = isinstance(error, SafetensorError) or (
             isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)))
         if isinstance(error, OSError) or library_could_not:
@@ -67,12 +67,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def given(path: str | os.PathLike) -> Path:
-    """Where to write what the user wants at a path: where that is a link, in the file that it points to."""
+    """Resolves a path that the user gave for output: if it is a link, the file that it points to is written."""
     return Path(os.path.realpath(path))
 
 
 def _begin(path: Path) -> tuple[int, Path]:
-    """What `_make_aside` makes, once nothing is in the way of a write of `path`."""
+    """Makes a temporary file for `path` (`_make_aside`), after checking that `path` can be written."""
     try:
         if path.exists() and not path.is_file() and not path.is_symlink():
             kind = "a folder" if path.is_dir() else "not a regular file"
@@ -87,15 +87,15 @@ def _begin(path: Path) -> tuple[int, Path]:
 
 
 def _make_aside(path: Path) -> tuple[int, Path]:
-    """A new file beside `path`, locked through the handle, so that it can be told from one whose writer was killed."""
+    """A new file beside `path`; the lock held by its handle tells it from one whose writer was killed."""
     while True:
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{ASIDE}", suffix=path.suffix)
-        taken = False  # whether another process, quicker than the lock, takes it for abandoned
+        taken = False  # whether another process locked it first, taking it for abandoned
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             taken = True
-        except OSError:  # no locks here; then nothing is taken for abandoned either
+        except OSError:  # a file system without locks, where nothing is taken for abandoned either
             pass
         if not taken and os.path.exists(aside):
             return handle, Path(aside)
@@ -103,16 +103,16 @@ def _make_aside(path: Path) -> tuple[int, Path]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what killed processes left of their writes of `path`: nobody holds the lock of those."""
+    """Removes temporary files for `path` that killed processes left: those that nobody holds the lock of."""
     for left in path.parent.glob(f".{glob.escape(path.name)}{ASIDE}????????{glob.escape(path.suffix)}"):
-        # It may be gone meanwhile, another user's, or being written.
+        # The file may be gone meanwhile, belong to another user, or still be written.
         with contextlib.suppress(OSError), open(left, "rb", opener=own) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Tries to write where a file will be written later, better now than after hours; leaves nothing.
+    """Checks that a file can be written later, before hours of work; leaves nothing behind.
 
     Raises:
         UserError: it cannot be written.
@@ -120,21 +120,21 @@ def check_writable(path: str | os.PathLike) -> None:
     path = given(path)
     made = [folder for folder in path.parents if not folder.exists()]
     handle, aside = _begin(path)
-    aside.unlink(missing_ok=True)  # before its lock goes, by which others know that it is not abandoned
+    aside.unlink(missing_ok=True)  # while its lock still shows that it is not abandoned
     os.close(handle)
-    with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
+    with contextlib.suppress(OSError):  # another process has put something there meanwhile
         for folder in made:
             folder.rmdir()
 
 
 def check_output(option: str, path: str | os.PathLike, kind: str, others: Mapping[str, str | os.PathLike]) -> None:
-    """Refuses a file to write that cannot be written, that is another option's too, or in whose place there is a file
-    of another kind, which is somebody else's.
+    """Refuses an output file that cannot be written, that another option names too, or whose path holds a file of
+    another kind, which must be somebody else's.
 
     Args:
-        option: as it was given, for the message.
-        kind: png, html, bz2, json:KEY (one that has this key), or safetensors:FORMAT (its metadata begin with this).
-        others: the files of other options.
+        option: the option as given, for the message.
+        kind: png, html, bz2, json:KEY (has this key), or safetensors:FORMAT (its metadata's `format` begins with this).
+        others: the files that other options name.
 
     Raises:
         UserError
@@ -154,19 +154,19 @@ def _is_of_kind(path: Path, kind: str, mark: str = "") -> bool:
     with path.open("rb") as file:
         if not re.match(BEGINS[kind], file.read(512)):
             return False
-    with contextlib.suppress(Exception):  # whatever it is, it is not ours
+    with contextlib.suppress(Exception):  # unreadable, so not one of ours
         if kind == "json":
             values = read_json(path)
             return isinstance(values, dict) and mark in values
         if kind == "safetensors":
-            with safe_open(path, framework="np") as file:  # of which nothing is read but what it says of itself
+            with safe_open(path, framework="np") as file:  # reads only the header
                 return file.metadata()["format"].startswith(mark)
         return True
     return False
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes a whole text file, or leaves what is there; bytes of a file's name that are no text are spelt out."""
+    """Writes a text file atomically; undecodable bytes, as in file names, are written as escapes."""
     with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -176,19 +176,19 @@ def save_config(path: Path, options: dict[str, Any]) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Writes a JSON file in lines, a list of whole numbers in one."""
-    text = json.dumps(value, indent=2, allow_nan=False)  # with no line's end within a string
+    """Writes indented JSON, with each list of integers on one line."""
+    text = json.dumps(value, indent=2, allow_nan=False)  # no raw newlines in strings, so the pattern matches none
     text = re.sub(r"\[\n\s+(-?\d+(?:,\n\s+-?\d+)*)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     write_text(path, text + "\n")
 
 
 def finite(value: float) -> float | None:
-    """The number, or None (JSON's null) for NaN and infinities, which JSON has no words for."""
+    """The number, or None (JSON's null) for NaN and infinities, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def cut_lines(path: Path, size: int) -> None:
-    """Keeps so many bytes of a file of lines, and makes it if there is none; a link in its place is refused."""
+    """Truncates a file of lines to `size` bytes, creating it if missing; refuses a link."""
     with _lines(path) as file:
         file.truncate(size)
 
@@ -197,7 +197,7 @@ def append_json(path: Path, value: Any) -> None:
     """Adds one line to a JSONL file.
 
     Raises:
-        UserError: it cannot be written; the file is as it was.
+        UserError: the line cannot be written; the file is unchanged.
     """
     with _lines(path) as file:
         before = file.seek(0, os.SEEK_END)
@@ -206,13 +206,13 @@ def append_json(path: Path, value: Any) -> None:
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            file.truncate(before)  # half a line may have found room
+            file.truncate(before)  # part of the line may have been written
             raise
 
 
 @contextlib.contextmanager
 def _lines(path: Path) -> Iterator[io.FileIO]:
-    """A file to add lines to, opened."""
+    """Opens a file for appending lines."""
     try:
         with io.FileIO(path, "a", opener=own) as file:
             yield file
@@ -222,10 +222,10 @@ def _lines(path: Path) -> Iterator[io.FileIO]:
 
 
 def own(path: str | os.PathLike, flags: int) -> int:
-    """Opens a file of our own to write to it (an `opener`): through a link in its place it might be anybody's.
+    """An `opener` for files of our own; refuses links, through which we might open somebody else's file.
 
     Raises:
-        OSError: it is a link, or no file at all.
+        OSError: the file cannot be opened, or is a link or not a regular file.
     """
     in_the_way = OSError(errno.ELOOP, f"{os.path.basename(path)} is a link or no file; move it away", os.fspath(path))
     try:
@@ -239,7 +239,7 @@ def own(path: str | os.PathLike, flags: int) -> int:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with what is in it, if it is there; of a link only the link."""
+    """Removes a file, or a folder with its contents, if it exists; of a link, only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -250,13 +250,13 @@ def cache_folder() -> Path:
     """`$DATM_CACHE`, else `$XDG_CACHE_HOME/datm`, else `~/.cache/datm`.
 
     Raises:
-        UserError: this user has no home, or may not enter it.
+        UserError: this user has no home, or may not access the folder.
     """
     folder = os.environ.get("DATM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/datm"
     try:
         path = Path(folder).expanduser()
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):  # it will be made, or said not to be
+    except (FileNotFoundError, NotADirectoryError):  # made when it is needed, or refused then
         pass
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "this user has no home"

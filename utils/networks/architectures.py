@@ -1,7 +1,7 @@
 """Name → network: the ConvNet family and the five classics that dataset distillation is evaluated on.
 
-Parameter names, shapes and order are those of the published trees, so published experts load. No activation works in
-place: every network can be differentiated twice, in any float type, and run under `torch.func.functional_call`.
+Parameter names, shapes and order are those of the published code, so published experts load. No activation works in
+place, so every network can be differentiated twice, in any float type, and run under `torch.func.functional_call`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 # (channels, height, width) → layer; only layer norm needs height and width. Instance norm, as published, is a group
-# norm with one channel a group.
+# norm with one channel per group.
 NORMS: dict[str, Callable[..., nn.Module | None]] = {
     "none": lambda channels, *size: None,
     "batch": lambda channels, *size: nn.BatchNorm2d(channels),
@@ -43,11 +43,10 @@ class ConvNet(nn.Module):
     """`depth` blocks of [3×3 convolution, norm, activation, 2×2 pooling] and a linear layer; [B, C, H, W] → [B, K].
 
     The network of Gidaris & Komodakis 2018 (https://arxiv.org/abs/1804.09458) in the variants of Zhao et al. 2021
-    (https://arxiv.org/abs/2006.05929). `plan` says which, `image_shape` [C, H, W] what
-    it reads.
+    (https://arxiv.org/abs/2006.05929). `plan` is the variant, `image_shape` the shape [C, H, W] of its input.
 
     Raises:
-        UserError: the depth pools the image away, or the width does not split into the four groups of group norm.
+        UserError: the images are too small for this depth of pooling, or group norm gets a width not a multiple of 4.
     """
 
     def __init__(self, plan: ConvNetPlan, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
@@ -170,7 +169,7 @@ class VGG11(nn.Module):
                 convolution = nn.Conv2d(channels, width, kernel_size=3, padding=padding)
                 layers += [convolution, NORMS[norm](width), nn.ReLU()]
                 channels, padding = width, 1
-        # Published so: of the 2×2 features that a 64×64 image leaves, a window of one keeps the top left.
+        # As published: a 64×64 image leaves 2×2 features, of which the 1×1 window keeps the top left.
         layers += [nn.AvgPool2d(kernel_size=1, stride=stride(image_size))]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(512, num_classes)
@@ -248,7 +247,7 @@ def build_network(name: str, channels: int, num_classes: int, image_size: tuple[
 
     `name` is one of `NAMES`, or ConvNet with any combination of suffixes. The weights are torch's default
     initialisation from its global generator: `torch.manual_seed` before the call makes them repeatable. Its
-    `image_shape` says what it reads.
+    `image_shape` is the shape [C, H, W] of its input.
 
     Raises:
         UserError: no such network, or it cannot read images of this size.
@@ -269,5 +268,5 @@ def build_network(name: str, channels: int, num_classes: int, image_size: tuple[
 
 
 def has_batch_norm(network: nn.Module) -> bool:
-    """Whether the network keeps running statistics, which its parameters alone do not carry."""
+    """Whether the network has batch norm, whose running statistics are not among its parameters."""
     return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())

@@ -1,4 +1,4 @@
-"""What networks there are, by name, and which are evaluated together; known without torch."""
+"""The names of the networks, and which are evaluated together; does not need torch."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from utils.errors import UserError, unknown_name
 
 CLASSICS = ("MLP", "LeNet", "AlexNet", "VGG11", "VGG11BN", "ResNet18", "ResNet18BN", "ResNet18_AP", "ResNet18BN_AP")
 
-# What may follow "ConvNet" in a name: at most one for each field of a ConvNetPlan.
+# What may follow "ConvNet" in a name: at most one suffix for each field of a ConvNetPlan.
 SUFFIXES: dict[str, tuple[str, int | str]] = {
     **{f"D{depth}": ("depth", depth) for depth in range(1, 9)},
     **{f"W{width}": ("width", width) for width in range(1, 4097)},
@@ -22,7 +22,7 @@ SUFFIX_RULE = "ConvNet takes one each of D1-D8, W1-W4096, AS|AR|AL, NN|BN|LN|IN|
 
 @dataclass(frozen=True)
 class ConvNetPlan:
-    """The five choices that make one ConvNet; the defaults are the plain `ConvNet`."""
+    """The five choices that define a ConvNet; the defaults are the plain `ConvNet`."""
 
     depth: int = 3
     width: int = 128
@@ -31,15 +31,15 @@ class ConvNetPlan:
     pooling: str = "average"
 
     def paddings(self, channels: int) -> list[int]:
-        """Of each convolution, for images of so many channels."""
+        """The padding of each convolution, for images with `channels` channels."""
         return [1 + margin(channels)] + [1] * (self.depth - 1)
 
     @classmethod
     def parse(cls, name: str) -> "ConvNetPlan":
-        """From a name: ConvNetD4W64 is ConvNetPlan(depth=4, width=64).
+        """Parses a name: ConvNetD4W64 is ConvNetPlan(depth=4, width=64).
 
         Raises:
-            UserError: the name is not "ConvNet" and known suffixes, or gives one field twice.
+            UserError: the name is not "ConvNet" with known suffixes, or sets one field twice.
         """
         suffix = name.removeprefix("ConvNet").replace("KIP", KIP)
         tokens = re.findall(r"[DW]\d+|[A-Z]{2}", suffix)
@@ -70,7 +70,7 @@ EVALUATION_POOLS = {
 
 
 def check_network_name(name: str) -> None:
-    """Refuses a network that does not exist, whatever the images.
+    """Refuses the name of a network that does not exist; the image size is not checked.
 
     Raises:
         UserError
@@ -80,31 +80,31 @@ def check_network_name(name: str) -> None:
 
 
 def evaluation_pool(mode: str, model: str, image_size: tuple[int, int] | None = None) -> list[str]:
-    """The names of the networks that the evaluation mode `mode` trains, for a set distilled with `model`.
+    """The names of the networks that evaluation mode `mode` trains on a set distilled with `model`.
 
     Args:
-        image_size: for 64×64 images the classics are their `_Tiny` forms, which read them; MLP reads any.
+        image_size: for 64×64 images the classics are replaced by their `_Tiny` forms, except MLP, which reads any size.
 
     Raises:
         UserError: no such mode.
     """
     pools = {
-        "S": [model.split("BN")[0]],  # the model itself, but never its batch norm: published so
+        "S": [model.split("BN")[0]],  # as published: cut at BN, so never with batch norm
         "C": [model, "ConvNet"],
         **EVALUATION_POOLS,
     }
     if mode not in pools:
         raise unknown_name("eval_mode", mode, pools)
     tiny = set(CLASSICS) - {"MLP"} if image_size and stride(image_size) == 2 else ()
-    # Mode C of a ConvNet would train it twice.
+    # Without duplicates: in mode C the model may be the ConvNet itself.
     return [f"{name}_Tiny" if name in tiny else name for name in dict.fromkeys(pools[mode])]
 
 
 def margin(channels: int) -> int:
-    """Extra padding of the first convolution: one channel means MNIST's 28×28, which becomes 32×32."""
+    """Extra padding of the first convolution: one channel means 28×28 images as in MNIST, padded to 32×32."""
     return 2 if channels == 1 else 0
 
 
 def stride(image_size: tuple[int, int]) -> int:
-    """Stride that brings the `_Tiny` size, 64×64, to what follows at 32×32."""
+    """The stride that reduces 64×64 images (`_Tiny`) to the feature size of 32×32 ones."""
     return 2 if image_size[0] == 64 else 1

@@ -1,1 +1,1 @@
-"""What every program does around its computation; knows nothing of buffer/ or distill/."""
+"""What all programs share around their computation; imports nothing from buffer/ or distill/."""

@@ -1,8 +1,8 @@
-"""Command line and YAML → config (`utils.config`); every refusal of an option in one place.
+"""Command line and YAML → config (`utils.config`); a mistake in either is refused here.
 
-Values come, later ones winning, from the defaults, from the YAML of `--cfg`, from what a file that is given says of
-itself (`known`), and from `--key value`; all are read alike. Paths: on the command line, relative to where the user
-stands; in a YAML and in the defaults, relative to the repository's root, where the published `../dataset/` and
+Values come from the defaults, the YAML of `--cfg`, what the given options imply (`known`), and `--key value`; later
+sources win, and all are parsed by the same rules. Paths on the command line are relative to the current folder. Paths
+in a YAML and in the defaults are relative to the repository's root, where the published `../dataset/` and
 `../buffer_storage/` mean `dataset/` and `buffer_storage/`.
 """
 
@@ -29,7 +29,7 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
 
     Args:
         yaml_file: accept `--cfg FILE`, a YAML whose keys are options.
-        known: the options that are typed → others that are known by them, in the place of the defaults.
+        known: options as typed → values of others that they imply, used instead of the defaults.
 
     Raises:
         UserError: an unknown key, a value of the wrong type or out of bounds, an unreadable YAML.
@@ -43,13 +43,13 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
 
 def typed(config_type: type, description: str, arguments: list[str] | None = None, yaml_file: bool = False,
           **more: str) -> dict[str, str]:
-    """The options of a command line as they are typed, by name.
+    """The options of a command line as typed, by name.
 
     Args:
-        more: options beside those of the config that name a file, and their help.
+        more: further options that name a file, with their help.
 
     Raises:
-        UserError: an unknown one, or something else than options.
+        UserError: an unknown option, or an argument that is not an option.
     """
     options, rest = _parser(config_type, description, yaml_file, more).parse_known_args(arguments)
     if rest and rest[0].startswith("--"):
@@ -62,10 +62,10 @@ def typed(config_type: type, description: str, arguments: list[str] | None = Non
 
 def config_of(config_type: type[Config], options: dict[str, str],
               known: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> tuple[Config, list[str]]:
-    """The config of options as they are typed, and the names of those that are given, here or in a YAML.
+    """The config of options as typed, and the names of the options given here or in the YAML.
 
     Args:
-        options: by name; `cfg` is a YAML's.
+        options: by name; `cfg` is the path of the YAML.
         known: see `parse`.
 
     Raises:
@@ -98,7 +98,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
         UserError: it cannot be read, is not YAML, or has a key that is unknown or given twice.
     """
     try:
-        # The base loader leaves every value text, so that a YAML and the command line are read by the same rules.
+        # The base loader leaves every value as text, so that a YAML and the command line are parsed by the same rules.
         values = files.read_yaml(path, yaml.BaseLoader)
     except OSError as error:
         raise UserError(f"--cfg {path or repr(path)}: {error.strerror}; give the path of a YAML file such as "
@@ -113,12 +113,12 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
 
 
 def _useful(config_type: type, prefix: str = "") -> list[str]:
-    """The options to suggest: those that do something."""
+    """The options to suggest: those that have an effect."""
     return [prefix + field.name for field in fields(config_type) if about(field.name, config_type)["effect"]]
 
 
 class Parser(argparse.ArgumentParser):
-    """Whatever is wrong with a command line is a `UserError`."""
+    """Raises a `UserError` for any mistake on a command line."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see --help)")

@@ -1,4 +1,4 @@
-"""What to type next, or again: programs and options as shell text."""
+"""Commands to type next or to repeat: programs and options as shell text."""
 
 import shlex
 import textwrap
@@ -10,18 +10,18 @@ from utils.config import DataConfig
 from utils.files import REPOSITORY
 from utils.program.console import shown, wrapped
 
-WIDTH = 78  # columns of a command's lines; a path may be longer
+WIDTH = 78  # columns per line of a command; a path may be longer
 
 
 def command(script: str, options: dict[str, Any], place: Callable[[Path], str] = shown,
             argument: Path | None = None) -> str:
-    """A program and its options as shell text, in lines that the shell joins.
+    """A program and its options as shell text, with lines continued by backslashes.
 
     Args:
-        script: its path in the repository.
+        script: path of the program in the repository.
         options: a value that is a `Path` must be absolute.
-        place: how a path is written, which decides where the command can be typed; as is: where the user stands.
-        argument: what stands before the options.
+        place: how to write a path; it decides in which folder the command works, by default in the current one.
+        argument: a path to put before the options.
     """
     words = []
     for name, value in options.items():
@@ -37,11 +37,11 @@ def command(script: str, options: dict[str, Any], place: Callable[[Path], str] =
 
 
 def say_next(config: DataConfig, what: str, *typed: str) -> None:
-    """Tells what can be typed next; nothing where only results are wanted."""
+    """Prints commands to type next, unless `--quiet`."""
     if not config.quiet:
         print(f"{wrapped(what)}\n" + "\n".join(textwrap.indent(each, "  ") for each in typed))
 
 
 def device_given(device: Any) -> dict[str, Any]:
-    """The option with which another program runs on the device that this one was told to take, if it was."""
+    """The option that runs another program on the same device, if this one was given a device by name."""
     return {"device": device} if isinstance(device, str) and device != "auto" else {}

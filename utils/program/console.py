@@ -1,4 +1,4 @@
-"""What a program says in lines: routine, notes, and what differs from the defaults."""
+"""Printed lines: routine output, notes, and the options that differ from the defaults."""
 
 import contextlib
 import datetime
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def duration(seconds: float) -> str:
-    """In words of a length that fits: 0.034 s, 3 min 20 s, 2 days 3 h."""
+    """A duration in words, in suitable units: 0.034 s, 3 min 20 s, 2 days 3 h."""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     left = datetime.timedelta(seconds=round(seconds))
@@ -31,22 +31,22 @@ def duration(seconds: float) -> str:
 
 
 def short_count(number: float) -> str:
-    """Three digits or so: 0.42, 8.1, 812, 12.3k."""
+    """A number in about three digits: 0.42, 8.1, 812, 12.3k."""
     if number < 99.5:
         return f"{number:.2g}"
     return f"{number:.0f}" if number < 999.5 else tqdm.format_sizeof(number)
 
 
 def percent(mean: float, std: float | None) -> str:
-    """An accuracy in [0, 1] and its standard deviation as tables have them: 82.14 ± 0.42; over one there is none."""
+    """An accuracy in [0, 1] and its standard deviation (None: a single value) as in tables: 82.14 ± 0.42."""
     return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
 
 def wrapped(text: str, stream: Any = None) -> str:
-    """One line where nobody watches; on a terminal as many as it takes, those after the first indented.
+    """Wrapped to the terminal's width, with lines after the first indented; unchanged where there is no terminal.
 
     Args:
-        stream: where it goes; None: stdout.
+        stream: where the text is printed; None: stdout.
     """
     stream = stream or sys.stdout
     if not stream.isatty():
@@ -56,30 +56,30 @@ def wrapped(text: str, stream: Any = None) -> str:
 
 
 def note(text: str) -> None:
-    """A line on stderr, which does not run into a bar."""
+    """Prints a line on stderr without running into a progress bar."""
     (tqdm.write if sys.stderr.isatty() else print)(wrapped(text, sys.stderr), file=sys.stderr)
 
 
 def columns_of(stream: Any) -> int:
-    """Of the terminal that a stream is; 80 where it does not say."""
+    """Width of a stream's terminal; 80 if unknown."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.get_terminal_size(stream.fileno()).columns or 80
     return 80
 
 
 def say(config: DataConfig, text: str) -> None:
-    """Prints a line of routine, which `--quiet` leaves out."""
+    """Prints a routine line, unless `--quiet`."""
     if not config.quiet:
         print(wrapped(text))
 
 
 def announce(config: DataConfig, device: "torch.device", engine: str, *lines: str) -> None:
-    """Says on what a run runs, what it is, and which of its options differ from the defaults.
+    """Prints what a run runs on, what it is, and which of its options differ from the defaults.
 
     Args:
         engine: see `describe_engine`.
     """
-    from utils.program.device import describe, describe_precision  # with torch, which is there where a run begins
+    from utils.program.device import describe, describe_precision  # imports torch, already loaded here
 
     options = ", ".join(f"{name} {value}" for name, value in changed(influential(config), type(config)).items())
     for line in (f"on {describe(device)}, {describe_precision(config.precision, device)}, {engine}", *lines,
@@ -88,12 +88,12 @@ def announce(config: DataConfig, device: "torch.device", engine: str, *lines: st
 
 
 def shown(path: Path | str) -> str:
-    """A path as the user would type it: relative to the current folder where both are in the repository, or it lies
-    below that folder."""
+    """A path as the user would type it: relative to the current folder if it lies below that folder, or if both are
+    in the repository; else as given."""
     path = Path(path)
     try:
         here = Path.cwd()
-    except OSError:  # it was removed meanwhile
+    except OSError:  # the current folder was removed
         return str(path)
     if path.is_relative_to(here):
         return str(path.relative_to(here))
@@ -102,7 +102,7 @@ def shown(path: Path | str) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them the heads, as a Markdown table with columns of one width."""
+    """Rows, the first being the header, as a Markdown table with aligned columns."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]

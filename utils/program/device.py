@@ -1,4 +1,4 @@
-"""Which device a run takes, and the device in words."""
+"""The device that a run uses, and its description."""
 
 import functools
 import sys
@@ -11,11 +11,11 @@ from utils.program import ranks
 
 
 def gpu_count() -> int:
-    """How many GPUs of this machine torch can use. Where it can use none of those that are there, one line says why."""
+    """The number of GPUs of this machine that torch can use. If it can use none of those present, prints why."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
-    present = torch.cuda.device_count()  # may ask the driver's own library, which is there even if it is too old
+    present = torch.cuda.device_count()  # may ask the driver's library, which works even if too old for torch
     if present and not usable:
         _say_unusable(present, " ".join(str(told[0].message).split()) if told else "CUDA does not start")
     return present if usable else 0
@@ -33,12 +33,13 @@ def listed_gpus(device: str | list[int]) -> list[int]:
 
 
 def select_device(device: str | list[int]) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:N`, or GPU indices of which the first that exists is taken; a GPU with its index.
+    """The device for `auto`, `cpu`, `cuda`, `cuda:N`, or a list of GPU indices, of which the first that exists is used.
 
-    A list of indices on a machine without them falls back, with one line that says to what.
+    A GPU is returned with its index. If none of the listed GPUs exists, falls back to GPU 0 or the CPU with a note; [0]
+    falls back without one.
 
     Raises:
-        UserError: not a device, or a GPU asked for by name that is not there.
+        UserError: not a device, or a GPU asked for by name that does not exist.
     """
     gpus = gpu_count()
     if isinstance(device, list):

@@ -1,4 +1,4 @@
-"""The one end of every program: its result, a refusal in one line, a signal, or memory that is full."""
+"""How every program ends: with its result, a one-line refusal, a signal, or out of memory."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from utils.errors import UserError, one_line, out_of_memory
 from utils.program import interrupt, ranks
 from utils.program.streams import Stream, make_safe
 
-RANK_WAITS = 3.0  # seconds for the first rank to speak
+RANK_WAITS = 3.0  # seconds that other ranks give the first one to print the error
 
 
 def entry(main: Callable[[], None]) -> None:
@@ -22,13 +22,13 @@ def entry(main: Callable[[], None]) -> None:
     name = Path(sys.argv[0]).name
     make_safe()
     interrupt.install()
-    if not ranks.first():  # the first rank speaks for all
+    if not ranks.first():  # the first rank prints for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
     try:
         ranks.check_variables()
         main()
-        interrupt.ignore()  # nothing is left to be stopped
+        interrupt.ignore()  # nothing is left to stop
         ranks.barrier()
         ranks.leave(0)
     except UserError as error:
@@ -39,7 +39,7 @@ def entry(main: Callable[[], None]) -> None:
             _last_line(f"{name}: error: the GPU's memory is full ({said}…); give --micro_batch, a smaller batch, or "
                        "--device cpu", 2)
         if isinstance(error, RuntimeError) and ranks.lost_contact(error):
-            if interrupt.requested():  # all ranks were told to stop, and another one was quicker
+            if interrupt.requested():  # all ranks got the signal, and another exited first
                 _last_line(f"{name}: stopped; every file is whole{_to_go_on()}", 143)
             _last_line(f"{name}: error: contact with another rank was lost ({said}…); "
                        f"start again{_to_go_on()}", 1, wait=0.0)
@@ -60,9 +60,9 @@ def entry(main: Callable[[], None]) -> None:
 
 
 def _refusal(error: OSError) -> str | None:
-    """What the system refused, in words: a path, the current folder, or room; None where it may be a mistake of ours.
+    """What the system refused, in words: a path, the current folder, or disk space; None if it may be a bug of ours.
 
-    Every call that takes a path may raise it, even one that only asks whether something is there.
+    Any call that takes a path may raise such an error, even one that only checks whether it exists.
     """
     said = error.strerror or error
     if isinstance(error.filename, str | bytes | os.PathLike):
@@ -77,8 +77,8 @@ def _refusal(error: OSError) -> str | None:
 
 
 def _to_go_on() -> str:
-    """Where something is saved, the command that goes on from it: the one that was given, without a `--resume`, which
-    may discard what is saved; torchrun's nobody knows."""
+    """If something is saved, the command that resumes from it: the given one without its `--resume`, which may discard
+    what is saved. Several ranks do not print it, as torchrun's command line is unknown."""
     saved, if_given = interrupt.saved()
     if not saved or interrupt.PART_OF in os.environ:
         return ""
@@ -97,13 +97,15 @@ def _to_go_on() -> str:
 
 
 def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoReturn:
-    """
+    """Prints the program's last line and exits.
+
     Args:
-        wait: seconds in which the first rank may say it for all.
+        wait: seconds that another rank waits for the first one to print the same error for all.
     """
-    interrupt.ignore()  # a further signal finds nothing to stop, and would only disturb the exit
+    interrupt.ignore()  # a further signal would only disturb the exit
     if not ranks.first():
-        # What concerns all ranks the first one says, and torchrun then ends the others; this is what it did not say.
+        # The first rank prints errors that concern all, and torchrun then ends the others; a rank that is still alive
+        # after the wait has an error of its own.
         interrupt.restore()
         time.sleep(wait)
         text = f"rank {ranks.rank()}: {text.strip()}"

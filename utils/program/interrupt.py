@@ -1,7 +1,7 @@
 """Signals that stop a run: Ctrl-C (SIGINT), a lost terminal (SIGHUP), a scheduler's SIGTERM and its warning, SIGUSR1.
 
-A signal stops a run at once. Where that would lose work (`deferred`), the first one only asks, and the run stops at its
-next safe point, with everything saved; a second one does not wait.
+A signal stops a run at once. Where that would lose work (`deferred`), the first signal is a request: the run stops at
+its next safe point, with everything saved. A second signal stops it at once.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-PART_OF = "DATM_PART_OF"  # in the environment: the program that started this one, hands signals on and speaks for it
+PART_OF = "DATM_PART_OF"  # environment variable: the parent program, which forwards signals and reports for this one
 
 
 class Stopped(KeyboardInterrupt):
     """A signal stops the run; not an error, so `except Exception` lets it pass.
 
     Args:
-        waited: for a safe point; else it may have come in the middle of anything.
+        waited: the run stopped at a safe point; False: it may have been in the middle of anything.
     """
 
     def __init__(self, number: int, waited: bool = False) -> None:
@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
         self.signal, self.waited = signal.Signals(number), waited
 
 
-# Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which hands it on.
+# Within these seconds a signal counts once: Ctrl-C reaches a rank from the terminal and again from torchrun.
 TWICE_SECONDS = 2.0 if "LOCAL_RANK" in os.environ else 0.0
 
 _received: int | None = None
@@ -38,7 +38,7 @@ _saved = _if_given = ""
 
 
 def install() -> None:
-    """Lets the signals raise `Stopped` in the main thread, but for those that whoever started this wants ignored."""
+    """Makes the signals raise `Stopped` in the main thread, except those that the parent process set to be ignored."""
     global _received, _saved, _if_given
     _received, _saved, _if_given = None, "", ""
     for each in SIGNALS:
@@ -47,20 +47,20 @@ def install() -> None:
 
 
 def restore() -> None:
-    """Once a rank has nothing more to do, when a signal may simply end it."""
+    """Restores the default handlers, when a signal may simply end a rank."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_DFL)
 
 
 def ignore() -> None:
-    """Once a run has stopped, when a further signal would only disturb its exit."""
+    """Ignores signals once a run has stopped, as a further one would only disturb its exit."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Inside, the thread's signals wait; processes that it starts inside never get them."""
+    """Blocks the thread's signals until the end of the block; processes started inside never get them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -77,15 +77,15 @@ def _receive(number: int, frame: object) -> None:
         raise Stopped(number)
     if PART_OF in os.environ:
         return
-    # Not print: the signal may have come while the main program was printing.
+    # Not print: the signal may have interrupted one.
     name = signal.Signals(number).name
-    with contextlib.suppress(OSError):  # nobody listens any more
+    with contextlib.suppress(OSError):  # stderr is gone
         os.write(sys.stderr.fileno(), f"\n{name}: finishing this step and saving; once more to stop at once\n".encode())
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the first signal waits for the next `check`."""
+    """Defers the first signal to the next `check`, at the latest at the end of the block."""
     global _deferring
     _deferring = True
     try:
@@ -96,22 +96,22 @@ def deferred() -> Iterator[None]:
 
 
 def saves(what: str, if_given: str = "") -> None:
-    """From here on this is saved, and the same command goes on from it; whoever stops the program is told so.
+    """Declares that from here on `what` is saved and the same command resumes from it; a stopped program says so.
 
     Args:
-        if_given: the option that was not given, and without which it is lost.
+        if_given: an option that was not given and without which `what` is lost; empty: nothing is lost.
     """
     global _saved, _if_given
     _saved, _if_given = what, if_given
 
 
 def saved() -> tuple[str, str]:
-    """What `saves` said last; empty: nothing is saved, as far as is known."""
+    """The arguments of the last `saves`; empty: nothing is known to be saved."""
     return _saved, _if_given
 
 
 def requested() -> bool:
-    """Whether a signal waits."""
+    """Whether a signal has come."""
     return _received is not None
 
 
@@ -121,10 +121,10 @@ def stop() -> NoReturn:
 
 
 def check() -> None:
-    """A safe point.
+    """Marks a safe point.
 
     Raises:
-        Stopped: a signal waits.
+        Stopped: a signal has come.
     """
     if requested():
         stop()

@@ -21,14 +21,14 @@ class LockedError(UserError):
 
 @contextlib.contextmanager
 def locked(folder: Path, advice: str) -> Iterator[TextIO]:
-    """Keeps every other process out of a folder; however this one ends, the system lets go of it, once processes that
-    were given the open file have ended too.
+    """Locks a folder against other processes. However this process ends, the system releases the lock, once processes
+    that were given the open file have ended too.
 
     Args:
-        advice: what whoever comes second can do.
+        advice: what a second process can do, for its message.
 
     Raises:
-        LockedError: another process is in it.
+        LockedError: another process holds the lock.
         UserError: the folder cannot be made or written.
     """
     path = folder / ".lock"
@@ -38,7 +38,7 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+", opener=own)
         except OSError as error:
-            # Whoever held the lock took the folder away in between; but below /proc, say, none can ever be made.
+            # The previous holder removed the folder in between. But below /proc, for one, no folder can ever be made.
             if isinstance(error, FileNotFoundError) and tried < 100:
                 continue
             raise UserError(f"cannot write {folder}: {error.strerror or error}; give a folder that can be written"
@@ -46,20 +46,20 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
         with file:
             _lock(file, folder, advice)
             if not _is_at(file, path):
-                continue  # whoever held the lock took the file away in between
+                continue  # the previous holder removed the file in between
             sign(file)
             try:
                 yield file
             finally:
                 path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # nothing was put into the folders made for this: they go again
+                with contextlib.suppress(OSError):  # fails if the folders made for the lock were used
                     for each in made:
                         each.rmdir()
             return
 
 
 def sign(lock: TextIO, more: str = "") -> None:
-    """Who holds the lock, for the message to whoever comes second; on a full disk that is not known."""
+    """Writes who holds the lock into its file, for the message of a second process; skipped on a full disk."""
     with contextlib.suppress(OSError):
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}{more}")

@@ -1,4 +1,4 @@
-"""Versions and hardware, to stand beside a result."""
+"""Versions and hardware, recorded with a result."""
 
 import datetime
 import functools
@@ -14,22 +14,22 @@ import torch
 from utils.files import REPOSITORY
 from utils.program.device import describe
 
-BESIDE_TORCH = ("torchvision", "numpy")  # whose versions a result may depend on, where they are installed
+BESIDE_TORCH = ("torchvision", "numpy")  # packages whose versions a result may depend on, if installed
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """The little that stands beside every result."""
+    """The short record that goes with every result."""
     code = commit()
     return {"torch": str(torch.__version__), "python": sys.version.split()[0], "device": describe(device),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), **({"commit": code} if code else {})}
 
 
-@functools.cache  # the code that runs is that of the beginning, whatever is checked out meanwhile
+@functools.cache  # the running code stays the same, even if another commit is checked out meanwhile
 def commit() -> str | None:
-    """The commit of this code, "+" behind it where files differ from it; None outside a git clone, or without git."""
-    if not (REPOSITORY / ".git").exists():  # else git would find that of a folder above
+    """The commit of this code, with "+" if tracked files differ; None outside a git clone, or without git."""
+    if not (REPOSITORY / ".git").exists():  # git would find the repository of a parent folder
         return None
-    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook sets them
+    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set inside a git hook
     try:
         said = subprocess.run(["git", "-C", REPOSITORY, "describe", "--always", "--exclude=*", "--abbrev=12",
                                "--dirty=+"], env=others, capture_output=True, text=True, timeout=5)
@@ -39,7 +39,7 @@ def commit() -> str | None:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """All of it."""
+    """The full record: `environment`, further versions, and hardware."""
     versions = {name: version for name in BESIDE_TORCH if (version := installed(name))}
     cuda = {"CUDA": str(torch.version.cuda)} if device.type == "cuda" else {}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
@@ -48,7 +48,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def installed(package: str) -> str | None:
-    """Its version, or None where it is not installed."""
+    """The package's version, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What every program does before its computation: a config becomes objects."""
+"""Preparations of every program: turn a config into a device, data and models."""
 
 import os
 from functools import partial
@@ -37,7 +37,7 @@ def network_for(name: str, dataset: Dataset) -> nn.Module:
 
 
 def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
-    """The beginning of every program: its ranks, its device, and the real data on it.
+    """Starts a program: its ranks, its device, and the real data.
 
     Raises:
         UserError: see `take_device` and `load_dataset`.
@@ -47,10 +47,11 @@ def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
 
 
 def take_device(config: DataConfig) -> torch.device:
-    """The device a config asks for, set to its precision and fit for its backend; of several ranks, this one's.
+    """This rank's device as the config asks for it, with the precision set and backend and output files checked.
 
     Raises:
-        UserError: see `select_device`, `check_backend` and `set_precision`.
+        UserError: see `select_device`, `check_backend`, `set_precision` and `check_outputs`; or the ranks' options
+            differ.
     """
     start_as_ranks(config)
     threads.take(config)
@@ -68,8 +69,8 @@ def take_device(config: DataConfig) -> torch.device:
 
 
 def gpus_of_ranks(config: DataConfig) -> list[int]:
-    """Those of this machine that its ranks take in turn: what `device` names or lists, else all; they share them if
-    they are more. None where it names the CPU."""
+    """The GPUs that this machine's ranks take in turn: those that `device` names or lists, else all. More ranks than
+    GPUs share them. Empty if `device` names the CPU."""
     if isinstance(config.device, str) and config.device not in ("auto", "cuda"):
         named = select_device(config.device)
         return [] if named.index is None else [named.index]
@@ -77,8 +78,8 @@ def gpus_of_ranks(config: DataConfig) -> list[int]:
 
 
 def check_outputs(config: DataConfig) -> None:
-    """Refuses files to write that cannot be written, that are read or written as something else too, or in whose place
-    another kind of file is, before long work.
+    """Refuses, before long work, an output file that cannot be written, that another option names too, or whose path
+    holds another kind of file.
 
     Raises:
         UserError
@@ -91,12 +92,12 @@ def check_outputs(config: DataConfig) -> None:
 
 
 def _check_same_options(config: DataConfig) -> None:
-    """Refuses ranks that were started with different options, whose work would be mixed.
+    """Refuses ranks that were started with different options, as their work would be mixed.
 
     Raises:
         UserError
     """
-    # Not paths, which each machine may have of its own, but what says which run it is.
+    # Paths may differ between machines; which run it is, and whether to resume it, may not.
     named = {name: getattr(config, name, None) for name in ("run_name", "resume")}
     of_all = ranks.gather({ranks.rank(): identity(config) | how_much(config) | named})
     for number, options in of_all.items():
@@ -107,15 +108,15 @@ def _check_same_options(config: DataConfig) -> None:
 
 
 def load_data(config: DataConfig, device: torch.device) -> Dataset:
-    """The real data that a config names."""
+    """The real dataset that a config names."""
     return ranks.first_rank_first(lambda: load_dataset(
         config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
         val_fraction=config.val_fraction, device=device, watch=partial(watched, quiet=config.quiet)))
 
 
 def start_as_ranks(config: DataConfig) -> None:
-    """Starts this command again as a rank for each of several GPUs, and ends with them: for those that `device` lists
-    (published configs list up to four), or, where networks are tested with `--parall_eva`, for all."""
+    """Restarts this command as one rank per GPU if there are several to use, and exits with them: those that `device`
+    lists (published configs list up to four) or, for evaluations with `--parall_eva`, those of `gpus_of_ranks`."""
     if ranks.size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ or getattr(config, "dry_run", False):
         return
     gpus = listed_gpus(config.device)
@@ -126,12 +127,12 @@ def start_as_ranks(config: DataConfig) -> None:
 
 
 def flat_model(config: DataConfig, network: nn.Module, work: Work, micro_batch: int | None = None) -> FlatModel:
-    """A network on its device, with the engine that a config asks for the work that is to come."""
+    """A network on its device, with the engine that the config selects for the work to come."""
     return FlatModel(network, config.backend, config.precision, micro_batch, work)
 
 
 def dsa_groups(config: DataConfig, inner_loop: bool = False) -> tuple[str, ...]:
-    """The groups of DSA that a config asks for, none where it asks for no DSA; `no_aug` is of the inner loop.
+    """The DSA groups of a config; empty without DSA, and in the inner loop with `no_aug`.
 
     Raises:
         UserError: an unknown group.
@@ -141,7 +142,7 @@ def dsa_groups(config: DataConfig, inner_loop: bool = False) -> tuple[str, ...]:
 
 
 def drawer(config: DataConfig, dataset: Dataset, older_operations: tuple[str, ...]) -> Drawer:
-    """What augments a training: DSA, or with `--dsa False` the older augmentation by these operations."""
+    """The augmentation of a training: DSA, or with `--dsa False` the older one, with `older_operations`."""
     if config.dsa:
         groups = dsa_groups(config)
         return lambda batch, random: augment.draw(groups, batch, dataset.image_size, random)

@@ -1,4 +1,4 @@
-"""What must be set before anything else is imported, torch above all: by programs alone, when they start."""
+"""Process settings that must precede all other imports, torch above all; only programs apply them, at their start."""
 
 import ctypes
 import os
@@ -10,9 +10,9 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1
 
 
 def tune_process() -> None:
-    """Changes this process: how it ends on Ctrl-C, how threads wait, and what becomes of freed memory.
+    """Changes how this process ends on Ctrl-C, how its threads wait, and what becomes of freed memory.
 
-    Ends it where it stands nowhere: torch's own libraries cannot be loaded there, and blame themselves.
+    Exits if the current folder is gone: torch's libraries cannot be loaded there, and report a misleading error.
     """
     sys.excepthook = _end
 
@@ -24,22 +24,22 @@ def tune_process() -> None:
         sys.exit(2)
 
     # Read by torch's thread pool (libgomp) when torch is first imported. By default a thread that waits for the others
-    # spins for milliseconds; where other programs want the cores too, that is time in which those that it waits for do
-    # not run, and everything becomes ten times slower. This bound is a hundredth of the default. A tenth of it would be
-    # twice as fast there, but a fifth slower on an idle machine, and `--threads auto` takes one thread where others are
-    # no help. Who gives a policy has it.
+    # spins for milliseconds. If other programs use the cores too, the spinning keeps the awaited threads from running,
+    # and everything becomes ten times slower. This bound is a thirtieth of the default (300000). A tenth of it would be
+    # twice as fast there but a fifth slower on an idle machine, and `--threads auto` uses one thread where more do not
+    # help. A user's OMP_WAIT_POLICY is respected.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-    # glibc hands large blocks back to the system as soon as they are freed, and the next tensor of that size pays a
-    # page fault for every 4 KB: a fifth of a training step on a CPU, and more. Freed memory is kept and used again.
+    # glibc returns large blocks to the system as soon as they are freed, so the next tensor of that size costs a page
+    # fault per 4 KB: a fifth of a training step on a CPU, or more. These settings keep freed memory for reuse.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(MMAP_MAX, 0)
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C before `utils.program.entry` answers it, while modules are imported, ends a program without a word."""
+    """Ends the program silently on Ctrl-C during imports, before `utils.program.entry` handles signals."""
     if issubclass(kind, KeyboardInterrupt):
         os._exit(130)
     sys.__excepthook__(kind, error, trace)

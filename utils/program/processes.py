@@ -1,4 +1,4 @@
-"""Helpers on this machine's CPU: processes that divide its threads."""
+"""Worker processes that divide the threads of this machine's CPU."""
 
 import multiprocessing
 import os
@@ -17,25 +17,25 @@ from utils.errors import UserError
 from utils.program import interrupt
 from utils.program.ranks import Job, Result
 
-LOOK_SECONDS = 0.2  # between two looks at how far the processes are
+LOOK_SECONDS = 0.2  # between two polls of the processes
 
 
 def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Sequence[Job], processes: int,
                  on_tick: Callable[[], None] = lambda: None,
                  on_result: Callable[[Job, Result], None] = lambda job, result: None) -> list[Result]:
-    """The results of `function(job, tick)`, in order, with the CPU's threads divided among so many processes.
+    """The results of `function(job, tick)`, in job order, computed in processes that divide the CPU's threads.
 
-    The processes end with this one, however it ends. They import the program's main script, so whatever that does must
-    stand under `if __name__ == "__main__"`.
+    The processes end with this one, however it ends. They import the program's main script, so its code must be guarded
+    by `if __name__ == "__main__"`.
 
     Args:
-        function: can be pickled; it may call `tick` as often as it likes.
+        function: must be picklable; it may call `tick` any number of times.
         on_tick: called in this process, once for every tick.
         on_result: called in this process, as soon as a result is there.
 
     Raises:
-        UserError: a process was ended from outside, or the function raised one.
-        RuntimeError: the function raised something else; it shows where.
+        UserError: a process was killed from outside, or the function raised a UserError.
+        RuntimeError: the function raised another exception; the message is its traceback.
     """
     if not jobs:
         return []
@@ -44,14 +44,14 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
     ticks = context.RawArray("q", len(jobs))
     shown = 0
     with tempfile.TemporaryDirectory() as folder:
-        # In a file: a process that dies while it starts would leave the other end of a long pipe waiting for ever; and
-        # torch would put the tensors into shared memory, of which containers have little.
+        # Passed in a file: with a pipe, a process that died while starting would leave a large write blocked for ever,
+        # and torch would put the tensors into shared memory, which is small in containers.
         path = Path(folder) / "function"
         path.write_bytes(pickle.dumps(function))
         threads = max(1, torch.get_num_threads() // processes)
         with ProcessPoolExecutor(min(processes, len(jobs)), context, _begin, (path, ticks, threads)) as pool:
             try:
-                with interrupt.blocked():  # for ever in the processes: Ctrl-C reaches all, and the first one answers
+                with interrupt.blocked():  # inherited by the processes: Ctrl-C reaches all, only this one reacts
                     futures = {pool.submit(_run, number, job): job for number, job in enumerate(jobs)}
                 waiting: set = set(futures)
                 while waiting:
@@ -96,5 +96,5 @@ def _run(number: int, job: object) -> object:
         return _function(job, tick)
     except UserError:
         raise
-    except Exception:  # not every exception survives the way back
+    except Exception:  # not every exception survives pickling
         raise RuntimeError(traceback.format_exc()) from None

@@ -1,4 +1,4 @@
-"""A bar of the numbers that matter, how fast it goes and the time left; plain lines where there is no terminal."""
+"""A progress bar with the key numbers, the speed and the time left; plain lines where there is no terminal."""
 
 import contextlib
 import itertools
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     import torch
 
 PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
-MARKS, MARK_SECONDS = 60, 1.0  # the pace is that of the last so many marks, at least so far apart
-SURE_STEPS, SURE_SECONDS = 3, 5.0  # after which the pace is known well enough to say what is to be expected
-WORTH_SAYING = 60.0  # seconds, below which nobody needs to know
-WORTH_SHOWING = 3.0  # seconds, after which what may be short is shown
+MARKS, MARK_SECONDS = 60, 1.0  # the pace is measured over the last 60 marks, at least a second apart
+SURE_STEPS, SURE_SECONDS = 3, 5.0  # either of which makes the pace reliable enough to predict the time left
+WORTH_SAYING = 60.0  # seconds left, below which the prediction is not printed
+WORTH_SHOWING = 3.0  # seconds after which a bar of `watched` appears
 
 
 class Pace:
-    """How long a step takes, by the last ones.
+    """How long a step takes, measured over the latest ones.
 
-    The first step, which allocates and compiles, does not count, nor does what happens inside `pause`.
+    The first step, which allocates and compiles, does not count, nor does time inside `pause`.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Pace:
         self._last = (0.0, 0.0)
 
     def reached(self, done: float) -> None:
-        """So many steps, or parts of them, are done."""
+        """Records that `done` steps, possibly fractional, are done in all."""
         self._last = perf_counter() - self._paused, done
         if not self._marks or self._last[0] - self._marks[-1][0] >= MARK_SECONDS:
             self._marks.append(self._last)
@@ -52,50 +52,49 @@ class Pace:
 
     @property
     def paused_for(self) -> float:
-        """Seconds, of the pause it is in; 0 outside."""
+        """Seconds since the current pause began; 0 outside one."""
         return 0.0 if self._paused_at is None else perf_counter() - self._paused_at
 
     def _measured(self) -> tuple[float, float]:
-        """Seconds, and the steps that took them."""
+        """Seconds measured, and the steps done in them."""
         began, done_before = self._marks[0] if self._marks else self._last
         return self._last[0] - began, self._last[1] - done_before
 
     @property
     def seconds(self) -> float | None:
-        """Of a step; None while that is not known."""
+        """Seconds per step; None while unknown."""
         seconds, steps = self._measured()
         return seconds / steps if steps > 0 else None
 
     @property
     def sure(self) -> bool:
-        """Whether it was measured for long enough to say so."""
+        """Whether the pace was measured for long enough to be reliable."""
         seconds, steps = self._measured()
         return steps > 0 and (steps >= SURE_STEPS or seconds >= SURE_SECONDS)
 
 
 class Progress(tqdm):
-    """A bar on a terminal, cut at its width; elsewhere one plain line every half minute, and the last one.
+    """A bar cut to the terminal's width; without a terminal, a plain line every half minute and a last one.
 
-    After a few steps, one line says how long it will take, if that is more than a minute, and the memory it took so
-    far.
+    After a few steps, prints the time left, if that is more than a minute, and the peak memory so far.
 
     Args:
-        total: steps.
-        initial: those that were done before.
+        total: number of steps.
+        initial: steps that were done before.
         quiet: show nothing.
-        images: in each step, for their number in a second.
-        later: seconds that come on top of the steps that are left.
-        device: whose memory is told.
-        delay: seconds before which it shows nothing, nor afterwards if that was all.
+        images: images per step, to show images per second.
+        later: seconds of work beyond the remaining steps.
+        device: the device whose memory is reported.
+        delay: seconds before the bar appears; one that ends earlier is never shown.
     """
 
-    disable, _terminal = True, False  # until it is made
+    disable, _terminal = True, False  # until `__init__` is done
 
     def __init__(self, total: float, description: str, *, initial: float = 0, quiet: bool = False, images: float = 0,
                  later: Callable[[], float] = lambda: 0.0, device: "torch.device | None" = None, delay: float = 0.0):
         self._terminal = sys.stderr.isatty()
         self.pace = Pace()
-        self.count: str | None = None  # in the place of the steps that are done
+        self.count: str | None = None  # shown instead of the number of steps done
         self._images, self._later, self._device = images, later, device
         self.numbers: tuple[str, ...] = ()
         self._aside = ""
@@ -104,14 +103,14 @@ class Progress(tqdm):
         super().__init__(total=total, desc=description, initial=initial, disable=quiet or not ranks.first(),
                          file=sys.stderr, miniters=0, leave=True,
                          mininterval=0.2 if self._terminal else PLAIN_SECONDS, delay=delay,
-                         ncols=80, nrows=20)  # not tqdm's own, which shows nothing where a terminal says 0; see __str__
+                         ncols=80, nrows=20)  # tqdm would show nothing on a terminal of size 0; see __str__
 
     def show(self, *numbers: str) -> None:
-        """The numbers of the next line, the most important first."""
+        """Sets the numbers of the next line, the most important first."""
         self.numbers = numbers
 
     def update(self, n: float | None = 1) -> bool | None:
-        """So many steps more, or parts of one, are done."""
+        """Counts `n` more steps, possibly fractional, as done."""
         if self.disable:
             return None
         if n:
@@ -124,20 +123,20 @@ class Progress(tqdm):
         return updated
 
     def _memory(self) -> str:
-        """What was taken so far, in words."""
+        """The peak memory so far, in words."""
         if self._device is None:
             return ""
-        from utils.memory import peak  # with torch, which is there where there is a device
+        from utils.memory import peak  # imports torch, which is already loaded if there is a device
 
         return f", {peak(self._device) / 1e9:.2g} GB of {'GPU ' * (self._device.type == 'cuda')}memory so far"
 
     def reach(self, done: float) -> None:
-        """So many steps, and parts of one, are done in all; those that were already do not count again."""
+        """Counts steps up to `done` in all, possibly fractional; those already counted do not count again."""
         self.update(max(0, done - self.n))
 
     @contextlib.contextmanager
     def aside(self, doing: str, steps: int) -> Iterator[Callable[[], None]]:
-        """Something else in between, of so many steps; yields what to call after each of them."""
+        """Shows another task, whose time the pace leaves out; yields a callback to call after each of its steps."""
         done = itertools.count(1)
 
         def after_step() -> None:
@@ -150,13 +149,13 @@ class Progress(tqdm):
         self._aside = ""
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Prints a separate line."""
         if not self.disable:
             (self.write if self._terminal else print)(wrapped(text))
 
     @property
     def seconds_left(self) -> float | None:
-        """None while nothing is known of it."""
+        """None while unknown."""
         if self.pace.seconds is None:
             return None
         return max(0.0, self.total - self.n) * self.pace.seconds + self._later()
@@ -188,7 +187,7 @@ class Progress(tqdm):
             self._last_shown = (self.n, self._aside)
 
     def close(self) -> None:
-        """Leaves the last line."""
+        """Ends the bar, leaving its last line."""
         self._closing = True
         if self._terminal or self.disable:
             return super().close()
@@ -199,12 +198,12 @@ class Progress(tqdm):
 
 @contextlib.contextmanager
 def watched(what: str, total: float, quiet: bool = False) -> Iterator[Callable[[float], object]]:
-    """A bar for what takes long with much data and next to nothing with little: it is shown if it takes seconds.
+    """A bar for a task that is long only with much data; it appears after a few seconds.
 
-    Yields what to call with how much more is done.
+    Yields a callback that takes how much more is done.
 
     Args:
-        total: how much there is, in a unit that is not shown.
+        total: amount of work, in a unit that is not shown.
     """
     with Progress(total, what, quiet=quiet, delay=WORTH_SHOWING) as bar:
         bar.count = ""

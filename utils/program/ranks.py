@@ -1,8 +1,9 @@
 """The ranks that torchrun starts: several processes that run the same program on the same data and share its work.
 
-Lists of jobs are dealt out (`deal`, `gather`); of tensors with a row for each sample a rank owns the rows whose index
-is its own modulo the number of ranks (`own_rows`; of rows that belong together, the index of these), and only vectors
-as long as θ are summed (`sum_`). Without torchrun there is one rank, and all of this does nothing.
+Lists of jobs are dealt out (`deal`, `gather`). Tensors with one row per sample are split by rows: a rank owns those
+whose index, or whose group's index, is its rank modulo the number of ranks (`own_rows`). Each step sums only vectors
+about as long as θ (`sum_`); rows are exchanged rarely (`merge_rows`). Without torchrun there is one rank, and all of
+this does nothing.
 """
 
 import datetime
@@ -29,15 +30,15 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-PATIENCE = datetime.timedelta(days=30)  # a rank may train experts while another waits; torchrun sees to dead ones
-SUM_PATIENCE = datetime.timedelta(minutes=10)  # between GPUs, where a dead rank is noticed by waiting only
+PATIENCE = datetime.timedelta(days=30)  # a rank may wait while another trains experts; torchrun detects dead ranks
+SUM_PATIENCE = datetime.timedelta(minutes=10)  # between GPUs, where only a timeout reveals a dead rank
 
-_met = False  # whether this process is one of several that have met
-_gpus: "ProcessGroup | None" = None  # the ranks' group for tensors on GPUs, where each has one of its own
+_met = False  # whether this process has joined a group of several ranks
+_gpus: "ProcessGroup | None" = None  # the process group for tensors on GPUs, if each rank has a GPU of its own
 
 
 def _torch() -> ModuleType:
-    """Imported where ranks meet; a single one does without."""
+    """torch with torch.distributed, imported only if there are several ranks."""
     import torch.distributed
 
     return torch
@@ -48,12 +49,12 @@ def rank() -> int:
 
 
 def size() -> int:
-    """1 without torchrun, whatever else may have set some of its variables."""
+    """1 without torchrun, even if something else has set some of its variables."""
     return 1 if _wrong_variable() else int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def check_variables() -> None:
-    """Refuses variables that ask for several ranks and do not say which one this is, or how they meet.
+    """Refuses variables that ask for several ranks without saying which one this is, or how to reach the others.
 
     Raises:
         UserError
@@ -67,7 +68,7 @@ def check_variables() -> None:
 
 
 def _wrong_variable() -> str | None:
-    """That of torchrun's which contradicts the others; Lightning, Slurm and old shells leave some of them behind."""
+    """The torchrun variable that is missing or invalid, if any; Lightning, Slurm and old shells leave some behind."""
     if "LOCAL_RANK" not in os.environ or (os.environ.get("WORLD_SIZE") or "1") == "1":
         return None
     numbers = {name: int(text) if re.fullmatch("[0-9]{1,9}", text := os.environ.get(name, default)) else -1
@@ -80,51 +81,51 @@ def _wrong_variable() -> str | None:
 
 
 def ranks_here() -> int:
-    """How many of them are on this machine."""
+    """The number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", size()))
 
 
 def first() -> bool:
-    """Whether this is the rank that writes and speaks."""
+    """Whether this is the rank that writes and prints."""
     return rank() == 0
 
 
 def start(device: "torch.device") -> None:
-    """Meets the other ranks, if there are any; all of them must call this."""
+    """Joins the other ranks, if there are any; all of them must call this."""
     global _met, _gpus
     if size() == 1 or _met:
         return
     dist = _torch().distributed
-    interrupt.restore()  # who waits for another cannot answer
-    dist.init_process_group("gloo", timeout=PATIENCE)  # small things go over the CPU, wherever the tensors are
+    interrupt.restore()  # a rank that waits for another cannot handle signals
+    dist.init_process_group("gloo", timeout=PATIENCE)  # small objects go over the CPU, wherever the tensors are
     _met = True
     owned = set(gather({rank(): (socket.gethostname(), device.index)}).values())
-    if device.type == "cuda" and len(owned) == size():  # NCCL wants a GPU for each; who shares one sums over the CPU
+    if device.type == "cuda" and len(owned) == size():  # NCCL needs a GPU per rank; else sums go over the CPU
         _gpus = dist.new_group(backend="nccl", timeout=SUM_PATIENCE, device_id=device)
     interrupt.install()
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Whether a rank's error is that another one is gone."""
+    """Whether a rank's error means that another rank is gone."""
     said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
     return _met and (isinstance(error, _torch().distributed.DistError) or any(each in str(error) for each in said))
 
 
 def leave(code: int) -> None:
-    """Ends this process, if it is a rank; else does nothing."""
+    """Ends this process if it is one of several ranks; else does nothing."""
     if _met:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(code)  # torch's threads abort now and then when they are taken down in order
+        os._exit(code)  # torch's threads sometimes abort in an orderly shutdown
 
 
 def deal(jobs: Sequence[Job]) -> Sequence[Job]:
-    """This rank's share of a list that is the same on all."""
+    """This rank's share of a list that is the same on all ranks."""
     return jobs[rank()::size()]
 
 
 def gather(own: dict[Any, Any]) -> dict[Any, Any]:
-    """The union of what all ranks found, on all of them."""
+    """The union of all ranks' dictionaries, on every rank."""
     if size() == 1:
         return own
     of_all: list[Any] = [None] * size()
@@ -133,7 +134,7 @@ def gather(own: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def from_first_rank(make: Callable[[], Result]) -> Result:
-    """What the first rank makes, on all of them; the others wait. Tensors should be on the CPU."""
+    """The first rank's result, on every rank; the others wait for it. Tensors should be on the CPU."""
     if size() == 1:
         return make()
     held = [make() if first() else None]
@@ -142,14 +143,14 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
 
 
 def first_rank_first(make: Callable[[], Result]) -> Result:
-    """What each rank makes for itself, once the first one has: what that leaves in a cache or a folder serves all."""
+    """Each rank's own result, made after the first rank's, so that all can use what that left in a cache or folder."""
     made = make() if first() else None
     barrier()
     return made if first() else make()
 
 
 def barrier() -> None:
-    """Waits until all ranks are here."""
+    """Waits until all ranks have called this."""
     gather({})
 
 
@@ -164,20 +165,19 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def sum_(tensor: "Tensor") -> "Tensor":
-    """The sum over all ranks, in place; the same bits on all of them."""
+    """The sum over all ranks, in place; bit-identical on all of them."""
     if size() > 1:
         _torch().distributed.all_reduce(tensor, group=_gpus if tensor.is_cuda else None)
     return tensor
 
 
 def own_rows(indices: "Tensor", together: int = 1) -> "Tensor":
-    """Which of some rows, of which so many at a time belong together, are this rank's: booleans, shaped as the
-    indices."""
+    """Which rows are this rank's, as booleans shaped like `indices`; groups of `together` rows stay on one rank."""
     return indices // together % size() == rank()
 
 
 def merge_rows(tensor: "Tensor", together: int = 1) -> None:
-    """Gives every rank every other's rows of a tensor [N, …], in place."""
+    """Gives every rank the other ranks' rows of a tensor [N, …], in place."""
     if size() > 1:
         mine = own_rows(_torch().arange(len(tensor), device=tensor.device), together)
         tensor[~mine] = 0
@@ -185,7 +185,7 @@ def merge_rows(tensor: "Tensor", together: int = 1) -> None:
 
 
 def launch(processes: int) -> NoReturn:
-    """Starts this very command again as so many ranks on this machine, as torchrun would, and ends with them."""
+    """Starts this command again as `processes` ranks on this machine, as torchrun would, and exits when they have."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -198,11 +198,11 @@ def launch(processes: int) -> NoReturn:
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
         if failure.exitcode > 0:
-            sys.exit(failure.exitcode)  # it said why itself
+            sys.exit(failure.exitcode)  # the rank has printed why
         name, ended_by = Path(sys.argv[0]).name, signal.Signals(-failure.exitcode).name
         print(f"{name}: error: rank {failure.local_rank} was ended by {ended_by}; start again, which goes on from what "
               "is saved, if anything", file=sys.stderr)
         sys.exit(128 - failure.exitcode)
-    except SignalException as stopped:  # the ranks were told, and saved what they had
+    except SignalException as stopped:  # the ranks got the signal too, and have saved
         sys.exit(128 + stopped.sigval)
     sys.exit(0)

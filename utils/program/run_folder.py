@@ -18,36 +18,36 @@ from utils.program import interrupt, ranks
 from utils.program.console import note, shown
 from utils.program.locks import locked
 
-STATE_FORMAT, LOG_BYTES = "datm-checkpoint-1", "metrics_bytes"  # as saved states have them
-SAVE_SECONDS = 1.0  # at least, between two saves of a run's state
-SAVE_SHARE = 0.005  # of a run's time, at most, that goes into them
+STATE_FORMAT, LOG_BYTES = "datm-checkpoint-1", "metrics_bytes"  # value of "format" and a key in saved states
+SAVE_SECONDS = 1.0  # minimum between two saves of a run's state
+SAVE_SHARE = 0.005  # maximum share of a run's time that saving takes
 
 
 def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextManager[None]:
-    """As `utils.program.locks.locked`; of several ranks the first one keeps other runs out, for all."""
+    """As `utils.program.locks.locked`; the first rank holds the lock for all ranks."""
     return locked(folder, advice) if ranks.first() else contextlib.nullcontext()
 
 
 def run_id(config: DataConfig, data: dict[str, str]) -> str:
-    """A short name that is the same for the same run: the same options and the same data, by its checksums."""
+    """A short name of a run, derived from its options and the checksums of its data."""
     text = json.dumps([identity(config), data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class RunFolder:
-    """One run's `config.yaml`, its log, and its result, with which it counts as finished.
+    """One run's `config.yaml`, its log, and its result; a run with a result is finished.
 
-    `checkpoint.pt` holds what it needs to go on, after it was stopped or killed, or for more than was first asked for;
-    `save_seconds` is how long it last took to save it. Of several ranks only the first one writes.
+    `checkpoint.pt` holds the state to resume from, after the run was stopped or killed, or to extend it;
+    `save_seconds` is how long the last save took. Only the first rank writes.
 
-    Making one writes nothing; `start` does.
+    Constructing one writes nothing; `start` does.
 
     Attributes:
         finished: whether the run has its result.
-        is_done: whether nothing is left of it: it is finished, and no more is asked of it than it did.
+        is_done: whether nothing is left to do: the run is finished, and no more is asked of it than it did.
 
     Args:
-        log, result: names of files; the log is written line by line.
+        log, result: file names; the log is written line by line.
 
     Raises:
         UserError: the folder holds a run of other options.
@@ -75,7 +75,7 @@ class RunFolder:
         return finished, finished and (discards or not more)
 
     def _before(self, config: DataConfig) -> dict[str, Any]:
-        """The options of the run that is there, else those of this one."""
+        """The options of the run in the folder, else those of this one."""
         saved = self.path / "config.yaml"
         if not saved.exists():
             return self._config
@@ -83,7 +83,7 @@ class RunFolder:
         if not {"dataset", "model"} <= options.keys():
             raise UserError(f"{saved} is there and holds something else than a run's options; move it away, or give "
                             "another --run_name")
-        # An option that is younger than the run had no other value than its default.
+        # An option that was added after the run had its default value in it.
         before = defaults(type(config)) | options
         odd = next((name for name in how_much(config) if not isinstance(before[name], int)), None)
         if odd:
@@ -92,10 +92,10 @@ class RunFolder:
 
     @property
     def saved_state(self) -> dict[str, Any] | None:
-        """What the run last saved of itself (`save_state`), or None.
+        """The state that the run last saved (`save_state`), or None.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged, or of another version.
         """
         if not self._state.exists():
             return None
@@ -106,19 +106,19 @@ class RunFolder:
 
     @property
     def to_begin_anew(self) -> str:
-        """What to do where a run cannot go on; a finished one is never discarded."""
+        """Advice where a run cannot resume; a finished run is never discarded."""
         return f"give another --run_name{'' if self.finished else ', or --resume never to start over'}"
 
     def check(self, saved: dict[str, Any] | None = None, files: Sequence[str] = ()) -> None:
         """Refuses a folder that a run cannot start in; writes nothing.
 
         Args:
-            saved: the state that it goes on from, if it does.
-            files: what a run puts beside its log and its result, by name.
+            saved: the state to resume from, if any.
+            files: names of the files that a run writes besides its log and its result.
 
         Raises:
             UserError: the folder cannot be made or written, its log is shorter than when the state was saved, or it
-                holds such files and is no run's.
+                holds such files but no run's config.
         """
         if not ranks.first():
             return
@@ -135,15 +135,15 @@ class RunFolder:
 
     def start(self, saved: dict[str, Any] | None = None, made: Sequence[str] = (), shows: Sequence[str] = (),
               tests: Sequence[str] = ()) -> None:
-        """Saves the config and begins the log, or goes on with as much of it as there was when a state was saved.
+        """Saves the config and starts the log; a resumed run's log is cut to its length at the saved state.
 
-        Of a finished run that goes on the result and its tests are kept under other names.
+        If a finished run is extended, its result and the files that test it are kept under other names.
 
         Args:
-            saved: that state.
-            made: what an unfinished run may have put beside them, removed at a new beginning.
-            shows: what shows a run, removed but where an unfinished one goes on.
-            tests: what tested its result, removed at a new beginning.
+            saved: the state to resume from, if any.
+            made: files that an unfinished run may have left; removed on a fresh start.
+            shows: files that present a run; removed unless an unfinished run is resumed.
+            tests: files that test the result; removed on a fresh start.
 
         Raises:
             UserError: see `check`.
@@ -154,31 +154,31 @@ class RunFolder:
             return
         for name in shows if self.finished or not saved else ():
             (self.path / name).unlink(missing_ok=True)
-        if self.finished:  # which it is as long as its result has that name; so that one last
+        if self.finished:  # it counts as finished until its result is renamed, so that comes last
             for path in (*(self.path / name for name in tests), self.result):
                 if path.exists():
                     path.rename(path.with_stem("_".join([path.stem, *map(str, self._did)])))
         if not saved:
             if self.log.exists():
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")
-            self._state.unlink(missing_ok=True)  # first, for it counts on the others
+            self._state.unlink(missing_ok=True)  # first, as it relies on the others
             for name in (*made, *tests):
-                if not (self.path / name).is_symlink():  # the user's, to another disk
+                if not (self.path / name).is_symlink():  # a user's link to another disk
                     remove(self.path / name)
         save_config(self.path / "config.yaml", self._config)
         cut_lines(self.log, saved[LOG_BYTES] if saved else 0)
 
     def save_due(self) -> bool:
-        """Whether it is time to save the run's state again: so seldom that it takes `SAVE_SHARE` of the time."""
+        """Whether to save the run's state again: so rarely that saving takes at most `SAVE_SHARE` of the time."""
         since = perf_counter() - self._saved_at
         return ranks.first() and since >= max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
 
     def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Saves what the run needs to go on from here, which `state` makes of tensors and plain containers."""
+        """Saves the state to resume from here; `state` returns it, as tensors and plain containers."""
         if not ranks.first():
             return
         began = perf_counter()
-        with self.log.open("rb") as log:  # on the disk before the state that counts on it
+        with self.log.open("rb") as log:  # flushed to disk before the state that relies on it
             os.fsync(log.fileno())
             size = os.fstat(log.fileno()).st_size
         files.save(state() | {"format": STATE_FORMAT, LOG_BYTES: size}, self._state)

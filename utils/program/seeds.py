@@ -1,4 +1,4 @@
-"""Every draw has an address, so that any part of a run can be repeated alone."""
+"""Seeds of random draws, derived from addresses, so that any part of a run can be repeated alone."""
 
 import contextlib
 import hashlib
@@ -14,13 +14,13 @@ def derive_seed(*address: int | str) -> int:
 
 
 def generator(*address: int | str) -> torch.Generator:
-    """A CPU generator of its own for an address."""
+    """A separate CPU generator for an address."""
     return torch.Generator().manual_seed(derive_seed(*address))
 
 
 @contextlib.contextmanager
 def seeded(*address: int | str) -> Iterator[None]:
-    """torch's global CPU generator set for an address, and put back: layers initialise themselves from it."""
+    """Seeds torch's global CPU generator, from which layers are initialised, and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(*address))
         yield

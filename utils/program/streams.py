@@ -1,4 +1,4 @@
-"""The streams that everything is said through: they show any text, and nobody who stops listening ends a run."""
+"""Output streams that can show any text, and that keep a run alive when their reader goes away."""
 
 import os
 import sys
@@ -11,9 +11,9 @@ from utils.errors import printable
 class Stream:
     """A stream that takes any text and never fails.
 
-    What a terminal would obey is shown as an escape, and what the encoding lacks as a question mark: class names,
-    options and results of others are part of what is said. Once it cannot be written (a full disk, a reader or a
-    terminal that went away), what is left to be said goes nowhere.
+    Control characters are shown as escapes, and characters that the encoding lacks as question marks: the output
+    contains class names, options and results of others. Once writing fails (a full disk, a reader or terminal that
+    went away), all further output is discarded.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -23,7 +23,7 @@ class Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        start = "\r" if text.startswith("\r") else ""  # with which a bar is drawn over itself
+        start = "\r" if text.startswith("\r") else ""  # a progress bar redraws its line with it
         self._or_silence(self._stream.write, start + printable(text[len(start):], "\n\t"))
         return len(text)
 
@@ -34,7 +34,7 @@ class Stream:
         try:
             act(*arguments)
         except (OSError, ValueError):  # a closed file is a ValueError
-            # The descriptor itself, to which what is still in the stream's buffer goes at the exit.
+            # Redirects the descriptor itself, as the stream's buffer is still flushed to it at exit.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             try:
                 os.dup2(nowhere, self._stream.fileno())
@@ -45,8 +45,8 @@ class Stream:
 
 
 def make_safe() -> None:
-    """Puts a `Stream` in the place of stdout and of stderr; one that was closed goes nowhere."""
-    for number in range(3):  # else the next file that is opened would take its number, and what is said with it
+    """Replaces stdout and stderr by a `Stream` each; output to a closed one is discarded."""
+    for number in range(3):  # a closed number would be given to the next file opened, and output would go there
         try:
             os.fstat(number)
         except OSError:
@@ -54,6 +54,6 @@ def make_safe() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
         if hasattr(stream, "reconfigure"):
-            # By lines: in one file with stderr, they come in the order they were said in.
+            # Line-buffered, so that stdout and stderr keep their order in one file.
             stream.reconfigure(errors="replace", line_buffering=True)
         setattr(sys, name, stream if isinstance(stream, Stream) else Stream(stream))

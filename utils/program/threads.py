@@ -1,4 +1,4 @@
-"""How many of the CPU's threads a program computes with: as many as it is told, or as help."""
+"""How many CPU threads a program computes with: the number given, else as many as help."""
 
 import copy
 import os
@@ -15,16 +15,16 @@ from utils.program import ranks
 from utils.program.console import note, say
 
 WORTH_MEASURING = 60.0  # seconds of work
-BLOCK, BLOCKS = 0.08, 4  # seconds of steps with one number and then the other, and how often
-HELPS = 1.1  # times faster than one, which more threads must be
+BLOCK, BLOCKS = 0.08, 4  # seconds of steps with each number of threads in turn, and how often
+HELPS = 1.1  # speed-up over one thread that all threads must exceed
 
-_left_out = 0  # threads that more than one network at a time may use, where a single one has no use for them
+_left_out = 0  # all threads, where a single network computes with one; several networks at a time may use them
 
 
 def take(config: DataConfig) -> None:
-    """What `--threads` gives; else torch's own number: OMP_NUM_THREADS, or a thread for each core.
+    """Sets the number of `--threads`; without it torch keeps its own: OMP_NUM_THREADS, or one thread per core.
 
-    More than there are cores are obeyed, as the result depends on the number, and said to be slow.
+    A number above that of cores is respected, as the result depends on it, but a note says that it is slow.
     """
     global _left_out
     _left_out = 0
@@ -37,21 +37,21 @@ def take(config: DataConfig) -> None:
 
 
 def at_hand() -> int:
-    """Threads that processes may divide, each of which computes with no more than a single one would."""
+    """Threads that processes may divide; none of them computes with more than a single process would."""
     return max(torch.get_num_threads(), _left_out)
 
 
 def settle(config: DataConfig, network: nn.Module, batch: int, work: Work, known: int | None = None) -> None:
-    """Where nobody gave a number: takes one thread, if all are no faster for this network here and now.
+    """Switches to one thread if all are no faster for this network here and now; a number that was given stays.
 
-    Where a layer is small, or other programs want the cores too, all threads wait at every layer for the last of them.
-    Several ranks take the number of the first. More than one and fewer than all are not tried: the result depends on
-    the number, and should be one of two.
+    With small layers, or other programs on the same cores, all threads wait for the slowest one at every layer. All
+    ranks use the number of the first. Numbers between one and all are not tried: the result depends on the number,
+    and should be one of two.
 
     Args:
-        batch: samples of a step.
-        work: what is to come, which must be worth the second that it takes to find out.
-        known: with how many an unfinished run began, so that it goes on to the bit, where there are as many here.
+        batch: samples per step.
+        work: the work to come; measuring takes a second, and is skipped if the work is too short to repay it.
+        known: thread count of the unfinished run that is resumed, kept for bit-identical results if available here.
     """
     global _left_out
     everything = torch.get_num_threads()
@@ -76,9 +76,9 @@ def settle(config: DataConfig, network: nn.Module, batch: int, work: Work, known
 
 
 def seconds_of_a_step(network: nn.Module, batch: int, everything: int) -> tuple[float, float]:
-    """What a gradient takes with one thread and with all, measured by turns; a large batch counts by a part of it."""
+    """Seconds of a gradient with one thread and with all, measured in turns; a large batch is scaled up from a part."""
     part = min(batch, max(1, PLAIN_BYTES // activation_bytes(network)))
-    model = FlatModel(copy.deepcopy(network))  # batch norm counts what passes through it
+    model = FlatModel(copy.deepcopy(network))  # a copy, as steps update batch norm's running statistics
     theta = model.flatten()
     x, y = torch.rand(part, *network.image_shape), torch.zeros(part, dtype=torch.long)
     seconds, steps = {1: 0.0, everything: 0.0}, {1: 0, everything: 0}
@@ -87,7 +87,7 @@ def seconds_of_a_step(network: nn.Module, batch: int, everything: int) -> tuple[
             torch.set_num_threads(threads)
             began = now = perf_counter()
             done = 0
-            while not done or (block and now - began < BLOCK):  # the first is for kernels that are made, and memory
+            while not done or (block and now - began < BLOCK):  # the first block warms up kernels and memory
                 model.gradient(theta, x, y)
                 done, now = done + 1, perf_counter()
             if block:
