@@ -82,7 +82,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     (few, _), (more, train) = calls(FEW), calls(MORE)
     before = reset_peak(device)
     few()  # warm-up: allocates, and compiles or captures if the engine does
-    captured = torch.cuda.memory_reserved(device) - before if device.type == "cuda" else 0  # reserved by the warm-up
+    captured = reset_peak(device) - before if device.type == "cuda" else 0  # what the warm-up keeps: CUDA graphs
     (_, few_bytes), (more_seconds, more_bytes) = (_measured(each, device) for each in (few, more))
     # For each further step, the exact gradient keeps a θ and the unrolled one a graph.
     step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
