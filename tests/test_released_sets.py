@@ -58,10 +58,12 @@ def test_of_mtt_and_ftd_a_folder(evaluated, parts, tmp_path):
     mtt = write(tmp_path / "mtt", images_1000=images + 1, labels_1000=classes, images_best=images, labels_best=classes)
     found, done = evaluated(f"--data_dir={mtt}", "--lr_teacher=0.02")
     assert torch.equal(found.images, images) and torch.equal(found.labels, classes)
-    assert float(found.lr) == pytest.approx(0.02) and found.config["zca"] is False and "note:" not in done.stderr
-    write(mtt, images_zca_best=images, lr=torch.tensor(0.3))
-    found, _ = evaluated(f"--data_dir={mtt}", f"--lr_dir={mtt / 'lr.pt'}")
-    assert found.config["zca"] is True and float(found.lr) == pytest.approx(0.3)
+    assert float(found.lr) == pytest.approx(0.02) and found.config["zca"] is False
+    assert done.stderr.count("note:") == 1 and "nothing says whether the set's images are whitened" in done.stderr
+    assert "note:" not in evaluated(f"--data_dir={mtt}", "--lr_teacher=0.02", "--zca=False")[1].stderr
+    write(mtt, images_zca_1000=images, lr=torch.tensor(0.3))  # there is none of `best`
+    found, done = evaluated(f"--data_dir={mtt}", f"--lr_dir={mtt / 'lr.pt'}")
+    assert found.config["zca"] is True and float(found.lr) == pytest.approx(0.3) and "note:" not in done.stderr
     assert "made with zca True, and here zca is False" in evaluated(f"--data_dir={mtt}", "--zca=False")[1].stderr
     ftd = write(tmp_path / "ftd", ema_images_900=images + 1, ema_labels_900=classes, ema_images_5000=images,
                 ema_labels_5000=classes, images_zca_5000=images)
@@ -73,7 +75,7 @@ def test_of_mtt_and_ftd_a_folder(evaluated, parts, tmp_path):
 def test_teslas_soft_labels_are_probabilities(evaluated, parts, tmp_path):
     images, _, logits = parts
     tesla = write(tmp_path / "tesla", images_best=images, labels_best=logits.softmax(1))
-    found, done = evaluated(f"--data_dir={tesla}", "--lr_teacher=0.01")
+    found, done = evaluated(f"--data_dir={tesla}", "--lr_teacher=0.01", "--zca=False")
     torch.testing.assert_close(found.labels.softmax(1), logits.softmax(1))
     assert "note:" not in done.stderr
     assert "taken for logits" in evaluated(f"--data_dir={tesla}", "--label_kind=logits")[1].stderr
@@ -87,7 +89,7 @@ def test_of_datm_and_pad_the_three_files_in_a_folder(evaluated, parts, tmp_path,
     images, _, logits = parts
     folder = write(tmp_path / "datm", lr=torch.tensor(1.0))
     write(folder / inside, images_best=images, labels_best=logits, lr_best=torch.tensor(0.03))
-    found, done = evaluated(f"--data_dir={folder}")
+    found, done = evaluated(f"--data_dir={folder}", "--zca=False")
     assert torch.equal(found.images, images) and torch.equal(found.labels, logits)
     assert float(found.lr) == pytest.approx(0.03) and "note:" not in done.stderr
     _, done = evaluated(f"--data_dir={folder}", f"--lr_dir={folder / 'lr.pt'}", expect=2)

@@ -59,6 +59,10 @@ def test_hard_labels_are_those_that_were_said(call, toy, results, tmp_path):
          f"--label_dir={tmp_path / 'classes.pt'}", f"--lr_dir={folder / 'lr_best.pt'}", f"--json={tmp_path / 'x.json'}")
     expected = json.loads((results / "syn_hard.json").read_text())["scores"]
     assert json.loads((tmp_path / "x.json").read_text())["scores"] == expected
+    three = [f"--{option}_dir={folder / f'{name}_best.pt'}" for option, name in (
+        ("data", "images"), ("label", "labels"), ("lr", "lr"))]
+    said = call(EVALUATION, *toy.evaluate, *three, "--hard_labels").stdout
+    assert "classes are taken from the order of the images" in said
 
 
 def test_networks_are_columns(call, results):

@@ -4,8 +4,9 @@
                         their experiments; the first is taken
     MTT, FTD, TESLA     a folder of images_TAG.pt and labels_TAG.pt, where TAG is `best` or an iteration; FTD's
                         averaged images are ema_images_TAG.pt with ema_labels_TAG.pt. Labels are classes, TESLA's soft
-                        ones probabilities. The learned rate is not saved. If the images are whitened there is an
-                        images_zca_TAG.pt with pictures
+                        ones probabilities. The learned rate is not saved. If the images are whitened there are
+                        pictures of some, images_zca_TAG.pt; never of `best`, and of 50 or more images per class only
+                        if they were asked for
     DATM, PAD           the same with lr_TAG.pt and label logits, in a folder or in its Normal/
     NCFM, IDC           data_TAG.pt, [images, classes]: pixels in [0, 1], normalised in use and never whitened; smaller
                         images that share one image have one class
@@ -130,8 +131,8 @@ def made_with(data_dir: str) -> dict[str, Any]:
                 told |= {"dataset": dataset, "model": model}
             return told
         told = {}
-        named = re.fullmatch(r"(?:ema_)?images_(best|\d+)\.pt", path.name)
-        if named and (path.parent / f"images_zca_{named[1]}.pt").is_file():
+        named = re.fullmatch(r"(?:ema_)?images_(?:best|\d+)\.pt", path.name)
+        if named and any(path.parent.glob("images_zca_*.pt")):
             told["zca"] = True
         if labels and not lr and are_probabilities(_tensor(files.load(labels), "", labels)):
             told["label_kind"] = "probabilities"

@@ -144,6 +144,7 @@ def opened(config: EvaluationConfig, given: Collection[str],
     read, rate_known = read_set(config.data_dir, config.label_dir, config.lr_dir, default_lr, config.factor)
     check(read)
     made, missing = made_with(config.data_dir) or read.config, ""
+    read = dataclasses.replace(read, config=read.config or made)  # a run's three files say no more than their tensors
     if "dataset" not in {*given, *made} and config.dataset == EvaluationConfig.dataset:  # the default is a guess
         missing = ("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with --model, "
                    "and --zca where the images are whitened")
@@ -166,6 +167,9 @@ def opened(config: EvaluationConfig, given: Collection[str],
     if not rate_known and "lr_teacher" not in given and config.protocol != "dc":
         note(f"note: the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
              "used")
+    if "zca" not in {*given, *made}:
+        note("note: nothing says whether the set's images are whitened; they are taken for normalised: give --zca if "
+             "they are whitened")
     check_pool(config, dataset)
     settle_threads(config, dataset, len(distilled))
     say_replaced(config, config.save)
