@@ -131,8 +131,11 @@ def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | No
                             "it, --resume never to discard it, or another --buffer_path")
 
 
-def check_same_images(folder: Path, dataset: "Dataset") -> None:
+def check_same_images(folder: Path, dataset: "Dataset", option: str = "--buffer_path") -> None:
     """As `check_same_data`, but compares the images: two datasets of one name, such as ImageFolder, may differ.
+
+    Args:
+        option: the option that gave the folder, for the message.
 
     Raises:
         UserError
@@ -140,7 +143,7 @@ def check_same_images(folder: Path, dataset: "Dataset") -> None:
     for path, saved in manifests_of(folder).items():
         if saved.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
             raise UserError(f"the experts of {path} were trained on other images than those of {dataset.name} here; "
-                            "give the same --data_path and options, or another --buffer_path")
+                            f"give the same --data_path and options, or another {option}")
 
 
 def require_experts(folder: Path) -> None:

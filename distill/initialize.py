@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from buffer.manifests import check_same_images
 from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet, check_classes, checked_set, class_indices, other_space
 from utils.config import AUTO, STARTS, DistillConfig
@@ -31,11 +32,12 @@ def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buf
     """The experts that label the initial images: those that are matched, all in their folder, or another network's.
 
     Raises:
-        UserError: the other network's expert files are missing, unreadable or of a different network.
+        UserError: the other network's expert files are missing, unreadable, or of a different network or other images.
     """
     if config.Initialize_Label_With_Another_Model:
         network = network_for(config.Initialize_Label_Model, dataset).to(dataset.device)
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
+        check_same_images(buffer.folder, dataset, "--Initialize_Label_Model_Dir")
     elif config.max_files or config.max_experts:
         buffer = Buffer(buffer.folder, buffer.model)  # all experts label, even if only some are matched
     return buffer

@@ -23,7 +23,7 @@ from distill.finished import answered
 from distill.initialize import expert_labels
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
 from utils.data.datasets import load_dataset
-from utils.files import REPOSITORY, save_config
+from utils.files import REPOSITORY, read_config, save_config
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 from utils.program.command_line import parse
@@ -635,14 +635,19 @@ def test_all_experts_label_whichever_are_matched(distil, toy_experts):
     torch.testing.assert_close(labels, expected)
 
 
-def test_another_networks_experts_can_label_the_images(call, distil, toy, tmp_path):
+def test_another_networks_experts_can_label_the_images(call, distil, toy, toy_experts, tmp_path):
     call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--num_experts=1", "--model=MLP")
     folder = tmp_path / "ImageFolder" / "MLP"
-    images, labels, _ = final(distil("--pix_init=real", "--Iteration=0", "--Initialize_Label_With_Another_Model",
-                                     "--Initialize_Label_Model=MLP", f"--Initialize_Label_Model_Dir={folder}")
-                              / "Normal", 0)
+    labelled = ["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=MLP",
+                f"--Initialize_Label_Model_Dir={folder}"]
+    images, labels, _ = final(distil("--pix_init=real", "--Iteration=0", *labelled) / "Normal", 0)
     model = FlatModel(build_network("MLP", 3, 3, (8, 8)))
     torch.testing.assert_close(labels, model(thetas(folder)[0][-1], images))
+    manifest = folder / "replay_buffer_0.yaml"
+    save_config(manifest, read_config(manifest) | {"fingerprint": "another"})
+    done = call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", *labelled,
+                expect=2)
+    assert "trained on other images" in done.stderr and "another --Initialize_Label_Model_Dir" in done.stderr
 
 
 def test_noise_starts_from_no_image_and_labels_of_each_class(distil, toy_data):
