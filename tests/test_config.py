@@ -1,6 +1,7 @@
 """Values of any spelling become one typed config; every option exists with its published default."""
 
 import dataclasses
+import math
 import os
 import re
 import typing
@@ -122,7 +123,8 @@ def test_the_default_of_a_list_is_not_shared():
 
 @pytest.mark.parametrize("text, name, value", [
     ("1e-5", "lr_lr", 1e-5), ("1E-5", "lr_lr", 1e-5), ("0.00001", "lr_lr", 1e-5), (".5", "lr_y", 0.5),
-    ("3", "lr_y", 3.0), ("10000", "lr_img", 10000.0), ("-1", "Label_Model_Timestamp", -1),
+    ("3", "lr_y", 3.0), ("inf", "threshold", math.inf), (".inf", "threshold", math.inf),
+    ("10000", "lr_img", 10000.0), ("-1", "Label_Model_Timestamp", -1),
     ("7", "Label_Model_Timestamp", 7),
     ("True", "no_aug", True), ("true", "no_aug", True), ("on", "no_aug", True), ("yes", "no_aug", True),
     ("1", "no_aug", True), ("False", "zca", False), ("false", "zca", False), ("off", "zca", False),

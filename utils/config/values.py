@@ -61,6 +61,8 @@ def _spelt(name: str, value: Any, config_type: type) -> Any:
     if isinstance(value, str) and value.startswith("[") and list[int] in typing.get_args(hint):
         with contextlib.suppress(*YAML_FAILURES):
             return yaml.load(value, yaml.BaseLoader)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\.inf", value, re.IGNORECASE):  # as YAML writes infinity
+        return value.replace(".", "")
     return value
 
 
