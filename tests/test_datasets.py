@@ -618,6 +618,19 @@ def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
         memory.room((2**50,))
 
 
+def test_a_jobs_limit_counts(tmp_path):
+    """As Slurm and systemd set it, by either version of control groups, for a process or what it is in."""
+    files = {"slurm/memory.max": "max", "slurm/memory.current": "9",
+             "slurm/job/memory.max": "1000", "slurm/job/memory.current": "600", "slurm/job/memory.stat":
+             "anon 1\ninactive_file 100", "memory/job/memory.limit_in_bytes": "2000",
+             "memory/job/memory.usage_in_bytes": "500", "memory/job/memory.stat":
+             "inactive_file 1\ntotal_inactive_file 50", "groups": "4:memory:/job/step\n2:cpu:/slurm/job\n0::/slurm/job"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert list(memory._left_in_groups(tmp_path, tmp_path / "groups")) == [1550, 500]
+
+
 @pytest.fixture
 def imagenet(tmp_path):
     """Imagewoof's ten folders as it comes, and another; two images of a class and one for validation."""

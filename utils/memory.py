@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +58,24 @@ def available(device: torch.device | None = None) -> float:
     if meminfo.is_file():
         limits += [1024 * float(line.split()[1]) for line in meminfo.read_text().splitlines()
                    if line.startswith("MemAvailable:")]
-    group = Path("/sys/fs/cgroup")  # a container's limit
-    with contextlib.suppress(OSError, ValueError):  # without a limit, memory.max is the word "max"
-        taken = float((group / "memory.current").read_text())
-        taken -= sum(float(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines()
-                     if line.startswith("inactive_file "))  # page cache that the system would reclaim
-        limits.append(float((group / "memory.max").read_text()) - taken)
-    return min(limits)
+    return min([*limits, *_left_in_groups()])
+
+
+def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """Bytes that this process's control groups, and those above them, leave: a container's or a Slurm job's limit."""
+    of_process = [line.split(":", 2)[1:] for line in groups.read_text().splitlines()] if groups.is_file() else []
+    for controllers, path in of_process:
+        if controllers not in ("", "memory"):
+            continue
+        limit, taken, cache = (("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
+                               if controllers else ("memory.max", "memory.current", "inactive_file "))
+        mounted = root / controllers
+        group = mounted / path.lstrip("/")
+        for folder in (group, *(each for each in group.parents if each.is_relative_to(mounted))):
+            with contextlib.suppress(OSError, ValueError):  # without a limit, memory.max is the word "max"
+                left = float((folder / limit).read_text()) - float((folder / taken).read_text())
+                yield left + sum(float(line.split()[1]) for line in (folder / "memory.stat").read_text().splitlines()
+                                 if line.startswith(cache))  # page cache that the system would reclaim
 
 
 def check_room(size: int, what: str) -> None:
