@@ -43,6 +43,7 @@ from utils.program.command_line import read_yaml
 from utils.program.console import duration, percent, shown, table
 from utils.program.entry import entry
 from utils.program.locks import locked
+from utils.program.ranks import cores
 
 # In the order in which they are begun: the longest first.
 KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
@@ -599,7 +600,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="with --tables: other results than one's own")
     options = parser.parse_args()
     form = SMALL if options.small else FULL
-    jobs = options.jobs if options.jobs is not None else len(os.sched_getaffinity(0)) if options.small else 1
+    jobs = options.jobs if options.jobs is not None else cores() if options.small else 1
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: it must be at least 1")
     if options.results and not options.tables:

@@ -184,13 +184,18 @@ def merge_rows(tensor: "Tensor", together: int = 1) -> None:
         sum_(tensor)
 
 
+def cores() -> int:
+    """How many cores this process may use, which a scheduler may make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def launch(processes: int) -> NoReturn:
     """Starts this command again as `processes` ranks on this machine, as torchrun would, and exits when they have."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     settings = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
                             rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.1)
     try:

@@ -30,7 +30,7 @@ def take(config: DataConfig) -> None:
     _left_out = 0
     if config.threads != AUTO:
         torch.set_num_threads(config.threads)
-        cores = os.cpu_count() or 1
+        cores = ranks.cores()
         if config.threads > cores and ranks.first():
             note(f"note: --threads {config.threads}: there {'is' if cores == 1 else 'are'} {number_of(cores, 'core')} "
                  "here, and threads that wait for each other's core are many times slower; give no more than that")
