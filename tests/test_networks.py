@@ -151,6 +151,7 @@ def test_no_pooling_allows_any_depth():
     [
         ("S", "ConvNetD4", ["ConvNetD4"]),
         ("S", "ConvNetD4BN", ["ConvNetD4"]),
+        ("S", "ConvNetBNW32", ["ConvNetW32"]),
         ("S", "ResNet18BN_AP", ["ResNet18"]),
         ("C", "ConvNetD4BN", ["ConvNetD4BN", "ConvNet"]),
         ("C", "ConvNet", ["ConvNet"]),

@@ -89,7 +89,8 @@ def evaluation_pool(mode: str, model: str, image_size: tuple[int, int] | None = 
         UserError: no such mode.
     """
     pools = {
-        "S": [model.split("BN")[0]],  # as published: cut at BN, so never with batch norm
+        # Never with batch norm. As published, a classic's name is cut at BN; a ConvNet's may go on after it.
+        "S": [model.replace("BN", "", 1) if model.startswith("ConvNet") else model.split("BN")[0]],
         "C": [model, "ConvNet"],
         **EVALUATION_POOLS,
     }
