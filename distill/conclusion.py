@@ -7,7 +7,7 @@ from buffer.manifests import made_by, test_accuracies
 from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import DistilledSet
-from distill.finished import lost_sets, say_it_is
+from distill.finished import check_same_data, lost_sets, say_it_is
 from distill.report.commands import evaluation
 from distill.report.frames import Frames
 from distill.report.names import PAGE, PICTURES, SHOWN, missing
@@ -35,7 +35,7 @@ from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
 from utils.program.machine import environment
 from utils.program.progress import watched
-from utils.program.run_folder import RunFolder
+from utils.program.run_folder import RunFolder, data_id
 
 
 def conclude(run: RunState) -> None:
@@ -70,7 +70,8 @@ def conclude(run: RunState) -> None:
                         for name, best in results.items())
     skipped, held = run.distillation.skipped, run.distillation.held
     RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
-              FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device)).write(folder.result)
+              FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device),
+              data_id(run.data)).write(folder.result)
     run.tracker.finish()
     show_finished(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
 
@@ -88,9 +89,18 @@ def conclude(run: RunState) -> None:
     _say_where(config, folder.path, run.best, better_of(run.best))
 
 
-def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
-    """Says that the run is already finished, after restoring best sets, pictures and page that are missing."""
+def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder,
+                 data: dict[str, str]) -> None:
+    """Says that the run is already finished, after restoring best sets, pictures and page that are missing.
+
+    Args:
+        data: checksums of everything that a run of these options reads.
+
+    Raises:
+        UserError: the run was made of other data.
+    """
     result = RunResult.read(folder.result)
+    check_same_data(folder.path, result, data)
     lost, unseen = lost_sets(folder.path, result), missing(folder.path)
     if ranks.first() and (lost or unseen):
         with noting_failure(folder.path, "what is missing"):

@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.program import ranks
 from utils.program.console import shown, wrapped
 from utils.program.progress import watched
-from utils.program.run_folder import RunFolder, run_id
+from utils.program.run_folder import RunFolder, data_id, run_id
 
 
 def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
@@ -29,15 +29,15 @@ def answered(config: DistillConfig) -> bool:
     False also if files alone cannot tell; `distill.loop` then decides.
 
     Raises:
-        UserError: the folder holds a run with other options, or an expert file is damaged.
+        UserError: the folder holds a run with other options or of other data, or an expert file is damaged.
     """
-    if ranks.size() > 1 or config.dry_run:
+    if ranks.size() > 1 or config.dry_run or (data := _data_by_manifests(config)) is None:
         return False
-    data = {} if config.run_name else _data_by_manifests(config)
-    path = None if data is None else run_folder(config, data)
-    if path is None or not RunFolder(path, config, METRICS, RESULT).is_done:
+    path = run_folder(config, data)
+    if not RunFolder(path, config, METRICS, RESULT).is_done:
         return False
     result = RunResult.read(path / RESULT)
+    check_same_data(path, result, data)
     if missing(path) or lost_sets(path, result):
         return False
     say_it_is(config, path, result)
@@ -45,16 +45,21 @@ def answered(config: DistillConfig) -> bool:
 
 
 def _data_by_manifests(config: DistillConfig) -> dict[str, str] | None:
-    """The checksums from which the run folder's name is derived: those of the expert files and, from their manifests,
-    of the images that all experts were trained on.
+    """The checksums of what a run reads: those of the expert files and, from their manifests, of the images that all
+    experts were trained on.
 
     None: no run with these options is finished, the manifests do not tell, or the run reads other files too.
+
+    Raises:
+        UserError: the folder of `run_name` holds a run with other options, or an expert file is damaged.
     """
+    if config.run_name:
+        done = RunFolder(run_folder(config, {}), config, METRICS, RESULT).is_done
+    else:
+        runs = run_folder(config, {}).parent.glob(f"{config.matching}_seed{config.seed}_*/{RESULT}")
+        done = any(_is_done(config, path.parent) for path in runs)
     more = config.Initialize_Label_With_Another_Model or config.max_files or config.max_experts
-    if more or config.pix_init not in STARTS:
-        return None
-    runs = run_folder(config, {}).parent.glob(f"{config.matching}_seed{config.seed}_*/{RESULT}")
-    if not any(_is_done(config, path.parent) for path in runs):
+    if not done or more or config.pix_init not in STARTS:
         return None
     folder = buffer_folder(config)
     paths, manifests = expert_files(folder), manifests_of(folder)
@@ -70,6 +75,20 @@ def _is_done(config: DistillConfig, folder: Path) -> bool:
     with contextlib.suppress(UserError):  # the folder may hold a run with other options
         return RunFolder(folder, config, METRICS, RESULT).is_done
     return False
+
+
+def check_same_data(path: Path, result: RunResult, data: dict[str, str]) -> None:
+    """Refuses a finished run that was made of other data than these.
+
+    Args:
+        data: checksums of everything that a run of these options reads.
+
+    Raises:
+        UserError
+    """
+    if result.data not in (None, data_id(data)):
+        raise UserError(f"{shown(path)} is finished, and was made of other images, experts or a different set to start "
+                        "from; restore what it had, or give another --run_name")
 
 
 def lost_sets(path: Path, result: RunResult) -> list[str]:

@@ -67,7 +67,7 @@ def distill(config: DistillConfig) -> None:
 
         # A finished run is not repeated; if its pictures or page are missing, they are made.
         if folder.is_done:
-            say_finished(config, dataset, buffer, folder)
+            say_finished(config, dataset, buffer, folder, data)
             return
 
         # Refuse what cannot fit in memory.
@@ -103,8 +103,10 @@ def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
 def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
     """The network that is matched, with the engine that the config asks for."""
     network = network_for(config.model, dataset).to(dataset.device)
-    if config.matching == "unroll":  # plain autograd
-        return FlatModel(network, "plain")
+    if config.matching == "unroll":  # plain autograd through whole batches
+        model = FlatModel(network, "plain")
+        model.engine.micro_batch = None
+        return model
     # A rank's share of a batch changes size in every step, but compiled code is for fixed sizes.
     if ranks.size() > 1 and config.backend == "auto":
         config = replace(config, backend="eager")

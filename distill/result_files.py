@@ -194,6 +194,7 @@ class RunResult:
     seconds: float | None = None
     fixed_loss: FixedLoss = FixedLoss()
     environment: dict[str, Any] = Field(default_factory=dict)
+    data: str | None = None  # `data_id` of what the run read; earlier versions saved none
 
     @property
     def better(self) -> tuple[str, Best]:

@@ -11,7 +11,7 @@ from distill import plan
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate
-from distill.evaluate.saved_accuracies import Accuracies, digest
+from distill.evaluate.saved_accuracies import Accuracies, key_of
 from distill.report.frames import Frames
 from distill.report.wandb_log import Tracker
 from distill.result_files import NORMAL, Evaluation, Iteration, Metrics, Score, append_metrics, skipped_advice
@@ -134,7 +134,8 @@ class RunState:
             self.save()
         versions = self.distillation.versions()
         self._accuracies = {name: ranks.from_first_rank(partial(
-            Accuracies, self.folder.path / f"{name}.unfinished", digest(distilled)))
+            Accuracies, self.folder.path / f"{name}.unfinished",
+            f"{key_of([self.config], self.dataset, distilled)} {self.iteration}"))
             for name, distilled in versions.items()}
         epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in self._accuracies.values())
         try:  # evaluate all sets before recording any, so that a signal leaves the state as it was

@@ -409,6 +409,31 @@ def test_resume_never_starts_over(distil_to):
     assert "going on" not in done.stdout and tensors_in(whole) == tensors_in(parts)
 
 
+def test_networks_of_a_discarded_run_do_not_count(distil_to):
+    """Not even those of another rank, whose file stays, on the same set."""
+    _, whole = distil_to("whole")
+    with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 2):
+        _, parts = distil_to("parts", "--epoch_eval_train=3", expect=130)
+    (parts / "Normal.unfinished").rename(parts / "Normal.unfinished.1")
+    distil_to("parts", "--resume=never")
+    assert tensors_in(whole) == tensors_in(parts) and not list(parts.glob("*.unfinished*"))
+
+
+def test_a_finished_run_is_no_answer_for_other_data(distil_to, toy_experts):
+    distil_to("parts")
+    folder = toy_experts.joinpath(*EXPERTS)
+    added = [folder / f"replay_buffer_2.{kind}" for kind in ("pt", "yaml")]
+    try:
+        for path in added:  # with the manifest, manifests tell what is read
+            shutil.copy(path.with_stem("replay_buffer_0"), path)
+            done, _ = distil_to("parts", expect=2)
+            assert "is finished, and was made of other images, experts" in done.stderr
+    finally:
+        for path in added:
+            path.unlink(missing_ok=True)
+    assert "is finished" in distil_to("parts")[0].stdout
+
+
 def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
     with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
         _, folder = distil_to("parts", expect=130)

@@ -34,6 +34,11 @@ def run_id(config: DataConfig, data: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def data_id(data: dict[str, str]) -> str:
+    """A hash of the checksums of a run's data, by which its result knows them."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class RunFolder:
     """One run's `config.yaml`, its log, and its result; a run with a result is finished.
 
