@@ -24,11 +24,11 @@ from utils import files
 from utils.data.datasets import Dataset, ImageSpace
 from utils.data.disk_layouts import some_of
 from utils.data.tiles import check_factor, cut
-from utils.data.zca import KeptWhitening, Whitening
+from utils.data.zca import KeptWhitening
 from utils.errors import UserError, number_of
 from utils.program.console import note
 
-FORMAT, EARLIER = "datm-distilled-set-2", "datm-distilled-set-1"  # the earlier one held the whitening and no pictures
+FORMAT = "datm-distilled-set-2"
 READ_BY = "dataset", "subset", "res", "zca"  # the options that determine a set's images
 FOLDERS = "data_path", "buffer_path"  # where the dataset and its experts were
 TOLD = *READ_BY, "model", "factor", *FOLDERS  # options that an evaluation takes from the set if not given
@@ -50,8 +50,8 @@ class DistilledSet(torch.utils.data.Dataset):
     config: dict[str, Any] = field(default_factory=dict)  # the options that made it
     mean: tuple[float, ...] = ()  # see `ImageSpace`
     std: tuple[float, ...] = ()
-    whitening: Whitening | KeptWhitening | None = None
-    pictures: Tensor | None = None  # [N, C, H, W], see `pixels`; None in files of the earlier format
+    whitening: KeptWhitening | None = None
+    pictures: Tensor | None = None  # [N, C, H, W], see `pixels`; None: not saved with it
 
     def __repr__(self) -> str:
         made = "".join(f", {name} {self.config[name]}" for name in ("dataset", "model") if name in self.config)
@@ -94,11 +94,9 @@ class DistilledSet(torch.utils.data.Dataset):
             UserError: the images are whitened, and the whitening is neither in the disk cache nor beside the set.
         """
         assert self.mean, "only a set from DistilledSet.load knows its space"
-        whitening = self.whitening
-        if isinstance(whitening, KeptWhitening):
-            whitening = whitening.read(
-                self.images[0].numel(), "run distill/evaluation.py once on the set with its dataset, or write it where "
-                "the set was made with scripts/export.py SET --whitening")
+        whitening = None if self.whitening is None else self.whitening.read(
+            self.images[0].numel(), "run distill/evaluation.py once on the set with its dataset, or write it where the "
+            "set was made with scripts/export.py SET --whitening")
         return ImageSpace(self.mean, self.std, whitening)
 
     def pixels(self) -> Tensor:
@@ -143,7 +141,7 @@ class DistilledSet(torch.utils.data.Dataset):
 
     @classmethod
     def load(cls, path: str | Path) -> "DistilledSet":
-        """Reads a file written by `save_whole`, in this format or the earlier one. For folders see `whole_set`.
+        """Reads a file written by `save_whole`. For folders see `whole_set`.
 
         Raises:
             UserError: missing, damaged, another kind of file, or tensors that do not fit each other or are not finite.
@@ -152,7 +150,7 @@ class DistilledSet(torch.utils.data.Dataset):
         check_whole(path)
         with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
             tensors, about = files.load_tensors(path)
-            if about.get("format") not in (FORMAT, EARLIER):
+            if about.get("format") != FORMAT:
                 raise UserError(f"{path} is not a distilled set (format {about.get('format')}, expected {FORMAT}); "
                                 "give a distilled.safetensors")
             config = json.loads(about["config"], parse_constant=str)
@@ -165,8 +163,6 @@ class DistilledSet(torch.utils.data.Dataset):
                 if not re.fullmatch("[0-9a-f]{32}", fingerprint):  # becomes part of a file name
                     raise ValueError("its whitening's fingerprint is none")
                 whitening = KeptWhitening(fingerprint, path.parent)
-            elif "zca_mean" in tensors:
-                whitening = Whitening(*(tensors.pop(f"zca_{name}") for name in ("mean", "transform", "inverse")))
             pictures, factor = tensors.pop("pixels", None), int(config.get("factor", 1))
             distilled = cls(**tensors, classes=classes, config=config, mean=mean, std=std, whitening=whitening,
                             pictures=pictures)
@@ -182,7 +178,7 @@ def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
     its, ours = distilled.whitening, dataset.whitening
     if (its is None) != (ours is None):
         return f"it is {'' if its else 'not '}whitened (zca), and the data here {'is' if ours else 'is not'}"
-    if its and ours and its.fingerprint not in ("", ours.fingerprint):
+    if its and ours and its.fingerprint != ours.fingerprint:
         return (f"it was whitened by other training images than those of {dataset.name} here (fingerprint "
                 f"{its.fingerprint} there, {ours.fingerprint} here)")
     if not ours and not np.allclose((distilled.mean, distilled.std), (dataset.mean, dataset.std), atol=1e-3):

@@ -1,7 +1,6 @@
 """A distilled set's file: what it weighs and holds, where its whitening is found, what labels it takes, DC's files."""
 
 import dataclasses
-import json
 import shutil
 import zipfile
 
@@ -76,24 +75,6 @@ def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole,
     call(EVALUATION, *toy.evaluate, f"--data_dir={whole}")  # with the dataset there is its whitening
     monkeypatch.setenv("DATM_CACHE", environment["DATM_CACHE"])
     assert torch.equal(DistilledSet.load(whole).space.from_pixels(photos), inputs)
-
-
-def test_sets_of_the_earlier_format_are_what_they_were(call, toy, toy_data, whole, monkeypatch, tmp_path):
-    tensors, fitted = load_file(whole), toy_data.whitening
-    pixels = tensors.pop("pixels")
-    about = {"format": "datm-distilled-set-1", "dataset": "ImageFolder", "classes": json.dumps(toy_data.classes),
-             "mean": json.dumps(toy_data.mean), "std": json.dumps(toy_data.std), "config": "{}"}
-    save_file(tensors | {"zca_mean": fitted.mean, "zca_transform": fitted.transform, "zca_inverse": fitted.inverse},
-              tmp_path / "old.safetensors", about)
-    monkeypatch.setenv("DATM_CACHE", str(tmp_path / "nothing"))
-    old = DistilledSet.load(tmp_path / "old.safetensors")
-    assert torch.equal(old.pixels(), pixels)
-    assert torch.equal(old.space.from_pixels(pixels), toy_data.space.from_pixels(pixels))
-    done = call(EVALUATION, *toy.evaluate, f"--data_dir={tmp_path / 'old.safetensors'}",
-                f"--save={tmp_path / 'new.safetensors'}")
-    assert "note:" not in done.stderr and torch.equal(DistilledSet.load(tmp_path / "new.safetensors").pixels(), pixels)
-    (line,) = call(EXPORT, tmp_path / "old.safetensors", "--whitening", expect=2).stderr.splitlines()
-    assert "earlier format, whose file holds its whitening" in line
 
 
 def test_another_whitening_or_normalisation_than_the_datasets_is_said(call, toy, whole, tmp_path):

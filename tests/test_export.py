@@ -98,7 +98,7 @@ def test_where_nothing_says_the_order_the_largest_label_is_the_class(whole):
 def test_grey_pictures_have_one_channel(call, tmp_path):
     from safetensors.torch import save_file
 
-    about = {"format": "datm-distilled-set-1", "classes": '["T-shirt/top", "Coat"]', "mean": "[0.5]", "std": "[0.5]",
+    about = {"format": "datm-distilled-set-2", "classes": '["T-shirt/top", "Coat"]', "mean": "[0.5]", "std": "[0.5]",
              "config": "{}"}
     save_file({"images": torch.zeros(2, 1, 5, 4), "labels": torch.eye(2), "lr": torch.tensor(0.1)},
               tmp_path / "set.safetensors", about)
@@ -122,7 +122,7 @@ def test_folders_are_names_that_every_file_system_takes():
 def test_no_picture_of_one_class_is_written_over_by_another(call, tmp_path):
     from safetensors.torch import save_file
 
-    about = {"format": "datm-distilled-set-1", "classes": '["a?", "a*", "labels.json"]', "mean": "[0.5]",
+    about = {"format": "datm-distilled-set-2", "classes": '["a?", "a*", "labels.json"]', "mean": "[0.5]",
              "std": "[0.5]", "config": "{}"}
     save_file({"images": torch.zeros(3, 1, 4, 4), "labels": torch.eye(3), "lr": torch.tensor(0.1)},
               tmp_path / "set.safetensors", about)
@@ -261,7 +261,7 @@ def test_a_card_that_may_have_been_edited_is_kept(call, whole):
 def test_a_set_whose_tensors_do_not_fit_is_refused(call, tmp_path):
     from safetensors.torch import save_file
 
-    about = {"format": "datm-distilled-set-1", "classes": '["a", "b"]', "mean": "[0.5]", "std": "[0.5]", "config": "{}"}
+    about = {"format": "datm-distilled-set-2", "classes": '["a", "b"]', "mean": "[0.5]", "std": "[0.5]", "config": "{}"}
     for tensors, phrase in (({"labels": torch.zeros(3, 2)}, "[3, 2]; these 2 images of it need label logits [2, 2]"),
                             ({"labels": torch.zeros(2, 3)}, "[2, 3]; these 2 images of it need label logits [2, 2]"),
                             ({"images": torch.full((2, 1, 4, 4), torch.nan)}, "not finite"),

@@ -119,8 +119,7 @@ class FlatModel:
                 full = error.with_traceback(None)  # its frames would keep the step's tensors alive
             if not self.halve(batch):
                 raise full
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             print(f"note: the GPU's memory is full; from here on {describe_engine(self.engine, batch)}",
                   file=sys.stderr)
 

@@ -110,13 +110,11 @@ def whitening_of(distilled: DistilledSet, folder: Path) -> Whitening:
     """The set's whitening, to be written beside the set.
 
     Raises:
-        UserError: the set is not whitened, its whitening is not available or has no fingerprint, or another set's
-            whitening is in the folder.
+        UserError: the set is not whitened, its whitening is not available, or another set's whitening is in the folder.
     """
     whitening = distilled.space.whitening
-    if whitening is None or not whitening.fingerprint:
-        raise UserError("--whitening: the set " + ("is not whitened" if whitening is None else
-                        "is of an earlier format, whose file holds its whitening") + "; leave it out")
+    if whitening is None:
+        raise UserError("--whitening: the set is not whitened; leave it out")
     beside = folder / BESIDE
     if beside.exists() and files.load_tensors(beside)[1].get("fingerprint") != whitening.fingerprint:
         raise UserError(f"--whitening: {beside} is that of another set; put the set into a folder of its own")
