@@ -18,7 +18,7 @@ from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.errors import UserError
 from utils.loss_and_accuracy import accuracy, count_correct
-from utils.parameters import FlatModel, descend
+from utils.parameters import FlatModel, sgd_step
 from utils.program import interrupt
 from utils.program.prepare import drawer, flat_model, network_for
 from utils.program.seeds import generator, seeded
@@ -142,7 +142,7 @@ def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], 
         loss, logits, direction = gsam_gradient(engine, kept["theta"], x, y, config.rho_max, config.alpha,
                                                 config.adaptive, model.network)
         loss, right = loss * len(x), count_correct(logits, y)
-        descend(kept["theta"], direction, kept.get("velocity"), config.lr_teacher, config.mom, config.l2)
+        sgd_step(kept["theta"], direction, kept.get("velocity"), config.lr_teacher, config.mom, config.l2)
         kept["total_loss"] += loss
         kept["correct"] += right
 

@@ -12,7 +12,7 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from distill.finished import answered
+from distill.finished import answer_finished
 from distill.option_checks import check_options
 from utils.config import DistillConfig
 from utils.program.command_line import parse
@@ -22,7 +22,7 @@ from utils.program.entry import entry
 def main() -> None:
     config = parse(DistillConfig, __doc__, yaml_file=True)
     check_options(config)
-    if not answered(config):
+    if not answer_finished(config):
         from distill.loop import distill  # imports torch, which takes seconds
 
         distill(config)

@@ -24,7 +24,7 @@ from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut_adjoint
 from utils.errors import UserError
-from utils.parameters import FlatModel, descend
+from utils.parameters import FlatModel, sgd_step
 from utils.program import ranks
 from utils.program.prepare import dsa_groups
 from utils.program.seeds import generator
@@ -53,7 +53,7 @@ class Segment:
 
     def to(self, device: torch.device) -> "Segment":
         """The segment on `device`, sent in one copy."""
-        draws, batches = augment.together(self.augment, self.batches, device)
+        draws, batches = augment.to_device(self.augment, self.batches, device)
         return replace(self, batches=batches, augment=draws)
 
 
@@ -99,7 +99,7 @@ class SGD:
             state = self.state[tensor]
             if momentum and "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(tensor)
-            descend(tensor, tensor.grad, state.get("momentum_buffer"), group["lr"], momentum)
+            sgd_step(tensor, tensor.grad, state.get("momentum_buffer"), group["lr"], momentum)
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": {number: dict(state) for number, state in enumerate(self.state.values()) if state}}

@@ -75,7 +75,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
         """A match over `steps` inner steps, and the student's training alone."""
         batches = [torch.randperm(samples, generator=random)[:batch] for _ in range(steps)]
         draws = [augment.draw(groups, batch, dataset.image_size, random) for _ in range(steps)]
-        draws, batches = augment.together(draws, batches, device)
+        draws, batches = augment.to_device(draws, batches, device)
         given = model, theta, target, images, labels, lr, batches, draws
         return lambda: match_trajectory(*given, config.matching), lambda: matching_loss(*given)
 

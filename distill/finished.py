@@ -23,7 +23,7 @@ def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
     return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name
 
 
-def answered(config: DistillConfig) -> bool:
+def answer_finished(config: DistillConfig) -> bool:
     """Whether the run is finished and none of its files are missing; if so, prints that it is.
 
     False also if files alone cannot tell; `distill.loop` then decides.

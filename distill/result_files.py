@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from utils.config import AUTO, STARTS, EvaluationConfig
 from utils.errors import UserError
-from utils.files import append_json, given, read_json, read_text, reading, write_json
+from utils.files import append_json, read_json, read_text, reading, resolved, write_json
 from utils.program.console import percent
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
@@ -293,8 +293,8 @@ class EvaluationResult:
             more: entries that `--robust_score` adds; its file still reads as that of an evaluation.
         """
         values = as_json(self) | more
-        write_json(given(path), {name: value for name, value in values.items()
-                                 if name not in ("lr", "labels", "protocols") or value not in (None, {})})
+        write_json(resolved(path), {name: value for name, value in values.items()
+                                    if name not in ("lr", "labels", "protocols") or value not in (None, {})})
 
     def by_protocol(self) -> list[tuple[str, list[Score], list[str]]]:
         """For tables: for each protocol the set under it, in words, the scores, and the learning rate of each; one

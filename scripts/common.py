@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.files import check_output, given, write_json
+from utils.files import check_output, resolved, write_json
 from utils.program.command_line import Parser
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class ScriptParser(Parser):
 
     def add_output(self, name: str, kind: str, help: str) -> None:
         self._kinds[name] = kind
-        self.add_argument(f"--{name}", type=given, metavar="FILE", help=help)
+        self.add_argument(f"--{name}", type=resolved, metavar="FILE", help=help)
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         options = super().parse_args(*arguments)

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from utils.errors import UserError
-from utils.files import check_writable, own, read_json, reading, remove, write_json
+from utils.files import check_writable, no_links, read_json, reading, remove, write_json
 from utils.program import interrupt
 from utils.program.console import duration
 from utils.program.locks import sign
@@ -194,7 +194,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
 
 
 def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextIO) -> tuple[subprocess.Popen, _Running]:
-    with open(output, "ab", opener=own) as file:
+    with open(output, "ab", opener=no_links) as file:
         # A session of its own, so that Ctrl-C in a terminal reaches it only through this process.
         process = subprocess.Popen(step.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                                    env=environment, start_new_session=True, pass_fds=(lock.fileno(),),

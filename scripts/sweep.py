@@ -37,7 +37,7 @@ from distill.result_files import METRICS, RESULT, images_tested, tested_on
 from scripts.common import save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError
-from utils.files import REPOSITORY, check_output, given, write_text
+from utils.files import REPOSITORY, check_output, resolved, write_text
 from utils.program import commands, interrupt
 from utils.program.command_line import config_of, typed
 from utils.program.console import duration, percent, say, shown, table
@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 def main() -> None:
     options = typed(DistillConfig, __doc__, yaml_file=True, json="write the table to this file")
-    json = given(options.pop("json")) if options.get("json") else None
+    json = resolved(options.pop("json")) if options.get("json") else None
     runs = combinations(options)
     config, swept = runs[0].config, list(runs[0].differs)
 

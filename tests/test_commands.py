@@ -19,7 +19,7 @@ from buffer.manifests import buffer_folder, check_same_kind, made_by, run_file
 from distill.distillation import draw_segment
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, expert_features
-from distill.finished import answered
+from distill.finished import answer_finished
 from distill.initialize import expert_labels
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
 from utils.data.datasets import load_dataset
@@ -296,7 +296,7 @@ def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, dis
     unnamed = [*arguments[:-2], f"--log_path={tmp_path}"]
     call("distill/DATM.py", *unnamed)
     with mock.patch("distill.finished.checksums") as reading:  # minutes of many experts, for no answer
-        assert not answered(parse(DistillConfig, "", [*unnamed, "--Iteration=99"], yaml_file=True))
+        assert not answer_finished(parse(DistillConfig, "", [*unnamed, "--Iteration=99"], yaml_file=True))
     assert not reading.called
     none = f"--buffer_path={tmp_path / 'none'}"
     stopped, begun = tmp_path / "stopped" / folder.relative_to(folder.parents[3]), tmp_path / "MiniFashion" / "ConvNet"

@@ -23,7 +23,7 @@ from utils.derivatives import engine as engines
 from utils.derivatives.choose_engine import Work, repays, set_precision
 from utils.errors import UserError
 from utils.files import REPOSITORY
-from utils.memory import available, sent
+from utils.memory import available, to_device
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program.device import gpu_count, listed_gpus, select_device
@@ -77,7 +77,7 @@ def test_captured_equals_plain(compiled_as_it_is, name, hard, micro_batch, backe
 def on_the_gpu(given, backend, precision="auto", dtype=torch.float64):
     """The arguments of `match_trajectory`, there."""
     there = {name: value.to("cuda", dtype) for name, value in given.items() if isinstance(value, torch.Tensor)}
-    draws, batches = augment.together(given["augment"], given["batches"], "cuda")
+    draws, batches = augment.to_device(given["augment"], given["batches"], "cuda")
     return there | {"model": FlatModel(given["model"].network.to("cuda", dtype), backend, precision),
                     "batches": batches, "augment": draws}
 
@@ -310,7 +310,7 @@ def test_trainings_are_those_of_the_cpu(compiled_as_it_is, backend):
 def test_what_is_sent_together_arrives_as_it_was():
     tensors = [torch.arange(7), torch.rand(3, 5) > 0.5, torch.tensor(2.5), torch.rand(5, 3).T, torch.empty(0, 2),
                torch.rand(3, dtype=torch.float64), torch.arange(3, dtype=torch.uint8)]
-    for there, here in zip(sent(tensors, "cuda"), tensors, strict=True):
+    for there, here in zip(to_device(tensors, "cuda"), tensors, strict=True):
         assert there.is_cuda and there.dtype == here.dtype and torch.equal(there.cpu(), here)
 
 

@@ -277,7 +277,7 @@ def test_a_link_is_written_through_only_where_the_user_gave_it(tmp_path):
     assert (tmp_path / "target").read_text() == "anybody's" and link.read_text() == "ours" and not link.is_symlink()
     link.unlink()
     link.symlink_to(tmp_path / "target")
-    files.write_text(files.given(link), "the user's")
+    files.write_text(files.resolved(link), "the user's")
     assert link.is_symlink() and (tmp_path / "target").read_text() == "the user's"
 
 

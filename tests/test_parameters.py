@@ -8,7 +8,7 @@ import torch
 
 from utils.loss_and_accuracy import cross_entropy
 from utils.networks import build_network
-from utils.parameters import FlatModel, descend, flatten
+from utils.parameters import FlatModel, flatten, sgd_step
 
 
 @pytest.fixture
@@ -71,6 +71,6 @@ def test_descend_is_a_step_of_torchs_sgd_to_the_bit(momentum, weight_decay):
     optimiser = torch.optim.SGD([theirs], 0.1, momentum=momentum, weight_decay=weight_decay)
     for _ in range(3):
         theirs.grad = torch.randn(50, generator=random)
-        descend(ours, theirs.grad.clone(), velocity, 0.1, momentum, weight_decay)
+        sgd_step(ours, theirs.grad.clone(), velocity, 0.1, momentum, weight_decay)
         optimiser.step()
         assert torch.equal(ours, theirs)

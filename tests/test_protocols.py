@@ -12,7 +12,7 @@ from distill.evaluate.parts import RATES
 from distill.evaluate.protocols import known
 from tests.test_refusals import check_refusal
 from tests.test_resume import stop_at
-from utils.parameters import descend
+from utils.parameters import sgd_step
 
 EVALUATION = "distill/evaluation.py"
 NETWORKS = importlib.import_module("distill.evaluate.networks")
@@ -101,9 +101,9 @@ def test_the_optimiser_and_its_schedule(evaluate, monkeypatch, protocol, before,
             assert not velocity.any()
             made.append([lr, momentum, weight_decay, 0])
         made[-1][3] += 1
-        descend(theta, gradient, velocity, lr, momentum, weight_decay)
+        sgd_step(theta, gradient, velocity, lr, momentum, weight_decay)
 
-    monkeypatch.setattr("distill.evaluate.train.descend", counted)
+    monkeypatch.setattr("distill.evaluate.train.sgd_step", counted)
     evaluate(f"--protocol={protocol}")
     rate = 0.01 if protocol == "dc" else 0.03
     assert made == [[pytest.approx(rate), 0.9, 5e-4, before], [pytest.approx(rate / 10), 0.9, 5e-4, after]]

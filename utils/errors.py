@@ -44,11 +44,11 @@ def one_line(error: Exception | str) -> str:
 
 def printable(text: str, kept: str = "") -> str:
     """The text with each character that a terminal would act on escaped, except those in `kept`."""
-    return "".join(each.encode("unicode_escape").decode() if obeyed(each) and each not in kept else each
+    return "".join(each.encode("unicode_escape").decode() if is_control(each) and each not in kept else each
                    for each in text)
 
 
-def obeyed(character: str) -> bool:
+def is_control(character: str) -> bool:
     """Whether it is a control character, a lone surrogate, a line separator or a bidirectional control."""
     return (unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
             or unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))

@@ -122,7 +122,7 @@ def _free_on_disk() -> float:
     return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
 
 
-def sent(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """Host tensors copied to `device`; to a GPU in one asynchronous copy from pinned memory."""
     if torch.device(device).type != "cuda" or not tensors:
         return [each.to(device) for each in tensors]

@@ -124,8 +124,8 @@ class FlatModel:
                   file=sys.stderr)
 
 
-def descend(theta: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, momentum: float = 0.0,
-            weight_decay: float = 0.0) -> None:
+def sgd_step(theta: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, momentum: float = 0.0,
+             weight_decay: float = 0.0) -> None:
     """One in-place step of SGD, bit-identical to torch.optim.SGD; it can be captured in a CUDA graph.
 
     Args:

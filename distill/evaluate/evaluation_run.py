@@ -14,7 +14,7 @@ from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
 from utils.errors import number_of
-from utils.files import given
+from utils.files import resolved
 from utils.program import interrupt, ranks, threads
 from utils.program.console import announce, say, shown
 from utils.program.machine import environment
@@ -38,7 +38,7 @@ def settle_threads(config: EvaluationConfig | BaselineConfig, dataset: Dataset, 
 
 def say_replaced(config: EvaluationConfig | BaselineConfig, path: str) -> None:
     """Says that an output file exists and will be replaced, if it does."""
-    if path and ranks.first() and given(path).exists():
+    if path and ranks.first() and resolved(path).exists():
         say(config, f"{shown(path)} exists and will be replaced")
 
 

@@ -83,7 +83,7 @@ def _score(network: str, tested: Sequence[Tested]) -> Score:
 
 def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:
     """How many processes to train these networks in; 0: none, as steps take too long or all of it too little time."""
-    processes = min(len(jobs), threads.at_hand(), MOST_PROCESSES)
+    processes = min(len(jobs), threads.available(), MOST_PROCESSES)
     if train.sets[0].images.device.type != "cpu" or processes < 2:
         return 0
     networks = [train.network(Job(name, 0)) for name in dict.fromkeys(job.network for job in jobs)]

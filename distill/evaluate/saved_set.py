@@ -28,7 +28,7 @@ from utils.config import (
     AUTO,
     DataConfig,
     EvaluationConfig,
-    as_meant,
+    canonical,
     from_repository,
     from_root,
     image_size,
@@ -176,7 +176,7 @@ def opened(config: EvaluationConfig, given: Collection[str],
     if config.save and ranks.first():
         read_by = {name: from_repository(getattr(config, name)) for name in (*READ_BY, "model", "factor", "data_path")}
         made = {name: value for name, value in made.items() if name != "label_kind"}  # the labels are logits by now
-        distilled.save_whole(files.given(config.save), dataset, made | read_by)
+        distilled.save_whole(files.resolved(config.save), dataset, made | read_by)
         say(config, f"set saved in {shown(config.save)}")
     return dataset, distilled
 
@@ -219,8 +219,8 @@ def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: d
     Raises:
         UserError
     """
-    made = as_meant(made)
-    here = as_meant({name: getattr(config, name) for name in READ_BY})
+    made = canonical(made)
+    here = canonical({name: getattr(config, name) for name in READ_BY})
     other = [name for name in READ_BY if name in made and made[name] != here[name]]
     for name in other:
         note(f"note: the set of {option} was made with {name} {value_in_words(made[name])}, and here {name} is "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from utils.data import augment
 from utils.data.augment import Drawer
-from utils.parameters import FlatModel, descend
+from utils.parameters import FlatModel, sgd_step
 
 # The published optimiser.
 MOMENTUM = 0.9
@@ -45,7 +45,7 @@ def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tenso
             def step(model, kept, x, y, *parameters, drawn=drawn, rate=rate):
                 x = augment.apply(x, drawn and drawn.holding(parameters))
                 _, _, gradient = model.gradient(kept["theta"], x, y)
-                descend(kept["theta"], gradient, kept["velocity"], rate, MOMENTUM, WEIGHT_DECAY)
+                sgd_step(kept["theta"], gradient, kept["velocity"], rate, MOMENTUM, WEIGHT_DECAY)
 
             model.run(("descend", rate, augment.operations(drawn)), step, kept, images[batch], labels[batch],
                       *augment.tensors(drawn))

@@ -13,7 +13,7 @@ from utils.config import (
     BufferConfig,
     DistillConfig,
     EvaluationConfig,
-    as_meant,
+    canonical,
     changed,
     defaults,
     from_repository,
@@ -59,7 +59,7 @@ def unlike_set(options: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     Args:
         made: the options that made the set.
     """
-    told, meant = as_meant({name: made[name] for name in TOLD if name in made}), as_meant(options)
+    told, meant = canonical({name: made[name] for name in TOLD if name in made}), canonical(options)
     others = worth_giving({name: value for name, value in options.items() if name not in told}, EvaluationConfig)
     return {name: options[name] for name in told if name in options and meant[name] != told[name]} | others
 

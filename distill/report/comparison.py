@@ -10,7 +10,7 @@ from distill.report.page import facts, machine_of
 from distill.report.page_pictures import IMAGE_BYTES
 from distill.report.read_run import SavedRun
 from distill.report.template import code, document, draw, joined, option
-from utils.config import as_meant, from_repository
+from utils.config import canonical, from_repository
 from utils.errors import number_of
 
 MOST_PER_CLASS = 3  # images
@@ -45,7 +45,7 @@ def _numbers(runs: dict[str, SavedRun]) -> Markup:
 
 
 def _options(runs: dict[str, SavedRun]) -> Markup:
-    configs = [as_meant(run.config) for run in runs.values()]
+    configs = [canonical(run.config) for run in runs.values()]
     different = [name for name in dict.fromkeys(name for config in configs for name in config)
                  if any(name not in config or config[name] != configs[0].get(name) for config in configs)]
     if not different:

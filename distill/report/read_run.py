@@ -20,7 +20,7 @@ from distill.result_files import (
     results_in,
     tested_on,
 )
-from utils.config import as_meant
+from utils.config import canonical
 from utils.errors import UserError
 from utils.files import read_config
 
@@ -64,10 +64,10 @@ class SavedRun:
     def real_images(self) -> dict[str, Score]:
         """Scores of as many real images under the same training, from results in the run's folder: kind, in words →
         score over all results of that kind (several seeds)."""
-        network, here = self.result.best.scores[0].network, as_meant(self.config)
+        network, here = self.result.best.scores[0].network, canonical(self.config)
         accuracies: dict[str, list[float]] = {}
         for result in self.beside:
-            there = as_meant(result.config)
+            there = canonical(result.config)
             same = all(there.get(name) == here.get(name)
                        for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
             # Older results say "a class" instead of "per class", and "1 random real images".

@@ -43,7 +43,7 @@ from scripts.common import script_parser
 from scripts.measure import beside
 from scripts.measure.shapes import GPU_MINUTES, MAX_SECONDS, METHODS, PARTS, Shape, all_shapes
 from utils.errors import UserError
-from utils.files import given
+from utils.files import resolved
 from utils.program.entry import entry
 
 # Options that have an effect only without --beside, and only with it.
@@ -64,10 +64,10 @@ def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
                         f"longer, compiling included (default: {MAX_SECONDS:g})")
     parser.add_argument("--max_minutes", type=float, metavar="M",
                         help=f"fit everything into this time (default: on a GPU {GPU_MINUTES:g}, else no limit)")
-    parser.add_argument("--beside", type=given, metavar="FOLDER", help="measure a checkout of the published code and "
-                        "ours by turns, on a CPU")
-    parser.add_argument("--data_path", type=given, metavar="FOLDER", help="the real data, with --beside")
-    parser.add_argument("--buffer_path", type=given, metavar="FOLDER", help="experts to match, with --beside")
+    parser.add_argument("--beside", type=resolved, metavar="FOLDER",
+                        help="measure a checkout of the published code and ours by turns, on a CPU")
+    parser.add_argument("--data_path", type=resolved, metavar="FOLDER", help="the real data, with --beside")
+    parser.add_argument("--buffer_path", type=resolved, metavar="FOLDER", help="experts to match, with --beside")
     parser.add_argument("--worker", choices=PARTS["matching"], help=argparse.SUPPRESS)
     return parser.parse_args()
 

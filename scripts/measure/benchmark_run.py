@@ -72,7 +72,7 @@ def matching_calls(shape: Shape, device: torch.device, methods: Sequence[str]) -
     images = torch.randn(shape.images, *shape.image, generator=random).to(device)
     labels = torch.randn(shape.images, shape.classes, generator=random).to(device)
     batches = [torch.randperm(shape.images, generator=random)[:shape.batch] for _ in range(shape.steps)]
-    draws, batches = augment.together([draw(shape, shape.batch, random) for _ in batches], batches, device)
+    draws, batches = augment.to_device([draw(shape, shape.batch, random) for _ in batches], batches, device)
     lr = torch.tensor(0.01, device=device)
     start = FlatModel(network).flatten()
     target = start + 0.01 * torch.randn(start.shape, generator=random).to(device)

@@ -78,7 +78,7 @@ def errors(kinds: dict[str, tuple[str, str]], draw: int, device: "torch.device")
     draws = [augment.draw(groups, BATCH, (32, 32), random) for _ in batches]
 
     def gradient(model: FlatModel, method: str, dtype: torch.dtype, on: torch.device) -> "Tensor":
-        drawn, there = augment.together(draws, batches, on)
+        drawn, there = augment.to_device(draws, batches, on)
         match = match_trajectory(model, *(each.to(on, dtype) for each in tensors), there, drawn, method)
         return match.grad_images.double().flatten(1).cpu()
 

@@ -58,7 +58,7 @@ from scripts.common import script_parser
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, EVALUATION
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
-from utils.errors import number_of, obeyed, shortened
+from utils.errors import is_control, number_of, shortened
 from utils.files import REPOSITORY
 from utils.program.entry import entry
 
@@ -409,7 +409,7 @@ def _problems_of_refusal(case: Case, outcome: Outcome) -> list[str]:
     if not late and any(not line.startswith("note: ") for line in lines[:-1]):
         found.append("more than notes before the error")
     found += [f"an error line of {len(line)} characters" for line in errors if len(line) > LONGEST_LINE]
-    found += ["an error line with control characters" for line in errors if any(map(obeyed, line))]
+    found += ["an error line with control characters" for line in errors if any(map(is_control, line))]
     if outcome.new and not late:
         found.append(f"a refused input left {', '.join(os.path.basename(path) for path in outcome.new[:3])}")
     return found

@@ -15,7 +15,7 @@ from utils.config.values import (
     Config,
     about,
     as_dict,
-    as_meant,
+    canonical,
     changed,
     defaults,
     differences,

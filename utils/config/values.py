@@ -96,11 +96,11 @@ def influential(config: DataConfig) -> dict[str, Any]:
 def identity(config: DataConfig) -> dict[str, Any]:
     """The options that identify a run: all that affect the result except its length and its paths (files are identified
     by checksum)."""
-    return as_meant({name: value for name, value in influential(config).items()
+    return canonical({name: value for name, value in influential(config).items()
                      if about(name, type(config))["decides"] is True and not is_path(name, value, type(config))})
 
 
-def as_meant(options: dict[str, Any]) -> dict[str, Any]:
+def canonical(options: dict[str, Any]) -> dict[str, Any]:
     """The options with equivalent values made equal: a dataset's own size is an unset `res`, `subset` matters for
     ImageNet only, and a gradient through all steps is an unset `adjoint_steps`."""
     dataset, same = str(options.get("dataset")), {}
@@ -148,7 +148,7 @@ def defaults(config_type: type) -> dict[str, Any]:
 
 def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
     """The options whose meaning differs from the defaults, in order of declaration; unknown ones last."""
-    default, meant = defaults(config_type), as_meant(options)
+    default, meant = defaults(config_type), canonical(options)
     names = [*(name for name in default if name in options), *(name for name in options if name not in default)]
     return {name: options[name] for name in names if name not in default or meant[name] != default[name]}
 
@@ -166,6 +166,6 @@ def value_in_words(value: Any) -> Any:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The options whose meaning differs from before, in words; empty if there are none."""
-    before, now = as_meant(before), as_meant(now)
+    before, now = canonical(before), canonical(now)
     return ", ".join(f"{name} ({value_in_words(before[name])} there, {value_in_words(value)} here)"
                      for name, value in now.items() if name in before and before[name] != value)

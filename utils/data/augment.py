@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils import memory
 from utils.data.names import GROUPS
-from utils.memory import sent
 
 # The published strengths.
 BRIGHTNESS = 1.0
@@ -67,10 +67,10 @@ def tensors(drawn: Draw | None) -> list[Tensor]:
     return [value for values in drawn.parameters.values() for value in values] if drawn else []
 
 
-def together(draws: Sequence[Draw | None], others: Sequence[Tensor], device: torch.device | str
-             ) -> tuple[list[Draw | None], list[Tensor]]:
-    """Several draws and other host tensors, all moved to `device` in one copy; see `sent`."""
-    there = iter(sent([*others, *itertools.chain(*map(tensors, draws))], device))
+def to_device(draws: Sequence[Draw | None], others: Sequence[Tensor], device: torch.device | str
+              ) -> tuple[list[Draw | None], list[Tensor]]:
+    """Several draws and other host tensors, all moved to `device` in one copy; see `memory.to_device`."""
+    there = iter(memory.to_device([*others, *itertools.chain(*map(tensors, draws))], device))
     others = [next(there) for _ in others]
     return [drawn and drawn.holding([next(there) for _ in tensors(drawn)]) for drawn in draws], others
 
@@ -83,7 +83,7 @@ def drawn_ahead(batches: Sequence[Tensor], draw: Drawer, random: torch.Generator
         waiting.append((batch, draw(len(batch), random)))
         size += sum(each.nbytes for each in (batch, *tensors(waiting[-1][1])))
         if size >= SENT_BYTES or batch is batches[-1]:
-            draws, there = together([drawn for _, drawn in waiting], [each for each, _ in waiting], device)
+            draws, there = to_device([drawn for _, drawn in waiting], [each for each, _ in waiting], device)
             yield from zip(there, draws)
             waiting, size = [], 0
 

@@ -31,7 +31,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part. If the block raises, nothing is left behind; leftovers of
     killed processes that wrote the same file are removed. A link at `path` is replaced and its target left alone, as
-    somebody else may have put the link there. For a user's own link, see `given`.
+    somebody else may have put the link there. For a user's own link, see `resolved`.
 
     Raises:
         UserError: the folder cannot be made or written, the disk is full, or `path` is a folder, device or pipe.
@@ -66,7 +66,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.close(handle)
 
 
-def given(path: str | os.PathLike) -> Path:
+def resolved(path: str | os.PathLike) -> Path:
     """Resolves a path that the user gave for output: if it is a link, the file that it points to is written."""
     return Path(os.path.realpath(path))
 
@@ -106,7 +106,7 @@ def _remove_abandoned(path: Path) -> None:
     """Removes temporary files for `path` that killed processes left: those that nobody holds the lock of."""
     for left in path.parent.glob(f".{glob.escape(path.name)}{ASIDE}????????{glob.escape(path.suffix)}"):
         # The file may be gone meanwhile, belong to another user, or still be written.
-        with contextlib.suppress(OSError), open(left, "rb", opener=own) as file:
+        with contextlib.suppress(OSError), open(left, "rb", opener=no_links) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
 
@@ -117,7 +117,7 @@ def check_writable(path: str | os.PathLike) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    path = given(path)
+    path = resolved(path)
     made = [folder for folder in path.parents if not folder.exists()]
     handle, aside = _begin(path)
     aside.unlink(missing_ok=True)  # while its lock still shows that it is not abandoned
@@ -139,9 +139,9 @@ def check_output(option: str, path: str | os.PathLike, kind: str, others: Mappin
     Raises:
         UserError
     """
-    path = given(path)
+    path = resolved(path)
     for other, its in others.items():
-        if path == given(its):
+        if path == resolved(its):
             raise UserError(f"{option} {path} is the file of {other} too; give another one")
     check_writable(path)
     if not path.exists() or not path.stat().st_size:
@@ -214,14 +214,14 @@ def append_json(path: Path, value: Any) -> None:
 def _lines(path: Path) -> Iterator[io.FileIO]:
     """Opens a file for appending lines."""
     try:
-        with io.FileIO(path, "a", opener=own) as file:
+        with io.FileIO(path, "a", opener=no_links) as file:
             yield file
     except OSError as error:
         advice = "" if error.errno == errno.ELOOP else "; free space or give another folder"
         raise UserError(f"cannot write {path}: {error.strerror}{advice}") from error
 
 
-def own(path: str | os.PathLike, flags: int) -> int:
+def no_links(path: str | os.PathLike, flags: int) -> int:
     """An `opener` for files of our own; refuses links, through which we might open somebody else's file.
 
     Raises:

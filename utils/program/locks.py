@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from utils.errors import UserError
-from utils.files import own
+from utils.files import no_links
 from utils.program.console import note
 
 
@@ -36,7 +36,7 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
     for tried in itertools.count():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", opener=own)
+            file = open(path, "a+", opener=no_links)
         except OSError as error:
             # The previous holder removed the folder in between. But below /proc, for one, no folder can ever be made.
             if isinstance(error, FileNotFoundError) and tried < 100:

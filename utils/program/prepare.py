@@ -54,7 +54,7 @@ def take_device(config: DataConfig) -> torch.device:
             differ.
     """
     start_as_ranks(config)
-    threads.take(config)
+    threads.use_given(config)
     device = select_device(config.device)
     if device.type == "cuda" and ranks.size() > 1:
         gpus = gpus_of_ranks(config)

@@ -21,7 +21,7 @@ HELPS = 1.1  # speed-up over one thread that all threads must exceed
 _left_out = 0  # all threads, where a single network computes with one; several networks at a time may use them
 
 
-def take(config: DataConfig) -> None:
+def use_given(config: DataConfig) -> None:
     """Sets the number of `--threads`; without it torch keeps its own: OMP_NUM_THREADS, or one thread per core.
 
     A number above that of cores is respected, as the result depends on it, but a note says that it is slow.
@@ -36,7 +36,7 @@ def take(config: DataConfig) -> None:
                  "here, and threads that wait for each other's core are many times slower; give no more than that")
 
 
-def at_hand() -> int:
+def available() -> int:
     """Threads that processes may divide; none of them computes with more than a single process would."""
     return max(torch.get_num_threads(), _left_out)
 
