@@ -43,6 +43,7 @@ def expert_files(folder: Path) -> list[Path]:
 # Options in which experts of one folder may differ: their number, seed and epochs, and the paths of the folder and the
 # data, as both may have been moved.
 _MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs", "buffer_path", "data_path")
+_HOW_MANY = ("num_experts", "save_interval")
 # Entries of a manifest other than the run's options.
 _FACTS = ("fingerprint", "threads", "experts", "sha256")
 # The options that determine which images an expert was trained on.
@@ -61,10 +62,17 @@ def manifests_of(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
-    """The distinct sets of options that the experts of a folder were trained with, as far as manifests tell."""
-    kinds = [{name: value for name, value in manifest.items() if name not in _FACTS}
-             for manifest in manifests_of(folder).values()]
-    return [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
+    """The options of the commands that would train a folder's experts anew, in order, as far as manifests tell: files
+    that differ in `num_experts` only are those of one command, for all of their experts."""
+    kinds: list[dict[str, Any]] = []
+    for manifest in manifests_of(folder).values():
+        kind = {name: value for name, value in manifest.items() if name not in _FACTS}
+        count = len(manifest["experts"]) if "experts" in manifest else kind.get("num_experts", 0)
+        if kinds and kinds[-1] == kind | {name: kinds[-1][name] for name in _HOW_MANY if name in kinds[-1]}:
+            kinds[-1]["num_experts"] += count
+        else:
+            kinds.append(kind | {"num_experts": count})
+    return kinds
 
 
 def test_accuracies(folder: Path) -> list[float]:

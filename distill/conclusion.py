@@ -82,7 +82,7 @@ def conclude(run: RunState) -> None:
         # Based on the losses that were compared with the threshold; those of the fixed segments may be below it.
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
         note(f"note: every update was skipped: {advice}")
-    if learned and run.best[NORMAL].iteration == 0:
+    if learned and run.best[better_of(run.best)].iteration == 0:
         note("note: the best set is the one that the run began with; none on its way was better on the "
              f"{tested} images")
     print(wrapped(summary))
@@ -149,8 +149,11 @@ def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path
                    best: dict[str, Candidate], frames: Frames) -> None:
     with noting_failure(path, PICTURES):
         version = better_of(best)
+        labelling = made_by(Path(config.Initialize_Label_Model_Dir)) if (
+            config.Initialize_Label_With_Another_Model) else []
         save_pictures(path / PICTURES, dataset, start, best[version].set, version,
-                      config.pix_init if config.pix_init in STARTS else SAVED, frames, made_by(buffer.folder),
+                      config.pix_init if config.pix_init in STARTS else SAVED, frames,
+                      made_by(buffer.folder) + labelling,
                       test_accuracies(buffer.folder))
 
 

@@ -323,9 +323,8 @@ def results_in(folder: Path) -> list[EvaluationResult]:
     """The evaluation results in a folder."""
     results = []
     for file in sorted(folder.glob("*.json")):
-        if not file.name.startswith(Path(RESULT).stem):
-            with contextlib.suppress(UserError):  # not the result of an evaluation
-                results.append(EvaluationResult.read(file, ""))
+        with contextlib.suppress(UserError):  # not the result of an evaluation
+            results.append(EvaluationResult.read(file, ""))
     return results
 
 

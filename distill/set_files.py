@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from distill.result_files import NORMAL, RESULT, RunResult
+from distill.result_files import METRICS, NORMAL, RESULT, Metrics, RunResult, result_so_far
 from utils import files
 
 WHOLE = "distilled.safetensors"  # the self-describing file
@@ -16,9 +16,7 @@ def sets_in(folder: Path) -> list[Path]:
 def whole_set(path: Path) -> Path:
     """The self-describing file that a path stands for: in a run's folder, the better of its best sets according to its
     result; any other path is returned as it is."""
-    result = path / RESULT
-    version = RunResult.read(result).better[0] if result.is_file() else NORMAL
-    return next((file for file in (path / version / WHOLE, path / WHOLE) if file.is_file()), path)
+    return next((file for file in (path / _better(path) / WHOLE, path / WHOLE) if file.is_file()), path)
 
 
 def set_files(data_dir: str) -> tuple[str, str, str] | None:
@@ -28,8 +26,17 @@ def set_files(data_dir: str) -> tuple[str, str, str] | None:
     path = Path(data_dir)
     if data_dir and (whole := whole_set(path)) != path:
         return str(whole), "", ""
-    published = [path / NORMAL / f"{name}_best.pt" for name in ("images", "labels", "lr")]
+    published = [path / _better(path) / f"{name}_best.pt" for name in ("images", "labels", "lr")]
     return tuple(map(str, published)) if data_dir and all(file.is_file() for file in published) else None
+
+
+def _better(path: Path) -> str:
+    """Which of a run's best sets is the better one: by its result, or by its log so far."""
+    result, log = path / RESULT, path / METRICS
+    if result.is_file():
+        return RunResult.read(result).better[0]
+    so_far = result_so_far(Metrics.read(log, finished=False), "test", {}) if log.is_file() else None
+    return so_far.better[0] if so_far else NORMAL
 
 
 def check_whole(path: Path) -> None:

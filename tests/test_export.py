@@ -1,9 +1,10 @@
-"""The use of a distilled set: README's example, PNG files, the card."""
+"""Using a distilled set: the README's example, PNG files, the card."""
 
 import dataclasses
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def made(call, toy, toy_experts, tmp_path_factory):
 
 @pytest.fixture
 def whole(made, tmp_path):
-    """A copy of its set."""
+    """A copy of the run's set."""
     path = tmp_path / "hub" / "distilled.safetensors"
     path.parent.mkdir()
     path.write_bytes((made / "Normal" / "distilled.safetensors").read_bytes())
@@ -40,7 +41,7 @@ def whole(made, tmp_path):
 
 
 def test_the_example_of_the_readme_trains_a_network(environment, tmp_path, monkeypatch, capsys):
-    """Beside the clone, on a real image per class, which are a set like any other."""
+    """Run in a folder beside the clone; one real image per class stands for the distilled set."""
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     (example,) = [block for block in blocks if "DistilledSet.load" in block]
     monkeypatch.setenv("DATM_CACHE", environment["DATM_CACHE"])
@@ -74,7 +75,7 @@ def test_pictures_are_those_of_the_set(call, whole, tmp_path):
 
 
 def test_published_tensors_become_one_file_and_pictures(call, toy, made, tmp_path):
-    """Grey or coloured, soft labels or classes: what evaluation.py reads, export.py writes."""
+    """Sets that evaluation.py reads and saves can be exported; here with classes as labels."""
     classes = torch.tensor([2, 0, 1, 1, 0, 2])
     torch.save(classes, tmp_path / "labels.pt")
     call(EVALUATION, *toy.evaluate, f"--data_dir={made / 'Normal' / 'images_best.pt'}",
@@ -134,7 +135,7 @@ def test_no_picture_of_one_class_is_written_over_by_another(call, tmp_path):
 
 
 def front(text):
-    """The lines that a hub reads."""
+    """The YAML front matter, which hubs read."""
     return yaml.safe_load(text.split("---\n")[1])
 
 
@@ -145,7 +146,7 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
     text = (whole.parent / "README.md").read_text()
     assert front(text)["license"] == "unknown" and "dataset-distillation" in front(text)["tags"]
     mean = json.loads((tmp_path / "eval.json").read_text())["scores"][0]["mean"]
-    assert f"| ConvNetD1W4 | {100 * mean:.2f} | 1 |" in text  # one network has no deviation
+    assert f"| ConvNetD1W4 | {100 * mean:.2f} | 1 |" in text  # no deviation for a single network
     assert ("python distill/evaluation.py --data_dir=distilled.safetensors --num_eval=1 \\\n    --epoch_eval_train=2\n"
             "```") in text
     assert "Networks trained on 2 random real images per class, tested on the test images of ImageFolder" in text
@@ -193,7 +194,7 @@ def test_a_card_states_the_licence_and_the_source_that_it_is_given(call, whole):
 
 
 def test_what_a_foreign_set_and_result_say_is_text_in_a_card(whole):
-    """Markdown marks, tags, ends of blocks and of lines, and what is no text."""
+    """Markdown and HTML syntax, code fences, front matter marks, line breaks, and bytes that are not text."""
     bad = "x\n```\n# shout\n<script>alert(1)</script> `` ![p](http://x)\n---\n"
     foreign = dataclasses.replace(DistilledSet.load(whole), config={"dataset": bad, "note": bad, bad: 1},
                                   classes=(bad, "caf\udce9", "b"))
@@ -238,6 +239,25 @@ def test_a_result_of_something_else_is_refused(call, toy, whole, tmp_path, chang
     (line,) = call(EXPORT, whole, "--card", "--result", path, expect=2).stderr.splitlines()
     assert line.startswith("export.py: error: --result") and phrase in line
     assert not (whole.parent / "README.md").exists()
+
+
+def test_the_card_of_averaged_images_has_their_accuracy(call, made, tmp_path):
+    run = shutil.copytree(made, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    better = result["best"] | {"iteration": 3, "scores": [
+        {"network": "ConvNetD1W4", "accuracies": [0.987, 0.987]}]}
+    (run / "Normal" / "README.md").unlink(missing_ok=True)
+    shutil.copytree(run / "Normal", run / "EMA")
+    (run / "result.json").write_text(json.dumps(result | {"best_ema": better}))
+    call(EXPORT, run, "--card", "--result", run / "result.json")
+    call(EXPORT, run / "Normal" / "distilled.safetensors", "--card", "--result", run / "result.json")
+    ema, normal = ((run / name / "README.md").read_text() for name in ("EMA", "Normal"))
+    assert "| 98.70" in ema and "(iteration 3)" in ema and "98.70" not in normal
+    (run / "EMA" / "README.md").unlink()
+    better["lr"] *= 2
+    (run / "result.json").write_text(json.dumps(result | {"best_ema": better}))
+    (line,) = call(EXPORT, run, "--card", "--result", run / "result.json", expect=2).stderr.splitlines()
+    assert "is of a run with another set: its learning rate is not this set's" in line
 
 
 @pytest.mark.parametrize("arguments, phrase", [

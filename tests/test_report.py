@@ -410,7 +410,8 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
              f"--json={copied}/{name}.json")
         return 100 * json.loads((copied / f"{name}.json").read_text())["scores"][0]["mean"]
 
-    kinds = {"random real images": [reached("random")], "herded real images with expert labels": [
+    reached("other_training", "--no_aug", "--lr_teacher=0.00001")  # which does not count
+    kinds = {"random real images": [reached("results_random")], "herded real images with expert labels": [
         reached(f"herding_{seed}", "--pick=herding", f"--buffer_path={toy_experts}", f"--seed={seed}")
         for seed in (0, 1)]}
     page, side = report.page(read_run(copied)), comparison([read_run(copied), read_run(runs[1])])
@@ -418,15 +419,25 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
         assert f"{kind}: {np.mean(levels):.2f} %" in page
         assert all(re.search(rf"As many {kind}<[^0-9]*{np.mean(levels):.2f}\D", source) for source in (page, side))
     # The images' own size, given or not.
-    result = json.loads((copied / "random.json").read_text())
+    result = json.loads((copied / "results_random.json").read_text())
     result["config"] |= {"dataset": "MNIST", "res": 28}
-    (copied / "random.json").write_text(json.dumps(result))
+    (copied / "results_random.json").write_text(json.dumps(result))
     config = yaml.safe_load((copied / "config.yaml").read_text()) | {"dataset": "MNIST", "res": None}
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     assert "random real images: " in report.page(read_run(copied))
     config |= {"epoch_eval_train": 2}  # another training
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     assert "random real images: " not in report.page(read_run(copied))
+
+
+def test_where_averaged_images_are_better_the_numbers_are_theirs(copied):
+    run = read_run(copied)
+    better = replace(run.result.best, iteration=3, lr=0.125, scores=[Score("ConvNetD1W4", [0.987])])
+    told = dict(report.facts(replace(run, result=replace(run.result, best_ema=better))))
+    assert told["Best accuracy of the averaged images (EMA) on the test images"].startswith("98.7")
+    assert told["Reached at iteration"] == "3" and told["Learning rate α of the best set"] == "0.125"
+    assert told["Best accuracy of the images as they are"] == dict(report.facts(run))[
+        "Best accuracy on the test images"]
 
 
 def test_frames_are_few_and_even_however_long_the_way(toy_data):

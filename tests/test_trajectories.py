@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from buffer.manifests import made_by
 from buffer.trajectories import Buffer, as_expert
 from utils import files
 from utils.files import REPOSITORY
@@ -41,6 +42,16 @@ def test_snapshots_are_found_through_the_files(model, tmp_path):
             theta = buffer.snapshot(number, epoch)
             assert theta.shape == (model.num_parameters,) and (theta == 100 * number + epoch % 3).all()
     assert len(Buffer(tmp_path, model, max_files=2)) == 3 and len(Buffer(tmp_path, model, max_experts=1)) == 3
+
+
+def test_files_of_one_command_are_one_command_for_all_experts(model, tmp_path):
+    """However often it was given, and whatever number it was given at first."""
+    write(tmp_path, model, [2, 1, 1, 1])
+    for file, (seed, asked, held) in enumerate([(0, 3, 2), (0, 3, 1), (0, 9, 1), (5, 1, 1)]):
+        files.save_config(tmp_path / f"replay_buffer_{file}.yaml", {
+            "model": "ConvNetD1W4", "seed": seed, "num_experts": asked, "experts": [{"number": each} for each in range(held)]})
+    assert made_by(tmp_path) == [{"model": "ConvNetD1W4", "seed": 0, "num_experts": 4},
+                                 {"model": "ConvNetD1W4", "seed": 5, "num_experts": 1}]
 
 
 def test_the_walk_takes_every_expert_once_file_by_file(model, tmp_path):

@@ -27,7 +27,8 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
     if not run.config:
         return []
     experts = (run.pictures.about or {}).get("experts") if run.pictures else None
-    steps = [("Add more experts to them" if number else "Train the experts",
+    steps = [("Train the experts" if not number else "Add more experts to them" if
+              options["model"] == run.config.get("model") else "Train the experts that label the first images",
               command("buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository))
              for number, options in enumerate(experts or [])]
     on_cpu = str(run.result.environment.get("device", "")).startswith("cpu")

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES, line
-from distill.result_files import EvaluationResult, RunResult, read_result
+from distill.result_files import EMA, NORMAL, EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import BaselineConfig, from_repository, worth_giving
 from utils.data.zca import BESIDE, Whitening
@@ -140,7 +141,7 @@ def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence:
     target = path.parent / "README.md"
     if target.exists():
         raise UserError(f"{target} exists, and may have been edited; move it away to have it written")
-    results = [(file.name, _read_result(file, distilled)) for file in results]
+    results = [(file.name, _read_result(file, distilled, path.parent.name)) for file in results]
     text = card(distilled, path.name, results, licence, source, whitening_beside=(path.parent / BESIDE).exists())
     files.write_text(target, text.encode(errors="replace").decode())  # a file name may hold bytes that are not text
     return target
@@ -187,14 +188,21 @@ def _command(result: EvaluationResult, distilled: DistilledSet, name: str) -> st
     rate = {}
     if result.lr is not None:  # the rate that was used; a set's own rate replaces the option's default
         options.pop("lr_teacher", None)
-        own = math.isclose(result.lr, float(distilled.lr), rel_tol=1e-6)
+        own = result.config.get("protocol") != "dc" and _has_rate(distilled, result.lr)
         rate = {} if own else {"lr_teacher": float(f"{result.lr:.7g}")}  # as typed, before rounding to float32
     return command("distill/evaluation.py", {"data_dir": name} | unlike_set(options, distilled.config) | rate,
                    from_repository)
 
 
-def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationResult:
-    """Reads a result file.
+def _has_rate(distilled: DistilledSet, lr: float) -> bool:
+    return math.isclose(lr, float(distilled.lr), rel_tol=1e-6)
+
+
+def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult | EvaluationResult:
+    """Reads a result file; of a run's two best sets, the result has this one only, as `best`.
+
+    Args:
+        folder: the name of the set's folder, which in a run's folder tells its two sets apart.
 
     Raises:
         UserError: it is damaged, or is neither of this set nor of as many real images.
@@ -211,4 +219,11 @@ def _read_result(path: Path, distilled: DistilledSet) -> RunResult | EvaluationR
             raise UserError(f"--result {path} is of {number_of(result.images, 'image')} of {dataset} ({result.what}), "
                             f"not of these {len(distilled.images)} distilled from {made_of}; give the result of "
                             "this set, or of as many real images")
-    return result
+        return result
+    versions = {NORMAL: result.best, EMA: result.best_ema}
+    candidates = [versions[folder]] if folder in versions else [result.better[1], *versions.values()]
+    best = next((each for each in candidates if each and _has_rate(distilled, each.lr)), None)
+    if best is None:
+        raise UserError(f"--result {path} is of a run with another set: its learning rate is not this set's, "
+                        f"{float(distilled.lr):.7g}; give the result.json of the set's run")
+    return replace(result, best=best, best_ema=None)

@@ -59,15 +59,17 @@ def in_words(score: Score) -> str:
 
 def facts(run: SavedRun) -> list[tuple[str, str]]:
     """The numbers that a run is judged by, with their units."""
-    result, best = run.result, run.result.best
+    result, (name, best) = run.result, run.result.better
     fixed, score, updates = result.fixed_loss, best.scores[0], len(run.metrics.iterations)
     networks = len(score.accuracies)
-    averaged = [result.best_ema.scores[0]] if result.best_ema else []
+    of = {NORMAL: " of the images as they are", EMA: " of the averaged images (EMA)"}
+    others = {each: other for each, other in ((NORMAL, result.best), (EMA, result.best_ema)) if other and each != name}
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
-    return [(f"Best accuracy on the {images_tested(result.chosen_on)} images", in_words(score)),
+    return [(f"Best accuracy{of[name] if others else ''} on the {images_tested(result.chosen_on)} images",
+             in_words(score)),
             ("Measured on", f"{number_of(networks, 'network')}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
-            *(("Best accuracy of the averaged images (EMA)", in_words(score)) for score in averaged),
+            *((f"Best accuracy{of[each]}", in_words(other.scores[0])) for each, other in others.items()),
             *((f"As many {kind}", in_words(score)) for kind, score in run.real_images.items()),
             *([(f"Matching loss before → after, over {fixed.segments or ''} fixed segments",
                 _recorded(fixed.segments, lambda _: loss))] if run.finished else []),
@@ -199,14 +201,15 @@ def _labels(run: SavedRun) -> Markup:
 
 def _classes(run: SavedRun) -> Markup:
     """The predictions of the last evaluation, by class."""
-    evaluations = run.metrics.of_set(NORMAL)
+    name, best = run.result.better
+    evaluations = run.metrics.of_set(name)
     score = evaluations[-1].scores[0] if evaluations else None
     if score is None or score.confusion is None:
         return Markup("")
     count = len(score.confusion)
     named = run.pictures is not None and len(run.pictures.classes) == count
     names = run.pictures.classes if named else [f"class {number + 1}" for number in range(count)]
-    return classes.predictions(score, names, evaluations[-1].iteration, run.result.best.iteration)
+    return classes.predictions(score, names, evaluations[-1].iteration, best.iteration)
 
 
 # --- curves, options, commands, machine ----------------------------------------------------------------------

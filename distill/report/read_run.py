@@ -63,19 +63,21 @@ class SavedRun:
     @property
     def real_images(self) -> dict[str, Score]:
         """Scores of as many real images under the same training, from results in the run's folder: kind, in words →
-        score over all results of that kind (several seeds)."""
+        score over all results of that kind (several seeds), with its learning rate if there are several."""
         network, here = self.result.best.scores[0].network, canonical(self.config)
-        accuracies: dict[str, list[float]] = {}
+        found: dict[str, dict[float | None, list[float]]] = {}
         for result in self.beside:
             there = canonical(result.config)
-            same = all(there.get(name) == here.get(name)
-                       for name in ("dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train"))
+            same = not there.get("no_aug") and all(there.get(name) == here.get(name) for name in (
+                "dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train", "batch_train", "dsa",
+                "dsa_strategy"))
             # Older results say "a class" instead of "per class", and "1 random real images".
             named = re.fullmatch(rf"{self.config.get('ipc')} (.+ real image)s? (?:per|a) class(.*)", result.what)
             for score in result.scores if same and named else ():
                 if score.network == network:
-                    accuracies.setdefault("s".join(named.groups()), []).extend(score.accuracies)
-        return {kind: Score(network, of_kind) for kind, of_kind in accuracies.items()}
+                    found.setdefault("s".join(named.groups()), {}).setdefault(result.lr, []).extend(score.accuracies)
+        return {kind if len(rates) == 1 or rate is None else f"{kind}, learning rate {rate:.4g}":
+                Score(network, accuracies) for kind, rates in found.items() for rate, accuracies in rates.items()}
 
 
 def check_is_run(path: Path) -> Path:
