@@ -71,8 +71,9 @@ def train_buffer(config: BufferConfig) -> None:
             curriculum = ranks.first_rank_first(
                 lambda: Curriculum(config, dataset, grand_scores(config, dataset, device)))
 
-        # Train what is missing and write the files.
-        with interrupt.deferred():
+        # Train what is missing and write the files. After that there is nothing to resume: the same command would train
+        # further experts.
+        with interrupt.deferred(check_at_end=False):
             train_missing(run, curriculum)
 
     # Say where they are, and what to type next.

@@ -1,4 +1,4 @@
-"""How a program ends where the system refuses something: in one line, with exit code 2."""
+"""A program to which the system refuses something ends with one line and exit code 2."""
 
 import contextlib
 import os
@@ -21,16 +21,25 @@ from utils.program.entry import entry
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """A program ignores them at its end, and what is started from here would inherit that."""
+    """Restores signal handlers: a program ignores signals at its end, and later child processes would inherit that."""
     handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
+def test_what_the_parent_ignores_stays_ignored():
+    """As under nohup; a rank restores its handlers while it joins the others."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt.restore()
+    interrupt.install()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def ordinary_user():
-    """Root may enter every folder; inside, this process is somebody who may not."""
+    """Inside, root becomes an ordinary user, who may not enter every folder."""
     if os.geteuid():
         yield
         return
@@ -72,7 +81,7 @@ def test_a_folder_that_may_not_be_entered_is_one_line(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("part", [False, True])
 def test_of_a_program_and_its_part_one_says_how_to_go_on(monkeypatch, capfd, part):
-    """As of scripts/sweep.py and the run that it started, which are stopped together."""
+    """As when scripts/sweep.py and the run it started are stopped together."""
     monkeypatch.setattr(sys, "argv", ["it.py", "--resume=never", "--ipc=1"])
     if part:
         monkeypatch.setenv(interrupt.PART_OF, "sweep.py")
@@ -93,7 +102,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, capsys):
     for name in ("DATM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user whom the system does not know
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user unknown to the system
     with pytest.raises(SystemExit):
         entry(files.cache_folder)
     assert "this user has no home; let DATM_CACHE name a folder" in capsys.readouterr().err

@@ -88,6 +88,13 @@ def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tm
     assert tensors_in(tmp_path) == tensors_in(toy_experts)
 
 
+def test_a_signal_after_the_last_epoch_ends_nothing(call, toy, toy_experts, tmp_path):
+    """The run is complete, and the same command would train further experts."""
+    with stop_at(importlib.import_module("buffer.expert_run").ExpertRun, "clear", 1):
+        done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
+    assert "stopped" not in done.stderr and tensors_in(tmp_path) == tensors_in(toy_experts)
+
+
 @pytest.fixture
 def unfinished(call, toy, tmp_path):
     """The arguments of an expert run that was stopped in its second epoch."""

@@ -47,9 +47,10 @@ def install() -> None:
 
 
 def restore() -> None:
-    """Restores the default handlers, when a signal may simply end a rank."""
+    """Restores the default handlers, when a signal may simply end a rank; ignored signals stay ignored."""
     for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def ignore() -> None:
@@ -84,13 +85,18 @@ def _receive(number: int, frame: object) -> None:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Defers the first signal to the next `check`, at the latest at the end of the block."""
+def deferred(check_at_end: bool = True) -> Iterator[None]:
+    """Defers the first signal to the next `check`, at the latest at the end of the block.
+
+    Args:
+        check_at_end: False: a signal after the last `check` is dropped, as nothing is left to be stopped.
+    """
     global _deferring
     _deferring = True
     try:
         yield
-        check()
+        if check_at_end:
+            check()
     finally:
         _deferring = False
 
