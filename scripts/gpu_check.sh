@@ -11,10 +11,15 @@ if [[ ${1:-} == -* ]]; then
     printf 'gpu_check.sh: error: unknown option %s; give a folder, or nothing (see --help)\n' "$1" >&2
     exit 2
 fi
+out=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
+out=${out:-gpu_check}
+if [ -e "$out" ] && [ ! -f "$out/parts.tsv" ] && [ -n "$(ls -A "$out")" ]; then
+    printf 'gpu_check.sh: error: %s holds something else than an earlier check; give a new or empty folder\n' "$out" >&2
+    exit 2
+fi
 python3 -c "import torch" 2>/dev/null || source scripts/venv.sh
 python=${PYTHON:-$(command -v python || command -v python3)}
-out=${1:-gpu_check}
 mkdir -p "$out"
 rm -f "$out"/*.log "$out"/*.json
 : >"$out/parts.tsv"

@@ -116,6 +116,16 @@ def test_shell_scripts_explain_themselves_and_begin_nothing(tmp_path):
             assert refused.returncode == 2 and refused.stderr.startswith(f"{name}.sh: error: ")
 
 
+def test_a_check_of_a_gpu_keeps_what_is_not_its_own(tmp_path):
+    """In a folder that is named from where its user stands."""
+    (tmp_path / "buffers").mkdir()
+    (tmp_path / "evaluation.json").write_text("mine")
+    done = subprocess.run(["bash", REPOSITORY / "scripts" / "gpu_check.sh", "."], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 2 and f"{tmp_path} holds something else" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"buffers", "evaluation.json"}
+
+
 @pytest.mark.parametrize("name, samples", [("ipc1", 10), ("ipc1_T80", 10), ("ipc1_factor2", 40), ("ipc10", 100),
                                            ("ipc10_T80", 100), ("ipc50", 500), ("ipc50_T80", 500)])
 def test_the_ready_sets_are_those_that_their_page_tells_of(name, samples):
