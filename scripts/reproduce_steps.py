@@ -3,6 +3,7 @@
 import shlex
 import signal
 import subprocess
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +61,8 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
 
 
 class Ledger:
-    """Records which command made each result, and how long it took; written before a command begins.
+    """Records which command made each result, from which makings of the results it needs, and how long it took;
+    written before a command begins.
 
     Args:
         path: a JSON file.
@@ -78,9 +80,15 @@ class Ledger:
                 raise ValueError("a command or its seconds are missing")
 
     def knows(self, step: Step) -> bool:
-        """Whether the step's files, if there are any, were made by its command and config."""
+        """Whether the step's files, if there are any, were made by its command and config, and from the results of the
+        steps that it needs as they are now. (Entries of an earlier version do not say from which.)"""
         made = self.made.get(step.name)
-        return made is not None and (made["asked"], made.get("config")) == (step.asked, step.config)
+        return (made is not None and (made["asked"], made.get("config")) == (step.asked, step.config)
+                and made.get("needs", now := self._stamps(step)) == now)
+
+    def _stamps(self, step: Step) -> dict[str, str | None]:
+        """Which making of each result that it needs there is now."""
+        return {need.name: self.made.get(need.name, {}).get("stamp") for need in step.needs}
 
     def check(self, step: Step) -> None:
         """Refuses to replace files in a step's place if it is not known what made them.
@@ -96,7 +104,8 @@ class Ledger:
         if step.done or not self.knows(step):
             remove(step.made)
         if not step.made.exists():
-            self.made[step.name] = {"asked": step.asked, "config": step.config, "seconds": 0.0}
+            self.made[step.name] = {"asked": step.asked, "config": step.config, "seconds": 0.0,
+                                    "stamp": uuid.uuid4().hex[:8], "needs": self._stamps(step)}
             self.write()
 
     def add(self, step: Step, seconds: float) -> None:

@@ -88,6 +88,17 @@ def test_what_another_command_made_is_made_again_and_what_was_made_of_it(folder)
     assert first.result.read_text() == "b()"
 
 
+def test_what_was_made_of_results_that_were_made_again_later_is_made_again(folder):
+    first = worker(folder, "first", "a")
+    others = [worker(folder, name, name, (first,)) for name in ("asked", "other")]
+    run_all(folder, first, *others)
+    changed = worker(folder, "first", "b")
+    others = [replace(step, needs=(changed,)) for step in others]
+    run_all(folder, changed, others[0])  # as with --only
+    run_all(folder, changed, *others)
+    assert [step.result.read_text() for step in others] == ["asked(b())", "other(b())"]
+
+
 def test_a_failure_says_why_and_stops_the_others(folder):
     waiting, failing = worker(folder, "waiting", "waits1"), worker(folder, "failing", "fails")
     with pytest.raises(UserError, match=r"fails .*exit code 1: worker.py: error: cannot \(all of it in .*failing.txt"):
