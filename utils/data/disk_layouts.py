@@ -181,9 +181,7 @@ def _torchvision_datasets():
 
 
 def _download(name: str, data_path: Path, fetch: Callable[[str], object], files: dict[str, str]) -> None:
-    """Runs torchvision's `fetch(root)` in a temporary folder, then moves the files to `data_path`.
-
-    So a later run never finds a partial download.
+    """`_fetch`, with a limit on the time without a byte.
 
     Args:
         files: path below `data_path` → md5 of a file that the user could put there by hand; for the error message.
@@ -191,13 +189,7 @@ def _download(name: str, data_path: Path, fetch: Callable[[str], object], files:
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets no timeout and could wait for ever
     try:
-        data_path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_path, prefix=".download-") as aside:
-            fetch(aside)
-            for file in [file for file in Path(aside).rglob("*") if file.is_file()]:
-                target = data_path / file.relative_to(aside)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
+        _fetch(data_path, fetch)
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         by_hand = ", ".join(f"{file} (md5 {md5})" for file, md5 in files.items())
         reason = textwrap.shorten(str(error), 200, placeholder=" …")
@@ -207,16 +199,32 @@ def _download(name: str, data_path: Path, fetch: Callable[[str], object], files:
         socket.setdefaulttimeout(patience)
 
 
+def _fetch(data_path: Path, fetch: Callable[[str], object]) -> None:
+    """Runs `fetch(root)` in a temporary folder, then moves the files to `data_path`, so that no other run ever finds a
+    partial file."""
+    data_path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_path, prefix=".download-") as aside:
+        fetch(aside)
+        for file in [file for file in Path(aside).rglob("*") if file.is_file()]:
+            target = data_path / file.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+
+
 def cifar(name: str, data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
     """CIFAR10 or CIFAR100: the extracted folder, else the archive, else a download. Files are checked by md5."""
     source = getattr(_torchvision_datasets(), name)
-    from torchvision.datasets.utils import check_integrity
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
     folder, archive = data_path / source.base_folder, data_path / source.filename
     files = dict([*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])])
     bad = [file for file, md5 in files.items() if not check_integrity(folder / file, md5)]
     if bad and check_integrity(archive, source.tgz_md5):
-        source(data_path, download=True)  # finds the archive and extracts it
+        try:
+            _fetch(data_path, lambda root: extract_archive(str(archive), root))
+        except OSError as error:
+            raise UserError(f"{archive} cannot be extracted in {data_path}: {error.strerror or error}; make room, or "
+                            "extract it there by hand") from error
     elif bad and (folder.exists() or archive.exists()):
         parts = [f"{folder} lacks or has damaged {some_of(bad)}"] if folder.exists() else []
         parts += [f"{archive} is damaged or incomplete"] if archive.exists() else []
