@@ -99,6 +99,7 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
     options |= {"Sequential_Generation": False} if config.Sequential_Generation else {}  # the whole window at once
+    options |= {"adjoint_steps": None} if (config.adjoint_steps or 0) > options["syn_steps"] else {}
     first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.device)
     options |= fitting_rates(replace(config, **options), dataset, buffer, first)
     notes = doubts(losses, options)

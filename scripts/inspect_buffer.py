@@ -1,25 +1,26 @@
-"""What is in a folder of experts, and how far they move: for choosing the difficulty window.
+"""Shows what a folder of experts holds and how far they move, for choosing the difficulty window.
 
     python scripts/inspect_buffer.py buffer_storage/MiniFashion/ConvNetW32 [--png FILE] [--json FILE] [--beside FOLDER]
     python scripts/inspect_buffer.py buffer_storage/MiniFashion/ConvNetW32 --suggest --ipc 1 [--png FILE] [--json FILE]
 
-Prints the network, the experts, their epochs, accuracies and size on disk, those of an unfinished run too, and by start
-epoch s the mean over the experts of
+Prints the network, the experts, their epochs, accuracies and size on disk, including those of an unfinished run. For
+each start epoch s it prints mean and standard deviation over the experts of
 
-    step     ‖θ_{s+1} − θ_s‖ / ‖θ_s‖     what one epoch changes
-    segment  ‖θ_{s+M} − θ_s‖ / ‖θ_s‖     what a segment of M = --expert_epochs epochs, which is matched, changes
+    step     ‖θ_{s+1} − θ_s‖ / ‖θ_s‖     the change in one epoch
+    segment  ‖θ_{s+M} − θ_s‖ / ‖θ_s‖     the change over a matched segment of M = --expert_epochs epochs
 
-with their standard deviations. Where these are large the experts learn what is easy; where they are small, what is hard
-or nothing any more. Published files have no record of accuracies and options; what is unknown is said.
+Where these are large, the experts learn what is easy; where they are small, what is hard, or nothing any more.
+Published files do not record accuracies and options; the output says what is unknown.
 
---beside FOLDER compares these experts with those of the same numbers there, θ′: experts of one seed begin with the same
-parameters and see the same batches, so that what they differ in comes from their options.
+--beside FOLDER compares each expert with the expert of the same number in FOLDER, θ′. Experts of one seed begin with
+the same parameters and see the same batches, so their differences come from their options.
 
-    apart    ‖θ_s − θ′_s‖ / ‖θ′_s − θ′_0‖    how far from each other they are, of the way that the others have gone
+    apart    ‖θ_s − θ′_s‖ / ‖θ′_s − θ′_0‖    the distance between the two, relative to how far θ′ has moved
 
---suggest proposes how to distil them to --ipc images per class. It measures the matching loss that the first set, real
-images with the experts' labels, has at several learning rates, steps and segments all over the trajectory
-(distill/suggest.py), shows it as a table, draws it with --png, and prints the command of the distillation.
+--suggest proposes settings for distilling to --ipc images per class. It starts from the initial set (real images with
+the experts' labels) and measures its matching loss at several learning rates, numbers of steps and segments along the
+whole trajectory (distill/suggest.py). It prints the losses as a table, draws them with --png, and prints the command to
+distil with.
 """
 
 import itertools
@@ -248,18 +249,25 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
     if len({each.parameters for each in trajectories}) > 1:
         raise UserError(f"{unfinished.parent} holds experts of another network than the files beside it; move them "
                         "away")
-    known = next(iter(manifests.values()), started)
+    known = list(manifests.values()) or ([started] if started else [])
     by_name = {name: _mean_std(of_all(name, trajectories)) for name in ("step", "segment", *ACCURACIES, "apart")}
     return {
         "folder": str(folder), "experts": len(finished), "bytes": sum(path.stat().st_size for path, _ in files),
         "files": [{"name": path.name, "experts": len(experts), "bytes": path.stat().st_size,
                    "manifest": path in manifests} for path, experts in files],
         "epochs": sorted({each.epochs for each in finished}),
-        "options": known and {name: known[name] for name in OPTIONS if name in known}, "unfinished": unfinished_run,
+        "options": {name: _shared([each[name] for each in known if name in each])
+                    for name in OPTIONS if any(name in each for each in known)} or None, "unfinished": unfinished_run,
         "beside": str(beside) if beside else None,
         "parameters": trajectories[0].parameters if trajectories else None,
         "trajectories": [_as_json(each) for each in trajectories],
         "by_start_epoch": {name: by_name.pop(name) for name in ("step", "segment")}, "by_epoch": by_name}, trajectories
+
+
+def _shared(values: list[Any]) -> Any:
+    """The value that all have, or the list of the different ones."""
+    different = [value for number, value in enumerate(values) if value not in values[:number]]
+    return different[0] if len(different) == 1 else different
 
 
 def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
@@ -357,7 +365,8 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
 
     say("network", ((known or {}).get("model") or f"{Path(report['folder']).resolve().name}, by the folder's name")
         + (f", {report['parameters']:,} parameters" if report["parameters"] else ", no snapshot yet"))
-    say("options", ", ".join(f"{key} {value}" for key, value in known.items() if key != "model") if known else
+    say("options", ", ".join(f"{key} {' and '.join(map(str, value)) if isinstance(value, list) else value}"
+                             for key, value in known.items() if key != "model") if known else
         "unknown: no manifest beside the files, as with published ones")
     say("experts", f"{report['experts']} in {console.number_of(len(report['files']), 'file')}, "
         f"{console.short_count(report['bytes'])}B"

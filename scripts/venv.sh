@@ -10,6 +10,9 @@ if [ ! -x "$root/.venv/bin/python" ]; then
     echo "making .venv"
     "$base_python" -m venv "$root/.venv"
 fi
+if ! grep -qF -e "$root/.venv" -e "$(cd "$root/.venv" && pwd -P)" "$root/.venv/bin/activate"; then  # the clone was moved
+    "$root/.venv/bin/python" -m venv "$root/.venv"
+fi
 if ! cmp -s "$root/requirements.txt" "$root/.venv/installed.txt"; then
     echo "installing requirements.txt into .venv (a few minutes, once)"
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"

@@ -1,4 +1,4 @@
-"""scripts/inspect_buffer.py: what is in a folder of experts."""
+"""scripts/inspect_buffer.py: reports on a folder of experts."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import torch
 
 from buffer.experts import SavedEpochs
 from scripts.inspect_buffer import distances, distilling, table
-from utils.files import save_config
+from utils.files import read_config, save_config
 
 INSPECT = "scripts/inspect_buffer.py"
 
@@ -62,16 +62,22 @@ def test_experts_are_compared_with_others_of_the_same_numbers(call, folder, tmp_
     done = call(INSPECT, folder, f"--beside={others}", f"--json={tmp_path / 'out.json'}")
     assert f"1 expert of the same number in {others}" in done.stdout and "| 0.5000 |" in done.stdout
     report = json.loads((tmp_path / "out.json").read_text())
-    # Each has gone half the way of the other, which is an epoch shorter; the others have none beside them.
+    # The first expert moved half as far as its counterpart, which is an epoch shorter; the others have none.
     assert report["trajectories"][0]["apart"] == pytest.approx([0.5, 0.5], rel=1e-5)
     assert [each["apart"] for each in report["trajectories"][1:]] == [[], []]
-    assert report["by_epoch"]["apart"] == [{"mean": pytest.approx(0.5), "std": None}] * 2  # over one
+    assert report["by_epoch"]["apart"] == [{"mean": pytest.approx(0.5), "std": None}] * 2  # over one expert
 
     torch.save([[[torch.zeros(2)]]], others / "replay_buffer_0.pt")
     refused = call(INSPECT, folder, f"--beside={others}", expect=2)
     assert "others/replay_buffer_0.pt" in refused.stderr and "not all of one network" in refused.stderr
     empty = call(INSPECT, folder, f"--beside={tmp_path}", expect=2)
     assert "give one of these" in empty.stderr
+
+
+def test_options_in_which_the_files_differ_are_all_told(call, folder):
+    manifest = folder / "replay_buffer_1.yaml"
+    save_config(manifest, read_config(manifest) | {"seed": 7})
+    assert "seed 0 and 7" in call(INSPECT, folder).stdout
 
 
 def test_published_files_leave_open_what_is_not_in_them(call, folder, tmp_path):
@@ -86,7 +92,7 @@ def test_published_files_leave_open_what_is_not_in_them(call, folder, tmp_path):
 
 
 def unfinished(folder, epochs):
-    """A run of two more experts, the first of which has been trained for so many epochs."""
+    """Writes an unfinished run of two more experts, the first of them trained for `epochs` epochs."""
     save_config(folder / "unfinished" / "run.yaml",
                 {"model": "ConvNetD1W4", "num_experts": 2, "train_epochs": 3, "first_expert": 3})
     saved = SavedEpochs(folder / "unfinished" / "expert_3")
@@ -104,7 +110,7 @@ def test_an_unfinished_run_is_shown(call, folder, tmp_path):
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["experts"] == 3 and report["unfinished"]["experts"] == [{"expert": 3, "epochs": 2}]
     assert report["trajectories"][3]["step"] == pytest.approx([1, 1])
-    for path in folder.glob("replay_buffer_*"):  # nothing finished yet
+    for path in folder.glob("replay_buffer_*"):  # now no expert is finished
         path.unlink()
     save_config(folder / "unfinished" / "run.yaml", {"model": "ConvNetD1W4", "num_experts": 9, "train_epochs": 3})
     assert "experts     0 in 0 files" in call(INSPECT, folder, f"--png={tmp_path / 'out.png'}").stdout

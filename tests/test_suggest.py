@@ -46,6 +46,14 @@ def test_what_is_doubtful_is_said(of_rates, words):
     assert len(said) == len(words) and all(word in note for word, note in zip(words, said))
 
 
+def test_a_truncation_that_does_not_fit_what_is_proposed_is_dropped(toy_data, toy_experts):
+    folder = next(toy_experts.rglob("replay_buffer_0.pt")).parent
+    buffer = Buffer(folder, FlatModel(build_network("ConvNetD1W4", 3, 3, (8, 8))))
+    config = make(DistillConfig, ipc=2, syn_steps=90, adjoint_steps=85, quiet=True, threshold="inf")
+    options = suggest.suggestion(config, toy_data, buffer, buffer).options
+    assert options["syn_steps"] < 85 and options["adjoint_steps"] is None
+
+
 def test_what_is_measured_has_the_labels_of_the_run(toy_data, toy_experts, monkeypatch):
     seen, train = [], suggest.losses_on_the_way
 

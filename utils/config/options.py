@@ -55,8 +55,8 @@ OWN_SIZES = {"MiniFashion": (28, 32), "FashionMNIST": (28, 32), "MNIST": (28, 32
              "SVHN": (32,), "Tiny": (64, 32), "ImageNet": (128,), "ImageNet1K": (64, 32), "ImageFolder": (32,)}
 
 # Options that several programs share.
-MICRO_BATCH = option(SPEED, None, "samples at a time, which changes memory and nothing else; unset: chosen by the "
-                     "memory at hand", decides=False)
+MICRO_BATCH = option(SPEED, None, "samples at a time: changes memory, and the result by rounding only; unset: chosen "
+                     "by the memory at hand", decides=False)
 RESUME = option(FILES, "auto", "auto: go on with an unfinished run of the same options; never: discard it and start "
                 "over", decides=False)
 
