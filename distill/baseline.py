@@ -1,8 +1,10 @@
-"""What real images reach under the same training: ipc per class, random ones or a coreset, or the whole training set.
+"""Tests networks trained on real images: ipc per class (random or a coreset), or the whole training set.
 
     python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc 1
     python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc 1 --pick herding
     python distill/baseline.py --dataset MiniFashion --model ConvNetW32 --zca --ipc None --epoch_eval_train 20
+
+The training is that of evaluation.py, so the accuracies compare with a distilled set's.
 """
 
 import sys

@@ -5,29 +5,33 @@
     python distill/evaluation.py --dataset MiniFashion --model ConvNetW32 --zca
         --data_dir …/Normal/images_best.pt --label_dir …/Normal/labels_best.pt --lr_dir …/Normal/lr_best.pt
 
-RUN is a run's folder, of whose best sets (Normal/, EMA/) the better one is taken. --dataset, --subset, --model, --res,
---zca, --data_path and --buffer_path are those that the set was made with, as it says itself or the config.yaml of its
-run does; what is given counts, and a note says where that is another dataset, size or whitening. All other options are
-this program's own: --epoch_eval_train and --batch_train are not the run's, and it is tested on the test images unless
---val_fraction is given.
+RUN is a run's folder; the better of its best sets (Normal/, EMA/) is taken. --dataset, --subset, --model, --res, --zca,
+--data_path and --buffer_path default to what the set was made with, as recorded in the set or in its run's config.yaml.
+The command line overrides them; a note says if dataset, size or whitening then differ from the set's. All other options
+are this program's own: --epoch_eval_train and --batch_train are not taken from the run, and the set is tested on the
+test images unless --val_fraction is given.
 
 --data_dir also takes what other projects released (DC, DSA, DM, MTT, FTD, TESLA, DATM, PAD, NCFM), as a file or the
-folder that holds it. --protocol datm|mtt|dc is whose epochs, batch, learning rate and augmentation count where they are
-not given; of several, such as dc,datm, the set has a score each. --lr_teacher auto takes for each kind of network the
-best of 0.001, 0.005, 0.01, 0.05, 0.1 and the set's own rate on a tenth of the training images; a number counts in the
-place of the set's own rate too.
+folder that holds it. --protocol datm|mtt|dc sets epochs, batch, learning rate and augmentation where these are not
+given; with several, such as dc,datm, the set gets a score for each. --lr_teacher auto tries 0.001, 0.005, 0.01, 0.05,
+0.1 and the set's own rate for each kind of network and takes the best on a tenth of the training images; a number
+replaces the set's own rate.
 
     python distill/evaluation.py --data_dir res_DSA_CIFAR10_ConvNet_10ipc.pt --protocol dc,datm
     python distill/evaluation.py --data_dir FOLDER --dataset CIFAR10 --eval_mode M --lr_teacher auto
 
---robust_score prints DD-Ranking's label-robust score (LRS) and augmentation-robust score (ARS) of the set, with what
-they are made of (HLR, IOR), by network. It evaluates the set with its labels and with hard labels, as many random real
-images per class with labels by the experts of --buffer_path (for a set with hard labels: with their own), the set and
-the random images without augmentation, and the whole training set for --epoch_eval_real epochs at --lr_teacher (here
-the set keeps its own rate all the same); --num_eval networks of each. The learning rate for hard labels and for random
-images is the best of 0.001, 0.005, 0.01, 0.05 and 0.1 by the mean of the --num_eval networks on a tenth of the training
-images, without the random ones (DD-Ranking chooses it on the test images; distill/evaluate/robust.py says what else
-differs).
+--robust_score prints DD-Ranking's label-robust score (LRS) and augmentation-robust score (ARS) of the set for each
+network, with their components (HLR, IOR). It evaluates, with --num_eval networks each:
+
+* the set with its own labels and with hard labels;
+* as many random real images per class, with labels by the experts of --buffer_path (for a set with hard labels: with
+  their own hard labels);
+* the set and the random images without augmentation;
+* the whole training set, for --epoch_eval_real epochs at --lr_teacher (which here does not replace the set's own rate).
+
+For hard labels and for random images, the learning rate is the best of 0.001, 0.005, 0.01, 0.05 and 0.1 by the mean of
+the --num_eval networks on a tenth of the training images that excludes the random ones. DD-Ranking chooses it on the
+test images; distill/evaluate/robust.py lists the other differences.
 """
 
 import sys

@@ -1,17 +1,21 @@
-"""A distilled set as PNG files in folders of classes, and a card that says what it is, for publishing it.
+"""Exports a distilled set for publishing: PNG files in a folder per class, and a dataset card.
 
     python scripts/export.py …/Normal/distilled.safetensors --png FOLDER
     python scripts/export.py …/Normal/distilled.safetensors --card [--result RESULT.json …]
     python scripts/export.py …/Normal/distilled.safetensors --whitening
 
 --png writes FOLDER/<class>/00.png …, un-whitened and clipped to [0, 1], and FOLDER/labels.json: class names, learning
-rate, and each image's class and soft label (softmax and logits); of a factor above 1 those of each smaller image, and
-FOLDER/seen.png, a row for each image with what a network sees of it. --card writes README.md beside the set: dataset,
-images per class, options, the source of the real images and their licence as you give them, and the accuracy that the
-given results state, with its command. --whitening writes whitening.safetensors beside the set (4 D² bytes, 38 MB for
-3×32×32): with it `DistilledSet.load(…).space.from_pixels` makes of your pictures what a network sees on any machine;
-where the set was made or tested it is in the cache.
-Published images_*.pt, labels_*.pt and lr_*.pt become one safetensors file by distill/evaluation.py --save FILE.
+rate, and each image's class and soft label (softmax and logits). For a factor above 1, labels.json has the class and
+label of each smaller image, and FOLDER/seen.png shows what a network sees, one row per stored image.
+
+--card writes README.md beside the set: dataset, images per class, options, the source of the real images and their
+licence as given here, and the accuracies in the given results with the commands that measured them.
+
+--whitening writes whitening.safetensors beside the set (4 D² bytes, 38 MB for 3×32×32). With this file,
+`DistilledSet.load(…).space.from_pixels` turns your images into network inputs on any machine; machines that made or
+tested the set have it in their cache.
+
+To turn published images_*.pt, labels_*.pt and lr_*.pt into one safetensors file, use distill/evaluation.py --save FILE.
 """
 
 import sys

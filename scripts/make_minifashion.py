@@ -2,8 +2,8 @@
 
     python scripts/make_minifashion.py [--source DIR] [--out FILE]
 
-The file holds the first 600 training and the first 100 test images of each class. bzip2 keeps no time stamp and its
-one implementation has not changed for decades, so that the bytes are the same everywhere.
+The file holds the first 600 training and the first 100 test images of each class. bzip2 stores no time stamp and its
+only implementation has not changed for decades, so the bytes are the same everywhere.
 """
 
 import bz2

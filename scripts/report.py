@@ -1,12 +1,14 @@
-"""Makes the page of runs again, and of several one page that compares them.
+"""Rebuilds the report page of a run; for several runs, also a page that compares them.
 
     python scripts/report.py RUN [RUN …] [--out FILE]
 
-RUN is a run's folder, whose report.html is made again from what lies in it, and its pictures if they are missing. Of
-an unfinished run, going on or stopped, all are made again: they show it as it was when it last wrote to its log, its
-images as they were when it last drew them. The page compares with as many real images, random ones or a coreset,
-where JSON files of `baseline.py --json RUN/NAME.json` lie in the folder. Of one RUN, --out says where else to put the
-page. Several are compared in --out (default: comparison.html in the current folder).
+RUN is a run's folder. Its report.html is rebuilt from the files in the folder, and its pictures if they are missing.
+For an unfinished run, whether still running or stopped, page and pictures are always rebuilt: they show the run as of
+its last log entry, and the images that it last drew. To have the page compare the set with as many real images (random
+or a coreset), put their results into the folder with `baseline.py --json RUN/NAME.json`.
+
+With one RUN, --out writes the page to another file. With several, --out is the comparison page (default:
+comparison.html in the current folder).
 """
 
 import sys

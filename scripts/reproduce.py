@@ -1,18 +1,21 @@
-"""Runs every row of the Fashion-MNIST tables in results/, and makes the tables and plots. Started by reproduce.sh.
+"""Runs every row of the Fashion-MNIST tables in results/ and makes the tables and plots. Started by reproduce.sh.
 
     bash scripts/reproduce.sh --small                          # everything, or what is missing of it
     bash scripts/reproduce.sh --small --only ipc1_exact        # this row, and what it needs
     bash scripts/reproduce.sh --small --list [--only …]        # the commands, and nothing else
     bash scripts/reproduce.sh --small --tables [--results results/FashionMNIST/small]    # of what is there
 
-`--small` uses ConvNetW32 on a CPU: four experts of ten epochs each by FTD, by plain SGD and by GSAM with ρ = 2, and
-ten of seven epochs by plain SGD, with which numbers of experts and of inner steps are compared. Without it: ConvNet on
-a GPU, twenty experts of forty epochs. Experts and distillations see nine tenths of the training images; the best set
-of a run is chosen on the other tenth, and only the last evaluation sees the test images. Everything is kept in
-reproduce/small or reproduce/full: experts/, logged_files/, results/ (a JSON file for each evaluation, the runs'
-metrics, tables.md and plots), output/ (what each command printed) and commands.json (what made each result, and how
-long that took: what another command made is made again). Rows of another form, or made by other commands, are left out
-of the tables and named.
+`--small` uses ConvNetW32 on a CPU. It trains four experts of ten epochs each by FTD, by plain SGD and by GSAM with
+ρ = 2, and ten experts of seven epochs by plain SGD, used to compare numbers of experts and of inner steps. Without
+`--small`: ConvNet on a GPU, twenty experts of forty epochs.
+
+Experts and distillations see nine tenths of the training images. The best set of a run is chosen on the other tenth;
+only the last evaluation sees the test images.
+
+Everything is kept in reproduce/small or reproduce/full: experts/, logged_files/, results/ (a JSON file for each
+evaluation, the runs' metrics, tables.md and plots), output/ (what each command printed) and commands.json (the command
+that made each result, and how long it took). A result made by another command is made again. Rows of the other form,
+or made by other commands, are left out of the tables, and their names are printed.
 """
 
 import fnmatch

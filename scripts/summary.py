@@ -1,12 +1,13 @@
-"""A table of results that `evaluation.py` and `baseline.py` wrote with --json.
+"""Prints a table of results that `evaluation.py` and `baseline.py` wrote with --json.
 
     python scripts/summary.py RESULT.json [RESULT.json …] [--by_network]
     python scripts/summary.py RUN
 
-Of a folder, such as a run's, it takes all results that lie in it. A result has rows for each of its protocols. Rows
-that differ only in the learning rate name it; (auto) marks one that was chosen on held-out training images. Where
-results are of different datasets, or of test and of held-out images, each row says of which. With --by_network a set
-under a protocol is one row and each network a column: how it serves other networks (--eval_mode M).
+Given a folder, such as a run's, it takes all results in it. A result has a row for each of its protocols. The learning
+rate is shown where it alone tells rows apart, or marked (auto) where it was chosen on held-out training images. If the
+results are of different datasets, or some of test and some of held-out images, each row says which. With --by_network
+there is one row for each set and protocol, and a column for each network: how well the set trains other networks
+(--eval_mode M).
 """
 
 import sys

@@ -2,15 +2,16 @@
 
     python scripts/sweep.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml --lr_img 30,100,300 --syn_steps 20,40
 
-Values are separated by commas. Each combination is a run of distill/DATM.py where that puts it, named by what differs,
-such as lr_img=30_syn_steps=20 (after --run_name and _, if that is given). The same command goes on where it was stopped
-and runs nothing twice; with more values, or a larger --Iteration, it does what is missing. It ends with a table, best
-first, and a page that compares the runs; runs that came to no end, as with a rate at which they diverge, are named.
+Values are separated by commas. Each combination is a run of distill/DATM.py, in DATM.py's usual folder, named by its
+values of the swept options, such as lr_img=30_syn_steps=20 (after --run_name and _, if that is given). The same command
+resumes a stopped sweep and repeats no finished run; with more values, or a larger --Iteration, it does what is missing.
+It ends with a table, best first, and a page that compares the runs. Runs without a result, for example because they
+diverged at a rate, are named.
 
-Settings are to be chosen without the test images: --val_fraction is 0.1 unless it is given, here or in the YAML. The
-experts must have been trained with the same one (buffer_FTD.py --val_fraction 0.1), or the runs are refused.
+Settings should be chosen without the test images, so --val_fraction is 0.1 unless it is given, here or in the YAML. The
+experts must have been trained with the same value (buffer_FTD.py --val_fraction 0.1); otherwise the runs are refused.
 
-Not split at commas are paths that are there, and options that do not decide the result, such as --device [0,1].
+Existing paths are not split at commas, nor are options that do not affect the result, such as --device [0,1].
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""A chromium without a window, driven over the DevTools protocol through two pipes."""
+"""A headless Chromium, driven over the DevTools protocol through two pipes."""
 
 import base64
 import contextlib
@@ -16,7 +16,7 @@ KEYS = {"Tab": 9, "Enter": 13}
 
 
 class Browser:
-    """One tab. `events` are all that it told: requests, messages of the console, errors."""
+    """One tab. `events` holds everything it reported: requests, console messages, errors."""
 
     def __init__(self, send, receive):
         self._send, self._receive, self._left, self._number, self._session = send, receive, b"", 0, None
@@ -27,7 +27,7 @@ class Browser:
             self(f"{domain}.enable")
 
     def __call__(self, method, **params):
-        """One command; what it answered."""
+        """Sends a command and returns its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         os.write(self._send, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode()
@@ -57,7 +57,7 @@ class Browser:
             self.events.append(self._next())
 
     def run(self, script):
-        """The value of an expression."""
+        """Evaluates a JavaScript expression and returns its value."""
         answer = self("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -68,7 +68,7 @@ class Browser:
             self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key], **text)
 
     def screenshot(self, path):
-        """The whole page, from top to bottom."""
+        """Saves the whole page as a PNG, up to 12000 pixels high."""
         size = self("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 12000), "scale": 1}
         picture = self("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
@@ -77,9 +77,9 @@ class Browser:
 
 @contextlib.contextmanager
 def browser():
-    """A browser with a profile of its own, which ends with the block."""
+    """A browser with a temporary profile; it is closed at the end of the block."""
     pipes = [os.pipe(), os.pipe()]
-    # The browser reads from 3 and writes to 4; numbers far from those cannot be in the way of each other.
+    # The browser reads from 3 and writes to 4; descriptors from 50 on cannot collide with these.
     theirs = [fcntl.fcntl(pipes[0][0], fcntl.F_DUPFD, 50), fcntl.fcntl(pipes[1][1], fcntl.F_DUPFD, 50)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(

@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
 
-# Whoever runs the tests in the background has SIGINT ignored, which the programs respect and these tests send.
+# A shell's background jobs ignore SIGINT, and so would the programs, to which these tests send it.
 for _number in interrupt.SIGNALS:
     signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_configure(config):
-    """`-m cuda` without a GPU starts over on the stand-in for one (fakecuda/README.md)."""
+    """Restarts `pytest -m cuda` on the stand-in GPU (fakecuda/README.md) if there is no real one."""
     if config.option.markexpr == "cuda" and not torch.cuda.is_available() and fakecuda.why_not() is None:
         config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
         fakecuda.preload(devices=2)
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def golden_ops():
-    """Numbers of the published code for single operations; see golden/README.md."""
+    """Outputs of the published code for single operations; see golden/README.md."""
     return torch.load(GOLDEN / "ops.pt", weights_only=True)
 
 
@@ -60,7 +60,7 @@ def golden_iteration():
 
 @pytest.fixture
 def stand_in():
-    """The stand-in for a GPU, where that is one: it counts launches, and its memory can be made smaller."""
+    """The stand-in GPU, which counts launches and whose memory can be limited; skips the test on a real GPU."""
     if not hasattr(fakecuda, "watch"):
         pytest.skip("on the stand-in only")
     yield fakecuda
@@ -91,14 +91,14 @@ def bomb(tmp_path):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """One thread, no terminal, a cache folder of the tests' own, and no account of the user's."""
+    """Environment variables: one thread, 100 columns, a separate cache folder, no Weights & Biases account."""
     return {"OMP_NUM_THREADS": "1", "DATM_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "100",
             "WANDB_API_KEY": "", "NETRC": os.devnull}
 
 
 @pytest.fixture(scope="session")
 def run(environment):
-    """`run("distill/DATM.py", "--cfg", …)`: an entry as a process of its own, standing in `cwd`."""
+    """`run("distill/DATM.py", "--cfg", …)` runs a program as a separate process in the folder `cwd`."""
 
     def run(script, *arguments, cwd=ROOT, expect=0):
         done = subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, text=True, timeout=900,
@@ -110,13 +110,13 @@ def run(environment):
 
 @pytest.fixture(scope="session")
 def call(environment):
-    """As `run`, in this process, which saves the two seconds that importing torch takes."""
+    """Like `run`, but in this process, which saves the two seconds for importing torch."""
 
     def call(script, *arguments, cwd=ROOT, expect=0):
         command = [str(script), *map(str, arguments)]
         out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
         handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"] or 2))  # empty: as on two cores, where nobody says
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"] or 2))  # empty: not set, on a machine of two cores
         try:
             with (mock.patch.dict(os.environ, environment), mock.patch.object(sys, "argv", command),
                   mock.patch.object(sys, "path", list(sys.path)), contextlib.chdir(cwd),
@@ -134,7 +134,7 @@ def call(environment):
 
 
 def expected(done, code):
-    """The process, if it ended with that code; None: with any."""
+    """Asserts the exit code (None: any) and returns the process."""
     assert code in (None, done.returncode), f"{done.args} → {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -150,13 +150,13 @@ def experts(run, tmp_path_factory):
 
 
 class Toy(NamedTuple):
-    """A dataset of three colours, and options that are small enough for it."""
+    """A dataset of three colours, with options for tiny runs on it."""
 
     data: Path  # train/<class>/*.png, test/<class>/*.png
     per_class: int
     common: list[str]  # for every program
-    train: list[str]  # for buffer_FTD.py, less --buffer_path
-    distil: list[str]  # for DATM.py, less --buffer_path and --log_path
+    train: list[str]  # for buffer_FTD.py, without --buffer_path
+    distil: list[str]  # for DATM.py, without --buffer_path and --log_path
     evaluate: list[str]  # for evaluation.py and baseline.py
 
 
@@ -185,7 +185,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_experts(call, toy, tmp_path_factory):
-    """A `buffer_path` with three experts of three epochs on the toy, in two files."""
+    """A `buffer_path` with three experts of three epochs, trained on the toy dataset, in two files."""
     folder = tmp_path_factory.mktemp("toy_buffers")
     call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={folder}")
     return folder
@@ -193,6 +193,6 @@ def toy_experts(call, toy, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_data(toy, environment):
-    """The toy as a dataset, whitened."""
+    """The toy dataset, loaded and whitened."""
     with mock.patch.dict(os.environ, environment):
         return load_dataset("ImageFolder", toy.data, res=8, zca=True)

@@ -1,4 +1,4 @@
-"""Twenty iterations of a distillation in float64 on made-up experts, alone or as a rank of torchrun.
+"""Runs twenty distillation iterations in float64 on made-up experts, as a single process or under torchrun.
 
     [torchrun --nproc_per_node=N] tests/ranks_worker.py FILE IMAGES MATCHING FACTOR
 """

@@ -1,4 +1,4 @@
-"""DSA against the published outputs, and the properties a neighbour relies on."""
+"""DSA: agreement with the published outputs, and the properties that other modules rely on."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def golden(golden_ops):
 
 @pytest.mark.parametrize("name", [name for name, operation in augment.OPERATIONS.items() if operation.draw])
 def test_equals_the_published_operation(golden, name):
-    """In float64, so that all of the difference is the published float32's, whatever this processor rounds."""
+    """Ours is in float64, so the difference is the rounding of the published float32 alone, on any processor."""
     values = [value.double() if torch.is_tensor(value) and value.is_floating_point() else value
               for key, value in golden[name]["params"].items() if key != "size"]
     ours = augment.OPERATIONS[name].apply(golden["input"].double(), *values)

@@ -1,4 +1,4 @@
-"""scripts/measure/benchmark.py, at a tiny size; `compiled` is left out, as it takes a minute."""
+"""scripts/measure/benchmark.py at a tiny size, without `compiled`, which takes a minute."""
 
 import json
 import re
@@ -17,7 +17,7 @@ METHODS = {"matching": ["unroll", "plain", "tesla", "exact"], "experts": ["bare"
 
 @pytest.fixture(scope="module")
 def done(run, tmp_path_factory):
-    """What a run printed, and its JSON."""
+    """The output of a run, and its JSON."""
     path = tmp_path_factory.mktemp("benchmark") / "result.json"
     methods = sorted({method for methods in METHODS.values() for method in methods})
     finished = run(BENCHMARK, "--shape", "tiny_cpu", "--rounds", 2, "--device", "cpu",
@@ -34,12 +34,12 @@ def test_every_method_is_measured(done, part):
         assert row["status"] == "measured" and row["engine"]
         assert len(row["seconds"]) == 2 and 0 < row["min"] <= row["median"] <= row["max"]
         assert row["ratio"] > 0
-    assert measured["methods"][0]["ratio"] == 1  # to itself
+    assert measured["methods"][0]["ratio"] == 1  # relative to itself
 
 
 def test_matching_has_memory_and_a_share_of_the_rate(done):
     (measured,) = done[1]["matching"]
-    # ConvNetW8 at 1×28×28, which its first layer pads to 32×32: two FLOPs a multiplication.
+    # ConvNetW8 at 1×28×28, padded to 32×32 by its first layer; two FLOPs per multiply-add.
     forward = 2 * 9 * 8 * (32**2 * 1 + 16**2 * 8 + 8**2 * 8) + 2 * 8 * 4**2 * 10
     assert measured["flops"] == 9 * forward * 3 * 6
     rate = 1e9 * done[1]["rates"]["product_gflops"]
@@ -103,7 +103,7 @@ while resource.getrusage(resource.RUSAGE_SELF).ru_utime < 0.03 + {seconds} * {le
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Makes programs in the published layout that take so many CPU seconds an epoch and an iteration."""
+    """Makes a checkout in the published layout whose programs use `seconds` of CPU time per epoch or iteration."""
     def made(name, seconds):
         for path, imports, options, length in (
                 ("buffer/buffer_FTD.py", "", "assert sys.path[0].endswith('buffer')", 'int(options["train_epochs"])'),
@@ -121,7 +121,7 @@ def test_the_published_code_and_ours_run_by_turns(call, checkout, monkeypatch, t
     asked = []
 
     def checked(command, where, run=beside.cpu_seconds):
-        """What ours are given they take."""
+        """Parses our programs' commands: every option must be valid."""
         if where == ours:
             matching = command[1].endswith("DATM.py")
             asked.append(parse(DistillConfig if matching else BufferConfig, "", command[2:], yaml_file=matching))

@@ -1,4 +1,4 @@
-"""The real command lines at tiny size, from the repository's root and from inside their folders."""
+"""The real command lines at a tiny size, run from the repository's root and from inside the programs' folders."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def load(path, **options):
 
 
 def thetas(folder):
-    """Every snapshot of every expert of a folder's files, in their order: a list of [E+1, P]."""
+    """The trajectories of all experts in a folder, in file order: a list of [E+1, P]."""
     return [torch.stack([flatten(snapshot) for snapshot in expert])
             for path in sorted(folder.glob("replay_buffer_*.pt")) for expert in load(path)]
 
@@ -53,7 +53,7 @@ def names(folder):
 
 
 def load_any(path):
-    """A .pt file's tensor, or a safetensors file's images."""
+    """The tensor in a .pt file, or the images in a safetensors file."""
     return DistilledSet.load(path).images if path.suffix == ".safetensors" else load(path)
 
 
@@ -85,7 +85,7 @@ def test_expert_files_have_the_published_names_and_form(experts):
 
 
 def test_experts_differ_move_and_learn(experts):
-    """Snapshots are copies of the weights as they were (published on CPU: all the same), and training trained."""
+    """Each snapshot is a copy (on a CPU the published code saves the same tensors each time), and accuracy rises."""
     trajectories = thetas(experts / "MiniFashion" / "ConvNetD1W4")
     starts = torch.stack([trajectory[0] for trajectory in trajectories])
     assert len(starts.unique(dim=0)) == 3
@@ -100,7 +100,7 @@ def test_experts_differ_move_and_learn(experts):
 
 
 def test_buffer_from_inside_its_folder_with_relative_paths(run, toy, toy_experts, tmp_path):
-    """The same seed trains the same experts to the bit, in another process standing elsewhere."""
+    """The same seed trains bit-identical experts in another process and another working directory."""
     inside = REPOSITORY / "buffer"
     arguments = [argument for argument in toy.train if not argument.startswith("--data_path")]
     done = run("buffer_FTD.py", *arguments, "--data_path", os.path.relpath(toy.data, inside),
@@ -121,7 +121,7 @@ def test_another_seed_trains_other_experts(call, toy, toy_experts, tmp_path):
 
 
 def test_the_seed_decides_the_order_and_the_augmentation_too(toy, toy_data, tmp_path):
-    """From the same initialisation another seed trains another expert."""
+    """From the same initialisation, another seed trains a different expert."""
     ends = []
     with mock.patch("buffer.experts.seeded", lambda *address: seeded("the same for all")):
         for number, seed in enumerate((0, 0, 1)):
@@ -142,7 +142,7 @@ def test_a_second_buffer_run_goes_on_with_the_next_file_and_other_experts(call, 
     assert names(folder) == ["replay_buffer_0.jsonl", "replay_buffer_0.pt", "replay_buffer_0.yaml",
                              "replay_buffer_1.jsonl", "replay_buffer_1.pt", "replay_buffer_1.yaml"]
     assert before.items() <= contents(folder).items()
-    # Two runs of two and one make what one run of three makes.
+    # A run of two experts and a run of one give the same experts as one run of three.
     assert equal_experts(thetas(folder), thetas(toy_experts / "ImageFolder" / "ConvNetD1W4"))
 
 
@@ -173,7 +173,7 @@ def test_buffer_folders_are_the_published(config_type, options, folder):
     assert str(buffer_folder(config)) == f"/some/where/{folder}"
 
 
-# --- distillation of MiniFashion, by the published kind of config --------------------------------------------
+# --- distillation of MiniFashion, with a config of the published form ----------------------------------------
 
 TINY = ["--model=ConvNetD1W4", "--Iteration=4", "--eval_it=2", "--syn_steps=3", "--expert_epochs=1",
         "--max_start_epoch=2", "--epoch_eval_train=1", "--num_eval=2", "--skip_first_eva=False", "--device=cpu"]
@@ -181,7 +181,7 @@ TINY = ["--model=ConvNetD1W4", "--Iteration=4", "--eval_it=2", "--syn_steps=3", 
 
 @pytest.fixture(scope="module")
 def distilled(run, experts, tmp_path_factory):
-    """The folder of a finished run, its arguments and what it printed."""
+    """The folder of a finished run, its arguments, and the finished process."""
     logs = tmp_path_factory.mktemp("logs")
     arguments = ["--cfg", "configs/MiniFashion/ConvIN/IPC1.yaml", *TINY, f"--buffer_path={experts}",
                  f"--log_path={logs}", "--run_name=first"]
@@ -210,7 +210,7 @@ def test_a_run_leaves_the_published_files(distilled):
 
 
 def test_images_zca_are_the_images_in_pixel_space(distilled):
-    """Un-whitened, they are pixels; the whitened ones are not."""
+    """`images_zca` are the set's images un-whitened; whitening them gives the images again."""
     normal = distilled[0] / "Normal"
     data = load_dataset("MiniFashion", "", zca=True)
     images, pixels = load(normal / "images_best.pt"), load(normal / "images_zca_best.pt")
@@ -239,7 +239,7 @@ def test_the_metrics_tell_every_iteration(distilled):
     assert all(set(line) == keys for line in steps)
     assert all(0 <= line["start_epoch"] < line["bound"] == 2 and line["expert"] in (0, 1, 2) for line in steps)
     assert steps[-1]["lr"] == float(load(folder / "Normal" / "lr_4.pt"))
-    assert sorted(line["expert"] for line in steps[:3]) == [0, 1, 2]  # a round walks through all experts
+    assert sorted(line["expert"] for line in steps[:3]) == [0, 1, 2]  # one round visits every expert
 
 
 def test_the_result_says_what_was_measured_on_what(distilled):
@@ -251,7 +251,7 @@ def test_the_result_says_what_was_measured_on_what(distilled):
     assert result["chosen_on"] == "test" and "best on the test images" in result["summary"]
     assert result["fixed_loss"]["after"] != result["fixed_loss"]["before"]
     assert result["environment"]["torch"] == torch.__version__
-    commit = result["environment"].get("commit", "")  # which is known in a clone
+    commit = result["environment"].get("commit", "")  # known in a git clone only
     assert bool(commit) == (REPOSITORY / ".git").exists() and re.fullmatch(r"([0-9a-f]{12}\+?)?", commit)
 
 
@@ -278,7 +278,7 @@ def test_a_finished_run_is_not_run_again(call, distilled):
     assert contents(folder) == before
 
 
-# Runs command lines, one a line of stdin, in one process; prints the last line of each, and what it imported by then.
+# Runs each line of stdin as a command, all in one process; prints its output and the heavy modules imported so far.
 WITHOUT_TORCH = """
 import contextlib, io, json, runpy, shlex, sys
 heavy = "torch", "torchvision", "kornia", "wandb", "matplotlib", "scipy", "sympy", "jinja2", "PIL"
@@ -291,11 +291,11 @@ for line in sys.stdin.read().splitlines():
 
 
 def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, distilled, experts, tmp_path):
-    """Importing it takes seconds, in which nobody learns that an option was misspelt."""
+    """Importing torch takes seconds; a misspelt option should be reported at once."""
     folder, arguments, _ = distilled
     unnamed = [*arguments[:-2], f"--log_path={tmp_path}"]
     call("distill/DATM.py", *unnamed)
-    with mock.patch("distill.finished.checksums") as reading:  # minutes of many experts, for no answer
+    with mock.patch("distill.finished.checksums") as reading:  # takes minutes with many experts, and is not needed here
         assert not answer_finished(parse(DistillConfig, "", [*unnamed, "--Iteration=99"], yaml_file=True))
     assert not reading.called
     none = f"--buffer_path={tmp_path / 'none'}"
@@ -303,7 +303,7 @@ def test_help_refusals_and_what_is_finished_need_no_torch(call, environment, dis
     stopped.mkdir(parents=True)
     shutil.copy(folder / "config.yaml", stopped)
     save_config(run_file(begun), {"seed": 5})
-    commands = {  # → what it says
+    commands = {  # command → phrase in its output
         **{f"{script} --help": "--help" for script in [*ENTRIES, *(
             path for path in sorted((REPOSITORY / "scripts").rglob("*.py")) if "entry(main)" in path.read_text())]},
         f"buffer/buffer_FTD.py --rho_max=1 {none}": "give both the same value",
@@ -366,7 +366,7 @@ def check_result(path, networks, count, images):
         assert len(score["accuracies"]) == count and all(0 <= value <= 1 for value in score["accuracies"])
         assert score["mean"] == pytest.approx(np.mean(score["accuracies"]))
         assert score["std"] == pytest.approx(np.std(score["accuracies"]))
-        counts = np.array(score["confusion"])  # of all networks together, each class of the test images in its row
+        counts = np.array(score["confusion"])  # summed over the networks; one row per class of the test images
         assert np.trace(counts) / counts.sum() == pytest.approx(score["mean"])
         assert len(counts) == len(counts[0]) and len(set(counts.sum(axis=1))) == 1 and counts[0].sum() % count == 0
     return result
@@ -393,8 +393,8 @@ def test_evaluation_from_inside_its_folder_is_the_same(run, call, toy, toy_run, 
 
 
 def test_a_set_says_itself_how_it_is_read(call, toy, toy_run, tmp_path):
-    """By a run's folder, its set's file, its tensors beside its config.yaml, or unfinished: the same as with all flags,
-    and on the test images; what is given counts."""
+    """A run's folder, its set's file, its tensors beside a config.yaml and an unfinished run are all evaluated, on the
+    test images, as with all options given; given options override what the set says."""
     def scores(*options):
         done = call("distill/evaluation.py", "--epoch_eval_train=2", "--num_eval=1", "--device=cpu", *options,
                     f"--json={tmp_path / 'result.json'}")
@@ -473,7 +473,7 @@ def test_baseline_by_experts_from_inside_its_folder(run, toy, toy_experts, tmp_p
 
 @pytest.fixture
 def real_sets(call, toy, toy_experts):
-    """Options of baseline.py → the sets that it would test, of two networks and four images per class."""
+    """Options of baseline.py → the sets it would test, one for each of two networks, of four images per class."""
     def real_sets(*options):
         with mock.patch("distill.evaluate.real_images.evaluate_and_say") as report:
             call("distill/baseline.py", *toy.evaluate, "--num_eval=2", "--ipc=4", f"--buffer_path={toy_experts}",
@@ -484,19 +484,19 @@ def real_sets(call, toy, toy_experts):
 
 
 def test_baseline_labels(real_sets, toy_data, toy_experts):
-    """Hard or by experts, they are the labels of the same random images."""
+    """--label_source changes the labels, not which random images are drawn."""
     classes, drawn = torch.arange(3).repeat_interleave(4), []
     for hard, soft in zip(real_sets(), real_sets("--label_source=experts"), strict=True):
         assert torch.equal(hard.images, soft.images) and torch.equal(hard.labels, classes)
         drawn.append(rows_of(hard.images, toy_data.train_images).tolist())
         assert torch.equal(toy_data.train_labels[drawn[-1]], classes) and len(set(drawn[-1])) == 12
         torch.testing.assert_close(soft.labels, mean_of_right(toy_experts, soft.images, classes)[0])
-    assert len(drawn) == 2 and drawn[0] != drawn[1]  # images of its own for each network
+    assert len(drawn) == 2 and drawn[0] != drawn[1]  # each network has its own images
 
 
 @pytest.mark.parametrize("pick", ["correct", "herding", "k_center"])
 def test_baseline_of_images_that_experts_choose(real_sets, toy_data, toy_experts, pick):
-    """They carry the experts' labels; a coreset is one of some expert's features, for each network another's."""
+    """They carry the experts' labels; each network has its own coreset, in the features of one of the experts."""
     classes, (model, ends) = torch.arange(3).repeat_interleave(4), toy_model(toy_experts)
     sets = real_sets(f"--pick={pick}")
     found = [rows_of(each.images, toy_data.train_images) for each in sets]
@@ -528,7 +528,7 @@ def test_baseline_of_the_whole_training_set_learns(call, toy, tmp_path):
 
 @pytest.fixture(scope="module")
 def distil(call, toy, toy_experts, tmp_path_factory):
-    """Options → the folder of a run with them, without its pictures, which the runs above draw."""
+    """Options → the folder of a run with them. Pictures are not drawn, to save time; the runs above draw them."""
     def distil(*options, script="distill/DATM.py"):
         logs = tmp_path_factory.mktemp("toy_logs")
         with mock.patch.multiple("distill.report.show", save_images=mock.Mock(), save_curves=mock.Mock()):
@@ -540,7 +540,7 @@ def distil(call, toy, toy_experts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def toy_run(distil):
-    """The files of a run of the toy's options as they are."""
+    """The `Normal` folder of a run with the toy's options unchanged."""
     return distil() / "Normal"
 
 
@@ -583,7 +583,7 @@ def test_datm_tesla_is_matching_tesla(distil):
 
 
 def rows_of(images, among):
-    """For each image the index of the equal one, −1 where there is none."""
+    """For each image, the index of the identical image in `among`; −1: there is none."""
     equal = (images[:, None] == among[None]).flatten(2).all(dim=2)
     return torch.where(equal.any(dim=1), equal.int().argmax(dim=1), -1)
 
@@ -594,7 +594,7 @@ def toy_model(toy_experts):
 
 
 def mean_of_right(toy_experts, images, classes):
-    """The mean logits of the experts that are right (where none is, of all), and which images some are right about."""
+    """The mean logits of the experts that are right (of all, where none is), and whether any is right, by image."""
     model, ends = toy_model(toy_experts)
     logits = torch.stack([model(theta, images) for theta in ends])
     right = (logits.argmax(dim=2) == classes)[..., None].float()
@@ -615,7 +615,7 @@ def test_images_that_experts_predict_correctly_start_with_those_experts_mean(dis
     images, labels, _ = final(distil("--Iteration=0") / "Normal", 0)
     rows, classes = rows_of(images, toy_data.train_images), torch.tensor([0, 0, 1, 1, 2, 2])
     assert (rows >= 0).all() and torch.equal(toy_data.train_labels[rows], classes)
-    assert mean_of_right(toy_experts, images, classes)[1].all()  # each image is one that an expert gets right
+    assert mean_of_right(toy_experts, images, classes)[1].all()  # some expert is right about every image
     torch.testing.assert_close(labels, mean_of_right(toy_experts, images, classes)[0])
 
 
@@ -684,7 +684,7 @@ def test_the_seed_decides_what_an_iteration_draws(distil):
 
 @pytest.mark.parametrize("size, sizes", [(4, [2, 4, 4, 2, 4, 4, 2]), (None, [10] * 7), (99, [10] * 7), (5, [5] * 7)])
 def test_batches_are_popped_from_permutations(size, sizes):
-    """Chunks of a permutation are used from its end, so that a short one comes first (SPEC, section 2.3)."""
+    """Chunks of a permutation are used from its end, so a short one comes first (SPEC, section 2.3)."""
     config = make(DistillConfig, syn_steps=7, batch_syn=size)
     segment = draw_segment(config, [None] * 3, (8, 8), 10, torch.device("cpu"), None, 5, generator(0))
     assert [len(batch) for batch in segment.batches] == sizes
@@ -700,7 +700,7 @@ def test_fewer_experts_can_be_used(distil, option, count):
 
 
 def test_no_aug_is_the_inner_loop_without_dsa(distil, toy_run):
-    """The evaluation keeps its augmentation, so the sets agree and the scores need not."""
+    """Compares the sets only: with --no_aug the evaluation still augments, so scores may differ."""
     without = final(distil("--no_aug", "--eval_it=4", "--skip_first_eva") / "Normal")
     assert same(without, final(distil("--dsa=False", "--eval_it=4", "--skip_first_eva") / "Normal")) == [True] * 3
     assert same(without, final(toy_run)) == [False] * 3
@@ -737,7 +737,7 @@ def test_the_window_grows(distil):
 
 
 def test_the_window_does_not_shrink_below_its_maximum(distil):
-    """current_max_start_epoch is 20 unless given, and most windows end before."""
+    """current_max_start_epoch defaults to 20, which is beyond the end of most windows."""
     folder = distil("--Sequential_Generation", "--expansion_end_epoch=1")
     assert [line["bound"] for line in lines(folder / "metrics.jsonl") if "bound" in line] == [2, 2, 2, 2]
 
@@ -751,7 +751,7 @@ def test_the_best_set_can_be_chosen_on_held_out_images(call, distil, toy, tmp_pa
     eighteenths = [18 * line["scores"][0]["mean"] for line in lines(folder / "metrics.jsonl") if "scores" in line]
     assert len(eighteenths) == 3 and eighteenths == pytest.approx(np.round(eighteenths))
 
-    # Their coreset is of the images that they saw, and tested on the test images all the same.
+    # A coreset of these experts holds only images they were trained on; it is still tested on the test images.
     held, whole = (load_dataset("ImageFolder", toy.data, res=8, zca=True, val_fraction=each) for each in (0.25, 0.0))
     with mock.patch("distill.evaluate.real_images.evaluate_and_say") as report:
         call("distill/baseline.py", *toy.evaluate, "--ipc=4", "--pick=herding", f"--buffer_path={tmp_path}")
@@ -785,7 +785,7 @@ def test_help_shows_every_option(call, script, config_type):
     shown = set(re.findall(r"^  --(\w+)", done.stdout, flags=re.MULTILINE))
     assert shown - {"cfg"} == set(as_dict(make(config_type))) and done.stderr == ""
     assert ("cfg" in shown) == ("DATM" in script)
-    assert f"python {script}" in re.sub(r"\s+", " ", done.stdout)  # the example of its docstring
+    assert f"python {script}" in re.sub(r"\s+", " ", done.stdout)  # the example in its docstring
 
 
 # --- speed and memory ----------------------------------------------------------------------------------------
@@ -793,7 +793,7 @@ def test_help_shows_every_option(call, script, config_type):
 
 @pytest.mark.parametrize("options", [["--backend=plain"], ["--backend=eager", "--micro_batch=2"]])
 def test_backends_and_micro_batches_distil_the_same(distil, toy_run, options):
-    """But for rounding."""
+    """Equal up to rounding."""
     for here, there in zip(final(distil(*options) / "Normal"), final(toy_run)):
         torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-4)
 
@@ -814,11 +814,11 @@ def test_micro_batches_train_the_same_experts(call, toy, toy_experts, tmp_path):
 
 @pytest.mark.parametrize("option, gradient, seconds", [
     ("--matching=unroll", "unroll gradient, T 3", 6),
-    ("--adjoint_steps=1", "exact gradient, T 3 truncated to the last 1", 4)])  # two of three steps at half the time
+    ("--adjoint_steps=1", "exact gradient, T 3 truncated to the last 1", 4)])  # the other two steps take half the time
 def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_experts, tmp_path, monkeypatch, option,
                                                              gradient, seconds):
     arguments = [*toy.distil, f"--log_path={tmp_path / 'out'}", option, "--dry_run"]
-    # One step matched, three matched, and where that is asked for three trained alone; then what evaluations take.
+    # Seconds: matching one step, matching three, (with --adjoint_steps) training three; then of evaluations.
     times = iter([2, 6, *[3] * (seconds == 4), 0, 0])
     monkeypatch.setattr("distill.estimate._measured", lambda measured, device: (measured(), (next(times), 0))[1])
     done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
@@ -827,7 +827,7 @@ def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_expe
     assert "GB of data" in done.stdout
     assert "(Ctrl-C, if the estimate is enough)" in done.stdout and "--lr_teacher=" in done.stdout
     assert "mean matching loss of the first set" in done.stdout and "measuring updates 8/8" in done.stderr
-    # What a run refuses, it refuses too.
+    # It refuses what a run would refuse.
     assert not list(tmp_path.iterdir())
     (tmp_path / "out/ImageFolder/2/ConvNetD1W4/mine/Normal").mkdir(parents=True)
     (tmp_path / "file").touch()
@@ -844,11 +844,11 @@ def test_the_rate_is_measured_where_it_is_auto(call, toy, toy_experts, tmp_path)
     done = call("distill/DATM.py", *arguments)
     rate, gains = re.search(r"--lr_teacher auto is (\S+), .* over the window\): (.*)", done.stderr).groups()
     gains = {at: float(gain) for gain, at in re.findall(r"(\S+) at ([\d.]*\d)", gains)}
-    # The largest rate that gains nearly as much as the best one does.
+    # The chosen rate is the largest whose gain is close to the best.
     assert gains[rate] >= 0.78 * max(gains.values()) > 0 and len(gains) >= 3
     assert all(gains[other] < 0.82 * max(gains.values()) for other in gains if float(other) > float(rate))
     run = next(tmp_path.rglob("result.json")).parent
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
     assert first["lr"] == pytest.approx(float(rate), rel=0.1)
-    # A finished run is the same whether it is measured again or not.
+    # A finished run is recognised without measuring the rate again.
     assert "is finished" in call("distill/DATM.py", *arguments).stdout

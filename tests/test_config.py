@@ -1,4 +1,4 @@
-"""Values of any spelling become one typed config; every option exists with its published default."""
+"""Option values in any spelling give the same typed config; every option has its published default."""
 
 import dataclasses
 import math
@@ -32,14 +32,14 @@ from utils.program.run_folder import run_id
 CONFIGS = [BufferConfig, DistillConfig, TeslaConfig, EvaluationConfig, BaselineConfig]
 PUBLISHED_YAMLS = sorted((REPOSITORY / "configs").glob("*/*/IPC*.yaml"))
 
-# SPEC, section 1. Not published: res, which ImageNet needs; the device.
+# SPEC, section 1. Not published: res, which ImageNet needs, and the device, which is left out here.
 BUFFER = dict(
     dataset="CIFAR10", subset="imagenette", model="ConvNet", num_experts=100, lr_teacher=0.01, batch_train=256,
     batch_real=256, dsa=True, dsa_strategy="color_crop_cutout_flip_scale_rotate", data_path="data",
     buffer_path="buffers", train_epochs=50, zca=False, decay=False, mom=0.0, l2=0.0, save_interval=10, rho_max=2.0,
     rho_min=2.0, alpha=0.4, adaptive=True, res=None)
 
-# SPEC, section 2. Ours: res None, the dataset's own size; the published 32 fits CIFAR only.
+# SPEC, section 2, except res: None here, the dataset's own size; the published 32 fits CIFAR only.
 DISTILL = dict(
     dataset="CIFAR10", subset="imagenette", model="ConvNet", ipc=1, eval_mode="S", num_eval=5, eval_it=100,
     epoch_eval_train=1000, Iteration=5000, lr_img=1000.0, lr_teacher=0.01, lr_lr=1e-5, lr_y=2.0, Momentum_y=0.9,
@@ -70,7 +70,7 @@ def names(config_type):
 
 @pytest.fixture
 def written(tmp_path):
-    """Text → the path of a YAML that holds it."""
+    """Text → the path of a YAML file with that text."""
     def write(text):
         path = tmp_path / "given.yaml"
         path.write_text(text)
@@ -183,7 +183,7 @@ def test_a_wrong_value_in_yaml_is_the_users_mistake(text, written):
 
 
 def test_an_empty_cfg_is_not_left_out():
-    """`--cfg "$CFG"` with the variable unset must not distil CIFAR10 for a day."""
+    """`--cfg "$CFG"` with the variable unset must not start a day-long distillation of CIFAR10."""
     with pytest.raises(UserError, match="cfg"):
         distill_config("")
 
@@ -209,7 +209,7 @@ def test_a_saved_config_is_the_config_again(config_type, tmp_path):
     path.write_text(yaml.safe_dump(as_dict(config)))
     again = parse(config_type, "", ["--cfg", str(path)], yaml_file=True)
     for name in names(config_type):
-        if getattr(config, name) != getattr(again, name):  # only the defaults of paths become absolute
+        if getattr(config, name) != getattr(again, name):  # only default paths differ: they become absolute
             assert Path(getattr(again, name)).is_absolute() and name.endswith("_path")
     assert again.data_path == "/x" and again.lr_teacher == 1e-7 and again.device == [1, 2]
 
@@ -221,7 +221,7 @@ def test_every_shipped_yaml_is_read_whole(path):
         if name.endswith("_path"):
             assert getattr(config, name).startswith(f"{REPOSITORY}{os.sep}")
         else:
-            assert str(getattr(config, name)) in (str(value), str(float(value)) if _is_number(value) else "")
+            assert str(getattr(config, name)) in {str(value), *([str(float(value))] if _is_number(value) else [])}
 
 
 def _is_number(value):

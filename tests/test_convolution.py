@@ -1,4 +1,4 @@
-"""Every form of the 3×3 convolution against the library's, with its derivatives."""
+"""Every form of the 3×3 convolution, and its derivatives, against torch's."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ BATCH = 3
 
 
 def by_the_library(x, w, delta, padding):
-    """z = conv(x, w) and ⟨z, δ⟩'s gradients in x and w."""
+    """z = conv(x, w) and the gradients of ⟨z, δ⟩ in x and w, by torch."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     z = F.conv2d(x, w, padding=padding)
     return z.detach(), *torch.autograd.grad(z, (x, w), delta)
 
 
 def by_the_form(form, x, w, delta):
-    """The same through the form's lifted space; maps go in and come out channels first."""
+    """The same through the form's lifted space; inputs and results have channels first."""
     u, v, d = (form.lift_kernel(w), form.lift_input(x.permute(0, 2, 3, 1)),
                form.lift_output(delta.permute(0, 2, 3, 1)))
     maps = form.lower_output(form.forward(v, u)), form.lower_input(form.backward(d, u))
@@ -25,7 +25,7 @@ def by_the_form(form, x, w, delta):
 
 
 def operands(channels, width, padding, size, dtype=torch.float64):
-    """x, w and δ, which is shaped as the convolution's output."""
+    """x, w and δ; δ has the shape of the convolution's output."""
     random = torch.Generator().manual_seed(0)
     size_out = [side + 2 * padding - 2 for side in size]
     shapes = (BATCH, channels, *size), (width, channels, 3, 3), (BATCH, width, *size_out)
@@ -33,7 +33,7 @@ def operands(channels, width, padding, size, dtype=torch.float64):
 
 
 def errors(found, expected):
-    """Of the output, ∂x and ∂w, relative to their norms."""
+    """Relative errors, in norm, of the output, ∂x and ∂w."""
     assert [each.shape for each in found] == [each.shape for each in expected]
     return [float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)]
 
@@ -59,7 +59,7 @@ def test_equals_the_library(name, padding, size, channels, width):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_products_may_be_summed_before_they_are_lowered(name):
-    """What the adjoint does: z˙ = lower(V˙·U + V·U˙)."""
+    """As in the adjoint: z˙ = lower(V˙·U + V·U˙)."""
     (x, w, _), (x_, w_, _) = operands(4, 6, 1, (8, 4)), [each.flip(0) for each in operands(4, 6, 1, (8, 4))]
     form = FORMS[name](4, 6, 1, (8, 4))
     v, v_ = (form.lift_input(each.permute(0, 2, 3, 1)) for each in (x, x_))
@@ -70,14 +70,14 @@ def test_products_may_be_summed_before_they_are_lowered(name):
 
 
 def test_winograd_is_accurate_in_float32():
-    """At the standard width, by points that are better than the textbook's 0, ±1, ±2, which exceed this bound."""
+    """At the standard width. The textbook's interpolation points 0, ±1, ±2 would exceed this bound."""
     exact = operands(128, 128, 1, (16, 16))
     found = by_the_form(Winograd(128, 128, (16, 16)), *(each.float() for each in exact))
     assert max(errors(found, by_the_library(*exact, 1))) < 2e-6
 
 
 def test_direct_in_half_precision():
-    """Rounds to eight bits, and gives back the type it was given."""
+    """Rounds to bfloat16's eight bits, and returns the input's type."""
     given = operands(8, 8, 1, (8, 8), torch.float32)
     found = by_the_form(Direct(8, 8, 1, torch.bfloat16), *given)
     assert {each.dtype for each in found} == {torch.float32}

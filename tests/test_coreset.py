@@ -1,4 +1,4 @@
-"""Coresets: herding and k-center against their definitions, and the features that they are chosen in."""
+"""Coresets: herding and k-center against their definitions, and the features they are computed from."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from utils.parameters import FlatModel
 
 
 def by_definition(features, count, cost):
-    """Greedily the index that costs least beside those chosen, the first of equal ones."""
+    """Greedy selection: each time the index that adds the least cost to those chosen; ties go to the first."""
     chosen = []
     for _ in range(count):
         left = [index for index in range(len(features)) if index not in chosen]
@@ -23,7 +23,7 @@ def of_mean(features, chosen, index):
 
 
 def of_nearest(features, chosen, index):
-    """Far is cheap; the first is the one nearest to the mean."""
+    """k-center's cost: minus the distance to the nearest chosen point; the first point is the nearest to the mean."""
     return -(features[index] - features[chosen]).norm(dim=1).min() if chosen else of_mean(features, [], index)
 
 
@@ -32,7 +32,7 @@ def test_a_coreset_is_what_its_definition_says(choose, cost):
     for seed in range(5):
         features = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 5
         assert choose(features, 12).tolist() == by_definition(features, 12, cost)
-    same = torch.cat([torch.ones(4, 2), torch.zeros(2, 2)])  # no image twice, however many are equal
+    same = torch.cat([torch.ones(4, 2), torch.zeros(2, 2)])  # no index twice, even among equal images
     assert sorted(choose(same, 6).tolist()) == list(range(6)) and set(choose(same, 2).tolist()) == {0, 4}
 
 
@@ -44,7 +44,7 @@ def test_features_are_what_the_last_layer_reads(name, last):
         torch.manual_seed(0)
         network, x = build_network(name, 1, 10, (28, 28)), torch.randn(3, 1, 28, 28)
     model = FlatModel(network)
-    theta = model.flatten() * 1.5  # not the network's own
+    theta = model.flatten() * 1.5  # other parameters than the network's
     features, weights = expert_features(model, theta, x), dict(zip(model.names, model.unflatten(theta)))
     logits = features @ weights[f"{last}.weight"].T + weights[f"{last}.bias"]
     torch.testing.assert_close(logits, expert_logits(model, theta, x), rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""On a GPU, or without one on the stand-in of `fakecuda/`: engines, captures, memory, devices."""
+"""Engines, captures, memory and devices, on a GPU or on the stand-in of `fakecuda/`."""
 
 import gc
 import subprocess
@@ -33,7 +33,7 @@ on_a_gpu = pytest.mark.cuda
 
 @pytest.mark.skipif(torch.cuda.is_available() or fakecuda.why_not() is not None, reason="a GPU, or no stand-in for one")
 def test_a_part_of_these_on_the_stand_in():
-    """So that whoever runs all tests runs some of these; all of them take minutes."""
+    """Makes an ordinary test run include a few of these; all of them take minutes."""
     part = "ConvNetD2W4-None-graph or refused or counted"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", __file__, "-k",
                            part], cwd=REPOSITORY, text=True, capture_output=True, timeout=600)
@@ -42,14 +42,14 @@ def test_a_part_of_these_on_the_stand_in():
 
 @pytest.fixture
 def compiled_as_it_is(monkeypatch):
-    """Compiled code, but not compiled: the stand-in cannot compute it."""
+    """Runs the code that would be compiled without compiling it: the stand-in cannot run compiled code."""
     monkeypatch.setattr(engines, "_compiled", lambda network_pass: (network_pass.gradient, network_pass.adjoint))
     monkeypatch.setattr(choose_engine, "_why_not_compiled", lambda device: None)
 
 
 @pytest.fixture
 def precision():
-    """`set_precision` for one test."""
+    """`set_precision`, undone after the test."""
     leaves = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [leaf.fp32_precision for leaf in leaves]
     yield lambda name: set_precision(name, torch.device("cuda:0"))
@@ -75,7 +75,7 @@ def test_captured_equals_plain(compiled_as_it_is, name, hard, micro_batch, backe
 
 
 def on_the_gpu(given, backend, precision="auto", dtype=torch.float64):
-    """The arguments of `match_trajectory`, there."""
+    """The arguments of `match_trajectory`, moved to the GPU."""
     there = {name: value.to("cuda", dtype) for name, value in given.items() if isinstance(value, torch.Tensor)}
     draws, batches = augment.to_device(given["augment"], given["batches"], "cuda")
     return there | {"model": FlatModel(given["model"].network.to("cuda", dtype), backend, precision),
@@ -86,7 +86,7 @@ def on_the_gpu(given, backend, precision="auto", dtype=torch.float64):
 @pytest.mark.parametrize("name", ["ConvNetD2W4", "ConvNetD2W4GNASMP", "MLP"])
 @pytest.mark.parametrize("backend", ["graph", "compile", "eager", "plain"])
 def test_a_match_equals_one_on_the_cpu(compiled_as_it_is, name, backend):
-    """Uneven chunks, augmented; after the whole gradient a truncated one, by the same graphs."""
+    """Batches of uneven sizes, augmented; the exact gradient, then a truncated one by the same graphs."""
     given = problem(0, name=name)
     expected = match_trajectory(**given, method="unroll"), through_the_last(given, 2)
     there = on_the_gpu(given, backend)
@@ -97,7 +97,7 @@ def test_a_match_equals_one_on_the_cpu(compiled_as_it_is, name, backend):
 
 @on_a_gpu
 def test_matches_in_turn_keep_their_results_and_their_augmentation():
-    """Draws of one shape, for the same graphs' memory; all results are compared after the last."""
+    """Draws of one shape share the graphs' memory; results are compared after the last match."""
     found, expected, model = [], [], None
     for seed, group in enumerate(("crop", "cutout", "crop")):
         given = problem(seed, sizes=(3, 3), strategy=group)
@@ -114,7 +114,7 @@ def test_matches_in_turn_keep_their_results_and_their_augmentation():
 @pytest.mark.parametrize("arithmetic, tolerance", [("fp32", 1e-3), ("tf32", 0.1), ("auto", 0.1), ("bf16", 0.3)])
 @pytest.mark.parametrize("backend", ["graph", "compile", "plain"])
 def test_a_match_in_the_arithmetic_of_runs(compiled_as_it_is, precision, backend, arithmetic, tolerance):
-    """In float32, for which the library's convolutions have their channels last, as they have not in float64."""
+    """In float32, where the library's convolutions are channels-last; in float64 they are not."""
     precision(arithmetic)
     given = problem(0, channels=3, size=(16, 16), name="ConvNetD2W32")
     expected = match_trajectory(**given, method="unroll")
@@ -124,7 +124,7 @@ def test_a_match_in_the_arithmetic_of_runs(compiled_as_it_is, precision, backend
 
 @on_a_gpu
 def test_batch_norm_statistics_are_those_of_the_calls_that_were_made():
-    """Whatever else a capture runs, and also where GSAM's second pass is to leave them alone."""
+    """Neither the extra passes of a capture nor GSAM's second pass may change them."""
     plain, captured = (network_of("ConvNetD1W4BN").cuda() for _ in range(2))
     for network, backend in ((plain, "plain"), (captured, "auto")):
         model = FlatModel(network, backend)
@@ -142,14 +142,14 @@ def test_a_capture_that_is_refused_is_noted_once_and_the_run_goes_on(monkeypatch
 
     def reads(theta, x, y):
         found = gradient(theta, x, y)
-        float(found[0])  # which waits for the device
+        float(found[0])  # waits for the device, which a capture does not allow
         return found
     monkeypatch.setattr(model.engine.engine, "gradient", reads)
     assert_replays(model, plain)
     said = capsys.readouterr().err
     assert said.count("note: not replayed from CUDA graphs") == said.count("\n") == 1 and "captur" in said
     assert model.engine.name == "autograd"
-    # Nothing of it is left: neither the capture's stream, nor a capture that others would meet.
+    # The failed capture leaves nothing behind: the stream is the default one, and other models can capture.
     assert torch.cuda.current_stream() == torch.cuda.default_stream() and gc.isenabled()
     other = FlatModel(network, "graph")
     assert_replays(other, plain)
@@ -158,7 +158,7 @@ def test_a_capture_that_is_refused_is_noted_once_and_the_run_goes_on(monkeypatch
 
 @on_a_gpu
 def test_what_dies_in_a_capture_is_not_collected_there(monkeypatch):
-    """A graph that only the collector can free, as a run's that ended in the same process."""
+    """The garbage is a graph in a reference cycle, as is left by an earlier run in the same process."""
     network = network_of("ConvNetD2W4").cuda()
     model = FlatModel(network, "graph")
     given = inputs_of(model)
@@ -190,8 +190,8 @@ def test_all_captures_of_a_gpu_share_a_stream_and_free_memory_is_not_that_of_gra
         model.gradient(theta, x, y)
     assert engines._capture_stream.cache_info().misses == 1
     torch.cuda.empty_cache()
-    # Of what is held and not allocated, that of pools is not free; the rest is, of which torch 2.11 keeps much once a
-    # capture was refused, whatever the cache is told.
+    # Memory that is reserved but not allocated is free, except in the graphs' pools. After a refused capture, torch
+    # 2.11 keeps much of it reserved despite `empty_cache`.
     held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     assert held - (available(device) - torch.cuda.mem_get_info(device)[0]) > 2**24
 
@@ -199,11 +199,11 @@ def test_all_captures_of_a_gpu_share_a_stream_and_free_memory_is_not_that_of_gra
 @on_a_gpu
 def test_auto_compiles_on_a_gpu_what_repays_it(monkeypatch, capsys, compiled_as_it_is):
     network = build_network("ConvNet", 3, 10, (32, 32)).cuda()
-    long = Work(matched=100 * 50 * 10_000)  # as cifar10_ipc10
+    long = Work(matched=100 * 50 * 10_000)  # like cifar10_ipc10
     assert repays(network, Work(gradients=3e6)) and not repays(network, Work(matched=10 * 50 * 100))
     assert FlatModel(network, work=long, backend="auto").engine.name == "hand-written, compiled, captured"
     assert FlatModel(network, backend="auto").engine.name == "autograd, captured"
-    # Without Triton, or a compiler for what it builds, the run goes on, and says so once.
+    # Without Triton, or without a compiler for the code it generates, the run goes on with one note.
     monkeypatch.setattr(choose_engine, "_why_not_compiled", lambda device: f"Triton for {device} cannot build")
     choose_engine._can_compile.cache_clear()
     for _ in range(2):
@@ -225,7 +225,7 @@ def segment_of(steps, strategy, batch=10, size=(32, 32)):
 @on_a_gpu
 @pytest.mark.parametrize("strategy, most", [("none", 8), ("crop", 8), ("color", 8), ("flip", 9)])
 def test_launches_and_waits_of_an_inner_step_are_counted(stand_in, strategy, most):
-    """Two graphs and what is around them; nothing waits, and a segment goes to the GPU by one copy of pinned memory."""
+    """Two graphs a step and few other launches; no synchronisation; a segment is one copy from pinned memory."""
     model = FlatModel(build_network("ConvNetD3W4", 3, 10, (32, 32)).cuda(), "graph")
     theta = model.flatten()
     images, labels, lr = torch.zeros(20, 3, 32, 32).cuda(), torch.zeros(20, 10).cuda(), torch.tensor(0.01).cuda()
@@ -251,7 +251,7 @@ def test_launches_and_waits_of_an_inner_step_are_counted(stand_in, strategy, mos
 @on_a_gpu
 @pytest.mark.parametrize("strategy", ["none", "color", "crop", "cutout", "flip", "scale", "rotate"])
 def test_launches_and_waits_of_a_training_step_are_counted(stand_in, strategy):
-    """Of an evaluation and of an expert: a graph and what is around it; an epoch's draws go there together."""
+    """For evaluations and experts: one graph a step and few other launches; an epoch's draws are sent in one copy."""
     model = FlatModel(build_network("ConvNetD3W4", 3, 10, (32, 32)).cuda(), "graph")
     images, soft, hard = torch.zeros(40, 3, 32, 32).cuda(), torch.zeros(40, 10).cuda(), torch.zeros(40).long().cuda()
     groups = parse_strategy(strategy)
@@ -285,7 +285,7 @@ def test_launches_and_waits_of_a_training_step_are_counted(stand_in, strategy):
 @on_a_gpu
 @pytest.mark.parametrize("backend", ["graph", "compile"])
 def test_trainings_are_those_of_the_cpu(compiled_as_it_is, backend):
-    """Of an evaluation and of an expert: every step from a graph of its own augmentation and rate."""
+    """For evaluations and experts; augmentation and learning rate differ between replays of a graph."""
     groups = parse_strategy("color_crop_cutout_flip")
     network = network_of("ConvNetD2W4", (3, 8, 8), torch.float64)
     images = torch.randn(10, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -320,7 +320,7 @@ def test_what_is_sent_together_arrives_as_it_was():
 @on_a_gpu
 @pytest.mark.parametrize("backend", ["graph", "plain"])
 def test_a_full_memory_halves_wherever_it_is_met(stand_in, compiled_as_it_is, capsys, backend):
-    """In a warm-up, a capture, a copy: the numbers stay right, or not even one sample fits."""
+    """In a warm-up, a capture or a copy: the result stays correct, unless not even one sample fits."""
     given = problem(0, channels=3, size=(32, 32), sizes=(16, 16), count=20, name="ConvNetD2W16")
     expected = match_trajectory(**given, method="unroll")
     there = on_the_gpu(given, backend)
@@ -374,7 +374,7 @@ def test_a_gpu_has_an_index_whatever_names_it(monkeypatch, capsys):
     assert select_device([count - 1]) == torch.device("cuda", count - 1)
     with pytest.raises(UserError, match=f"this machine has {count} GPU"):
         select_device(f"cuda:{count}")
-    # A driver that is too old for this torch: NVML counts the GPUs all the same.
+    # With a driver too old for this torch, NVML still counts the GPUs.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [gpu_count(), *listed_gpus([0])] == [0] and select_device("auto") == torch.device("cpu")
     assert capsys.readouterr().err.count(f"note: torch cannot use the {count} GPU") == 1

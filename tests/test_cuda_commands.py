@@ -1,4 +1,4 @@
-"""The programs on a GPU, or without one on the stand-in of `fakecuda/`: as on the CPU, and to the bit after a stop."""
+"""The programs on a GPU or on the stand-in of `fakecuda/`: results as on the CPU, and bit-identical after a resume."""
 
 import gc
 import importlib
@@ -21,7 +21,7 @@ several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 
 
 def close(found, expected, tolerance=1e-3):
-    """Tensors by name, relative to the norm."""
+    """Asserts that tensors by name are equal up to a relative error in norm."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= tolerance * tensor.norm(), name
@@ -29,7 +29,7 @@ def close(found, expected, tolerance=1e-3):
 
 @pytest.fixture
 def distil(call, toy, toy_experts, tmp_path):
-    """Options → the run's folder and what it printed."""
+    """Run name, options → the run's folder and the finished process."""
     def distil(name, *options, run=call, expect=0):
         done = run("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}",
                    "--Iteration=2", f"--run_name={name}", *options, expect=expect)
@@ -103,7 +103,7 @@ def test_a_distillation_goes_on_to_the_bit(distil, attribute, number):
 
 
 def test_a_distillation_that_is_killed_goes_on(distil, environment):
-    """By its own process, which has no time to save: from the last that it saved, here the beginning."""
+    """Killed with SIGKILL it cannot save, so it resumes from its last save, here the beginning."""
     whole, _ = distil("whole", GPU)
     kill = ("import os, runpy, signal, sys; from unittest import mock; import distill.distillation as d; m = d.match_t"
             "rajectory; c = []; d.match_trajectory = lambda *a: (c.append(1), len(c) == 2 and os.kill(os.getpid(), "
@@ -134,7 +134,7 @@ def test_a_dry_run_says_what_a_gpu_holds(distil):
     ("distill/evaluation.py", ["--robust_score", "--epoch_eval_real=1"])],
     ids=["pool", "coreset", "batch norm", "robust score"])
 def test_an_evaluation_is_that_of_the_cpu_and_goes_on(call, toy, toy_experts, distil, tmp_path, script, options):
-    """At the next network."""
+    """A stopped evaluation resumes at the next network."""
     if "evaluation" in script:
         folder, _ = distil("set", "--Iteration=0")
         options = [*options, f"--data_dir={folder / 'Normal' / 'distilled.safetensors'}"]
@@ -168,7 +168,7 @@ def test_two_gpus_distil_what_one_does(distil, run, device):
 
 @pytest.fixture
 def torchrun(environment):
-    """A command as two ranks, whatever it ends with."""
+    """Runs a command as two ranks, without checking its exit code."""
     return lambda *command: subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
         cwd=REPOSITORY, text=True, capture_output=True, env=os.environ | environment)
@@ -194,7 +194,7 @@ def test_ranks_that_share_a_gpu_train_experts(torchrun, toy, tmp_path):
 
 @pytest.mark.parametrize("program", ["experts", "distillation", "evaluation"])
 def test_in_a_small_memory_a_program_ends_well_or_in_a_line(stand_in, call, toy, toy_experts, tmp_path, program):
-    """Of several sizes; what it cannot finish it says in a line, and goes on in a larger one."""
+    """For several memory sizes: it finishes, or ends with one line and resumes with more memory."""
     command = {"experts": ["buffer/buffer_FTD.py", *toy.train, "--num_experts=1", f"--buffer_path={tmp_path}"],
                "distillation": ["distill/DATM.py", *toy.distil, "--Iteration=1", "--run_name=run",
                                 f"--buffer_path={toy_experts}", f"--log_path={tmp_path}"],

@@ -1,4 +1,4 @@
-"""Every dataset is read from a small copy of its published layout; every wrong layout is one clear line."""
+"""Every dataset is read from a small copy of its published layout; every wrong layout is refused in one clear line."""
 
 import bz2
 import gzip
@@ -33,7 +33,7 @@ needs_originals = pytest.mark.skipif(not (ORIGINALS / "train-images-idx3-ubyte.g
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path_factory, monkeypatch):
-    """No network, an own cache folder, and no Fashion-MNIST but the test's own."""
+    """No network, a separate cache folder, and no Fashion-MNIST of the system's."""
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no network in tests")
 
@@ -43,7 +43,7 @@ def isolated(tmp_path_factory, monkeypatch):
 
 
 def refused(match, name, path, **kwargs):
-    """Loading is refused with one line that matches."""
+    """Asserts that loading is refused with one line that matches; returns the line."""
     with pytest.raises(UserError, match=match) as caught:
         load_dataset(name, path, **kwargs)
     assert "\n" not in str(caught.value)
@@ -59,7 +59,7 @@ def md5(path):
 
 
 def write_image(path, pixels):
-    """[H, W, 3] uint8 (or [H, W]: grey) → an image file; PNG bytes whatever the name says, so that nothing is lost."""
+    """Writes [H, W, 3] uint8 (or [H, W]: grey) as an image file; always PNG, which is lossless, whatever its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, format="PNG")
 
@@ -140,7 +140,7 @@ def idx(array):
 
 
 def write_idx_folder(folder, packed=False, train=30, test=20):
-    """Labels 0 … 9 in turn; returns the four arrays."""
+    """Writes idx files with labels 0 … 9 in turn; returns the four arrays."""
     folder.mkdir(parents=True)
     arrays = [random_bytes(train, 28, 28), np.arange(train, dtype=np.uint8) % 10,
               random_bytes(test, 28, 28, seed=1), np.arange(test, dtype=np.uint8) % 10]
@@ -234,11 +234,11 @@ def test_failed_download(tmp_path, monkeypatch, name, file, published_md5, failu
     monkeypatch.setattr(urllib.request, "urlopen", fail)
     message = refused("could not be downloaded", name, tmp_path / "data")
     assert f"{file} (md5 {published_md5})" in message and str(tmp_path / "data") in message
-    assert list((tmp_path / "data").iterdir()) == []  # nothing half-done is left behind
+    assert list((tmp_path / "data").iterdir()) == []  # no partial download is left
 
 
 def test_download_arrives_whole(tmp_path, monkeypatch):
-    """torchvision's own download code, with the network replaced by prepared answers."""
+    """torchvision's own download code, with local files in place of the network."""
     import torchvision
     from torchvision.datasets import utils as downloads
 
@@ -250,7 +250,7 @@ def test_download_arrives_whole(tmp_path, monkeypatch):
                         lambda url, path, *rest: shutil.copy(tmp_path / "server" / url.rsplit("/")[-1], path))
     assert len(load_dataset("MNIST", tmp_path / "data").train_labels) == 30
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
-    monkeypatch.setattr(downloads, "_urlretrieve", None)  # the second time nothing is fetched
+    monkeypatch.setattr(downloads, "_urlretrieve", None)  # the second load downloads nothing
     assert len(load_dataset("MNIST", tmp_path / "data").train_labels) == 30
 
 
@@ -259,11 +259,11 @@ def test_torchvision_that_cannot_be_imported(tmp_path, monkeypatch):
     refused("torchvision cannot be imported.*matches torch", "CIFAR10", tmp_path)
 
 
-# --- CIFAR and SVHN: torchvision checks every file's md5, so the tests put their files' md5 in its lists ---
+# --- CIFAR and SVHN: torchvision checks every file's md5, so the tests patch its md5 lists ---
 
 
 def write_cifar(root, monkeypatch, name):
-    """A tiny archive's folder in the published layout; returns (images, labels) of training and test."""
+    """Writes a tiny dataset in the archive's published layout; returns (images, labels) of training and test."""
     import torchvision
 
     source = getattr(torchvision.datasets, name)
@@ -308,7 +308,7 @@ def test_cifar_archive_is_extracted(tmp_path, monkeypatch):
     refused("cifar-10-python.tar.gz is damaged or incomplete", "CIFAR10", tmp_path / "data")  # another md5
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", md5(archive))
     assert len(load_dataset("CIFAR10", tmp_path / "data").train_labels) == 50
-    (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3").unlink()  # an extraction that was cut short
+    (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3").unlink()  # an interrupted extraction
     assert len(load_dataset("CIFAR10", tmp_path / "data").train_labels) == 50
 
 
@@ -352,11 +352,11 @@ def test_svhn(tmp_path, monkeypatch):
 
 # --- folders ---
 
-TINY = ("n02", "n01")  # written in this order, to be read sorted
+TINY = ("n02", "n01")  # written in this order, read sorted
 
 
 def write_tiny(root, train="{wnid}/images/{wnid}_{i}.JPEG", val="archive"):
-    """Two classes; returns {split: {wnid: [pixels]}} with pixels [64, 64, 3]."""
+    """Writes two classes; returns {split: {wnid: [pixels]}} with pixels [64, 64, 3]."""
     made = {"train": {}, "val": {}}
     annotations = []
     for seed, wnid in enumerate(TINY):
@@ -376,7 +376,7 @@ def write_tiny(root, train="{wnid}/images/{wnid}_{i}.JPEG", val="archive"):
 
 
 def stacked(split):
-    """Classes sorted → [N, 3, H, W] in [0, 1]"""
+    """All images of a split, classes sorted: [N, 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.stack([pixels for wnid in sorted(split) for pixels in split[wnid]])
                             ).permute(0, 3, 1, 2) / 255
 
@@ -427,7 +427,7 @@ def test_image_folder_resizes_like_torchvision_and_measures(tmp_path):
 
     pictures = {}
     for split in ("train", "test"):
-        for c, shape in (("cat", (40, 60, 3)), ("dog", (50, 35)), ("emu", (8, 8, 3))):  # a grey one; a small one
+        for c, shape in (("cat", (40, 60, 3)), ("dog", (50, 35)), ("emu", (8, 8, 3))):  # dog is grey, emu is small
             pictures[split, c] = random_bytes(*shape, seed=len(pictures))
             write_image(tmp_path / split / c / "1.PNG", pictures[split, c])
     (tmp_path / "train" / ".hidden").mkdir()
@@ -446,7 +446,7 @@ def test_image_folder_resizes_like_torchvision_and_measures(tmp_path):
 
 
 def own_images(root, **files):
-    """One class, in train/ and test/, of files `name=(pixels or image, suffix, options of saving)`."""
+    """Writes files `name=(pixels or image, suffix, options for saving)` as one class, into train/ and test/."""
     for split in ("train", "test"):
         (root / split / "a").mkdir(parents=True, exist_ok=True)
         for name, (image, suffix, options) in files.items():
@@ -472,13 +472,13 @@ def test_squares_are_torchvisions_to_the_bit(tmp_path):
 
 
 def test_sixteen_bits_and_floats_become_eight(tmp_path, capsys):
-    """Grey ones are one channel; beside a picture in colour three."""
+    """Grey images give one channel; with a colour image in the dataset, three."""
     values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
     eight = np.rint(values / 257)
     own_images(tmp_path, a=(values, ".png", {}), b=(values, ".tif", {}), c=(values.astype(np.int32), ".tiff", {}),
                d=(values, ".pgm", {}), e=((values / 65535).astype(np.float32), ".tif", {}),
                f=(values.astype(">u2"), ".tif", {}),
-               g=(65535 - values, ".tif", {"tiffinfo": {262: 0}}))  # where white is zero
+               g=(65535 - values, ".tif", {"tiffinfo": {262: 0}}))  # TIFF with zero as white
     expected = torch.from_numpy(eight).int().expand(7, 1, 8, 8)
     assert torch.equal(read_bytes(tmp_path, res=8), expected)
     assert "note: ImageFolder: 14 images are of 16 bits or floats, made 8 bits (" in capsys.readouterr().err
@@ -575,9 +575,10 @@ def test_large_and_long_pictures(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(image_files, "ORDINARY", 2**17)
     long = read_bytes(tmp_path)
     monkeypatch.undo()
-    assert (read_bytes(tmp_path) - long).abs().max() <= 1
+    short = read_bytes(tmp_path)
+    assert (short - long).abs().max() <= 1
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
-    assert torch.equal(read_bytes(tmp_path), read_bytes(tmp_path)) and not len(recwarn)
+    assert torch.equal(read_bytes(tmp_path), short) and not len(recwarn)
     monkeypatch.setattr(image_files, "LARGE", 40_000)
     monkeypatch.setattr(image_files, "available", lambda: 10_000)
     refused("a.png has 40000×1 pixels and needs .*GiB of memory to be read", "ImageFolder", tmp_path)
@@ -605,7 +606,7 @@ def test_wrong_image_folders(tmp_path):
 
 
 def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
-    """They go into a file, which nobody has to clear up, unless the disk has no room either."""
+    """They go into a temporary file that needs no cleaning up; refused if the disk has no room either."""
     write_tiny(tmp_path)
     expected = load_dataset("Tiny", tmp_path)
     monkeypatch.setattr(memory, "available", lambda device=None: 10_000)
@@ -619,7 +620,7 @@ def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
 
 
 def test_a_jobs_limit_counts(tmp_path):
-    """As Slurm and systemd set it, by either version of control groups, for a process or what it is in."""
+    """Memory limits as set by Slurm and systemd: cgroups of versions 1 and 2, including those of parent groups."""
     files = {"slurm/memory.max": "max", "slurm/memory.current": "9",
              "slurm/job/memory.max": "1000", "slurm/job/memory.current": "600", "slurm/job/memory.stat":
              "anon 1\ninactive_file 100", "memory/job/memory.limit_in_bytes": "2000",
@@ -633,7 +634,7 @@ def test_a_jobs_limit_counts(tmp_path):
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """Imagewoof's ten folders as it comes, and another; two images of a class and one for validation."""
+    """Imagewoof's ten folders and another class's; two training images and one validation image per class."""
     for c, wnid in enumerate(image_folders.IMAGENET_SUBSETS["imagewoof"].split()):
         for split, file, value in (("train", "a.JPEG", c), ("train", "b.JPEG", 0), ("val", "c.JPEG", 9)):
             write_image(tmp_path / split / wnid / file, np.full((20, 30, 3), value, dtype=np.uint8))
@@ -664,7 +665,7 @@ def test_wrong_imagenet(imagenet):
 
 
 def test_imagenet_subsets_are_in_the_published_order():
-    """Published are the positions of the classes among the sorted thousand."""
+    """The published code gives each class as its position among the thousand sorted WordNet ids."""
     published = {
         "imagenette": (0, 217, 482, 491, 497, 566, 569, 571, 574, 701),
         "imagewoof": (193, 182, 258, 162, 155, 167, 159, 273, 207, 229),
@@ -717,7 +718,7 @@ def test_hold_out(monkeypatch):
     assert held.fingerprint != whole.fingerprint
     rows = {image.numpy().tobytes() for image in whole.train_images}
     parts = [{image.numpy().tobytes() for image in images} for images in (held.train_images, held.test_images)]
-    assert parts[0] | parts[1] == rows and not parts[0] & parts[1]  # all of the training images, none twice
+    assert parts[0] | parts[1] == rows and not parts[0] & parts[1]  # a partition of the training images
     again = load_dataset("MiniFashion", "", val_fraction=0.1)
     assert torch.equal(again.test_images, held.test_images) and again.fingerprint == held.fingerprint
     torch.manual_seed(1)
@@ -725,7 +726,7 @@ def test_hold_out(monkeypatch):
 
 
 def test_hold_out_lives_in_the_space_of_the_whole_training_set():
-    """So that experts and sets made with a hold-out can be used with and without it."""
+    """Experts and sets made with a hold-out can thus be used with and without it."""
     held, whole = (load_dataset("MiniFashion", "", zca=True, val_fraction=fraction) for fraction in (0.5, 0))
     assert torch.equal(held.whitening.transform, whole.whitening.transform)
     assert torch.isin(held.train_images.sum((1, 2, 3)), whole.train_images.sum((1, 2, 3))).float().mean() > 0.99
@@ -743,23 +744,23 @@ def test_to_device():
     data = load_dataset("MiniFashion", "", zca=True)
     moved = data.to("meta")
     assert moved.train_images.is_meta and moved.test_labels.is_meta and moved.device.type == "meta"
-    assert moved.whitening is data.whitening  # which is large, and seldom needed
+    assert moved.whitening is data.whitening  # large and seldom needed, so not moved
     assert not data.train_images.is_meta and moved.fingerprint == data.fingerprint and moved.classes == data.classes
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("zca", [False, True])
 def test_on_the_gpu(zca, monkeypatch):
-    """Its training images are converted there a few at a time, and lie on the host until they are asked for."""
+    """Training images stay on the host and are converted on the GPU a few at a time, when they are asked for."""
     monkeypatch.setattr("utils.data.zca.CHUNK", 256)
     here = load_dataset("MiniFashion", "", zca=zca)
-    torch.eye(2, device="cuda").mm(torch.eye(2, device="cuda"))  # for which the library takes its memory, once
+    torch.eye(2, device="cuda").mm(torch.eye(2, device="cuda"))  # the library allocates its workspace once
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     there = load_dataset("MiniFashion", "", zca=zca, device="cuda")
     held, most = (each() - before for each in (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated))
     assert held < 2 * there.test_images.nbytes
-    assert zca or most < held + here.train_images.nbytes / 2  # of a product the library takes memory too
+    assert zca or most < held + here.train_images.nbytes / 2  # with zca, products take memory too
     assert there.class_indices(0).is_cuda and there.fingerprint == here.fingerprint
     moved, some = there.to("cuda"), torch.tensor([5, 3000]).cuda()
     assert there.train_images[some].is_cuda and torch.equal(there.train_images[some], moved.train_images[some])
@@ -776,7 +777,7 @@ def test_unreadable_folder_is_one_line(tmp_path):
 
 
 def test_importing_is_light(tmp_path):
-    """None of these is imported with the module: a machine without them can use MiniFashion, and fit its whitening."""
+    """MiniFashion can be loaded and whitened on a machine without these packages."""
     code = ("import sys; from utils.data.datasets import load_dataset; load_dataset('MiniFashion', '', zca=True);"
             "sys.exit(any(name in sys.modules for name in ('torchvision', 'kornia', 'scipy')))")
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False,

@@ -1,4 +1,4 @@
-"""A distilled set's file: what it weighs and holds, where its whitening is found, what labels it takes, DC's files."""
+"""The file of a distilled set: size and contents, where its whitening is found, its labels, and DC's files."""
 
 import dataclasses
 import shutil
@@ -20,8 +20,8 @@ EVALUATION, EXPORT = "distill/evaluation.py", "scripts/export.py"
 
 @pytest.fixture
 def whole(toy_data, tmp_path):
-    """A set of two images a class that is saved whole, in a folder of its own; on one thread, as the programs are here,
-    for the number may decide the last bit of its pixels."""
+    """The file of a set of two images per class, in its own folder. Uses one thread, as the programs do in these tests:
+    the last bit of the pixels may depend on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     path = tmp_path / "set" / "distilled.safetensors"
@@ -45,7 +45,7 @@ def test_ten_images_weigh_little_and_are_pictures_as_they_are(tmp_path, shape, m
 
 
 def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole, monkeypatch, tmp_path):
-    """It is found in the cache where the set was made, and elsewhere beside the set; pictures need none."""
+    """It is found in the cache where the set was made, elsewhere beside the set; `pixels` does not need it."""
     photos = torch.rand(2, 3, 8, 8)
     inputs = toy_data.space.from_pixels(photos)
     call(EXPORT, whole, "--whitening")
@@ -64,7 +64,7 @@ def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole,
     travelled = whole.parent / "whitening.safetensors"
     tensors = load_file(travelled)
     assert set(tensors) == {"mean", "transform"}
-    save_file(tensors, travelled, {"fingerprint": "0" * 32})  # another set's
+    save_file(tensors, travelled, {"fingerprint": "0" * 32})  # the whitening of another set
     for file in (None, travelled):
         if file:
             file.unlink()
@@ -72,7 +72,7 @@ def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole,
         torch.testing.assert_close(alone.pixels(), toy_data.to_pixels(alone.images))
         with pytest.raises(UserError, match=r"is neither in .*nothing nor in .*whitening\.safetensors; run distill/ev"):
             alone.space.from_pixels(photos)
-    call(EVALUATION, *toy.evaluate, f"--data_dir={whole}")  # with the dataset there is its whitening
+    call(EVALUATION, *toy.evaluate, f"--data_dir={whole}")  # the dataset brings its whitening into the cache
     monkeypatch.setenv("DATM_CACHE", environment["DATM_CACHE"])
     assert torch.equal(DistilledSet.load(whole).space.from_pixels(photos), inputs)
 
@@ -153,7 +153,7 @@ def test_classes_are_whole_numbers_of_any_size(toy_data, dtype):
 # --- DC's files ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("core", ["core", "_core"])  # of numpy 1, with which published files were written, and of 2
+@pytest.mark.parametrize("core", ["core", "_core"])  # numpy 1, which wrote the published files, and 2
 def test_the_first_set_in_a_file_of_dc_is_evaluated(call, toy, toy_data, tmp_path, core):
     images, classes = toy_data.train_images[::12], toy_data.train_labels[::12]
     torch.save({"data": [[images, classes], [images + 1, classes]], "accs_all_exps": {"ConvNet": [np.float64(0.5)]}},

@@ -1,4 +1,4 @@
-"""Every engine against `Autograd` in float64, and which engine is taken when."""
+"""Every engine against `Autograd` in float64, and the choice of the engine."""
 
 import contextlib
 import math
@@ -35,7 +35,7 @@ BY_HAND = "hand-written"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """These tensors are too small to share out: beside other processes, threads cost five times what they save."""
+    """These tensors are too small for several threads, which beside other processes cost five times what they save."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def one_thread():
 
 
 def network_of(name, shape=(3, 8, 8), dtype=torch.float64, seed=0):
-    """The network for images of `shape`, none of its parameters at a special value: no gain is one, no shift zero."""
+    """A network for images of `shape` with perturbed parameters, so that no gain is exactly one and no shift zero."""
     torch.manual_seed(seed)
     network = build_network(name, shape[0], CLASSES, shape[1:]).to(dtype)
     with torch.no_grad():
@@ -65,13 +65,13 @@ def inputs_of(model, batch=4, hard=False, seed=1):
 
 
 def by_hand(network, micro_batch=None, dtype=None):
-    """The pass that is to be compiled, uncompiled."""
+    """The engine that would be compiled, run uncompiled."""
     network_pass = ConvNetPass(network.plan, network.image_shape, CPU, dtype)
     return HandWritten(network_pass, FlatModel(network).unflatten, micro_batch)
 
 
 def assert_close(found, expected, tolerance=1e-10):
-    """Tensor by tensor, relative to the norm, with a floor of 1e-12 for what is zero but for rounding."""
+    """Compares tensor by tensor, relative to the norm, plus 1e-12 for tensors that are zero up to rounding."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
         assert (one is None) == (other is None)
@@ -97,7 +97,7 @@ def assert_same_derivatives(engine, reference, *given):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 def test_by_hand_equals_autograd(norm, activation, pooling, hard):
-    """Every variant, for few channels and many, one (which is padded further), odd sides and sides that differ."""
+    """Every variant, for few and many channels, one channel (padded further), odd and unequal sides."""
     shapes = [(3, 8, 4), (6, 8, 8), (1, 4, 8)] + [(3, 7, 5), (1, 3, 6)] * (pooling == "NP")
     for shape in shapes:
         network = network_of(f"ConvNetD2W4{norm}{activation}{pooling}", shape)
@@ -141,7 +141,7 @@ def test_by_hand_equals_autograd_at_extremes(name, case):
     elif case in ("confident label", "all confident"):
         y[: 1 if case == "confident label" else None, 1] = 1e4
     else:
-        theta[-CLASSES:] = torch.tensor([1e3, 0, -1e3])  # so are the logits
+        theta[-CLASSES:] = torch.tensor([1e3, 0, -1e3])  # biases, and so logits, are large
     assert all(each.isfinite().all() for each in model.adjoint(theta, co_state, x, y))
     for engine in (by_hand(network), FlatModel(network, "eager")):
         assert_same_derivatives(engine, model, theta, co_state, x, y)
@@ -151,7 +151,7 @@ def test_by_hand_equals_autograd_at_extremes(name, case):
 @pytest.mark.parametrize("activation", ["AR", "AL"])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_by_hand_takes_the_same_side_as_autograd_of_kinks_and_ties(norm, activation, pooling):
-    """Black images and no shifts: every activation is zero, and all pixels of a window are equal."""
+    """Black images and zero shifts: every activation is at zero, and all pixels of a pooling window are equal."""
     network = network_of(f"ConvNetD1W4{norm}{activation}{pooling}")
     model = FlatModel(network, "plain")
     theta, co_state, x, y = inputs_of(model)
@@ -168,7 +168,7 @@ def test_by_hand_takes_the_same_side_as_autograd_of_kinks_and_ties(norm, activat
 @pytest.mark.parametrize("name, backend", [("ConvNetD2W4", "eager"), ("ConvNetD2W4", "plain"), ("MLP", "plain")])
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 def test_micro_batches_change_nothing(name, backend, micro_batch, hard):
-    """Seven images in parts, even or not: sums are those of the whole, and images, labels and logits in order."""
+    """Seven images in equal or unequal parts: sums agree with the whole batch; per-sample results keep their order."""
     network = network_of(name)
     whole = FlatModel(network, "plain", micro_batch=7)
     given = inputs_of(whole, 7, hard)
@@ -181,13 +181,13 @@ def test_micro_batches_change_nothing(name, backend, micro_batch, hard):
 
 @pytest.mark.parametrize("backend", ["plain", "eager"])
 def test_the_reference_is_what_its_definition_says(backend):
-    """L, ∇L and s by central differences, which know nothing of autograd."""
+    """Against central differences of L, ∇L and s, which are independent of autograd."""
     model = FlatModel(network_of("ConvNetD2W4AS"), backend)
     theta, co_state, x, y = inputs_of(model)
     random, step = torch.Generator().manual_seed(5), 1e-5
 
     def slope(function, at):
-        """Of the function along a random direction, and the direction."""
+        """The slope of the function along a random direction, and the direction."""
         direction = torch.randn(at.shape, generator=random, dtype=at.dtype)
         return float(function(at + step * direction) - function(at - step * direction)) / (2 * step), direction
 
@@ -214,7 +214,7 @@ def test_inputs_are_left_alone():
         assert all(torch.equal(*pair) and pair[0].grad is None for pair in zip(tensors, before))
 
 
-# --- Winograd, which only compiled code takes ----------------------------------------------------------------------
+# --- Winograd, in compiled code only -------------------------------------------------------------------------------
 
 
 def test_compiled_code_takes_winograd_where_it_fits():
@@ -240,12 +240,12 @@ def test_the_pass_with_winograd_equals_autograd(name, shape):
     assert_same_derivatives(engine, model, *inputs_of(model, 3))
 
 
-# --- what comes of it in matching ----------------------------------------------------------------------------------
+# --- matching with these engines -----------------------------------------------------------------------------------
 
 
 def median_error(found, expected):
-    """Of the images' gradients: the median of single images' relative errors. A few are off where rounding decides
-    which way a ReLU goes."""
+    """The median over the images of the relative error of their gradient. A few images are far off, where rounding
+    flips a ReLU."""
     return float(((found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).median())
 
 
@@ -253,7 +253,7 @@ def median_error(found, expected):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_a_match_by_hand_equals_the_textbook(name, seed, micro_batch):
-    """Uneven chunks that share images, augmented with the whole strategy; the whole gradient and a truncated one."""
+    """Batches of uneven sizes that share images, with the full augmentation; exact and truncated gradients."""
     given = problem(seed, name=name, sizes=(3, 5, 2, 1))
     network = given.pop("model").network
     assert len({draw.group for draw in given["augment"]}) > 1
@@ -274,7 +274,7 @@ def test_a_match_by_hand_with_repeated_images_and_hard_labels():
 
 
 def in_float32(given):
-    """The problem, rounded; the model takes its parameters from θ, and so its type."""
+    """The problem in float32; the model's type follows from θ."""
     return given | {key: value.float() for key, value in given.items()
                     if isinstance(value, torch.Tensor) and value.is_floating_point()}
 
@@ -297,7 +297,7 @@ def test_a_match_by_hand_is_accurate_in_float32(name, winograd, seed):
 
 @pytest.mark.parametrize("micro_batch, calls", [(None, 5), (2, 3 + 1 + 2 + 3 + 1)])
 def test_matching_takes_the_hand_written_adjoint(monkeypatch, micro_batch, calls):
-    """A call for every step and micro-batch: it does not fall back in silence."""
+    """One call per step and micro-batch, so it did not silently fall back to autograd."""
     taken, adjoint = [], EagerPass.adjoint
     monkeypatch.setattr(EagerPass, "adjoint", lambda *given: taken.append(1) or adjoint(*given))
     given = problem(0, sizes=(3, 2, 4, 3, 1))
@@ -310,7 +310,8 @@ def test_matching_takes_the_hand_written_adjoint(monkeypatch, micro_batch, calls
 
 @pytest.mark.parametrize("kept", [2, 5])
 def test_what_is_kept_for_the_adjoint_changes_no_bit(monkeypatch, kept):
-    """Two micro-batches a step; the last steps' maps are used, as many as there is room for, and take what was said."""
+    """Two micro-batches a step. The last steps' activations are kept, for as many steps as fit, and are as large as
+    `map_bytes` says."""
     given = in_float32(problem(0, sizes=(4, 4, 4, 4, 4)))
     network, found, taken = given.pop("model").network.float(), [], []
     adjoint = EagerPass.adjoint
@@ -328,7 +329,7 @@ def test_what_is_kept_for_the_adjoint_changes_no_bit(monkeypatch, kept):
         found.append(match_trajectory(model, **given))
         assert taken == 2 * steps * [model.engine.map_bytes] + 2 * (5 - steps) * [None]
     assert all(torch.equal(one, other) for one, other in zip(*found))
-    # However much there is.
+    # However much memory there is, at most MOST_FOR_MAPS is used.
     monkeypatch.setattr("utils.parameters.available", lambda: math.inf)
     assert FlatModel(network).kept_steps(4) == MOST_FOR_MAPS // (4 * model.engine.map_bytes)
 
@@ -339,7 +340,7 @@ def test_what_is_kept_for_the_adjoint_changes_no_bit(monkeypatch, kept):
                          ids=["plain", "eager", "by hand"])
 @pytest.mark.parametrize("name", ["ConvNetD2W32", "ConvNetD2W32LNAS"])
 def test_bf16_points_the_same_way(model, name):
-    """Rounded, but not far off; results are in the type that was given."""
+    """Rounded but close; results have the type of the inputs."""
     network = network_of(name, (3, 16, 16), torch.float32)
     exact, rounded = FlatModel(network, "plain"), model(network)
     theta, co_state, x, y = inputs_of(exact, 16)
@@ -367,7 +368,7 @@ def test_the_published_network_is_done_by_hand_and_others_where_they_are_compile
     published = network.plan.norm == "instance" and network.plan.pooling == "average"
     assert FlatModel(network).engine.name == FlatModel(network, "eager").engine.name == (
         BY_HAND if published else "autograd")
-    # In bf16 autograd is the faster, too.
+    # In bf16, too, autograd is used: it is faster.
     assert FlatModel(network, "plain").engine.name == FlatModel(network, precision="bf16").engine.name == "autograd"
 
 
@@ -380,7 +381,7 @@ def test_other_networks_are_left_to_autograd(name, shape, backend):
 
 
 def test_a_network_from_elsewhere_is_left_to_autograd():
-    """Nothing is known of its images, so that it is not split either."""
+    """Its image size is unknown, so batches are not split into micro-batches either."""
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, CLASSES)).double()
     model = FlatModel(network, "auto", work=Work(matched=1e12))
     assert model.engine.name == "autograd" and micro_batch_for(network, 1) is None
@@ -411,7 +412,7 @@ choose_engine.check_backend("compile", choose_engine.torch.device("cpu"))
 
 
 def test_a_compiler_that_cannot_build_is_noted_once_and_refused_where_it_is_asked_for(tmp_path, environment):
-    """As without Python's headers; the tests' own folder keeps what was built before out of it."""
+    """As happens without Python's headers. A fresh cache folder keeps earlier builds out of the test."""
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\ncase $* in *-version*) echo g++ 13; exit;; esac\n"
                         "echo 'x.cpp:1:10: fatal error: Python.h: No such file or directory' >&2; exit 1\n")
@@ -504,7 +505,7 @@ def test_precision_is_set_for_products_and_convolutions(monkeypatch, precision, 
 
 @pytest.mark.skipif(choose_engine._compiler() is None, reason="no C++ compiler")
 def test_compiled_code_equals_autograd():
-    """For real, and once for all networks of a plan."""
+    """Really compiled, once for all networks of one plan."""
     graphs = torch._dynamo.utils.counters["stats"]
     seen = []
     for seed in range(2):
@@ -520,8 +521,8 @@ def test_compiled_code_equals_autograd():
 
 
 def captured_on_the_cpu(monkeypatch, network):
-    """The captured engine with graphs that are stood in for: a replay writes to memory of its own what the function
-    makes of the memory it was captured with. Also how many inputs it captured, and of how large a batch."""
+    """The captured engine with stand-ins for CUDA graphs: a replay applies the function to the captured inputs and
+    writes into the captured outputs. Also a list of (number of inputs, batch size), one entry per capture."""
     captures = []
 
     def capture(self, function, kept, inputs):
@@ -542,7 +543,7 @@ def captured_on_the_cpu(monkeypatch, network):
 
 
 def assert_replays(captured, reference, hard=False):
-    """Two shapes in turn, each with new values every time; all results are compared after the last call."""
+    """Alternates two shapes, with new values in each call; all results are compared after the last call."""
     results, expected = [], []
     for seed, batch in enumerate((4, 3, 4, 4, 3)):
         given = inputs_of(reference, batch, hard, seed)
@@ -558,4 +559,4 @@ def test_a_replay_takes_the_inputs_at_hand_and_keeps_earlier_results(monkeypatch
     network = network_of(name)
     captured, captures = captured_on_the_cpu(monkeypatch, network)
     assert_replays(captured, FlatModel(network, "plain"), hard)
-    assert sorted(captures) == [(3, 3), (3, 4), (4, 3), (4, 4)]  # gradients and adjoints
+    assert sorted(captures) == [(3, 3), (3, 4), (4, 3), (4, 4)]  # gradient (3 inputs) and adjoint (4), two batch sizes

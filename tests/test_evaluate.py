@@ -1,4 +1,4 @@
-"""The evaluation's rates and training; real images and labels that a distillation starts from."""
+"""The evaluation's learning rates and training; the real images and labels that a distillation starts from."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_rates_equal_the_published(golden_ops):
 
 
 def test_training_is_torch_sgd_with_a_fresh_optimiser_at_the_drop():
-    """One full batch an epoch and no augmentation leave nothing random but the order, which the mean forgets."""
+    """With full batches and no augmentation only the order is random, and the batch mean does not depend on it."""
     torch.manual_seed(0)
     images, labels = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     ours, theirs = (build_network("ConvNetD1W4", 1, 3, (8, 8)).double() for _ in range(2))
@@ -52,7 +52,7 @@ def test_label_initialisation_equals_the_published(golden_iteration):
 
 
 class LastPixel(torch.nn.Module):
-    """A network whose single parameter shifts what it reads: class = round(first pixel + shift)."""
+    """A network with one parameter, `shift`: it predicts class round(first pixel + shift)."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -87,7 +87,7 @@ def test_the_next_expert_judges_what_the_first_got_wrong():
     labels = [0, 1, 2] * 8
     dataset = readable_dataset([label if position < 6 else label + 1 for position, label in enumerate(labels)], labels)
     model = FlatModel(LastPixel(3))
-    experts = [torch.zeros(1), torch.full((1,), -1.0)]  # the second reads every image that the first cannot
+    experts = [torch.zeros(1), torch.full((1,), -1.0)]  # the second is right wherever the first is wrong
     chosen, notes = predicted_correctly(model, lambda: iter(experts), dataset, 5, torch.Generator())
     assert notes == [] and len(set(chosen.tolist())) == 15
     assert all(set(range(6)) & set(chosen[5 * c: 5 * c + 5].tolist()) == {c, c + 3} for c in range(3))

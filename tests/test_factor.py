@@ -1,4 +1,4 @@
-"""Several small images in one: what networks see of it, its gradient, where such a set starts, and its files."""
+"""Factor above 1, several small images in one: network inputs, gradients, initial sets and files."""
 
 import json
 import re
@@ -28,7 +28,7 @@ DATM, EVALUATION, BASELINE = "distill/DATM.py", "distill/evaluation.py", "distil
 
 
 def by_hand(images, factor):
-    """As IDC cuts them, one tile after the other; of sides that the factor divides."""
+    """IDC's cutting, tile by tile, for sides that the factor divides."""
     height, width = images.shape[2] // factor, images.shape[3] // factor
     return torch.stack([F.interpolate(images[:, :, row * height:(row + 1) * height, at * width:(at + 1) * width],
                                       images.shape[2:], mode="bilinear", align_corners=False)
@@ -50,7 +50,7 @@ def test_tiles_are_cut_out_and_stretched_as_torch_does():
 
 @pytest.mark.parametrize("factor, size", [(2, (8, 6)), (3, (28, 28)), (5, (7, 28)), (28, (28, 28))])
 def test_the_gradient_is_pulled_back_and_no_pixel_is_left_out(factor, size):
-    """28 pixels are 9 + 9 + 10."""
+    """Also for sides that the factor does not divide: 28 pixels are 9 + 9 + 10."""
     images = random_images(2, 1, *size).requires_grad_()
     samples = cut(images, factor)
     assert samples.shape == (2 * factor**2, 1, *size)
@@ -90,7 +90,7 @@ def test_an_iteration_has_the_gradient_of_autograd_through_everything(engine, op
 
 
 def real_images_in(images, dataset):
-    """Of which training image, made smaller, each of the 2 × 2 tiles is; none is there twice."""
+    """The training image that each of the 2 × 2 tiles is a smaller version of; asserts that none occurs twice."""
     tiles = images.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
     from_, at = torch.cdist(tiles.flatten(1), F.avg_pool2d(dataset.train_images, 2).flatten(1)).min(1)
     assert from_.max() < 1e-3 and len(set(at.tolist())) == len(tiles)
@@ -134,7 +134,7 @@ def test_a_set_knows_its_factor_and_its_three_files_are_told(call, toy, toy_expe
     assert torch.equal(y, whole.labels) and torch.equal(whole[-1][1], y[-1])
     assert all(map(torch.equal, whole[2:7], (x[2:7], y[2:7])))
 
-    copies = {name: tmp_path / f"{name}.pt" for name in files}  # where no config.yaml is near
+    copies = {name: tmp_path / f"{name}.pt" for name in files}  # without a config.yaml nearby
     for name, path in copies.items():
         path.write_bytes(files[name].read_bytes())
     three = [f"--{option}_dir={copies[kind]}" for option, kind in (("data", "images"), ("label", "labels"),
@@ -161,7 +161,7 @@ def test_what_is_stored_and_what_networks_see_are_shown(call, made, tmp_path):
     page = (made / "report.html").read_text()
     assert "2 images per class of 2 × 2 smaller ones" in page and page.count('alt="stored image ') == 6
     assert len(re.findall('alt="distilled image of class [^"]*, image 2, part 4"', page)) == 3
-    (made / "report.safetensors").unlink()  # then it is made of the set, whose whitening is in the cache
+    (made / "report.safetensors").unlink()  # then it is rebuilt from the set, whose whitening is in the cache
     call("scripts/report.py", made, f"--out={tmp_path / 'x.html'}")
     again = (tmp_path / "x.html").read_text()
     assert again.count('alt="stored image ') == 6 and again.count('"distilled image of class') == 24
@@ -174,7 +174,7 @@ def test_what_is_stored_and_what_networks_see_are_shown(call, made, tmp_path):
     assert Image.open(tmp_path / "png" / "seen.png").size == (4 * 8, 6 * 8)
     assert "24 labels in all" in (made / "Normal" / "README.md").read_text()
 
-    # Beside other runs as it is stored.
+    # A comparison shows the stored images.
     call("scripts/report.py", made, made, f"--out={tmp_path / 'both.html'}")
     both = (tmp_path / "both.html").read_text()
     assert re.findall(r'alt="distilled red, ([^"]*) of ', both) == 2 * ["stored image 1", "stored image 2"]
@@ -182,7 +182,7 @@ def test_what_is_stored_and_what_networks_see_are_shown(call, made, tmp_path):
 
 
 def test_random_images_are_treated_in_the_same_way(call, toy, toy_data, toy_experts):
-    """Each part is another real image of its class, and the label beside it is of what networks see of that part."""
+    """Each part is a different real image of its class; its label is computed on the part as networks see it."""
     model, classes, drawn = FlatModel(network_for("ConvNetD1W4", toy_data)), torch.arange(3).repeat_interleave(8), []
     buffer = Buffer(toy_experts / "ImageFolder" / "ConvNetD1W4", model)
     for source in ("hard", "experts"):
@@ -202,7 +202,7 @@ def test_random_images_are_treated_in_the_same_way(call, toy, toy_data, toy_expe
 
 
 def test_nothing_is_measured_twice_where_nothing_is_learned(call, toy, toy_experts, tmp_path):
-    """A set of many parts takes long there."""
+    """With --Iteration=0 the loss after equals the loss before; measuring a set of many parts takes long."""
     with mock.patch("distill.distillation.matching_loss", wraps=matching_loss) as measured:
         call(DATM, *toy.distil, "--factor=4", "--Iteration=0", f"--buffer_path={toy_experts}", f"--log_path={tmp_path}")
     result = json.loads(next(tmp_path.rglob("result.json")).read_text())

@@ -1,4 +1,4 @@
-"""What must not lose a result: full disks, damaged files, two runs at once. More for real: scripts/trials/faults.py."""
+"""Full disks, damaged files, signals: no result is lost. scripts/trials/faults.py injects more faults for real."""
 
 import resource
 import shutil
@@ -15,7 +15,7 @@ from utils.files import REPOSITORY, append_json
 
 
 def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
-    """safetensors says it in an exception of its own; a limit on the size of files stands for the full disk."""
+    """safetensors has its own exception for it. A limit on file sizes stands for the full disk."""
     whole = DistilledSet(torch.randn(3, 3, 8, 8), torch.randn(3, 3), torch.tensor(0.01))
     path = tmp_path / "distilled.safetensors"
     whole.save_whole(path, toy_data, {"seed": 0})
@@ -31,7 +31,7 @@ def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
 
 
 def test_once_it_stops_a_further_signal_does_not_disturb_the_exit():
-    """Which would print a traceback after the line that says how to go on."""
+    """Otherwise a traceback would follow the line that says how to resume."""
     code = ("import atexit, os, signal, sys, time\nfrom utils.program.entry import entry\n"
             "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.01)])\n"
             "def main():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(9)\n"
@@ -41,7 +41,7 @@ def test_once_it_stops_a_further_signal_does_not_disturb_the_exit():
 
 
 def test_experts_can_be_moved_and_put_together(call, toy, toy_experts, tmp_path):
-    """Half of them trained elsewhere; the data, too, may lie in another place now, as long as they are the same."""
+    """Experts trained elsewhere can be added to a folder; the data may have moved, too, as long as it is the same."""
     data, here, there = tmp_path / "data", tmp_path / "here", tmp_path / "there"
     shutil.copytree(toy.data, data)
     shutil.copytree(toy_experts, here)
@@ -65,7 +65,7 @@ def test_a_line_that_cannot_be_written_whole_is_not_written(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
     try:
-        for _ in range(2):  # half of it fits; then nothing
+        for _ in range(2):  # part of it fits, both times
             with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*; free space"):
                 append_json(path, {"note": "a line that is longer"})
     finally:

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and reading one never runs what is in it."""
+"""Files are written whole or not at all; reading a file never runs code in it."""
 
 import os
 import pickle
@@ -54,7 +54,7 @@ def test_a_reader_sees_the_old_file_until_the_new_is_whole(tmp_path):
 
 
 def test_the_bytes_are_on_disk_before_the_name(tmp_path, monkeypatch):
-    """Else a power cut could leave the new name on an empty file."""
+    """Otherwise a power cut could leave an empty file under the new name."""
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -66,7 +66,7 @@ def test_the_bytes_are_on_disk_before_the_name(tmp_path, monkeypatch):
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("old")
-    script = ("import os, sys; sys.modules['torch'] = None.__class__\n"  # not needed to write, slow to import
+    script = ("import os, sys; sys.modules['torch'] = None.__class__\n"  # slow to import, and not needed here
               "from utils.files import atomic_write\n"
               f"with atomic_write({str(path)!r}) as aside:\n    aside.write_text('half'); os._exit(9)\n")
     assert subprocess.run([sys.executable, "-c", script], cwd=files.REPOSITORY, check=False).returncode == 9
@@ -79,11 +79,11 @@ def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(tmp_path
     foreign = [".x.pt.abcd_123.pt", ".x.pt.original.pt", ".y.pt.datm-abcd_123.pt"]
     for name in (left, *foreign):
         (tmp_path / name).write_text("half")
-    os.mkfifo(tmp_path / ".x.pt.datm-pipe_123.pt")  # which nobody opens
+    os.mkfifo(tmp_path / ".x.pt.datm-pipe_123.pt")  # a pipe that nobody reads: opening it would block
     with files.atomic_write(path) as aside:
         aside.write_text("first")
         assert not left.exists()
-        with files.atomic_write(path) as other:  # as another process would at the same time
+        with files.atomic_write(path) as other:  # like another process at the same time
             assert aside.exists() and other.name.startswith(".x.pt.datm-")
             other.write_text("second")
     assert path.read_text() == "first" and listing(tmp_path) == sorted([*foreign, ".x.pt.datm-pipe_123.pt", "x.pt"])
@@ -109,7 +109,7 @@ def test_a_file_is_as_readable_as_the_user_makes_files(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         files.save(torch.zeros(1), tmp_path / "x.pt")
-        assert os.umask(umask) == umask  # and the user's umask is as it was
+        assert os.umask(umask) == umask  # the umask is restored
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x.pt").stat().st_mode) == mode
@@ -134,7 +134,7 @@ def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path):
 @pytest.mark.parametrize("text", [
     True, False])
 def test_a_full_disk_is_refused_and_leaves_the_old_file(tmp_path, text):
-    """A limit on the size of files stands for the full disk: to the writer they look alike."""
+    """A limit on file sizes stands for the full disk: to the writer they look alike."""
     path = tmp_path / "x.pt"
     files.save(torch.arange(3), path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -196,7 +196,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, bomb, form, wrap, mmap)
     with pytest.raises(UserError, match=r"x\.pt .*refused|x\.pt is damaged or not a torch file"):
         files.load(path, mmap=mmap)
     assert not bomb.went_off
-    if form != "pickle":  # the bomb is live: torch itself, told to trust the file, sets it off
+    if form != "pickle":  # the bomb is live: it goes off if torch is told to trust the file
         torch.load(path, weights_only=False)
         assert bomb.went_off
 
@@ -264,7 +264,7 @@ def test_a_pipe_or_folder_in_the_place_is_left_alone(tmp_path):
 
 
 def test_a_link_is_written_through_only_where_the_user_gave_it(tmp_path):
-    """Whoever wrote a run's folder, or may write to the cache's, may have put a link to anybody's file there."""
+    """Others who can write to a run's folder or to the cache may have put links to any file there."""
     (tmp_path / "target").write_text("anybody's")
     link = tmp_path / "link"
     for write in (lambda: files.append_json(link, 1), lambda: files.cut_lines(link, 0)):
@@ -308,7 +308,7 @@ def test_a_tensor_that_arithmetic_does_not_take_is_refused(tmp_path, kind):
     ("folder", "it is a folder or a device")])
 def test_a_yaml_of_others_is_refused_in_one_line_and_soon(tmp_path, text, problem):
     path = tmp_path / "config.yaml"
-    if text == "pipe":  # to which nobody writes
+    if text == "pipe":  # nobody writes to it
         os.mkfifo(path)
     elif text == "folder":
         path.mkdir()
@@ -319,14 +319,14 @@ def test_a_yaml_of_others_is_refused_in_one_line_and_soon(tmp_path, text, proble
 
 
 def test_a_text_comes_from_a_pipe_too():
-    """As the shell's <(…) gives one."""
+    """As given by the shell's <(…)."""
     reader, writer = os.pipe()
     threading.Timer(0.2, lambda: (os.write(writer, "α: 1\n".encode()), os.close(writer))).start()
     assert files.read_text(f"/dev/fd/{reader}") == "α: 1\n"
     os.close(reader)
 
 
-# --- files of others beside ours -----------------------------------------------------------------------------
+# --- other people's files beside ours ------------------------------------------------------------------------
 
 
 def test_an_evaluation_leaves_the_files_of_others(call, toy, tmp_path):
@@ -339,7 +339,7 @@ def test_an_evaluation_leaves_the_files_of_others(call, toy, tmp_path):
 
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "Normal"])
 def test_a_link_in_a_runs_folder_leads_to_no_file_and_to_another_disk(call, toy, toy_experts, tmp_path, name):
-    """The folder may be somebody else's; but a user may have put a link to a disk with room into it."""
+    """Links to files are refused, as others may have put them there; `Normal` may link to a folder on another disk."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     run = tmp_path / "ImageFolder/2/ConvNetD1W4/run"

@@ -38,10 +38,10 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
         gradients.main()
     unfinished = json.loads((tmp_path / "gradients.json.unfinished").read_text())
     half = unfinished["found"]
-    for path in (saved, *toy_experts.rglob("*.pt")):  # another set, or other experts, give other numbers
+    for path in (saved, *toy_experts.rglob("*.pt")):  # results depend on the set and the experts
         assert sha256(path) in str(unfinished["of"])
     assert len(half) == 2 + 2 * 2 * 2 + 2 and not report.exists()
-    assert interrupt.saved() == ("the parts that are done", "")  # whoever stops it is told how to go on
+    assert interrupt.saved() == ("the parts that are done", "")  # a stopped program says how to resume
     for other, said in (("--lr_img=9", "gradients.json.unfinished was begun with other options.*: lr_img differ"),
                         ("--backend=plain", "gradients.json.unfinished was begun with other options.*: backend differ"),
                         ("--distilled=nowhere.safetensors", "^--distilled .*nowhere.safetensors does not exist")):
@@ -49,7 +49,7 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
         with pytest.raises(UserError, match=said):
             gradients.main()
     monkeypatch.setattr("sys.argv", arguments)
-    # What another version kept took as long, and is nobody's to write over.
+    # Results kept by another version took as long, and are not overwritten.
     kept = tmp_path / "gradients.json.unfinished"
     kept.write_text(json.dumps({"key": [], "found": half}))
     with pytest.raises(UserError, match="gradients.json.unfinished is damaged .*; give another --json, or delete it"):
@@ -62,12 +62,12 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
     found = json.loads(report.read_text())
     of = {(each["set"], each["steps"], each["gradient"]): each for each in found["matches"]}
     for seed, each in enumerate(half[f"distilled set, 2 steps, seed {seed}"]["TESLA"] for seed in range(2)):
-        assert of["distilled set", 2, "TESLA"]["cosines"][seed] == each[0][0]  # not measured again
+        assert of["distilled set", 2, "TESLA"]["cosines"][seed] == each[0][0]  # kept, not measured again
     assert found["distillations"][0]["seeds"][0] == half["2, exact, seed 0"]
     assert len(of) == 2 * 2 * 5 and plot.read_bytes()[1:4] == b"PNG"
     for (_, steps, gradient), each in of.items():
         assert len(each["cosines"]) == len(each["seconds"]) == 2
-        if gradient == "exact" or (steps, gradient) == (2, "last 3/4"):  # which is through both steps
+        if gradient == "exact" or (steps, gradient) == (2, "last 3/4"):  # goes through both steps
             assert each["cosines"] == pytest.approx([1] * 2, abs=1e-6)
         else:
             assert all(0 < cosine < 1 - 1e-9 for cosine in each["cosines"])

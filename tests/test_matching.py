@@ -22,12 +22,12 @@ def per_image_error(actual, expected):
 
 @pytest.fixture(scope="module")
 def model():
-    """In float64: in float32 one ReLU that another processor's rounding flips moves every image by 1e-3."""
+    """In float64: in float32, a single ReLU flipped by another processor's rounding moves every image by 1e-3."""
     return FlatModel(build_network("ConvNetW32", 3, 10, (32, 32)).double())
 
 
 def published_match(golden_iteration, model, method):
-    """What the published code computed, and our match of the same inputs."""
+    """The published code's results, and our match of the same inputs."""
     published = golden_iteration["tesla" if method == "tesla" else "exact"]
     start, target = (flatten(golden_iteration[name]).double() for name in ("start", "target"))
     images, labels, lr = (published[name].double() for name in ("images", "labels", "lr"))
@@ -45,7 +45,7 @@ def test_equals_the_published_iteration(golden_iteration, model, method):
 
 @pytest.mark.parametrize("method", ["exact", "tesla"])
 def test_update_equals_the_published_one(golden_iteration, model, method):
-    """Through the loop's own optimiser: rates, momenta, and which tensor gets which."""
+    """With the loop's own optimiser, so it covers learning rates, momenta, and which tensor gets which."""
     meta = golden_iteration["meta"]
     published, match = published_match(golden_iteration, model, method)
     start = DistilledSet(published["images"].double(), published["labels"].double(), published["lr"].double())
@@ -98,7 +98,7 @@ def assert_equal_matches(one, other, tolerance=1e-10):
 @pytest.mark.parametrize("strategy", ["none", "color_crop_cutout_flip_scale_rotate"])
 @pytest.mark.parametrize("seed", range(4))
 def test_exact_equals_unroll(strategy, seed):
-    """Uneven chunks, and images that several steps use."""
+    """Batches of uneven sizes, with images used by several steps."""
     given = problem(seed, strategy=strategy)
     assert_equal_matches(match_trajectory(**given, method="exact"), match_trajectory(**given, method="unroll"))
 
@@ -111,7 +111,7 @@ def test_exact_equals_unroll_for_other_networks(name):
 
 
 def through_the_last(given, steps):
-    """What `adjoint_steps` is: autograd through the last steps alone, from the θ at which they begin."""
+    """The definition of `adjoint_steps`: autograd through the last steps alone, from the θ at which they begin."""
     start, target, first = given["theta_start"], given["theta_target"], len(given["batches"]) - steps
     theta = start
     for batch, draw in zip(given["batches"][:first], given["augment"][:first]):
@@ -119,7 +119,7 @@ def through_the_last(given, steps):
         theta = theta - given["lr"] * given["model"].gradient(theta, x, given["labels"][batch])[2]
     last = match_trajectory(**given | {"theta_start": theta, "batches": given["batches"][first:],
                                        "augment": given["augment"][first:]}, method="unroll")
-    # Its loss is relative to the distance from there.
+    # This match's loss is relative to the distance from that θ; rescale it to the distance from the start.
     nearer = (theta - target).square().sum() / (start - target).square().sum()
     return Match(*(each * nearer for each in last))
 

@@ -1,4 +1,4 @@
-"""Networks: parameters and logits against the published code's, names, refusals, derivatives."""
+"""Networks: parameters and logits against the published code, names, refusals, derivatives."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ def readable_side(name: str) -> int:
 def test_network_is_the_published_one(key):
     name, size = key.split("/")
     channels, side = map(int, size.split("x"))
-    network = build_network(name, channels, 10, (side, side)).double().eval()  # rounded alike on every processor
+    network = build_network(name, channels, 10, (side, side)).double().eval()  # the same on every processor
 
     ours = [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
     assert ours == [(name, tuple(shape)) for name, shape in GOLDEN[key]["parameters"]]
@@ -169,7 +169,7 @@ def test_evaluation_pools_hold_known_names():
 
 @pytest.mark.parametrize("mode", ["M", "BN"])
 def test_of_64x64_images_the_classics_of_a_pool_are_the_tiny_ones(mode):
-    """Which read them."""
+    """The `_Tiny` networks read 64×64 images."""
     pool = evaluation_pool(mode, "ConvNetD4", (64, 64))
     assert pool == [name if name.startswith("ConvNet") else f"{name}_Tiny" for name in EVALUATION_POOLS[mode]]
     dataset = SimpleNamespace(channels=3, num_classes=2, image_size=(64, 64))

@@ -1,4 +1,4 @@
-"""Options beyond the published ones: each changes what it should, and nothing when it is off."""
+"""Options beyond the published ones: each has its effect, and none when it is off."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def a_match(state, grad_lr=0.0):
 
 
 def step(state, iteration):
-    """One iteration; what is recorded of it."""
+    """Runs one iteration and returns its record."""
     segment = state.draw(iteration)
     return state.learn(iteration, segment, state.match(segment))
 
@@ -98,7 +98,7 @@ def test_log_rate_stays_positive_where_the_plain_one_does_not():
     for state in (plain, log):
         state.update(a_match(state, grad_lr=0.2))
     assert float(plain.set.lr) == pytest.approx(0.1 - 0.2)
-    # lr_teacher, 0.01, scales the rate: log α moves by lr_lr / 0.01² · α · 0.2.
+    # The step is scaled by lr_teacher, 0.01: log α moves by lr_lr / 0.01² · α · 0.2.
     assert float(log.set.lr) == pytest.approx(0.1 * torch.tensor(-1e4 * 0.1 * 0.2).exp().item(), rel=1e-5, abs=1e-30)
 
 
@@ -190,7 +190,7 @@ def test_curriculum_takes_the_easiest_of_every_class_and_leaves_them_out_later(t
 
 
 def test_grand_is_the_norm_of_each_images_own_gradient(toy_data, monkeypatch, tmp_path):
-    """Against one backward pass an image, and harder for images whose labels are wrong."""
+    """Against one backward pass per image. A damaged file in the cache is computed again."""
     monkeypatch.setenv("DATM_CACHE", str(tmp_path))
     monkeypatch.setattr("buffer.curriculum.NETWORKS", 1)
     monkeypatch.setattr("buffer.curriculum.EPOCHS", 0)
@@ -206,9 +206,10 @@ def test_grand_is_the_norm_of_each_images_own_gradient(toy_data, monkeypatch, tm
         norm = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]).norm()
         assert float(scores[index]) == pytest.approx(float(norm), rel=1e-4)
     (kept,) = tmp_path.glob("grand_*.pt")
-    for damaged in (b"damaged", kept.read_bytes()):
-        kept.write_bytes(damaged)  # then it is made again, and found the next time
-        assert torch.equal(grand_scores(config, toy_data, torch.device("cpu")), scores)
+    kept.write_bytes(b"damaged")
+    assert torch.equal(grand_scores(config, toy_data, torch.device("cpu")), scores)  # computed again
+    torch.save(scores + 1, kept)
+    assert torch.equal(grand_scores(config, toy_data, torch.device("cpu")), scores + 1)  # read
 
 
 def test_pad_experts_differ_only_with_the_option(call, toy, toy_experts, tmp_path, monkeypatch):
@@ -357,7 +358,7 @@ def test_each_network_is_trained_on_its_set(toy_data):
 
 
 def test_evaluation_in_processes_is_the_same(toy_data, monkeypatch):
-    """Two processes of one thread train what one process of one thread does, and the odd network comes last."""
+    """Two processes of one thread each give the accuracies of one process; the odd network is trained last."""
     config = make(EvaluationConfig, model="ConvNetD1W4", num_eval=3, epoch_eval_train=2, zca=True)
     few = two_sets(toy_data)
     threads = torch.get_num_threads()
@@ -386,7 +387,7 @@ def _refused(job, tick):
 
 
 class OddError(Exception):
-    def __init__(self, one, two):  # what comes back from another process has one argument
+    def __init__(self, one, two):  # unpickling passes one argument, so the exception itself cannot be sent back
         super().__init__(f"{one}{two}")
 
 
@@ -448,7 +449,7 @@ def test_a_set_saved_whole_comes_back_and_scores_the_same(call, toy, toy_experts
     assert loaded.classes == ("blue", "green", "red") and loaded.config["ipc"] == 2
     pixels = torch.load(folder / "images_zca_best.pt", weights_only=True)
     torch.testing.assert_close(loaded.pixels(), pixels)
-    monkeypatch.setenv("DATM_CACHE", environment["DATM_CACHE"])  # where its whitening is kept
+    monkeypatch.setenv("DATM_CACHE", environment["DATM_CACHE"])  # which holds its whitening
     torch.testing.assert_close(loaded.space.from_pixels(pixels), loaded.images, rtol=1e-3, atol=1e-3)
     images, labels = next(iter(torch.utils.data.DataLoader(loaded, batch_size=4)))
     assert images.shape == (4, 3, 8, 8) and labels.shape == (4, 3)
@@ -484,7 +485,7 @@ def test_val_fraction_tests_on_held_out_training_images(toy):
                     held.test_labels) == pytest.approx(1 / 3)
 
 
-# --- what a look at the options alone would miss -------------------------------------------------------------
+# --- what the options do not show ----------------------------------------------------------------------------
 
 
 def test_every_so_many_iterations_a_set_is_saved_evaluated_or_not(call, toy, toy_experts, tmp_path, monkeypatch):
@@ -495,7 +496,7 @@ def test_every_so_many_iterations_a_set_is_saved_evaluated_or_not(call, toy, toy
 
 
 def test_experts_train_in_train_mode_and_are_tested_in_eval_mode(toy_data, monkeypatch, tmp_path):
-    """Only batch norm shows the difference."""
+    """Only batch norm depends on the mode."""
     modes = []
     monkeypatch.setattr("buffer.experts.gsam_gradient", lambda model, *rest: modes.append(model.network.training) or
                         gsam_gradient(model, *rest))

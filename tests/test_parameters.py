@@ -1,4 +1,4 @@
-"""θ and back, and the losses."""
+"""Flattening networks to θ and back, the losses, and steps of SGD."""
 
 import gc
 import weakref
@@ -36,7 +36,7 @@ def test_forward_takes_its_parameters_from_theta(model):
     torch.testing.assert_close(model(model.flatten(), x), model.network(x))
     other = model.flatten() * 0
     assert torch.equal(model(other, x), torch.zeros(2, 3))
-    assert model.flatten().abs().sum() > 0  # the network's own are untouched
+    assert model.flatten().abs().sum() > 0  # the network's own parameters are unchanged
 
 
 def test_soft_cross_entropy_equals_the_published(golden_ops):
@@ -52,7 +52,7 @@ def test_confident_soft_labels_become_hard_ones():
 
 
 def test_nothing_keeps_a_network_alive_but_its_model():
-    """An evaluation goes through many; what they leave on a GPU until garbage is collected is missing for the next."""
+    """An evaluation trains many networks; GPU memory held until garbage collection would be missing for the next."""
     model = FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)))
     network = weakref.ref(model.network)
     gc.disable()

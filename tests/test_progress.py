@@ -1,4 +1,4 @@
-"""What the programs show on a terminal of 80 columns, in a pipe and with --quiet; what they say to type next works."""
+"""Output on a terminal of 80 columns, in a pipe and with --quiet; the commands that programs print work."""
 
 import fcntl
 import os
@@ -26,7 +26,7 @@ BUFFER, DATM, EVALUATION, BASELINE = ("buffer/buffer_FTD.py", "distill/DATM.py",
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A list of one number, the time."""
+    """The mocked time: a list of one number."""
     now = [0.0]
     monkeypatch.setattr(progress, "perf_counter", lambda: now[0])
     return now
@@ -58,7 +58,7 @@ def test_the_pace_is_that_of_the_last_steps_and_counts_parts(clock):
 
 @pytest.mark.parametrize("seconds, later, said", [(2, 60, ["1 min 12 s"]), (30, 0, ["4 min 0 s"]), (3, 0, [])])
 def test_what_is_to_be_expected_is_said_once_where_it_matters(clock, capsys, seconds, later, said):
-    """Of 100 steps, 90 done before; three that count, or five seconds of them, decide."""
+    """100 steps, 90 of them done before. The forecast comes after three measured steps, or five seconds of them."""
     with Progress(100, "test", initial=90, later=lambda: later, device=torch.device("cpu")) as bar:
         for _ in range(10):
             clock[0] += seconds
@@ -96,10 +96,10 @@ def test_what_is_done_aside_is_shown_and_ends(clock, capsys):
 
 @pytest.mark.parametrize("total, before", [(0, 0), (5, 5)])
 def test_a_bar_without_a_step_of_its_own_ends_too(capsys, total, before):
-    """Iteration 0 is evaluated and nothing else; so is the last one of a run that was stopped there."""
+    """As when only iteration 0 is evaluated, or when a run resumes at its last evaluation."""
     with Progress(total, "test", initial=before) as bar:
         with bar.aside("evaluating", 1):
-            bar.refresh()  # as after half a minute
+            bar.refresh()  # as happens after half a minute
         bar.show("accuracy 50.0 %")
     assert re.search(r"100 %, took 00:00, accuracy 50\.0 %\n$", capsys.readouterr().err)
 
@@ -109,7 +109,7 @@ def test_a_bar_without_a_step_of_its_own_ends_too(capsys, total, before):
 
 @pytest.fixture(scope="module")
 def on_terminal(environment):
-    """An entry on a terminal of 80 columns → everything it wrote there."""
+    """Runs a program on a terminal of 80 columns; returns everything it wrote there."""
     def on_terminal(script, *arguments):
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -121,7 +121,7 @@ def on_terminal(environment):
         while True:
             try:
                 some = os.read(ours, 1 << 16)
-            except OSError:  # nobody is left who could write
+            except OSError:  # the other end is closed
                 break
             if not some:
                 break
@@ -134,7 +134,7 @@ def on_terminal(environment):
 
 @pytest.fixture(scope="module")
 def made(run, toy, toy_experts, tmp_path_factory):
-    """A finished distillation of the toy: its set, its arguments but for --log_path, and what it wrote in a pipe."""
+    """A finished distillation of the toy: its set, its arguments without --log_path, and the process (in a pipe)."""
     folder = tmp_path_factory.mktemp("made")
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", "--ema", "--run_name=one"]
     done = run(DATM, *arguments, f"--log_path={folder}")
@@ -143,7 +143,7 @@ def made(run, toy, toy_experts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def program(toy, made):
-    """The name of a program → its arguments, with a folder for what it writes."""
+    """Program, output folder → the program's arguments."""
     def program(script, folder):
         whole, distil, _ = made
         return {BUFFER: [*toy.train, f"--buffer_path={folder}"], DATM: [*distil, f"--log_path={folder}"],
@@ -152,7 +152,7 @@ def program(toy, made):
     return program
 
 
-LAST = {  # a program's last line, after its name
+LAST = {  # a program's last progress line, after its label
     BUFFER: r"epoch 3/3 100 %, took 00:\d\d, loss [\d.]+, train [\d.]+ %, test [\d.]+ %, [\d.]+k? images/s",
     DATM: r"4/4 100 %, took 00:\d\d, loss [\d.]+, accuracy [\d.]+ %, α [\d.]+, start epoch \d, skipped 0, "
           r"[\d.]+k? images/s",
@@ -167,9 +167,9 @@ def test_on_a_terminal_of_80_columns_bars_are_one_line(on_terminal, program, tmp
     assert re.match(FIRST, written)
     bars = [bar for line in written.split("\n") for bar in line.split("\r") if " left" in bar or " took " in bar]
     assert bars and all(disp_len(bar.rstrip()) <= 80 for bar in bars)
-    # As in a pipe, with a bar drawn into it, and cut where the terminal ends.
+    # The same text as in a pipe, plus a bar, cut to the terminal's width.
     assert any(re.search(r"100 % \|.*\| took 00:\d\d, (loss [\d.]+|1 of 1 network), ", bar) for bar in bars), bars[-1]
-    # What cannot be broken, a path, may be longer; nothing else is.
+    # Only paths, which cannot be wrapped, may make a line longer.
     for line in re.split("[\r\n]", written):
         assert disp_len(line.rstrip()) <= 80 or str(tmp_path.parent.parent) in line, line
 
@@ -200,7 +200,7 @@ QUIET = {
 def test_quiet_leaves_the_results(call, program, tmp_path, script):
     done = call(script, *program(script, tmp_path), "--quiet")
     assert re.fullmatch(QUIET[script], done.stdout)
-    known = "did not learn", "whitening also amplifies"  # which is to be known
+    known = "did not learn", "whitening also amplifies"  # notes that --quiet keeps
     assert all(any(words in line for words in known) for line in done.stderr.splitlines())
 
 
@@ -211,7 +211,7 @@ def test_quiet_leaves_errors_and_warnings(call, toy, toy_experts, tmp_path):
 
 
 def test_quiet_changes_nothing_of_a_run(call, made, toy, toy_experts, tmp_path):
-    """The same tensors and config; also as a key of the YAML; and a run is gone on with, quietly or not."""
+    """The same tensors and config, also as a key of the YAML; a finished run is recognised with or without it."""
     whole, distil, _ = made
     quiet = tmp_path / "quiet.yaml"
     quiet.write_text((toy.data / "toy.yaml").read_text() + "quiet: True\n")
@@ -230,7 +230,7 @@ def test_quiet_changes_nothing_of_a_run(call, made, toy, toy_experts, tmp_path):
 
 
 def test_what_takes_long_with_much_data_says_how_far_it_is(call, environment, toy, toy_experts, monkeypatch, tmp_path):
-    """Shown from the third second on; so here, where all is short, not at all, or if nothing is too short."""
+    """Bars appear after three seconds: never in so short a run, and all of them once that limit is 0."""
     monkeypatch.setitem(environment, "DATM_CACHE", str(tmp_path))
     command = BASELINE, *toy.evaluate, "--ipc=1", "--pick=correct", f"--buffer_path={toy_experts}"
     steps = "looking for colours", "reading the images", "fitting the whitening", "whitening the images"
@@ -258,7 +258,7 @@ def type_in(command, environment, cwd=REPOSITORY):
 
 @pytest.mark.parametrize("inside", [".", "distill"])
 def test_the_printed_commands_lead_from_experts_to_pictures(call, toy, environment, tmp_path, inside):
-    """As they are, but for smaller numbers; from the root and from a folder in it, with odd names."""
+    """Run as printed, plus options for small sizes; from the root and from a subfolder, with spaces in paths."""
     cwd = REPOSITORY / inside
     folder = tmp_path / "my experts"
     said = call(REPOSITORY / BUFFER, *toy.train, "--num_experts=1", "--train_epochs=2", f"--buffer_path={folder}",
@@ -271,5 +271,5 @@ def test_the_printed_commands_lead_from_experts_to_pictures(call, toy, environme
                                      environment, cwd))
     assert "ConvNetD1W4: " in type_in(evaluate, environment, cwd) and "--epoch_eval_train=1" in evaluate
     assert "3 images of 2 × 2 smaller ones (12 labels): " in type_in(export, environment, cwd)
-    # The run's own, the set's, and what networks see of it.
+    # Two of the run, three images of the set, and one of what networks see.
     assert len(list((tmp_path / "my logs").rglob("*.png"))) == 2 + 3 + 1

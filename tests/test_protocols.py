@@ -1,4 +1,4 @@
-"""Sets under the evaluations of the papers, and at rates that are chosen on held-out images."""
+"""Evaluation by the papers' protocols, and at learning rates chosen on held-out images."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ NETWORKS = importlib.import_module("distill.evaluate.networks")
 
 @pytest.fixture
 def folder(toy_data, tmp_path):
-    """A set of the toy in the layout of DATM and, the same images, in that of DC and of DSA."""
+    """A folder with one set of toy images in the file layouts of DATM, DC and DSA."""
     torch.manual_seed(0)
     images, classes = toy_data.train_images[::12], toy_data.train_labels[::12]
     datm = tmp_path / "datm"
@@ -34,7 +34,7 @@ def folder(toy_data, tmp_path):
 
 @pytest.fixture
 def evaluate(call, toy, folder):
-    """Options → the JSON and what was said; `--epoch_eval_train` is the protocol's."""
+    """Options → the JSON and the finished process; `--epoch_eval_train` is left to the protocol."""
     usual = [each for each in toy.evaluate if "epoch_eval_train" not in each]
 
     def evaluate(*options, data="datm", expect=0):
@@ -45,7 +45,7 @@ def evaluate(call, toy, folder):
     return evaluate
 
 
-# --- the numbers, written from the papers' descriptions and code ---------------------------------------------
+# --- the protocols' numbers, from the papers and their code --------------------------------------------------
 
 DSA = {"color", "crop", "cutout", "flip", "scale", "rotate"}
 
@@ -79,7 +79,7 @@ def test_each_protocol_trains_as_published_but_for_what_is_given(evaluate, monke
 
 
 def test_dc_augments_as_its_table_says_and_trains_longer_then(evaluate, monkeypatch):
-    """300 epochs without augmentation and 1000 with; ConvNetBN and MNIST have one of DC's own."""
+    """300 epochs without augmentation, 1000 with; DC augments only for ConvNetBN and on MNIST."""
     seen = []
     monkeypatch.setattr(NETWORKS, "train_network", lambda model, theta, *_, epochs, draw, random, **more: (
         seen.append((epochs, getattr(draw(2, random), "parameters", ()))), theta)[1])
@@ -93,7 +93,7 @@ def test_dc_augments_as_its_table_says_and_trains_longer_then(evaluate, monkeypa
 
 @pytest.mark.parametrize("protocol, before, after", [("dc", 152, 149), ("mtt", 502, 499)])
 def test_the_optimiser_and_its_schedule(evaluate, monkeypatch, protocol, before, after):
-    """Epochs 0 … E; after epoch E // 2 + 1 a tenth of the rate, and the momentum forgotten."""
+    """Epochs 0 … E; after epoch E // 2 + 1 the rate is a tenth and the momentum is reset."""
     made = []
 
     def counted(theta, gradient, velocity, lr, momentum, weight_decay):
@@ -127,9 +127,9 @@ def test_several_protocols_by_one_command_are_what_each_is(evaluate, call, folde
     assert both["protocols"]["dc"]["trained"]["ConvNet"] == {
         "epochs": 4, "batch_train": 256, "dsa": False, "lr": pytest.approx(0.01)}
     assert both["what"] == "distilled images under dc"
-    assert both["config"]["epoch_eval_train"] == 4 and both["config"]["batch_train"] == 128  # as given
+    assert both["config"]["epoch_eval_train"] == 4 and both["config"]["batch_train"] == 128  # not the protocols' values
 
-    # The table has the rows of both, and tells a set's own rate (of datm alone, as of both) from another.
+    # The table has a row for each protocol and network, and the rate where it alone tells rows apart.
     assert "result.json exists and will be replaced" in evaluate("--lr_teacher=0.02", *options)[1].stdout
     text = call("scripts/summary.py", folder / "both.json", folder / "result.json").stdout
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
@@ -176,7 +176,7 @@ def test_it_goes_on_at_the_next_network_and_not_with_that_of_other_options(evalu
                                        "--batch_train=2")[1].stderr
     with stop_at(NETWORKS, "train_network", 10):
         evaluate(*options, expect=130)
-    with stop_at(NETWORKS, "train_network", 14 - 9 + 1):  # so many are left, and no more
+    with stop_at(NETWORKS, "train_network", 14 - 9 + 1):  # one more than are left, so it is not reached
         again, done = evaluate(*options)
     assert "9 of 14 networks were tested" in done.stdout and again["protocols"] == whole["protocols"]
 

@@ -1,4 +1,4 @@
-"""The published configs, and those of the relatives: their values, and a run of each from experts to evaluation."""
+"""The configs of DATM and of related methods: published values, and a run of each from experts to evaluation."""
 
 import dataclasses
 import re
@@ -35,7 +35,7 @@ PUBLISHED = {
     "TinyImageNet/ConvIN/IPC1": (40, 1000, 10000, 10, 1e-4, (0, 15, 20, 2000), 1, 500, True, [0, 1]),
     "TinyImageNet/ConvIN/IPC10": (40, 500, 100, 10, 1e-4, (10, None, 50, None), 1, 500, False, [0, 1, 2, 3]),
     "TinyImageNet/ConvIN/IPC50": (20, 1000, 100, 10, 1e-4, (40, None, 70, 1), 1, 500, True, [0, 1, 2, 3]),
-    # PAD, as its code has them.
+    # PAD, from its code.
     "CIFAR-10/PAD/IPC1": (80, 1000, 100, 5, 1e-7, (0, None, 4, None), 1.1, 500, True, [3]),
     "CIFAR-10/PAD/IPC10": (80, 500, 100, 2, 1e-5, (0, 10, 20, 1000), 1, 500, True, [3]),
     "CIFAR-10/PAD/IPC50": (80, 1000, 1000, 2, 1e-5, (0, 20, 40, 2000), 1, 500, False, [0, 1]),
@@ -49,7 +49,7 @@ PUBLISHED = {
     "TinyImageNet/PAD/IPC10": (40, 500, 100, 10, 1e-4, (10, None, 50, None), 1, 500, False, [0, 1, 2, 3]),
     "TinyImageNet/PAD/IPC50": (20, 1000, 100, 10, 1e-4, (40, None, 70, None), 1, 500, True, [0, 1, 2, 3]),
 }
-# SPEC 8: PAD's share of the parameters that is left out; one half where none is given here.
+# SPEC 8: the share of the parameters that PAD leaves out; one half where a config is not listed.
 RATIOS = {"CIFAR-10/PAD/IPC1": 0, "CIFAR-10/PAD/IPC50": 0.25, "CIFAR-100/PAD/IPC50": 0}
 NOTES = {  # wandb project, ema_decay
     "CIFAR-10/ConvIN/IPC1": ("CIFAR10_ipc1", 0.995), "CIFAR-10/ConvIN/IPC10": ("CIFAR10_ipc10", 0.9995),
@@ -136,7 +136,7 @@ def test_every_config_of_a_paper_is_one_of_these():
 
 
 def commands_of(name):
-    """The options of its header's commands: those of the experts, and those of the distillation beside its file's."""
+    """The options in a header's commands: of the experts (None: no command), and of the distillation beyond --cfg."""
     header = " ".join(line.strip("# ") for line in (CONFIGS / f"{name}.yaml").read_text().splitlines()
                       if line.startswith("#"))
     experts = re.search(r"buffer_FTD\.py((?: --\S+)+)", header)
@@ -146,13 +146,13 @@ def commands_of(name):
 
 @pytest.mark.parametrize("name", [name for name in [*PUBLISHED, *RELATED] if "ConvIN" not in name])
 def test_the_relatives_experts_are_the_published(name):
-    """Their header has the command; DATM's is in configs/README.md."""
+    """The command is in the config's header; that for DATM's experts is in configs/README.md."""
     config, method = parse(BufferConfig, "", commands_of(name)[0]), name.split("/")[1]
     rho = 0.01 if method in ("FTD", "PAD") else 0  # plain SGD
     assert (config.rho_max, config.rho_min, config.train_epochs) == (rho, rho, 100 if method == "PAD" else 50)
     assert config.num_experts == (50 if "ImageNet-1K" in name else 100)
     assert config.pad == (method == "PAD")
-    if rho:  # else it is without effect
+    if rho:  # otherwise alpha has no effect
         assert config.alpha == (FTD[name][7] if method == "FTD" else 0.3)
     distil = load(name)
     assert (config.dataset, config.model, config.zca) == (distil.dataset, distil.model, distil.zca)
@@ -170,7 +170,7 @@ def test_every_config_says_how_it_is_run_and_what_it_costs(path):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoWhitening(Whitening):
-    """In the place of a fit that takes minutes in 12,288 dimensions."""
+    """Replaces a fit that takes minutes in 12,288 dimensions."""
 
     def apply(self, images):
         return 2 * images - 1
@@ -187,14 +187,14 @@ class NoWhitening(Whitening):
 
 @pytest.fixture(scope="module")
 def experts(call, tmp_path_factory):
-    """`experts(*command)`: the folder of tiny ones by this command, trained once, on random images in the published
-    layout; and the options of any program for these data."""
+    """`experts(*command)` trains tiny experts by this command, once, on random images in the published layout; returns
+    their folder and the options for these data."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        # The mean is that of 2 x − 1.
+        # The mean, 0.5, is what 2 x − 1 maps to zero.
         monkeypatch.setattr("utils.data.datasets.fit", lambda images, *given: NoWhitening(
             *(torch.full((1, size), 0.5) for size in (images[0].numel(), 1, 1))))
         monkeypatch.setitem(DATASETS, "MiniFashion", DATASETS["FashionMNIST"])
-        # What other tests see to, and most of the time.
+        # Pictures and pages are tested elsewhere and would take most of the time.
         monkeypatch.setattr("distill.report.show._MAKERS", dict.fromkeys(SHOWN, lambda run, path: None))
         monkeypatch.setattr("distill.distillation.FIXED_SEGMENTS", 1)
 
@@ -226,12 +226,12 @@ def experts(call, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ALL)
 def test_from_experts_to_evaluation(name, call, experts, tmp_path):
-    """Every config by its own commands, as it stands but for sizes."""
+    """Runs every config by the commands in its header, unchanged except for sizes."""
     config, (of_experts, of_distillation) = load(name), commands_of(name)
     of_experts = of_experts or [f"--dataset={config.dataset}", f"--model={config.model}", "--zca", "--rho_max=0.01",
                                 "--rho_min=0.01", "--alpha=0.3"]  # DATM's published ones
     buffers, common = experts(*of_experts)
-    ipc = 1 if config.dataset == "CIFAR100" else min(config.ipc, 2)  # of 100 classes the stand-in has one image each
+    ipc = 1 if config.dataset == "CIFAR100" else min(config.ipc, 2)  # the stand-in has one image per class
     call("distill/DATM.py", "--cfg", CONFIGS / f"{name}.yaml", *of_distillation, *common, f"--buffer_path={buffers}",
          f"--log_path={tmp_path}", "--run_name=run", f"--ipc={ipc}", "--Iteration=2", "--eval_it=2",
          "--syn_steps=3", "--batch_syn=7", "--num_eval=1", "--epoch_eval_train=1", "--min_start_epoch=0",

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun over gloo, give what one gives; a rank that dies loses nothing."""
+"""Several ranks (torchrun, gloo) give the results of one process; a rank that dies loses nothing."""
 
 import json
 import os
@@ -30,7 +30,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def start(environment):
-    """torchrun with so many ranks; returns the process."""
+    """Starts a command as that many ranks of torchrun (0: without torchrun); returns the process."""
     def start(number, *command):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}",
                     "--monitor_interval=0.1"]
@@ -42,7 +42,7 @@ def start(environment):
 
 @pytest.fixture(scope="module")
 def torchrun(start):
-    """As `start`, to the end; returns what it printed."""
+    """Like `start`, but waits for the end; returns stdout and stderr."""
     def torchrun(number, *command, expect=0):
         process = start(number, *command)
         out, err = process.communicate(timeout=300)
@@ -52,7 +52,7 @@ def torchrun(start):
 
 
 def kill_a_rank(process, folder, once_there):
-    """Kills the last of torchrun's ranks when a file is there; the job must end soon, and say why."""
+    """Kills torchrun's last rank once a file exists; the job must end soon and say why."""
     while not list(folder.rglob(once_there)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -72,7 +72,7 @@ def bytes_in(folder):
 def test_experts_are_those_of_one_process(torchrun, toy, toy_experts, tmp_path, number):
     out, _ = torchrun(number, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert bytes_in(tmp_path) == bytes_in(toy_experts) and not list(tmp_path.rglob("unfinished"))
-    assert out.count("3 experts of 3 epochs: ") == 1  # only the first rank speaks
+    assert out.count("3 experts of 3 epochs: ") == 1  # only the first rank prints
 
 
 def test_experts_go_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
@@ -86,7 +86,7 @@ def test_experts_go_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
 @pytest.mark.parametrize("number, trained, ranks_there, reached", [
     (0, [], 1, 2.5), (0, [], 2, 5.0), (2, [0, 1], 2, 8 + 2.5), (1, [0], 4, 4 + 2 * 2.5), (0, [], 9, 7.5)])
 def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, number, trained, ranks_there, reached):
-    """Three experts of four epochs; half of the third epoch is done."""
+    """Three experts of four epochs; the one in training is in the middle of its third epoch."""
     run = object.__new__(expert_run.ExpertRun)
     run.config, run.first_number, run.written = make(BufferConfig, num_experts=3, train_epochs=4), 0, 0
     run.dataset, run.unfinished = mock.MagicMock(), tmp_path
@@ -104,7 +104,7 @@ def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, num
 
 @pytest.fixture(scope="module")
 def alone(torchrun, tmp_path_factory):
-    """What one process computes: (images, matching, factor) → tensors."""
+    """(images, matching, factor) → the tensors that one process computes."""
     found = {}
 
     def alone(*setting):
@@ -119,8 +119,8 @@ def alone(torchrun, tmp_path_factory):
 @pytest.mark.parametrize("number, images, matching, factor", [(2, 9, "exact", 2), (4, 9, "exact", 1),
                                                               (4, 3, "exact", 1), (2, 9, "tesla", 1)])
 def test_twenty_iterations_equal_one_process_in_float64(torchrun, alone, tmp_path, number, images, matching, factor):
-    """Nine images and batches of four are shared unevenly; of three images a fourth rank has none. What is cut out of
-    an image stays with it."""
+    """Nine images and batches of four are divided unevenly; with three images, a fourth rank has none. The parts cut
+    out of an image stay on its rank."""
     torchrun(number, "tests/ranks_worker.py", tmp_path / "x.pt", images, matching, factor)
     together = torch.load(tmp_path / "x.pt")
     for name, expected in alone(images, matching, factor).items():
@@ -176,7 +176,7 @@ def test_an_evaluation_goes_on_after_a_killed_rank(torchrun, start, toy, tmp_pat
 
 
 def test_the_seconds_of_an_evaluation_are_of_one_clock(monkeypatch):
-    """The first rank sends what it read to others, whose clocks began at another time."""
+    """The first rank sends the saved accuracies to ranks whose clocks have another origin."""
     now = [1e6]
     monkeypatch.setattr("distill.evaluate.saved_accuracies.perf_counter", lambda: now[0])
     sent = Accuracies()
@@ -190,7 +190,7 @@ def test_the_seconds_of_an_evaluation_are_of_one_clock(monkeypatch):
 
 
 def test_no_rank_writes_once_the_first_may_remove_the_files(monkeypatch, toy_data, tmp_path):
-    """A late file would let the next evaluation into the same --json believe that it was stopped."""
+    """The next evaluation with the same --json would take a late file for that of a stopped one."""
     config = make(EvaluationConfig, dataset="ImageFolder", model="ConvNetD1W4", num_eval=3, epoch_eval_train=1)
     images, labels = toy_data.train_images[:6], toy_data.train_labels[:6]
     known = Accuracies(tmp_path / "x.json.unfinished", "key")
@@ -225,7 +225,7 @@ def test_what_ranks_cannot_share_is_refused(call, distil, monkeypatch, options, 
 
 
 def test_a_command_starts_its_own_ranks(torchrun, toy, toy_experts, tmp_path):
-    """What `device: [0, 1]` does on a machine of two GPUs, here on a CPU."""
+    """As with `device: [0, 1]` on a machine with two GPUs, but on a CPU."""
     code = ("import sys; sys.argv = sys.argv[1:]; from unittest import mock; from utils.program import ranks\n"
             "from utils.program.ranks import launch\nlaunch(2)")
     torchrun(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
@@ -245,11 +245,11 @@ def test_ranks_of_other_options_are_refused(torchrun, toy, tmp_path):
 
 
 def test_an_expert_that_is_written_just_now_is_not_trained_again(monkeypatch):
-    """Its epochs go once it is in a file, which may be between the two looks at what there is."""
+    """Its epochs are removed once it is in a file, possibly between this rank's two checks."""
     written = []
 
     def count_experts(folder):
-        written.append(True)  # by the first rank, just after this one has looked
+        written.append(True)  # by the first rank, just after this one has checked
         return len(written) - 1
 
     run = SimpleNamespace(folder=None, _is_trained=lambda number: not written)
@@ -305,7 +305,7 @@ def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
         monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)
         monkeypatch.setattr("torch.cuda.is_available", lambda present=present: present > 0)
         start_as_ranks(make(DistillConfig, device=listed))
-    start_as_ranks(make(DistillConfig, device="auto", parall_eva=True))  # of a distillation only a list does
+    start_as_ranks(make(DistillConfig, device="auto", parall_eva=True))  # a distillation starts ranks only for a list
     for device in ("auto", "cpu", "cuda:1"):  # the last two name one device
         start_as_ranks(make(EvaluationConfig, device=device, parall_eva=True))
     assert started == [4, 2, 4]
@@ -319,7 +319,7 @@ def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):
     ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=h MASTER_PORT=99999", "MASTER_PORT is '99999'"),
     ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=h MASTER_PORT=9 LOCAL_WORLD_SIZE=-1", "LOCAL_WORLD_SIZE is '-1'")])
 def test_without_torchrun_there_is_one_process_or_a_refusal(call, monkeypatch, variables, wrong):
-    """Lightning, Slurm and old shells leave some of its variables behind."""
+    """Lightning, Slurm and old shells leave some of torchrun's variables behind."""
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (each.split("=") for each in f"LOCAL_RANK=0 {variables}".split()):

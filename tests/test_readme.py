@@ -1,4 +1,4 @@
-"""What README says holds, and the quickstart does what README says."""
+"""The README's commands and numbers are right, and the quickstart does what the README says."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from utils.program.command_line import parse
 CONFIGS = {"buffer_FTD.py": BufferConfig, "DATM.py": DistillConfig, "evaluation.py": EvaluationConfig,
            "baseline.py": BaselineConfig}
 SET = "quickstart/logged_files/MiniFashion/1/ConvNetW32/quickstart"
-# In the place of Python: notes the command, and makes the file that this one is known by.
+# Replaces Python: notes the command and creates the file by which its result is recognised.
 PYTHON = f"""#!/bin/sh
 echo "$*" >>commands
 for word in "$@"; do
@@ -35,7 +35,7 @@ esac
 
 
 def checked(command):
-    """The options of a command, which must be one of the programs' own; None of another program."""
+    """The options of a command, all of which must be valid; None: not one of `CONFIGS`."""
     words = shlex.split(command)
     at = next((at for at, word in enumerate(words) if Path(word).name in CONFIGS), None)
     return None if at is None else parse(CONFIGS[Path(words[at]).name], "", words[at + 1:],
@@ -60,7 +60,7 @@ def test_the_readme_is_short_and_has_the_quickstarts_table(call):
 
 @pytest.fixture
 def quickstart(tmp_path):
-    """`quickstart()`: runs it in a folder of its own, Python being PYTHON; the commands it ran and what it printed."""
+    """`quickstart()` runs it in its own folder, with PYTHON as Python; returns the commands it ran and its output."""
     for folder in ("scripts", "bin", "configs/MiniFashion/ConvIN"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("quickstart.sh", "help.sh"):
@@ -90,7 +90,7 @@ def test_the_quickstart_shows_one_set_that_was_not_chosen_on_test_images(quickst
     assert commands[-1].startswith("scripts/summary.py ")
     assert out.splitlines()[-1].endswith(f"{SET}/report.html")
 
-    # Nothing is made twice; what was made of an older file, or by another command, is made again.
+    # No result is made twice, except one that is older than a file it depends on.
     assert quickstart()[0] == commands[-1:]
     later = (tmp_path / SET / "result.json").stat().st_mtime + 1
     os.utime(tmp_path / "configs/MiniFashion/ConvIN/IPC1.yaml", (later, later))
@@ -98,7 +98,7 @@ def test_the_quickstart_shows_one_set_that_was_not_chosen_on_test_images(quickst
     assert [command.split()[0] for command in quickstart()[0]] == ["distill/DATM.py", "distill/evaluation.py",
                                                                    "scripts/summary.py"]
 
-    # Whoever stops it is told of it alone.
+    # If it is stopped, only the quickstart says how to resume, not the program that it ran.
     os.utime(tmp_path / "configs/MiniFashion/ConvIN/IPC1.yaml", (later + 9, later + 9))
     (tmp_path / "bin/python").write_text('#!/bin/sh\necho "$DATM_PART_OF" >&2\nexit 130\n')
     assert quickstart(130)[1].splitlines() == [
@@ -117,7 +117,7 @@ def test_shell_scripts_explain_themselves_and_begin_nothing(tmp_path):
 
 
 def test_a_check_of_a_gpu_keeps_what_is_not_its_own(tmp_path):
-    """In a folder that is named from where its user stands."""
+    """The folder is relative to the current one."""
     (tmp_path / "buffers").mkdir()
     (tmp_path / "evaluation.json").write_text("mine")
     done = subprocess.run(["bash", REPOSITORY / "scripts" / "gpu_check.sh", "."], cwd=tmp_path, capture_output=True,

@@ -1,4 +1,4 @@
-"""Every mistake of the user's is one line that says what was given and what to do, exit code 2, and nothing written."""
+"""Every user mistake gives one line that says what was given and what to do, exit code 2, and no files."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
 
 
 def check_refusal(done, *phrases):
-    """One line, beside notes: which script, and every phrase."""
+    """Asserts that stderr, apart from notes, is one line with the script's name and every phrase."""
     (line,) = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("note:")]
     script = next(argument for argument in done.args if argument.endswith(".py"))
     assert line.startswith(f"{os.path.basename(script)}: error: ")
@@ -26,7 +26,7 @@ def check_refusal(done, *phrases):
 
 @pytest.fixture
 def refused(call, toy, toy_experts, tmp_path):
-    """`refused(script, options, phrases)`: refused by one line with these phrases, and nothing was written."""
+    """`refused(script, options, phrases)` asserts one line with these phrases, and that nothing was written."""
     def refused(script, options, phrases, writes_nothing=True):
         out = tmp_path / "out"
         usual = {
@@ -148,7 +148,7 @@ def test_what_the_initialisation_refuses_leaves_nothing(refused, case):
 
 
 def test_a_run_name_is_free_again_after_a_refusal(call, toy, toy_experts, tmp_path):
-    """Who mends the refused option and gives the same name must not hear of a run that never was."""
+    """With the option corrected, the same name must not be refused because of a run that never started."""
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=x",
                  "--Iteration=0"]
     call(DATM, *arguments, "--Label_Model_Timestamp=9", expect=2)
@@ -166,7 +166,7 @@ def test_an_evaluation_that_cannot_be_is_refused_before_the_distillation(refused
 def test_an_expert_segment_longer_than_the_trajectory_has_advice_that_helps(call, toy, toy_experts):
     done = call(DATM, *toy.distil, f"--buffer_path={toy_experts}", "--expert_epochs=4", expect=2)
     check_refusal(done, "--expert_epochs 4", "has 3 epochs")
-    assert "give --max_start_epoch" not in done.stderr  # no start epoch would do
+    assert "give --max_start_epoch" not in done.stderr  # no start epoch would help
 
 
 def test_a_learning_rate_that_would_turn_negative_is_held_and_then_stops_the_run(call, toy, toy_experts, tmp_path,
@@ -247,7 +247,7 @@ def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
 
 @pytest.mark.parametrize("whose", ["config", "manifest"])
 def test_aliases_which_make_a_few_lines_huge_are_refused_at_once(call, toy, toy_experts, tmp_path, whose):
-    """Twelve short lists, each of nine times the one before: written out, the last would fill the memory."""
+    """Twelve levels of lists, each nine times the size of the one before: expanded, they would fill the memory."""
     layers = "[" + ", ".join("x" * 9) + "]"
     for level in range(12):
         layers = f"[&a{level} {layers}" + f", *a{level}" * 8 + "]"
@@ -271,7 +271,7 @@ def test_a_config_that_is_not_there_is_refused(call, tmp_path):
 
 @pytest.fixture
 def damaged(call, toy, toy_experts, tmp_path):
-    """`damaged(change, phrases)`: a copy of the experts whose file 0 was changed is refused with these phrases."""
+    """`damaged(change, phrases)` asserts that a copy of the experts, with file 0 changed, is refused so."""
     shutil.copytree(toy_experts, tmp_path / "buffers")
     folder = tmp_path / "buffers" / "ImageFolder" / "ConvNetD1W4"
 
@@ -285,7 +285,7 @@ def damaged(call, toy, toy_experts, tmp_path):
 
 
 def rewritten(change):
-    """A change of the file's experts."""
+    """Returns a function that applies `change` to the experts in a file."""
     return lambda path: torch.save(change(torch.load(path, weights_only=True)), path)
 
 
@@ -301,7 +301,7 @@ SHAPES = ["holds experts of another network", "--model"]
     (rewritten(lambda experts: torch.zeros(3)), ["is not a list of experts"]),
     (rewritten(lambda experts: [experts[0], []]), ["expert 1", "is not a list of snapshots"]),
     (rewritten(lambda experts: [torch.zeros(4, 5)]), ["expert 0", "is not a list of snapshots"]),
-    (rewritten(lambda experts: experts[0]), ["expert 0", "is not a list of snapshots"]),  # one, not a list of them
+    (rewritten(lambda experts: experts[0]), ["expert 0", "is not a list of snapshots"]),  # one expert, not a list
     (rewritten(lambda experts: [[snapshot[:-1] for snapshot in expert] for expert in experts]), SHAPES),
     (rewritten(lambda experts: [[[*snapshot[:-1], torch.zeros(4)] for snapshot in expert] for expert in experts]),
      [*SHAPES, "tensor 6 is (4,), and this network's is (3,)"]),
@@ -335,7 +335,7 @@ def test_more_experts_are_not_trained_beside_a_file_that_is_none(call, toy, tmp_
 
 
 class Sets:
-    """The three files of a set for the toy, each replaced by whatever a test wants."""
+    """The three files of a set for the toy; tests replace some of them."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -564,8 +564,8 @@ def test_losses_that_stay_not_finite_stop_the_run(call, toy, toy_experts, tmp_pa
 
 
 def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_path, monkeypatch):
-    """At once, with the loss, what it is compared with and what to change first; and at its end."""
-    # The loss of the fixed segments stays below the threshold, which none is compared with.
+    """Early and at the end, with the loss, the threshold, and what to change first."""
+    # The fixed segments' loss is not compared with the threshold, so the notes must not quote it.
     monkeypatch.setattr("distill.distillation.Distillation.fixed_loss", lambda *_: 1e-10)
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--threshold=1e-9",
                  "--Iteration=12", "--eval_it=12", "--skip_first_eva"]

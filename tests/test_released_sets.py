@@ -1,4 +1,4 @@
-"""Sets as other projects release them, and as they evaluate them."""
+"""Sets in the files that other projects release."""
 
 import json
 from unittest import mock
@@ -14,7 +14,7 @@ EVALUATION = "distill/evaluation.py"
 
 @pytest.fixture
 def evaluated(call, toy, tmp_path):
-    """Options of evaluation.py → the set that it used, and what it said, on the toy without --zca."""
+    """Options of evaluation.py → the set that it used and the process; on the toy, without --zca."""
     def evaluated(*options, expect=0):
         plain = [each for each in toy.evaluate if each != "--zca"]
         done = call(EVALUATION, *plain, *options, f"--save={tmp_path / 'set.safetensors'}", expect=expect)
@@ -37,7 +37,7 @@ def write(folder, **tensors):
     return folder
 
 
-# --- each form, by one --data_dir ----------------------------------------------------------------------------
+# --- each form, as one --data_dir ----------------------------------------------------------------------------
 
 
 def test_of_dc_the_names_in_the_files_name_count(call, tmp_path):
@@ -61,7 +61,7 @@ def test_of_mtt_and_ftd_a_folder(evaluated, parts, tmp_path):
     assert float(found.lr) == pytest.approx(0.02) and found.config["zca"] is False
     assert done.stderr.count("note:") == 1 and "nothing says whether the set's images are whitened" in done.stderr
     assert "note:" not in evaluated(f"--data_dir={mtt}", "--lr_teacher=0.02", "--zca=False")[1].stderr
-    write(mtt, images_zca_1000=images, lr=torch.tensor(0.3))  # there is none of `best`
+    write(mtt, images_zca_1000=images, lr=torch.tensor(0.3))  # none for `best`, but of the same set
     found, done = evaluated(f"--data_dir={mtt}", f"--lr_dir={mtt / 'lr.pt'}")
     assert found.config["zca"] is True and float(found.lr) == pytest.approx(0.3) and "note:" not in done.stderr
     assert "made with zca True, and here zca is False" in evaluated(f"--data_dir={mtt}", "--zca=False")[1].stderr
@@ -116,7 +116,7 @@ def test_of_ncfm_pixels_of_a_factor(evaluated, toy_data, parts, tmp_path, factor
         f"--data_dir={ncfm}", f"--factor={factor}", "--zca")[1].stderr
 
 
-@pytest.mark.parametrize("size, loaded", [(8, 0), (32, 1)])  # that of CIFAR10, which is the default, is 32
+@pytest.mark.parametrize("size, loaded", [(8, 0), (32, 1)])  # CIFAR10, the default, has 32
 def test_where_nothing_says_the_dataset_it_is_asked_for(call, parts, tmp_path, monkeypatch, size, loaded):
     images, classes, _ = parts
     images = images.new_zeros(6, 3, size, size)

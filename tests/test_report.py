@@ -1,4 +1,4 @@
-"""The report of a run: what is in it, that it can be made again, and what a browser makes of it."""
+"""The report of a run: its content, rebuilding it, and how a browser shows it."""
 
 import json
 import math
@@ -46,7 +46,7 @@ class Element:
 
 @dataclass
 class Page(HTMLParser):
-    """A page as a list of elements; every tag that is opened must be closed in its turn."""
+    """A page as a list of elements; asserts that tags are properly nested and closed."""
 
     source: str
     elements: list = field(default_factory=list)
@@ -80,7 +80,7 @@ class Page(HTMLParser):
 
 
 def check(source):
-    """What holds of every page; the page."""
+    """Checks what must hold for every page; returns the parsed page."""
     page = Page(source)
     assert source.startswith("<!DOCTYPE html>") and len(source) < 10_000_000
     assert page.all("html")[0].attributes["lang"] == "en" and page.all("title")[0].text
@@ -128,8 +128,8 @@ def test_a_run_leaves_its_report(runs):
     assert [each.text for each in page.all("h2")] == [
         "Summary", "Distilled images", "Progress", "Labels", "Curves", "Classes", "Options", "Reproduce",
         "Versions and hardware"]
-    # Of each of six images: itself, its neighbour, its start, its change; a label of three classes. The set at three
-    # evaluations, and as it moves.
+    # For each of six images: itself, its neighbour, its start and its change. The set at three evaluations, and an
+    # animation of it.
     assert len(page.all("img")) == len({each.attributes["alt"] for each in page.all("img")}) == 4 * 6 + 3 + 1
     assert Image.open(runs[0] / "evolution.webp").n_frames == 3
     bars = [each for each in page.all("ul") if each.attributes.get("aria-label", "").startswith("Soft label of")]
@@ -157,7 +157,7 @@ def test_it_is_made_again_from_the_folder_alone(call, runs, copied):
 
 
 def test_the_picture_of_the_curves_shows_the_loss_as_the_page_does(monkeypatch, tmp_path):
-    """A skipped update's loss is a gap in the line, and not in the running mean."""
+    """The loss of a skipped update is a gap in the line, and is left out of the running mean."""
     steps = [Iteration(at, [0.5, 1e6, math.nan][at % 3], at % 3 == 0, 0.1, 0, 1) for at in range(40)]
     metrics, drawn = Metrics(steps, []), []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
@@ -180,7 +180,7 @@ def test_neighbours_are_the_nearest_of_the_class(runs, toy_data):
 
 
 def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
-    """The same ones as among all pictures; and of a class at most a few are un-whitened."""
+    """The same as among all pictures, though only NEAR candidates per image are un-whitened."""
     torch.manual_seed(0)
     classes = torch.arange(3).repeat_interleave(5)
     real = toy_data.to_pixels(toy_data.train_images)
@@ -200,7 +200,7 @@ def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
 
 
 def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
-    """What the page says to type is read as the options that the run had, and its experts."""
+    """The commands on the page give the options of the run and of its experts."""
     run = read_run(runs[1])
     (_, experts), (_, distil), (_, evaluation), (_, again) = commands(run)
     text = re.search(r"<<'END'\n(.*)END\n", distil, re.DOTALL)[1]
@@ -244,7 +244,7 @@ def test_runs_are_compared(call, runs, tmp_path):
     different = page.all("table")[1].text
     assert "matching" in different and "exact" in different and "tesla" in different and "ipc" not in different
     assert [each.text for each in page.all("th")][:3] == ["what", "exact", "tesla"]
-    # The images' own size, given or not, is no difference: neither from the other run nor from the default.
+    # Giving the dataset's own size is no difference, neither between runs nor from the default.
     one, other = (replace(run, config=run.config | {"dataset": "MNIST", "res": res, "matching": "exact"})
                   for run, res in zip(map(read_run, runs), (28, None)))
     assert "All options are the same." in comparison([one, other])
@@ -252,7 +252,7 @@ def test_runs_are_compared(call, runs, tmp_path):
 
 
 def test_what_is_strange_is_escaped(copied):
-    """Whatever a folder, an option, a class or a machine is called, it is text."""
+    """Names of folders, options, classes and machines are shown as text, never as markup."""
     strange = copied.rename(copied.parent / STRANGE.replace("/", "_"))
     config = yaml.safe_load((strange / "config.yaml").read_text())
     (strange / "config.yaml").write_text(yaml.safe_dump(config | {"dataset": STRANGE, STRANGE: STRANGE}))
@@ -275,7 +275,7 @@ def test_an_older_folder_says_what_it_lacks(call, copied):
     call("scripts/report.py", copied)
     page = check((copied / "report.html").read_text())
     assert "does not hold" in page.source and "starting images" in page.source
-    assert len(page.all("img")) == 6  # those of the set itself
+    assert len(page.all("img")) == 6  # the images of the set itself
     for name in ("config.yaml", "metrics.jsonl", "Normal/distilled.safetensors"):
         (copied / name).unlink()
     call("scripts/report.py", copied)
@@ -308,7 +308,7 @@ def test_what_is_no_run_folder_is_one_line(call, tmp_path):
 
 
 def page_of(folder, **others):
-    """The page of a run, some of its pictures' fields being others."""
+    """The page of a run, with some fields of its pictures replaced."""
     run = read_run(folder)
     return check(report.page(replace(run, pictures=replace(run.pictures, **others))))
 
@@ -347,7 +347,7 @@ def test_a_run_that_learned_nothing_says_so(copied):
 
 
 def unfinished(folder):
-    """A run's folder as it was after three of four iterations, all of whose updates were skipped."""
+    """Changes a run's folder to how it was after three of four iterations, with every update skipped."""
     (folder / "result.json").unlink()
     lines = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
              if line["iteration"] < 3]
@@ -359,7 +359,7 @@ def unfinished(folder):
 def test_an_unfinished_run_has_its_page(call, copied):
     unfinished(copied)
     with (copied / "metrics.jsonl").open("a") as log:
-        log.write('{"iteration": 3, "lo')  # which is being written
+        log.write('{"iteration": 3, "lo')  # a line that is being written
     call("scripts/report.py", copied)
     page = check((copied / "report.html").read_text())
     note, skipped = [each.text for each in page.all("div") if each.attributes.get("class") == "note"]
@@ -373,7 +373,7 @@ def test_an_unfinished_run_has_its_page(call, copied):
 
 
 def of_many_classes(folder):
-    """A run of which the page believes that it was one of a hundred classes, and three networks."""
+    """A run whose labels and scores are replaced by those of a hundred classes and three networks."""
     run = read_run(folder)
     names, counts = tuple(f"class number {number}" for number in range(100)), torch.eye(100).long() * 7
     counts[12, 98] = 5
@@ -398,19 +398,19 @@ def test_a_hundred_classes_stay_readable(runs):
     assert "± one standard deviation, over 3 networks" in source
     rows = [each for each in page.all("table") if each.text.startswith("Accuracy by class")]
     assert "13: class number 12" in rows[0].text and rows[0].text.count(": class number") == 100
-    # A map is one picture, whatever the number of classes, with few numbers beside it.
+    # The confusion map is one picture for any number of classes, with few numbers beside it.
     (map_,) = [each for each in page.all("svg") if each.attributes.get("aria-label", "").startswith("Which class")]
     assert len(re.findall(r"\d+", map_.text)) < 30 and len(source) < 500_000
 
 
 def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(call, copied, runs, toy, toy_experts):
-    """In the chart, and in the numbers of the page and of several runs' page; several seeds are one."""
+    """In the numbers of the page and of a comparison; several seeds give one mean."""
     def reached(name, *options):
         call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1", *options,
              f"--json={copied}/{name}.json")
         return 100 * json.loads((copied / f"{name}.json").read_text())["scores"][0]["mean"]
 
-    reached("other_training", "--no_aug", "--lr_teacher=0.00001")  # which does not count
+    reached("other_training", "--no_aug", "--lr_teacher=0.00001")  # not shown: trained in another way
     kinds = {"random real images": [reached("results_random")], "herded real images with expert labels": [
         reached(f"herding_{seed}", "--pick=herding", f"--buffer_path={toy_experts}", f"--seed={seed}")
         for seed in (0, 1)]}
@@ -418,7 +418,7 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     for kind, levels in kinds.items():
         assert f"{kind}: {np.mean(levels):.2f} %" in page
         assert all(re.search(rf"As many {kind}<[^0-9]*{np.mean(levels):.2f}\D", source) for source in (page, side))
-    # The images' own size, given or not.
+    # The dataset's own size counts as the same, given or not.
     result = json.loads((copied / "results_random.json").read_text())
     result["config"] |= {"dataset": "MNIST", "res": 28}
     (copied / "results_random.json").write_text(json.dumps(result))
@@ -454,7 +454,7 @@ def test_frames_are_few_and_even_however_long_the_way(toy_data):
 def test_changes_are_computed_before_clipping(toy_data, tmp_path):
     start = DistilledSet(toy_data.train_images[:6], torch.zeros(6, 3), torch.tensor(0.01))
     pixels = toy_data.to_pixels(start.images)
-    pixels[0, 0, 0, 0] += 10  # beyond what a page shows
+    pixels[0, 0, 0, 0] += 10  # beyond the range that a page shows
     best = replace(start, images=toy_data.space.from_pixels(pixels))
     page_pictures.save_pictures(tmp_path / "p", toy_data, start, best, "Normal", "real", Frames(), [], [])
     rms = page_pictures.Pictures.read(tmp_path / "p").rms
@@ -464,7 +464,7 @@ def test_changes_are_computed_before_clipping(toy_data, tmp_path):
 def test_outside_a_clone_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "REPOSITORY", tmp_path)
     assert machine.commit.__wrapped__() is None
-    (tmp_path / ".git").mkdir()  # of no use
+    (tmp_path / ".git").mkdir()  # not a valid repository
     assert machine.commit.__wrapped__() is None
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -476,7 +476,7 @@ def test_numbers_at_an_axis_are_not_cut():
     chart.line([(0, 0.00985), (1, 0.01)], "s0")
     ends = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', chart.figure(""))
     assert any(text == "0.00995" for _, text in ends)
-    # At 12 pixels a digit is 7 wide; the axis' own label ends at 18.
+    # At a font size of 12 pixels a digit is 7 pixels wide; the axis' own label ends at x = 18.
     assert all(float(x) - 7 * len(text) > 18 for x, text in ends)
 
 
@@ -485,7 +485,7 @@ def test_numbers_at_an_axis_are_not_cut():
 def test_large_sets_are_thinned(num_classes, ipc, size):
     which = page_pictures.chosen(num_classes, ipc, size)
     assert len(set(which)) == len(which) > 0 and max(which) < num_classes * ipc
-    # As if nothing could be compressed: image, neighbour and start in full, the change in one colour.
+    # Assuming no compression: image, neighbour and start in full, the change in one channel.
     assert len(which) * (3.4 * size * 4 / 3 + 3000) < 9_000_000
     assert num_classes > 100 or len({each // ipc for each in which}) == num_classes
 
@@ -512,7 +512,7 @@ def test_any_losses_can_be_drawn(copied, losses):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 def test_a_browser_shows_it(call, runs, copied, tmp_path):
-    """At both widths, light and dark: nothing wider than the screen, no complaint, no request; and by keyboard."""
+    """Narrow and wide, light and dark: nothing wider than the screen, no errors, no requests. Also by keyboard."""
     call(ROOT / "scripts/report.py", *runs, cwd=tmp_path)
     (tmp_path / "many.html").write_text(report.page(of_many_classes(runs[0])))
     call(ROOT / "scripts/report.py", unfinished(copied), cwd=tmp_path)
@@ -524,14 +524,14 @@ def test_a_browser_shows_it(call, runs, copied, tmp_path):
                 tab.open(path.as_uri(), width, dark=dark)
                 assert tab.run("document.documentElement.scrollWidth") <= width
                 assert tab.run("[...document.images].every(each => each.complete && each.naturalWidth > 0)")
-                # What is written in a chart stays in it, and does not run into what is written beside it.
+                # The text and images of a chart stay within it.
                 assert tab.run("""[...document.querySelectorAll('.chart svg[role]')].every(svg => {
                     const box = svg.getBoundingClientRect()
                     return [...svg.querySelectorAll('text, image')].every(each => {
                         const own = each.getBoundingClientRect()
                         return own.left >= box.left - 1 && own.right <= box.right + 1 && own.top >= box.top - 1 &&
                             own.bottom <= box.bottom + 1 }) })"""), (path, width)
-                # Of an option the value and the meaning are seen without moving it sideways, on a phone too.
+                # The tables of options need no scrolling sideways, even on a phone.
                 assert tab.run("[...document.querySelectorAll('.options')].every(each => "
                                "each.scrollWidth <= each.clientWidth)")
                 paper.add((dark, tab.run("getComputedStyle(document.body).backgroundColor")))
@@ -550,7 +550,7 @@ def test_a_browser_shows_it(call, runs, copied, tmp_path):
         assert tab.run(moving) == "data:image/webp"
         tab("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
         until = time.monotonic() + 10
-        while tab.run(moving) != "data:image/png;":  # for whom motion is too much, it stands still
+        while tab.run(moving) != "data:image/png;":  # with reduced motion, a still image is shown
             assert time.monotonic() < until
         tab.run("document.querySelectorAll('details').forEach(each => { each.open = false })")
         seen = []

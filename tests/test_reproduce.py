@@ -1,4 +1,4 @@
-"""scripts/reproduce.sh: its commands are valid, and a tiny form of it runs, stops, goes on and fills its tables."""
+"""scripts/reproduce.sh: its commands are valid, and a tiny form of it runs, stops, resumes and fills its tables."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
             assert path not in runs
             runs.add(path)
     assert len({step.result for step in plan.steps}) == len({step.name for step in plan.steps}) == len(plan.steps)
-    rows = {row.name: row for row in plan.rows}  # those in two tables have the same first evaluation
+    rows = {row.name: row for row in plan.rows}  # a row in two tables has one first evaluation
     assert len(rows) == len({row.evaluations[0] for row in plan.rows})
 
 
@@ -88,7 +88,7 @@ def test_the_number_of_ranks_changes_nothing_that_is_asked():
 
 @pytest.fixture
 def tiny(environment, tmp_path):
-    """`tiny(*options)`: the tiny form's command and surroundings, for subprocess."""
+    """`tiny(*options)`: arguments for subprocess that run the tiny form."""
     for ipc in (1, 2):
         (tmp_path / f"IPC{ipc}.yaml").write_text(
             f"dataset: MiniFashion\nmodel: ConvNetD1W4\nipc: {ipc}\nval_fraction: 0.1\nIteration: 3\neval_it: 2\n"
@@ -103,7 +103,7 @@ def tiny(environment, tmp_path):
 
 
 def unpadded(path):
-    """A file of tables, whose columns are as wide as their widest cell, with one space for many."""
+    """The text of a file of tables, with the padding of columns reduced to one space."""
     return re.sub(" +", " ", path.read_text())
 
 
@@ -121,7 +121,7 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
 
     done = subprocess.run(**tiny(*only), capture_output=True, timeout=600)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    assert "buffer_FTD.py" not in done.stdout  # the experts are there
+    assert "buffer_FTD.py" not in done.stdout  # the experts are trained already
     assert experts.stat().st_mtime_ns == trained
     results = tmp_path / "out" / "results"
     accuracies = json.loads((results / "ipc1_window_late.json").read_text())["scores"][0]["accuracies"]
@@ -130,7 +130,7 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     said = f"{100 * np.mean(accuracies):.2f} ± {100 * np.std(accuracies):.2f}"
     assert f"| {said} | 2 |" in row and "--run_name=window_late" in row
     assert re.search(rf"^ipc1_window_late +ConvNetD1W4: {re.escape(said)} % \(2\)$", done.stdout, re.M)
-    # Of two distillations: over their means.
+    # For two distillations, ± is over their means.
     scores = [json.loads((results / f"{name}.json").read_text())["scores"][0]["accuracies"]
               for name in ("ipc2_exact", "ipc2_exact_seed_1")]
     means = 100 * np.mean(scores, axis=1)
@@ -146,7 +146,7 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     assert again.stdout.splitlines() == [line for line in done.stdout.splitlines()
                                          if line.startswith(("ipc", "in "))]
 
-    # The tables of results elsewhere, from another folder; those made otherwise are left out and named.
+    # Tables of results in another folder; results made by other commands are left out and named.
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(results, elsewhere)
     ledger = json.loads((elsewhere / "commands.json").read_text())
@@ -166,7 +166,7 @@ def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     damaged = subprocess.run(**tiny("--tables", "--results", str(elsewhere)), capture_output=True, timeout=120)
     assert damaged.returncode == 2 and "ipc1_window_late.json is damaged" in damaged.stderr
 
-    # What another command, or another YAML, made is made again.
+    # A result made by another command or another YAML is made again.
     config = tmp_path / "IPC1.yaml"
     config.write_text(config.read_text().replace("Iteration: 3", "Iteration: 4"))
     other = subprocess.run(**tiny("--jobs=2", "--only", "ipc1_window_late"), capture_output=True, timeout=300)
@@ -188,13 +188,13 @@ def test_experts_are_compared_and_a_rate_is_given_to_another_network(tiny, tmp_p
     assert done.returncode == 0, done.stderr
     results = tmp_path / "out" / "results"
     seen = json.loads((results / "experts_SGD.json").read_text())["by_epoch"]
-    assert [each["mean"] for each in seen["apart"]] == [0, 0, 0]  # from themselves
+    assert [each["mean"] for each in seen["apart"]] == [0, 0, 0]  # compared with themselves
     tables = unpadded(results / "tables.md")
-    assert re.search(r"^\| experts_many \| 0 \| [\d.]+ ± [\d.]+ \| – \|", tables, re.M)  # with nothing to compare with
+    assert re.search(r"^\| experts_many \| 0 \| [\d.]+ ± [\d.]+ \| – \|", tables, re.M)  # no experts to compare with
     assert (results / "experts_many.yaml").exists()
     assert f"| experts_SGD | 0 | {100 * seen['test_accuracy'][-1]['mean']:.2f} ± " in tables
     tested = json.loads((results / "ipc1_exact_mlp_lr.json").read_text())
-    assert tested["lr"] == pytest.approx(0.02) and tested["config"]["model"] == "MLP"  # and not the learned one
+    assert tested["lr"] == pytest.approx(0.02) and tested["config"]["model"] == "MLP"  # not the learned rate
     row = next(line for line in tables.splitlines() if line.startswith("| ipc1_random_mlp |"))
     accuracies = json.loads((results / "ipc1_random_mlp.json").read_text())["scores"][0]["accuracies"]
     assert f"| {100 * np.mean(accuracies):.2f} ± {100 * np.std(accuracies):.2f} | 2 |" in row
@@ -256,7 +256,7 @@ def test_results_are_those_that_the_rows_commands_made(tmp_path):
             reader(plan, results)
         (tmp_path / name).write_text(whole)
 
-    # Of experts made otherwise nothing is shown.
+    # Nothing is shown that depends on experts made by other commands.
     for kind in ("FTD", "many"):
         made[f"experts_{kind}"]["asked"] += " --seed=7"
     (tmp_path / "commands.json").write_text(json.dumps(made))
@@ -272,7 +272,7 @@ def test_results_are_those_that_the_rows_commands_made(tmp_path):
 
 def test_the_pages_have_the_numbers_of_the_results():
     number = r"\d+\.\d+ ± \d+\.\d+"
-    files = {  # row → the file of a column, in results/FashionMNIST/gpu
+    files = {  # row → file in results/FashionMNIST/gpu; {}: the column's images per class
         "random real images": "random_{}", "herded real images, with experts' labels": "herding_{}",
         "random real images, four in one": "random_factor2_{}",
         "the same with experts' labels": "random_factor2_labels_{}", "TESLA's gradient": "ipc{}_tesla",
@@ -308,11 +308,11 @@ def test_the_pages_have_the_numbers_of_the_results():
         *cells, rows = line.strip("|").split("|")
         at = iter([each for name in re.findall("`(.*?)`", rows) for each in found[name]])
         for quoted in re.findall(number, "|".join(cells)):
-            assert quoted in at, f"{quoted} in {line}"  # in this order
+            assert quoted in at, f"{quoted} in {line}"  # quoted in this order
 
 
 def test_what_is_to_beat_and_what_is_published_are_said_alike():
-    """In the configs' headers and in the tables that `reproduce.py` makes."""
+    """The configs' headers quote the same figures as the tables that `reproduce.py` makes."""
     small, configs = REPOSITORY / "results/FashionMNIST/small", REPOSITORY / "configs"
     text = (small / "tables.md").read_text()
     for figures in (*reproduce.PUBLISHED.values(), (reproduce.PUBLISHED_WHOLE,)):

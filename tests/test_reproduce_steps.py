@@ -1,4 +1,4 @@
-"""scripts/reproduce_steps.py: commands that make files from each other's files."""
+"""scripts/reproduce_steps.py: runs commands that depend on each other's files."""
 
 import json
 import os
@@ -47,7 +47,7 @@ entry(main)
 
 
 def worker(folder, name, how, needs=()):
-    """A step that writes `how` around what it needs; or `fails`, or `waitsN` for so many signals."""
+    """A step that writes `how(…)` around the contents of its needs; or it `fails`, or `waitsN` for N signals."""
     result = folder / f"{name}.txt"
     return Step(name, "worker", (sys.executable, str(folder / "worker.py"), how, str(result),
                                  *(str(need.result) for need in needs)), result, needs=tuple(needs))
@@ -104,7 +104,7 @@ def test_a_failure_says_why_and_stops_the_others(folder):
     with pytest.raises(UserError, match=r"fails .*exit code 1: worker.py: error: cannot \(all of it in .*failing.txt"):
         run_all(folder, waiting, failing)
     assert "stopped by 1" in (folder / "output" / "waiting.txt").read_text()
-    # What an earlier attempt said is not taken for the reason of this one.
+    # The output of an earlier attempt is not given as the reason for this failure.
     (folder / "worker.py").write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match="exit code 3: it said nothing"):
         run_all(folder, failing)
@@ -126,7 +126,7 @@ def test_results_of_unknown_origin_and_a_damaged_ledger_are_refused(folder):
 
 
 def started(folder, how):
-    """A driver, once its worker is at work."""
+    """Starts a driver and returns its process once its worker is running."""
     root = Path(__file__).parent.parent
     process = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder), how], cwd=root, text=True,
                                env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.PIPE,
@@ -142,7 +142,7 @@ def started(folder, how):
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("together", [False, True])
 def test_each_signal_is_handed_on_and_the_end_awaited(folder, times, together):
-    asked = 1 if together else times  # two that come together may be one to the command
+    asked = 1 if together else times  # two at once may reach the command as one
     process = started(folder, f"waits{asked}")
     if together:
         process.send_signal(signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that were stopped go on, to the bit; two runs keep out of each other's way; signals."""
+"""Nothing is lost: stopped runs resume bit-identically, two runs cannot share a folder, signals are handled."""
 
 import importlib
 import json
@@ -29,10 +29,10 @@ EXPERTS = ["ImageFolder", "ConvNetD1W4"]
 
 
 def stop_at(target, attribute, call_number, at_once=False):
-    """Patches a function so that at its call of that number (from 1) there comes a Ctrl-C.
+    """Patches a function so that its call of that number (from 1) sends a SIGINT, like Ctrl-C.
 
     Args:
-        at_once: a second one too, which does not wait.
+        at_once: send a second one, too, which stops at once.
     """
     original, calls = getattr(target, attribute), []
 
@@ -45,11 +45,11 @@ def stop_at(target, attribute, call_number, at_once=False):
 
 
 def tensors_in(folder):
-    """Every tensor file and every line of metrics below a folder, by name."""
+    """The contents of every .pt, .jsonl and .safetensors file below a folder, by name, except checkpoints."""
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
     found = {name: path.read_bytes() for name, path in paths.items()  # a checkpoint holds times
              if path.suffix in (".pt", ".jsonl") and path.name != "checkpoint.pt"}
-    # Their metadata come in any order.
+    # Tensors only: the order of the metadata varies.
     found |= {name: {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
               for name, path in paths.items() if path.suffix == ".safetensors"}
     assert found
@@ -62,7 +62,7 @@ def tensors_in(folder):
 @pytest.mark.parametrize("options", [[], ["--mom=0.9", "--l2=0.01"], ["--model=ConvNetD1W4BN", "--mom=0.5"]])
 @pytest.mark.parametrize("step", [1, 3, 9, 17])
 def test_experts_go_on_to_the_bit(call, toy, tmp_path, options, step):
-    """18 steps: three epochs of two batches for each of three experts, two experts to a file."""
+    """18 steps: three experts, three epochs each, two batches an epoch; two experts per file."""
     arguments = [*toy.train, "--batch_train=40", "--rho_max=0", "--rho_min=0", *options]
     call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'whole'}")
     experts = importlib.import_module("buffer.experts")
@@ -78,10 +78,10 @@ def test_experts_go_on_to_the_bit(call, toy, tmp_path, options, step):
 def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tmp_path):
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
     trajectories, experts = (importlib.import_module(f"buffer.{name}") for name in ("trajectories", "expert_run"))
-    with stop_at(trajectories, "save_config", 1, at_once=True):  # the manifest, before its expert file
+    with stop_at(trajectories, "save_config", 1, at_once=True):  # writing the manifest, before the expert file
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     assert not list(tmp_path.rglob("replay_buffer_*.pt"))
-    with stop_at(experts.shutil, "rmtree", 1, at_once=True):  # the epochs, after it
+    with stop_at(experts.shutil, "rmtree", 1, at_once=True):  # removing the epochs, after the expert file
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     assert len(list(tmp_path.rglob("replay_buffer_*.pt"))) == 1
     call("buffer/buffer_FTD.py", *arguments)
@@ -89,7 +89,7 @@ def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tm
 
 
 def test_a_signal_after_the_last_epoch_ends_nothing(call, toy, toy_experts, tmp_path):
-    """The run is complete, and the same command would train further experts."""
+    """By then the run is complete, and the command to resume would train further experts."""
     with stop_at(importlib.import_module("buffer.expert_run").ExpertRun, "clear", 1):
         done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert "stopped" not in done.stderr and tensors_in(tmp_path) == tensors_in(toy_experts)
@@ -97,7 +97,7 @@ def test_a_signal_after_the_last_epoch_ends_nothing(call, toy, toy_experts, tmp_
 
 @pytest.fixture
 def unfinished(call, toy, tmp_path):
-    """The arguments of an expert run that was stopped in its second epoch."""
+    """The arguments of an expert run that was stopped in its first epoch."""
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
     with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 2):
         call("buffer/buffer_FTD.py", *arguments, expect=130)
@@ -132,7 +132,7 @@ def test_another_kind_of_experts_is_refused_by_name(call, toy, toy_experts, tmp_
     arguments = [*toy.train, f"--buffer_path={tmp_path / 'experts'}"]
     done = call("buffer/buffer_FTD.py", *arguments, "--rho_max=0.5", "--rho_min=0.5", expect=2)
     assert "experts of another kind" in done.stderr and "rho_max (0.01 there, 0.5 here)" in done.stderr
-    # Nor are they matched where someone copied them into one folder.
+    # They are not matched either, where someone copied both kinds into one folder.
     call("buffer/buffer_FTD.py", *toy.train, "--rho_max=0.5", "--rho_min=0.5", f"--buffer_path={tmp_path / 'other'}")
     for path in (tmp_path / "other").rglob("replay_buffer_0.*"):
         shutil.copy(path, tmp_path.joinpath("experts", *EXPERTS, f"replay_buffer_2{path.suffix}"))
@@ -144,7 +144,7 @@ def test_another_kind_of_experts_is_refused_by_name(call, toy, toy_experts, tmp_
 def test_an_expert_that_did_not_learn_is_said_and_five_stop_the_run(call, toy, tmp_path):
     arguments = [*toy.train, "--lr_teacher=1e-9", "--num_experts=6", "--train_epochs=1", f"--buffer_path={tmp_path}"]
     experts = importlib.import_module("buffer.expert_run")
-    with mock.patch.object(experts, "AT_CHANCE", 3.0):  # three classes: always
+    with mock.patch.object(experts, "AT_CHANCE", 3.0):  # of three classes: never above it
         done = call("buffer/buffer_FTD.py", *arguments, expect=2)
     assert "note: expert 0 did not learn" in done.stderr and "5 experts in a row did not learn" in done.stderr
 
@@ -230,7 +230,7 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
     assert "not finished: this is how it was at iteration 2 of 6" in page and "could not be made" not in done.stderr
     assert all((parts / name).exists() for name in pictures)
 
-    # A drawing that fails is a note, and stops nothing; nor does it stop the pages that are there from being renewed.
+    # A picture that fails gives a note and stops nothing; existing pages are still renewed.
     monkeypatch.setattr("distill.conclusion.save_pictures", mock.Mock(side_effect=RuntimeError("no pencil")))
     done, _ = distil_to("parts")
     assert "report.safetensors could not be made (RuntimeError: no pencil)" in done.stderr
@@ -239,7 +239,7 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
     assert tensors_in(whole) == tensors_in(parts) and "not finished" not in (parts / "report.html").read_text()
     for name in pictures:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
-    # What older runs never had cannot be made up; what they saved is not read for it each time.
+    # A picture that older runs never had cannot be made now; the checkpoint is not read in vain each time.
     (parts / "evolution.webp").unlink()
     with mock.patch("utils.program.run_folder.RunFolder.saved_state", mock.PropertyMock()) as reads:
         assert "is finished" in distil_to("parts")[0].stdout and not reads.called
@@ -269,7 +269,7 @@ def test_a_folder_of_somebody_elses_files_is_no_runs(distil_to, tmp_path, name, 
 
 
 def test_whatever_a_user_has_set_for_pictures_and_named_classes_a_run_finishes(run, toy, toy_experts, tmp_path):
-    """A notebook's backend that is not there, a matplotlibrc of the user's, and classes that no font can show."""
+    """A missing notebook backend, a user's matplotlibrc, and class names that no font can show."""
     data = shutil.copytree(toy.data, tmp_path / "data")
     for split in ("train", "test"):
         for name, odd in (("blue", b"a\xff"), ("green", b"b $\\frac{$"), ("red", b"c\n")):
@@ -290,7 +290,7 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to):
         done, _ = distil_to("parts", expect=130)
     assert "going on at iteration 4" in done.stdout
     assert (parts / "evaluation_4.json").exists() and not (parts / "evaluation.json").exists()
-    assert set_files(str(parts))[0].endswith("images_best.pt")  # the shorter run's set is of the past
+    assert set_files(str(parts))[0].endswith("images_best.pt")  # not the shorter run's distilled.safetensors
     distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)
     assert without_times(whole / "result.json") == without_times(parts / "result.json")
@@ -300,14 +300,14 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to):
     assert "holds a finished run of other options: lr_y" in done.stderr and "--resume never" not in done.stderr
     assert "larger" not in distil_to("parts", "--resume=never", "--Iteration=8")[0].stdout
 
-    # What cannot go on leaves the finished run as it is.
+    # A refused continuation leaves the finished run as it is.
     log = (parts / "metrics.jsonl").rename(parts / "aside")
     done, _ = distil_to("parts", "--Iteration=8", expect=2)
     assert "metrics.jsonl is gone" in done.stderr and "--resume never" not in done.stderr
     log.rename(parts / "metrics.jsonl")
     assert "is finished" in distil_to("parts")[0].stdout
 
-    # Stopped before its pictures, a run that went on does not pass the old ones for its own.
+    # A continued run that was stopped before its pictures does not keep the old ones.
     before = (parts / "report.html").read_text()
     with stop_at(importlib.import_module("distill.conclusion"), "save_pictures", 1):
         distil_to("parts", "--Iteration=7", expect=130)
@@ -339,14 +339,14 @@ def test_a_run_goes_on_where_its_data_and_experts_lie_elsewhere_now(call, toy, t
     data, experts = (shutil.copytree(each, tmp_path / name) for each, name in ((toy.data, "d"), (toy_experts, "e")))
     done = call("distill/DATM.py", *arguments, f"--buffer_path={experts}", f"--data_path={data}")
     assert "going on at iteration" in done.stdout
-    # Other experts make another run.
+    # With other experts it is another run.
     for path in experts.rglob("replay_buffer_1.*"):
         path.unlink()
     done = call("distill/DATM.py", *arguments, f"--buffer_path={experts}", f"--data_path={data}")
     assert "going on" not in done.stdout and "is finished" not in done.stdout
 
 
-@pytest.mark.filterwarnings("error")  # as a traceback that is printed by the interpreter, and not raised, becomes
+@pytest.mark.filterwarnings("error")  # pytest warns of exceptions that are only printed
 def test_a_log_that_an_editor_touched_is_refused_in_a_line(distil_to):
     with stop_at(importlib.import_module("distill.run_state"), "evaluate", 3):
         _, folder = distil_to("log", expect=130)
@@ -417,7 +417,7 @@ def test_resume_never_starts_over(distil_to):
 
 
 def test_networks_of_a_discarded_run_do_not_count(distil_to):
-    """Not even those of another rank, whose file stays, on the same set."""
+    """Not even if another rank's file is left and the set is the same."""
     _, whole = distil_to("whole")
     with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 2):
         _, parts = distil_to("parts", "--epoch_eval_train=3", expect=130)
@@ -431,7 +431,7 @@ def test_a_finished_run_is_no_answer_for_other_data(distil_to, toy_experts):
     folder = toy_experts.joinpath(*EXPERTS)
     added = [folder / f"replay_buffer_2.{kind}" for kind in ("pt", "yaml")]
     try:
-        for path in added:  # with the manifest, manifests tell what is read
+        for path in added:  # first without its manifest, then with it
             shutil.copy(path.with_stem("replay_buffer_0"), path)
             done, _ = distil_to("parts", expect=2)
             assert "is finished, and was made of other images, experts" in done.stderr
@@ -608,7 +608,7 @@ def test_the_first_signal_waits_and_the_second_does_not(number, capfd):
             pytest.fail("the second signal did not stop it")
         assert not stopped.value.waited
         interrupt.install()
-        with pytest.raises(Stopped):  # where nothing is lost, the first one stops at once
+        with pytest.raises(Stopped):  # outside `deferred`, the first signal stops at once
             os.kill(os.getpid(), number)
     finally:
         for each, handler in before.items():

@@ -18,7 +18,7 @@ EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
 
 def test_the_formulas():
     assert scaled(-1) == 0 and scaled(1) == 1
-    assert scaled(0) == pytest.approx(1 / (1 + math.e))  # the same: (1 − 1/e) / (e − 1/e)
+    assert scaled(0) == pytest.approx(1 / (1 + math.e))  # = (1 − 1/e) / (e − 1/e)
     assert scaled(-0.05) == pytest.approx((math.exp(-0.05) - math.exp(-1)) / 2.3504023873)
     # 0.5 · (0.7 − 0.5) − 0.5 · (0.9 − 0.6) = −0.05, and 0.5 · 0.2 + 0.5 · (0.6 − 0.3) = 0.25
     at = {"syn": 0.7, "syn_hard": 0.6, "random": 0.5, "real": 0.9, "syn_no_aug": 0.6, "random_no_aug": 0.3}
@@ -30,7 +30,7 @@ def test_the_formulas():
 
 @pytest.fixture(scope="module")
 def results(call, toy, toy_experts, tmp_path_factory):
-    """The six results for a set of two images a class."""
+    """A folder with the six results for a set of two images per class, each made by its own command."""
     folder = tmp_path_factory.mktemp("results")
     call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={folder}", "--run_name=run",
          "--skip_first_eva")
@@ -52,7 +52,7 @@ def test_hard_labels_train_on_the_classes(results):
 
 
 def test_hard_labels_are_those_that_were_said(call, toy, results, tmp_path):
-    """The same accuracies as from a file of these classes."""
+    """The same accuracies as with a file of these classes."""
     folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
     torch.save(torch.arange(3).repeat_interleave(2), tmp_path / "classes.pt")
     call(EVALUATION, *toy.evaluate, "--eval_mode=C", f"--data_dir={folder / 'images_best.pt'}",
@@ -70,7 +70,7 @@ def test_networks_are_columns(call, results):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text]
     assert cells[0] == ["set", "images", "ConvNetD1W4", "ConvNet"]
     assert [row[:2] for row in cells[2:]] == [["distilled images", "6"], ["the whole training set", "72"]]
-    assert all(re.fullmatch(r"\d+\.\d\d", cell) for row in cells[2:] for cell in row[2:])  # over one there is no ±
+    assert all(re.fullmatch(r"\d+\.\d\d", cell) for row in cells[2:] for cell in row[2:])  # no ± over one network
 
 
 # --- all of it by one command --------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ WHICH = ("syn", "syn_hard", "random", "syn_no_aug", "random_no_aug", "real")
 
 @pytest.fixture
 def robust(toy, toy_experts, results, tmp_path):
-    """The command, on the set of `results`; what follows wins."""
+    """The command for the set of `results`; options appended to it take precedence."""
     distilled = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal" / "distilled.safetensors"
     return [EVALUATION, *toy.evaluate, f"--data_dir={distilled}", "--robust_score", f"--buffer_path={toy_experts}",
             "--epoch_eval_real=1", f"--json={tmp_path / 'robust.json'}"]
@@ -117,7 +117,7 @@ def test_one_command_says_what_six_say(call, toy, toy_experts, results, robust, 
 
 
 def test_a_rate_is_the_best_on_images_held_out(call, robust, tmp_path, toy_data, monkeypatch):
-    """By all networks, as one of them says little."""
+    """By the mean of all networks, as a single one says little."""
     evaluation, trained = importlib.import_module("distill.evaluate.networks"), []
     train = evaluation.train_network
     monkeypatch.setattr(evaluation, "train_network", lambda *given, **more: trained.append(1) or train(*given, **more))
@@ -148,7 +148,7 @@ def test_it_goes_on_at_the_next_network(call, robust, tmp_path):
         call(*robust, expect=130)
     assert (tmp_path / "robust.json.unfinished").exists() and not (tmp_path / "robust.json").exists()
     number = 6 + 3 * len(RATES)
-    with stop_at(evaluation, "train_network", number - 4 + 1):  # so many are left, and no more
+    with stop_at(evaluation, "train_network", number - 4 + 1):  # one more than are left, so it is not reached
         done = call(*robust)
     assert f"4 of {number} networks were tested" in done.stdout
     assert not (tmp_path / "robust.json.unfinished").exists()
@@ -157,7 +157,7 @@ def test_it_goes_on_at_the_next_network(call, robust, tmp_path):
 
 
 def test_experts_with_a_hold_out_choose_and_label_among_what_they_saw(call, toy, robust, tmp_path):
-    """For both programs, whose test is on the test images."""
+    """In both programs; they still test on the test images."""
     call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--val_fraction=0.25", "--num_experts=1")
     said = "the experts held out 0.25 of the training images; real images are taken from the others"
     assert said in call(*robust, f"--buffer_path={tmp_path}").stdout
@@ -170,7 +170,7 @@ def test_experts_with_a_hold_out_choose_and_label_among_what_they_saw(call, toy,
 
 
 def test_a_set_of_hard_labels_is_compared_with_such(call, toy, results, tmp_path):
-    """Random images have their own labels then, and no experts are needed."""
+    """Random images then have their own hard labels, and no experts are needed."""
     folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
     torch.save(torch.arange(3).repeat_interleave(2), tmp_path / "classes.pt")
     call(EVALUATION, *toy.evaluate, f"--data_dir={folder / 'images_best.pt'}", f"--label_dir={tmp_path / 'classes.pt'}",

@@ -16,7 +16,7 @@ while true; do sleep 0.05; done
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Arguments → the script, started in a folder of its own."""
+    """Arguments → the process of the script, started in its own folder."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "activate").touch()
     (tmp_path / "bin" / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')

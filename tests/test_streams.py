@@ -1,4 +1,4 @@
-"""What is said never ends a run, whoever listens, and never commands a terminal, whoever wrote it."""
+"""Output that cannot be written never ends a run, and text from files never controls the terminal."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import pytest
 from utils.files import REPOSITORY
 from utils.program.streams import Stream
 
-MOST_SECONDS = 60  # that a program takes to begin
+MOST_SECONDS = 60  # for a program to start, or to end
 
 
 def started(environment, command, **streams):
@@ -37,13 +37,13 @@ def test_a_result_of_others_does_not_command_the_terminal(call, tmp_path):
         {"what": "\x1b]0;title\x07\x1b[31m", "images": 1, "scores": [{"network": "N\x1b[8m", "accuracies": [0.5]}]}))
     out = call("scripts/summary.py", tmp_path / "r.json").stdout
     (tmp_path / "result.json").write_text("{}")
-    assert call("scripts/summary.py", tmp_path).stdout == out  # of a folder, the results that lie in it
+    assert call("scripts/summary.py", tmp_path).stdout == out  # a folder stands for the results in it
     assert "\\x1b]0;title\\x07\\x1b[31m" in out and not set(out) & {"\x1b", "\x07"}
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_run_ends_as_ever_when_nobody_listens(environment, toy, tmp_path, closed):
-    """Into closed streams; into a pipe whose reader went away and onto a full disk, in an encoding without α and ·."""
+    """Output to closed streams, or to a pipe without a reader and a full disk, in an encoding without α and ·."""
     command = ["distill/baseline.py", *toy.evaluate, f"--json={tmp_path / 'r.json'}"]
     if closed:
         process = started(environment, ["-c", f"import os; os.close(1); os.close(2); "
@@ -64,7 +64,7 @@ def test_help_needs_no_encoding(environment):
 
 
 def test_a_terminal_that_goes_away_stops_a_run_with_everything_saved(environment, toy, toy_experts, tmp_path):
-    ours, theirs = pty.openpty()  # which says that it has no columns, as containers' terminals do
+    ours, theirs = pty.openpty()  # it reports 0 columns, like terminals in containers
     process = started(environment, [
         "distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--wandb=disabled",
         "--Iteration=100000", "--eval_it=100000"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
@@ -76,5 +76,5 @@ def test_a_terminal_that_goes_away_stops_a_run_with_everything_saved(environment
         said += os.read(ours, 1 << 16)
     hung.cancel()
     os.close(ours)
-    process.send_signal(signal.SIGHUP)  # which the system sends where the terminal is the session's own
+    process.send_signal(signal.SIGHUP)  # sent by the system if the session has this terminal
     assert process.wait(MOST_SECONDS) == 128 + signal.SIGHUP and list(tmp_path.rglob("checkpoint.pt")), said

@@ -1,4 +1,4 @@
-"""Who may import whom, how large a file may become, and which options there are."""
+"""Which imports are allowed, how large a file may be, and which options exist."""
 
 import ast
 from dataclasses import fields
@@ -15,7 +15,7 @@ SETS = ["distill.schedule", "distill.matching", "distill.distilled_set", "distil
         "distill.shared_model"]
 STATE = [*SETS, "distill.initialize", "distill.distillation", "buffer.trajectories", "buffer.manifests"]
 
-# A module (or all in a package; the longest name that fits counts) → what it may import of this repository.
+# A module or package (the longest matching name counts) → what it may import from this repository.
 MAY_IMPORT = {
     **{module: ["utils.errors", "utils.files"] for module in GROUND},
     "utils.networks": ["utils.errors", "utils.networks"],
@@ -37,12 +37,12 @@ PATHS = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuff
 
 
 def within(module, names):
-    """The longest of the names that is the module or a package that holds it."""
+    """The longest of the names that is the module or a package containing it; None: none is."""
     return max((name for name in names if f"{module}.".startswith(f"{name}.")), key=len, default=None)
 
 
 def imported(module):
-    """The modules that one imports, wherever in it."""
+    """The modules that a module imports, anywhere in it."""
     for node in ast.walk(ast.parse(PATHS[module].read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -56,7 +56,7 @@ def imported(module):
 def test_imports_run_one_way(module):
     for name in imported(module):
         assert name.split(".")[0] not in ("scripts", "tests"), f"{module} imports {name}"
-        if name.split(".")[0] in ("utils", "buffer", "distill") and name != "utils":  # `later`, which is nobody's
+        if name.split(".")[0] in ("utils", "buffer", "distill") and name != "utils":  # `utils.later` is for all
             allowed = MAY_IMPORT[within(module, MAY_IMPORT)]
             assert within(name, allowed), f"{module} imports {name}; it may import {', '.join(allowed)}"
     assert within(module, ["utils.config"]) is None or "torch" not in imported(module)
@@ -91,5 +91,5 @@ OPTIONS[TeslaConfig] = OPTIONS[DistillConfig]
 
 @pytest.mark.parametrize("config_type", OPTIONS)
 def test_the_options_are_these(config_type):
-    """A new one is added here on purpose, or not at all: a better default may make it unnecessary."""
+    """A new option must be added here deliberately: a better default may make it unnecessary."""
     assert {field.name for field in fields(config_type)} == set(OPTIONS[config_type].split())

@@ -1,4 +1,4 @@
-"""distill/suggest.py: what is proposed by the losses that were measured."""
+"""distill/suggest.py: the settings proposed from measured losses."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from utils.parameters import FlatModel
 
 
 def losses(*by_start, rates=(0.01,)):
-    """One segment and one number of steps; a row for each rate."""
+    """Losses for one segment length and one number of steps, with a row for each rate."""
     values = np.array(by_start, dtype=float).reshape(1, 1, len(rates), -1)
     return Losses((1,), (10,), rates, tuple(range(0, 4 * values.shape[-1], 4)), values)
 
@@ -23,8 +23,8 @@ def losses(*by_start, rates=(0.01,)):
     ([0.9, 0.9, 0.9, 0.9], (0, 13)),
     ([0.4, 0.8, 0.8, 0.8], (2, 13)),  # real images teach the first epochs
     ([0.9, 0.8, 0.99, 0.99], (0, 7)),  # little is gained later
-    ([0.9, 0.8, 0.99, 0.85], (0, 7)),  # one that gains by chance does not stretch it
-    ([np.inf, 0.8, 0.8, 0.8], (4, 13)),  # where a training diverges nothing is learned
+    ([0.9, 0.8, 0.99, 0.85], (0, 7)),  # a single later gain does not extend the window
+    ([np.inf, 0.8, 0.8, 0.8], (4, 13)),  # nothing is learned where a training diverges
     ([0.9, 0.8, 0.8, np.nan], (0, 9))])  # beyond the trajectory
 def test_the_window_is_where_something_is_gained(of_starts, window):
     options = proposed(losses(of_starts))

@@ -92,7 +92,7 @@ def test_what_cannot_be_swept_is_refused(options, phrase, tmp_path):
 
 @pytest.fixture
 def child(tmp_path, monkeypatch):
-    """In the place of DATM.py something that saves when it is told to stop, or fails."""
+    """Replaces DATM.py by a script that saves when told to stop, or fails."""
     script = tmp_path / "child.py"
     script.write_text("import os, pathlib, signal, sys, time\n"
                       f"folder = pathlib.Path({str(tmp_path)!r})\n"

@@ -1,4 +1,4 @@
-"""How many threads a run takes: what it is told, what it measures, and what an unfinished run had."""
+"""The number of threads of a run: given, measured, or that of the unfinished run it resumes."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ EXPERTS, DATM, BASELINE = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/ba
 
 @pytest.fixture
 def measured(environment, monkeypatch):
-    """Work that is worth measuring, on two cores where nobody gives a number; sets what is measured."""
+    """Makes all work worth measuring, without OMP_NUM_THREADS; `measured(one, both)` sets the measured seconds."""
     monkeypatch.setattr(threads, "WORTH_MEASURING", 0.0)
     with mock.patch.dict(environment, OMP_NUM_THREADS=""):
         yield lambda one, both: monkeypatch.setattr(threads, "seconds_of_a_step", lambda *_: (one, both))
@@ -37,7 +37,7 @@ def test_one_thread_is_taken_where_two_are_no_faster(call, toy, environment, mea
         device, said = device_of()
         assert device == f"cpu ({number_of(chosen, 'thread')})"
         assert f"threads: {chosen} of 2; all are {one / both:g} times as fast as one" in said
-    # What is given is taken, and what is not worth it is not measured.
+    # A given number is used; work too short to be worth it is not measured.
     measured(1.0, 0.5)
     for options, variable, worth, chosen in ((["--threads=3"], "", 0, 3), (["--threads=1"], "2", 0, 1),
                                              ([], "1", 0, 1), (["--threads=auto"], "1", 0, 1), ([], "", 1e9, 2)):
@@ -48,7 +48,7 @@ def test_one_thread_is_taken_where_two_are_no_faster(call, toy, environment, mea
 
 
 def test_measuring_leaves_the_network_alone(monkeypatch):
-    """Batch norm counts what passes through it."""
+    """Batch norm's running statistics must not change."""
     monkeypatch.setattr(threads, "BLOCK", 0.001)
     network = build_network("ConvNetD1W4BN", 1, 3, (8, 8))
     before = {name: each.clone() for name, each in network.state_dict().items()}
@@ -57,7 +57,7 @@ def test_measuring_leaves_the_network_alone(monkeypatch):
 
 
 def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_experts, measured, tmp_path):
-    """Whatever would be chosen now: with others the sums would be rounded differently."""
+    """Even if another number would be chosen now, as it would round sums differently."""
     for module, function, *command in (
             ("buffer.experts", "gsam_gradient", EXPERTS, *toy.train, f"--buffer_path={tmp_path}"),
             ("distill.distillation", "match_trajectory", DATM, *toy.distil, f"--buffer_path={toy_experts}",
@@ -68,7 +68,7 @@ def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_e
         with stop_at(importlib.import_module(module), function, 2):
             assert "threads: 1 of 2" in call(*command, expect=130).stdout
         measured(1.0, 0.5)
-        if command[0] == DATM:  # the estimate is of the run that would go on
+        if command[0] == DATM:  # the estimate is for the run that would be resumed
             assert "threads: " not in call(*command, "--dry_run").stdout
         done = call(*command)
         assert "on cpu (1 thread)" in done.stdout and "threads: " not in done.stdout and "going on" in done.stdout
@@ -83,4 +83,4 @@ def test_experts_that_go_on_with_other_threads_are_said_to_and_name_them(call, t
     assert "note: it was last on 2 threads, and is on 1 now; what follows may be rounded differently" in said
     (manifest,) = tmp_path.rglob("replay_buffer_0.yaml")
     assert yaml.safe_load(manifest.read_text())["threads"] == 1
-    assert "may be rounded" not in call(*command, "--threads=2").stderr  # other experts beside them
+    assert "may be rounded" not in call(*command, "--threads=2").stderr  # new experts

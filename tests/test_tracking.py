@@ -1,4 +1,4 @@
-"""wandb: the published keys where it is, and out of the way where it is not."""
+"""wandb: logs the published keys where it is available, and stays out of the way where it is not."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ class FakeRun:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A wandb that keeps what it is told."""
+    """A fake wandb that records what is logged."""
     run = FakeRun()
     module = SimpleNamespace(init=lambda **options: setattr(run, "options", options) or run,
                              setup=lambda settings: SimpleNamespace(settings=SimpleNamespace(
@@ -84,7 +84,7 @@ def test_the_published_keys(fake, toy_data, tmp_path, ipc, force, pictures):
     tracker.log_scores(3, [Score("ConvNet", [0.5, 0.7])])
     tracker.log_step(STEP)
     images = toy_data.train_images[:20].clone()
-    images[:, 0, 0, 0] = 50.0  # an outlier, which clipping takes away
+    images[:, 0, 0, 0] = 50.0  # an outlier that clipping removes
     tracker.log_set(3, images, 0.02, toy_data, ipc, force)
     tracker.finish()
     values = {}
@@ -122,7 +122,7 @@ def test_pictures_that_cannot_be_made_do_not_stop_a_run(fake, toy_data, tmp_path
 
 
 def test_wandbs_own_settings_decide_unless_it_is_told_to_go_online(tmp_path):
-    """The real package's, with an account; what `wandb offline` and `wandb disabled` write is a file."""
+    """With the real package and an account; `wandb offline` and `wandb disabled` write the mode to a file."""
     code = ("import os, sys, wandb\nfrom pathlib import Path\nfrom distill.report.wandb_log import Tracker\n"
             "wandb.init = lambda **options: print(options['mode'])\n"
             "for name, value, asked in (('MODE', 'dryrun', 'auto'), ('DISABLED', 'true', 'auto'),\n"
@@ -144,7 +144,7 @@ def test_wandbs_own_settings_decide_unless_it_is_told_to_go_online(tmp_path):
 
 
 def test_no_account_is_never_asked_for(tmp_path):
-    """On a terminal too, where wandb would ask."""
+    """Not even on a terminal, where wandb would ask."""
     code = ("import sys\nfrom pathlib import Path\nfrom distill.report.wandb_log import Tracker\n"
             "Tracker('online', 'P', 'run', {}, Path('.'))\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
@@ -155,7 +155,7 @@ def test_no_account_is_never_asked_for(tmp_path):
             "PYTHONPATH": str(REPOSITORY), "NETRC": os.devnull, "HOME": str(tmp_path), "TERM": "xterm",
             "WANDB_BASE_URL": "http://127.0.0.1:1"})
     said = b""
-    with contextlib.suppress(OSError):  # the end of a terminal
+    with contextlib.suppress(OSError):  # the terminal was closed
         while b"choice" not in said and (part := os.read(terminal, 4096)):
             said += part
     with contextlib.suppress(ProcessLookupError):

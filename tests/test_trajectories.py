@@ -1,4 +1,4 @@
-"""Expert files: read without loading them, walked as published."""
+"""Expert files: snapshots are read without loading whole files, experts are visited in the published order."""
 
 import itertools
 import subprocess
@@ -22,7 +22,7 @@ def model():
 
 
 def write(folder, model, sizes, epochs=2):
-    """Files of `sizes` experts whose parameters all equal 100·expert + epoch."""
+    """Writes files of `sizes` experts; all parameters of a snapshot equal 100·expert + epoch."""
     number = 0
     for file, size in enumerate(sizes):
         experts = []
@@ -45,11 +45,12 @@ def test_snapshots_are_found_through_the_files(model, tmp_path):
 
 
 def test_files_of_one_command_are_one_command_for_all_experts(model, tmp_path):
-    """However often it was given, and whatever number it was given at first."""
+    """However often the command was run, and whatever its --num_experts was."""
     write(tmp_path, model, [2, 1, 1, 1])
     for file, (seed, asked, held) in enumerate([(0, 3, 2), (0, 3, 1), (0, 9, 1), (5, 1, 1)]):
         files.save_config(tmp_path / f"replay_buffer_{file}.yaml", {
-            "model": "ConvNetD1W4", "seed": seed, "num_experts": asked, "experts": [{"number": each} for each in range(held)]})
+            "model": "ConvNetD1W4", "seed": seed, "num_experts": asked,
+            "experts": [{"number": number} for number in range(held)]})
     assert made_by(tmp_path) == [{"model": "ConvNetD1W4", "seed": 0, "num_experts": 4},
                                  {"model": "ConvNetD1W4", "seed": 5, "num_experts": 1}]
 
@@ -88,7 +89,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_two_snapshots_are_read_not_the_file(tmp_path):
-    """A process that reads two snapshots of a 100 MB file grows by a few of them, 1.3 MB each."""
+    """Reading two snapshots, 1.3 MB each, of a 100 MB file must take far less memory than the file."""
     big = FlatModel(build_network("ConvNetW128", 3, 10, (32, 32)))
     snapshots = torch.zeros(40, big.num_parameters)
     files.save([as_expert(big, snapshots), as_expert(big, snapshots + 1)], tmp_path / "replay_buffer_0.pt")

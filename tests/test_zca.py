@@ -1,4 +1,4 @@
-"""Whitening equals kornia's, inverts, and survives the cache folder's troubles."""
+"""Whitening equals kornia's, can be inverted, and survives problems with the cache folder."""
 
 import math
 import os
@@ -32,14 +32,14 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", [6000, 500])
 def test_equals_kornia_on_real_images_forward_and_inverse(count, monkeypatch):
-    """With more images than the 784 dimensions, and with fewer; also on those that it was not fitted to.
+    """With more and with fewer images than the 784 dimensions; also on images that it was not fitted to.
 
-    kornia computes as its input comes: its float32 covariance alone moves its own whitening by 1.3e-5.
+    kornia gets float64: it computes in its input's type, and a float32 covariance alone would cost 1.3e-5.
     """
     kornia = pytest.importorskip("kornia")
     train, test, *_ = DATASETS["MiniFashion"](None, "", None)
     reference = kornia.enhance.ZCAWhitening(eps=0.1, compute_inv=True).fit(train.images[:count].double() / 255)
-    monkeypatch.setattr(zca, "CHUNK", 512)  # whole pieces and a part
+    monkeypatch.setattr(zca, "CHUNK", 512)  # whole chunks and a partial one
     monkeypatch.setattr(zca, "BLOCK", 300)
     ours = zca.fit(train.images[:count], "a")
     for images in (train.images[:count].float() / 255, test.images[:500].float() / 255):
@@ -52,8 +52,8 @@ def test_equals_kornia_on_real_images_forward_and_inverse(count, monkeypatch):
 
 @pytest.mark.parametrize("count", [300, 91, 90, 89, 2])
 def test_equals_the_definition(images, count):
-    """T = U (S + eps)^(−1/2) Uᵀ of the covariance with N − 1, in float64, with more and fewer images than the 90
-    dimensions, among them the same one twice."""
+    """T = U (S + eps)^(−1/2) Uᵀ of the covariance with N − 1, in float64; with more and fewer images than the 90
+    dimensions, one image twice."""
     images = torch.cat([images[:count - 1], images[:1]])
     rows = images.double().flatten(1)
     values, vectors = torch.linalg.eigh(torch.cov(rows.T))
@@ -80,7 +80,7 @@ def test_input_and_threads_are_left_alone(images):
 
 
 def test_a_kept_fit_is_used_as_it_is_whoever_made_it(images, cache):
-    """So that a run which began with kornia's goes on in the same space."""
+    """A run that began with kornia's whitening can thus resume in the same space."""
     fitted = zca.fit(images, "a")
     path, = cache.iterdir()
     again = zca.fit(images, "a")
@@ -99,12 +99,12 @@ def test_ctrl_c_ends_a_fit_at_once(tmp_path):
     fit = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert fit.stdout.readline() == "in\n"
-    time.sleep(0.5)  # into the eigenproblem or to it: it takes seconds
+    time.sleep(0.5)  # during or just before the eigenproblem, which takes seconds
     fit.send_signal(signal.SIGINT)
     began = time.monotonic()
     out, error = fit.communicate()
     assert time.monotonic() - began < 3 and fit.returncode == 130 and out == "" and "stopped by SIGINT" in error
-    assert len(error.strip().splitlines()) == 1  # nothing about a thread that is left
+    assert len(error.strip().splitlines()) == 1  # nothing about a remaining thread
 
 
 def test_what_a_fit_raises_is_raised(images, monkeypatch):
@@ -183,7 +183,7 @@ def test_available_memory_is_plausible():
 
 @pytest.mark.cuda
 def test_on_the_gpu(images):
-    """Bit for bit but where float64 is rounded to float32."""
+    """Equal up to the rounding of float64 to float32."""
     here, whitening = zca.fit(images, "a"), zca.fit(images, "b", "cuda")
     assert whitening.mean.device.type == whitening.transform.device.type == "cpu"
     torch.testing.assert_close(whitening.transform, here.transform, rtol=1e-6, atol=1e-7)

@@ -1,32 +1,32 @@
-"""What a step of each program costs here: the methods side by side, in time and memory.
+"""Measures what a step of each program costs on this machine: the methods side by side, in time and memory.
 
     python scripts/measure/benchmark.py [--part matching experts evaluation] [--shape NAME …|all] [--methods NAME …]
                                 [--device auto|cpu|cuda] [--rounds N] [--json FILE]
 
 Shapes are those of the published configs (`cifar10_ipc10` is configs/CIFAR-10/ConvIN/IPC10.yaml), and a few for CPUs;
 the data is random. After a warm-up, which includes compiling and capturing, the methods take turns for `--rounds`
-rounds, so that whatever else the machine does falls on all of them; ratios are medians of the ratios within a round.
+rounds, so that other load on the machine affects all of them alike. Ratios are medians of the ratios within a round.
 
-* matching: one call of `match_trajectory`, with the whole augmentation. `unroll`: autograd through all steps. `plain`:
-  the exact adjoint, reverse over reverse. `tesla`; `exact`; `compiled`; on a GPU `graph`: by faster engines.
-* experts: one GSAM step with its augmentation, against two `bare` forward and backward passes of the same batch;
-  `synced` is plain autograd with two numbers fetched from the device at each batch, as published code does.
+* matching: one call of `match_trajectory`, with the full augmentation. `unroll`: autograd through all steps. `plain`:
+  the exact adjoint, reverse over reverse. `tesla`: TESLA's gradient. `exact`, `compiled` and, on a GPU, `graph`: the
+  exact adjoint by faster engines.
+* experts: one GSAM step with its augmentation, against two `bare` forward and backward passes of the same batch.
+  `synced` is plain autograd that fetches two numbers from the device at each batch, as the published code does.
 * evaluation: one epoch of `train_network` on a distilled set, against its `bare` forward and backward passes.
 
-Peak memory is that of a process of its own for each method, in its second call: on the host what the call adds, on a
-GPU everything that was allocated, captured and compiled code included.
+Peak memory is measured in a separate process for each method, during its second call. On the host it is the memory that
+the call adds; on a GPU, everything allocated, including captured and compiled code.
 
-`of product rate` is the share of this machine's rate of matrix products that a method's arithmetic reaches. That is
-taken as 9 F a step for every method, F being the network's forward pass over the batch: 3 F for the gradient, 6 F for
-the adjoint. Norms, pooling, augmentation and memory traffic cost time and count for nothing, so 1 is out of reach; of
-two methods the one with the larger share is the faster in proportion. On a GPU the product is one in TF32, as torch's
-convolutions are.
+`of product rate` is a method's arithmetic rate as a share of this machine's matrix-product rate. Every method is
+counted as 9 F a step, where F is the network's forward pass over the batch: 3 F for the gradient, 6 F for the adjoint.
+Norms, pooling, augmentation and memory traffic cost time but are not counted, so 1 is out of reach; of two methods, the
+one with the larger share is faster in proportion. On a GPU the matrix product is in TF32, as torch's convolutions are.
 
     python scripts/measure/benchmark.py --beside FOLDER --shape cifar10_ipc10 --data_path DATA [--buffer_path EXPERTS]
 
-FOLDER is a checkout of the published code that runs on this machine. Its commands and ours train an expert and, with
-experts to match, distil a set of the config of that shape by turns, each as a process on one thread of the CPU
-(scripts/measure/beside.py); the table has CPU seconds and their ratio.
+FOLDER is a checkout of the published code that runs on this machine. Its commands and ours take turns at training an
+expert and, if there are experts to match, at distilling a set with the config of that shape, each as a process on one
+CPU thread (scripts/measure/beside.py). The table has CPU seconds and their ratio.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What several ranks say to each other in a step of a distillation: bytes, and their share of the time.
+"""Measures the communication between ranks in a distillation step: bytes, and their share of the time.
 
     torchrun --standalone --nproc_per_node=2 scripts/measure/communication.py [--model ConvNetW32 --batch 50
         --json FILE]
 
-Over gloo on CPUs: each inner step sums one vector of P + 2 numbers going forward (the gradient, the loss, the number of
-samples) and one going back (the co-state's). Ranks that only sum, and ranks that only compute their share, take turns,
-`--rounds` times; medians.
+Over gloo on CPUs. Each inner step sums one vector of P + 2 numbers over the ranks in the forward pass (the gradient,
+the loss, the number of samples) and one in the backward pass (the co-state). Computing a rank's share of the batch and
+summing the vectors are timed separately, in turn, `--rounds` times; the results are medians, of the slowest rank.
 """
 
 import sys

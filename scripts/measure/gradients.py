@@ -1,18 +1,22 @@
-"""How far cheaper gradients of matching are from the exact one, and what each reaches in the same time.
+"""Compares cheaper matching gradients with the exact one, and what each reaches in the same time.
 
     python scripts/measure/gradients.py --cfg configs/MiniFashion/ConvIN/IPC1.yaml --buffer_path=BUFFERS
         --distilled=SET.safetensors [--key value …] [--json FILE] [--png FILE]
 
-They are TESLA's, and the exact one truncated to the last three quarters, half and quarter of the inner steps
-(DATM.py --adjoint_steps). For each number of steps T in `STEPS`, on the first set and on a distilled one: the cosine
-with the exact gradient of the images over `SEEDS` sets of `DRAWS` draws (of expert, start epoch, batches and
-augmentation; of each seed the first images too), and the time of a match beside the exact one's, in the median. Then
-each distils the first set of every seed for as long as --Iteration exact iterations of --syn_steps take here, and the
-set is evaluated as DATM.py would. Everything ± the standard deviation: of cosines over the draws, of accuracies over
+The cheaper gradients are TESLA's, and the exact one truncated to the last three quarters, half and quarter of the inner
+steps (DATM.py --adjoint_steps). For --syn_steps and each number of steps T in `STEPS`, on the initial set and on a
+distilled one, it measures
+
+* the cosine with the exact gradient of the images, over `SEEDS` seeds of `DRAWS` draws each (of expert, start epoch,
+  batches and augmentation; each seed has its own initial set);
+* the median time of a match, relative to the exact gradient's.
+
+Then each gradient distils every seed's initial set, for the time that --Iteration exact iterations of --syn_steps take
+here, and the set is evaluated as by DATM.py. ± is the standard deviation: of cosines over the draws, of accuracies over
 the seeds, each the mean of its --num_eval networks.
 
-With --json the same command goes on where it was stopped, by what it has kept in FILE.unfinished; without it nothing
-is kept.
+With --json, results so far are kept in FILE.unfinished, and the same command resumes from them; without it nothing is
+kept.
 """
 
 import contextlib

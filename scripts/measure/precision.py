@@ -1,11 +1,11 @@
-"""How far each backend's matching gradient is from plain autograd's in float64.
+"""Measures how far each backend's matching gradient is from plain autograd's in float64.
 
     python scripts/measure/precision.py [--device cpu|cuda] [--draws 10] [--json FILE]
 
-ConvNet 128, 3×32×32, T = 5, B = 10, random data, with augmentation; the exact gradient, and TESLA's against TESLA's.
-For each draw: the median over the images of the relative error of their gradient, and the cosine between the gradients
-of all images. On a CPU `compile` is the pass that is compiled, with its form of the convolutions, run without the
-compiler; on a GPU it is compiled and captured. A backend that cannot be had there is left out, with a note.
+ConvNet 128, 3×32×32, T = 5, B = 10, random data, with augmentation; the exact gradient, and TESLA's against TESLA's in
+float64. For each draw: the median over the images of the relative error of their gradient, and the cosine between the
+gradients of all images. On a CPU `compile` runs the code that would be compiled, with its form of the convolutions, but
+without the compiler; on a GPU it is compiled and captured. A backend that cannot run there is left out, with a note.
 """
 
 import statistics

@@ -1,17 +1,17 @@
-"""What the published configs should cost on GPUs, projected from what was measured on a CPU; on paper, not run.
+"""Projects what the published configs should cost on GPUs from CPU measurements. Estimates only; nothing is run.
 
     python scripts/measure/projection.py [--benchmark FILE …]
 
-The model: an image takes 12 F / (ρ R) + c A / W seconds an inner step. F: floating-point operations of its forward pass
-(3 F for the gradient, 9 F for the adjoint, which repeats the forward pass); A: bytes of its activations; R, W: rates of
-the machine's matrix product and copy. The two constants that say how well the program uses them, ρ and c, are fitted to
-the benchmark's `exact` of the shapes cpu_w32 and cpu. A GPU's R and W are its vendor's (TF32, dense); launching kernels
-is not in the model, so small batches will take longer.
+Time: each inner step takes 12 F / (ρ R) + c A / W seconds per image. F: floating-point operations of the forward pass
+(3 F for the gradient, 9 F for the adjoint, which repeats the forward pass); A: bytes of activations; R and W: the
+machine's rates of matrix products and of copies. ρ and c say how well the program uses these rates; they are fitted to
+the benchmark's `exact` for the shapes cpu_w32 and cpu. A GPU's R and W are the vendor's figures (TF32, dense). Kernel
+launches are not in the model, so small batches will take longer.
 
-Memory: of the data, the test images, and of a whitening one matrix, which is there while pictures are made; the
-training images stay on the host. For matching θ₀ … θ_T, six times the synthetic set (with gradients, momenta,
-augmentation) and a micro-batch of adjoint. Less memory than a micro-batch of 100 wants makes it smaller, and not slower
-in this model.
+Memory: `data` is the test images and, with whitening, one matrix, needed while pictures are made; the training images
+stay on the host. `matching` is θ₀ … θ_T, six times the synthetic set (with gradients, momenta, augmentation) and one
+micro-batch of the adjoint. Where memory is too small for a micro-batch of 100, the micro-batch shrinks; in this model
+that does not cost time.
 """
 
 import json

@@ -1,13 +1,13 @@
-"""Injects faults, runs the program that meets them, and shows what it printed.
+"""Injects faults, runs the affected program, and shows what it printed.
 
     python scripts/trials/faults.py [--only WORD …] [--json FILE]
 
-Every fault must be answered by exit code 2 and one line, or not matter; nothing that lay there before may change, and
-no temporary file may stay. Where the fault can be mended (space on the disk), it is, and the same command must then go
-on to its end. Full and read-only disks are small tmpfs, which want root on Linux; root is without its right to enter
-closed folders. What cannot be injected is said to be skipped.
+Every fault must either be answered by exit code 2 and one line, or do no harm. No existing file may change, and no
+temporary file may stay. A fault that can be repaired (such as a full disk) is repaired, and the same command must then
+run to its end. Full and read-only disks are small tmpfs mounts, which need root on Linux; root's right to enter closed
+folders is dropped. Faults that cannot be injected here are listed as skipped.
 
-All on MiniFashion with a narrow network; about six minutes.
+All runs use MiniFashion and a narrow network; about six minutes.
 """
 
 import contextlib

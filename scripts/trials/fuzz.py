@@ -1,18 +1,19 @@
-"""Odd command lines and YAML files for every entry: each must be answered by one line and exit code 2, or be obeyed.
+"""Odd command lines and YAML files for every entry: each must be refused by one line and exit code 2, or be obeyed.
 
     python scripts/trials/fuzz.py [--inputs 1000] [--seed 0] [--json FILE]
 
-Hypothesis draws the inputs: tiny settings that are known to run, with none, one or two odd options, values, files or
-YAMLs among them; the output of some goes nowhere. Each is run in a forked child that has imported everything already,
-in a folder of its own, on three colours as dataset, and without root's right to enter every folder. Checked are: the
-exit code is 0 or 2, and 0 for an input made of nothing odd; no traceback, no warning; a refusal is one readable line,
-leaves no new file and changes none; whatever happens, no half-written file is left. After exit code 0, `read`, which
-knows nothing of the program's own parser, says what each option must mean, and what the run saved of its options, and
-what it made, are compared with that.
+Hypothesis draws the inputs: tiny settings that are known to run, with up to two odd options, values, files or YAMLs.
+For some inputs, stdout and stderr are closed or full. Each input runs in a folder of its own, in a forked child of a
+process that has imported everything, on a toy dataset of three colours, without root's right to enter every folder.
 
-Left out, since they take minutes or need the network: `--backend compile`, `--wandb online` and `offline`, downloads
-(every connection is refused), and large values of what multiplies the work. An input that takes more than 20 s
-of processor time counts as `timeout` and is listed, but fails nothing.
+Checks: the exit code is 0 or 2, and 0 for an input with nothing odd; there is no traceback and no warning; a refusal is
+one readable line, leaves no new file and changes none; no half-written file is left in any case. After exit code 0,
+`read`, which is independent of the program's own parser, determines the value of each option; the options that the run
+saved, and its results, are compared with these.
+
+Left out, because they take minutes or need the network: `--backend compile`, `--wandb online` and `offline`, downloads
+(every connection is refused), and large values of options that multiply the work. An input that takes more than 20 s
+of processor time counts as `timeout`; it is listed, but is not a failure.
 """
 
 import argparse

@@ -1,19 +1,18 @@
-"""Kills the programs at random moments, lets them go on, and compares what they made with uninterrupted runs.
+"""Kills the programs at random moments, resumes them, and compares the results with uninterrupted runs.
 
     python scripts/trials/kill_test.py [--kills 50] [--signals 6] [--seed 0] [--json FILE]
 
-Every case below is run once undisturbed. Then it is started again in a folder of its own and killed (`kill -9`, which
-no program can answer), started again, killed again, and in the end left alone. Of every three kills one comes at a
-moment drawn from the whole time that a run takes, importing included; one at a moment of its work, from the first line
-that it prints; and one at the first change of a file after such a moment. After each kill every file in the folder is
-read; at the end every file must hold what that of the undisturbed run holds, each tensor to the bit, and nothing else
-may lie there. Left out of the comparison is what tells of the run and not of its result: dates, durations and the paths
-of folders.
+Each case (`CASES` in this file) is run once undisturbed. Then it is started in another folder, killed (`kill -9`, which
+no program can catch), started and killed again, and finally left to finish. A kill comes, with equal probability, at a
+random moment of the whole run (including imports), at a random moment after the first line of output, or at the first
+change of a file after such a moment. After each kill every file in the folder is read. At the end the folder must hold
+the same files as the undisturbed run's, with the same contents, each tensor bit-identical. Only dates, durations and
+paths of folders may differ, as they do not belong to the result.
 
-After that the signals that a program does answer (SIGINT, SIGTERM, SIGUSR1) are sent, its exit code is checked, and the
+After that, the signals that a program handles (SIGINT, SIGTERM, SIGUSR1) are sent, its exit code is checked, and the
 command that it prints is run as printed.
 
-All on MiniFashion with narrow networks and one thread, for a few seconds a run; about a quarter of an hour in all.
+All cases use MiniFashion, narrow networks and one thread, a few seconds a run; about a quarter of an hour in all.
 """
 
 import contextlib

@@ -1,21 +1,21 @@
-"""Runs programs on CUDA devices that are not there: torch's real CUDA code on a runtime that launches nothing.
+"""Runs programs on CUDA devices that do not exist: torch's real CUDA code on a runtime that launches nothing.
 
     python tests/fakecuda/fakecuda.py [--devices N] [--memory BYTES] [--no_values] SCRIPT [ARGUMENT …]    a program
     python -m pytest -m cuda                                                         the tests for a GPU, see README.md
 
-`fakecuda.c` stands in for libcudart, libcuda, cuBLAS, cuDNN and NCCL (gcc is needed, a GPU and a driver are not; torch
-must be a CUDA build). So tensors are CUDA tensors to all of torch: the caching allocator, streams, the autograd
-threads, checks of devices, CUDA graphs and process groups are the real ones, and the rules of stream capture are
-enforced. Kernels do nothing; `Values` computes what they would have, operator by operator, on the same memory. What is
-captured is computed when the graph is replayed, at the addresses it was captured with: a graph whose inputs, outputs or
-intermediate results share memory that they should not gives wrong numbers here too. Memory reads as NaN before it is
-written and after it is freed. Subprocesses are run likewise.
+`fakecuda.c` stands in for libcudart, libcuda, cuBLAS, cuDNN and NCCL. It needs gcc and a CUDA build of torch, but no
+GPU and no driver. Tensors are CUDA tensors to all of torch: the caching allocator, streams, autograd threads, device
+checks, CUDA graphs and process groups are the real ones, and the rules of stream capture are enforced. Kernels do
+nothing; `Values` computes their results, operator by operator, on the same memory. Captured operators are computed when
+the graph is replayed, at the addresses of the capture: a graph whose inputs, outputs or intermediate results wrongly
+share memory gives wrong numbers here, too. Memory reads as NaN before it is written and after it is freed. Subprocesses
+run on the stand-in, too.
 
-`watch` counts launches, copies and host synchronisations, and says which line of the repository asked for each;
-`--no_values` leaves the numbers out, which leaves what a program costs the host, and runs compiled code (Triton) too.
+`watch` counts launches, copies and host synchronisations, and says which line of the repository caused each.
+`--no_values` computes no values: this shows a program's cost on the host, and also runs compiled code (Triton).
 
-Not covered: how long kernels take, the numbers of TF32 and of compiled code, launches that a real GPU would refuse,
-asynchrony (a copy is done at once, so that a missing synchronisation is never seen), collectives other than sums.
+Not covered: the time of kernels, the numbers of TF32 and of compiled code, launches that a real GPU would refuse,
+asynchrony (copies are immediate, so a missing synchronisation goes unnoticed), collectives other than sums.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ REPOSITORY = HERE.parent.parent
 KINDS = ("launch", "library", "graph", "sync", "h2d_pageable", "h2d_pinned", "d2h", "d2d", "memset", "malloc", "free",
          "error")
 
-# What driver_types.h wants of a header that does not come with pip's CUDA runtime.
+# Definitions that driver_types.h takes from a header that pip's CUDA runtime lacks.
 _SHIM = "\n".join(f"#define {name}" for name in (
     "__device_builtin__", "__device_builtin_texture_type__", "__device_builtin_surface_type__", "__cudart_builtin__",
     "CUDARTAPI", "CUDARTAPI_CDECL", "CUDART_CB", "__host__", "__device__", "__specialization_static")) + """
@@ -50,8 +50,8 @@ _SHIM = "\n".join(f"#define {name}" for name in (
 
 
 def _installed() -> tuple[Path, Path | None, str | None]:
-    """Where torch is installed, the folder of CUDA's headers, and torch's version of CUDA ("13.2"); None where torch is
-    a CPU build or the headers are missing."""
+    """Where torch is installed, the folder of CUDA's headers (None: missing), and torch's version of CUDA, such as
+    "13.2" (None: a CPU build)."""
     packages = Path(importlib.util.find_spec("torch").origin).parent.parent
     headers = [*packages.glob("nvidia/cu*/include/driver_types.h"),
                *packages.glob("nvidia/cuda_runtime/include/driver_types.h")]
@@ -60,7 +60,7 @@ def _installed() -> tuple[Path, Path | None, str | None]:
 
 
 def why_not() -> str | None:
-    """Why nothing can run on the stand-in here, in words; None where it can."""
+    """Why the stand-in cannot run here, in words; None: it can."""
     _, headers, cuda = _installed()
     reasons = {"it is for Linux": sys.platform != "linux", "gcc is not on the PATH": shutil.which("gcc") is None,
                "torch is a CPU build": cuda is None, "CUDA's headers did not come with torch": headers is None}
@@ -68,7 +68,7 @@ def why_not() -> str | None:
 
 
 def build() -> Path:
-    """The stand-in, compiled once a version."""
+    """Compiles the stand-in, once per version; returns the library."""
     packages, headers, cuda = _installed()
     major, minor = map(int, cuda.split("."))
     cudnn = next(iter(packages.glob("nvidia_cudnn_cu*.dist-info"))).name.split("-")[1].split(".")
@@ -88,7 +88,7 @@ def build() -> Path:
     return target
 
 
-# Every Python that is started computes values too.
+# sitecustomize.py of the Python processes that are started: they compute values, too.
 _IN_SUBPROCESSES = f"""import os, sys
 if os.environ.get("FAKECUDA_VALUES") == "1" and not any("fakecuda.py" in word for word in sys.orig_argv):
     sys.path.append({str(HERE)!r})
@@ -98,7 +98,7 @@ if os.environ.get("FAKECUDA_VALUES") == "1" and not any("fakecuda.py" in word fo
 
 
 def preload(devices: int = 1, memory: int = 80 << 30, values: bool = True) -> None:
-    """Starts this very command again with the stand-in, unless that is done."""
+    """Restarts the current command with the stand-in preloaded, unless it is already."""
     if "fakecuda" not in os.environ.get("LD_PRELOAD", ""):
         library = str(build())
         link = Path(library).parent / Path(library).stem / "libcuda.so.1"  # where Triton looks for it
@@ -107,7 +107,7 @@ def preload(devices: int = 1, memory: int = 80 << 30, values: bool = True) -> No
             link.symlink_to(library)
         (link.parent / "sitecustomize.py").write_text(_IN_SUBPROCESSES)
         path = os.pathsep.join(filter(None, (str(link.parent), os.environ.get("PYTHONPATH"))))
-        # Processes that compile for another do not answer on the stand-in.
+        # One compile thread: Inductor's compile workers hang on the stand-in.
         os.environ |= {"LD_PRELOAD": library, "PYTHONPATH": path, "TRITON_LIBCUDA_PATH": str(link.parent),
                        "TORCHINDUCTOR_COMPILE_THREADS": "1",
                        "FAKECUDA_VALUES": str(int(values)), "FAKECUDA_DEVICES": str(devices),
@@ -130,7 +130,7 @@ if "fakecuda" in os.environ.get("LD_PRELOAD", ""):
     _counts = (ctypes.c_long * len(KINDS)).in_dll(fake, "fake_count")
 
     def set_memory(size: int) -> None:
-        """The memory of each GPU from now on; 0: what it was at the beginning."""
+        """Sets the memory of each GPU; 0: as at the start."""
         ctypes.c_size_t.in_dll(fake, "fake_memory_limit").value = size
 
     # --- values --------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ if "fakecuda" in os.environ.get("LD_PRELOAD", ""):
         return torch.empty(0, dtype=tensor.dtype).set_(base, tensor.storage_offset(), tensor.size(), tensor.stride())
 
     def _here(value):
-        """The same arguments on the CPU."""
+        """An argument moved to the CPU: a tensor as an alias of its memory, a CUDA device as the CPU."""
         if isinstance(value, torch.Tensor):
             return _alias(value) if value.is_cuda else value
         if isinstance(value, torch.device):
@@ -167,7 +167,7 @@ if "fakecuda" in os.environ.get("LD_PRELOAD", ""):
 
     ON_CPU = {aten.cudnn_grid_sampler.default: _grid, aten.cudnn_grid_sampler_backward.default: _grid_backward,
               aten.cudnn_batch_norm.default: _batch_norm, aten.cudnn_batch_norm_backward.default: _batch_norm_backward}
-    # Operators whose result's size, or whose CUDA code, depends on values: a GPU waits for those too.
+    # Operators whose result's size or whose CUDA code depends on values: a real GPU synchronises here, too.
     WAITING = {aten.nonzero.default, aten.masked_select.default, aten.bincount.default, aten._unique2.default,
                aten.repeat_interleave.Tensor, aten.equal.default, aten.unique_consecutive.default,
                aten.unique_dim.default, aten._linalg_eigh.default, aten.linalg_inv_ex.default}
@@ -176,11 +176,11 @@ if "fakecuda" in os.environ.get("LD_PRELOAD", ""):
                       aten.set_.source_Storage, aten.record_stream.default, aten._local_scalar_dense.default}
 
     class Values(TorchDispatchMode):
-        """Computes on the memory of CUDA tensors what their kernels would have; and notes who waits for the device."""
+        """Computes the results of kernels on the memory of CUDA tensors, and records what waits for the device."""
 
         def __init__(self):
             super().__init__()
-            self.captures: dict[int, list] = {}  # device → of the graph that is being captured there
+            self.captures: dict[int, list] = {}  # device → calls of the graph being captured there
             self.waits: Counter = Counter()  # (kind, operator, line) → how often
             self.operators: Counter = Counter()  # on CUDA tensors
             self.threads: set[str] = set()
@@ -248,7 +248,7 @@ if "fakecuda" in os.environ.get("LD_PRELOAD", ""):
                     self.waits[kind, str(func), _line()] += now - was
 
     def _line() -> str:
-        """The innermost line of the repository that is at work; of the autograd threads nothing is known."""
+        """The innermost line of the repository on the stack; on autograd threads, which have none, their name."""
         frame = sys._getframe(2)
         while frame:
             path = frame.f_code.co_filename
@@ -258,7 +258,7 @@ if "fakecuda" in os.environ.get("LD_PRELOAD", ""):
         return f"thread {threading.current_thread().name}"
 
     def _with_values(mode: Values) -> None:
-        """Graphs compute what was captured when they are replayed; threads compute too."""
+        """Makes graphs compute the captured calls when they are replayed, and new threads compute values, too."""
         graph = torch.cuda.CUDAGraph
         begin, end, replay = graph.capture_begin, graph.capture_end, graph.replay
 
@@ -284,14 +284,14 @@ if "fakecuda" in os.environ.get("LD_PRELOAD", ""):
                 run(self)
 
         threading.Thread.run = run_with_values
-        text = torch._tensor_str._str  # which puts modes aside, and would read what no kernel wrote
+        text = torch._tensor_str._str  # it disables modes, and would read memory that no kernel wrote
         torch._tensor_str._str = lambda self, **options: text(
             _alias(self.detach()) if type(self) is torch.Tensor and self.is_cuda else self, **options)
 
     _mode: "Values | None" = None
 
     def start() -> Values:
-        """Values for all CUDA tensors of this process from now on."""
+        """Computes values for all CUDA tensors of this process from now on."""
         global _mode
         if _mode is None:
             _mode = Values()
@@ -310,7 +310,7 @@ if "fakecuda" in os.environ.get("LD_PRELOAD", ""):
 
         @property
         def launches(self) -> int:
-            """Everything that is put into a stream, a graph counting once."""
+            """The number of operations put into streams; a graph counts once."""
             return sum(self.counts[kind] for kind in ("launch", "library", "graph", "memset", "d2d", "h2d_pageable",
                                                       "h2d_pinned", "d2h"))
 
