@@ -116,7 +116,7 @@ def apart(snapshots: Iterable["Tensor"], others: Iterable["Tensor"]) -> list[flo
 
 
 def main() -> None:
-    parser = script_parser(__doc__, json="the numbers, of every expert,", key="by_start_epoch")
+    parser = script_parser(__doc__, json="the numbers, of every expert,", key="options")
     parser.add_argument("folder", type=Path, help="holds replay_buffer_*.pt")
     parser.add_argument("--expert_epochs", type=int, metavar="M", help="epochs of a segment [2]")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")

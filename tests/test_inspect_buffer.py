@@ -158,6 +158,7 @@ def test_settings_are_suggested_that_work_as_they_are_printed(call, toy_experts,
     chosen = report["options"]
     of_chosen = losses[chosen["expert_epochs"], chosen["syn_steps"], chosen["lr_teacher"]]
     assert f"{of_chosen[0]:.3f}" in done.stdout and of_chosen[0] < 1
+    call(INSPECT, folder, "--suggest", "--ipc=1", f"--json={tmp_path / 'a.json'}")  # over its own file
     printed = shlex.split(done.stdout.split("(the config sets the rest):")[1].replace("\\\n", " "))
     assert printed[:2] == ["python", "distill/DATM.py"] and f"--lr_teacher={chosen['lr_teacher']}" in printed
     assert "--factor=2" in printed and "factor" not in distilling(folder, 2)

@@ -132,9 +132,9 @@ class BufferConfig(DataConfig):
 class TrainConfig(DataConfig):
     """How a network is trained and tested on a distilled (or real) set."""
 
-    eval_mode: str = option(EVALUATION, "S", "networks to test: S the model itself, M ConvNet AlexNet VGG11 "
-                            "ResNet18, W widths, D depths, A activations, P poolings, N norms, C the model and "
-                            "ConvNet, BN with and without batch norm")
+    eval_mode: str = option(EVALUATION, "S", "networks to test: S the model without batch norm, M ConvNet "
+                            "AlexNet VGG11 ResNet18, W widths, D depths, A activations, P poolings, N norms, C the "
+                            "model and ConvNet, BN with and without batch norm")
     num_eval: Count = option(EVALUATION, 5, "networks of each kind")
     epoch_eval_train: Count = option(EVALUATION, 1000, "epochs of one training")
     batch_train: Count = option(EVALUATION, 256, "training batch")
@@ -206,7 +206,8 @@ class DistillConfig(TrainConfig):
     force_save: bool = option(FILES, False, "wandb pictures from ipc 50 on too", decides=False)
     record_loss: bool = option(FILES, False, "record the loss; metrics.jsonl always does", effect=False)
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
-        FILES, "auto", "Weights & Biases; auto: online where an account is known, else not at all", decides=False)
+        FILES, "auto", "Weights & Biases; auto: as its own settings say, but not online without an account",
+        decides=False)
     project: str = option(FILES, "TEST", "wandb project", decides=False)
     micro_batch: Count | None = MICRO_BATCH
     dry_run: bool = option(SPEED, False, "estimate time and memory on this machine, measure which settings fit the "
