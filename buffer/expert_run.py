@@ -75,6 +75,7 @@ def train_buffer(config: BufferConfig) -> None:
         # further experts.
         with interrupt.deferred(check_at_end=False):
             train_missing(run, curriculum)
+        interrupt.saves("")
 
     # Say where they are, and what to type next.
     if ranks.first():

@@ -63,10 +63,13 @@ def manifests_of(folder: Path) -> dict[Path, dict[str, Any]]:
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
     """The options of the commands that would train a folder's experts anew, in order, as far as manifests tell: files
-    that differ in `num_experts` only are those of one command, for all of their experts."""
+    that differ in `num_experts` only are those of one command, for all of their experts. The paths are those of the
+    last file, as the folder may have been moved."""
     kinds: list[dict[str, Any]] = []
-    for manifest in manifests_of(folder).values():
-        kind = {name: value for name, value in manifest.items() if name not in _FACTS}
+    manifests = list(manifests_of(folder).values())
+    paths = {name: manifests[-1][name] for name in ("buffer_path", "data_path") if manifests and name in manifests[-1]}
+    for manifest in manifests:
+        kind = {name: value for name, value in manifest.items() if name not in _FACTS} | paths
         count = len(manifest["experts"]) if "experts" in manifest else kind.get("num_experts", 0)
         if kinds and kinds[-1] == kind | {name: kinds[-1][name] for name in _HOW_MANY if name in kinds[-1]}:
             kinds[-1]["num_experts"] += count

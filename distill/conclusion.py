@@ -8,7 +8,7 @@ from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import DistilledSet
 from distill.finished import check_same_data, lost_sets, say_it_is
-from distill.report.commands import evaluation
+from distill.report.commands import LABELLING, evaluation
 from distill.report.frames import Frames
 from distill.report.names import PAGE, PICTURES, SHOWN, missing
 from distill.report.page_pictures import SAVED, save_pictures
@@ -149,7 +149,7 @@ def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path
                    best: dict[str, Candidate], frames: Frames) -> None:
     with noting_failure(path, PICTURES):
         version = better_of(best)
-        labelling = made_by(Path(config.Initialize_Label_Model_Dir)) if (
+        labelling = [kind | {LABELLING: True} for kind in made_by(Path(config.Initialize_Label_Model_Dir))] if (
             config.Initialize_Label_With_Another_Model) else []
         save_pictures(path / PICTURES, dataset, start, best[version].set, version,
                       config.pix_init if config.pix_init in STARTS else SAVED, frames,

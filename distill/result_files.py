@@ -320,9 +320,11 @@ def _rate_in_words(trained: dict[str, Any]) -> str:
 
 
 def results_in(folder: Path) -> list[EvaluationResult]:
-    """The evaluation results in a folder."""
+    """The evaluation results in a folder; of an extended run, not the tests of what it had reached before."""
     results = []
-    for file in sorted(folder.glob("*.json")):
+    earlier = {file.name.replace(Path(RESULT).stem, Path(EVALUATION).stem, 1)
+               for file in folder.glob(f"{Path(RESULT).stem}_*.json")}
+    for file in sorted(each for each in folder.glob("*.json") if each.name not in earlier):
         with contextlib.suppress(UserError):  # not the result of an evaluation
             results.append(EvaluationResult.read(file, ""))
     return results

@@ -519,7 +519,7 @@ def write_tables(plan: Plan, results: Results) -> None:
             # On other networks, rows share sets that another row made, so the evaluation tells them apart.
             step = row.made_by[0] if row.made_by and networks in ([], [form.model]) else row.evaluations[0]
             listed.append((row.name, row.says, *(str(cell or "–") for cell in cells), count, results.took(row),
-                           f"`{step}`"))
+                           f"`{results.ledger.command(step)}`"))
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(listed)]
     lines += ["", "## Experts", "",
               "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "
@@ -529,7 +529,8 @@ def write_tables(plan: Plan, results: Results) -> None:
         step, look = plan.experts[kind], results.of(plan.looks[kind])
         cells = [_at_the_end(look, name) if look else "–" for name in ("test_accuracy", "apart")]
         seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
-        listed.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–", f"`{step}`"))
+        listed.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–",
+                       f"`{results.ledger.command(step)}`"))
     tested = plan.main[form.at]["exact"].evaluations[0]
     lines += [table(listed), "", "## Evaluations", "", "A distilled set is tested like this one:", "",
               "```", str(tested), "```", ""]

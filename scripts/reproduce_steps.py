@@ -81,10 +81,14 @@ class Ledger:
 
     def knows(self, step: Step) -> bool:
         """Whether the step's files, if there are any, were made by its command and config, and from the results of the
-        steps that it needs as they are now. (Entries of an earlier version do not say from which.)"""
+        steps that it needs as they are now. (Earlier versions stamped nothing.)"""
         made = self.made.get(step.name)
         return (made is not None and (made["asked"], made.get("config")) == (step.asked, step.config)
-                and made.get("needs", now := self._stamps(step)) == now)
+                and made.get("needs", dict.fromkeys(need.name for need in step.needs)) == self._stamps(step))
+
+    def command(self, step: Step) -> str:
+        """The command that made the step's result, with its number of ranks."""
+        return self.made.get(step.name, {}).get("command", str(step))
 
     def _stamps(self, step: Step) -> dict[str, str | None]:
         """Which making of each result that it needs there is now."""
@@ -104,7 +108,7 @@ class Ledger:
         if step.done or not self.knows(step):
             remove(step.made)
         if not step.made.exists():
-            self.made[step.name] = {"asked": step.asked, "config": step.config, "seconds": 0.0,
+            self.made[step.name] = {"asked": step.asked, "command": str(step), "config": step.config, "seconds": 0.0,
                                     "stamp": uuid.uuid4().hex[:8], "needs": self._stamps(step)}
             self.write()
 

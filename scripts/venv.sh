@@ -12,6 +12,9 @@ if [ ! -x "$root/.venv/bin/python" ]; then
 fi
 if ! grep -qF -e "$root/.venv" -e "$(cd "$root/.venv" && pwd -P)" "$root/.venv/bin/activate"; then  # the clone was moved
     "$root/.venv/bin/python" -m venv "$root/.venv"
+    grep -lI '^#!.*/bin/python' "$root"/.venv/bin/* | while read -r script; do
+        sed -i "1s|^#!.*|#!$root/.venv/bin/python|" "$script"
+    done
 fi
 if ! cmp -s "$root/requirements.txt" "$root/.venv/installed.txt"; then
     echo "installing requirements.txt into .venv (a few minutes, once)"

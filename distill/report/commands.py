@@ -21,16 +21,20 @@ from utils.config import (
 )
 from utils.program.commands import command
 
+LABELLING = "labelling"  # marks the options of experts that only label the initial images
+
 
 def commands(run: SavedRun) -> list[tuple[str, str]]:
     """The commands that reproduce the run, typed in the repository's root: (what it does, shell text)."""
     if not run.config:
         return []
     experts = (run.pictures.about or {}).get("experts") if run.pictures else None
-    steps = [("Train the experts" if not number else "Add more experts to them" if
-              options["model"] == run.config.get("model") else "Train the experts that label the first images",
-              command("buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository))
-             for number, options in enumerate(experts or [])]
+    steps = []
+    for options in experts or []:
+        options = dict(options)
+        what = "Train the experts that label the first images" if options.pop(LABELLING, False) else (
+            "Add more experts to them" if steps else "Train the experts")
+        steps.append((what, command("buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository)))
     on_cpu = str(run.result.environment.get("device", "")).startswith("cpu")
     options = evaluation(run.config, run.path)
     return [*steps, ("Distil, with the options that differ from the defaults",

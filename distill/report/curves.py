@@ -50,7 +50,7 @@ def _losses(runs: dict[str, SavedRun]) -> Markup | None:
         return None
     first, words = next(iter(runs.values())), ""
     threshold = first.config.get("threshold")
-    if alone and isinstance(threshold, int | float):
+    if alone and isinstance(threshold, int | float) and math.isfinite(threshold):
         words = f" Updates whose loss exceeds {threshold:g} are skipped" + (
             ", and not in the mean; losses above the scale stand at its upper edge." if first.metrics.skipped else ".")
     elif not alone and any(spans):

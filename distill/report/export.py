@@ -40,7 +40,7 @@ def folder_names(classes: tuple[str, ...]) -> list[str]:
              for name in classes]
     while True:
         # Some file systems ignore case.
-        taken = Counter([name.casefold() for name in names] + [LABELS])
+        taken = Counter([name.casefold() for name in names] + [LABELS, SEEN])
         if max(taken.values()) == 1:
             return names
         names = [name if taken[name.casefold()] == 1 else f"{name} {index}" for index, name in enumerate(names)]

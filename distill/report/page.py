@@ -62,14 +62,14 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
     result, (name, best) = run.result, run.result.better
     fixed, score, updates = result.fixed_loss, best.scores[0], len(run.metrics.iterations)
     networks = len(score.accuracies)
-    of = {NORMAL: " of the images as they are", EMA: " of the averaged images (EMA)"}
+    of = {NORMAL: "images as they are", EMA: "averaged images (EMA)"}
     others = {each: other for each, other in ((NORMAL, result.best), (EMA, result.best_ema)) if other and each != name}
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
-    return [(f"Best accuracy{of[name] if others else ''} on the {images_tested(result.chosen_on)} images",
-             in_words(score)),
+    return [(f"Best accuracy on the {images_tested(result.chosen_on)} images",
+             in_words(score) + (f", {of[name]}" if others else "")),
             ("Measured on", f"{number_of(networks, 'network')}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
-            *((f"Best accuracy{of[each]}", in_words(other.scores[0])) for each, other in others.items()),
+            *((f"Best accuracy of the {of[each]}", in_words(other.scores[0])) for each, other in others.items()),
             *((f"As many {kind}", in_words(score)) for kind, score in run.real_images.items()),
             *([(f"Matching loss before → after, over {fixed.segments or ''} fixed segments",
                 _recorded(fixed.segments, lambda _: loss))] if run.finished else []),

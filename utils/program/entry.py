@@ -102,8 +102,9 @@ def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoRetur
     Args:
         wait: seconds that another rank waits for the first one to print the same error for all.
     """
-    interrupt.ignore()  # a further signal would only disturb the exit
-    if not ranks.first():
+    if ranks.first():
+        interrupt.ignore()  # a further signal would only disturb the exit
+    else:
         # The first rank prints errors that concern all, and torchrun then ends the others; a rank that is still alive
         # after the wait has an error of its own.
         interrupt.restore()
