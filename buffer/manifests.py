@@ -42,8 +42,9 @@ def expert_files(folder: Path) -> list[Path]:
 
 # Options in which experts of one folder may differ: their number, seed and epochs, and the paths of the folder and the
 # data, as both may have been moved.
-_MAY_DIFFER = ("num_experts", "save_interval", "seed", "train_epochs", "buffer_path", "data_path")
 _HOW_MANY = ("num_experts", "save_interval")
+_PATHS = ("buffer_path", "data_path")
+_MAY_DIFFER = (*_HOW_MANY, *_PATHS, "seed", "train_epochs")
 # Entries of a manifest other than the run's options.
 _FACTS = ("fingerprint", "threads", "experts", "sha256")
 # The options that determine which images an expert was trained on.
@@ -67,7 +68,7 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
     last file, as the folder may have been moved."""
     kinds: list[dict[str, Any]] = []
     manifests = list(manifests_of(folder).values())
-    paths = {name: manifests[-1][name] for name in ("buffer_path", "data_path") if manifests and name in manifests[-1]}
+    paths = {name: manifests[-1][name] for name in _PATHS if manifests and name in manifests[-1]}
     for manifest in manifests:
         kind = {name: value for name, value in manifest.items() if name not in _FACTS} | paths
         count = len(manifest["experts"]) if "experts" in manifest else kind.get("num_experts", 0)

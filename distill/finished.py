@@ -6,7 +6,7 @@ from pathlib import Path
 
 from buffer.manifests import buffer_folder, checksums, expert_files, is_as_written, manifests_of
 from distill.report.names import missing
-from distill.result_files import EMA, METRICS, NORMAL, RESULT, RunResult
+from distill.result_files import METRICS, RESULT, RunResult
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig
 from utils.errors import UserError
@@ -93,8 +93,7 @@ def check_same_data(path: Path, result: RunResult, data: dict[str, str]) -> None
 
 def lost_sets(path: Path, result: RunResult) -> list[str]:
     """The names of a finished run's best sets that are missing from its folder."""
-    names = [NORMAL, EMA] if result.best_ema else [NORMAL]
-    return [name for name in names if not (path / name / WHOLE).exists()]
+    return [name for name in result.versions if not (path / name / WHOLE).exists()]
 
 
 def say_it_is(config: DistillConfig, path: Path, result: RunResult) -> None:

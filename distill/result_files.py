@@ -197,11 +197,15 @@ class RunResult:
     data: str | None = None  # `data_id` of what the run read; earlier versions saved none
 
     @property
+    def versions(self) -> dict[str, Best]:
+        """The best sets, by the names of their folders."""
+        return {NORMAL: self.best} | ({EMA: self.best_ema} if self.best_ema else {})
+
+    @property
     def better(self) -> tuple[str, Best]:
         """The better set by `better_of`: its folder's name and its result."""
-        best = {NORMAL: self.best} | ({EMA: self.best_ema} if self.best_ema else {})
-        name = better_of(best)
-        return name, best[name]
+        name = better_of(self.versions)
+        return name, self.versions[name]
 
     def write(self, path: Path) -> None:
         write_json(path, as_json(self))

@@ -26,7 +26,8 @@ def set_files(data_dir: str) -> tuple[str, str, str] | None:
     path = Path(data_dir)
     if data_dir and (whole := whole_set(path)) != path:
         return str(whole), "", ""
-    published = [path / _better(path) / f"{name}_best.pt" for name in ("images", "labels", "lr")]
+    version = path / _better(path)
+    published = [version / f"{name}_best.pt" for name in ("images", "labels", "lr")]
     return tuple(map(str, published)) if data_dir and all(file.is_file() for file in published) else None
 
 

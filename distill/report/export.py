@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES, line
-from distill.result_files import EMA, NORMAL, EvaluationResult, RunResult, read_result
+from distill.result_files import VERSIONS, EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import BaselineConfig, from_repository, worth_giving
 from utils.data.zca import BESIDE, Whitening
@@ -220,9 +220,8 @@ def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult 
                             f"not of these {len(distilled.images)} distilled from {made_of}; give the result of "
                             "this set, or of as many real images")
         return result
-    versions = {NORMAL: result.best, EMA: result.best_ema}
-    candidates = [versions[folder]] if folder in versions else [result.better[1], *versions.values()]
-    best = next((each for each in candidates if each and _has_rate(distilled, each.lr)), None)
+    of_folder = [result.versions.get(folder)] if folder in VERSIONS else [result.better[1], *result.versions.values()]
+    best = next((each for each in of_folder if each and _has_rate(distilled, each.lr)), None)
     if best is None:
         raise UserError(f"--result {path} is of a run with another set: its learning rate is not this set's, "
                         f"{float(distilled.lr):.7g}; give the result.json of the set's run")

@@ -63,7 +63,7 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
     fixed, score, updates = result.fixed_loss, best.scores[0], len(run.metrics.iterations)
     networks = len(score.accuracies)
     of = {NORMAL: "images as they are", EMA: "averaged images (EMA)"}
-    others = {each: other for each, other in ((NORMAL, result.best), (EMA, result.best_ema)) if other and each != name}
+    others = {each: other for each, other in result.versions.items() if each != name}
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
     return [(f"Best accuracy on the {images_tested(result.chosen_on)} images",
              in_words(score) + (f", {of[name]}" if others else "")),
@@ -125,7 +125,7 @@ def _images(run: SavedRun) -> Markup:
         return draw.paragraph("There are no pictures in this folder." if run.finished else
                               "No pictures yet: they are made at an evaluation, but for the first seconds of a run.")
     rows, shown = pictures.rows(), len(pictures.which)
-    best = run.result.best_ema if pictures.version == EMA and run.result.best_ema else run.result.best
+    best = run.result.versions.get(pictures.version, run.result.best)
     words = draw.about_images(pictures, rows, run.config.get("zca"), run.config.get("labels"), _labels_moved(pictures),
                               best.iteration)
     if pictures.stored is not None:
