@@ -10,6 +10,7 @@ Accuracies are shares in [0, 1]; None means not recorded. Reading a file with ot
 import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -264,6 +265,11 @@ class UnderProtocol:
 
     scores: Scores
     trained: dict[str, dict[str, Any]]  # by network: epochs, batch_train, dsa, lr; held_out if the rate was chosen
+
+
+OF_SET = "distilled images"  # how `EvaluationResult.what` begins for a distilled set
+# For real images: how many per class, of which kind, and with which labels; earlier versions wrote "a class".
+OF_REAL_IMAGES = re.compile(r"(\d+) (.+ real image)s? (?:per|a) class(.*)")
 
 
 def under_protocol(what: str, protocol: str) -> str:

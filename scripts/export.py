@@ -30,6 +30,7 @@ tune_process()  # before torch is imported
 from distill.set_files import check_whole, whole_set
 from scripts.common import script_parser
 from utils.errors import UserError
+from utils.files import write_text
 from utils.program.console import shown
 from utils.program.entry import entry
 
@@ -55,18 +56,22 @@ def main() -> None:
     check_whole(path)
 
     from distill.distilled_set import DistilledSet  # imports torch, which takes seconds
-    from distill.report.export import check_new, save_card, save_pngs, whitening_of
+    from distill.report.export import CARD, card_beside, check_pngs, save_pngs, whitening_of
     from utils.data.zca import BESIDE
 
     distilled = DistilledSet.load(path)
-    if options.png:
-        check_new(options.png)  # refusals come before anything is written
+    beside, card = path.parent / BESIDE, path.parent / CARD
+    if options.png:  # refusals come before anything is written
+        check_pngs(distilled, options.png)
     whitening = whitening_of(distilled, path.parent) if options.whitening else None
+    text = card_beside(path, distilled, options.result, options.license, options.source,
+                       options.whitening or beside.exists()) if options.card else ""
     if whitening:
-        whitening.save(path.parent / BESIDE)
-        print(f"whitening: {shown(path.parent / BESIDE)}")
-    if options.card:
-        print(f"card: {shown(save_card(distilled, path, options.result, options.license, options.source))}")
+        whitening.save(beside)
+        print(f"whitening: {shown(beside)}")
+    if text:
+        write_text(card, text)
+        print(f"card: {shown(card)}")
     if options.png:
         save_pngs(distilled, options.png)
         print(f"{distilled.size}: {shown(options.png)}")

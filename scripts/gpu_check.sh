@@ -113,6 +113,7 @@ part two_ranks 0 60 "$python" -m torch.distributed.run --standalone --nproc_per_
 several=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
 on_gpu tests 0 300 "$python" -m pytest -q -m cuda $several -p no:cacheprovider --tb=short
 
+collect
 echo
 awk -F'\t' '{ printf "%-20s %-14s %4s s\n", $1, $2, $4 }' "$out/parts.tsv"
 echo "all of it: $out/gpu_check.json"

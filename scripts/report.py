@@ -2,7 +2,8 @@
 
     python scripts/report.py RUN [RUN …] [--out FILE]
 
-RUN is a run's folder. Its report.html is rebuilt from the files in the folder, and its pictures if they are missing.
+RUN is a run's folder. Its report.html is rebuilt from the files in the folder, and so are missing pictures, from its
+report.safetensors.
 For an unfinished run, whether still running or stopped, page and pictures are always rebuilt: they show the run as of
 its last log entry, and the images that it last drew. To have the page compare the set with as many real images (random
 or a coreset), put their results into the folder with `baseline.py --json RUN/NAME.json`.
@@ -12,7 +13,6 @@ comparison.html in the current folder).
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,11 +22,8 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 from distill.report.names import PAGE, SHOWN, missing
-from distill.report.read_run import SavedRun, check_is_run, read_run
-from distill.result_files import NORMAL
-from distill.set_files import WHOLE
+from distill.report.read_run import check_is_run, read_run
 from scripts.common import script_parser
-from utils.errors import UserError
 from utils.files import check_output, write_text
 from utils.program.console import shown
 from utils.program.entry import entry
@@ -44,7 +41,7 @@ def main() -> None:
     from distill.report.page import page
     from distill.report.show import show
 
-    runs = [with_pictures(read_run(path)) for path in options.runs]
+    runs = [read_run(path) for path in options.runs]
     out = options.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))
     check_output("the page", out, "html", {})
     pages = {out: page(runs[0])} if len(runs) == 1 else {
@@ -54,29 +51,6 @@ def main() -> None:
     for path, text in pages.items():
         write_text(path, text)
         print(f"{shown(path)} ({len(text.encode()) / 1e6:.1f} MB)")
-
-
-def with_pictures(run: SavedRun) -> SavedRun:
-    """A run of an older version, with pictures from its distilled set: images and labels only."""
-    path = run.path / NORMAL / WHOLE
-    if run.pictures is not None or not path.is_file():
-        return run
-
-    from distill.distilled_set import DistilledSet
-    from distill.report.page_pictures import Pictures, chosen, class_means, probabilities, stored_of
-    from distill.report.pixels import clip_outliers, scaled_bytes
-
-    whole = DistilledSet.load(path)
-    distilled = whole.seen()
-    images, labels, classes = distilled.pixels(), distilled.labels, distilled.classes
-    if not classes or not len(images) or len(images) % len(classes) or len(labels) != len(images):
-        raise UserError(f"{path} does not hold a whole number of images per class; put back the run's own")
-    ipc = len(images) // len(classes)
-    which = chosen(len(classes), ipc, images[0].numel())
-    return replace(run, pictures=Pictures(
-        classes, ipc, "Normal", which, scaled_bytes(clip_outliers(images)[which]),
-        probabilities(labels[which], len(classes)), class_means(labels, len(classes)), factor=whole.factor,
-        stored=stored_of(whole.pixels(), which, whole.factor) if whole.factor > 1 else None))
 
 
 if __name__ == "__main__":

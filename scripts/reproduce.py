@@ -485,8 +485,10 @@ def gather(plan: Plan, results: Results) -> None:
     untimed = {step.name for step in plan.experts.values()}
     for kind, step in plan.experts.items():
         if step.done and results.ledger.knows(step):
-            copy(step.products[-1], f"experts_{kind}.yaml")
-            copy(step.result.with_suffix(".jsonl"), f"experts_{kind}.jsonl")
+            for number, manifest in enumerate(step.products):  # of each file
+                name = f"experts_{kind}{f'_{number}' if number else ''}"
+                copy(manifest, f"{name}.yaml")
+                copy(manifest.with_suffix(".jsonl"), f"{name}.jsonl")
     # Results record their own times; experts do not.
     made = {step.name: {key: value for key, value in results.ledger.made[step.name].items()
                         if key != "seconds" or step.name in untimed}
@@ -522,8 +524,8 @@ def write_tables(plan: Plan, results: Results) -> None:
                            f"`{results.ledger.command(step)}`"))
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(listed)]
     lines += ["", "## Experts", "",
-              "Apart: how far they are in the end from those by plain SGD, which begin with the same parameters and "
-              "see the same batches, of the way that these have gone.", ""]
+              "Apart: the final distance from the plain-SGD experts, which begin with the same parameters and see the "
+              "same batches, relative to how far these have moved.", ""]
     listed = [("row", "ρ", "accuracy on held-out images, %", "apart, %", "trained in", "command")]
     for kind in plan.looks:
         step, look = plan.experts[kind], results.of(plan.looks[kind])

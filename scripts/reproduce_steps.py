@@ -61,8 +61,8 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
 
 
 class Ledger:
-    """Records which command made each result, from which makings of the results it needs, and how long it took;
-    written before a command begins.
+    """Records which command made each result, from which versions of its inputs, and how long it took; written before
+    a command begins.
 
     Args:
         path: a JSON file.
@@ -91,7 +91,7 @@ class Ledger:
         return self.made.get(step.name, {}).get("command", str(step))
 
     def _stamps(self, step: Step) -> dict[str, str | None]:
-        """Which making of each result that it needs there is now."""
+        """Which version of each input there is now."""
         return {need.name: self.made.get(need.name, {}).get("stamp") for need in step.needs}
 
     def check(self, step: Step) -> None:

@@ -6,7 +6,7 @@
 Given a folder, such as a run's, it takes all results in it. A result has a row for each of its protocols. The learning
 rate is shown where it alone tells rows apart, or marked (auto) where it was chosen on held-out training images. If the
 results are of different datasets, or some of test and some of held-out images, each row says which. With --by_network
-there is one row for each set and protocol, and a column for each network: how well the set trains other networks
+there is one row for each result and protocol, and a column for each network: how well the set trains other networks
 (--eval_mode M).
 """
 

@@ -8,17 +8,17 @@ if [ ! -x "$root/.venv/bin/python" ]; then
         exit 2
     }
     echo "making .venv"
-    "$base_python" -m venv "$root/.venv"
+    "$base_python" -m venv "$root/.venv" || exit 1
 fi
 if ! grep -qF -e "$root/.venv" -e "$(cd "$root/.venv" && pwd -P)" "$root/.venv/bin/activate"; then  # the clone was moved
     "$root/.venv/bin/python" -m venv "$root/.venv"
-    grep -lI '^#!.*/bin/python' "$root"/.venv/bin/* | while read -r script; do
+    { grep -lI '^#!.*/bin/python' "$root"/.venv/bin/* || true; } | while read -r script; do
         sed -i "1s|^#!.*|#!$root/.venv/bin/python|" "$script"
     done
 fi
 if ! cmp -s "$root/requirements.txt" "$root/.venv/installed.txt"; then
     echo "installing requirements.txt into .venv (a few minutes, once)"
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
-    cp "$root/requirements.txt" "$root/.venv/installed.txt"
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" &&
+        cp "$root/requirements.txt" "$root/.venv/installed.txt" || exit 1
 fi
 source "$root/.venv/bin/activate"

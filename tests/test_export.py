@@ -142,7 +142,11 @@ def front(text):
 def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, tmp_path):
     call(EVALUATION, *toy.evaluate, f"--data_dir={whole}", f"--json={tmp_path / 'eval.json'}")
     call("distill/baseline.py", *toy.evaluate, "--ipc=2", f"--json={tmp_path / 'real.json'}")
-    call(EXPORT, whole, "--card", "--result", tmp_path / "eval.json", tmp_path / "real.json", made / "result.json")
+    (tmp_path / "hard.json").write_text(changed(
+        (tmp_path / "eval.json").read_text(), what="distilled images with hard labels", config={
+            "dataset": "ImageFolder", "model": "ConvNetD1W4", "hard_labels": True}))
+    call(EXPORT, whole, "--card", "--result", *(tmp_path / f"{name}.json" for name in ("eval", "real", "hard")),
+         made / "result.json")
     text = (whole.parent / "README.md").read_text()
     assert front(text)["license"] == "unknown" and "dataset-distillation" in front(text)["tags"]
     mean = json.loads((tmp_path / "eval.json").read_text())["scores"][0]["mean"]
@@ -150,6 +154,7 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
     assert ("python distill/evaluation.py --data_dir=distilled.safetensors --num_eval=1 \\\n    --epoch_eval_train=2\n"
             "```") in text
     assert "Networks trained on 2 random real images per class, tested on the test images of ImageFolder" in text
+    assert "Networks trained on the set with hard labels, tested on" in text and "--hard_labels" in text
     assert "python distill/baseline.py --dataset=ImageFolder --model=ConvNetD1W4" in text
     assert "chose it on these test images" in text and "6 synthetic images, 2 per class, 3×8×8" in text
     assert "Classes in order: blue, green, red." in text and "syn_steps: 3" in text
@@ -250,7 +255,7 @@ def test_the_card_of_averaged_images_has_their_accuracy(call, made, tmp_path):
     shutil.copytree(run / "Normal", run / "EMA")
     (run / "result.json").write_text(json.dumps(result | {"best_ema": better}))
     call(EXPORT, run, "--card", "--result", run / "result.json")
-    call(EXPORT, run / "Normal" / "distilled.safetensors", "--card", "--result", run / "result.json")
+    call(REPOSITORY / EXPORT, "distilled.safetensors", "--card", "--result", "../result.json", cwd=run / "Normal")
     ema, normal = ((run / name / "README.md").read_text() for name in ("EMA", "Normal"))
     assert "| 98.70" in ema and "(iteration 3)" in ema and "98.70" not in normal
     (run / "EMA" / "README.md").unlink()

@@ -35,7 +35,7 @@ from distill.evaluate.option_checks import as_experts_saw, check_experts
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
 from distill.evaluate.real_images import drawn, real_sets, seen_by_experts
 from distill.evaluate.saved_set import at_its_rate, opened, with_classes
-from distill.result_files import as_json
+from distill.result_files import OF_SET, as_json
 from utils.config import BaselineConfig, EvaluationConfig, TrainConfig
 from utils.errors import UserError, number_of
 from utils.program.console import say
@@ -93,7 +93,7 @@ def evaluate_robust(config: EvaluationConfig, given: Collection[str]) -> None:
     random, of_random = real_sets(of_each, source)
     whole, of_whole = real_sets(replace(of_each, ipc=None, factor=1, label_source="hard"), dataset)
     chosen_on = held_out(source, torch.cat(drawn(of_each, source)), generator(config.seed, "robust", "rates"))
-    (hard, known_by), what = with_classes(distilled, dataset), "distilled images"
+    (hard, known_by), what = with_classes(distilled, dataset), OF_SET
     bare = replace(config, no_aug=True)
     parts = {"syn": Part(what, config, [distilled]),
              "syn_hard": Part(f"{what} with hard labels", config, [hard], RATES),

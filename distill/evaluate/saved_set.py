@@ -22,7 +22,7 @@ from distill.evaluate.networks import check_pool, pool
 from distill.evaluate.option_checks import check_evaluation
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
 from distill.evaluate.released_sets import are_pixels, in_space, made_with, read_set
-from distill.result_files import Score, UnderProtocol, under_protocol
+from distill.result_files import OF_SET, Score, UnderProtocol, under_protocol
 from utils import files
 from utils.config import (
     AUTO,
@@ -57,7 +57,7 @@ def evaluate_files(config: EvaluationConfig, given: Collection[str],
     dataset, distilled = opened(config, given)
     if "lr_teacher" in given and config.lr_teacher != AUTO:
         distilled = at_given_rate(config, distilled)
-    what, notes = "distilled images", []
+    what, notes = OF_SET, []
     if config.hard_labels:
         distilled, known_by = with_classes(distilled, dataset)
         what, notes = f"{what} with hard labels", [known_by]

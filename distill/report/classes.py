@@ -40,7 +40,7 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
              "start": None, "own": False} for number in shown]
     by_class = draw.chart_of("Accuracy by class", draw.bars("Accuracy by class", bars, ""),
                              f"The {WORST} best and the {WORST} worst of {len(names)} classes." if many else "")
-    map_ = heat_map("Which class is taken for which", shares, names, "class", "prediction",
+    map_ = heat_map("Confusion matrix", shares, names, "class", "prediction",
                     _worst(shares, names, "Most frequent confusions", "{0} taken for {1}: {2}",
                            "No class is taken for another."))
     rows = [[f"{number + 1}: {name}" if many else name, f"{100 * share:.1f} %", *_taken_for(row, names, number)]

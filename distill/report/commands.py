@@ -28,9 +28,8 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
     """The commands that reproduce the run, typed in the repository's root: (what it does, shell text)."""
     if not run.config:
         return []
-    experts = (run.pictures.about or {}).get("experts") if run.pictures else None
     steps = []
-    for options in experts or []:
+    for options in run.pictures.experts if run.pictures else []:
         options = dict(options)
         what = "Train the experts that label the first images" if options.pop(LABELLING, False) else (
             "Add more experts to them" if steps else "Train the experts")

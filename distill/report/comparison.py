@@ -10,7 +10,7 @@ from distill.report.page import facts, machine_of
 from distill.report.page_pictures import IMAGE_BYTES
 from distill.report.read_run import SavedRun
 from distill.report.template import code, document, draw, joined, option
-from utils.config import canonical, from_repository
+from utils.config import DistillConfig, canonical, defaults, from_repository
 from utils.errors import number_of
 
 MOST_PER_CLASS = 3  # images
@@ -45,26 +45,30 @@ def _numbers(runs: dict[str, SavedRun]) -> Markup:
 
 
 def _options(runs: dict[str, SavedRun]) -> Markup:
-    configs = [canonical(run.config) for run in runs.values()]
+    # An option that a run does not record had no effect in it, so it differs only from what is not the default.
+    default = defaults(DistillConfig)
+    configs = [canonical(default | run.config) for run in runs.values() if run.config]
     different = [name for name in dict.fromkeys(name for config in configs for name in config)
-                 if any(name not in config or config[name] != configs[0].get(name) for config in configs)]
+                 if any(config.get(name) != configs[0].get(name) for config in configs)]
     if not different:
         return draw.paragraph("All options are the same.")
-    columns = {of: {code(name): option(run.config[name]) for name in different if name in run.config}
+    columns = {of: {code(name): option(run.config[name]) if name in run.config else
+                    "without effect" if run.config else "not recorded" for name in different}
                for of, run in runs.items()}
-    return _table("Options that differ between the runs", "option", columns, "without effect")
+    return _table("Options that differ between the runs", "option", columns, "")
 
 
 def _images(runs: dict[str, SavedRun]) -> Markup:
     with_pictures = [run.pictures for run in runs.values() if run.pictures]
-    classes = list(dict.fromkeys(name for pictures in with_pictures for name in pictures.classes))
+    classes = dict.fromkeys(pictures.classes[number] for pictures in with_pictures for number in pictures.rows())
     if not classes:
         return draw.paragraph("None of these folders holds pictures.")
     room = IMAGE_BYTES // (len(classes) * len(runs) * max(pictures.distilled[0].numel() for pictures in with_pictures))
     most = max(1, min(MOST_PER_CLASS, room, max(pictures.stored_per_class for pictures in with_pictures)))
     cards = [(name, [(run_name, _of_class(run, name, run_name, most)) for run_name, run in runs.items()])
              for name in classes]
-    return draw.compared_cards(cards, any(run.config.get("zca") for run in runs.values()), most)
+    return draw.compared_cards(cards, any(run.config.get("zca") for run in runs.values()),
+                               any(pictures.factor > 1 for pictures in with_pictures), most)
 
 
 def _of_class(run: SavedRun, name: str, run_name: str, most: int) -> list[tuple[Any, str, str]]:

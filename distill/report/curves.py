@@ -109,8 +109,7 @@ def _levels(run: SavedRun) -> list[tuple[str, float]]:
     if pictures and evaluations[0].iteration == 0:
         began = {"noise": "noise", SAVED: "the saved set"}.get(pictures.began, "real images")
         levels.append((f"the start ({began}{'' if pictures.hard else ', expert labels'})", first.mean))
-    reached = (pictures.about or {}).get("experts_reached") if pictures else None
-    if reached:
+    if pictures and (reached := pictures.experts_reached):
         levels.append(("the experts", sum(reached) / len(reached)))
     return levels[:LEVELS]
 
@@ -121,7 +120,8 @@ def _rates(runs: dict[str, SavedRun]) -> Markup | None:
         iterations = run.metrics.iterations
         chart.line(thinned([(step.iteration, step.lr) for step in iterations]), f"s{number % STYLES}",
                    "" if len(runs) == 1 else name)
-        chart.crosses(thinned([(step.iteration, step.lr) for step in iterations if step.held]), "bad", "held back")
+        chart.crosses(thinned([(step.iteration, step.lr) for step in iterations if step.held]), "bad",
+                     "update held back")
     if chart.empty:
         return None
     return chart.figure(f"After each update: {_ends(runs, lambda step: f'{step.lr:.4g}')}.")
@@ -154,7 +154,7 @@ def _skipped(runs: dict[str, SavedRun]) -> Markup | None:
         return None
     total = _of_each(runs, lambda run: f"{len(run.metrics.skipped):,} of {len(run.metrics.iterations):,}")
     if not any(run.metrics.skipped for run in runs.values()):
-        return draw.chart("Skipped updates", "", 0, 0, "", [], f"None was skipped ({total}).")
+        return draw.chart_of("Skipped updates", "", f"None was skipped ({total}).")
     chart = Chart("Skipped updates", "iteration", "skipped so far", whole=True)
     for number, (name, run) in enumerate(runs.items()):
         counts = itertools.accumulate(not step.updated for step in run.metrics.iterations)

@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES, line
-from distill.result_files import VERSIONS, EvaluationResult, RunResult, read_result
+from distill.result_files import OF_REAL_IMAGES, OF_SET, VERSIONS, EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import BaselineConfig, from_repository, worth_giving
 from utils.data.zca import BESIDE, Whitening
@@ -28,7 +28,6 @@ _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K
           ("1M<n<10M", 10_000_000))
 
 
-OF_SET = "distilled images"  # how results of evaluation.py name a set with its own labels
 LABELS = "labels.json"
 SEEN = "seen.png"  # for a factor above 1: for each image a row of its tiles, as networks see them
 LONGEST_NAME = 200  # bytes; most file systems take 255
@@ -55,10 +54,7 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     Raises:
         UserError: the folder is not empty, or the images do not have 1 or 3 channels.
     """
-    check_new(folder)
-    channels = distilled.images.shape[1]
-    if channels not in (1, 3):
-        raise UserError(f"images of {channels} channels are no pictures; PNG takes 1 or 3")
+    check_pngs(distilled, folder)
     pixels, tiles = distilled.pixels(), distilled.factor**2
     if clipped := float(((pixels < 0) | (pixels > 1)).float().mean()):
         note(f"note: {clipped:.0%} of the values lie outside [0, 1] and are clipped; the safetensors file has them, "
@@ -97,12 +93,14 @@ def _save(path: Path, picture: Tensor) -> None:
         Image.fromarray(array.contiguous().numpy()).save(aside, format="png")
 
 
-def check_new(folder: Path) -> None:
-    """Refuses a folder that is not empty, as the pictures of two sets would mix.
+def check_pngs(distilled: DistilledSet, folder: Path) -> None:
+    """Refuses a folder that is not empty, as the pictures of two sets would mix, and images that are no pictures.
 
     Raises:
         UserError
     """
+    if (channels := distilled.images.shape[1]) not in (1, 3):
+        raise UserError(f"images of {channels} channels are no pictures; PNG takes 1 or 3")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"--png {folder} is a file or a folder with files; give a folder that is new or empty")
 
@@ -125,8 +123,12 @@ def whitening_of(distilled: DistilledSet, folder: Path) -> Whitening:
 # --- the card ------------------------------------------------------------------------------------------------
 
 
-def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence: str, source: str) -> Path:
-    """Writes `README.md` beside the set: what it was made from, how, its accuracy, and how to use it.
+CARD = "README.md"  # beside the set
+
+
+def card_beside(path: Path, distilled: DistilledSet, results: list[Path], licence: str, source: str,
+                whitening_beside: bool) -> str:
+    """The text of CARD: what the set was made from, how, its accuracy, and how to use it.
 
     Args:
         path: the set's file.
@@ -134,17 +136,16 @@ def save_card(distilled: DistilledSet, path: Path, results: list[Path], licence:
             `result.json` of the set's run; without one the card states no accuracy.
         licence: of the real images; empty: unknown.
         source: of the real images, in words; empty: the dataset's name.
+        whitening_beside: the set's whitening is beside it, too.
 
     Raises:
-        UserError: README.md exists, or a result is damaged or of another set.
+        UserError: CARD exists, or a result is damaged or of another set.
     """
-    target = path.parent / "README.md"
-    if target.exists():
-        raise UserError(f"{target} exists, and may have been edited; move it away to have it written")
-    results = [(file.name, _read_result(file, distilled, path.parent.name)) for file in results]
-    text = card(distilled, path.name, results, licence, source, whitening_beside=(path.parent / BESIDE).exists())
-    files.write_text(target, text.encode(errors="replace").decode())  # a file name may hold bytes that are not text
-    return target
+    if (existing := path.parent / CARD).exists():
+        raise UserError(f"{existing} exists, and may have been edited; move it away to have it written")
+    results = [(file.name, _read_result(file, distilled, path.resolve().parent.name)) for file in results]
+    text = card(distilled, path.name, results, licence, source, whitening_beside)
+    return text.encode(errors="replace").decode()  # a file name may hold bytes that are not text
 
 
 def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult | EvaluationResult]],
@@ -154,7 +155,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     Args:
         name: the name of the set's file.
         results: names and contents of result files.
-        licence, source: see `save_card`.
+        licence, source, whitening_beside: see `card_beside`.
     """
     made, count = distilled.config, len(distilled.images)
     dataset, licence = line(made.get("dataset", "unknown")), line(licence)
@@ -175,15 +176,10 @@ def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _is_of_set(result: EvaluationResult) -> bool:
-    """Whether a result is of a set with its own labels, under any protocol."""
-    return result.what.split(" under ")[0] == OF_SET
-
-
 def _command(result: EvaluationResult, distilled: DistilledSet, name: str) -> str:
     """The command that gave a result, without paths, defaults and options that the set records itself."""
     options = {key: value for key, value in result.config.items() if not key.endswith(("_path", "_dir"))}
-    if not _is_of_set(result):
+    if not result.what.startswith(OF_SET):
         return command("distill/baseline.py", worth_giving(options, BaselineConfig), from_repository)
     rate = {}
     if result.lr is not None:  # the rate that was used; a set's own rate replaces the option's default
@@ -214,8 +210,10 @@ def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult 
             raise UserError(f"--result {path} is not a result (its config has no dataset or no model); {advice}")
         dataset = result.config["dataset"]
         made_of = distilled.config.get("dataset", dataset)
-        comparable = _is_of_set(result) or re.search(" real images? per class", result.what)
-        if not comparable or (result.images, dataset) != (len(distilled.images), made_of):
+        if not (result.what.startswith(OF_SET) or OF_REAL_IMAGES.fullmatch(result.what)):
+            raise UserError(f"--result {path} is of {result.what}; give the result of this set, or of as many real "
+                            "images")
+        if (result.images, dataset) != (len(distilled.images), made_of):
             raise UserError(f"--result {path} is of {number_of(result.images, 'image')} of {dataset} ({result.what}), "
                             f"not of these {len(distilled.images)} distilled from {made_of}; give the result of "
                             "this set, or of as many real images")

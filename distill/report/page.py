@@ -64,6 +64,7 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
     networks = len(score.accuracies)
     of = {NORMAL: "images as they are", EMA: "averaged images (EMA)"}
     others = {each: other for each, other in result.versions.items() if each != name}
+    segments = "fixed segments" if fixed.segments is None else number_of(fixed.segments, "fixed segment")
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
     return [(f"Best accuracy on the {images_tested(result.chosen_on)} images",
              in_words(score) + (f", {of[name]}" if others else "")),
@@ -71,12 +72,13 @@ def facts(run: SavedRun) -> list[tuple[str, str]]:
             ("Reached at iteration", f"{best.iteration:,}"),
             *((f"Best accuracy of the {of[each]}", in_words(other.scores[0])) for each, other in others.items()),
             *((f"As many {kind}", in_words(score)) for kind, score in run.real_images.items()),
-            *([(f"Matching loss before → after, over {fixed.segments or ''} fixed segments",
+            *([(f"Matching loss before → after, over {segments}",
                 _recorded(fixed.segments, lambda _: loss))] if run.finished else []),
             ("Learning rate α of the best set", "not recorded" if math.isnan(best.lr) else f"{best.lr:.4g}"),
             ("Skipped updates (loss above the threshold, or not finite)",
              _recorded(result.skipped, lambda count: _share(count, updates))),
-            ("α held back", _recorded(result.held, lambda count: ["never", "once", f"{count:,} times"][min(count, 2)])),
+            ("Updates of α held back, as they would have made it negative",
+             _recorded(result.held, lambda count: ["never", "once", f"{count:,} times"][min(count, 2)])),
             ("Time", _recorded(result.seconds, duration)) if run.finished else ("Not finished", _progress(run))]
 
 
@@ -141,7 +143,7 @@ def _images(run: SavedRun) -> Markup:
 
 
 def _labels_moved(pictures: Pictures) -> bool:
-    return pictures.start_labels is not None and not pictures.start_labels.equal(pictures.labels)
+    return not pictures.start_labels.equal(pictures.labels)
 
 
 def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> dict[str, Any]:
@@ -260,11 +262,11 @@ def _reproduce(run: SavedRun) -> Markup:
     steps = commands(run)
     if not steps:
         return draw.paragraph("Without config.yaml the commands are not known.")
-    return draw.commands(steps, run.pictures and run.pictures.about, str(run.result.environment.get("device", "")))
+    return draw.commands(steps, run.pictures is not None, str(run.result.environment.get("device", "")))
 
 
 def machine_of(run: SavedRun) -> dict[str, str]:
-    machine = (run.pictures.about or {}).get("machine", {}) if run.pictures else {}
+    machine = run.pictures.machine if run.pictures else {}
     return {str(name): str(value) for name, value in (run.result.environment | machine).items()}
 
 

@@ -25,7 +25,7 @@ NEAR = 4  # nearest real images that are compared exactly
 
 @dataclass(frozen=True)
 class Pictures:
-    """Some images of a set as bytes, as networks see them, and what is shown beside them; None: not known."""
+    """Some images of a set as bytes, as networks see them, and what is shown beside them; None: too many or none."""
 
     classes: tuple[str, ...]
     ipc: int  # for a factor above 1, samples per class
@@ -33,17 +33,19 @@ class Pictures:
     which: list[int]  # positions of these images in the set
     distilled: Tensor  # [n, C, H, W] uint8
     labels: Tensor  # [n, K] probabilities
-    means: Tensor | None = None  # [K, K] the mean label of each class of the whole set, in probabilities
-    start: Tensor | None = None  # [n, C, H, W] uint8
-    neighbour: Tensor | None = None  # [n, C, H, W] uint8
-    change: Tensor | None = None  # [n, 1, H, W] uint8; 128: no change
-    rms: Tensor | None = None  # [n], of the change of pixels in [0, 1]
-    start_labels: Tensor | None = None  # [n, K] probabilities
-    began: str = "real"  # what the start was: "real", "noise" or SAVED
-    frames: Tensor | None = None  # [F, m, C, h, w] uint8, see `Frames`
-    frames_of: tuple[list[int], list[int]] = ([], [])  # their iterations [F], and positions among the stored images [m]
-    about: dict[str, Any] | None = None  # the experts' options and accuracies, the machine
+    start: Tensor  # [n, C, H, W] uint8
+    start_labels: Tensor  # [n, K] probabilities
+    began: str  # what the start was: "real", "noise" or SAVED
+    change: Tensor  # [n, 1, H, W] uint8; 128: no change
+    rms: Tensor  # [n], of the change of pixels in [0, 1]
+    neighbour: Tensor  # [n, C, H, W] uint8
+    frames_of: tuple[list[int], list[int]]  # iterations [F] of the frames, and positions among the stored images [m]
+    machine: dict[str, str]
+    experts: list[dict[str, Any]]  # the options that made them
+    experts_reached: list[float]  # their accuracies
     factor: int = 1
+    means: Tensor | None = None  # [K, K] the mean label of each class of the whole set, in probabilities
+    frames: Tensor | None = None  # [F, m, C, h, w] uint8, see `Frames`
     stored: Tensor | None = None  # [m, C, H, W] uint8: for a factor above 1, the images that hold these samples
 
     @property
@@ -97,7 +99,7 @@ class Pictures:
                 if (tuple(tensors[name].shape), tensors[name].dtype, len(shape), shape[0]) != (expected, kind, 4, n):
                     raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
             for name, expected in {"means": (torch.float32, (len(classes), len(classes))),
-                                   "frames": (torch.uint8, tuple(map(len, about.get("frames_of", ()))))}.items():
+                                   "frames": (torch.uint8, tuple(map(len, about["frames_of"])))}.items():
                 if name in tensors and (tensors[name].dtype, tuple(tensors[name].shape[:2])) != expected:
                     raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
             if int(about["ipc"]) < 1 or not all(0 <= each // int(about["ipc"]) < len(classes) for each in which):
@@ -105,17 +107,16 @@ class Pictures:
             machine, experts = about["machine"], about["experts"]
             if not isinstance(machine, dict) or not all(isinstance(each, dict) for each in experts):
                 raise ValueError("the machine or the experts are not tables")
-            began = str(about.get("began", "noise" if about.get("noise") else "real"))
-            at, of = ([int(each) for each in part] for part in about.get("frames_of", ([], [])))
+            at, of = ([int(each) for each in part] for part in about["frames_of"])
             if not all(0 <= each // int(about["ipc"]) < len(classes) for each in of):
                 raise ValueError("frames of images outside the classes")
-            reached = [float(each) for each in about.get("experts_reached", [])]
+            reached = [float(each) for each in about["experts_reached"]]
             stored, factor = tensors.get("stored"), int(about.get("factor", 1))
             count = len({position // factor**2 for position in which})
             if stored is not None and (tuple(stored.shape), stored.dtype) != ((count, *shape[1:]), torch.uint8):
                 raise ValueError(f"stored is {stored.dtype} {list(stored.shape)}")
-            return cls(classes, int(about["ipc"]), str(about["version"]), which, began=began, frames_of=(at, of),
-                       about={"machine": machine, "experts": experts, "experts_reached": reached}, factor=factor,
+            return cls(classes, int(about["ipc"]), str(about["version"]), which, began=str(about["began"]),
+                       frames_of=(at, of), machine=machine, experts=experts, experts_reached=reached, factor=factor,
                        **{name: tensors.get(name) for name in (*shapes, "means", "frames", "stored")})
 
 

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distill.report.names import PICTURES
 from distill.result_files import (
     METRICS,
+    OF_REAL_IMAGES,
     RESULT,
     EvaluationResult,
     Metrics,
@@ -71,11 +71,10 @@ class SavedRun:
             same = not there.get("no_aug") and all(there.get(name) == here.get(name) for name in (
                 "dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train", "batch_train", "dsa",
                 "dsa_strategy"))
-            # Older results say "a class" instead of "per class", and "1 random real images".
-            named = re.fullmatch(rf"{self.config.get('ipc')} (.+ real image)s? (?:per|a) class(.*)", result.what)
-            for score in result.scores if same and named else ():
+            named = OF_REAL_IMAGES.fullmatch(result.what)
+            for score in result.scores if same and named and named[1] == str(self.config.get("ipc")) else ():
                 if score.network == network:
-                    found.setdefault("s".join(named.groups()), {}).setdefault(result.lr, []).extend(score.accuracies)
+                    found.setdefault(f"{named[2]}s{named[3]}", {}).setdefault(result.lr, []).extend(score.accuracies)
         return {kind if len(rates) == 1 or rate is None else f"{kind}, learning rate {rate:.4g}":
                 Score(network, accuracies) for kind, rates in found.items() for rate, accuracies in rates.items()}
 
@@ -96,7 +95,7 @@ def check_is_run(path: Path) -> Path:
 
 
 def read_run(path: Path) -> SavedRun:
-    """Reads the folder of a run, finished or not. `missing` names what the folder of an older version lacks.
+    """Reads the folder of a run, finished or not. `missing` names what the folder lacks.
 
     Raises:
         UserError: not a run's folder, a run that was not evaluated yet, or a damaged file.
@@ -115,13 +114,12 @@ def read_run(path: Path) -> SavedRun:
 
     config = read("config.yaml", read_config, {}, ": the options and the commands")
     metrics = read(METRICS, partial(Metrics.read, finished=finished), Metrics([], []), ": the curves")
-    pictures = read(PICTURES, Pictures.read, None, ", which runs of an older version did not write: starting images, "
-                    "real neighbours, the experts' command, the machine")
+    pictures = read(PICTURES, Pictures.read, None, ": the images, the experts' command, the machine")
     as_of = ""
     if finished:
         result = RunResult.read(path / RESULT)
     else:
-        machine = (pictures.about or {}).get("machine", {}) if pictures else {}
+        machine = pictures.machine if pictures else {}
         result = result_so_far(metrics, tested_on(config.get("val_fraction")), machine)
         if result is None:
             raise UserError(f"{path} holds a run that was not evaluated yet; look again after its first evaluation "

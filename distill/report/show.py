@@ -15,7 +15,7 @@ from utils.program.console import note, shown
 
 
 def _images(run: SavedRun, path: Path) -> None:
-    if run.pictures is not None and run.pictures.start is not None:  # else there is nothing to compare with
+    if run.pictures is not None:
         save_images(path, run.pictures)
 
 

@@ -43,6 +43,15 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, and twice and five times as much if there are few; the bounds are logarithms."""
+    powers = [10.0**each for each in ticks(low, high, 5, whole=True)]
+    if len(powers) > 2:
+        return powers
+    values = [times * 10.0**power for power in range(math.floor(low), math.ceil(high)) for times in (1, 2, 5)]
+    return [value for value in values if low <= math.log10(value) <= high]
+
+
 class Chart:
     """A line chart. Values that are not finite are gaps.
 
@@ -75,7 +84,8 @@ class Chart:
 
     def figure(self, words: str) -> Markup:
         """The chart as a `figure`; the words say what it shows, also to screen readers."""
-        legend = [(Markup(_swatch(kind, style)), name) for kind, style, name, _, _ in self._marks if name]
+        legend = list(dict.fromkeys((Markup(_swatch(kind, style)), name)
+                                    for kind, style, name, _, _ in self._marks if name))
         title = f"{self.title}{' (logarithmic scale)' if self._log() else ''}"
         label = f"{title}: {self.y_label} over {self.x_label}. {words}"
         return draw.chart(title, label, self.width, self.height, Markup(self._drawn()), legend, words)
@@ -97,7 +107,7 @@ class Chart:
         low, high = _apart(*(scale(of([*ys, *self.shows])) for of in (min, max)))
         edge = 0.04 * (high - low)
         low, high = low - edge, high + edge
-        values = [10**each for each in ticks(low, high, 5)] if log else ticks(low, high, 5, self.whole)
+        values = _log_ticks(low, high) if log else ticks(low, high, 5, self.whole)
         left = max(52, 28 + 8 * max((len(_tick(value)) for value in values), default=0))  # letters are 7 to 8 wide
 
         def x(value: float) -> float:
