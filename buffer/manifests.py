@@ -48,6 +48,7 @@ _MAY_DIFFER = (*_HOW_MANY, *_PATHS, "seed", "train_epochs")
 # Entries of a manifest other than the run's options.
 _FACTS = ("fingerprint", "threads", "experts", "sha256")
 # The options that determine which images an expert was trained on.
+BUFFER_PATH = "--buffer_path"  # the option that usually gives a folder of experts
 _DATA = ("dataset", "zca", "val_fraction")
 
 
@@ -91,8 +92,11 @@ def held_out_fraction(folder: Path) -> float:
                  if "val_fraction" in manifest), 0.0)
 
 
-def check_same_data(folder: Path, config: DataConfig) -> None:
+def check_same_data(folder: Path, config: DataConfig, option: str = BUFFER_PATH) -> None:
     """Refuses experts whose manifests tell that they were trained on other data; published ones have no manifest.
+
+    Args:
+        option: the option that gave the folder, for the message.
 
     Raises:
         UserError: the experts were trained on other data, or with options that differ among them.
@@ -102,8 +106,8 @@ def check_same_data(folder: Path, config: DataConfig) -> None:
         different = differences(saved, {name: getattr(config, name) for name in _DATA})
         if different:
             raise UserError(f"the experts of {path} were trained on other data: {different}; give the same options, or "
-                            "another --buffer_path")
-        _check_same_kind(path, saved, next(iter(manifests.values())))
+                            f"another {option}")
+        _check_same_kind(path, saved, next(iter(manifests.values())), option)
 
 
 def check_same_kind(folder: Path, config: BufferConfig) -> None:
@@ -116,12 +120,12 @@ def check_same_kind(folder: Path, config: BufferConfig) -> None:
         _check_same_kind(path, saved, influential(config))
 
 
-def _check_same_kind(path: Path, saved: dict[str, Any], options: dict[str, Any]) -> None:
+def _check_same_kind(path: Path, saved: dict[str, Any], options: dict[str, Any], option: str = BUFFER_PATH) -> None:
     fixed = {name: value for name, value in options.items() if name not in _MAY_DIFFER + _FACTS}
     different = differences(saved, fixed)
     if different:
         raise UserError(f"{path.parent} holds experts of another kind ({path.name}): {different}; give the same "
-                        "options, or another --buffer_path")
+                        f"options, or another {option}")
 
 
 def run_file(folder: Path) -> Path:
@@ -143,11 +147,8 @@ def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | No
                             "it, --resume never to discard it, or another --buffer_path")
 
 
-def check_same_images(folder: Path, dataset: "Dataset", option: str = "--buffer_path") -> None:
+def check_same_images(folder: Path, dataset: "Dataset", option: str = BUFFER_PATH) -> None:
     """As `check_same_data`, but compares the images: two datasets of one name, such as ImageFolder, may differ.
-
-    Args:
-        option: the option that gave the folder, for the message.
 
     Raises:
         UserError
@@ -158,7 +159,7 @@ def check_same_images(folder: Path, dataset: "Dataset", option: str = "--buffer_
                             f"give the same --data_path and options, or another {option}")
 
 
-def require_experts(folder: Path) -> None:
+def require_experts(folder: Path, option: str = BUFFER_PATH) -> None:
     """Refuses a folder without expert files, before anything expensive is done.
 
     Raises:
@@ -166,7 +167,7 @@ def require_experts(folder: Path) -> None:
     """
     if not expert_files(folder):
         raise UserError(f"no replay_buffer_*.pt in {folder}; train experts with buffer/buffer_FTD.py "
-                        "(same --dataset, --model, --zca and --buffer_path), or give --buffer_path")
+                        f"(same --dataset, --model, --zca and --buffer_path), or give another {option}")
 
 
 def in_words(experts: int, epochs: int) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from time import perf_counter
 
 from buffer.manifests import made_by, test_accuracies
 from buffer.trajectories import Buffer
@@ -26,16 +27,16 @@ from distill.result_files import (
     skipped_advice,
     tested_on,
 )
-from distill.run_state import Candidate, DistillView, RunState, best_of, frames_of
+from distill.run_state import DRAW_SHARE, Candidate, DistillView, RunState, best_of, frames_of
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
-from utils.errors import number_of
+from utils.errors import UserError, number_of
 from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
 from utils.program.machine import environment
 from utils.program.progress import watched
-from utils.program.run_folder import RunFolder, data_id
+from utils.program.run_folder import STATE, RunFolder, data_id
 
 
 def conclude(run: RunState) -> None:
@@ -103,16 +104,19 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     check_same_data(folder.path, result, data)
     lost, unseen = lost_sets(folder.path, result), missing(folder.path)
     if ranks.first() and (lost or unseen):
-        with noting_failure(folder.path, "what is missing"):
-            # Only these need the checkpoint. The others are made from the folder's files, and for a run of an earlier
-            # version some cannot be made at all.
-            state = folder.saved_state if lost or PICTURES in unseen else None
-            device = dataset.device
-            best = best_of(state, device) if state else {}
-            for name in (name for name in lost if name in best):
-                save_best(config, dataset, folder.path, best, name)
-            start = DistilledSet(**state["start"]).to(device) if state else None
-            show_finished(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
+        state, device = None, dataset.device
+        if needed := [f"{name}/{WHOLE}" for name in lost] + [PICTURES] * (PICTURES in unseen):
+            try:  # only these need the checkpoint; the others are made from the folder's files
+                state, why = folder.saved_state, f"there is no {STATE}"
+            except UserError as error:
+                why = str(error)
+            if state is None:
+                note(f"note: {shown(folder.path)} has no {' and no '.join(needed)}, which cannot be made again: {why}")
+        best = best_of(state, device) if state else {}
+        for name in (name for name in lost if name in best):
+            save_best(config, dataset, folder.path, best, name)
+        start = DistilledSet(**state["start"]).to(device) if state else None
+        show_finished(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
     say_it_is(config, folder.path, result)
 
 
@@ -137,12 +141,14 @@ def show_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, path:
 
 def show_so_far(run: RunState, view: DistillView) -> None:
     """Updates the pictures and page of an unfinished run, rarely enough to take at most `DRAW_SHARE` of the time."""
-    if not ranks.first() or run.iteration == run.config.Iteration or not run.drawing.due():
+    if not ranks.first() or run.iteration == run.config.Iteration or perf_counter() < run.draw_from:
         return
-    path = run.folder.path
-    with view.aside("drawing", 1), run.drawing, noting_failure(path, PAGE):
+    path, began = run.folder.path, perf_counter()
+    with view.aside("drawing", 1), noting_failure(path, PAGE):
         _save_pictures(run.config, run.dataset, run.distillation.buffer, path, run.start, run.best, run.frames)
         show(read_run(path))
+    ended = perf_counter()
+    run.draw_from = ended + (ended - began) / DRAW_SHARE
 
 
 def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet,

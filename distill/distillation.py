@@ -90,25 +90,21 @@ class SGD:
     """
 
     def __init__(self, groups: Sequence[tuple[Tensor, float, float]]):
-        self.param_groups = [{"params": [tensor], "lr": lr, "momentum": momentum} for tensor, lr, momentum in groups]
-        self.state: dict[Tensor, dict[str, Tensor]] = {tensor: {} for tensor, *_ in groups}
+        self.groups = groups
+        self.velocity = {tensor: torch.zeros_like(tensor) for tensor, _, momentum in groups if momentum}
 
     def step(self) -> None:
-        for group in self.param_groups:
-            (tensor,), momentum = group["params"], group["momentum"]
-            state = self.state[tensor]
-            if momentum and "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(tensor)
-            sgd_step(tensor, tensor.grad, state.get("momentum_buffer"), group["lr"], momentum)
+        for tensor, lr, momentum in self.groups:
+            sgd_step(tensor, tensor.grad, self.velocity.get(tensor), lr, momentum)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"state": {number: dict(state) for number, state in enumerate(self.state.values()) if state}}
+        """As torch's: by the number of the group."""
+        return {"state": {number: {"momentum_buffer": self.velocity[tensor]}
+                          for number, (tensor, *_) in enumerate(self.groups) if tensor in self.velocity}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        for number, (tensor, state) in enumerate(self.state.items()):
-            state.clear()
-            state.update({name: value.to(tensor.device, copy=True)
-                          for name, value in saved["state"].get(number, {}).items() if value is not None})
+        for number, state in saved["state"].items():
+            self.velocity[self.groups[number][0]].copy_(state["momentum_buffer"])
 
 
 class Distillation:
@@ -208,13 +204,12 @@ class Distillation:
         """Resets α to `lr` and drops its momentum, which would push it out of range again."""
         self.set.lr.fill_(lr)
         self.rate.copy_(self.set.lr.log() if self.learns_log else self.set.lr)
-        self.optimiser.state[self.rate].pop("momentum_buffer", None)
+        self.optimiser.velocity[self.rate].zero_()
 
     def merge(self) -> None:
         """Exchanges the ranks' rows, so that images, labels and their momenta are up to date on all."""
         for tensor, together in ((self.set.images, 1), (self.set.labels, self.config.factor**2), (self.ema, 1)):
-            momentum = None if tensor is None else self.optimiser.state.get(tensor, {}).get("momentum_buffer")
-            for rows in (tensor, momentum):
+            for rows in (tensor, self.optimiser.velocity.get(tensor)):
                 if rows is not None:
                     ranks.merge_rows(rows, together)
 

@@ -266,7 +266,7 @@ def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], 
                         f"floating-point images [N, {', '.join(map(str, image_shape))}], N at least 1")
     check_factor(factor, images.shape[2:])
     count, other = factor**2 * len(images), math.isqrt(len(labels) // len(images)) if labels.dim() else 0
-    if not labels_fit(labels, count, num_classes):
+    if not _labels_fit(labels, count, num_classes):
         hint = f"; give --factor {other}" if (
             in_labels.startswith("--") and 0 < other != factor and len(labels) == other**2 * len(images)) else ""
         raise UserError(f"{in_labels} holds {distilled.labels.dtype} {list(labels.shape)}; these {len(images)} images "
@@ -290,7 +290,7 @@ def _cast(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_complex() or tensor.dtype == torch.bool else tensor.long()
 
 
-def labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
+def _labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
     """Whether these are label logits or valid classes of `count` samples."""
     if labels.is_floating_point():
         return tuple(labels.shape) == (count, num_classes)

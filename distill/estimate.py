@@ -83,9 +83,10 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     before = reset_peak(device)
     few()  # warm-up: allocates, and compiles or captures if the engine does
     captured = reset_peak(device) - before if device.type == "cuda" else 0  # what the warm-up keeps: CUDA graphs
-    (_, few_bytes), (more_seconds, more_bytes) = (_measured(each, device) for each in (few, more))
+    more_seconds, more_bytes = _measured(more, device)
     # For each further step, the exact gradient keeps a θ and the unrolled one a graph.
-    step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
+    step_bytes = ((more_bytes - _measured(few, device)[1]) / (MORE - FEW) if config.matching == "unroll"
+                  else theta.nbytes)
     maps = max(0, kept_steps(config, dataset, model) - MORE) * batch * model.engine.map_bytes
     # Before the last K steps, a truncated gradient only trains.
     matched = matched_steps(config)

@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.program import ranks
 from utils.program.console import shown, wrapped
 from utils.program.progress import watched
-from utils.program.run_folder import RunFolder, data_id, run_id
+from utils.program.run_folder import STATE, RunFolder, data_id, run_id
 
 
 def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
@@ -97,5 +97,6 @@ def lost_sets(path: Path, result: RunResult) -> list[str]:
 
 
 def say_it_is(config: DistillConfig, path: Path, result: RunResult) -> None:
-    more = "" if config.resume == "never" else "a larger --Iteration to go on with it, or "
+    goes_on = config.resume == "auto" and (path / STATE).exists()
+    more = "a larger --Iteration to go on with it, or " if goes_on else ""
     print(wrapped(f"{shown(path)} is finished ({result.summary}); give {more}another --run_name to run it again"))

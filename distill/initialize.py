@@ -18,7 +18,7 @@ from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut, tiled
 from utils.errors import UserError, number_of
-from utils.files import check_is_file, sha256
+from utils.files import sha256
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program.prepare import network_for
@@ -47,14 +47,13 @@ def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers
     """Checksums of everything a distillation reads, by name; with the options they identify a run, whatever the paths.
 
     Raises:
-        UserError: an expert file is damaged, or the set to start from is missing.
+        UserError: an expert file is damaged.
     """
     watch = partial(watched, quiet=config.quiet)
     sums = {"images": dataset.fingerprint, **buffer.verify(watch)}
     if labellers is not buffer:
         sums |= {f"labels by {name}": checksum for name, checksum in labellers.verify(watch).items()}
     if config.pix_init not in STARTS:
-        check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
         sums["the set to start from"] = sha256(config.pix_init)
     return sums
 
@@ -80,7 +79,7 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     device = dataset.device
     random = generator(config.seed, "initialize")
     model, timestamp = buffer.model, config.Label_Model_Timestamp
-    if not -1 <= timestamp <= buffer.epochs:
+    if config.uses_snapshot and not -1 <= timestamp <= buffer.epochs:
         raise UserError(f"--Label_Model_Timestamp {timestamp}: the experts in {buffer.folder} have snapshots 0 … "
                         f"{buffer.epochs}, and -1 for the last")
 
@@ -88,7 +87,7 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
         return (buffer.snapshot(number, timestamp).to(device) for number in range(len(buffer)))
 
     per_class = config.ipc * config.factor**2  # samples
-    notes = [] if config.pix_init == "noise" else drawn_again(dataset, per_class)
+    notes = [] if config.pix_init == "noise" else notes_on_small_classes(dataset, per_class)
     classes = torch.arange(dataset.num_classes, device=device).repeat_interleave(per_class)
     if config.pix_init == "noise":
         shape = (config.ipc * dataset.num_classes, dataset.channels, *dataset.image_size)
@@ -134,27 +133,31 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
         raise UserError(f"--pix_init {config.pix_init} holds {number_of(len(distilled.images), 'image')}; --ipc "
                         f"{config.ipc} of {dataset.num_classes} classes are {config.ipc * dataset.num_classes}: give "
                         "the --ipc that it was made with")
-    if not distilled.labels.is_floating_point() and not classes.equal(classes.sort().values):
-        raise UserError(f"--pix_init {config.pix_init}: its images do not stand class by class; sort them")
+    # A new run takes each image's class from its place. A learned label may be largest elsewhere, but not most of them.
+    in_place = classes == torch.arange(dataset.num_classes).repeat_interleave(len(classes) // dataset.num_classes)
+    if float(in_place.float().mean()) < (0.5 if distilled.labels.is_floating_point() else 1):
+        raise UserError(f"--pix_init {config.pix_init}: its images are not sorted by class, {config.ipc} of each; sort "
+                        "them")
     if config.labels != "hard" and not distilled.labels.is_floating_point():
         raise UserError(f"--pix_init {config.pix_init} holds classes and no soft labels; give --labels hard")
     labels = classes if config.labels == "hard" else distilled.labels
     return DistilledSet(distilled.images, labels, distilled.lr)
 
 
-def random_real(dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
-    """Indices [K·ipc] of `ipc` random training images of each class, classes in order; a class with fewer images
+def random_real(dataset: Dataset, per_class: int, random: torch.Generator) -> Tensor:
+    """Indices [K·per_class] of random training images of each class, classes in order; a class with fewer images
     repeats them."""
-    return torch.cat([_repeated(_shuffled(dataset, label, random), ipc) for label in range(dataset.num_classes)])
+    return torch.cat([_repeated(_shuffled(dataset, label, random), per_class)
+                      for label in range(dataset.num_classes)])
 
 
-def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]], dataset: Dataset, ipc: int,
-                        random: torch.Generator) -> tuple[Tensor, list[str]]:
-    """Indices [K·ipc] of training images that an expert predicts correctly, classes in order.
+def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]], dataset: Dataset,
+                        per_class: int, random: torch.Generator) -> tuple[Tensor, list[str]]:
+    """Indices [K·per_class] of training images that an expert predicts correctly, classes in order.
 
-    The images of each class are tried in random order until `ipc` are found; when the class is exhausted, the next
-    expert tries the rest. If all experts together find too few, the images with the highest true-class logit of the
-    first expert are added.
+    The images of each class are tried in random order until `per_class` are found; when the class is exhausted, the
+    next expert tries the rest. If all experts together find too few, the images with the highest true-class logit of
+    the first expert are added.
 
     Args:
         experts: returns a new iterator over θ [P], on the dataset's device.
@@ -172,19 +175,19 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
                 right = expert_logits(model, theta, dataset.train_images[indices]).argmax(dim=1).cpu() == label
                 members += indices[right].tolist()
                 wrong.append(indices[~right])
-                if len(members) >= ipc:
+                if len(members) >= per_class:
                     break
-            if len(members) >= ipc:
+            if len(members) >= per_class:
                 break
             left = torch.cat(wrong)
-        missing = min(ipc, len(dataset.class_indices(label))) - len(members)
+        missing = min(per_class, len(dataset.class_indices(label))) - len(members)
         if missing > 0:
             theta = next(iter(experts()))
             confidence = expert_logits(model, theta, dataset.train_images[left])[:, label].cpu()
             notes.append(f"class {dataset.classes[label]}: experts predict {number_of(len(members), 'image')} "
                          f"correctly, {len(members) + missing} are wanted; the rest have the class's highest logits")
             members += left[confidence.topk(missing).indices].tolist()
-        chosen.append(_repeated(torch.tensor(members), ipc))
+        chosen.append(_repeated(torch.tensor(members), per_class))
     return torch.cat(chosen), notes
 
 
@@ -210,12 +213,13 @@ def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, c
     return labels, int((count_right == 0).sum())
 
 
-def class_labels(model: FlatModel, theta: Tensor, dataset: Dataset, ipc: int, random: torch.Generator) -> Tensor:
-    """Labels [K·ipc, K] for noise images: an expert's mean logits over real images of each class."""
+def class_labels(model: FlatModel, theta: Tensor, dataset: Dataset, per_class: int,
+                 random: torch.Generator) -> Tensor:
+    """Labels [K·per_class, K] for noise images: an expert's mean logits over real images of each class."""
     prototypes = [
         expert_logits(model, theta, dataset.train_images[_shuffled(dataset, label, random)[:WALK]]).mean(dim=0)
         for label in range(dataset.num_classes)]
-    return torch.stack(prototypes).repeat_interleave(ipc, dim=0)
+    return torch.stack(prototypes).repeat_interleave(per_class, dim=0)
 
 
 @torch.no_grad()
@@ -239,10 +243,10 @@ def _repeated(indices: Tensor, count: int) -> Tensor:
     return indices[torch.arange(count) % len(indices)]
 
 
-def drawn_again(dataset: Dataset, ipc: int) -> list[str]:
-    """A note on the classes that have fewer than `ipc` training images, if there are any."""
+def notes_on_small_classes(dataset: Dataset, per_class: int) -> list[str]:
+    """A note on the classes that have fewer than `per_class` training images, if there are any."""
     sizes = {name: len(dataset.class_indices(label)) for label, name in enumerate(dataset.classes)}
-    small = sorted((name for name in sizes if sizes[name] < ipc), key=sizes.__getitem__)
+    small = sorted((name for name in sizes if sizes[name] < per_class), key=sizes.__getitem__)
     count = "1 class has" if len(small) == 1 else f"{len(small)} classes have"
-    return [f"{count} fewer than {ipc} training images ({small[0]}: {sizes[small[0]]}); some are used more than once"
-            ] if small else []
+    return [f"{count} fewer than {per_class} training images ({small[0]}: {sizes[small[0]]}); some are used more than "
+            "once"] if small else []

@@ -22,7 +22,7 @@ from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
-from utils.program.console import announce, note, say
+from utils.program.console import announce, note, say, shown
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder, kept_to_this_run
 
@@ -58,7 +58,8 @@ def distill(config: DistillConfig) -> None:
         estimate.report(config, dataset, buffer.model)
         say(config, "which settings fit the experts (Ctrl-C, if the estimate is enough):")
         print(suggest.suggestion(config, dataset, buffer, labellers))
-        print("\nnothing was distilled; leave --dry_run out to begin, and add what is proposed if you want it")
+        print("\nnothing was distilled; " + (f"{shown(path)} is finished already" if folder.is_done else
+              "leave --dry_run out to begin, and add what is proposed if you want it"))
         return
 
     # Lock the run's folder.
@@ -195,7 +196,6 @@ def iterate(run: RunState) -> None:
 
             # An update after the last evaluation would be of no use.
             if iteration == config.Iteration:
-                run.save()
                 break
 
             # One iteration: draw a segment of an expert's trajectory, match it, and update images, labels and α.

@@ -183,6 +183,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
             s, s_theta, s_augmented, s_y = model.adjoint(theta, kept["co_state"], augmented.detach(),
                                                          kept["labels"][batch], maps)
             (s_x,) = torch.autograd.grad(augmented, x, s_augmented)
+            # All of `kept` is read before any of it is changed: the step may be repeated if it runs out of memory.
             changes = [-kept["lr"] * each for each in ((s_x, s_y) if soft else (s_x,))]
             of_theta = kept["lr"] * s_theta if carry_back else None
             # Steps share samples, so their contributions add up.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from buffer.manifests import buffer_folder, check_same_data, require_experts
+from buffer.manifests import BUFFER_PATH, buffer_folder, check_same_data, require_experts
 from distill.evaluate.option_checks import check_evaluation
 from utils.config import STARTS, DistillConfig
 from utils.errors import UserError
@@ -17,54 +17,17 @@ def check_options(config: DistillConfig) -> None:
         UserError
     """
     check_evaluation(config)
-    check_part(config)
-    check_unrolled(config)
-    check_truncated(config)
-    folders = [buffer_folder(config)]
-    if config.Initialize_Label_With_Another_Model:
-        check_network_name(config.Initialize_Label_Model)
-        if not config.Initialize_Label_Model_Dir:
-            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
-                            "that network's replay_buffer_*.pt")
-        folders.append(Path(config.Initialize_Label_Model_Dir))
-    for folder in folders:
-        require_experts(folder)
-        check_same_data(folder, config)
-    if config.pix_init not in STARTS:
-        check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
-
-
-def check_part(config: DistillConfig) -> None:
-    """Refuses PAD's two rules for choosing parameters if both are given.
-
-    Raises:
-        UserError
-    """
+    # PAD has two rules for choosing parameters.
     if config.depth_ratio and config.loss_ratio:
         raise UserError(f"--depth_ratio {config.depth_ratio:g} --loss_ratio {config.loss_ratio:g}: these are two rules "
                         "for the same choice; give one of them")
-
-
-def check_unrolled(config: DistillConfig) -> None:
-    """Refuses engine options for the unrolled gradient, which is plain autograd.
-
-    Raises:
-        UserError
-    """
+    # The unrolled gradient has no engine options.
     given = [f"--backend {config.backend}"] if config.backend not in ("auto", "plain") else []
     given += [f"--micro_batch {config.micro_batch}"] if config.micro_batch else []
     given += ["--precision bf16"] if config.precision == "bf16" else []
     if config.matching == "unroll" and given:
         raise UserError(f"--matching unroll {' '.join(given)}: the unrolled gradient is plain autograd, whole batches "
                         "in float32; leave that out, or give --matching exact, which has the same gradient")
-
-
-def check_truncated(config: DistillConfig) -> None:
-    """Refuses to truncate any gradient but the exact one, or to more steps than there are.
-
-    Raises:
-        UserError
-    """
     if config.adjoint_steps and config.matching != "exact":
         raise UserError(f"--matching {config.matching} --adjoint_steps {config.adjoint_steps}: only the exact gradient "
                         "can go through a part of the steps; give --matching exact, or leave --adjoint_steps out")
@@ -72,3 +35,15 @@ def check_truncated(config: DistillConfig) -> None:
         raise UserError(f"--adjoint_steps {config.adjoint_steps} --syn_steps {config.syn_steps}: the gradient "
                         f"cannot go through more steps than there are; give {config.syn_steps} or less, or leave "
                         "--adjoint_steps out")
+    folders = {BUFFER_PATH: buffer_folder(config)}
+    if config.Initialize_Label_With_Another_Model:
+        check_network_name(config.Initialize_Label_Model)
+        if not config.Initialize_Label_Model_Dir:
+            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
+                            "that network's replay_buffer_*.pt")
+        folders["--Initialize_Label_Model_Dir"] = Path(config.Initialize_Label_Model_Dir)
+    for option, folder in folders.items():
+        require_experts(folder, option)
+        check_same_data(folder, config, option)
+    if config.pix_init not in STARTS:
+        check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")

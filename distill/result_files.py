@@ -318,9 +318,8 @@ class EvaluationResult:
                 for protocol, reached in self.protocols.items()]
 
     @classmethod
-    def read(cls, path: Path, advice: str, name: str = "",
-             problem: str = "is not the result of an evaluation") -> "EvaluationResult":
-        with reading(name or path, advice, problem):
+    def read(cls, path: Path, advice: str, problem: str = "is not the result of an evaluation") -> "EvaluationResult":
+        with reading(path, advice, problem):
             return _validated(cls, read_json(path))
 
 

@@ -41,27 +41,6 @@ class Candidate(NamedTuple):
     scores: list[Score]
 
 
-class Throttle:
-    """A block of work that is done rarely enough to take at most a given share of the time.
-
-    Args:
-        seconds: how long to assume it takes the first time.
-    """
-
-    def __init__(self, share: float, seconds: float):
-        self._share, self._seconds, self._ended = share, seconds, perf_counter()
-
-    def due(self) -> bool:
-        return perf_counter() - self._ended >= self._seconds / self._share
-
-    def __enter__(self) -> None:
-        self._began = perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self._ended = perf_counter()
-        self._seconds = self._ended - self._began
-
-
 class RunState:
     """A running distillation, and its state in the run's folder.
 
@@ -69,7 +48,7 @@ class RunState:
         start: the initial set.
         notes: notes for the user on the initial set.
         engine: how derivatives are computed, in words.
-        data: checksums of the images and the expert files.
+        data: checksums of everything that the run reads.
     """
 
     def __init__(self, config: DistillConfig, dataset: Dataset, distillation: Distillation, start: DistilledSet,
@@ -80,7 +59,7 @@ class RunState:
         self.evaluated = False  # whether this iteration's evaluation is done
         self.best: dict[str, Candidate] = {}
         self.frames = Frames()
-        self.drawing = Throttle(DRAW_SHARE, FIRST_DRAWING)
+        self.draw_from = perf_counter() + FIRST_DRAWING / DRAW_SHARE  # when pictures and page are next drawn
         self._accuracies: dict[str, Accuracies] = {}  # of the current evaluation
         self._seconds_before, self._began = 0.0, perf_counter()
 

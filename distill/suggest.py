@@ -251,7 +251,9 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
     said = ", ".join(f"{gain:.2g} at {each:g}" for each, gain in zip(RATES, gains) if gain > 0.001)
     return replace(first, lr=torch.tensor(rate, device=first.images.device)), [
         f"--lr_teacher auto is {rate:g}, the largest that has {GAIN_SHARES[1]:g} of the best gain (how far the first "
-        f"set's matching loss is below 1, over the window): {said}",
+        f"set's matching loss is below 1, over the window): {said}" if said else
+        f"--lr_teacher auto is {rate:g}; at none of the rates {', '.join(f'{each:g}' for each in RATES)} does training "
+        "on the first set come closer to the experts, over the window",
         *doubts(losses, {"lr_teacher": rate, "syn_steps": config.syn_steps, "expert_epochs": config.expert_epochs})]
 
 

@@ -160,6 +160,27 @@ class Toy(NamedTuple):
     evaluate: list[str]  # for evaluation.py and baseline.py
 
 
+@pytest.fixture
+def ordinary_user():
+    @contextlib.contextmanager
+    def ordinary_user():
+        """Inside, root becomes an ordinary user, who may not enter every folder."""
+        if os.geteuid():
+            yield
+            return
+        try:
+            os.setegid(65534)
+            os.seteuid(65534)
+        except OSError:
+            pytest.skip("root cannot become an ordinary user here")
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+    return ordinary_user
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")

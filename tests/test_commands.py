@@ -736,7 +736,7 @@ def test_the_window_grows(distil):
     assert all(line["start_epoch"] < line["bound"] for line in steps)
 
 
-def test_the_window_does_not_shrink_below_its_maximum(distil):
+def test_the_window_never_exceeds_its_maximum(distil):
     """current_max_start_epoch defaults to 20, which is beyond the end of most windows."""
     folder = distil("--Sequential_Generation", "--expansion_end_epoch=1")
     assert [line["bound"] for line in lines(folder / "metrics.jsonl") if "bound" in line] == [2, 2, 2, 2]

@@ -1,6 +1,5 @@
 """A program to which the system refuses something ends with one line and exit code 2."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -37,24 +36,6 @@ def test_what_the_parent_ignores_stays_ignored():
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def ordinary_user():
-    """Inside, root becomes an ordinary user, who may not enter every folder."""
-    if os.geteuid():
-        yield
-        return
-    try:
-        os.setegid(65534)
-        os.seteuid(65534)
-    except OSError:
-        pytest.skip("root cannot become an ordinary user here")
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-
-
 def evaluation():
     evaluate_files(parse(EvaluationConfig, evaluation.__doc__), ["dataset"], lambda protocol, network: None)
 
@@ -67,7 +48,7 @@ PROGRAMS = {"evaluation of tensors": (evaluation, "--data_dir={}/x.pt"), "report
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_folder_that_may_not_be_entered_is_one_line(tmp_path, monkeypatch, capsys, program):
+def test_a_folder_that_may_not_be_entered_is_one_line(ordinary_user, tmp_path, monkeypatch, capsys, program):
     main, arguments = PROGRAMS[program]
     closed = tmp_path / "closed"
     closed.mkdir(mode=0)

@@ -62,10 +62,10 @@ def test_each_tensor_has_its_published_rate_and_momentum():
     config = make(DistillConfig, lr_img=3, lr_lr=4, lr_y=5, Momentum_y=0.8)
     start = DistilledSet(torch.ones(2, 1, 2, 2), torch.ones(2, 2), torch.tensor(1.0))
     state = Distillation(config, SimpleNamespace(image_size=(2, 2)), None, start)
-    groups = [(group["params"], group["lr"], group["momentum"]) for group in state.optimiser.param_groups]
+    groups = state.optimiser.groups
     expected = [(state.set.images, 3, 0.5), (state.set.lr, 4, 0.5), (state.set.labels, 5, 0.8)]
     assert [(lr, momentum) for _, lr, momentum in groups] == [(lr, momentum) for _, lr, momentum in expected]
-    assert all(params[0] is tensor for (params, _, _), (tensor, _, _) in zip(groups, expected))
+    assert all(given is tensor for (given, *_), (tensor, *_) in zip(groups, expected))
 
 
 def problem(seed=0, count=7, sizes=(3, 2, 4, 3, 1), name="ConvNetD2W4", strategy="color_crop_cutout_flip_scale_rotate",

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -15,12 +14,14 @@ import pytest
 import torch
 
 from buffer import expert_run
+from distill.checks import check_networks
 from distill.distilled_set import DistilledSet
 from distill.evaluate import saved_accuracies
 from distill.evaluate.networks import evaluate
 from distill.evaluate.saved_accuracies import Accuracies, Job
 from distill.loop import student_of
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
+from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.program import ranks
 from utils.program.prepare import start_as_ranks
@@ -157,17 +158,15 @@ def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(torch
 
 
 def test_networks_of_an_evaluation_are_dealt_out(torchrun, toy, toy_experts, tmp_path):
-    arguments = [argument for argument in toy.common if "num_eval" not in argument] + [
-        "--num_eval=3", "--ipc=2", "--pick=herding", f"--buffer_path={toy_experts}"]
-    for number in (0, 2, 4):
+    arguments = [*toy.evaluate, "--num_eval=3", "--ipc=2", "--pick=herding", f"--buffer_path={toy_experts}"]
+    for number in (0, 2):
         torchrun(number, "distill/baseline.py", *arguments, f"--json={tmp_path / str(number)}.json")
-    scores = [json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in (0, 2, 4)]
-    assert scores[0] == scores[1] == scores[2] and len(scores[0][0]["accuracies"]) == 3
+    scores = [json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in (0, 2)]
+    assert scores[0] == scores[1] and len(scores[0][0]["accuracies"]) == 3
 
 
 def test_an_evaluation_goes_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
-    arguments = ["distill/baseline.py", *(argument for argument in toy.common if "eval" not in argument), "--ipc=2",
-                 "--num_eval=5", "--epoch_eval_train=150"]
+    arguments = ["distill/baseline.py", *toy.common, "--ipc=2", "--num_eval=5", "--epoch_eval_train=600"]
     torchrun(0, *arguments, f"--json={tmp_path / 'one.json'}")
     kill_a_rank(start(2, *arguments, f"--json={tmp_path / 'two.json'}"), tmp_path, "two.json.unfinished*")
     out, _ = torchrun(2, *arguments, f"--json={tmp_path / 'two.json'}")
@@ -213,15 +212,13 @@ def test_a_mistake_is_said_once(torchrun, distil):
     assert err.count("DATM.py: error:") == 1
 
 
-@pytest.mark.parametrize("options, said", [(["--matching=unroll"], "--matching exact"),
-                                           (["--model=ConvNetD1W4BN"], "batch norm ties|no replay_buffer")])
-def test_what_ranks_cannot_share_is_refused(call, distil, monkeypatch, options, said):
+@pytest.mark.parametrize("options, said", [({"matching": "unroll"}, "--matching exact"),
+                                           ({"backend": "compile"}, "batches of one size"),
+                                           ({"model": "ConvNetD1W4BN"}, "batch norm ties")])
+def test_what_ranks_cannot_share_is_refused(toy_data, monkeypatch, options, said):
     monkeypatch.setattr(ranks, "size", lambda: 2)
-    monkeypatch.setattr(ranks, "rank", lambda: 0)
-    monkeypatch.setattr(ranks, "start", lambda device: None)
-    monkeypatch.setattr(ranks, "gather", lambda own: own)
-    done = call(*distil("x", *options), expect=2)
-    assert re.search(said, done.stderr)
+    with pytest.raises(UserError, match=said):
+        check_networks(make(DistillConfig, **{"model": "ConvNetD1W4"} | options), toy_data)
 
 
 def test_a_command_starts_its_own_ranks(torchrun, toy, toy_experts, tmp_path):

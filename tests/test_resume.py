@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from distill import distillation
+from distill.distilled_set import DistilledSet
 from distill.set_files import set_files
 from utils import files
 from utils.errors import UserError
@@ -223,7 +225,8 @@ def test_a_stop_at_the_very_end_loses_nothing(distil_to):
 
 def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(distil_to, monkeypatch):
     _, whole = distil_to("whole")
-    monkeypatch.setattr("distill.run_state.DRAW_SHARE", 1e9)
+    for module in ("run_state", "conclusion"):
+        monkeypatch.setattr(f"distill.{module}.DRAW_SHARE", 1e9)
     with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
         done, parts = distil_to("parts", expect=130)
     page, pictures = (parts / "report.html").read_text(), ("images.png", "curves.png", "evolution.webp")
@@ -239,7 +242,7 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
     assert tensors_in(whole) == tensors_in(parts) and "not finished" not in (parts / "report.html").read_text()
     for name in pictures:
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
-    # A picture that older runs never had cannot be made now; the checkpoint is not read in vain each time.
+    # The pictures are made from other files; the checkpoint is not read in vain.
     (parts / "evolution.webp").unlink()
     with mock.patch("utils.program.run_folder.RunFolder.saved_state", mock.PropertyMock()) as reads:
         assert "is finished" in distil_to("parts")[0].stdout and not reads.called
@@ -314,13 +317,19 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to):
     assert "is finished" in distil_to("parts", "--Iteration=7")[0].stdout
     assert (parts / "report.html").read_text() != before and (parts / "images.png").exists()
     assert {path.name for path in parts.glob("result*.json")} == {"result.json", "result_4.json", "result_6.json"}
+    (parts / "checkpoint.pt").write_bytes((parts / "checkpoint.pt").read_bytes()[:-100])
+    (parts / "Normal" / "distilled.safetensors").unlink()
+    done, _ = distil_to("parts", "--Iteration=7")
+    assert "has no Normal/distilled.safetensors, which cannot be made again: " in done.stderr
     (parts / "checkpoint.pt").unlink()
+    done, _ = distil_to("parts", "--Iteration=7")
+    assert "cannot be made again: there is no checkpoint.pt" in done.stderr and "larger --Iteration" not in done.stdout
     done, _ = distil_to("parts", "--Iteration=8", expect=2)
     assert "without its checkpoint.pt; give another --run_name and --pix_init" in done.stderr
     assert (parts / "result.json").exists()
 
 
-def test_a_run_starts_from_a_saved_set(distil_to):
+def test_a_run_starts_from_a_saved_set(distil_to, toy_data, tmp_path):
     _, folder = distil_to("log")
     start = f"--pix_init={folder}/Normal/distilled.safetensors"
     done, again = distil_to("again", start, "--Iteration=0", "--lr_teacher=0.2")
@@ -330,6 +339,13 @@ def test_a_run_starts_from_a_saved_set(distil_to):
     assert "image of a saved set that it started from" in (again / "report.html").read_text()
     done, _ = distil_to("other", start, "--ipc=1", expect=2)
     assert "holds 6 images; --ipc 1 of 3 classes are 3" in done.stderr
+    # Of a set in another order, a run would take the places for the classes.
+    whole = DistilledSet.load(folder / "Normal/distilled.safetensors")
+    options = {name: value for name, value in whole.config.items() if name != "ipc"}
+    other = replace(whole, labels=5 * torch.eye(3)[[2, 1, 0, 2, 1, 0]].repeat_interleave(4, 0))
+    other.save_whole(tmp_path / "x.safetensors", toy_data, options)
+    done, _ = distil_to("other", f"--pix_init={tmp_path / 'x.safetensors'}", expect=2)
+    assert "its images are not sorted by class, 2 of each; sort them" in done.stderr
 
 
 def test_a_run_goes_on_where_its_data_and_experts_lie_elsewhere_now(call, toy, toy_experts, tmp_path):
@@ -522,7 +538,7 @@ def test_experts_of_another_type_are_refused(call, toy, toy_experts, tmp_path):
 
 
 def test_an_evaluation_goes_on_at_the_next_network(call, toy, tmp_path):
-    arguments = [argument for argument in toy.common if "num_eval" not in argument] + ["--num_eval=3", "--ipc=2"]
+    arguments = [*toy.evaluate, "--num_eval=3", "--ipc=2"]
     call("distill/baseline.py", *arguments, f"--json={tmp_path / 'whole.json'}")
     evaluation = importlib.import_module("distill.evaluate.networks")
     with stop_at(evaluation, "train_network", 3):
@@ -554,8 +570,7 @@ def test_what_saves_nothing_promises_nothing(call, toy, toy_experts, tmp_path):
 
 
 def test_what_another_evaluation_found_does_not_count(call, toy, tmp_path):
-    arguments = [argument for argument in toy.common if "num_eval" not in argument] + [
-        "--num_eval=3", f"--json={tmp_path / 'x.json'}"]
+    arguments = [*toy.evaluate, "--num_eval=3", f"--json={tmp_path / 'x.json'}"]
     with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 3):
         call("distill/baseline.py", *arguments, "--ipc=2", expect=130)
     done = call("distill/baseline.py", *arguments, "--ipc=3")

@@ -183,7 +183,7 @@ def test_a_set_of_hard_labels_is_compared_with_such(call, toy, results, tmp_path
 @pytest.mark.parametrize("options, phrases", [
     (["--hard_labels"], ["--robust_score beside --hard_labels", "leave it out"]),
     (["--no_aug"], ["--robust_score beside --no_aug"]),
-    (["--buffer_path=nowhere"], ["no replay_buffer_*.pt in", "give --buffer_path"]),
+    (["--buffer_path=nowhere"], ["no replay_buffer_*.pt in", "give another --buffer_path"]),
     (["--model=ConvNetD1W8"], ["no replay_buffer_*.pt in", "ConvNetD1W8"]),
     (["another.safetensors"], ["unexpected argument 'another.safetensors'"]),
     (["--epoch_eval_real=0"], ["--epoch_eval_real 0"])])

@@ -10,8 +10,3 @@ def test_bounds_equal_the_published(golden_ops):
                                   case["expansion_end_epoch"], case["Sequential_Generation"])
         assert bound == case["upper_bound_exclusive"], case
     assert len(cases) == 18
-
-
-def test_bound_grows_and_stops():
-    bounds = [start_epoch_bound(iteration, 20, 10, 1000, True) for iteration in range(0, 3000, 10)]
-    assert bounds == sorted(bounds) and bounds[0] == 10 and bounds[-1] == 20

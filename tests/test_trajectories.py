@@ -74,17 +74,18 @@ def test_the_epochs_are_those_that_every_expert_has(model, tmp_path):
 
 
 READ_TWO = """
-import resource, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from buffer.trajectories import Buffer
+from utils.memory import peak
 from utils.networks import build_network
-from utils.parameters import FlatModel
+from utils.parameters import FlatModel, torch
 model = FlatModel(build_network("ConvNetW128", 3, 10, (32, 32)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak(torch.device("cpu"))  # not of the process that began this one, as getrusage says
 buffer = Buffer(Path(sys.argv[1]), model)
 buffer.snapshot(1, 3), buffer.snapshot(1, 5)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(int(peak(torch.device("cpu")) - before))
 """
 
 
@@ -97,4 +98,4 @@ def test_two_snapshots_are_read_not_the_file(tmp_path):
     assert size > 90e6
     done = subprocess.run([sys.executable, "-c", READ_TWO, str(tmp_path), str(REPOSITORY)], capture_output=True,
                           text=True, check=True)
-    assert 1024 * int(done.stdout) < size / 4
+    assert 0 < int(done.stdout) < size / 4

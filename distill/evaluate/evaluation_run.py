@@ -52,7 +52,7 @@ class Session:
         trained: learning rate and epochs, in words, if not those of set and config.
         beside: other sets on which the result depends.
         configs: the options of single parts, on which the result depends too. Options that differ among them are left
-            to `trained` and `notes`, and have their defaults in the result.
+            to `trained` and `notes`, and are not in the result's config.
     """
 
     def __init__(self, config: EvaluationConfig | BaselineConfig, dataset: Dataset, sets: Sequence[DistilledSet],
@@ -64,11 +64,10 @@ class Session:
         # Only to describe the engine that networks of the first kind get; costs next to nothing.
         model = flat_model(config, network_for(networks[0], dataset).to(self.set.images.device),
                            work_of(config, self.set))
-        differ = {name for each in configs for name, value in as_dict(each).items()
-                  if name != "protocol" and value != getattr(configs[0], name)}
+        self.differ = {name for each in configs for name, value in as_dict(each).items()
+                       if name != "protocol" and value != getattr(configs[0], name)}
         default = defaults(type(config))
-        self.common = replace(config, **{name: default[name] for name in differ})
-        announce(self.common, self.set.images.device,
+        announce(replace(config, **{name: default[name] for name in self.differ}), self.set.images.device,
                  describe_engine(model.engine, min(config.batch_train, len(self.set))),
                  f"{what}: {self.set.size}, {trained} · {config.num_eval} × {' and '.join(networks)}", *notes)
         say_replaced(config, config.json)
@@ -87,9 +86,10 @@ class Session:
         """Writes the result to `--json`, if given; arguments as for `EvaluationResult` and its `write`."""
         config = self.config
         if config.json and ranks.first():
+            options = {name: value for name, value in influential(config).items() if name not in self.differ}
             EvaluationResult(
                 self.what, len(self.set.images), scores, lr, tested_on(config.val_fraction),
-                self.accuracies.seconds, influential(self.common), environment(self.set.images.device),
+                self.accuracies.seconds, options, environment(self.set.images.device),
                 len(self.set) if self.set.factor > 1 else None, protocols or {}
             ).write(config.json, **more)
             self.accuracies.forget()

@@ -13,7 +13,7 @@ from distill.evaluate.coreset import CORESETS, coreset
 from distill.evaluate.evaluation_run import evaluate_and_say, settle_threads
 from distill.evaluate.networks import check_pool
 from distill.evaluate.option_checks import as_experts_saw, labelled_by_experts
-from distill.initialize import drawn_again, expert_labels, predicted_correctly, random_real
+from distill.initialize import expert_labels, notes_on_small_classes, predicted_correctly, random_real
 from utils.config import BaselineConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor, cut, tiled
@@ -42,7 +42,7 @@ def evaluate_real(config: BaselineConfig) -> None:
     notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
     if config.pick in CORESETS:
         notes = [f"each chosen by one of {len(sets)} experts, for the networks in turn"] if len(sets) > 1 else []
-    notes += seen + (drawn_again(source, per_class(config)) if config.ipc else [])
+    notes += seen + (notes_on_small_classes(source, per_class(config)) if config.ipc else [])
     evaluate_and_say(config, dataset, sets, what, *notes)
 
 

@@ -194,7 +194,8 @@ class DistillConfig(TrainConfig):
                                          effect="Initialize_Label_With_Another_Model")
     Initialize_Label_Model_Dir: FilePath = option(METHOD, "", "the folder of its expert files",
                                                   effect="Initialize_Label_With_Another_Model")
-    Label_Model_Timestamp: int = option(METHOD, -1, "which snapshot of the experts labels the images")
+    Label_Model_Timestamp: int = option(METHOD, -1, "which snapshot of the experts chooses and labels the images",
+                                        effect="uses_snapshot")
     eval_it: Count = option(EVALUATION, 100, "evaluate every so many iterations")
     skip_first_eva: bool = option(EVALUATION, False, "do not evaluate at iteration 0")
     data_path: FolderPath = option(FILES, "../dataset/", "folder of the real data")
@@ -217,6 +218,11 @@ class DistillConfig(TrainConfig):
     texture: bool = option(METHOD, False, "unused", effect=False)
     canvas_size: int = option(METHOD, 2, "unused", effect=False)
     canvas_samples: int = option(METHOD, 1, "unused", effect=False)
+
+    @property
+    def uses_snapshot(self) -> bool:
+        """Whether the experts' snapshot `Label_Model_Timestamp` chooses or labels the initial images."""
+        return self.pix_init == "samples_predicted_correctly" or (self.pix_init == "noise" and self.labels != "hard")
 
 
 @config_class

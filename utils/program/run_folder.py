@@ -18,10 +18,10 @@ from utils.program import interrupt, ranks
 from utils.program.console import note, shown
 from utils.program.locks import locked
 
+STATE = "checkpoint.pt"  # in a run's folder
 STATE_FORMAT, LOG_BYTES = "datm-checkpoint-1", "metrics_bytes"  # value of "format" and a key in saved states
 SAVE_SECONDS = 1.0  # minimum between two saves of a run's state
 SAVE_SHARE = 0.005  # maximum share of a run's time that saving takes
-
 
 def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextManager[None]:
     """As `utils.program.locks.locked`; the first rank holds the lock for all ranks."""
@@ -42,7 +42,7 @@ def data_id(data: dict[str, str]) -> str:
 class RunFolder:
     """One run's `config.yaml`, its log, and its result; a run with a result is finished.
 
-    `checkpoint.pt` holds the state to resume from, after the run was stopped or killed, or to extend it;
+    STATE holds the state to resume from, after the run was stopped or killed, or to extend it;
     `save_seconds` is how long the last save took. Only the first rank writes.
 
     Constructing one writes nothing; `start` does.
@@ -61,7 +61,7 @@ class RunFolder:
     def __init__(self, path: Path, config: DataConfig, log: str, result: str):
         self.path, self.log, self.result = path, path / log, path / result
         self._config = influential(config)
-        self._state = path / "checkpoint.pt"
+        self._state = path / STATE
         self._saved_at, self.save_seconds = -math.inf, 0.0
         self.finished, self.is_done = ranks.from_first_rank(lambda: self._look(config))
 
