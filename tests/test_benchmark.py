@@ -6,10 +6,6 @@ from unittest import mock
 
 import pytest
 
-from scripts.measure import beside
-from utils.config import BufferConfig, DistillConfig
-from utils.program.command_line import parse
-
 BENCHMARK = "scripts/measure/benchmark.py"
 METHODS = {"matching": ["unroll", "plain", "tesla", "exact"], "experts": ["bare", "synced", "eager"],
            "evaluation": ["bare", "eager"]}
@@ -76,9 +72,6 @@ def test_shapes_come_from_the_configs(call):
     (["--rounds", "0"], ["--rounds 0", "above 0"]),
     (["--rounds", "x"], ["--rounds", "invalid int"]),
     (["--part", "experts", "--methods", "unroll"], ["none of these parts", "experts: bare"]),
-    (["--data_path", "data", "--buffer_path", "b"], ["--data_path, --buffer_path: only for --beside FOLDER"]),
-    (["--beside", "x", "--device", "cuda", "--max_minutes", "1"], ["so that --device, --max_minutes would have no"]),
-    (["--beside", "x", "--shape", "all"], ["--shape all: it is no config's"]),
 ])
 def test_refusals(call, arguments, words):
     (line,) = call(BENCHMARK, *arguments, expect=2).stderr.splitlines()
@@ -90,72 +83,3 @@ def test_it_says_that_it_compiles(call):
     with mock.patch("scripts.measure.benchmark_run.can_run", return_value=False):
         done = call(BENCHMARK, "--part", "evaluation", "--methods", "compiled", "--device", "cpu", expect=2)
     assert "it compiles first, for a minute or two" in done.stdout
-
-
-# --- beside the published code -------------------------------------------------------------------------------
-
-WORKS = """import resource, sys{imports}
-options = dict(each.removeprefix("--").split("=") for each in sys.argv[1:] if "=" in each)
-{options}
-while resource.getrusage(resource.RUSAGE_SELF).ru_utime < 0.03 + {seconds} * {length}: pass
-"""
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """Makes a checkout in the published layout whose programs use `seconds` of CPU time per epoch or iteration."""
-    def made(name, seconds):
-        for path, imports, options, length in (
-                ("buffer/buffer_FTD.py", "", "assert sys.path[0].endswith('buffer')", 'int(options["train_epochs"])'),
-                ("distill/DATM.py", ", yaml", "options = yaml.safe_load(open(sys.argv[2]))", 'options["Iteration"]')):
-            program = tmp_path / name / path
-            program.parent.mkdir(parents=True)
-            program.write_text(WORKS.format(imports=imports, options=options, seconds=seconds, length=length))
-        return tmp_path / name
-    return made
-
-
-def test_the_published_code_and_ours_run_by_turns(call, checkout, monkeypatch, tmp_path):
-    theirs, ours = checkout("theirs", 0.3), checkout("ours", 0.1)
-    monkeypatch.setattr(beside, "LENGTHS", {"experts": (1, 2), "matching": (1, 2)})
-    asked = []
-
-    def checked(command, where, run=beside.cpu_seconds):
-        """Parses our programs' commands: every option must be valid."""
-        if where == ours:
-            matching = command[1].endswith("DATM.py")
-            asked.append(parse(DistillConfig if matching else BufferConfig, "", command[2:], yaml_file=matching))
-        return run(command, where)
-    monkeypatch.setattr(beside, "cpu_seconds", checked)
-    arguments = ["--beside", theirs, "--shape", "cifar10_ipc10", "--rounds", 1, "--methods", "eager", "exact",
-                 "--data_path", tmp_path / "data", "--buffer_path", tmp_path / "experts"]
-    with mock.patch.object(beside, "REPOSITORY", ours):
-        done = call(BENCHMARK, *arguments, "--json", tmp_path / "x.json")
-    report = json.loads((tmp_path / "x.json").read_text())
-    for part, method in (("experts", "eager"), ("matching", "exact")):
-        (measured,) = report[part]
-        assert [row["method"] for row in measured["methods"]] == ["published", method]
-        assert measured["methods"][0]["ratio"] == 1 and 0.1 < measured["methods"][1]["ratio"] < 0.8
-        assert f"| {method}" in done.stdout and "time / published" in done.stdout
-    assert [config.train_epochs for config in asked[:3]] == [1, 1, 2] and asked[0].model == "ConvNet"
-    assert [config.Iteration for config in asked[3:]] == [1, 1, 2] and asked[3].ipc == 10 and asked[3].zca
-
-
-def test_what_beside_refuses(call, checkout, tmp_path):
-    fails = checkout("fails", 0)
-    (fails / "buffer/buffer_FTD.py").write_text("assert False")
-    data = ["--data_path", tmp_path]
-    for options, said in (([fails, *data, "--part", "matching"], "--buffer_path"),
-                          ([tmp_path, *data], "there is no buffer/buffer_FTD.py"),
-                          ([fails, *data], "ended with 1 and said: AssertionError")):
-        done = call(BENCHMARK, "--shape", "cifar10_ipc1", "--beside", *options, expect=2)
-        assert said in done.stderr.splitlines()[-1]
-
-
-def test_a_part_that_fails_leaves_those_before_it_in_the_json(call, checkout, tmp_path):
-    fails = checkout("fails", 0)
-    (fails / "distill/DATM.py").write_text("assert False")
-    call(BENCHMARK, "--shape", "cifar10_ipc1", "--beside", fails, "--rounds", 1, "--methods", "unroll", "--data_path",
-         tmp_path, "--buffer_path", tmp_path, "--json", tmp_path / "x.json", expect=2)
-    report = json.loads((tmp_path / "x.json").read_text())
-    assert [row["method"] for row in report["experts"][0]["methods"]] == ["published"] and "matching" not in report

@@ -21,12 +21,6 @@ the call adds; on a GPU, everything allocated, including captured and compiled c
 counted as 9 F a step, where F is the network's forward pass over the batch: 3 F for the gradient, 6 F for the adjoint.
 Norms, pooling, augmentation and memory traffic cost time but are not counted, so 1 is out of reach; of two methods, the
 one with the larger share is faster in proportion. On a GPU the matrix product is in TF32, as torch's convolutions are.
-
-    python scripts/measure/benchmark.py --beside FOLDER --shape cifar10_ipc10 --data_path DATA [--buffer_path EXPERTS]
-
-FOLDER is a checkout of the published code that runs on this machine. Its commands and ours take turns at training an
-expert and, if there are experts to match, at distilling a set with the config of that shape, each as a process on one
-CPU thread (scripts/measure/beside.py). The table has CPU seconds and their ratio.
 """
 
 import argparse
@@ -40,14 +34,9 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 from scripts.common import script_parser
-from scripts.measure import beside
 from scripts.measure.shapes import GPU_MINUTES, MAX_SECONDS, METHODS, PARTS, Shape, all_shapes
 from utils.errors import UserError
-from utils.files import resolved
 from utils.program.entry import entry
-
-# Options that have an effect only without --beside, and only with it.
-ALONE, BESIDE = ("device", "max_seconds", "max_minutes"), ("data_path", "buffer_path")
 
 
 def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
@@ -64,16 +53,12 @@ def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
                         f"longer, compiling included (default: {MAX_SECONDS:g})")
     parser.add_argument("--max_minutes", type=float, metavar="M",
                         help=f"fit everything into this time (default: on a GPU {GPU_MINUTES:g}, else no limit)")
-    parser.add_argument("--beside", type=resolved, metavar="FOLDER",
-                        help="measure a checkout of the published code and ours by turns, on a CPU")
-    parser.add_argument("--data_path", type=resolved, metavar="FOLDER", help="the real data, with --beside")
-    parser.add_argument("--buffer_path", type=resolved, metavar="FOLDER", help="experts to match, with --beside")
     parser.add_argument("--worker", choices=PARTS["matching"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def check(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
-    """Refuses numbers that are not above 0, options without effect (with or without --beside), and shapes of no config.
+def check(args: argparse.Namespace) -> None:
+    """Refuses numbers that are not above 0.
 
     Raises:
         UserError
@@ -81,30 +66,16 @@ def check(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
     for name in ("rounds", "max_seconds", "max_minutes"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name):g}: give a number above 0")
-    unheeded = [f"--{name}" for name in (ALONE if args.beside else BESIDE) if getattr(args, name) is not None]
-    if unheeded and args.beside:
-        raise UserError(f"--beside runs whole programs on one thread of the CPU, so that {', '.join(unheeded)} would "
-                        "have no effect; leave that out")
-    if unheeded:
-        raise UserError(f"{', '.join(unheeded)}: only for --beside FOLDER, as the data is random else; give that too, "
-                        "or leave this out")
-    without = next((name for name in args.shape or [] if name == "all" or not shapes[name].config), None)
-    if args.beside and without:
-        raise UserError(f"--beside --shape {without}: it is no config's; give one that is, such as cifar10_ipc10")
 
 
 def main() -> None:
     shapes = all_shapes()
     args = parse(shapes)
-    check(args, shapes)
-    parts = beside.check(args.beside, args.data_path, args.buffer_path, args.part) if args.beside else []
+    check(args)
 
     from scripts.measure import benchmark_run  # imports torch, which takes seconds
 
-    if args.beside:
-        benchmark_run.beside_published(args, parts, [shapes[name] for name in args.shape or ["cifar10_ipc10"]])
-    else:
-        benchmark_run.side_by_side(args, shapes)
+    benchmark_run.side_by_side(args, shapes)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from buffer.experts import kept_of, train_step
 from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
-from scripts.measure import beside
-from scripts.measure.projection import costs
 from scripts.measure.shapes import GPU_MINUTES, MAX_SECONDS, PARTS, SENSIBLE, Shape
 from utils.config import BufferConfig, make
 from utils.data import augment
@@ -345,6 +344,15 @@ def megabytes(value: int) -> str:
 # --- the program ---------------------------------------------------------------------------------------------
 
 
+def forward_flops(network: str, image: tuple[int, int, int], classes: int) -> int:
+    """Floating-point operations of the forward pass, per image."""
+    with torch.device("meta"):
+        built = build_network(network, image[0], classes, image[1:])
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            built(torch.empty(1, *image))
+    return counter.get_total_flops()
+
+
 def can_run(method: str, device: torch.device) -> bool:
     """Whether the machine has what the method needs: a C++ compiler, or a GPU."""
     network = build_network("ConvNetD1W1", 1, 2, (4, 4)).to(device)
@@ -352,30 +360,6 @@ def can_run(method: str, device: torch.device) -> bool:
         return bool(FlatModel(network, backend=BACKENDS.get(method, "plain")).engine)
     except UserError:
         return False
-
-
-def beside_published(args: argparse.Namespace, parts: list[str], shapes: list[Shape]) -> None:
-    """`--beside`: measures the published code and ours, and prints and writes the results.
-
-    Raises:
-        UserError: a command failed.
-    """
-    paths = {name: path for name in ("data_path", "buffer_path") if (path := getattr(args, name))}
-    report: dict[str, Any] = {"command": f"python {BENCHMARK} {shlex.join(sys.argv[1:])}",
-                              "machine": machine(CPU) | {"threads": 1}, "rounds": args.rounds, "rates": None}
-    for shape in shapes:
-        for part in parts:
-            methods = [method for method in beside.BACKENDS[part] if method in args.methods and can_run(method, CPU)]
-            processes = (1 + len(methods)) * (1 + 2 * args.rounds)
-            with Progress(processes, f"{part} {shape.name}") as bar:
-                rows = beside.measure(part, args.beside, REPOSITORY / shape.config, paths, methods, args.rounds,
-                                      bar.update)
-            summarise(rows, beside.THEIRS, None, 0)
-            report.setdefault(part, []).append({"shape": asdict(shape), "lengths": beside.LENGTHS[part],
-                                                "methods": rows})
-            show(beside.THEIRS, beside.UNITS[part], rows, f"{part} · {shape}, CPU seconds, one thread")
-            if args.json:
-                write_json(args.json, report)
 
 
 def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
@@ -436,7 +420,7 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
         tidy(device)
         flops = None
         if part == "matching":  # 9 F a step, as benchmark.py explains
-            flops = 9 * costs(shape.network, shape.image, shape.classes).flops * shape.batch * shape.steps
+            flops = 9 * forward_flops(shape.network, shape.image, shape.classes) * shape.batch * shape.steps
         summarise(list(rows.values()), PARTS[part][0], flops, 1e9 * rates["product_gflops"])
         report.setdefault(part, []).append({"shape": asdict(shape), "flops": flops, "methods": list(rows.values())})
         detail = {"matching": f"T {shape.steps}, B {shape.batch}", "experts": f"batch {EXPERT.batch_train}",

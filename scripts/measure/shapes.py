@@ -12,10 +12,9 @@ PARTS = {  # part → its methods, the baseline first
     "experts": ("bare", "synced", "eager", "compiled", "graph"),
     "evaluation": ("bare", "eager", "compiled", "graph")}
 METHODS = tuple(dict.fromkeys(method for methods in PARTS.values() for method in methods))
-IMAGES = {  # dataset → (C, H, W), classes, test images
-    "CIFAR10": ((3, 32, 32), 10, 10_000), "CIFAR100": ((3, 32, 32), 100, 10_000), "Tiny": ((3, 64, 64), 200, 10_000),
-    "FashionMNIST": ((1, 28, 28), 10, 10_000), "MiniFashion": ((1, 28, 28), 10, 1_000),
-    "ImageNet1K": ((3, 64, 64), 1000, 50_000)}
+IMAGES = {  # dataset → (C, H, W), classes
+    "CIFAR10": ((3, 32, 32), 10), "CIFAR100": ((3, 32, 32), 100), "Tiny": ((3, 64, 64), 200),
+    "FashionMNIST": ((1, 28, 28), 10), "MiniFashion": ((1, 28, 28), 10), "ImageNet1K": ((3, 64, 64), 1000)}
 GPU_MINUTES, MAX_SECONDS = 9.0, 180.0  # defaults of --max_minutes on a GPU, and of --max_seconds
 
 
@@ -31,7 +30,6 @@ class Shape:
     steps: int
     batch: int
     batch_train: int = 256
-    config: str = ""  # the YAML that it is from, in the repository; empty: none
 
     def __str__(self) -> str:
         return (f"{self.name}: {self.network}, {'×'.join(map(str, self.image))}, {self.classes} classes, "
@@ -46,11 +44,10 @@ def all_shapes() -> dict[str, Shape]:
               Shape("cpu_b200", "ConvNet", (1, 28, 28), 10, 200, 20, 200)]
     for path in sorted(REPOSITORY.glob("configs/*/ConvIN/IPC*.yaml"), key=lambda path: (path.parent, len(path.name))):
         config = make(DistillConfig, **yaml.safe_load(path.read_text()))
-        image, classes, _ = IMAGES[config.dataset]
+        image, classes = IMAGES[config.dataset]
         images = config.ipc * classes * config.factor**2
         shapes.append(Shape(f"{config.dataset.lower()}_ipc{config.ipc}", config.model, image, classes, images,
-                            config.syn_steps, min(config.batch_syn or images, images), config.batch_train,
-                            str(path.relative_to(REPOSITORY))))
+                            config.syn_steps, min(config.batch_syn or images, images), config.batch_train))
     return {shape.name: shape for shape in shapes}
 
 
