@@ -17,7 +17,7 @@ from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.errors import UserError
-from utils.loss_and_accuracy import accuracy, count_correct
+from utils.loss_and_accuracy import accuracy
 from utils.parameters import FlatModel, sgd_step
 from utils.program import interrupt
 from utils.program.prepare import drawer, flat_model, network_for
@@ -141,10 +141,9 @@ def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], 
         x = augment.apply(x, drawn and drawn.holding(parameters))
         loss, logits, direction = gsam_gradient(engine, kept["theta"], x, y, config.rho_max, config.alpha,
                                                 config.adaptive, model.network)
-        loss, right = loss * len(x), count_correct(logits, y)
         sgd_step(kept["theta"], direction, kept.get("velocity"), config.lr_teacher, config.mom, config.l2)
-        kept["total_loss"] += loss
-        kept["correct"] += right
+        kept["total_loss"] += loss * len(x)
+        kept["correct"] += (logits.argmax(dim=1) == y).sum()
 
     model.run(("descend", augment.operations(drawn)), step, kept, x, y, *augment.tensors(drawn))
 

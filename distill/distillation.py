@@ -130,7 +130,7 @@ class Distillation:
         given = config.lr_teacher != AUTO and config.pix_init in STARTS
         first = config.lr_teacher if given else float(start.lr)
         scale = 1 / first**2 if self.learns_log else 1.0
-        learned = [(self.set.labels, config.lr_y, config.Momentum_y)] if config.labels == "learned" else []
+        learned = [(self.set.labels, config.lr_y, config.Momentum_y)] if config.learns_labels else []
         self.optimiser = SGD([(self.set.images, config.lr_img, MOMENTUM), (self.rate, config.lr_lr * scale, MOMENTUM),
                               *learned])
 

@@ -632,6 +632,12 @@ def test_a_jobs_limit_counts(tmp_path):
     assert list(memory._left_in_groups(tmp_path, tmp_path / "groups")) == [1550, 500]
 
 
+def test_a_system_that_tells_no_peak_gives_the_one_since_the_start(monkeypatch):
+    """As some containers' /proc/self/status."""
+    monkeypatch.setattr(memory, "_status", lambda key: None)
+    assert 2**20 < memory.reset_peak(torch.device("cpu")) <= memory.peak(torch.device("cpu"))
+
+
 @pytest.fixture
 def imagenet(tmp_path):
     """Imagewoof's ten folders and another class's; two training images and one validation image per class."""

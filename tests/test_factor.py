@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from ranks_worker import MadeUpBuffer
+from test_refusals import check_refusal
 
 from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS, Distillation
 from distill.distilled_set import DistilledSet, class_indices
 from distill.initialize import expert_labels, expert_logits, initial_set
 from distill.matching import matching_loss
-from tests.ranks_worker import MadeUpBuffer
-from tests.test_refusals import check_refusal
 from utils.config import DistillConfig, make
 from utils.data import augment
 from utils.data.tiles import cut, cut_adjoint, tiled

@@ -402,10 +402,14 @@ class KilledAtItsStart:
         return None
 
 
+def _full(job, tick):
+    raise MemoryError
+
+
 @pytest.mark.parametrize("function, error, said", [
     (_ended_from_outside, UserError, "ended from outside.*--threads 1"), (_refused, UserError, "^no a$"),
     (KilledAtItsStart(), UserError, "ended from outside"),
-    (_failed, RuntimeError, "in _failed(.|\n)*OddError: whatever")])
+    (_failed, RuntimeError, "in _failed(.|\n)*OddError: whatever"), (_full, MemoryError, "^MemoryError$")])
 def test_a_process_that_fails_is_told_of_and_others_are_left_alone(function, error, said):
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     other.start()

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
+from test_refusals import check_refusal
+from test_resume import stop_at
 
 from distill.evaluate.parts import RATES
 from distill.evaluate.protocols import known
-from tests.test_refusals import check_refusal
-from tests.test_resume import stop_at
 from utils.parameters import sgd_step
 
 EVALUATION = "distill/evaluation.py"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from browser import CHROMIUM, browser
 from PIL import Image
 
 from distill.distilled_set import DistilledSet
@@ -26,7 +27,6 @@ from distill.report.frames import MOST_FRAMES, Frames
 from distill.report.matplotlib_figures import save_curves
 from distill.report.read_run import read_run
 from distill.result_files import Evaluation, Iteration, Metrics, Score
-from tests.browser import CHROMIUM, browser
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, influential
 from utils.program import machine
 from utils.program.command_line import parse

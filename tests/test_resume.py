@@ -316,6 +316,10 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to):
         distil_to("parts", "--Iteration=7", expect=130)
     assert "is finished" in distil_to("parts", "--Iteration=7")[0].stdout
     assert (parts / "report.html").read_text() != before and (parts / "images.png").exists()
+    config = (parts / "config.yaml").rename(parts / "aside")
+    done, _ = distil_to("parts", "--lr_img=7", expect=2)
+    assert "holds a finished run without its config.yaml" in done.stderr
+    config.rename(parts / "config.yaml")
     assert {path.name for path in parts.glob("result*.json")} == {"result.json", "result_4.json", "result_6.json"}
     (parts / "checkpoint.pt").write_bytes((parts / "checkpoint.pt").read_bytes()[:-100])
     (parts / "Normal" / "distilled.safetensors").unlink()

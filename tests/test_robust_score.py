@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
+from test_refusals import check_refusal
+from test_resume import stop_at
 
 from distill.evaluate.parts import HELD_OUT, RATES, held_out
 from distill.evaluate.robust import robust_scores, scaled
-from tests.test_refusals import check_refusal
-from tests.test_resume import stop_at
 
 EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
 

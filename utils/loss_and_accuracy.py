@@ -8,12 +8,6 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many rows of logits [B, K] have their largest entry at labels [B]; stays on the device."""
-    return (logits.argmax(dim=1) == labels).sum()
-
-
-@torch.no_grad()
 def predictions(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """The classes [N] that `predict` (images → logits) gives to images [N, C, H, W]; they stay on the device."""
     batch = 500 if images.is_cuda else 100  # a CPU's caches hold few images' activations; more only cost memory

@@ -31,19 +31,17 @@ def reset_peak(device: torch.device) -> float:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
-        return _status("VmRSS")
-    return peak(device)
+        with contextlib.suppress(OSError):  # /proc is read-only in some containers
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
+    return _status("VmRSS") or peak(device)
 
 
 def peak(device: torch.device) -> float:
     """The peak bytes in use since `reset_peak`; since the process began where the system cannot reset the peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)  # captured graphs' memory is reserved, not allocated
-    if sys.platform == "linux":
-        return _status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status("VmHWM") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available(device: torch.device | None = None) -> float:
@@ -134,7 +132,8 @@ def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Ten
     return [place[:each.nbytes].view(each.dtype).view(each.shape) for each, place in zip(tensors, there.split(sizes))]
 
 
-def _status(key: str) -> float:
-    """The value of a line of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * float(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+def _status(key: str) -> float | None:
+    """The value of a line of /proc/self/status, in bytes; None: the system has no such file or line."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * float(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)

@@ -49,8 +49,8 @@ def _folder_name(value: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]  # cannot lead out of its parent folder
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Index = Annotated[int, Field(ge=0, le=2**31 - 1)]
 # These bounds fit float32, and so does a RateOfRate over the square of a LearningRate, which `lr_param: log` computes.
 LearningRate = Annotated[float, Field(ge=1e-10, le=3e38, allow_inf_nan=False)]
 AUTO = "auto"

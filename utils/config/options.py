@@ -38,9 +38,11 @@ def option(group: str, default: Any, help: str, effect: bool | str = True, decid
     """A field of a config, with its help group, default and help text.
 
     Args:
-        effect: False: accepted but unused; the name of another option: no effect unless that one is on.
+        effect: False: accepted but unused; the name of another option or of a property: no effect unless that is true
+            or not 0.
         decides: True: the result depends on it; False: it only affects how or where a run computes and what it writes;
-            HOW_MUCH: it sets how far a run goes, and the same run can be continued with a larger value.
+            HOW_MUCH: it sets how far a run goes, or how its results are divided into files; the same run can be
+            resumed with another value, and all ranks must have the same.
         writes: for a file that the program writes, the kind by which its own files are recognised
             (`utils.files.check_output`).
     """
@@ -106,7 +108,7 @@ class BufferConfig(DataConfig):
     train_epochs: Count = option(MAIN, 50, "epochs of each expert")
     lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate, constant")
     batch_train: Count = option(METHOD, 256, "training batch")
-    mom: Annotated[float, Field(ge=0, lt=1)] = option(METHOD, 0.0, "momentum")
+    mom: Fraction = option(METHOD, 0.0, "momentum")
     l2: Rate = option(METHOD, 0.0, "weight decay")
     rho_max: Rate = option(METHOD, 2.0, "GSAM: radius of the ascent; 0 is plain SGD")
     rho_min: Rate = option(METHOD, 2.0, "GSAM: must equal rho_max, as the learning rate is constant")
@@ -170,8 +172,8 @@ class DistillConfig(TrainConfig):
                                   "nearest to the target")
     lr_img: Rate = option(METHOD, 1000.0, "SGD rate of the images")
     lr_lr: RateOfRate = option(METHOD, 1e-5, "SGD rate of the learning rate")
-    lr_y: Rate = option(METHOD, 2.0, "SGD rate of the label logits")
-    Momentum_y: Annotated[float, Field(ge=0, lt=1)] = option(METHOD, 0.9, "momentum of the label logits")
+    lr_y: Rate = option(METHOD, 2.0, "SGD rate of the label logits", effect="learns_labels")
+    Momentum_y: Fraction = option(METHOD, 0.9, "momentum of the label logits", effect="learns_labels")
     batch_syn: Count | None = option(METHOD, None, "synthetic batch of an inner step; unset: the whole set")
     pix_init: Start = option(METHOD, STARTS[0], f"how the images start: {', '.join(STARTS)}, or a "
                              "distilled.safetensors, to start from its images, labels and rate")
@@ -218,6 +220,10 @@ class DistillConfig(TrainConfig):
     texture: bool = option(METHOD, False, "unused", effect=False)
     canvas_size: int = option(METHOD, 2, "unused", effect=False)
     canvas_samples: int = option(METHOD, 1, "unused", effect=False)
+
+    @property
+    def learns_labels(self) -> bool:
+        return self.labels == "learned"
 
     @property
     def uses_snapshot(self) -> bool:

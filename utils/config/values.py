@@ -39,7 +39,7 @@ def make(config_type: type[Config], **values: Any) -> Config:
         if isinstance(bound := next(iter(problem.get("ctx", {}).values()), None), float):
             message = re.sub(r"[\d.]+$", f"{bound:g}", message)  # 1e-10 rather than all its zeros
         value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))
-        raise UserError(f"--{name} {shortened(value)}: {message}") from None
+        raise UserError(f"--{name} {shortened(value) or repr(value)}: {message}") from None
 
 
 def as_dict(config: DataConfig) -> dict[str, Any]:
@@ -155,7 +155,8 @@ def changed(options: dict[str, Any], config_type: type) -> dict[str, Any]:
 
 def worth_giving(options: dict[str, Any], config_type: type) -> dict[str, Any]:
     """The options to give a program to reproduce these: dataset, network and all that differ from the defaults."""
-    known = {name: value for name, value in options.items() if name in defaults(config_type)}
+    names = {field.name for field in fields(config_type)}
+    known = {name: value for name, value in options.items() if name in names}
     return {name: known[name] for name in ("dataset", "model") if name in known} | changed(known, config_type)
 
 

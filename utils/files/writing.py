@@ -119,12 +119,14 @@ def check_writable(path: str | os.PathLike) -> None:
     """
     path = resolved(path)
     made = [folder for folder in path.parents if not folder.exists()]
-    handle, aside = _begin(path)
-    aside.unlink(missing_ok=True)  # while its lock still shows that it is not abandoned
-    os.close(handle)
-    with contextlib.suppress(OSError):  # another process has put something there meanwhile
-        for folder in made:
-            folder.rmdir()
+    try:
+        handle, aside = _begin(path)
+        aside.unlink(missing_ok=True)  # while its lock still shows that it is not abandoned
+        os.close(handle)
+    finally:
+        with contextlib.suppress(OSError):  # another process has put something there meanwhile
+            for folder in made:
+                folder.rmdir()
 
 
 def check_output(option: str, path: str | os.PathLike, kind: str, others: Mapping[str, str | os.PathLike]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def duration(seconds: float) -> str:
     """A duration in words, in suitable units: 0.034 s, 3 min 20 s, 2 days 3 h."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     left = datetime.timedelta(seconds=round(seconds))
     hours, minutes = divmod(left.seconds // 60, 60)
@@ -83,7 +83,7 @@ def announce(config: DataConfig, device: "torch.device", engine: str, *lines: st
 
     options = ", ".join(f"{name} {value}" for name, value in changed(influential(config), type(config)).items())
     for line in (f"on {describe(device)}, {describe_precision(config.precision, device)}, {engine}", *lines,
-                 f"options: {options}"):
+                 f"options: {options or 'all defaults'}"):
         say(config, line)
 
 

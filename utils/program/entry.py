@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.errors import UserError, one_line, out_of_memory
+from utils.errors import UserError, one_line, out_of_memory, reason
 from utils.program import interrupt, ranks
 from utils.program.streams import Stream, make_safe
 
@@ -34,7 +34,7 @@ def entry(main: Callable[[], None]) -> None:
     except UserError as error:
         _last_line(f"{name}: error: {one_line(error)}", 2)
     except (MemoryError, RuntimeError) as error:
-        full, said = out_of_memory(error), " ".join(str(error).split())[:120]
+        full, said = out_of_memory(error), reason(error)
         if full == "GPU":
             _last_line(f"{name}: error: the GPU's memory is full ({said}…); give --micro_batch, a smaller batch, or "
                        "--device cpu", 2)

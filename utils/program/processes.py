@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, out_of_memory, reason
 from utils.program import interrupt
 from utils.program.ranks import Job, Result
 
@@ -72,9 +72,9 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
                 raise
 
 
-_function: Callable = None
-
-_ticks: Sequence[int] = None
+# Of a helper process, set by `_begin`.
+_function: Callable | None = None
+_ticks: Sequence[int] | None = None
 
 
 def _begin(path: Path, ticks: Sequence[int], threads: int) -> None:
@@ -96,5 +96,7 @@ def _run(number: int, job: object) -> object:
         return _function(job, tick)
     except UserError:
         raise
-    except Exception:  # not every exception survives pickling
+    except Exception as error:  # not every exception survives pickling
+        if out_of_memory(error):
+            raise MemoryError(reason(error)) from None
         raise RuntimeError(traceback.format_exc()) from None

@@ -82,6 +82,9 @@ class RunFolder:
     def _before(self, config: DataConfig) -> dict[str, Any]:
         """The options of the run in the folder, else those of this one."""
         saved = self.path / "config.yaml"
+        if not saved.exists() and self.result.exists() and self.log.exists():
+            raise UserError(f"{self.path} holds a finished run without its config.yaml, so that its options are not "
+                            "known; put it back, or give another --run_name")
         if not saved.exists():
             return self._config
         options = read_config(saved)
@@ -114,12 +117,12 @@ class RunFolder:
         """Advice where a run cannot resume; a finished run is never discarded."""
         return f"give another --run_name{'' if self.finished else ', or --resume never to start over'}"
 
-    def check(self, saved: dict[str, Any] | None = None, files: Sequence[str] = ()) -> None:
+    def check(self, saved: dict[str, Any] | None = None, names: Sequence[str] = ()) -> None:
         """Refuses a folder that a run cannot start in; writes nothing.
 
         Args:
             saved: the state to resume from, if any.
-            files: names of the files that a run writes besides its log and its result.
+            names: the files that a run writes besides its log and its result.
 
         Raises:
             UserError: the folder cannot be made or written, its log is shorter than when the state was saved, or it
@@ -131,7 +134,7 @@ class RunFolder:
             raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
                             f"{self.to_begin_anew}")
         if not (self.path / "config.yaml").exists():
-            others = [name for name in (*files, self.log.name, self.result.name)
+            others = [name for name in (*names, self.log.name, self.result.name)
                       if (self.path / name).exists() and not (self.path / name).is_symlink()]
             if others:
                 raise UserError(f"{self.path} holds {', '.join(others)} and is no run's folder; give another "
