@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.files import check_output, resolved, write_json
+from utils.files import check_outputs, resolved, write_json
 from utils.program.command_line import Parser
 
 if TYPE_CHECKING:
@@ -13,12 +13,19 @@ if TYPE_CHECKING:
 
 
 class ScriptParser(Parser):
-    """A script's command line. Output files that cannot be written are refused at once (`check_output`)."""
+    """A script's command line. Output files that cannot be written are refused at once (`check_outputs`).
 
-    def __init__(self, description: str) -> None:
+    Args:
+        json: what `--json` writes; empty: there is no such option.
+        key: marks a JSON file as an earlier report, which may be overwritten.
+    """
+
+    def __init__(self, description: str, json: str = "", key: str = "report_of") -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
         self._kinds: dict[str, str] = {}  # option → kind of its output file
+        if json:
+            self.add_output("json", f"json:{key}", f"write {json} to this file")
 
     def add_output(self, name: str, kind: str, help: str) -> None:
         self._kinds[name] = kind
@@ -26,23 +33,9 @@ class ScriptParser(Parser):
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         options = super().parse_args(*arguments)
-        files = {name: getattr(options, name) for name in self._kinds if getattr(options, name)}
-        for name, path in files.items():
-            check_output(f"--{name}", path, self._kinds[name],
-                         {f"--{other}": files[other] for other in files if other != name})
+        check_outputs({f"--{name}": getattr(options, name) for name in self._kinds if getattr(options, name)},
+                      {f"--{name}": kind for name, kind in self._kinds.items()})
         return options
-
-
-def script_parser(description: str, json: str = "", key: str = "report_of") -> ScriptParser:
-    """
-    Args:
-        json: what `--json` writes; empty: there is no such option.
-        key: marks a JSON file as an earlier report, which may be overwritten.
-    """
-    parser = ScriptParser(description)
-    if json:
-        parser.add_output("json", f"json:{key}", f"write {json} to this file")
-    return parser
 
 
 def save_report(path: Path | None, report: dict[str, Any], device: "str | torch.device" = "cpu") -> None:

@@ -28,7 +28,7 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 from distill.set_files import check_whole, whole_set
-from scripts.common import script_parser
+from scripts.common import ScriptParser
 from utils.errors import UserError
 from utils.files import write_text
 from utils.program.console import shown
@@ -36,7 +36,7 @@ from utils.program.entry import entry
 
 
 def main() -> None:
-    parser = script_parser(__doc__)
+    parser = ScriptParser(__doc__)
     parser.add_argument("set", type=Path, help="a distilled.safetensors, or the folder of its run")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write PNG files and labels.json; a new folder")
     parser.add_argument("--card", action="store_true", help="write README.md beside the set")

@@ -44,7 +44,7 @@ import numpy as np
 from buffer.manifests import buffer_folder, expert_files, in_words, made_by, manifest_path, run_file
 from distill.option_checks import check_options
 from distill.result_files import images_tested, tested_on
-from scripts.common import script_parser
+from scripts.common import ScriptParser
 from utils.config import BufferConfig, DistillConfig, defaults, make
 from utils.errors import UserError
 from utils.files import REPOSITORY, finite, read_config, read_text, reading, write_json
@@ -116,7 +116,7 @@ def apart(snapshots: Iterable["Tensor"], others: Iterable["Tensor"]) -> list[flo
 
 
 def main() -> None:
-    parser = script_parser(__doc__, json="the numbers, of every expert,", key="options")
+    parser = ScriptParser(__doc__, json="the numbers, of every expert,", key="options")
     parser.add_argument("folder", type=Path, help="holds replay_buffer_*.pt")
     parser.add_argument("--expert_epochs", type=int, metavar="M", help="epochs of a segment [2]")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")

@@ -17,14 +17,14 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from scripts.common import script_parser
+from scripts.common import ScriptParser
 from utils.errors import UserError
 from utils.files import REPOSITORY, atomic_write
 from utils.program.entry import entry
 
 
 def main() -> None:
-    parser = script_parser(__doc__)
+    parser = ScriptParser(__doc__)
     parser.add_argument("--source", type=Path, help="folder of the four idx files, gzipped or not (default: where "
                         "FashionMNIST is in dataset/, else where Debian's package has it)")
     parser.add_output("out", "bz2", "file to write (default: the repository's)")

@@ -23,14 +23,14 @@ tune_process()  # before torch is imported
 
 from distill.report.names import PAGE, SHOWN, missing
 from distill.report.read_run import check_is_run, read_run
-from scripts.common import script_parser
-from utils.files import check_output, write_text
+from scripts.common import ScriptParser
+from utils.files import check_outputs, write_text
 from utils.program.console import shown
 from utils.program.entry import entry
 
 
 def main() -> None:
-    parser = script_parser(__doc__)
+    parser = ScriptParser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, finished or not")
     parser.add_output("out", "html", "where to put the page")
     options = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
 
     runs = [read_run(path) for path in options.runs]
     out = options.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))
-    check_output("the page", out, "html", {})
+    check_outputs({"the page": out}, {"the page": "html"})
     pages = {out: page(runs[0])} if len(runs) == 1 else {
         **{run.path / PAGE: page(run) for run in runs}, out: comparison(runs)}
     for run in runs:

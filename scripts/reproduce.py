@@ -36,7 +36,7 @@ tune_process()  # before torch is imported
 from buffer.manifests import manifest_path
 from distill.result_files import NORMAL, EvaluationResult, Metrics, RunResult, Score
 from distill.set_files import WHOLE
-from scripts.common import script_parser
+from scripts.common import ScriptParser
 from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError, nearest
@@ -595,7 +595,7 @@ def spent(plan: Plan, results: Results) -> dict[str, dict[str, list[tuple[int, f
 
 
 def main() -> None:
-    parser = script_parser(__doc__)
+    parser = ScriptParser(__doc__)
     parser.add_argument("--small", action="store_true", help="the form for a CPU")
     parser.add_argument("--jobs", type=int, metavar="N", help="commands at once [a CPU's cores; 1 on a GPU]")
     parser.add_argument("--only", nargs="+", action="extend", metavar="PATTERN",

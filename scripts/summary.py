@@ -21,14 +21,14 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 from distill.result_files import EvaluationResult, images_tested, results_in
-from scripts.common import script_parser
+from scripts.common import ScriptParser
 from utils.errors import UserError
 from utils.program.console import table
 from utils.program.entry import entry
 
 
 def main() -> None:
-    parser = script_parser(__doc__)
+    parser = ScriptParser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--by_network", action="store_true", help="a row for each result, a column for each network")
     options = parser.parse_args()

@@ -38,7 +38,7 @@ from distill.result_files import METRICS, RESULT, images_tested, tested_on
 from scripts.common import save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError
-from utils.files import REPOSITORY, check_output, resolved, write_text
+from utils.files import REPOSITORY, check_outputs, resolved, write_text
 from utils.program import commands, interrupt
 from utils.program.command_line import config_of, typed
 from utils.program.console import duration, percent, say, shown, table
@@ -81,9 +81,8 @@ def main() -> None:
             check_start(run.config)
     together = Path(os.path.commonpath([run.folder.parent for run in runs]))
     page = together / f"{'_'.join(['sweep', *filter(None, [options.get('run_name')]), *swept])}.html"
-    check_output("the page", page, "html", {})
-    if json:
-        check_output("--json", json, "json:report_of", {"the page": page})
+    check_outputs({"the page": page} | ({"--json": json} if json else {}),
+                  {"the page": "html", "--json": "json:report_of"})
 
     if not config.dry_run:
         interrupt.saves("the runs that it began")

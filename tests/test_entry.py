@@ -9,7 +9,7 @@ import pytest
 
 from distill.evaluate.saved_set import evaluate_files
 from scripts import export, inspect_buffer, report, summary
-from scripts.common import script_parser
+from scripts.common import ScriptParser
 from utils import files
 from utils.config import EvaluationConfig
 from utils.files import REPOSITORY
@@ -42,7 +42,7 @@ def evaluation():
 
 PROGRAMS = {"evaluation of tensors": (evaluation, "--data_dir={}/x.pt"), "report": (report.main, "{}/x"),
             "evaluation of a set": (evaluation, "--data_dir={}/x.safetensors"), "summary": (summary.main, "{}/x"),
-            "measurement": (lambda: script_parser("", json="it").parse_args(), "--json={}/x"),
+            "measurement": (lambda: ScriptParser("", json="it").parse_args(), "--json={}/x"),
             "look": (inspect_buffer.main, "{}/x"), "cards": (export.main, "{}/x --card"),
             "whitening": (files.cache_folder, "")}
 

@@ -33,14 +33,14 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from scripts.common import script_parser
+from scripts.common import ScriptParser
 from scripts.measure.shapes import GPU_MINUTES, MAX_SECONDS, METHODS, PARTS, Shape, all_shapes
 from utils.errors import UserError
 from utils.program.entry import entry
 
 
 def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
-    parser = script_parser(__doc__, json="the results", key="rates")
+    parser = ScriptParser(__doc__, json="the results", key="rates")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--shape", nargs="+", choices=[*shapes, "all"], metavar="SHAPE",
                         help="all: those sensible for the device; or any of " + ", ".join(shapes)

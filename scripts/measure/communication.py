@@ -21,7 +21,7 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from scripts.common import save_report, script_parser
+from scripts.common import ScriptParser, save_report
 from utils import networks
 from utils.program import ranks
 from utils.program.entry import entry
@@ -68,7 +68,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    parser = script_parser(__doc__, json="what was measured")
+    parser = ScriptParser(__doc__, json="what was measured")
     parser.add_argument("--model", default="ConvNetW32", help="whose gradients are summed (%(default)s)")
     parser.add_argument("--batch", type=int, default=50, help="samples of a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="timed steps (%(default)s)")

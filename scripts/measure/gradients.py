@@ -40,7 +40,7 @@ from distill.option_checks import check_options
 from scripts.common import save_report
 from utils.config import DistillConfig, how_much, identity
 from utils.errors import UserError, number_of
-from utils.files import check_output, read_json, reading, resolved, write_json
+from utils.files import check_outputs, read_json, reading, resolved, write_json
 from utils.program import interrupt
 from utils.program.command_line import config_of, typed
 from utils.program.console import note, shown, table
@@ -178,8 +178,7 @@ def main() -> None:
     options = typed(DistillConfig, __doc__, yaml_file=True, json="write every draw's numbers to this file",
                     png="draw them", distilled="a set that was distilled from these experts")
     files = {name: resolved(options.pop(name)) for name in KINDS if name in options}
-    for name, path in files.items():
-        check_output(f"--{name}", path, KINDS[name], {f"--{each}": files[each] for each in files if each != name})
+    check_outputs({f"--{name}": path for name, path in files.items()}, {f"--{name}": KINDS[name] for name in files})
     saved = {"pix_init": options.pop("distilled")} if "distilled" in options else {}
     config, _ = config_of(DistillConfig, options)
     of_saved, _ = config_of(DistillConfig, options | saved)

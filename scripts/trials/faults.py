@@ -32,7 +32,7 @@ tune_process()  # before torch is imported
 
 import numpy as np
 
-from scripts.common import script_parser
+from scripts.common import ScriptParser
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, EVALUATION, temporary
 from utils.errors import UserError
@@ -531,7 +531,7 @@ fault("a picture backend of the user's that is not there", hostile, own_backend_
 
 
 def main() -> None:
-    parser = script_parser(__doc__, json="the table")
+    parser = ScriptParser(__doc__, json="the table")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="faults whose names have one of these")
     args = parser.parse_args()
     common.obey_permissions()

@@ -44,7 +44,7 @@ def option(group: str, default: Any, help: str, effect: bool | str = True, decid
             HOW_MUCH: it sets how far a run goes, or how its results are divided into files; the same run can be
             resumed with another value, and all ranks must have the same.
         writes: for a file that the program writes, the kind by which its own files are recognised
-            (`utils.files.check_output`).
+            (`utils.files.check_outputs`).
     """
     default = {"default_factory": partial(list, default)} if isinstance(default, list) else {"default": default}
     return Field(**default, description=help,

@@ -18,7 +18,7 @@ from utils.files.writing import (
     append_json,
     atomic_write,
     cache_folder,
-    check_output,
+    check_outputs,
     check_writable,
     cut_lines,
     finite,

@@ -129,27 +129,26 @@ def check_writable(path: str | os.PathLike) -> None:
                 folder.rmdir()
 
 
-def check_output(option: str, path: str | os.PathLike, kind: str, others: Mapping[str, str | os.PathLike]) -> None:
+def check_outputs(given: Mapping[str, str | os.PathLike], kinds: Mapping[str, str]) -> None:
     """Refuses an output file that cannot be written, that another option names too, or whose path holds a file of
     another kind, which must be somebody else's.
 
     Args:
-        option: the option as given, for the message.
-        kind: png, html, bz2, json:KEY (has this key), or safetensors:FORMAT (its metadata's `format` begins with this).
-        others: the files that other options name.
+        given: the files that options name, inputs too, by the option as messages call it.
+        kinds: of the outputs among them: png, html, bz2, json:KEY (has this key), or safetensors:FORMAT (its metadata's
+            `format` begins with this).
 
     Raises:
         UserError
     """
-    path = resolved(path)
-    for other, its in others.items():
-        if path == resolved(its):
+    for option in (option for option in kinds if option in given):
+        path = resolved(given[option])
+        other = next((other for other in given if other != option and resolved(given[other]) == path), None)
+        if other:
             raise UserError(f"{option} {path} is the file of {other} too; give another one")
-    check_writable(path)
-    if not path.exists() or not path.stat().st_size:
-        return
-    if not _is_of_kind(path, *kind.split(":")):
-        raise UserError(f"{option} {path} is there and holds something else; give another file, or move it away")
+        check_writable(path)
+        if path.exists() and path.stat().st_size and not _is_of_kind(path, *kinds[option].split(":")):
+            raise UserError(f"{option} {path} is there and holds something else; give another file, or move it away")
 
 
 def _is_of_kind(path: Path, kind: str, mark: str = "") -> bool:

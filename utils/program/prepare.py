@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from utils import files
 from utils.config import (
     DataConfig,
     DistillConfig,
@@ -23,7 +24,6 @@ from utils.data.datasets import Dataset, load_dataset
 from utils.data.names import parse_strategy
 from utils.derivatives.choose_engine import Work, check_backend, set_precision
 from utils.errors import UserError
-from utils.files import check_output
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program import ranks, threads
@@ -85,10 +85,9 @@ def check_outputs(config: DataConfig) -> None:
         UserError
     """
     given = {name: value for name, value in as_dict(config).items() if is_path(name, value, type(config))}
-    for name, path in given.items() if ranks.first() else ():
-        kind = about(name, type(config))["writes"]
-        if kind:
-            check_output(f"--{name}", path, kind, {f"--{other}": given[other] for other in given if other != name})
+    if ranks.first():
+        files.check_outputs({f"--{name}": path for name, path in given.items()},
+                            {f"--{name}": kind for name in given if (kind := about(name, type(config))["writes"])})
 
 
 def _check_same_options(config: DataConfig) -> None:
