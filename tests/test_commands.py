@@ -818,8 +818,8 @@ def test_micro_batches_train_the_same_experts(call, toy, toy_experts, tmp_path):
 def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_experts, tmp_path, monkeypatch, option,
                                                              gradient, seconds):
     arguments = [*toy.distil, f"--log_path={tmp_path / 'out'}", option, "--dry_run"]
-    # Seconds: matching one step, matching three, (with --adjoint_steps) training three; then of evaluations.
-    times = iter([2, 6, *[3] * (seconds == 4), 0, 0])
+    # Seconds: matching three steps; matching one (unroll), or training three (--adjoint_steps); then of evaluations.
+    times = iter([6, 2 if seconds == 6 else 3, 0, 0])
     monkeypatch.setattr("distill.estimate._measured", lambda measured, device: (measured(), (next(times), 0))[1])
     done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
     assert f"{gradient} (" in done.stdout and f"an iteration takes about {seconds} s," in done.stdout

@@ -82,7 +82,8 @@ def test_names_are_those_of_the_values_however_they_are_typed(tmp_path):
 
 @pytest.mark.parametrize("options, phrase", [
     ({"lr_img": "30"}, "every option has one value"), ({"lr_img": "30,x"}, "--lr_img x: it must be a valid number"),
-    ({"lr_img": "30,3e1"}, "lr_img=30 would be run twice"), ({"lr_img": "30,"}, "--lr_img '': it must be a valid number"),
+    ({"lr_img": "30,3e1"}, "lr_img=30 would be run twice"),
+    ({"lr_img": "30,"}, "--lr_img '': it must be a valid number"),
     ({"device": "[0,1]"}, "every option has one value")])
 def test_what_cannot_be_swept_is_refused(options, phrase, tmp_path):
     (tmp_path / "a.yaml").write_text("ipc: 1")

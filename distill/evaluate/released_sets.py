@@ -17,7 +17,6 @@ NUS-HPC-AI-Lab/DATM and PAD, gszfwsb/NCFM.)
 """
 
 import contextlib
-import functools
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -109,7 +108,6 @@ def in_space(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
     return replace(distilled, images=dataset.space.from_pixels(distilled.images), mean=(), std=())
 
 
-@functools.cache  # a program asks several times
 def made_with(data_dir: str) -> dict[str, Any]:
     """The options that made the set of `--data_dir`, according to its file, its run's config.yaml, or the names and
     files that another project released; empty if unknown or unreadable (reading the set then reports it)."""
