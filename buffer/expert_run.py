@@ -183,7 +183,8 @@ class ExpertRun:
                             "discard them")
         _check_room(self.config, self.folder, self.model, max(0, self.end_number - self.written), self.unfinished)
         if not self.resumes:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            for path in self.unfinished.glob("*"):  # the folder itself may be a link to another disk
+                files.remove(path)
         files.save_config(self.run_file, self.options | {
             "first_expert": self.first_number, "threads": torch.get_num_threads()})
         for number in range(self.written):  # left by a kill just after a file was written
@@ -268,9 +269,10 @@ class ExpertRun:
         note(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, guessing "
              f"{100 * chance:.1f} %")
         if self._at_chance == MOST_AT_CHANCE:
-            raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give another --lr_teacher (now "
-                            f"{self.config.lr_teacher:g}), a smaller --rho_max (now {self.config.rho_max:g}) or more "
-                            "--train_epochs, with --resume never")
+            rho = f", a smaller --rho_max (now {self.config.rho_max:g})" if self.config.rho_max else ""
+            raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give more --train_epochs or another "
+                            f"--seed with --resume never, or in another --buffer_path another --lr_teacher (now "
+                            f"{self.config.lr_teacher:g}){rho}")
 
     def _write(self, count: int) -> None:
         """Writes a file of the next `count` experts."""

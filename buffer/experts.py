@@ -120,8 +120,10 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: Sav
         network.eval()
         tested = accuracy(partial(model, theta), dataset.test_images, dataset.test_labels)
         if not theta.isfinite().all():
+            rho = f" or --rho_max (now {config.rho_max:g})" if config.rho_max else ""
             raise DivergedError(f"expert {number} diverged in epoch {epoch + 1}: its parameters are no longer finite; "
-                                f"lower --lr_teacher (now {config.lr_teacher:g}) or --rho_max (now {config.rho_max:g})")
+                                f"give another --seed, or in another --buffer_path a lower --lr_teacher (now "
+                                f"{config.lr_teacher:g}){rho}")
         reached = Epoch(epoch + 1, float(kept["total_loss"]) / len(images), float(kept["correct"]) / len(images),
                         tested)
         saved.save(epoch + 1, theta, velocity, network, reached)

@@ -16,13 +16,14 @@ EPSILON = 1e-12
 
 
 def ascent(theta: Tensor, gradient: Tensor, rho: float, adaptive: bool) -> Tensor:
-    """e: the step of length ρ from θ to the worst point nearby (SAM, eq. 2; adaptive: ASAM, eq. 5)."""
+    """e: the step from θ to the worst point nearby, of length ρ (SAM, eq. 2; adaptive, ASAM, eq. 5: after division by
+    |θ|)."""
     if adaptive:
         return rho * theta.square() * gradient / ((theta.abs() * gradient).norm() + EPSILON)
     return rho * gradient / (gradient.norm() + EPSILON)
 
 
-def surrogate_gap(gradient: Tensor, perturbed: Tensor, alpha: float) -> Tensor:
+def descent_direction(gradient: Tensor, perturbed: Tensor, alpha: float) -> Tensor:
     """∇L(θ + e) minus α times the component of ∇L(θ) that is orthogonal to ∇L(θ + e) (GSAM, alg. 1)."""
     norm, norm_perturbed = gradient.norm(), perturbed.norm()
     cosine = torch.dot(gradient, perturbed) / (norm_perturbed * norm + EPSILON)
@@ -49,7 +50,7 @@ def gsam_gradient(model: FlatModel | Engine, theta: Tensor, x: Tensor, y: Tensor
         return loss, logits, gradient
     with frozen_batch_norm_statistics(network or model.network):
         _, _, perturbed = model.gradient(theta + ascent(theta, gradient, rho, adaptive), x, y)
-    return loss, logits, surrogate_gap(gradient, perturbed, alpha)
+    return loss, logits, descent_direction(gradient, perturbed, alpha)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ def expert_files(folder: Path) -> list[Path]:
     return sorted(numbers, key=numbers.__getitem__)
 
 
+BUFFER_PATH = "--buffer_path"  # the option that usually gives a folder of experts
 # Options in which experts of one folder may differ: their number, seed and epochs, and the paths of the folder and the
 # data, as both may have been moved.
 _HOW_MANY = ("num_experts", "save_interval")
@@ -48,7 +49,6 @@ _MAY_DIFFER = (*_HOW_MANY, *_PATHS, "seed", "train_epochs")
 # Entries of a manifest other than the run's options.
 _FACTS = ("fingerprint", "threads", "experts", "sha256")
 # The options that determine which images an expert was trained on.
-BUFFER_PATH = "--buffer_path"  # the option that usually gives a folder of experts
 _DATA = ("dataset", "zca", "val_fraction")
 
 
@@ -64,9 +64,11 @@ def manifests_of(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
-    """The options of the commands that would train a folder's experts anew, in order, as far as manifests tell: files
-    that differ in `num_experts` only are those of one command, for all of their experts. The paths are those of the
-    last file, as the folder may have been moved."""
+    """The options of the commands that would train a folder's experts again, oldest first, as far as manifests tell.
+
+    Consecutive files that differ only in how many experts they hold count as one command for all of them. Paths are
+    those of the last file, as the folder may have been moved.
+    """
     kinds: list[dict[str, Any]] = []
     manifests = list(manifests_of(folder).values())
     paths = {name: manifests[-1][name] for name in _PATHS if manifests and name in manifests[-1]}

@@ -484,7 +484,7 @@ def test_sixteen_bits_and_floats_become_eight(tmp_path, capsys):
     assert "note: ImageFolder: 14 images are of 16 bits or floats, made 8 bits (" in capsys.readouterr().err
     own_images(tmp_path, h=(random_bytes(8, 8, 3), ".png", {}), i=(values // 16, ".png", {}))
     assert torch.equal(read_bytes(tmp_path, res=8)[:7], expected.expand(7, 3, 8, 8))
-    assert "2 images are of 16 bits that use less than 12 of them" in capsys.readouterr().err
+    assert "2 images are of 16 bits that use fewer than 12 of them" in capsys.readouterr().err
     for wrong in (values.astype(np.int32) * 2, -values.astype(np.int32), values.astype(np.float32),
                   np.full((8, 8), np.nan, dtype=np.float32)):
         own_images(tmp_path, j=(wrong, ".tif", {}))

@@ -48,6 +48,9 @@ def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole,
     """It is found in the cache where the set was made, elsewhere beside the set; `pixels` does not need it."""
     photos = torch.rand(2, 3, 8, 8)
     inputs = toy_data.space.from_pixels(photos)
+    photos_as_bytes = (255 * photos).round().to(torch.uint8)  # as torchvision reads them
+    torch.testing.assert_close(toy_data.space.from_pixels(photos_as_bytes),
+                               toy_data.space.from_pixels(photos_as_bytes.double() / 255), rtol=1e-4, atol=1e-4)
     call(EXPORT, whole, "--whitening")
     monkeypatch.setenv("DATM_CACHE", str(tmp_path / "nothing"))
     elsewhere = DistilledSet.load(whole)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from buffer.gsam import ascent, frozen_batch_norm_statistics, gsam_gradient, surrogate_gap
+from buffer.gsam import ascent, descent_direction, frozen_batch_norm_statistics, gsam_gradient
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 
@@ -31,10 +31,10 @@ def test_ascent_has_length_rho():
     assert float((adaptive / theta.abs()).norm()) == pytest.approx(0.3, rel=1e-4)  # in ASAM's scaled norm
 
 
-def test_surrogate_gap_subtracts_what_is_orthogonal():
+def test_descent_direction_subtracts_what_is_orthogonal():
     gradient, perturbed = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])
-    torch.testing.assert_close(surrogate_gap(gradient, perturbed, 0.5), torch.tensor([3.0, -1.0]))
-    torch.testing.assert_close(surrogate_gap(perturbed, perturbed, 0.5), perturbed)
+    torch.testing.assert_close(descent_direction(gradient, perturbed, 0.5), torch.tensor([3.0, -1.0]))
+    torch.testing.assert_close(descent_direction(perturbed, perturbed, 0.5), perturbed)
 
 
 def test_rho_zero_is_the_plain_gradient_to_the_bit():

@@ -115,6 +115,16 @@ def test_an_unfinished_run_of_other_options_is_named(call, unfinished, tmp_path)
     assert "going on" not in done.stdout and not list(tmp_path.rglob("unfinished"))
 
 
+def test_an_unfinished_run_in_a_linked_folder_is_discarded_too(call, unfinished, tmp_path):
+    (folder,) = tmp_path.rglob("unfinished")
+    disk = folder.rename(tmp_path / "disk")
+    folder.symlink_to(disk)
+    (disk / "0").mkdir(exist_ok=True)
+    (disk / "0" / "epoch_3.pt").touch()
+    call("buffer/buffer_FTD.py", *unfinished, "--lr_teacher=0.5", "--resume=never")
+    assert not list(disk.iterdir())
+
+
 def test_trained_experts_are_not_discarded_by_asking_for_fewer(call, toy, tmp_path):
     arguments = [*toy.train, "--save_interval=3", f"--buffer_path={tmp_path}"]
     with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 32):

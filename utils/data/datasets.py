@@ -36,12 +36,13 @@ class ImageSpace(NamedTuple):
     whitening: Whitening | None
 
     def from_pixels(self, images: Tensor) -> Tensor:
-        """Images [n, C, H, W] in [0, 1] → the same in this space.
+        """Images [n, C, H, W] in [0, 1], or of bytes → the same in this space.
 
         Raises:
             UserError: the images have another size or number of channels.
         """
         self._check(images)
+        images = to_unit(images, images.device)
         if self.whitening is not None:
             return self.whitening.apply(images)
         return (images - _per_channel(self.mean, images)) / _per_channel(self.std, images)
@@ -167,7 +168,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     """
     check_dataset_name(name)
     data_path = Path(data_path).expanduser()
-    size = None if res is None else (res, res) if isinstance(res, int) else tuple(map(int, res.split("x")))
+    size = None if res is None else (tuple(map(int, str(res).split("x"))) * 2)[:2]
     try:
         train, test, classes, normal = DATASETS[name](data_path, subset, size, watch)
     except OSError as error:
@@ -178,10 +179,9 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
                         "dataset ImageFolder, which resizes")
     _check_labels(name, "training", train.labels, classes)
     _check_labels(name, "test", test.labels, classes)
-    train_key = _sha256(*train)
     mean, std = normal or _measure(train.images)
     # Fitted before images are held out, so that results with and without a hold-out share one space.
-    whitening = fit(train.images, train_key, device, watch) if zca else None
+    whitening = fit(train.images, _sha256(*train), device, watch) if zca else None
     if val_fraction:
         train, test = _hold_out(train, val_fraction, classes)
     fingerprint = _sha256(name, *train, *test)

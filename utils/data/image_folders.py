@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -244,7 +245,8 @@ def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[st
         return remarks
 
     starts = range(0, len(paths), 64)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # The threads' own use of it, as in torch.load, is not thread-safe and would leave its filters set.
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start, remarks in zip(starts, pool.map(read_some, starts)):
             for remark, path in remarks:
                 notes.image(remark, path)

@@ -33,7 +33,7 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
 TRANSPARENT = "transparent, laid over white"
 TURNED = "turned as the EXIF says"
 DEEP = "of 16 bits or floats, made 8 bits"
-DARK = "of 16 bits that use less than 12 of them, and so nearly black"
+DARK = "of 16 bits that use fewer than 12 of them, and so nearly black"
 FIRST = "the first picture of a file with several"
 
 _one_large = threading.Lock()

@@ -154,7 +154,7 @@ def check_backend(backend: str, device: torch.device) -> None:
         raise UserError("--backend compile needs a C++ compiler (g++ or clang++), and none is on the PATH; install one "
                         "or give --backend eager")
     if backend == "compile" and _why_not_compiled(device):
-        raise UserError(f"--backend compile: {_why_not_compiled(device)}; mend that, or give --backend eager")
+        raise UserError(f"--backend compile: {_why_not_compiled(device)}; fix that, or give --backend auto")
 
 
 def set_precision(precision: str, device: torch.device) -> None:

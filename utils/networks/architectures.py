@@ -269,4 +269,4 @@ def build_network(name: str, channels: int, num_classes: int, image_size: tuple[
 
 def has_batch_norm(network: nn.Module) -> bool:
     """Whether the network has batch norm, whose running statistics are not among its parameters."""
-    return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
