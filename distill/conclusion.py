@@ -27,7 +27,7 @@ from distill.result_files import (
     skipped_advice,
     tested_on,
 )
-from distill.run_state import DRAW_SHARE, Candidate, DistillView, RunState, best_of, frames_of
+from distill.run_state import Candidate, DistillView, RunState, best_of, frames_of
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
@@ -112,11 +112,12 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
                 why = str(error)
             if state is None:
                 note(f"note: {shown(folder.path)} has no {' and no '.join(needed)}, which cannot be made again: {why}")
-        best = best_of(state, device) if state else {}
-        for name in (name for name in lost if name in best):
-            save_best(config, dataset, folder.path, best, name)
-        start = DistilledSet(**state["start"]).to(device) if state else None
-        show_finished(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
+        with noting_failure(folder.path, ", ".join(dict.fromkeys([*needed, *unseen]))):
+            best = best_of(state, device) if state else {}
+            for name in (name for name in lost if name in best):
+                save_best(config, dataset, folder.path, best, name)
+            start = DistilledSet(**state["start"]).to(device) if state else None
+            show_finished(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
     say_it_is(config, folder.path, result)
 
 
@@ -140,15 +141,14 @@ def show_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, path:
 
 
 def show_so_far(run: RunState, view: DistillView) -> None:
-    """Updates the pictures and page of an unfinished run, rarely enough to take at most `DRAW_SHARE` of the time."""
+    """Updates the pictures and page of an unfinished run, no more often than `RunState.drew_for` allows."""
     if not ranks.first() or run.iteration == run.config.Iteration or perf_counter() < run.draw_from:
         return
     path, began = run.folder.path, perf_counter()
     with view.aside("drawing", 1), noting_failure(path, PAGE):
         _save_pictures(run.config, run.dataset, run.distillation.buffer, path, run.start, run.best, run.frames)
         show(read_run(path))
-    ended = perf_counter()
-    run.draw_from = ended + (ended - began) / DRAW_SHARE
+    run.drew_for(perf_counter() - began)
 
 
 def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet,

@@ -127,19 +127,18 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
     check_classes(distilled, dataset, given)
     distilled = checked_set(distilled, dataset, read_from=[given] * 3, factor=config.factor)
     if why := other_space(distilled, dataset):
-        raise UserError(f"--pix_init {config.pix_init}: {why}; give the --zca and the data that it was made with")
+        raise UserError(f"{given}: {why}; give the --zca and the data that it was made with")
     classes, _ = class_indices(distilled, dataset.num_classes)
     if len(distilled.images) != config.ipc * dataset.num_classes:
-        raise UserError(f"--pix_init {config.pix_init} holds {number_of(len(distilled.images), 'image')}; --ipc "
+        raise UserError(f"{given} holds {number_of(len(distilled.images), 'image')}; --ipc "
                         f"{config.ipc} of {dataset.num_classes} classes are {config.ipc * dataset.num_classes}: give "
                         "the --ipc that it was made with")
     # A new run takes each image's class from its place. A learned label may be largest elsewhere, but not most of them.
     in_place = classes == torch.arange(dataset.num_classes).repeat_interleave(len(classes) // dataset.num_classes)
     if float(in_place.float().mean()) < (0.5 if distilled.labels.is_floating_point() else 1):
-        raise UserError(f"--pix_init {config.pix_init}: its images are not sorted by class, {config.ipc} of each; sort "
-                        "them")
+        raise UserError(f"{given}: its images are not sorted by class, {config.ipc} of each; sort them")
     if config.labels != "hard" and not distilled.labels.is_floating_point():
-        raise UserError(f"--pix_init {config.pix_init} holds classes and no soft labels; give --labels hard")
+        raise UserError(f"{given} holds classes and no soft labels; give --labels hard")
     labels = classes if config.labels == "hard" else distilled.labels
     return DistilledSet(distilled.images, labels, distilled.lr)
 

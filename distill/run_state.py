@@ -59,9 +59,13 @@ class RunState:
         self.evaluated = False  # whether this iteration's evaluation is done
         self.best: dict[str, Candidate] = {}
         self.frames = Frames()
-        self.draw_from = perf_counter() + FIRST_DRAWING / DRAW_SHARE  # when pictures and page are next drawn
+        self.drew_for(FIRST_DRAWING)
         self._accuracies: dict[str, Accuracies] = {}  # of the current evaluation
         self._seconds_before, self._began = 0.0, perf_counter()
+
+    def drew_for(self, seconds: float) -> None:
+        """Sets when pictures and page are drawn again, so that drawing takes at most `DRAW_SHARE` of the time."""
+        self.draw_from = perf_counter() + seconds / DRAW_SHARE
 
     @property
     def seconds(self) -> float:
