@@ -131,10 +131,9 @@ def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view
 
 
 def threads_before(folder: Path, config: BufferConfig) -> int | None:
-    """Thread count of the unfinished run that this one resumes, if any; one of an earlier version used all threads."""
+    """Thread count of the unfinished run that this one resumes, if any."""
     path = run_file(folder)
-    return (files.read_config(path).get("threads", torch.get_num_threads())
-            if config.resume == "auto" and path.exists() else None)
+    return files.read_config(path)["threads"] if config.resume == "auto" and path.exists() else None
 
 
 class ExpertRun:
@@ -164,8 +163,8 @@ class ExpertRun:
         if self.resumes:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
             before = files.read_config(self.run_file)
-            self.first_number = before.get("first_expert", self.written)
-            self.last_threads = before.get("threads")  # earlier versions did not save it
+            self.first_number = before["first_expert"]
+            self.last_threads = before["threads"]
         interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
@@ -199,7 +198,7 @@ class ExpertRun:
         if self.resumes:
             say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
                         f"{config.num_experts * config.train_epochs})")
-            if device.type == "cpu" and self.last_threads not in (None, torch.get_num_threads()):
+            if device.type == "cpu" and self.last_threads != torch.get_num_threads():
                 note(f"note: it was last on {number_of(self.last_threads, 'thread')}, and is on "
                      f"{torch.get_num_threads()} now; what follows may be rounded differently")
         elif self.first_number:

@@ -161,7 +161,7 @@ def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network
     if state["theta"].shape != theta.shape:
         raise UserError(f"{saved.folder} holds another network; give --resume never to start over")
     theta.copy_(state["theta"])
-    if velocity is not None and state["momentum"] is not None:  # earlier versions saved none before the first step
+    if velocity is not None:
         velocity.copy_(state["momentum"])
     for name, each in network.named_buffers():
         each.copy_(state["buffers"][name])

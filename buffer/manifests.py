@@ -7,7 +7,7 @@ accuracies; published files have none.
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ from utils.files import read_config
 if TYPE_CHECKING:
     from utils.data.datasets import Dataset
 
-LOOK_SECONDS = 0.2  # between two polls of the threads
 _NAME = re.compile(r"replay_buffer_(\d+)\.pt")
 
 
@@ -179,17 +178,12 @@ def in_words(experts: int, epochs: int) -> str:
 
 def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]:
     """The SHA-256 of each file, by its name."""
-    read: list[int] = []  # bytes read, appended by all threads
-    waiting, shown = True, 0
+    found = {}
     with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # hashing releases the GIL
-        found = [pool.submit(files.sha256, path, read.append) for path in paths]
-        while waiting:
-            _, waiting = wait(found, LOOK_SECONDS)
-            done = sum(read)
-            advance(done - shown)
-            shown = done
-        return {path.name: each.result() for path, each in zip(paths, found)}
+        for path, found[path.name] in zip(paths, pool.map(files.sha256, paths)):
+            advance(path.stat().st_size)
+    return found
 
 
 def is_as_written(path: Path, checksum: str) -> bool:

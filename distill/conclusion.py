@@ -27,7 +27,7 @@ from distill.result_files import (
     skipped_advice,
     tested_on,
 )
-from distill.run_state import Candidate, DistillView, RunState, best_of, frames_of
+from distill.run_state import Candidate, DistillView, RunState, best_of
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
@@ -117,7 +117,8 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
             for name in (name for name in lost if name in best):
                 save_best(config, dataset, folder.path, best, name)
             start = DistilledSet(**state["start"]).to(device) if state else None
-            show_finished(config, dataset, buffer, folder.path, start, best, frames_of(state or {}))
+            show_finished(config, dataset, buffer, folder.path, start, best,
+                          Frames(**state["frames"]) if state else Frames())
     say_it_is(config, folder.path, result)
 
 

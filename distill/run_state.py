@@ -91,7 +91,7 @@ class RunState:
         """Restores a saved state; says at which iteration, and if results may now be rounded differently."""
         device = self.start.images.device
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
-        self.best, self.frames = best_of(state, device), frames_of(state)
+        self.best, self.frames = best_of(state, device), Frames(**state["frames"])
         for batch in state["halved"]:
             self.distillation.buffer.model.halve(batch)
         self.distillation.restore(state["distillation"])
@@ -183,11 +183,6 @@ def best_of(state: dict[str, Any], device: torch.device) -> dict[str, Candidate]
     """The best sets in a run's saved state."""
     return {name: Candidate(saved["iteration"], DistilledSet(**saved["set"]).to(device),
                             [Score(*score) for score in saved["scores"]]) for name, saved in state["best"].items()}
-
-
-def frames_of(state: dict[str, Any]) -> Frames:
-    """The frames in a run's saved state; empty if an earlier version saved it."""
-    return Frames(**state.get("frames", {}))
 
 
 def _after_epoch(tick: Callable[[], None]) -> None:

@@ -53,8 +53,7 @@ class Accuracies:
             with contextlib.suppress(Exception):  # whatever is wrong, the results can be computed again
                 saved = read_json(file)
                 if saved["key"] == key:
-                    counts = saved.get("confusions", {})  # earlier versions saved none
-                    self._found |= {name: Tested(float(accuracy), counts.get(name))
+                    self._found |= {name: Tested(float(accuracy), saved["confusions"][name])
                                     for name, accuracy in saved["accuracies"].items()}
                     self._seconds_before = max(self._seconds_before, float(saved["seconds"]))
                 else:
@@ -127,7 +126,7 @@ class Accuracies:
 def threads_of(path: Path | None) -> int | None:
     """The thread count with which the accuracies in such a file were computed; None: there is none."""
     with contextlib.suppress(Exception):  # whatever is wrong, they can be computed again
-        return int(read_json(path).get("threads", torch.get_num_threads())) if path else None
+        return int(read_json(path)["threads"]) if path else None
 
 
 def key_of(configs: Sequence[TrainConfig], dataset: Dataset, *sets: DistilledSet) -> str:

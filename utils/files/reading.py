@@ -9,15 +9,13 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from utils.errors import UserError, out_of_memory, reason
-
-PART = 1 << 22  # bytes of a file that are read at a time
 
 
 @contextlib.contextmanager
@@ -144,15 +142,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return read_yaml(path)
 
 
-def sha256(path: str | os.PathLike, report: Callable[[int], object] = lambda size: None) -> str:
-    """A file's SHA-256, in hex.
-
-    Args:
-        report: called with the number of bytes of each part read.
-    """
-    digest = hashlib.sha256()
+def sha256(path: str | os.PathLike) -> str:
+    """A file's SHA-256, in hex."""
     with open(path, "rb") as file:
-        while part := file.read(PART):
-            digest.update(part)
-            report(len(part))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
