@@ -12,7 +12,6 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from distill.finished import answer_finished
 from distill.option_checks import check_options
 from utils.config import TeslaConfig
 from utils.program.command_line import parse
@@ -22,10 +21,9 @@ from utils.program.entry import entry
 def main() -> None:
     config = parse(TeslaConfig, __doc__, yaml_file=True)
     check_options(config)
-    if not answer_finished(config):
-        from distill.loop import distill  # imports torch, which takes seconds
+    from distill.loop import distill  # imports torch, which takes seconds
 
-        distill(config)
+    distill(config)
 
 
 if __name__ == "__main__":

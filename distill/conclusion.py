@@ -8,7 +8,6 @@ from buffer.manifests import made_by, test_accuracies
 from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import DistilledSet
-from distill.finished import check_same_data, lost_sets, say_it_is
 from distill.report.commands import LABELLING, evaluation
 from distill.report.frames import Frames
 from distill.report.names import PAGE, PICTURES, SHOWN, missing
@@ -100,9 +99,12 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     Raises:
         UserError: the run was made of other data.
     """
-    result = RunResult.read(folder.result)
-    check_same_data(folder.path, result, data)
-    lost, unseen = lost_sets(folder.path, result), missing(folder.path)
+    result, where = RunResult.read(folder.result), shown(folder.path)
+    if result.data not in (None, data_id(data)):
+        raise UserError(f"{where} is finished, and was made of other images, experts or a different set to start from; "
+                        "restore what it had, or give another --run_name")
+    lost = [name for name in result.versions if not (folder.path / name / WHOLE).exists()]
+    unseen = missing(folder.path)
     if ranks.first() and (lost or unseen):
         state, device = None, dataset.device
         if needed := [f"{name}/{WHOLE}" for name in lost] + [PICTURES] * (PICTURES in unseen):
@@ -111,7 +113,7 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
             except UserError as error:
                 why = str(error)
             if state is None:
-                note(f"note: {shown(folder.path)} has no {' and no '.join(needed)}, which cannot be made again: {why}")
+                note(f"note: {where} has no {' and no '.join(needed)}, which cannot be made again: {why}")
         with noting_failure(folder.path, ", ".join(dict.fromkeys([*needed, *unseen]))):
             best = best_of(state, device) if state else {}
             for name in (name for name in lost if name in best):
@@ -119,7 +121,9 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
             start = DistilledSet(**state["start"]).to(device) if state else None
             show_finished(config, dataset, buffer, folder.path, start, best,
                           Frames(**state["frames"]) if state else Frames())
-    say_it_is(config, folder.path, result)
+    goes_on = config.resume == "auto" and (folder.path / STATE).exists()
+    more = "a larger --Iteration to go on with it, or " if goes_on else ""
+    print(wrapped(f"{where} is finished ({result.summary}); give {more}another --run_name to run it again"))
 
 
 def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[str, Candidate], name: str) -> None:

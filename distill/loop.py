@@ -11,10 +11,9 @@ from distill import checks, estimate, plan, suggest
 from distill.conclusion import conclude, say_finished, show_so_far
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.finished import run_folder
 from distill.initialize import checksums, initial_set, labellers_of
 from distill.report.names import PICTURES, SHOWN
-from distill.result_files import EVALUATION, METRICS, RESULT, VERSIONS
+from distill.result_files import EVALUATION, METRICS, RESULT, VERSIONS, run_folder
 from distill.run_state import DistillView, RunState
 from distill.set_files import WHOLE
 from utils.config import AUTO, DistillConfig

@@ -4,10 +4,13 @@ from pathlib import Path
 
 from buffer.manifests import BUFFER_PATH, buffer_folder, check_same_data, require_experts
 from distill.evaluate.option_checks import check_evaluation
+from distill.result_files import METRICS, RESULT, run_folder
 from utils.config import STARTS, DistillConfig
 from utils.errors import UserError
 from utils.files import check_is_file
 from utils.networks import check_network_name
+from utils.program import ranks
+from utils.program.run_folder import RunFolder
 
 
 def check_options(config: DistillConfig) -> None:
@@ -47,3 +50,5 @@ def check_options(config: DistillConfig) -> None:
         check_same_data(folder, config, option)
     if config.pix_init not in STARTS:
         check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
+    if config.run_name and ranks.size() == 1:  # else the folder is known, or the ranks can agree, only later
+        RunFolder(run_folder(config, {}), config, METRICS, RESULT)  # refuses a run of other options

@@ -31,10 +31,9 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from distill.finished import run_folder
 from distill.option_checks import check_options
 from distill.report.read_run import SavedRun, read_run
-from distill.result_files import METRICS, RESULT, images_tested, tested_on
+from distill.result_files import METRICS, RESULT, images_tested, run_folder, tested_on
 from scripts.common import save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError
