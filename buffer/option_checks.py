@@ -1,6 +1,6 @@
 """Options refused before anything is loaded, including torch."""
 
-from buffer.manifests import buffer_folder, check_same_data, check_same_kind, check_same_run
+from buffer.manifests import buffer_folder, check_same_kind, check_same_run
 from utils.config import BufferConfig
 from utils.data.names import check_dataset_name, parse_strategy
 from utils.errors import UserError
@@ -22,7 +22,5 @@ def check_options(config: BufferConfig) -> None:
     if config.pad and not config.add_end_epoch <= config.rm_epoch_first <= config.rm_epoch_second:
         raise UserError(f"--add_end_epoch {config.add_end_epoch} --rm_epoch_first {config.rm_epoch_first} "
                         f"--rm_epoch_second {config.rm_epoch_second}: give them in rising order")
-    folder = buffer_folder(config)
-    check_same_data(folder, config)
-    check_same_kind(folder, config)
-    check_same_run(folder, config)
+    check_same_kind(buffer_folder(config), config)
+    check_same_run(buffer_folder(config), config)

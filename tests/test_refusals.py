@@ -496,10 +496,11 @@ def test_a_mistake_of_the_programs_is_not_dressed_as_the_users(monkeypatch, caps
 @pytest.mark.parametrize("option, phrase", [("--zca=False", "zca (True there, False here)"),
                                             ("--val_fraction=0.25", "val_fraction (0.0 there, 0.25 here)")])
 def test_experts_of_other_data_are_refused(call, toy, toy_experts, tmp_path, option, phrase):
-    for script, usual in ((DATM, [*toy.distil, f"--log_path={tmp_path}"]), (BUFFER, toy.train),
-                          (BASELINE, [*toy.evaluate, "--pick=correct"])):
+    for script, usual, why in ((DATM, [*toy.distil, f"--log_path={tmp_path}"], "were trained on other data"),
+                               (BUFFER, toy.train, "experts of another kind"),
+                               (BASELINE, [*toy.evaluate, "--pick=correct"], "were trained on other data")):
         done = call(script, *usual, f"--buffer_path={toy_experts}", option, expect=2)
-        check_refusal(done, "were trained on other data", phrase, "another --buffer_path")
+        check_refusal(done, why, phrase, "another --buffer_path")
 
 
 def test_published_experts_without_saved_options_are_taken(call, toy, toy_experts, tmp_path):
