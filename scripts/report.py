@@ -1,9 +1,9 @@
-"""Rebuilds the report page of a run; for several runs, also a page that compares them.
+"""Rebuilds the report page of a run, or makes a page that compares several runs.
 
     python scripts/report.py RUN [RUN …] [--out FILE]
 
-RUN is a run's folder. Its report.html is rebuilt from the files in the folder, and so are missing pictures, from its
-report.safetensors.
+RUN is a run's folder. Of a single one, report.html is rebuilt from the files in the folder, and so are missing
+pictures, from its report.safetensors.
 For an unfinished run, whether still running or stopped, page and pictures are always rebuilt: they show the run as of
 its last log entry, and the images that it last drew. To have the page compare the set with as many real images (random
 or a coreset), put their results into the folder with `baseline.py --json RUN/NAME.json`.
@@ -42,15 +42,14 @@ def main() -> None:
     from distill.report.show import show
 
     runs = [read_run(path) for path in options.runs]
-    out = options.out or (runs[0].path / PAGE if len(runs) == 1 else Path("comparison.html"))
+    run, alone = runs[0], len(runs) == 1
+    out = options.out or (run.path / PAGE if alone else Path("comparison.html"))
     check_outputs({"the page": out}, {"the page": "html"})
-    pages = {out: page(runs[0])} if len(runs) == 1 else {
-        **{run.path / PAGE: page(run) for run in runs}, out: comparison(runs)}
-    for run in runs:
+    text = page(run) if alone else comparison(runs)
+    if alone:
         show(run, [name for name in (missing(run.path) if run.finished else SHOWN) if name != PAGE])
-    for path, text in pages.items():
-        write_text(path, text)
-        print(f"{shown(path)} ({len(text.encode()) / 1e6:.1f} MB)")
+    write_text(out, text)
+    print(f"{shown(out)} ({len(text.encode()) / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_a_set_knows_its_factor_and_its_three_files_are_told(call, toy, toy_expe
 
 def test_what_is_stored_and_what_networks_see_are_shown(call, made, tmp_path):
     page = (made / "report.html").read_text()
-    assert "2 images per class of 2 × 2 smaller ones" in page and page.count('alt="stored image ') == 6
+    assert "2 images per class, each holding 2 × 2 smaller ones" in page and page.count('alt="stored image ') == 6
     assert len(re.findall('alt="distilled image of class [^"]*, image 2, part 4"', page)) == 3
     done = call("scripts/export.py", made, f"--png={tmp_path / 'png'}", "--card")
     assert "6 images of 2 × 2 smaller ones (24 labels)" in done.stdout

@@ -33,7 +33,7 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
         f"Predictions at the last evaluation (iteration {iteration:,}, {which}) by {networks} {score.network} "
         f"network{'s together' if networks > 1 else ''}: {int(counts.sum()):,} in all, {right} of them right.")
     # All classes in order; if there are many, only the best and the worst.
-    many = len(names) > MOST_NAMED
+    many = not _named(names)
     order = own.argsort(descending=True, stable=True).tolist()
     shown = [*order[:WORST], *order[-WORST:]] if many else range(len(names))
     bars = [{"name": names[number], "long": len(names[number]) > LONGEST, "now": 100 * float(own[number]),
@@ -54,8 +54,8 @@ def labels(means: Tensor, names: Sequence[str]) -> Markup:
     """The mean soft label of each class's images, as a heat map."""
     means = means.double()
     own = means.diagonal()
-    words = (f"A class keeps {100 * float(own.mean()):.0f} % of its own label on average, from "
-             f"{100 * float(own.min()):.0f} to {100 * float(own.max()):.0f} %. ")
+    words = (f"On average, the labels of a class give {100 * float(own.mean()):.0f} % to that class "
+             f"({100 * float(own.min()):.0f} to {100 * float(own.max()):.0f} %). ")
     words += _worst(means, names, "Largest shares of another class", "{1} in labels of {0}: {2}", "")
     return draw.charts([heat_map("Mean soft label of each class", means, names, "class of the images",
                                  "class in the label", words)])
@@ -67,7 +67,7 @@ def heat_map(title: str, shares: Tensor, names: Sequence[str], rows: str, column
     strong = (shares / most).clamp(0, 1).sqrt()
     pixels = torch.cat([torch.tensor(COLOUR).view(3, 1, 1).expand(3, count, count),
                         (255 * strong).round()[None]]).byte()
-    named = count <= MOST_NAMED
+    named = _named(names)
     margin = 34 + 8 * (max(min(len(name), LONGEST) for name in names) if named else len(str(count)))
     width, right, top = 440, 8, 6
     side = width - margin - right
@@ -78,7 +78,7 @@ def heat_map(title: str, shares: Tensor, names: Sequence[str], rows: str, column
     shown = range(count) if named else [int(tick) - 1 for tick in ticks(1, count, 8, whole=True)]
     for number in shown:
         at = (number + 0.5) * cell
-        name = escape(_short(names[number]) if named else str(number + 1))
+        name = escape(short(names[number]) if named else str(number + 1))
         marks.append(f'<text x="{margin - 6}" y="{top + at + 4:.1f}" text-anchor="end">{name}</text><text '
                      f'transform="translate({margin + at + 4:.1f} {top + side + 6}) rotate(-90)" text-anchor="end">'
                      f"{name}</text>")
@@ -113,5 +113,10 @@ def _taken_for(row: Tensor, names: Sequence[str], own: int) -> list[Any]:
     return [f"{names[int(place)]} ({100 * float(value):.1f} %)" if value > 0 else "none"]
 
 
-def _short(name: str) -> str:
+def _named(names: Sequence[str]) -> bool:
+    """Whether a map has these names beside it: if they are few, and still differ when they are shortened."""
+    return len(names) <= MOST_NAMED and len(set(map(short, names))) == len(set(names))
+
+
+def short(name: str) -> str:
     return name if len(name) <= LONGEST else f"{name[:LONGEST - 1]}…"

@@ -1,6 +1,7 @@
 """The page of several runs side by side."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -38,7 +39,9 @@ def _table(caption: str, corner: str, columns: dict[str, dict[Any, Any]], absent
 
 
 def _numbers(runs: dict[str, SavedRun]) -> Markup:
-    columns = {name: dict(facts(run)) | {"Folder": code(from_repository(run.path))} for name, run in runs.items()}
+    several = any(len(run.result.versions) > 1 for run in runs.values())
+    columns = {name: dict(facts(run, several)) | {"Folder": code(from_repository(run.path))}
+               for name, run in runs.items()}
     missing = [f"{name}: {what}" for name, run in runs.items() for what in run.missing]
     return joined(_table("What each run reached", "what", columns, "none"),
                   draw.note("Not in these folders:", missing) if missing else Markup(""))
@@ -91,7 +94,7 @@ def _of_class(run: SavedRun, name: str, run_name: str, most: int) -> list[tuple[
 def _distinct_names(runs: Sequence[SavedRun]) -> list[str]:
     """The folders' names, with as many parent folders as it takes to tell them apart."""
     for depth in range(1, max(len(run.path.parts) for run in runs) + 1):
-        names = ["/".join(run.path.parts[-depth:]) for run in runs]
+        names = [str(Path(*run.path.parts[-depth:])) for run in runs]
         if len(set(names)) == len(names):
             return names
     return [f"{number}: {name}" for number, name in enumerate(names, start=1)]

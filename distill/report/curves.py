@@ -13,7 +13,7 @@ from distill.report.svg import Chart, thinned
 from distill.report.template import draw
 from distill.result_files import NORMAL, Iteration, Score
 
-STYLES = 6  # colours and dashes of curves, in report.css
+STYLES, WIDTHS = 6, 3  # colours with their dashes, and widths, of curves, in report.css
 LEVELS = 7  # dashes of reference accuracies, in report.css
 LEAST_ACCURACY = 10.0  # %: the accuracy axis covers at least 0 to this, so that noise looks like noise
 
@@ -24,6 +24,11 @@ def charts(runs: dict[str, SavedRun]) -> list[Markup]:
     drawn = [_losses(runs), _accuracies(runs), _rates(runs),
              *(_window(run, f", {name}" if several else "") for name, run in runs.items()), _skipped(runs)]
     return [chart for chart in drawn if chart]
+
+
+def _style(number: int) -> str:
+    """How a chart's curve of this number looks."""
+    return f"s{number % STYLES} t{number // STYLES % WIDTHS}"
 
 
 def loss_in_words(step: Iteration, form: str = ".3g") -> str:
@@ -42,7 +47,7 @@ def _losses(runs: dict[str, SavedRun]) -> Markup | None:
         spans.append(span)
         if alone and mean:
             chart.line(thinned(points), "raw", "each iteration")
-        chart.line(thinned(mean or points), f"s{number % STYLES}",
+        chart.line(thinned(mean or points), _style(number),
                    (f"mean over {span}" if mean else "each iteration") if alone else name)
         if alone and skipped:
             chart.crosses(thinned([(step.iteration, step.loss) for step in skipped]), "bad", "update skipped")
@@ -54,7 +59,8 @@ def _losses(runs: dict[str, SavedRun]) -> Markup | None:
         words = f" Updates whose loss exceeds {threshold:g} are skipped" + (
             ", and not in the mean; losses above the scale stand at its upper edge." if first.metrics.skipped else ".")
     elif not alone and any(spans):
-        words = f" Running means over {', '.join(f'{span} iterations' for span in dict.fromkeys(spans) if span)}."
+        words = f" Running means over {', '.join(f'{span} iterations' for span in dict.fromkeys(spans) if span)}"
+        words += "." if all(spans) else "; of runs too short for that, every iteration."
     return chart.figure(f"From the first iteration to the last: {_ends(runs, loss_in_words)}.{words}")
 
 
@@ -73,14 +79,19 @@ def _of_each(runs: dict[str, SavedRun], in_words: Callable[[SavedRun], str]) -> 
 def _accuracies(runs: dict[str, SavedRun]) -> Markup | None:
     chart = Chart("Accuracy", "iteration", "accuracy, %", shows=(0.0, LEAST_ACCURACY))
     lines: dict[str, list[tuple[int, Score]]] = {}
-    for run_name, run in runs.items():
+    styles: dict[str, str] = {}
+    further = itertools.count(len(runs))  # a run's first line looks as in the other charts
+    for number, (run_name, run) in enumerate(runs.items()):
         for evaluation in run.metrics.evaluations:
             for score in evaluation.scores:
                 name = (score.network if len(runs) == 1 else f"{run_name}, {score.network}") + (
                     "" if evaluation.set == NORMAL else f", {evaluation.set}")
                 lines.setdefault(name, []).append((evaluation.iteration, score))
-    for number, (name, points) in enumerate(lines.items()):
-        style = f"s{number % STYLES}"
+                if name not in styles:
+                    style = _style(number)
+                    styles[name] = style if style not in styles.values() else _style(next(further))
+    for name, points in lines.items():
+        style = styles[name]
         chart.band([(at, 100 * (score.mean - score.spread), 100 * (score.mean + score.spread))
                     for at, score in points if score.spread is not None], style)
         means = [(at, 100 * score.mean) for at, score in points]
@@ -118,7 +129,7 @@ def _rates(runs: dict[str, SavedRun]) -> Markup | None:
     chart = Chart("Synthetic learning rate α", "iteration", "α")
     for number, (name, run) in enumerate(runs.items()):
         iterations = run.metrics.iterations
-        chart.line(thinned([(step.iteration, step.lr) for step in iterations]), f"s{number % STYLES}",
+        chart.line(thinned([(step.iteration, step.lr) for step in iterations]), _style(number),
                    "" if len(runs) == 1 else name)
         chart.crosses(thinned([(step.iteration, step.lr) for step in iterations if step.held]), "bad",
                      "update held back")
@@ -136,8 +147,9 @@ def _window(run: SavedRun, of_which: str) -> Markup | None:
     lowest = lowest if isinstance(lowest, int) else 0
     chart = Chart(f"Difficulty window{of_which}", "iteration", "start epoch", whole=True)
     # Half an epoch wider on either side, so that dots lie inside; the bound itself is exclusive.
-    chart.band(thinned([(step.iteration, lowest - 0.5, step.bound - 0.5) for step in iterations]), "window",
-               "allowed start epochs", steps=True)
+    allowed = [(step.iteration, lowest - 0.5, step.bound - 0.5) for step in iterations]
+    chart.band(thinned([*allowed, (iterations[-1].iteration + 1, *allowed[-1][1:])]), "window", "allowed start epochs",
+               steps=True)
     chart.dots(thinned([(step.iteration, step.start_epoch) for step in iterations if step.updated]), "s0",
                "drawn, updated", radius=1.2 if len(iterations) > 500 else 2.0)
     chart.crosses(thinned([(step.iteration, step.start_epoch) for step in run.metrics.skipped]), "bad",
@@ -159,5 +171,5 @@ def _skipped(runs: dict[str, SavedRun]) -> Markup | None:
     for number, (name, run) in enumerate(runs.items()):
         counts = itertools.accumulate(not step.updated for step in run.metrics.iterations)
         points = [(step.iteration, count) for step, count in zip(run.metrics.iterations, counts)]
-        chart.line(thinned(points), f"s{number % STYLES}", "" if len(runs) == 1 else name)
+        chart.line(thinned(points), _style(number), "" if len(runs) == 1 else name)
     return chart.figure(f"Skipped: {total}.")

@@ -69,8 +69,9 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     indices, known_by = class_indices(distilled, len(distilled.classes))
     folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
     soft = distilled.labels.is_floating_point()
+    digits = max(2, len(str(int(indices[::tiles].bincount().max()) - 1)))  # so that names sort by number
     for number, (picture, index) in enumerate(zip(pixels, indices[::tiles].tolist())):
-        name = f"{folders[index]}/{count[index]:02d}.png"
+        name = f"{folders[index]}/{count[index]:0{digits}d}.png"
         count[index] += 1
         _save(folder / name, picture)
         rows = slice(number * tiles, (number + 1) * tiles)

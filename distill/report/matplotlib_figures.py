@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.report.classes import short
 from distill.report.curves import LEAST_ACCURACY
 from distill.report.page_pictures import Pictures
 from distill.result_files import NORMAL, Metrics
@@ -27,9 +28,9 @@ def save_images(path: Path, pictures: Pictures) -> None:
     stored = [pictures.stored_of(of_class[:per_class]) for _, of_class in rows]
     pairs = [[*images, *pictures.start[of_class[:per_class]], *pictures.distilled[of_class[:per_class]]]
              for images, (_, of_class) in zip(stored, rows)]
-    side_labels = [shown_name(pictures.classes[number]) for number, _ in rows]
-    top_labels = [word for word, count in (("stored", len(stored[0])), (pictures.began, per_class),
-                                           ("distilled", per_class)) for word in [word, *[""] * (count - 1)][:count]]
+    side_labels = [short(shown_name(pictures.classes[number])) for number, _ in rows]
+    counts = {"stored": len(stored[0]), pictures.began: per_class, "distilled": per_class}
+    top_labels = ["" if at else word for word, count in counts.items() for at in range(count)]
     if per_class == 1:
         pairs, side_labels, top_labels = list(zip(*pairs)), top_labels, side_labels
     # A single mosaic, as separate axes take a second for every fifty images.
@@ -40,7 +41,8 @@ def save_images(path: Path, pictures: Pictures) -> None:
         for across, image in enumerate(row):
             top, left = at * (height + gap), across * (width + gap)
             mosaic[top:top + height, left:left + width] = image.permute(1, 2, 0)
-    with drawing(path, size=(1.2 + 0.9 * len(pairs[0]), 0.3 + 0.9 * len(pairs))) as ((axis,),):
+    size = 1.2 + 0.9 * len(pairs[0]), 0.3 + 0.9 * len(pairs) * (height + gap) / (width + gap)
+    with drawing(path, size=size) as ((axis,),):
         axis.imshow(mosaic[:-gap, :-gap], interpolation="nearest")
         axis.xaxis.tick_top()
         axis.set_xticks([(width + gap) * across + width / 2 for across in range(len(top_labels))], top_labels)
@@ -69,7 +71,10 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
     loss.plot(iterations, [step.loss if step.updated else math.nan for step in steps], color="0.75", linewidth=0.6)
     _, means = metrics.running_mean()
     loss.plot([at for at, _ in means], [mean for _, mean in means], color="C0")
-    skipped = [(step.iteration, step.loss if math.isfinite(step.loss) else threshold) for step in metrics.skipped]
+    # Losses of skipped updates do not widen the scale.
+    top = loss.get_ylim()[1] if any(step.updated for step in steps) else math.inf
+    skipped = [(step.iteration, min(step.loss if math.isfinite(step.loss) else threshold, top))
+               for step in metrics.skipped]
     if skipped:
         loss.scatter(*zip(*skipped), s=6, color="C3", label="skipped")
         loss.legend(fontsize=8)
@@ -87,9 +92,8 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
     lr.set(title="synthetic learning rate α", xlabel="iteration")
 
     window.scatter(iterations, [step.start_epoch for step in steps], s=2, color="C4")
-    window.step(iterations, [step.bound for step in steps], color="0.4", linewidth=0.8, label="bound, exclusive")
-    window.set(title="start epoch", xlabel="iteration")
-    window.legend(fontsize=8)
+    window.step(iterations, [step.bound for step in steps], color="0.4", linewidth=0.8)
+    window.set(title="start epoch, and its bound (exclusive)", xlabel="iteration")
     for axis in (*(each.xaxis for each in axes.flat), window.yaxis):
         axis.get_major_locator().set_params(integer=True)
 

@@ -36,7 +36,7 @@ def page(run: SavedRun) -> str:
     """The page of one run."""
     config = run.config
     ipc, factor = config.get("ipc"), config.get("factor", 1)
-    grid = f" of {factor} × {factor} smaller ones, each with its label" if factor != 1 else ""
+    grid = f", each holding {factor} × {factor} smaller ones with a label each" if factor != 1 else ""
     lead = [config.get("dataset"), config.get("model"), config and f"{number_of(ipc, 'image')} per class{grid}",
             config and f"{config.get('matching')} gradient", run.result.environment.get("date"),
             "" if run.finished else "not finished"]
@@ -57,17 +57,21 @@ def in_words(score: Score) -> str:
     return f"{score.percent} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def facts(run: SavedRun) -> list[tuple[str, str]]:
-    """The numbers that a run is judged by, with their units."""
+def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
+    """The numbers that a run is judged by, with their units.
+
+    Args:
+        compared: beside other runs: with a row for every set, also the best one.
+    """
     result, (name, best) = run.result, run.result.better
     fixed, score, updates = result.fixed_loss, best.scores[0], len(run.metrics.iterations)
     networks = len(score.accuracies)
     of = {NORMAL: "images as they are", EMA: "averaged images (EMA)"}
-    others = {each: other for each, other in result.versions.items() if each != name}
+    others = {each: other for each, other in result.versions.items() if compared or each != name}
     segments = "fixed segments" if fixed.segments is None else number_of(fixed.segments, "fixed segment")
     loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
     return [(f"Best accuracy on the {images_tested(result.chosen_on)} images",
-             in_words(score) + (f", {of[name]}" if others else "")),
+             in_words(score) + (f", {of[name]}" if len(result.versions) > 1 else "")),
             ("Measured on", f"{number_of(networks, 'network')}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
             *((f"Best accuracy of the {of[each]}", in_words(other.scores[0])) for each, other in others.items()),
@@ -128,8 +132,8 @@ def _images(run: SavedRun) -> Markup:
                               "No pictures yet: they are made at an evaluation, but for the first seconds of a run.")
     rows, shown = pictures.rows(), len(pictures.which)
     best = run.result.versions.get(pictures.version, run.result.best)
-    words = draw.about_images(pictures, rows, run.config.get("zca"), run.config.get("labels"), _labels_moved(pictures),
-                              best.iteration)
+    words = draw.about_images(pictures, rows, run.config.get("zca"), run.config.get("labels"),
+                              not pictures.start_labels.equal(pictures.labels), best.iteration)
     if pictures.stored is not None:
         words = joined(words, draw.stored(pictures, pictures.stored_of(range(shown))))
     most = max(map(len, rows.values()))
@@ -140,10 +144,6 @@ def _images(run: SavedRun) -> Markup:
                for number, of_class in rows.items()]
     kind = "beside" if most == 2 else "below"  # two leave room for other classes beside them
     return joined(words, draw.cards_by_class(pictures, classes, kind))
-
-
-def _labels_moved(pictures: Pictures) -> bool:
-    return not pictures.start_labels.equal(pictures.labels)
 
 
 def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> dict[str, Any]:
@@ -164,9 +164,7 @@ def _card(pictures: Pictures, row: int, is_open: bool, alone: bool = True) -> di
 def _bars(pictures: Pictures, row: int) -> tuple[list[dict[str, Any]], str]:
     """The bars of a soft label, for all classes or the likeliest of many, and a line on the others."""
     label = pictures.labels[row]
-    start = pictures.start_labels[row] if _labels_moved(pictures) else None
-    if start is not None and start.equal(label):
-        start = None
+    start = None if pictures.start_labels[row].equal(label) else pictures.start_labels[row]
     many = len(label) > MOST_BARS
     order = label.argsort(descending=True, stable=True)[:LIKELIEST].tolist() if many else range(len(label))
     bars = [{"name": pictures.classes[number], "long": len(pictures.classes[number]) > LONG_NAME,
@@ -190,8 +188,8 @@ def _evolution(run: SavedRun) -> Markup:
     still = io.BytesIO()
     last.save(still, "png", optimize=True)
     names = [pictures.classes[position // pictures.stored_per_class] for position in positions]
-    return draw.evolution(columns, names, *(base64.b64encode(each).decode() for each in (moving, still.getvalue())),
-                          *last.size)
+    return draw.evolution(columns, names, pictures.version != NORMAL,
+                          *(base64.b64encode(each).decode() for each in (moving, still.getvalue())), *last.size)
 
 
 def _labels(run: SavedRun) -> Markup:

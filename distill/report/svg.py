@@ -149,7 +149,7 @@ def _apart(low: float, high: float) -> tuple[float, float]:
 
 def _mark(kind: str, style: str, points: Sequence[Point], radius: float = 2.0, steps: bool = False) -> str:
     if kind == "line":
-        path = [f"{'L' if math.isfinite(before) else 'M'}{x:.1f} {y:.1f}"
+        path = [f"L{x:.1f} {y:.1f}" if math.isfinite(before) else f"M{x:.1f} {y:.1f}h0"  # a point alone is drawn too
                 for (_, before), (x, y) in itertools.pairwise([(0, math.nan), *points]) if math.isfinite(y)]
     elif kind == "band":
         edges = [point for point in points if all(map(math.isfinite, point))]

@@ -32,7 +32,7 @@ def line(text: Any) -> str:
 
 def markdown(text: Any) -> str:
     """Text on one line, with Markdown's special characters escaped."""
-    return re.sub(r"([\\`*\[\]<>|&~$#!])", r"\\\1", line(text))
+    return re.sub(r"([\\`*_\[\]<>|&~$#!])", r"\\\1", line(text))
 
 
 def markdown_code(text: Any) -> str:
