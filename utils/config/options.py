@@ -83,7 +83,8 @@ class DataConfig:
     seed: int = option(MAIN, 0, "the same seed gives the same result")
     zca: bool = option(METHOD, False, "whiten the images (ZCA, eps 0.1)")
     dsa: bool = option(METHOD, True, "augment training batches by DSA")
-    dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "groups of DSA, joined by _")
+    dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "groups of DSA, joined by _",
+                               effect="dsa")
     val_fraction: Fraction = option(METHOD, 0.0, "hold out this share of the training images and test on it instead "
                                     "of on the test images")
     backend: Literal["auto", "plain", "eager", "compile", "graph"] = option(
