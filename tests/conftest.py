@@ -15,6 +15,7 @@ import fakecuda
 import numpy as np
 import pytest
 import torch
+from helpers import handlers_as_before
 from PIL import Image
 
 from utils.data.datasets import load_dataset
@@ -96,6 +97,13 @@ def environment(tmp_path_factory):
             "WANDB_API_KEY": "", "NETRC": os.devnull}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(environment):
+    """The tests' own cache folder, in this process too."""
+    with mock.patch.dict(os.environ, DATM_CACHE=environment["DATM_CACHE"]):
+        yield
+
+
 @pytest.fixture(scope="session")
 def run(environment):
     """`run("distill/DATM.py", "--cfg", …)` runs a program as a separate process in the folder `cwd`."""
@@ -115,19 +123,16 @@ def call(environment):
     def call(script, *arguments, cwd=ROOT, expect=0):
         command = [str(script), *map(str, arguments)]
         out, err, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
-        handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"] or 2))  # empty: not set, on a machine of two cores
         try:
             with (mock.patch.dict(os.environ, environment), mock.patch.object(sys, "argv", command),
                   mock.patch.object(sys, "path", list(sys.path)), contextlib.chdir(cwd),
-                  contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+                  contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), handlers_as_before()):
                 runpy.run_path(command[0], run_name="__main__")
         except SystemExit as stop:
             code = stop.code or 0
         finally:
             torch.set_num_threads(threads)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return expected(subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue()), expect)
 
     return call
@@ -213,7 +218,6 @@ def toy_experts(call, toy, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def toy_data(toy, environment):
+def toy_data(toy):
     """The toy dataset, loaded and whitened."""
-    with mock.patch.dict(os.environ, environment):
-        return load_dataset("ImageFolder", toy.data, res=8, zca=True)
+    return load_dataset("ImageFolder", toy.data, res=8, zca=True)

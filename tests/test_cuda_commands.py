@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_resume import stop_at, tensors_in
+from helpers import stop_at, tensors_in
 
 from distill import distillation
 from utils.files import REPOSITORY

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import handlers_as_before
 
 from distill.evaluate.saved_set import evaluate_files
 from scripts import export, inspect_buffer, report, summary
@@ -21,10 +22,8 @@ from utils.program.entry import entry
 @pytest.fixture(autouse=True)
 def signals_as_before():
     """Restores signal handlers: a program ignores signals at its end, and later child processes would inherit that."""
-    handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with handlers_as_before():
+        yield
 
 
 def test_what_the_parent_ignores_stays_ignored():

@@ -40,11 +40,10 @@ def whole(made, tmp_path):
     return path
 
 
-def test_the_example_of_the_readme_trains_a_network(environment, tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_readme_trains_a_network(tmp_path, monkeypatch, capsys):
     """Run in a folder beside the clone; one real image per class stands for the distilled set."""
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     (example,) = [block for block in blocks if "DistilledSet.load" in block]
-    monkeypatch.setenv("DATM_CACHE", environment["DATM_CACHE"])
     monkeypatch.setattr("sys.path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     data = load_dataset("MiniFashion", "", zca=True)

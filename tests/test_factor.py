@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import check_refusal
 from PIL import Image
 from ranks_worker import MadeUpBuffer
-from test_refusals import check_refusal
 
 from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS, Distillation

@@ -1,6 +1,5 @@
 """Full disks, damaged files, signals: no result is lost. scripts/trials/faults.py injects more faults for real."""
 
-import resource
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import full_disk
 
 from distill.distilled_set import DistilledSet
 from utils.errors import UserError
@@ -15,18 +15,13 @@ from utils.files import REPOSITORY, append_json
 
 
 def test_a_full_disk_is_refused_for_a_whole_set_too(toy_data, tmp_path):
-    """safetensors has its own exception for it. A limit on file sizes stands for the full disk."""
+    """safetensors has its own exception for it."""
     whole = DistilledSet(torch.randn(3, 3, 8, 8), torch.randn(3, 3), torch.tensor(0.01))
     path = tmp_path / "distilled.safetensors"
     whole.save_whole(path, toy_data, {"seed": 0})
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"cannot write .*distilled\.safetensors: .*; free space"):
-            whole.save_whole(path, toy_data, {"seed": 1})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(3_000), pytest.raises(UserError, match=r"cannot write .*distilled\.safetensors: .*; free space"):
+        whole.save_whole(path, toy_data, {"seed": 1})
     assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
@@ -62,14 +57,10 @@ def test_a_line_that_cannot_be_written_whole_is_not_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
     append_json(path, {"iteration": 0})
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
-    try:
+    with full_disk(len(before) + 10):
         for _ in range(2):  # part of it fits, both times
             with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*; free space"):
                 append_json(path, {"note": "a line that is longer"})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
 
 

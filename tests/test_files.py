@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import resource
 import stat
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import zipfile
 
 import pytest
 import torch
+from helpers import full_disk
 
 from utils import files
 from utils.errors import UserError
@@ -134,20 +134,14 @@ def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path):
 @pytest.mark.parametrize("text", [
     True, False])
 def test_a_full_disk_is_refused_and_leaves_the_old_file(tmp_path, text):
-    """A limit on file sizes stands for the full disk: to the writer they look alike."""
     path = tmp_path / "x.pt"
     files.save(torch.arange(3), path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(UserError, match="cannot write .*free space or give another folder"):
-            if text:
-                with files.atomic_write(path) as aside:
-                    aside.write_text("x" * 1_000_000)
-            else:
-                files.save(torch.zeros(1_000_000), path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(20_000), pytest.raises(UserError, match="cannot write .*free space or give another folder"):
+        if text:
+            with files.atomic_write(path) as aside:
+                aside.write_text("x" * 1_000_000)
+        else:
+            files.save(torch.zeros(1_000_000), path)
     assert torch.equal(files.load(path), torch.arange(3)) and listing(tmp_path) == ["x.pt"]
 
 

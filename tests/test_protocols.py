@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 import torch
-from test_refusals import check_refusal
-from test_resume import stop_at
+from helpers import check_refusal, stop_at
 
 from distill.evaluate.parts import RATES
 from distill.evaluate.protocols import known

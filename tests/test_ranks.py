@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import wait_for
 
 from buffer import expert_run
 from distill.checks import check_networks
@@ -54,9 +55,7 @@ def torchrun(start):
 
 def kill_a_rank(process, folder, once_there):
     """Kills torchrun's last rank once a file exists; the job must end soon and say why."""
-    while not list(folder.rglob(once_there)):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_for(lambda: list(folder.rglob(once_there)), process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     began = time.monotonic()
@@ -278,9 +277,7 @@ def test_a_rank_that_is_killed_under_the_programs_own_launcher_is_named(start, t
     code = "import sys; sys.argv = sys.argv[1:]\nfrom utils.program.ranks import launch\nlaunch(2)"
     process = start(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--train_epochs=500",
                     f"--buffer_path={tmp_path}")
-    while not list(tmp_path.rglob("epoch_1.pt")):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: list(tmp_path.rglob("epoch_1.pt")), process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)

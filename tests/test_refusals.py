@@ -1,27 +1,18 @@
 """Every user mistake gives one line that says what was given and what to do, exit code 2, and no files."""
 
-import os
 import shutil
 from unittest import mock
 
 import pytest
 import torch
 import yaml
+from helpers import check_refusal
 from PIL import Image
 
 from utils.program.entry import entry
 
 DATM, BUFFER = "distill/DATM.py", "buffer/buffer_FTD.py"
 EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
-
-
-def check_refusal(done, *phrases):
-    """Asserts that stderr, apart from notes, is one line with the script's name and every phrase."""
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
-    script = next(argument for argument in done.args if argument.endswith(".py"))
-    assert line.startswith(f"{os.path.basename(script)}: error: ")
-    for phrase in phrases:
-        assert phrase in line, line
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import wait_for
 
 from distill.result_files import Best, Evaluation, EvaluationResult, Iteration, RunResult, Score, append_metrics
 from scripts import reproduce
@@ -110,9 +110,7 @@ def unpadded(path):
 def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
     only = ("--jobs=2", "--only", "ipc1_window_*", "ipc2_exact")
     began = subprocess.Popen(**tiny(*only), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not list(tmp_path.glob("out/logged_files/**/metrics.jsonl")):  # a distillation has begun
-        assert began.poll() is None, began.communicate()
-        time.sleep(0.05)
+    wait_for(lambda: list(tmp_path.glob("out/logged_files/**/metrics.jsonl")), began)  # a distillation has begun
     began.send_signal(signal.SIGTERM)
     out, err = began.communicate(timeout=120)
     assert began.returncode == 143 and "Traceback" not in out + err

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import wait_for
 
 from scripts.reproduce_steps import Ledger, Step, run_steps
 from utils.errors import UserError
@@ -129,12 +130,10 @@ def started(folder, how):
     """Starts a driver and returns its process once its worker is running."""
     root = Path(__file__).parent.parent
     process = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder), how], cwd=root, text=True,
-                               env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"}, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     begun = folder / "slow.txt.begun"
-    while not begun.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for(begun.exists, process)
     begun.unlink()
     return process
 

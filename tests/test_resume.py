@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from helpers import handlers_as_before, stop_at, tensors_in
 from safetensors.torch import load_file
 
 from distill import distillation
@@ -28,34 +29,6 @@ from utils.program import interrupt, locks
 from utils.program.interrupt import Stopped
 
 EXPERTS = ["ImageFolder", "ConvNetD1W4"]
-
-
-def stop_at(target, attribute, call_number, at_once=False):
-    """Patches a function so that its call of that number (from 1) sends a SIGINT, like Ctrl-C.
-
-    Args:
-        at_once: send a second one, too, which stops at once.
-    """
-    original, calls = getattr(target, attribute), []
-
-    def counted(*arguments, **options):
-        calls.append(1)
-        for _ in range((1 + at_once) if len(calls) == call_number else 0):
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*arguments, **options)
-    return mock.patch.object(target, attribute, counted)
-
-
-def tensors_in(folder):
-    """The contents of every .pt, .jsonl and .safetensors file below a folder, by name, except checkpoints."""
-    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
-    found = {name: path.read_bytes() for name, path in paths.items()  # a checkpoint holds times
-             if path.suffix in (".pt", ".jsonl") and path.name != "checkpoint.pt"}
-    # Tensors only: the order of the metadata varies.
-    found |= {name: {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
-              for name, path in paths.items() if path.suffix == ".safetensors"}
-    assert found
-    return found
 
 
 # --- experts -------------------------------------------------------------------------------------------------
@@ -195,13 +168,24 @@ def test_experts_that_cannot_fit_are_refused_at_once(call, toy, tmp_path):
 STATEFUL = ["--Iteration=6", "--eval_it=2", "--ema", "--lr_param=log", "--lr_lr=1e-3", "--factor=2", "--run_name=run"]
 
 
-@pytest.fixture
-def distil_to(call, toy, toy_experts, tmp_path):
-    def distil_to(where, *options, expect=0):
-        arguments = [*toy.distil, f"--buffer_path={toy_experts}", *STATEFUL, f"--log_path={tmp_path / where}", *options]
+@pytest.fixture(scope="module")
+def distil_into(call, toy, toy_experts):
+    def distil_into(log_path, *options, expect=0):
+        arguments = [*toy.distil, f"--buffer_path={toy_experts}", *STATEFUL, f"--log_path={log_path}", *options]
         done = call("distill/DATM.py", *arguments, expect=expect)
-        return done, tmp_path.joinpath(where, "ImageFolder", "2", "ConvNetD1W4", "run")
-    return distil_to
+        return done, log_path.joinpath("ImageFolder", "2", "ConvNetD1W4", "run")
+    return distil_into
+
+
+@pytest.fixture
+def distil_to(distil_into, tmp_path):
+    return lambda where, *options, expect=0: distil_into(tmp_path / where, *options, expect=expect)
+
+
+@pytest.fixture(scope="module")
+def whole(distil_into, tmp_path_factory):
+    """The folder of a run that was never stopped; to be read only."""
+    return distil_into(tmp_path_factory.mktemp("whole"))[1]
 
 
 def without_times(result):
@@ -210,8 +194,7 @@ def without_times(result):
 
 @pytest.mark.parametrize("attribute, number", [("match_trajectory", 1), ("match_trajectory", 4), ("evaluate", 1),
                                                ("evaluate", 4), ("evaluate", 6)])
-def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
-    _, whole = distil_to("whole")
+def test_a_distillation_goes_on_to_the_bit(distil_to, whole, attribute, number):
     where = importlib.import_module("distill.run_state" if attribute == "evaluate" else "distill.distillation")
     with stop_at(where, attribute, number):
         done, parts = distil_to("parts", expect=130)
@@ -223,8 +206,7 @@ def test_a_distillation_goes_on_to_the_bit(distil_to, attribute, number):
     assert not (parts / ".lock").exists()
 
 
-def test_a_stop_at_the_very_end_loses_nothing(distil_to):
-    _, whole = distil_to("whole")
+def test_a_stop_at_the_very_end_loses_nothing(distil_to, whole):
     for module, function in (("distill.conclusion", "save_pictures"), ("distill.report.show", "save_curves")):
         with stop_at(importlib.import_module(module), function, 1):
             distil_to(function, expect=130)
@@ -233,8 +215,7 @@ def test_a_stop_at_the_very_end_loses_nothing(distil_to):
         assert {path.name for path in parts.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(distil_to, monkeypatch):
-    _, whole = distil_to("whole")
+def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(distil_to, whole, monkeypatch):
     monkeypatch.setattr("distill.run_state.DRAW_SHARE", 1e9)
     with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
         done, parts = distil_to("parts", expect=130)
@@ -294,8 +275,7 @@ def test_whatever_a_user_has_set_for_pictures_and_named_classes_a_run_finishes(r
     assert "could not" not in done.stderr and all((folder / name).exists() for name in ("images.png", "report.html"))
 
 
-def test_a_finished_run_goes_on_for_more_iterations(distil_to):
-    _, whole = distil_to("whole")
+def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):
     _, parts = distil_to("parts", "--Iteration=4")
     (parts / "evaluation.json").write_text("the test of its set")
     with stop_at(distillation, "match_trajectory", 2):
@@ -423,8 +403,7 @@ def test_no_output_is_an_input_or_another_file(call, toy, toy_experts, distil_to
     assert before == {path: path.read_bytes() for path in before} and not (tmp_path / "x").exists()
 
 
-def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(distil_to):
-    _, whole = distil_to("whole")
+def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(distil_to, whole):
     state = importlib.import_module("distill.distillation").Distillation
     update = state.update
 
@@ -437,17 +416,15 @@ def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(dis
     assert tensors_in(whole) == tensors_in(parts)
 
 
-def test_resume_never_starts_over(distil_to):
-    _, whole = distil_to("whole")
+def test_resume_never_starts_over(distil_to, whole):
     with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
         distil_to("parts", expect=130)
     done, parts = distil_to("parts", "--resume=never")
     assert "going on" not in done.stdout and tensors_in(whole) == tensors_in(parts)
 
 
-def test_networks_of_a_discarded_run_do_not_count(distil_to):
+def test_networks_of_a_discarded_run_do_not_count(distil_to, whole):
     """Not even if another rank's file is left and the set is the same."""
-    _, whole = distil_to("whole")
     with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 2):
         _, parts = distil_to("parts", "--epoch_eval_train=3", expect=130)
     (parts / "Normal.unfinished").rename(parts / "Normal.unfinished.1")
@@ -470,7 +447,7 @@ def test_a_finished_run_is_no_answer_for_other_data(distil_to, toy_experts):
     assert "is finished" in distil_to("parts")[0].stdout
 
 
-def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
+def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path, bomb):
     with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
         _, folder = distil_to("parts", expect=130)
     done, _ = distil_to("parts", "--lr_y=3", expect=2)
@@ -484,26 +461,20 @@ def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path):
     assert "was begun with other data: replay_buffer_2.pt (new); restore what it had, move away" in done.stderr
 
     checkpoint = folder / "checkpoint.pt"
-    whole = checkpoint.read_bytes()
-    for damaged, said in ((whole[:-100], "cannot be read"), (pickled_code(tmp_path), "would run code")):
+    undamaged = checkpoint.read_bytes()
+    torch.save(bomb, tmp_path / "bomb.pt")
+    code = (tmp_path / "bomb.pt").read_bytes()
+    for damaged, said in ((undamaged[:-100], "cannot be read"), (code, "would run code")):
         checkpoint.write_bytes(damaged)
         done, _ = distil_to("parts", expect=2)
-        assert said in done.stderr and "--resume never" in done.stderr
+        assert said in done.stderr and "--resume never" in done.stderr and not bomb.went_off
     torch.save([1], checkpoint)
     done, _ = distil_to("parts", expect=2)
     assert "not a checkpoint" in done.stderr
-    checkpoint.write_bytes(whole)
+    checkpoint.write_bytes(undamaged)
     (folder / "metrics.jsonl").write_text("")
     done, _ = distil_to("parts", expect=2)
     assert "is gone, or shorter" in done.stderr
-
-
-def pickled_code(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.system, ("false",)
-    torch.save(Code(), tmp_path / "code.pt")
-    return (tmp_path / "code.pt").read_bytes()
 
 
 def test_an_unroll_that_cannot_fit_is_refused_at_once(distil_to):
@@ -620,8 +591,7 @@ def test_a_lock_is_let_go_of_by_a_process_that_is_killed(tmp_path):
 
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
 def test_the_first_signal_waits_and_the_second_does_not(number, capfd):
-    before = {each: signal.getsignal(each) for each in interrupt.SIGNALS}
-    try:
+    with handlers_as_before():
         interrupt.install()
         with pytest.raises(Stopped) as stopped, interrupt.deferred():
             os.kill(os.getpid(), number)
@@ -638,9 +608,6 @@ def test_the_first_signal_waits_and_the_second_does_not(number, capfd):
         interrupt.install()
         with pytest.raises(Stopped):  # outside `deferred`, the first signal stops at once
             os.kill(os.getpid(), number)
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 # --- memory --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import os
 import subprocess
 
 import pytest
+from helpers import wait_for
 
 from utils.files import REPOSITORY, save_config
 
@@ -34,8 +35,7 @@ def test_a_job_that_was_warned_is_queued_again_unless_it_finished(slurm, tmp_pat
     srun.write_text(SRUN.format(code=code))
     srun.chmod(0o755)
     job = slurm("distil")
-    while not (tmp_path / "begun").exists():
-        assert job.poll() is None
+    wait_for((tmp_path / "begun").exists, job)
     job.terminate()
     out, _ = job.communicate(timeout=30)
     assert job.returncode == code and out.strip() == queued

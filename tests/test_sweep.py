@@ -4,10 +4,10 @@ import json
 import signal
 import sys
 import threading
-import time
 from unittest import mock
 
 import pytest
+from helpers import handlers_as_before, wait_for
 
 from scripts import sweep
 from utils.errors import UserError
@@ -103,21 +103,18 @@ def child(tmp_path, monkeypatch):
                       "    sys.exit(128 + number)\n"
                       "signal.signal(signal.SIGTERM, save)\n(folder / 'begun').touch()\ntime.sleep(60)\n")
     monkeypatch.setattr(sweep, "DATM", str(script))
-    handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-    interrupt.install()
-    yield lambda **options: sweep.run_to_its_end(sweep.Run("a=1", {}, options, mock.Mock()))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with handlers_as_before():
+        interrupt.install()
+        yield lambda **options: sweep.run_to_its_end(sweep.Run("a=1", {}, options, mock.Mock()))
     interrupt._received = None
 
 
 def test_a_signal_is_handed_to_the_run_which_saves(child, tmp_path):
     def tell():
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.05)
+        wait_for((tmp_path / "begun").exists)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
-    threading.Thread(target=tell).start()
+    threading.Thread(target=tell, daemon=True).start()
     with pytest.raises(interrupt.Stopped) as stopped:
         child()
     assert stopped.value.signal == signal.SIGTERM and (tmp_path / "saved").exists()

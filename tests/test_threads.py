@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from test_resume import stop_at
+from helpers import stop_at
 
 from utils.errors import number_of
 from utils.networks import build_network

@@ -1,0 +1,80 @@
+"""What several test files do."""
+
+import contextlib
+import os
+import resource
+import signal
+import time
+from unittest import mock
+
+from safetensors.torch import load_file
+
+from utils.program import interrupt
+
+
+def check_refusal(done, *phrases):
+    """Asserts that stderr, apart from notes, is one line with the script's name and every phrase."""
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
+    script = next(argument for argument in done.args if argument.endswith(".py"))
+    assert line.startswith(f"{os.path.basename(script)}: error: ")
+    for phrase in phrases:
+        assert phrase in line, line
+
+
+def stop_at(target, attribute, call_number, at_once=False):
+    """Patches a function so that its call of that number (from 1) sends a SIGINT, like Ctrl-C.
+
+    Args:
+        at_once: send a second one, too, which stops at once.
+    """
+    original, calls = getattr(target, attribute), []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        for _ in range((1 + at_once) if len(calls) == call_number else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **options)
+    return mock.patch.object(target, attribute, counted)
+
+
+def tensors_in(folder):
+    """The contents of every .pt, .jsonl and .safetensors file below a folder, by name, except checkpoints."""
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
+    found = {name: path.read_bytes() for name, path in paths.items()  # a checkpoint holds times
+             if path.suffix in (".pt", ".jsonl") and path.name != "checkpoint.pt"}
+    # Tensors only: the order of the metadata varies.
+    found |= {name: {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+              for name, path in paths.items() if path.suffix == ".safetensors"}
+    assert found
+    return found
+
+
+def wait_for(ready, process=None, seconds=300):
+    """Waits until `ready()` is true; fails if a process ends before, or at a deadline."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"not ready after {seconds} s"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Inside, no file can grow beyond `size` bytes; to a writer, that looks like a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def handlers_as_before():
+    """Restores the handlers of signals at its end."""
+    handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
