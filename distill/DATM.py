@@ -18,8 +18,8 @@ from utils.program.command_line import parse
 from utils.program.entry import entry
 
 
-def main() -> None:
-    config = parse(DistillConfig, __doc__, yaml_file=True)
+def main(config_type: type[DistillConfig] = DistillConfig, description: str = __doc__) -> None:
+    config = parse(config_type, description, yaml_file=True)
     check_options(config)
     from distill.loop import distill  # imports torch, which takes seconds
 

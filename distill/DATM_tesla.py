@@ -4,27 +4,14 @@
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.program.process_settings import tune_process
-
-tune_process()  # before torch is imported
-
-from distill.option_checks import check_options
+from distill.DATM import main
 from utils.config import TeslaConfig
-from utils.program.command_line import parse
 from utils.program.entry import entry
 
-
-def main() -> None:
-    config = parse(TeslaConfig, __doc__, yaml_file=True)
-    check_options(config)
-    from distill.loop import distill  # imports torch, which takes seconds
-
-    distill(config)
-
-
 if __name__ == "__main__":
-    entry(main)
+    entry(partial(main, TeslaConfig, __doc__))

@@ -27,7 +27,7 @@ from distill.result_files import (
     tested_on,
 )
 from distill.run_state import Candidate, DistillView, RunState, best_of
-from distill.set_files import WHOLE
+from distill.set_files import PUBLISHED, WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
 from utils.errors import UserError, number_of
@@ -103,11 +103,12 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     if result.data not in (None, data_id(data)):
         raise UserError(f"{where} is finished, and was made of other images, experts or a different set to start from; "
                         "restore what it had, or give another --run_name")
-    lost = [name for name in result.versions if not (folder.path / name / WHOLE).exists()]
+    lost = [f"{name}/{file}" for name in result.versions for file in (WHOLE, *PUBLISHED)
+            if not (folder.path / name / file).exists()]
     unseen = missing(folder.path)
     if ranks.first() and (lost or unseen):
         state, device = None, dataset.device
-        if needed := [f"{name}/{WHOLE}" for name in lost] + [PICTURES] * (PICTURES in unseen):
+        if needed := lost + [PICTURES] * (PICTURES in unseen):
             try:  # only these need the checkpoint; the others are made from the folder's files
                 state, why = folder.saved_state, f"there is no {STATE}"
             except UserError as error:
@@ -116,7 +117,7 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
                 note(f"note: {where} has no {' and no '.join(needed)}, which cannot be made again: {why}")
         with noting_failure(folder.path, ", ".join(dict.fromkeys([*needed, *unseen]))):
             best = best_of(state, device) if state else {}
-            for name in (name for name in lost if name in best):
+            for name in best.keys() & {each.split("/")[0] for each in lost}:
                 save_best(config, dataset, folder.path, best, name)
             start = DistilledSet(**state["start"]).to(device) if state else None
             show_finished(config, dataset, buffer, folder.path, start, best,

@@ -1,9 +1,9 @@
 """How much time and memory a distillation will take on this machine, extrapolated from a few measured steps."""
 
+import math
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 
@@ -28,6 +28,7 @@ from utils.errors import number_of
 from utils.loss_and_accuracy import accuracy
 from utils.memory import peak, reset_peak
 from utils.parameters import FlatModel
+from utils.program import ranks
 from utils.program.console import duration
 from utils.program.device import describe
 from utils.program.prepare import drawer, dsa_groups
@@ -37,31 +38,12 @@ FEW, MORE = 1, 3  # inner steps of the two measurements
 LR = 0.01  # any value; the time does not depend on it
 
 
-class Estimate(NamedTuple):
-    """Seconds and bytes; the evaluation is measured on the matched network, which stands for all of its pool."""
-
-    iteration: float
-    iterations: int
-    evaluation: float
-    evaluations: int
-    matching_bytes: float
-    data_bytes: int  # on the device
-
-    def __str__(self) -> str:
-        seconds = self.iteration * self.iterations + self.evaluation * self.evaluations
-        return (f"an iteration takes about {duration(self.iteration)}, {number_of(self.iterations, 'iteration')} "
-                f"{duration(self.iteration * self.iterations)}\n"
-                f"an evaluation takes about {duration(self.evaluation)}, {number_of(self.evaluations, 'evaluation')} "
-                f"{duration(self.evaluation * self.evaluations)}\n"
-                f"matching takes about {self.matching_bytes / 1e9:.2g} GB beside {self.data_bytes / 1e9:.2g} GB of "
-                f"data; the whole run about {duration(seconds)}")
-
-
-def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estimate:
-    """Measures a few inner steps, one epoch of an evaluation and one test pass; compile time is not included."""
+def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
+    """Measures a few inner steps, one epoch of an evaluation and one test pass; compile time is not included, nor is
+    what several ranks send each other. The matched network stands for all of the evaluation's pool."""
     device = dataset.device
     samples = num_samples(config, dataset)
-    batch = batch_size(config, dataset)
+    batch = math.ceil(batch_size(config, dataset) / ranks.size())  # a rank's share
     random = generator(config.seed, "estimate")
     rows = torch.arange(samples, device=device) % len(dataset.train_images)
     images = dataset.train_images[rows]
@@ -102,12 +84,19 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> Estim
     seconds_test, _ = _measured(lambda: accuracy(lambda x: model(theta, x), dataset.test_images, dataset.test_labels),
                                 device)
     state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
-    return Estimate((more_seconds * matched + train_seconds * alone) / MORE, config.Iteration,
-                    networks(config) * ((config.epoch_eval_train + 1) * seconds_epoch + seconds_test),
-                    evaluations(config),
-                    captured + more_bytes + maps + (config.syn_steps - MORE) * step_bytes + state,
-                    sum(each.nbytes for each in (dataset.train_images, dataset.test_images)
-                        if isinstance(each, torch.Tensor)))  # `HostImages` take no GPU memory
+    iteration = (more_seconds * matched + train_seconds * alone) / MORE
+    evaluation = len(ranks.deal(range(networks(config)))) * (
+        (config.epoch_eval_train + 1) * seconds_epoch + seconds_test)
+    of_all = iteration * config.Iteration, evaluation * evaluations(config)
+    matching_bytes = captured + more_bytes + maps + (config.syn_steps - MORE) * step_bytes + state
+    data_bytes = sum(each.nbytes for each in (dataset.train_images, dataset.test_images)
+                     if isinstance(each, torch.Tensor))  # `HostImages` take no GPU memory
+    return (f"an iteration takes about {duration(iteration)}, {number_of(config.Iteration, 'iteration')} "
+            f"{duration(of_all[0])}\n"
+            f"an evaluation takes about {duration(evaluation)}, {number_of(evaluations(config), 'evaluation')} "
+            f"{duration(of_all[1])}\n"
+            f"matching takes about {matching_bytes / 1e9:.2g} GB beside {data_bytes / 1e9:.2g} GB of data; the whole "
+            f"run about {duration(sum(of_all))}")
 
 
 def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:

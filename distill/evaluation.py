@@ -6,10 +6,10 @@
         --data_dir …/Normal/images_best.pt --label_dir …/Normal/labels_best.pt --lr_dir …/Normal/lr_best.pt
 
 RUN is a run's folder; the better of its best sets (Normal/, EMA/) is taken. --dataset, --subset, --model, --res, --zca,
---data_path and --buffer_path default to what the set was made with, as recorded in the set or in its run's config.yaml.
-The command line overrides them; a note says if dataset, size or whitening then differ from the set's. All other options
-are this program's own: --epoch_eval_train and --batch_train are not taken from the run, and the set is tested on the
-test images unless --val_fraction is given.
+--factor, --data_path and --buffer_path default to what the set was made with, as recorded in the set or in its run's
+config.yaml. The command line overrides them; a note says if dataset, size or whitening then differ from the set's. All
+other options are this program's own: --epoch_eval_train and --batch_train are not taken from the run, and the set is
+tested on the test images unless --val_fraction is given.
 
 --data_dir also takes what other projects released (DC, DSA, DM, MTT, FTD, TESLA, DATM, PAD, NCFM), as a file or the
 folder that holds it. --protocol datm|mtt|dc sets epochs, batch, learning rate and augmentation where these are not

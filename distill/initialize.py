@@ -109,7 +109,8 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     else:
         labels, unknown = expert_labels(model, experts(), samples, classes)
         if unknown:
-            notes.append(f"{number_of(unknown, 'image')} that no expert predicts correctly "
+            kind = "image" if config.factor == 1 else "smaller image"
+            notes.append(f"{number_of(unknown, kind)} that no expert predicts correctly "
                          f"{'has' if unknown == 1 else 'have'} the mean label of all experts")
     lr = math.nan if config.lr_teacher == AUTO else config.lr_teacher
     return DistilledSet(images, labels, torch.tensor(lr)).to("cpu"), notes
@@ -138,7 +139,7 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
     if float(in_place.float().mean()) < (0.5 if distilled.labels.is_floating_point() else 1):
         raise UserError(f"{given}: its images are not sorted by class, {config.ipc} of each; sort them")
     if config.labels != "hard" and not distilled.labels.is_floating_point():
-        raise UserError(f"{given} holds classes and no soft labels; give --labels hard")
+        raise UserError(f"{given} holds classes and no soft labels; give a set with soft labels, or --labels hard")
     labels = classes if config.labels == "hard" else distilled.labels
     return DistilledSet(distilled.images, labels, distilled.lr)
 

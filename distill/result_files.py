@@ -96,8 +96,8 @@ class Iteration:
     lr: float  # α after the iteration
     start_epoch: int
     bound: int  # exclusive upper bound of the start epochs that could be drawn
-    held: bool = False  # whether α was held back
-    expert: int | None = None
+    held: bool  # whether α was held back
+    expert: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Evaluation:
 
     iteration: int
     scores: Scores
-    set: str = NORMAL  # one of VERSIONS
+    set: Literal["Normal", "EMA"] = NORMAL  # VERSIONS
 
 
 def append_metrics(path: Path, line: Iteration | Evaluation) -> None:

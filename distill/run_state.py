@@ -135,7 +135,8 @@ class RunState:
 
     def keep_best(self, scores: dict[str, list[Score]], view: "DistillView") -> None:
         """Records an evaluation, writes each set that is the best so far, and saves the state."""
-        for name, distilled in self.distillation.versions().items():
+        versions = self.distillation.versions()
+        for name, distilled in versions.items():
             now = Candidate(self.iteration, distilled, scores[name])
             if name not in self.best or now.scores[0].mean > self.best[name].scores[0].mean:
                 self.best[name] = now
@@ -143,7 +144,7 @@ class RunState:
             self.log(Evaluation(self.iteration, scores[name], name))
             which = "" if name == NORMAL else f", {name}"
             view.say(f"iteration {self.iteration}{which}: {', '.join(map(str, scores[name]))}")
-        normal = self.distillation.versions()[NORMAL]
+        normal = versions[NORMAL]
         self.frames.add(self.iteration, normal, self.dataset)
         self.tracker.log_scores(self.iteration, scores[NORMAL])
         self.tracker.log_set(self.iteration, normal.images, float(normal.lr), self.dataset, self.config.ipc,

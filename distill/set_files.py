@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from distill.result_files import METRICS, NORMAL, RESULT, Metrics, RunResult, result_so_far
+from distill.result_files import METRICS, NORMAL, RESULT, VERSIONS, Metrics, RunResult, result_so_far
 from utils import files
 
 WHOLE = "distilled.safetensors"  # the self-describing file
+PUBLISHED = "images_best.pt", "labels_best.pt", "lr_best.pt"  # the same set, as published
 
 
 def sets_in(folder: Path) -> list[Path]:
@@ -26,13 +27,15 @@ def set_files(data_dir: str) -> tuple[str, str, str] | None:
     path = Path(data_dir)
     if data_dir and (whole := whole_set(path)) != path:
         return str(whole), "", ""
-    version = path / _better(path)
-    published = [version / f"{name}_best.pt" for name in ("images", "labels", "lr")]
+    published = [path / _better(path) / name for name in PUBLISHED]
     return tuple(map(str, published)) if data_dir and all(file.is_file() for file in published) else None
 
 
 def _better(path: Path) -> str:
-    """Which of a run's best sets is the better one: by its result, or by its log so far."""
+    """Which of a run's best sets is the better one: if there are both, by its result, or by its log so far."""
+    there = [name for name in VERSIONS if (path / name).is_dir()]
+    if len(there) < 2:
+        return (there or [NORMAL])[0]
     result, log = path / RESULT, path / METRICS
     if result.is_file():
         return RunResult.read(result).better[0]

@@ -33,27 +33,18 @@ def check_set(config: EvaluationConfig) -> None:
     Raises:
         UserError
     """
-    if config.robust_score:
-        check_robust(config)
+    # The robust score compares with and without these.
+    for name in ("hard_labels", "no_aug"):
+        if config.robust_score and getattr(config, name):
+            raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
+    if config.robust_score and (config.lr_teacher == AUTO or "," in config.protocol):
+        raise UserError(f"--robust_score beside --lr_teacher {config.lr_teacher} --protocol {config.protocol}: give a "
+                        "number, which is for all real images, and one protocol")
     check_evaluation(config)
     check_given(config.data_dir, "--data_dir", IMAGES)
     path = Path(config.data_dir)
     if not path.exists():
         check_whole(path) if path.suffix == ".safetensors" else check_is_file(path, "--data_dir file", IMAGES)
-
-
-def check_robust(config: EvaluationConfig) -> None:
-    """Refuses options that contradict `--robust_score`.
-
-    Raises:
-        UserError
-    """
-    for name in ("hard_labels", "no_aug"):
-        if getattr(config, name):
-            raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
-    if config.lr_teacher == AUTO or "," in config.protocol:
-        raise UserError(f"--robust_score beside --lr_teacher {config.lr_teacher} --protocol {config.protocol}: give a "
-                        "number, which is for all real images, and one protocol")
 
 
 def check_given(path: str, option: str, usual_name: str) -> None:

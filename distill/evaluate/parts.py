@@ -48,20 +48,21 @@ def held_out(dataset: Dataset, used: Tensor, random: torch.Generator) -> Dataset
     """The dataset with a share of its training images, none of them in `used`, in place of the test images.
 
     Raises:
-        UserError: all training images are used.
+        UserError: of some class, fewer images are left than that share.
     """
     left = torch.ones(len(dataset.train_labels), dtype=torch.bool)
     left[used.cpu()] = False
     chosen = []
-    for label in range(dataset.num_classes):
+    for label, name in enumerate(dataset.classes):
         members = dataset.class_indices(label).cpu()
         count = max(1, round(HELD_OUT * len(members)))
         members = members[left[members]]
+        if len(members) < count:
+            raise UserError(f"--robust_score: the random images to compare with leave {len(members)} of class {name}, "
+                            f"and the learning rates are chosen on {count} others; give a smaller --num_eval, as each "
+                            "network has random images of its own, or a smaller set")
         chosen.append(members[torch.randperm(len(members), generator=random)[:count]])
     indices = torch.cat(chosen).to(dataset.train_labels.device)
-    if not len(indices):
-        raise UserError("--robust_score: the set holds as many images as the training set, which leaves none to choose "
-                        "the learning rates of the comparison on; give a smaller set")
     return replace(dataset, test_images=dataset.train_images[indices], test_labels=dataset.train_labels[indices])
 
 

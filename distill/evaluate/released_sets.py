@@ -118,10 +118,6 @@ def made_with(data_dir: str) -> dict[str, Any]:
         path = Path(images)
         if path.suffix == ".safetensors" and (config := DistilledSet.load(path).config):
             return {name: value for name, value in config.items() if name != "label_kind"}  # its labels are logits
-        with contextlib.suppress(UserError, OSError, ValueError):
-            options = files.read_config(path.parent.parent / "config.yaml")
-            if {"dataset", "model"} <= options.keys():  # it may be another project's file
-                return options
         if of_dc := _OF_DC.fullmatch(path.name):
             method, dataset, model = of_dc.groups()
             told: dict[str, Any] = {"zca": False} | ({"method": method} if method else {})
@@ -130,6 +126,10 @@ def made_with(data_dir: str) -> dict[str, Any]:
                 check_network_name(model)
                 told |= {"dataset": dataset, "model": model}
             return told
+        with contextlib.suppress(UserError, OSError, ValueError):
+            options = files.read_config(path.parent.parent / "config.yaml")
+            if {"dataset", "model"} <= options.keys():  # it may be another project's file
+                return options
         told = {}
         named = re.fullmatch(r"(?:ema_)?images_(?:best|\d+)\.pt", path.name)
         if named and any(path.parent.glob("images_zca_*.pt")):

@@ -19,7 +19,6 @@ from utils.config.options import HOW_MUCH, OWN_SIZES, DataConfig
 from utils.errors import UserError, shortened
 from utils.files import REPOSITORY
 
-YAML_FAILURES = (yaml.YAMLError, ValueError, RecursionError)  # UnicodeDecodeError is a ValueError
 Config = TypeVar("Config", bound=DataConfig)
 
 
@@ -59,7 +58,7 @@ def _spelt(name: str, value: Any, config_type: type) -> Any:
     if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
         return None
     if isinstance(value, str) and value.startswith("[") and list[int] in typing.get_args(hint):
-        with contextlib.suppress(*YAML_FAILURES):
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
             return yaml.load(value, yaml.BaseLoader)
     if isinstance(value, str) and re.fullmatch(r"[+-]?\.inf", value, re.IGNORECASE):  # as YAML writes infinity
         return value.replace(".", "")

@@ -1,5 +1,6 @@
 """Files of tensors, read without running code and written atomically."""
 
+import json
 import os
 import pickle
 import warnings
@@ -82,6 +83,14 @@ def save(value: object, path: str | os.PathLike) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, which holds data only, never code."""
+    """Writes a safetensors file, which holds data only, never code; equal contents give equal bytes."""
     with atomic_write(path) as aside:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        with aside.open("r+b") as file:  # its metadata are in random order, in a JSON header after an 8-byte length
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+            assert len(written) == length
+            file.seek(8)
+            file.write(written)
