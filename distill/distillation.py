@@ -82,33 +82,8 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
     return (segment.own(config.factor**2) if ranks.size() > 1 else segment).to(device)
 
 
-class SGD:
-    """SGD with one tensor per group; bit-identical to torch.optim.SGD, whose import takes seconds.
-
-    Args:
-        groups: (tensor, learning rate, momentum) each.
-    """
-
-    def __init__(self, groups: Sequence[tuple[Tensor, float, float]]):
-        self.groups = groups
-        self.velocity = {tensor: torch.zeros_like(tensor) for tensor, _, momentum in groups if momentum}
-
-    def step(self) -> None:
-        for tensor, lr, momentum in self.groups:
-            sgd_step(tensor, tensor.grad, self.velocity.get(tensor), lr, momentum)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's: by the number of the group."""
-        return {"state": {number: {"momentum_buffer": self.velocity[tensor]}
-                          for number, (tensor, *_) in enumerate(self.groups) if tensor in self.velocity}}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        for number, state in saved["state"].items():
-            self.velocity[self.groups[number][0]].copy_(state["momentum_buffer"])
-
-
 class Distillation:
-    """The set, its optimiser and its counters; `draw`, `match` and `learn` are one iteration.
+    """The set, its SGD and its counters; `draw`, `match` and `learn` are one iteration.
 
     Several ranks share the work: each updates only the images and labels that it owns, and the other rows are stale
     until `merge`. α is the same on all ranks.
@@ -130,9 +105,13 @@ class Distillation:
         given = config.lr_teacher != AUTO and config.pix_init in STARTS
         first = config.lr_teacher if given else float(start.lr)
         scale = 1 / first**2 if self.learns_log else 1.0
-        learned = [(self.set.labels, config.lr_y, config.Momentum_y)] if config.learns_labels else []
-        self.optimiser = SGD([(self.set.images, config.lr_img, MOMENTUM), (self.rate, config.lr_lr * scale, MOMENTUM),
-                              *learned])
+        # What SGD updates: tensor, learning rate and momentum.
+        self.learned = {"images": (self.set.images, config.lr_img, MOMENTUM),
+                        "rate": (self.rate, config.lr_lr * scale, MOMENTUM)}
+        if config.learns_labels:
+            self.learned["labels"] = self.set.labels, config.lr_y, config.Momentum_y
+        self.velocity = {name: torch.zeros_like(tensor) if momentum else None
+                         for name, (tensor, _, momentum) in self.learned.items()}
 
     def draw(self, iteration: int) -> Segment:
         """The segment that this iteration matches."""
@@ -190,11 +169,12 @@ class Distillation:
                          segment.expert)
 
     def update(self, match: Match) -> None:
-        """One SGD step on images, α and, if learned, labels; each with its own rate, as published."""
-        self.set.images.grad = match.grad_images
-        self.set.labels.grad = match.grad_labels
-        self.rate.grad = match.grad_lr * self.set.lr if self.learns_log else match.grad_lr  # ∂/∂log α = α ∂/∂α
-        self.optimiser.step()
+        """One SGD step on images, α and, if learned, labels; each with its own rate, as published. Bit-identical to
+        torch.optim.SGD, whose import takes seconds."""
+        gradients = {"images": match.grad_images, "labels": match.grad_labels,
+                     "rate": match.grad_lr * self.set.lr if self.learns_log else match.grad_lr}  # ∂/∂log α = α ∂/∂α
+        for name, (tensor, lr, momentum) in self.learned.items():
+            sgd_step(tensor, gradients[name], self.velocity[name], lr, momentum)
         if self.learns_log:
             self.set.lr.copy_(self.rate.exp())
         if self.ema is not None:
@@ -204,30 +184,31 @@ class Distillation:
         """Resets α to `lr` and drops its momentum, which would push it out of range again."""
         self.set.lr.fill_(lr)
         self.rate.copy_(self.set.lr.log() if self.learns_log else self.set.lr)
-        self.optimiser.velocity[self.rate].zero_()
+        self.velocity["rate"].zero_()
 
     def merge(self) -> None:
         """Exchanges the ranks' rows, so that images, labels and their momenta are up to date on all."""
-        for tensor, together in ((self.set.images, 1), (self.set.labels, self.config.factor**2), (self.ema, 1)):
-            for rows in (tensor, self.optimiser.velocity.get(tensor)):
+        of_images = self.set.images, self.ema, self.velocity["images"]
+        of_labels = self.set.labels, self.velocity.get("labels")
+        for together, tensors in ((1, of_images), (self.config.factor**2, of_labels)):
+            for rows in tensors:
                 if rows is not None:
                     ranks.merge_rows(rows, together)
 
     def state(self) -> dict[str, Any]:
         """Everything later steps depend on besides the config, for `restore`. With several ranks, `merge` first."""
-        return self._tensors() | {"optimiser": self.optimiser.state_dict(),
-                                  "counts": {name: getattr(self, name) for name in self._COUNTS}}
+        return self._tensors() | {"counts": {name: getattr(self, name) for name in self._COUNTS}}
 
     def restore(self, state: dict[str, Any]) -> None:
         for name, tensor in self._tensors().items():
             if tensor is not None:
                 tensor.copy_(state[name])
-        self.optimiser.load_state_dict(state["optimiser"])
         for name, count in state["counts"].items():
             setattr(self, name, count)
 
     def _tensors(self) -> dict[str, Tensor | None]:
-        return self.set.tensors() | {"rate": self.rate, "ema": self.ema}
+        return self.set.tensors() | {"rate": self.rate, "ema": self.ema} | {
+            f"velocity of {name}": velocity for name, velocity in self.velocity.items()}
 
     def versions(self) -> dict[str, DistilledSet]:
         """The sets that are evaluated and saved, by folder name: the set, and with `ema` one of averaged images."""

@@ -62,7 +62,7 @@ def main(path: str, images: str, matching: str, factor: str) -> None:
     fixed = state.fixed_loss(state.set)
     if ranks.first():
         torch.save({"images": state.set.images, "labels": state.set.labels, "lr": state.set.lr, "ema": state.ema,
-                    "momentum": state.optimiser.velocity[state.set.images],
+                    "momentum": state.velocity["images"], "labels' momentum": state.velocity["labels"],
                     "measured": torch.tensor(measured.values), "rates": torch.tensor([*rates.values()]),
                     "losses": torch.tensor(losses), "fixed": torch.tensor(fixed)}, path)
     ranks.barrier()

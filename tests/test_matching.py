@@ -11,6 +11,7 @@ from distill.matching import METHODS, Match, deep_part, far_part, losses_on_the_
 from utils.config import DistillConfig, make
 from utils.data import augment
 from utils.data.names import parse_strategy
+from utils.loss_and_accuracy import cross_entropy
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 
@@ -58,14 +59,24 @@ def test_update_equals_the_published_one(golden_iteration, model, method):
     assert float(distilled.lr) == pytest.approx(float(published["after_lr"]), rel=1e-5)
 
 
-def test_each_tensor_has_its_published_rate_and_momentum():
-    config = make(DistillConfig, lr_img=3, lr_lr=4, lr_y=5, Momentum_y=0.8)
-    start = DistilledSet(torch.ones(2, 1, 2, 2), torch.ones(2, 2), torch.tensor(1.0))
-    state = Distillation(config, SimpleNamespace(image_size=(2, 2)), None, start)
-    groups = state.optimiser.groups
-    expected = [(state.set.images, 3, 0.5), (state.set.lr, 4, 0.5), (state.set.labels, 5, 0.8)]
-    assert [(lr, momentum) for _, lr, momentum in groups] == [(lr, momentum) for _, lr, momentum in expected]
-    assert all(given is tensor for (given, *_), (tensor, *_) in zip(groups, expected))
+@pytest.mark.parametrize("lr_param", ["plain", "log"])
+def test_each_tensor_has_its_own_rate_and_momentum(lr_param):
+    """As torch.optim.SGD; with `log`, the step is one of log α, of the same size at first."""
+    config = make(DistillConfig, lr_img=3, lr_lr=0.01, lr_y=5, Momentum_y=0.8, lr_teacher=0.1, lr_param=lr_param)
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 1, 2, 2, generator=random), torch.randn(2, 2, generator=random), torch.tensor(0.1)]
+    state = Distillation(config, SimpleNamespace(image_size=(2, 2)), None, DistilledSet(*tensors))
+    images, labels, rate = theirs = [*tensors[:2], tensors[2].log() if lr_param == "log" else tensors[2]]
+    optimiser = torch.optim.SGD([{"params": [images], "lr": 3, "momentum": 0.5},
+                                 {"params": [labels], "lr": 5, "momentum": 0.8},
+                                 {"params": [rate], "lr": 0.01 if lr_param == "plain" else 1.0, "momentum": 0.5}], 1.0)
+    for _ in range(3):
+        images.grad, labels.grad, rate.grad = (torch.randn(each.shape, generator=random) for each in theirs)
+        of_lr = rate.grad / state.set.lr if lr_param == "log" else rate.grad
+        state.update(Match(torch.tensor(0.5), images.grad, labels.grad, of_lr))
+        optimiser.step()
+    assert torch.equal(state.set.images, images) and torch.equal(state.set.labels, labels)
+    assert float(state.set.lr) == pytest.approx(float(rate.exp() if lr_param == "log" else rate), rel=1e-5)
 
 
 def problem(seed=0, count=7, sizes=(3, 2, 4, 3, 1), name="ConvNetD2W4", strategy="color_crop_cutout_flip_scale_rotate",
@@ -198,6 +209,13 @@ def test_exact_equals_unroll_on_a_part_of_the_parameters(part, seed):
     exact = match_trajectory(**given, part=part)
     assert_equal_matches(exact, match_trajectory(**given, method="unroll", part=part))
     assert float(exact.loss) != float(whole.loss)
+    theta = given["theta_start"].clone().requires_grad_()
+    for batch, draw in zip(given["batches"], given["augment"]):
+        loss = cross_entropy(given["model"](theta, augment.apply(given["images"][batch], draw)), given["labels"][batch])
+        theta = (theta - given["lr"] * torch.autograd.grad(loss, theta)[0]).detach().requires_grad_()
+    kept, ends = part(theta.detach(), given["theta_target"]), (theta.detach(), given["theta_start"])
+    of_end, of_start = ((each - given["theta_target"])[kept].square().sum() for each in ends)
+    assert float(exact.loss) == pytest.approx(float(of_end / of_start), rel=1e-9)
     assert float(matching_loss(**given, part=part)) == pytest.approx(float(exact.loss), rel=1e-12)
 
 

@@ -19,7 +19,7 @@ from utils.program.console import note, shown
 from utils.program.locks import locked
 
 STATE = "checkpoint.pt"  # in a run's folder
-STATE_FORMAT, LOG_BYTES = "datm-checkpoint-1", "metrics_bytes"  # value of "format" and a key in saved states
+STATE_FORMAT, LOG_BYTES = "datm-checkpoint-2", "metrics_bytes"  # value of "format" and a key in saved states
 SAVE_SECONDS = 1.0  # minimum between two saves of a run's state
 SAVE_SHARE = 0.005  # maximum share of a run's time that saving takes
 
