@@ -24,29 +24,28 @@ def test_equals_the_published_operation(golden, name):
     torch.testing.assert_close(ours.float(), golden[name]["output"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(augment.GROUPS))
-@pytest.mark.parametrize("size", [(32, 32), (28, 28), (9, 13)])
-def test_draw_stays_in_range_and_apply_keeps_shape(name, size):
+@pytest.mark.parametrize("size, crop, cutout", [((32, 32), (4, 4), (32, 32)), ((30, 30), (4, 4), (29, 29)),
+                                                ((9, 13), (1, 2), (8, 12))])
+def test_draws_fill_the_published_ranges_and_apply_keeps_the_shape(size, crop, cutout):
+    """SPEC, section 4. The centre of a cutout reaches one pixel further where the square's side is even."""
+    turn = 15 * torch.pi / 180
+    groups = {"color": {"brightness": [(-.5, .5)], "saturation": [(0, 2)], "contrast": [(.5, 1.5)]},  # in this order
+              "crop": {"crop": [(-most, most) for most in crop]}, "cutout": {"cutout": [(0, most) for most in cutout]},
+              "flip": {"flip": [(0, 1)]}, "scale": {"scale": [(1 / 1.2, 1.2)] * 2},
+              "rotate": {"rotate": [(-turn, turn)]}}
+    assert list(groups) == list(augment.GROUPS)
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 3, *size, generator=random)
-    drawn = augment.draw((name,), 64, size, random)
-    assert drawn.group == name
-    assert augment.apply(x, drawn).shape == x.shape
-    expected = {"brightness": (-.5, .5), "saturation": (0, 2), "contrast": (.5, 1.5), "scale": (1 / 1.2, 1.2),
-                "rotate": (-15 * torch.pi / 180, 15 * torch.pi / 180), "flip": (0, 1),
-                "crop": (-int(size[0] / 8 + .5), int(size[0] / 8 + .5)), "cutout": (0, max(size))}
-    for operation, values in drawn.parameters.items():
-        low, high = expected[operation]
-        assert values[0].min() >= low - 1e-6 and values[0].max() <= high + 1e-6
-        assert len(values[0].unique()) > 1  # drawn per sample
-
-
-def test_cutout_centre_reaches_one_further_for_an_even_square():
-    random = torch.Generator().manual_seed(0)
-    even = torch.cat([augment.OPERATIONS["cutout"].draw(500, (32, 32), random)[0] for _ in range(4)])
-    odd = torch.cat([augment.OPERATIONS["cutout"].draw(500, (30, 30), random)[0] for _ in range(4)])
-    assert (even.min(), even.max()) == (0, 32)
-    assert (odd.min(), odd.max()) == (0, 29)
+    for group, operations in groups.items():
+        drawn = augment.draw((group,), 4000, size, random)
+        assert drawn.group == group and list(drawn.parameters) == list(operations)
+        for values, ranges in zip(drawn.parameters.values(), operations.values()):
+            for value, (low, high) in zip(values, ranges, strict=True):
+                slack = 0.01 * (high - low) * value.is_floating_point()
+                assert low - 1e-6 <= value.min() <= low + slack and high - slack <= value.max() <= high + 1e-6, group
+        x = torch.randn(5, 3, *size, generator=random)
+        assert augment.apply(x, drawn.of(torch.arange(5))).shape == x.shape
+    flipped = augment.draw(("flip",), 4000, size, random).parameters["flip"][0]
+    assert flipped.float().mean() == pytest.approx(.5, abs=.03)
 
 
 def test_every_group_is_drawn_about_equally_often():

@@ -36,6 +36,16 @@ def test_training_is_torch_sgd_with_a_fresh_optimiser_at_the_drop():
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+def test_every_epoch_of_a_training_has_an_order_of_its_own(monkeypatch):
+    model, seen = FlatModel(build_network("ConvNetD1W4", 1, 10, (8, 8))), []
+    gradient = model.gradient
+    monkeypatch.setattr(model, "gradient", lambda theta, x, y: seen.extend(y.tolist()) or gradient(theta, x, y))
+    train_network(model, model.flatten(), torch.zeros(10, 1, 8, 8), torch.arange(10), 0.1, epochs=2, batch_size=4,
+                  draw=lambda batch, random: None, random=torch.Generator().manual_seed(0))
+    epochs = {tuple(seen[first:first + 10]) for first in range(0, 30, 10)}
+    assert len(seen) == 30 and len(epochs) == 3 and all(sorted(epoch) == list(range(10)) for epoch in epochs)
+
+
 def test_score_is_mean_and_population_std():
     score = Score("ConvNet", [0.5, 0.7])
     assert score.mean == pytest.approx(0.6) and score.std == pytest.approx(0.1)
