@@ -96,8 +96,8 @@ class Iteration:
     lr: float  # α after the iteration
     start_epoch: int
     bound: int  # exclusive upper bound of the start epochs that could be drawn
-    held: bool  # whether α was held back
-    expert: int
+    held: bool = False  # whether α was held back
+    expert: int | None = None
 
 
 @dataclass(frozen=True)

@@ -667,10 +667,12 @@ def test_experts_are_walked_through_or_drawn_from_all(distil):
 
 
 def test_the_seed_decides_what_an_iteration_draws(distil):
-    starts = [[line["start_epoch"] for line in lines(folder / "metrics.jsonl") if "loss" in line]
-              for folder in (distil("--Iteration=16", "--eval_it=16", "--syn_steps=1", seed) for seed in
-                             ("--seed=0", "--seed=0", "--seed=1"))]
+    folders = [distil("--Iteration=16", "--eval_it=16", "--syn_steps=1", seed) for seed in
+               ("--seed=0", "--seed=0", "--seed=1")]
+    starts = [[line["start_epoch"] for line in lines(folder / "metrics.jsonl") if "loss" in line] for folder in folders]
+    walks = list(map(experts_drawn, folders))
     assert starts[0] == starts[1] != starts[2] and set(starts[0]) == {0, 1}
+    assert walks[0] == walks[1] != walks[2]
 
 
 @pytest.mark.parametrize("size, sizes", [(4, [2, 4, 4, 2, 4, 4, 2]), (None, [10] * 7), (99, [10] * 7), (5, [5] * 7)])
@@ -682,6 +684,18 @@ def test_batches_are_popped_from_permutations(size, sizes):
     epoch = sizes[:sizes.index(sizes[0], 1)] if size == 4 else sizes[:10 // sizes[0]]
     assert torch.cat(segment.batches[:len(epoch)]).sort().values.tolist() == list(range(10))
     assert len(segment.augment) == 7 and segment.expert in range(3) and segment.start_epoch in range(5)
+
+
+def test_what_an_iteration_draws_is_drawn_anew():
+    config = make(DistillConfig, min_start_epoch=2, syn_steps=6, batch_syn=5, dsa_strategy="scale")
+    segments = [draw_segment(config, [None] * 3, (8, 8), 10, torch.device("cpu"), None, 5, generator(number))
+                for number in range(40)]
+    assert {segment.start_epoch for segment in segments} == {2, 3, 4}  # the bound is exclusive
+    assert {segment.expert for segment in segments} == {0, 1, 2}
+    for segment in segments:
+        rounds = torch.cat(segment.batches).view(3, 10)
+        assert (rounds.sort(1).values == torch.arange(10)).all() and len(rounds.unique(dim=0)) == 3
+        assert len(torch.stack([draw.parameters["scale"][0] for draw in segment.augment]).unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize("option, count", [("--max_files=1", 2), ("--max_experts=1", 2), ("--max_files=9", 3)])

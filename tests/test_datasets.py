@@ -738,6 +738,12 @@ def test_hold_out_lives_in_the_space_of_the_whole_training_set():
     assert torch.isin(held.train_images.sum((1, 2, 3)), whole.train_images.sum((1, 2, 3))).float().mean() > 0.99
 
 
+def test_hold_out_is_a_random_choice():
+    train = Split(torch.arange(40).view(40, 1, 1, 1), torch.zeros(40, dtype=torch.long))
+    _, held = datasets._hold_out(train, 0.5, ("a",))
+    assert len(held.labels) == 20 and not torch.equal(held.images.flatten(), torch.arange(20))
+
+
 def test_hold_out_of_small_classes():
     train = Split(torch.arange(4).view(4, 1, 1, 1), torch.tensor([0, 0, 1, 1]))
     remaining, held = datasets._hold_out(train, 0.1, ("a", "b"))

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from distill.distilled_set import DistilledSet
+from distill.evaluate.networks import evaluate
 from distill.evaluate.train import learning_rate, train_network
 from distill.initialize import class_labels, expert_labels, predicted_correctly, random_real
 from distill.result_files import Score
+from utils.config import EvaluationConfig, make
 from utils.data.datasets import Dataset
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
@@ -44,6 +47,16 @@ def test_every_epoch_of_a_training_has_an_order_of_its_own(monkeypatch):
                   draw=lambda batch, random: None, random=torch.Generator().manual_seed(0))
     epochs = {tuple(seen[first:first + 10]) for first in range(0, 30, 10)}
     assert len(seen) == 30 and len(epochs) == 3 and all(sorted(epoch) == list(range(10)) for epoch in epochs)
+
+
+def test_each_network_has_an_initialisation_of_its_own_and_keeps_it(toy_data, monkeypatch):
+    config = make(EvaluationConfig, dataset="ImageFolder", model="ConvNetD1W4", num_eval=3, epoch_eval_train=1)
+    distilled, begun = DistilledSet(toy_data.train_images[:6], toy_data.train_labels[:6], torch.tensor(0.1)), []
+    monkeypatch.setattr("distill.evaluate.networks.train_network",
+                        lambda model, theta, *given, **more: begun.append(theta) or theta)
+    for _ in range(2):
+        evaluate(config, toy_data, distilled, "here")
+    assert len(torch.stack(begun).unique(dim=0)) == 3 and all(map(torch.equal, begun[:3], begun[3:]))
 
 
 def test_score_is_mean_and_population_std():

@@ -16,7 +16,7 @@ import torch
 from buffer.curriculum import Curriculum, epoch_share, grand_scores
 from buffer.experts import SavedEpochs, train_expert
 from buffer.gsam import gsam_gradient
-from distill.distillation import Distillation, matched_part
+from distill.distillation import Distillation, Segment, matched_part
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import evaluate
 from distill.matching import Match
@@ -108,44 +108,46 @@ def test_the_first_steps_of_log_and_plain_agree():
     assert float(log.set.lr) - 0.01 == pytest.approx(float(plain.set.lr) - 0.01, rel=0.01)
 
 
-def test_a_rate_that_would_become_negative_is_held_and_a_run_of_them_stops(monkeypatch):
-    state = distillation(lr_lr=1.0, current_max_start_epoch=1, max_start_epoch=1)
-    monkeypatch.setattr(state, "_walk", lambda iteration: 0)
-    monkeypatch.setattr(state, "_ends", lambda segment: (None, None))
-    state.buffer = SimpleNamespace(model=None)
-    monkeypatch.setattr("distill.distillation.match_trajectory", lambda *arguments: a_match(state, grad_lr=0.2))
-    monkeypatch.setattr("distill.distillation.MOST_HELD", 3)
-    record = step(state, 0)
+SEGMENT = Segment(0, 0, 1, [], [])
+
+
+@pytest.mark.parametrize("lr_param", ["plain", "log"])
+def test_a_rate_that_would_leave_its_range_is_held_and_a_run_of_them_stops(monkeypatch, lr_param):
+    state = distillation(lr_lr=1.0, lr_param=lr_param)
+    too_much = a_match(state, grad_lr=0.2 if lr_param == "plain" else 1e9)
+    record = state.learn(0, SEGMENT, too_much)
     assert record.held and record.lr == pytest.approx(0.1) and record.updated
-    step(state, 1)
-    with pytest.raises(UserError, match="3 times in a row.*--lr_lr"):
-        step(state, 2)
+    record = state.learn(1, SEGMENT, a_match(state))  # the momentum was dropped, so that α stays where it is
+    assert not record.held and record.lr == pytest.approx(0.1)
+    monkeypatch.setattr("distill.distillation.MOST_HELD", 2)
+    state.learn(2, SEGMENT, too_much)
+    with pytest.raises(UserError, match="2 times in a row.*--lr_lr"):
+        state.learn(3, SEGMENT, too_much)
 
 
 @pytest.mark.parametrize("threshold, updated", [(0.5, True), (0.499, False)])
-def test_a_loss_above_the_threshold_updates_nothing(monkeypatch, threshold, updated):
-    state = distillation(threshold=threshold, current_max_start_epoch=1, max_start_epoch=1)
-    state.buffer = SimpleNamespace(model=None)
-    monkeypatch.setattr(state, "_walk", lambda iteration: 0)
-    monkeypatch.setattr(state, "_ends", lambda segment: (None, None))
-    monkeypatch.setattr("distill.distillation.match_trajectory", lambda *arguments: a_match(state))  # its loss is 0.5
+def test_a_loss_above_the_threshold_updates_nothing(threshold, updated):
+    state = distillation(threshold=threshold)
     before = state.set.detach()
-    assert step(state, 0).updated == updated and state.skipped == (not updated)
+    assert state.learn(0, SEGMENT, a_match(state)).updated == updated and state.skipped == (not updated)  # loss 0.5
     assert torch.equal(state.set.images, before.images) == (not updated)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_updates_nothing(monkeypatch, loss):
-    state = distillation(threshold=float("inf"), current_max_start_epoch=1, max_start_epoch=1)
-    state.buffer = SimpleNamespace(model=None)
-    monkeypatch.setattr(state, "_walk", lambda iteration: 0)
-    monkeypatch.setattr(state, "_ends", lambda segment: (None, None))
-    monkeypatch.setattr("distill.distillation.match_trajectory",
-                        lambda *arguments: a_match(state)._replace(loss=torch.tensor(loss)))
+def test_a_loss_that_is_not_finite_updates_nothing(loss):
+    state = distillation(threshold=float("inf"))
     before = state.set.detach()
-    record = step(state, 0)
+    record = state.learn(0, SEGMENT, a_match(state)._replace(loss=torch.tensor(loss)))
     assert not record.updated and not math.isfinite(record.loss) and state.skipped == 1
     assert torch.equal(state.set.images, before.images)
+
+
+def test_what_was_counted_is_restored():
+    state, other = distillation(), distillation()
+    counts = {"skipped": 4, "held": 3, "held_in_a_row": 2, "lost_in_a_row": 1}
+    vars(state).update(counts)
+    other.restore(state.state())
+    assert {name: getattr(other, name) for name in counts} == counts
 
 
 def test_target_labels_are_what_the_target_expert_says(monkeypatch):
