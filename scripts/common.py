@@ -17,15 +17,16 @@ class ScriptParser(Parser):
 
     Args:
         json: what `--json` writes; empty: there is no such option.
-        key: marks a JSON file as an earlier report, which may be overwritten.
+        key: marks a JSON file as an earlier report, which may be overwritten; by default what `save_report` writes.
     """
 
-    def __init__(self, description: str, json: str = "", key: str = "report_of") -> None:
+    def __init__(self, description: str, json: str = "", key: str = "") -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
         self._kinds: dict[str, str] = {}  # option → kind of its output file
         if json:
-            self.add_output("json", f"json:{key}", f"write {json} to this file")
+            mark = key or f"report_of={Path(sys.argv[0]).name}"
+            self.add_output("json", f"json:{mark}", f"write {json} to this file")
 
     def add_output(self, name: str, kind: str, help: str) -> None:
         self._kinds[name] = kind
@@ -36,6 +37,22 @@ class ScriptParser(Parser):
         check_outputs({f"--{name}": getattr(options, name) for name in self._kinds if getattr(options, name)},
                       {f"--{name}": kind for name, kind in self._kinds.items()})
         return options
+
+
+def positive(text: str) -> int:
+    """The `type` of an option that counts something."""
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """The `type` of an option that is a positive amount."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return number
 
 
 def save_report(path: Path | None, report: dict[str, Any], device: "str | torch.device" = "cpu") -> None:

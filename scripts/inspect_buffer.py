@@ -44,10 +44,10 @@ import numpy as np
 from buffer.manifests import buffer_folder, expert_files, in_words, made_by, manifest_path, run_file
 from distill.option_checks import check_options
 from distill.result_files import images_tested, tested_on
-from scripts.common import ScriptParser
+from scripts.common import ScriptParser, positive, save_report
 from utils.config import BufferConfig, DistillConfig, defaults, make
 from utils.errors import UserError
-from utils.files import REPOSITORY, finite, read_config, read_text, reading, write_json
+from utils.files import REPOSITORY, finite, read_config, read_text, reading
 from utils.program import console
 from utils.program.command_line import parse
 from utils.program.commands import command, say_next
@@ -116,19 +116,17 @@ def apart(snapshots: Iterable["Tensor"], others: Iterable["Tensor"]) -> list[flo
 
 
 def main() -> None:
-    parser = ScriptParser(__doc__, json="the numbers, of every expert,", key="options")
+    parser = ScriptParser(__doc__, json="the numbers, of every expert,")
     parser.add_argument("folder", type=Path, help="holds replay_buffer_*.pt")
-    parser.add_argument("--expert_epochs", type=int, metavar="M", help="epochs of a segment [2]")
+    parser.add_argument("--expert_epochs", type=positive, metavar="M", help="epochs of a segment [2]")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")
     parser.add_output("png", "png", "draw it")
     parser.add_argument("--suggest", action="store_true", help="measure which settings fit, and print the command")
-    parser.add_argument("--ipc", type=int, help="images per class, with --suggest")
+    parser.add_argument("--ipc", type=positive, help="images per class, with --suggest")
     options = parser.parse_args()
     if options.suggest and options.expert_epochs is not None:
         raise UserError("--suggest --expert_epochs: give one of them; which M fits is measured")
     options.expert_epochs = 2 if options.expert_epochs is None else options.expert_epochs
-    if options.expert_epochs < 1:
-        raise UserError(f"--expert_epochs {options.expert_epochs}: a segment has at least 1 epoch")
     if options.suggest != (options.ipc is not None):
         raise UserError("--suggest and --ipc N, the images per class of the set to come, are given together")
     if options.suggest and options.beside:
@@ -138,8 +136,7 @@ def main() -> None:
         return
     report, trajectories = inspect(options.folder, options.expert_epochs, options.beside)
     print_report(report, options.expert_epochs)
-    if options.json:
-        write_json(options.json, report)
+    save_report(options.json, report)
     if options.png:
         from scripts.plots import save_buffer
 
@@ -168,8 +165,7 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
     buffer.verify(watched)
     suggested = suggestion(config, dataset, buffer, buffer)
     print(f"{suggested}\n")
-    if json:
-        write_json(json, suggested.as_json())
+    save_report(json, suggested.as_json())
     if png:
         from scripts.plots import save_losses
 
@@ -354,7 +350,8 @@ def _as_json(each: Trajectory) -> dict[str, Any]:
 
 def experts_tested_on(report: dict[str, Any]) -> str:
     """Which images the experts were tested on, in words."""
-    return images_tested(tested_on((report["options"] or {}).get("val_fraction")))
+    fraction = (report["options"] or {}).get("val_fraction")
+    return "test or held-out" if isinstance(fraction, list) else images_tested(tested_on(fraction))
 
 
 def print_report(report: dict[str, Any], expert_epochs: int) -> None:

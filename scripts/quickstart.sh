@@ -27,19 +27,19 @@ step() {
     local made=$1 result=$2 of=$3 made_by=$out/.made_by_$(basename "$2") file again=no
     shift 3
     for file in $of; do
-        if [ "$file" -nt "$result" ]; then again=yes; fi
+        if [ "$file" -nt "$result" ] && [ "$file" -nt "$made_by" ]; then again=yes; fi
     done
     if [ $again = no ] && [ -e "$result" ] && [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
         printf '\n# %s is there already\n' "$result"
         return
     fi
-    if [ -e "$made_by" ] || [ -e "$result" ]; then
+    if [ -e "$result" ] || { [ -e "$made_by" ] && { [ $again = yes ] || [ "$(cat "$made_by")" != "$*" ]; }; }; then
         printf '\n# %s was made by another command or of older files, and is made again\n' "$made"
         rm -rf "$made" "$made_by"
     fi
+    [ -e "$made_by" ] || printf '%s\n' "$*" >"$made_by"
     printf '\n$ %s\n' "$*"
     "$@" || ended $?
-    printf '%s\n' "$*" >"$made_by"
 }
 
 ended() {  # ended STATUS: of a command that failed or, above 128, was stopped by a signal

@@ -36,7 +36,7 @@ tune_process()  # before torch is imported
 from buffer.manifests import manifest_path
 from distill.result_files import NORMAL, EvaluationResult, Metrics, RunResult, Score
 from distill.set_files import WHOLE
-from scripts.common import ScriptParser
+from scripts.common import ScriptParser, positive
 from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError, nearest
@@ -231,7 +231,8 @@ class Plan:
 
     def _experts(self, kind: str, rho: float, count: int, epochs: int) -> Step:
         form = self.form
-        start = ["torchrun", "--standalone", f"--nproc_per_node={self.jobs}"] if self.jobs > 1 else ["python"]
+        ranks = min(self.jobs, count)
+        start = ["torchrun", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
         path = form.root / "experts" / kind
         folder = path / form.dataset / form.model
         files = [folder / f"replay_buffer_{number}.pt" for number in range(-(-count // PER_FILE))]
@@ -240,7 +241,7 @@ class Plan:
             "--val_fraction=0.1", f"--num_experts={count}", f"--train_epochs={epochs}", f"--rho_max={rho:g}",
             f"--rho_min={rho:g}", "--alpha=0.3", "--lr_teacher=0.01", f"--backend={form.backend}",
             f"--buffer_path={path}"), files[-1],
-            tuple(map(manifest_path, files)), folder, alone=self.jobs > 1))
+            tuple(map(manifest_path, files)), folder, alone=ranks > 1))
 
     def _look(self, kind: str) -> Step:
         """Inspects experts; those with as many epochs as the plain SGD ones are compared with these."""
@@ -597,7 +598,7 @@ def spent(plan: Plan, results: Results) -> dict[str, dict[str, list[tuple[int, f
 def main() -> None:
     parser = ScriptParser(__doc__)
     parser.add_argument("--small", action="store_true", help="the form for a CPU")
-    parser.add_argument("--jobs", type=int, metavar="N", help="commands at once [a CPU's cores; 1 on a GPU]")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="commands at once [a CPU's cores; 1 on a GPU]")
     parser.add_argument("--only", nargs="+", action="extend", metavar="PATTERN",
                         help="rows whose names fit, as in 'ipc1_*', and what they need [all]")
     instead = parser.add_mutually_exclusive_group()
@@ -607,8 +608,6 @@ def main() -> None:
     options = parser.parse_args()
     form = SMALL if options.small else FULL
     jobs = options.jobs if options.jobs is not None else cores() if options.small else 1
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs}: it must be at least 1")
     if options.results and not options.tables:
         raise UserError("--results is for --tables; leave it out")
     folder = options.results.absolute() if options.results else None

@@ -81,7 +81,7 @@ def main() -> None:
     together = Path(os.path.commonpath([run.folder.parent for run in runs]))
     page = together / f"{'_'.join(['sweep', *filter(None, [options.get('run_name')]), *swept])}.html"
     check_outputs({"the page": page} | ({"--json": json} if json else {}),
-                  {"the page": "html", "--json": "json:report_of"})
+                  {"the page": "html", "--json": "json:report_of=sweep.py"})
 
     if not config.dry_run:
         interrupt.saves("the runs that it began")

@@ -1,5 +1,6 @@
 # Sourced by the other scripts: makes .venv at the repository's root if need be, installs requirements.txt into it
 # once, and activates it.
+unset CDPATH  # with it, cd prints where it goes, and may go elsewhere
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 base_python="${PYTHON:-python3}"
 if [ ! -x "$root/.venv/bin/python" ]; then
@@ -10,10 +11,12 @@ if [ ! -x "$root/.venv/bin/python" ]; then
     echo "making .venv"
     "$base_python" -m venv "$root/.venv" || exit 1
 fi
-if ! grep -qF -e "$root/.venv" -e "$(cd "$root/.venv" && pwd -P)" "$root/.venv/bin/activate"; then  # the clone was moved
+if ! [ "$(. "$root/.venv/bin/activate" && dirname "$(command -v python)")" -ef "$root/.venv/bin" ]; then  # it was moved
     "$root/.venv/bin/python" -m venv "$root/.venv"
-    { grep -lI '^#!.*/bin/python' "$root"/.venv/bin/* || true; } | while read -r script; do
-        sed -i "1s|^#!.*|#!$root/.venv/bin/python|" "$script"
+    # What pip installed names the old place in its first line or, if that has a space, in its second.
+    { grep -lIE "^(#!|'''exec' ).*/bin/python" "$root"/.venv/bin/* || true; } | while read -r script; do
+        sed -i -e '1s|^#!.*/bin/python.*|#!/usr/bin/env python|' \
+            -e "2s|^'''exec' .*|'''exec' python \"\$0\" \"\$@\"|" "$script"
     done
 fi
 if ! cmp -s "$root/requirements.txt" "$root/.venv/installed.txt"; then

@@ -140,7 +140,8 @@ def test_damaged_files_are_refused(call, folder, change, phrases):
 
 
 @pytest.mark.parametrize("arguments, phrase", [
-    (["{folder}", "--expert_epochs=0"], "--expert_epochs 0"), (["{folder}", "--expert_epochs=x"], "invalid int"),
+    (["{folder}", "--expert_epochs=0"], "0: give a number above 0"),
+    (["{folder}", "--expert_epochs=x"], "invalid positive"),
     (["{folder}/.."], "give one of these"), (["/nowhere"], "no replay_buffer_*.pt in /nowhere"),
     ([], "required: folder"), (["{folder}", "--png={folder}"], "which is a folder")])
 def test_mistakes_are_one_line(call, folder, arguments, phrase):

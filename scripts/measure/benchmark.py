@@ -33,9 +33,8 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from scripts.common import ScriptParser
+from scripts.common import ScriptParser, positive, positive_float
 from scripts.measure.shapes import GPU_MINUTES, MAX_SECONDS, METHODS, PARTS, Shape, all_shapes
-from utils.errors import UserError
 from utils.program.entry import entry
 
 
@@ -48,30 +47,19 @@ def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
                         help=", ".join(METHODS) + "; what a part does not have or this machine cannot run is left out")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="timed calls of each method (%(default)s)")
-    parser.add_argument("--max_seconds", type=float, metavar="S", help="leave out a method whose first call takes "
-                        f"longer, compiling included (default: {MAX_SECONDS:g})")
-    parser.add_argument("--max_minutes", type=float, metavar="M",
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N",
+                        help="timed calls of each method (%(default)s)")
+    parser.add_argument("--max_seconds", type=positive_float, metavar="S", help="leave out a method whose first call "
+                        f"takes longer, compiling included (default: {MAX_SECONDS:g})")
+    parser.add_argument("--max_minutes", type=positive_float, metavar="M",
                         help=f"fit everything into this time (default: on a GPU {GPU_MINUTES:g}, else no limit)")
     parser.add_argument("--worker", choices=PARTS["matching"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuses numbers that are not above 0.
-
-    Raises:
-        UserError
-    """
-    for name in ("rounds", "max_seconds", "max_minutes"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise UserError(f"--{name} {getattr(args, name):g}: give a number above 0")
-
-
 def main() -> None:
     shapes = all_shapes()
     args = parse(shapes)
-    check(args)
 
     from scripts.measure import benchmark_run  # imports torch, which takes seconds
 

@@ -21,7 +21,7 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from scripts.common import ScriptParser, save_report
+from scripts.common import ScriptParser, positive, save_report
 from utils import networks
 from utils.program import ranks
 from utils.program.entry import entry
@@ -70,8 +70,8 @@ def _timed(work: Callable[[], None]) -> float:
 def main() -> None:
     parser = ScriptParser(__doc__, json="what was measured")
     parser.add_argument("--model", default="ConvNetW32", help="whose gradients are summed (%(default)s)")
-    parser.add_argument("--batch", type=int, default=50, help="samples of a step (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=50, help="samples of a step (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=20, help="timed steps (%(default)s)")
     arguments = parser.parse_args()
     found = measure(arguments.model, arguments.batch, arguments.rounds)
     print(f"{number_of(found['ranks'], 'rank')}, {arguments.model} ({found['parameters']} parameters), batch "

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 STEPS = (10, 20, 40, 60, 80)
 SEEDS, DRAWS = 3, 4
 GRADIENTS = {"exact": 1, "TESLA": None, "last 3/4": 3 / 4, "last 1/2": 1 / 2, "last 1/4": 1 / 4}  # share of the steps
-KINDS = {"json": "json:report_of", "png": "png"}
+KINDS = {"json": "json:report_of=gradients.py", "png": "png"}
 
 
 class Measured(NamedTuple):
@@ -274,11 +274,11 @@ def main() -> None:
                     for (what, number, gradient), matches in found.items()],
         "distillations": [{"steps": number, "gradient": gradient, "seeds": ends[number, gradient]}
                           for number, gradient in settings]})
-    kept.forget()
     if "png" in files:
         from scripts.plots import save_by_steps
 
         save_by_steps(files["png"], columns)
+    kept.forget()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from scripts.common import ScriptParser, save_report
+from scripts.common import ScriptParser, positive, save_report
 from utils import networks
 from utils.config import DistillConfig, make
 from utils.errors import UserError
@@ -104,7 +104,7 @@ def errors(kinds: dict[str, tuple[str, str]], draw: int, device: "torch.device")
 def main() -> None:
     parser = ScriptParser(__doc__, json="every draw's errors")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--draws", type=int, default=10, metavar="N", help="of everything (%(default)s)")
+    parser.add_argument("--draws", type=positive, default=10, metavar="N", help="of everything (%(default)s)")
     args = parser.parse_args()
 
     from utils.program.device import describe, select_device

@@ -55,7 +55,7 @@ from hypothesis import strategies as st
 
 import utils.config.values
 import utils.program.console
-from scripts.common import ScriptParser
+from scripts.common import ScriptParser, positive
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, EVALUATION
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
@@ -786,7 +786,7 @@ def fuzz(inputs: int, seed: int, sandbox: Sandbox) -> dict[str, typing.Any]:
 
 def main() -> None:
     parser = ScriptParser(__doc__, json="the counts and every failure")
-    parser.add_argument("--inputs", type=int, default=1000, metavar="N", help="how many are tried (%(default)s)")
+    parser.add_argument("--inputs", type=positive, default=1000, metavar="N", help="how many are tried (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which ones (%(default)s)")
     args = parser.parse_args()
     common.obey_permissions()

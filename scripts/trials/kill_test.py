@@ -39,7 +39,7 @@ tune_process()  # before torch is imported
 
 from safetensors import safe_open
 
-from scripts.common import ScriptParser
+from scripts.common import ScriptParser, positive
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, MOST_SECONDS, temporary
 from utils.files import REPOSITORY, read_config
@@ -320,7 +320,7 @@ COLUMNS = ("kills", "while starting", "at a change of a file", "in the middle of
 
 def main() -> None:
     parser = ScriptParser(__doc__, json="the counts")
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="in all (%(default)s)")
+    parser.add_argument("--kills", type=positive, default=50, metavar="N", help="in all (%(default)s)")
     parser.add_argument("--signals", type=int, default=6, metavar="N", help="in all (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (%(default)s)")
     args = parser.parse_args()

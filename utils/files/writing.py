@@ -157,8 +157,8 @@ def _is_of_kind(path: Path, kind: str, mark: str = "") -> bool:
             return False
     with contextlib.suppress(Exception):  # unreadable, so not one of ours
         if kind == "json":
-            values = read_json(path)
-            return isinstance(values, dict) and mark in values
+            values, (name, _, value) = read_json(path), mark.partition("=")
+            return isinstance(values, dict) and (values.get(name) == value if value else name in values)
         if kind == "safetensors":
             with safe_open(path, framework="np") as file:  # reads only the header
                 return file.metadata()["format"].startswith(mark)

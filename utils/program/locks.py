@@ -60,10 +60,9 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
 
 def sign(lock: TextIO, more: str = "") -> None:
     """Writes who holds the lock into its file, for the message of a second process; skipped on a full disk."""
-    with contextlib.suppress(OSError):
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}{more}")
-        lock.flush()
+    with contextlib.suppress(OSError):  # unbuffered: a buffer would be written again, and fail, when it is closed
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}{more}".encode())
 
 
 def _is_at(file: TextIO, path: Path) -> bool:

@@ -168,7 +168,7 @@ class Progress(tqdm):
         pace = self.pace.seconds
         rate = [f"{short_count(self._images / pace)} images/s"] if self._images and pace else []
         numbers = [time, *([self._aside] if self._aside else []), *self.numbers, *rate]
-        count = f"{self.n:g}/{self.total}" if self.count is None else self.count
+        count = f"{self.n:.10g}/{self.total}" if self.count is None else self.count
         percent = f"{min(100, int(100 * self.n / self.total)) if self.total else 100} %"
         head, rest = f"{self.desc.removesuffix(': ')} {count}".rstrip(), ", ".join(numbers)
         if not self._terminal:

@@ -198,7 +198,7 @@ def launch(processes: int) -> NoReturn:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     # Those that are ignored, as by nohup, stay ignored.
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(
-        each.name for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        each.name for each in (*interrupt.SIGNALS, signal.SIGQUIT)
         if signal.getsignal(each) is not signal.SIG_IGN))
     settings = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
                             rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.1)
