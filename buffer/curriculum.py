@@ -68,8 +68,8 @@ def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -
     if has_batch_norm(network_for(config.model, dataset)):
         raise UserError(f"--pad with --model {config.model}: GraNd needs each image's own gradient, which batch norm "
                         "mixes with others'; give a network without it, such as ConvNet")
-    key = (dataset.fingerprint, config.zca, config.model, config.lr_teacher, config.batch_train, config.seed, NETWORKS,
-           EPOCHS)
+    key = (dataset.fingerprint, config.zca, config.model, config.lr_teacher, config.batch_train, config.precision,
+           config.seed, NETWORKS, EPOCHS)
     path = cache_folder() / f"grand_{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.pt"
     with contextlib.suppress(UserError):  # a missing or damaged file is made again
         kept = load(path, "GraNd cache file")

@@ -175,9 +175,9 @@ class ExpertRun:
         return sorted(int(number) for number in numbers if number.isdecimal() and int(number) >= self.written)
 
     def _start(self) -> None:
-        beyond = [number for number in self._begun() if number >= self.end_number and self._is_trained(number)]
+        beyond = [number for number in self._begun() if number >= self.end_number]
         if self.resumes and beyond:
-            raise UserError(f"--num_experts {self.config.num_experts}: {self.unfinished} holds more, trained and not "
+            raise UserError(f"--num_experts {self.config.num_experts}: {self.unfinished} holds more, begun and not "
                             f"written yet; give at least {beyond[-1] + 1 - self.first_number}, or --resume never to "
                             "discard them")
         _check_room(self.config, self.folder, self.model, max(0, self.end_number - self.written), self.unfinished)

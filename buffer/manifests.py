@@ -6,8 +6,10 @@ accuracies; published files have none.
 
 import os
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,11 +180,19 @@ def in_words(experts: int, epochs: int) -> str:
 
 def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]:
     """The SHA-256 of each file, by its name."""
-    found = {}
+    found, stopped = {}, threading.Event()  # a pool waits for its threads, also when a signal ends this
+
+    def after_part() -> None:
+        if stopped.is_set():
+            raise InterruptedError
+
     with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # hashing releases the GIL
-        for path, found[path.name] in zip(paths, pool.map(files.sha256, paths)):
-            advance(path.stat().st_size)
+        try:
+            for path, found[path.name] in zip(paths, pool.map(partial(files.sha256, after_part=after_part), paths)):
+                advance(path.stat().st_size)
+        finally:
+            stopped.set()
     return found
 
 

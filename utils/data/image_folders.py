@@ -18,7 +18,7 @@ from utils.data.disk_layouts import Raw, Size, Split, listing, some_of
 from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
 from utils.data.watching import Watch, unwatched
 from utils.errors import UserError, one_line, unknown_name
-from utils.files import load
+from utils.files import load, read_text, reading
 from utils.memory import check_room, room
 
 NORMAL_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,14 +89,18 @@ def tiny(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> 
     flat, annotations = root / "val" / "images", root / "val" / "val_annotations.txt"
     if _subfolders(flat):
         test = _class_files(notes, flat, suffixes())
-    elif flat.is_dir() and _files(notes, flat, suffixes()):
+    elif flat.is_dir() and (there := _files(notes, flat, suffixes())):
         if not annotations.is_file():
             raise UserError(f"Tiny: {flat} holds images but {annotations}, which says their classes, is missing; take "
                             "it from the archive, or sort the images into val/images/<wnid>/")
         test = {}
-        for line in annotations.read_text().splitlines():
-            file, wnid = line.split("\t")[:2] if "\t" in line else (line, "?")
+        with reading(annotations, "take it from the archive"):
+            listed = dict(line.split("\t")[:2] for line in read_text(annotations).splitlines() if line.strip())
+        for file, wnid in listed.items():
             test.setdefault(wnid, []).append(flat / file)
+        for path in there:
+            if path.name not in listed:
+                notes.left_out("not in val_annotations.txt", path)
     else:
         test = _class_files(notes, root / "val", suffixes())
     read = partial(read_image, size=(64, 64), resize=False)
@@ -261,8 +265,10 @@ def _load_tensor(path: Path, dtype: torch.dtype | None = None) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.shape != (3, 64, 64):
         what = f"a tensor of shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise UserError(f"{path} holds {what}, expected a tensor [3, 64, 64]; write it again")
-    whole = tensor.dtype == torch.uint8
-    if not whole and (not tensor.is_floating_point() or not (0 <= tensor.min() and tensor.max() <= 1)):
+    tensor, whole = tensor.detach(), tensor.dtype == torch.uint8
+    if not whole and tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(f"{path} holds {tensor.dtype}, expected uint8 or floats in [0, 1]; write it again")
+    if not whole and not (0 <= tensor.min() and tensor.max() <= 1):
         raise UserError(f"{path} holds {tensor.dtype} values from {tensor.min():g} to {tensor.max():g}, expected uint8 "
                         "or floats in [0, 1], not normalised; write it again")
     if dtype is not None and whole != (dtype == torch.uint8):

@@ -9,13 +9,15 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from utils.errors import UserError, out_of_memory, reason
+
+PART = 1 << 22  # bytes of a file that are read at a time
 
 
 @contextlib.contextmanager
@@ -142,7 +144,11 @@ def read_config(path: Path) -> dict[str, Any]:
         return read_yaml(path)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """A file's SHA-256, in hex."""
+def sha256(path: str | os.PathLike, after_part: Callable[[], object] = lambda: None) -> str:
+    """A file's SHA-256, in hex; calls `after_part` after each part that is read."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(PART):
+            digest.update(part)
+            after_part()
+    return digest.hexdigest()
