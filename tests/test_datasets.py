@@ -394,6 +394,15 @@ def test_tiny_layouts(tmp_path, train, val, inside):
     assert data.test_labels.tolist() == [0, 1] and data.mean == (0.485, 0.456, 0.406)
 
 
+def test_what_tinys_annotations_do_not_name_is_left_out(tmp_path, capsys):
+    made = write_tiny(tmp_path)
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    annotations.write_text(2 * annotations.read_text() + "\n")
+    write_image(tmp_path / "val" / "images" / "val_2.JPEG", made["val"]["n01"][0])
+    assert load_dataset("Tiny", tmp_path).test_labels.tolist() == [0, 1]
+    assert "not in val_annotations.txt" in capsys.readouterr().err
+
+
 def test_wrong_tiny_layouts(tmp_path):
     refused(r"no train/ in .*tiny \(.*does not exist\)", "Tiny", tmp_path / "tiny")
     write_tiny(tmp_path / "a")
@@ -407,6 +416,8 @@ def test_wrong_tiny_layouts(tmp_path):
     refused("train has no images of n77", "Tiny", tmp_path / "c")
     (tmp_path / "c" / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\nval_9.JPEG\tn01\n")
     refused("val_9.JPEG is not a readable image", "Tiny", tmp_path / "c")
+    (tmp_path / "c" / "val" / "val_annotations.txt").write_bytes(b"val_0.JPEG\tn\xff\n")
+    refused(r"val_annotations.txt is damaged .*take it from the archive", "Tiny", tmp_path / "c")
     write_tiny(tmp_path / "d")
     shutil.rmtree(tmp_path / "d" / "train" / "n01")
     refused("train has no images of n01", "Tiny", tmp_path / "d")

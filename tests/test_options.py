@@ -28,6 +28,7 @@ from utils.loss_and_accuracy import accuracy
 from utils.parameters import FlatModel
 from utils.program.prepare import drawer, network_for
 from utils.program.processes import in_processes
+from utils.program.seeds import generator, seeded
 
 
 def distilled(labels=None):
@@ -41,16 +42,13 @@ def distillation(start=None, **options):
     return Distillation(make(DistillConfig, **options), SimpleNamespace(image_size=(4, 4)), None, start)
 
 
-def a_match(state, grad_lr=0.0):
-    return Match(torch.tensor(0.5), torch.ones_like(state.set.images),
+SEGMENT = Segment(expert=0, start_epoch=0, bound=1, batches=[torch.arange(6)], augment=[None])
+
+
+def a_match(state, grad_lr=0.0, loss=0.5):
+    return Match(torch.tensor(loss), torch.ones_like(state.set.images),
                  torch.ones_like(state.set.labels) if state.set.labels.is_floating_point() else None,
                  torch.tensor(grad_lr))
-
-
-def step(state, iteration):
-    """Runs one iteration and returns its record."""
-    segment = state.draw(iteration)
-    return state.learn(iteration, segment, state.match(segment))
 
 
 # --- --labels ------------------------------------------------------------------------------------------------
@@ -92,12 +90,12 @@ def test_labels_of_a_whole_run(call, toy, toy_experts, tmp_path, labels):
 
 
 def test_log_rate_stays_positive_where_the_plain_one_does_not():
-    plain, log = distillation(lr_lr=1.0), distillation(lr_lr=1.0, lr_param="log")
+    plain, log = (distillation(lr_lr=1.0, lr_teacher=0.05, lr_param=kind) for kind in ("plain", "log"))
     for state in (plain, log):
         state.update(a_match(state, grad_lr=0.2))
     assert float(plain.set.lr) == pytest.approx(0.1 - 0.2)
-    # The step is scaled by lr_teacher, 0.01: log α moves by lr_lr / 0.01² · α · 0.2.
-    assert float(log.set.lr) == pytest.approx(0.1 * torch.tensor(-1e4 * 0.1 * 0.2).exp().item(), rel=1e-5, abs=1e-30)
+    # The step is scaled by lr_teacher: log α moves by lr_lr / 0.05² · α · 0.2.
+    assert float(log.set.lr) == pytest.approx(0.1 * math.exp(-1 / 0.05**2 * 0.1 * 0.2))
 
 
 def test_the_first_steps_of_log_and_plain_agree():
@@ -108,58 +106,47 @@ def test_the_first_steps_of_log_and_plain_agree():
     assert float(log.set.lr) - 0.01 == pytest.approx(float(plain.set.lr) - 0.01, rel=0.01)
 
 
-SEGMENT = Segment(0, 0, 1, [], [])
+def test_a_rate_that_would_become_negative_is_held_and_a_run_of_them_stops(monkeypatch):
+    state = distillation(lr_lr=1.0)
+    monkeypatch.setattr("distill.distillation.MOST_HELD", 3)
+    record = state.learn(0, SEGMENT, a_match(state, grad_lr=0.2))
+    assert record.held and record.lr == pytest.approx(0.1) and record.updated
+    state.learn(1, SEGMENT, a_match(state, grad_lr=0.2))
+    with pytest.raises(UserError, match="3 times in a row.*--lr_lr"):
+        state.learn(2, SEGMENT, a_match(state, grad_lr=0.2))
 
 
 @pytest.mark.parametrize("lr_param", ["plain", "log"])
-def test_a_rate_that_would_leave_its_range_is_held_and_a_run_of_them_stops(monkeypatch, lr_param):
+def test_a_rate_that_was_held_has_lost_its_momentum(lr_param):
     state = distillation(lr_lr=1.0, lr_param=lr_param)
-    too_much = a_match(state, grad_lr=0.2 if lr_param == "plain" else 1e9)
-    record = state.learn(0, SEGMENT, too_much)
-    assert record.held and record.lr == pytest.approx(0.1) and record.updated
-    record = state.learn(1, SEGMENT, a_match(state))  # the momentum was dropped, so that α stays where it is
-    assert not record.held and record.lr == pytest.approx(0.1)
-    monkeypatch.setattr("distill.distillation.MOST_HELD", 2)
-    state.learn(2, SEGMENT, too_much)
-    with pytest.raises(UserError, match="2 times in a row.*--lr_lr"):
-        state.learn(3, SEGMENT, too_much)
+    held, free = (state.learn(0, SEGMENT, a_match(state, gradient)) for gradient in (0.2, 0.0))
+    assert held.held and not free.held and held.lr == pytest.approx(0.1) == free.lr
 
 
-@pytest.mark.parametrize("threshold, updated", [(0.5, True), (0.499, False)])
-def test_a_loss_above_the_threshold_updates_nothing(threshold, updated):
+@pytest.mark.parametrize("loss, threshold, updated", [
+    (0.5, 0.5, True), (0.5, 0.499, False), (math.nan, math.inf, False), (math.inf, math.inf, False)])
+def test_a_loss_that_is_above_the_threshold_or_not_finite_updates_nothing(loss, threshold, updated):
     state = distillation(threshold=threshold)
     before = state.set.detach()
-    assert state.learn(0, SEGMENT, a_match(state)).updated == updated and state.skipped == (not updated)  # loss 0.5
-    assert torch.equal(state.set.images, before.images) == (not updated)
+    record = state.learn(0, SEGMENT, a_match(state, loss=loss))
+    assert record.updated == updated and state.skipped == (not updated)
+    assert record.loss == pytest.approx(loss, nan_ok=True) and torch.equal(state.set.images, before.images) != updated
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_updates_nothing(loss):
-    state = distillation(threshold=float("inf"))
-    before = state.set.detach()
-    record = state.learn(0, SEGMENT, a_match(state)._replace(loss=torch.tensor(loss)))
-    assert not record.updated and not math.isfinite(record.loss) and state.skipped == 1
-    assert torch.equal(state.set.images, before.images)
+def test_a_resumed_run_has_the_counts_of_the_one_before():
+    state, resumed = distillation(), distillation()
+    state.skipped, state.held, state.held_in_a_row, state.lost_in_a_row = 4, 3, 2, 1
+    resumed.restore(state.state())
+    assert (resumed.skipped, resumed.held, resumed.held_in_a_row, resumed.lost_in_a_row) == (4, 3, 2, 1)
 
 
-def test_what_was_counted_is_restored():
-    state, other = distillation(), distillation()
-    counts = {"skipped": 4, "held": 3, "held_in_a_row": 2, "lost_in_a_row": 1}
-    vars(state).update(counts)
-    other.restore(state.state())
-    assert {name: getattr(other, name) for name in counts} == counts
-
-
-def test_target_labels_are_what_the_target_expert_says(monkeypatch):
-    state = distillation(labels="target", current_max_start_epoch=1, max_start_epoch=1)
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
-    state.buffer = SimpleNamespace(model=FlatModel(network))
-    start, target = torch.randn(2, 51, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(state, "_walk", lambda iteration: 0)
-    monkeypatch.setattr(state, "_ends", lambda segment: (start, target))
-    images = state.set.images.clone()
-    step(state, 0)
-    torch.testing.assert_close(state.set.labels, FlatModel(network)(target, images).detach())
+def test_target_labels_are_what_the_target_expert_says():
+    state, model = distillation(labels="target", expert_epochs=1), FlatModel(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)))
+    thetas = torch.randn(2, 51, generator=torch.Generator().manual_seed(1))
+    state.buffer = SimpleNamespace(model=model, snapshot=lambda expert, epoch: thetas[epoch])
+    state.match(SEGMENT)
+    torch.testing.assert_close(state.set.labels, model(thetas[1], state.set.images).detach())
 
 
 def test_ema_averages_the_images_and_leaves_them_alone():
@@ -201,22 +188,31 @@ def test_curriculum_takes_the_easiest_of_every_class_and_leaves_them_out_later(t
         assert set(members.tolist()) - set(late.tolist()) == set(easiest[:2].tolist())
 
 
-def test_grand_is_the_norm_of_each_images_own_gradient(toy_data, monkeypatch, tmp_path):
-    """Against one backward pass per image. A damaged file in the cache is computed again."""
+def test_grand_is_the_mean_norm_of_each_images_own_gradient(toy_data, monkeypatch, tmp_path):
+    """Against two networks trained for an epoch, and one backward pass per image. A damaged file in the cache is
+    computed again."""
     monkeypatch.setenv("DATM_CACHE", str(tmp_path))
-    monkeypatch.setattr("buffer.curriculum.NETWORKS", 1)
-    monkeypatch.setattr("buffer.curriculum.EPOCHS", 0)
-    config = make(BufferConfig, model="ConvNetD1W4")
+    monkeypatch.setattr("buffer.curriculum.NETWORKS", 2)
+    monkeypatch.setattr("buffer.curriculum.EPOCHS", 1)
+    config = make(BufferConfig, model="ConvNetD1W4", batch_train=20, lr_teacher=0.1)
     scores = grand_scores(config, toy_data, torch.device("cpu"))
-    from utils.program.seeds import seeded
-    with seeded(0, "GraNd", 0):
-        network = network_for("ConvNetD1W4", toy_data)
-    for index in (0, 30, 71):
-        network.zero_grad()
-        logits = network(toy_data.train_images[index:index + 1])
-        torch.nn.functional.cross_entropy(logits, toy_data.train_labels[index:index + 1]).backward()
-        norm = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]).norm()
-        assert float(scores[index]) == pytest.approx(float(norm), rel=1e-4)
+    expected = torch.zeros(3)
+    for number in range(2):
+        with seeded(0, "GraNd", number):
+            network = network_for("ConvNetD1W4", toy_data)
+        optimiser = torch.optim.SGD(network.parameters(), 0.1)
+
+        def backward(rows, network=network, optimiser=optimiser):
+            optimiser.zero_grad()
+            logits = network(toy_data.train_images[rows])
+            torch.nn.functional.cross_entropy(logits, toy_data.train_labels[rows]).backward()
+        for batch in torch.randperm(72, generator=generator(0, "GraNd", number)).split(20):
+            backward(batch)
+            optimiser.step()
+        for place, index in enumerate((0, 30, 71)):
+            backward([index])
+            expected[place] += torch.cat([each.grad.flatten() for each in network.parameters()]).norm() / 2
+    torch.testing.assert_close(scores[[0, 30, 71]], expected, rtol=1e-4, atol=0)
     (kept,) = tmp_path.glob("grand_*.pt")
     kept.write_bytes(b"damaged")
     assert torch.equal(grand_scores(config, toy_data, torch.device("cpu")), scores)  # computed again
@@ -297,7 +293,6 @@ def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data, tmp_path):
     config = make(BufferConfig, model="ConvNetD1W4", train_epochs=2, rho_max=0, rho_min=0, mom=0.9, l2=1e-3,
                   dsa_strategy="none", batch_train=20, lr_teacher=0.1, backend="plain")
     train_expert(config, toy_data, 0, SavedEpochs(tmp_path))
-    from utils.program.seeds import generator, seeded
     with seeded(0, "expert", 0):
         network = network_for("ConvNetD1W4", toy_data)
     optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
