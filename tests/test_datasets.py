@@ -694,6 +694,8 @@ def test_imagenet_subsets_are_in_the_published_order():
     for subset, positions in published.items():
         ids = image_folders.IMAGENET_SUBSETS[subset].split()
         assert len(set(ids)) == 10 and np.array_equal(np.argsort(ids), np.argsort(positions))
+    every = hashlib.sha256(" ".join(image_folders.IMAGENET_SUBSETS.values()).encode())  # as compared with the lists
+    assert every.hexdigest() == "168b55119fefaea105fc26ccc8db50ee32a4a03fac38afb0b4ac01904b4614be"
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -23,8 +24,9 @@ from distill.set_files import set_files
 from utils import files
 from utils.errors import UserError
 from utils.files import REPOSITORY
+from utils.loss_and_accuracy import accuracy
 from utils.networks import build_network
-from utils.parameters import FlatModel
+from utils.parameters import FlatModel, flatten
 from utils.program import interrupt, locks
 from utils.program.interrupt import Stopped
 
@@ -143,14 +145,21 @@ def test_experts_of_one_class_have_learned_it(call, toy, tmp_path):
     assert "trained 5 experts of 1 epoch;" in done.stdout and "did not learn" not in done.stderr
 
 
-def test_a_manifest_says_what_the_experts_are(toy_experts):
+def test_a_manifest_says_what_the_experts_are(toy_experts, toy_data):
     folder = toy_experts.joinpath(*EXPERTS)
     manifest = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())
     assert manifest["sha256"] == files.sha256(folder / "replay_buffer_0.pt")
     assert [expert["number"] for expert in manifest["experts"]] == [0, 1]
-    assert all(0 <= expert["test_accuracy"] <= 1 for expert in manifest["experts"])
+    model = FlatModel(build_network("ConvNetD1W4", 3, 3, (8, 8)))
+
+    def tested(snapshot):
+        return accuracy(partial(model, flatten(snapshot)), toy_data.test_images, toy_data.test_labels)
+    first, second = torch.load(folder / "replay_buffer_0.pt")
+    assert [expert["test_accuracy"] for expert in manifest["experts"]] == [tested(first[-1]), tested(second[-1])]
     lines = [json.loads(line) for line in (folder / "replay_buffer_1.jsonl").read_text().splitlines()]
     assert [(line["expert"], line["epoch"]) for line in lines] == [(2, 1), (2, 2), (2, 3)]
+    (third,) = torch.load(folder / "replay_buffer_1.pt")
+    assert [line["test_accuracy"] for line in lines] == [tested(snapshot) for snapshot in third[1:]]
 
 
 def test_experts_that_cannot_fit_are_refused_at_once(call, toy, tmp_path):
