@@ -271,7 +271,8 @@ def test_results_are_those_that_the_rows_commands_made(tmp_path):
 def test_the_pages_have_the_numbers_of_the_results():
     number = r"\d+\.\d+ ± \d+\.\d+"
     files = {  # row → file in results/FashionMNIST/gpu; {}: the column's images per class
-        "random real images": "random_{}", "herded real images, with experts' labels": "herding_{}",
+        "random real images": "random_{}", "random real images, with experts' labels": "random_labels_{}",
+        "herded real images, with experts' labels": "herding_{}",
         "random real images, four in one": "random_factor2_{}",
         "the same with experts' labels": "random_factor2_labels_{}", "TESLA's gradient": "ipc{}_tesla",
         "exact gradient (DATM)": "ipc{}",
