@@ -180,20 +180,19 @@ def in_words(experts: int, epochs: int) -> str:
 
 def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]:
     """The SHA-256 of each file, by its name."""
-    found, stopped = {}, threading.Event()  # a pool waits for its threads, also when a signal ends this
-
-    def after_part() -> None:
-        if stopped.is_set():
-            raise InterruptedError
-
+    one_at_a_time, stopped = threading.Lock(), threading.Event()
     with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
           ThreadPoolExecutor(os.cpu_count()) as pool):  # hashing releases the GIL
+        def report(size: int) -> None:
+            if stopped.is_set():
+                raise InterruptedError
+            with one_at_a_time:
+                advance(size)
+
         try:
-            for path, found[path.name] in zip(paths, pool.map(partial(files.sha256, after_part=after_part), paths)):
-                advance(path.stat().st_size)
-        finally:
+            return dict(zip([path.name for path in paths], pool.map(partial(files.sha256, report=report), paths)))
+        finally:  # the pool waits for its threads, also when a signal ends this
             stopped.set()
-    return found
 
 
 def is_as_written(path: Path, checksum: str) -> bool:

@@ -209,11 +209,8 @@ def check_classes(distilled: DistilledSet, dataset: Dataset, option: str, named:
     raise UserError(f"{option}: {said}, so its labels do not fit; give the data it was made from")
 
 
-READ_FROM = "--data_dir", "--label_dir", "--lr_dir"
-
-
-def checked_set(distilled: DistilledSet, dataset: Dataset, label_kind: str = "logits",
-                read_from: Sequence[str] = READ_FROM, factor: int = 1) -> DistilledSet:
+def checked_set(distilled: DistilledSet, dataset: Dataset, read_from: Sequence[str], label_kind: str = "logits",
+                factor: int = 1) -> DistilledSet:
     """The set as float32 (classes as int64), if its tensors fit each other, the dataset and the factor.
 
     Args:

@@ -126,7 +126,7 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
     given = f"--pix_init {config.pix_init}"
     distilled = DistilledSet.load(config.pix_init)
     check_classes(distilled, dataset, given)
-    distilled = checked_set(distilled, dataset, read_from=[given] * 3, factor=config.factor)
+    distilled = checked_set(distilled, dataset, [given] * 3, factor=config.factor)
     if why := other_space(distilled, dataset):
         raise UserError(f"{given}: {why}; give the --zca and the data that it was made with")
     classes, _ = class_indices(distilled, dataset.num_classes)

@@ -25,8 +25,7 @@ class ScriptParser(Parser):
                          allow_abbrev=False)
         self._kinds: dict[str, str] = {}  # option → kind of its output file
         if json:
-            mark = key or f"report_of={Path(sys.argv[0]).name}"
-            self.add_output("json", f"json:{mark}", f"write {json} to this file")
+            self.add_output("json", f"json:{key}" if key else report_kind(), f"write {json} to this file")
 
     def add_output(self, name: str, kind: str, help: str) -> None:
         self._kinds[name] = kind
@@ -39,20 +38,22 @@ class ScriptParser(Parser):
         return options
 
 
-def positive(text: str) -> int:
+def positive(text: str, kind: type[float] = int) -> float:
     """The `type` of an option that counts something."""
-    number = int(text)
-    if number <= 0:
+    number = kind(text)
+    if not number > 0:
         raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
     return number
 
 
 def positive_float(text: str) -> float:
     """The `type` of an option that is a positive amount."""
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
-    return number
+    return positive(text, float)
+
+
+def report_kind() -> str:
+    """The kind of a file, as `check_outputs` takes it, that `save_report` wrote for this script."""
+    return f"json:report_of={Path(sys.argv[0]).name}"
 
 
 def save_report(path: Path | None, report: dict[str, Any], device: "str | torch.device" = "cpu") -> None:

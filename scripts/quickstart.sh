@@ -29,15 +29,18 @@ step() {
     for file in $of; do
         if [ "$file" -nt "$result" ] && [ "$file" -nt "$made_by" ]; then again=yes; fi
     done
-    if [ $again = no ] && [ -e "$result" ] && [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
-        printf '\n# %s is there already\n' "$result"
-        return
+    if [ $again = no ] && [ "$(cat "$made_by" 2>/dev/null)" = "$*" ]; then
+        if [ -e "$result" ]; then
+            printf '\n# %s is there already\n' "$result"
+            return
+        fi  # else the command resumes what it was stopped in
+    else
+        if [ -e "$made_by" ] || [ -e "$result" ]; then
+            printf '\n# %s was made by another command or of older files, and is made again\n' "$made"
+            rm -rf "$made" "$made_by"
+        fi
+        printf '%s\n' "$*" >"$made_by"
     fi
-    if [ -e "$result" ] || { [ -e "$made_by" ] && { [ $again = yes ] || [ "$(cat "$made_by")" != "$*" ]; }; }; then
-        printf '\n# %s was made by another command or of older files, and is made again\n' "$made"
-        rm -rf "$made" "$made_by"
-    fi
-    [ -e "$made_by" ] || printf '%s\n' "$*" >"$made_by"
     printf '\n$ %s\n' "$*"
     "$@" || ended $?
 }

@@ -34,7 +34,7 @@ tune_process()  # before torch is imported
 from distill.option_checks import check_options
 from distill.report.read_run import SavedRun, read_run
 from distill.result_files import METRICS, RESULT, images_tested, run_folder, tested_on
-from scripts.common import save_report
+from scripts.common import report_kind, save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError
 from utils.files import REPOSITORY, check_outputs, resolved, write_text
@@ -81,7 +81,7 @@ def main() -> None:
     together = Path(os.path.commonpath([run.folder.parent for run in runs]))
     page = together / f"{'_'.join(['sweep', *filter(None, [options.get('run_name')]), *swept])}.html"
     check_outputs({"the page": page} | ({"--json": json} if json else {}),
-                  {"the page": "html", "--json": "json:report_of=sweep.py"})
+                  {"the page": "html", "--json": report_kind()})
 
     if not config.dry_run:
         interrupt.saves("the runs that it began")

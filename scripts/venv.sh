@@ -1,6 +1,5 @@
 # Sourced by the other scripts: makes .venv at the repository's root if need be, installs requirements.txt into it
 # once, and activates it.
-unset CDPATH  # with it, cd prints where it goes, and may go elsewhere
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 base_python="${PYTHON:-python3}"
 if [ ! -x "$root/.venv/bin/python" ]; then

@@ -148,9 +148,10 @@ def test_labels_that_look_like_probabilities_are_said_and_taken_as_it_is_told(ca
 def test_classes_are_whole_numbers_of_any_size(toy_data, dtype):
     distilled = DistilledSet(toy_data.train_images[:3], torch.tensor([2, 0, 1], dtype=torch.int64), torch.tensor(0.1))
     foreign = dataclasses.replace(distilled, labels=distilled.labels.to(dtype))
-    assert torch.equal(checked_set(foreign, toy_data).labels, distilled.labels)
+    assert torch.equal(checked_set(foreign, toy_data, ["x"] * 3).labels, distilled.labels)
     with pytest.raises(UserError, match="no classes outside 0 … 2"):
-        checked_set(dataclasses.replace(foreign, labels=foreign.labels.long().add(1).to(dtype)), toy_data)
+        checked_set(dataclasses.replace(foreign, labels=foreign.labels.long().add(1).to(dtype)), toy_data,
+                    ["--data_dir", "--label_dir", "--lr_dir"])
 
 
 # --- DC's files ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate.saved_set import told_by_set
 from distill.report import page as report
 from distill.report import page_pictures, svg
+from distill.report.classes import predictions
 from distill.report.commands import commands
 from distill.report.comparison import comparison
 from distill.report.frames import MOST_FRAMES, Frames
@@ -501,6 +502,13 @@ def test_long_runs_are_thinned(copied):
     assert max(len(re.findall("[ML]", each.attributes["d"])) for each in page.all("path")) <= 4 * svg.MOST_POINTS
     skipped = [each for each in page.all("path") if each.attributes["class"] == "crosses bad"]
     assert len(re.findall("M", skipped[0].attributes["d"])) == 180
+
+
+def test_classes_whose_names_are_alike_when_shortened_have_numbers_and_a_bar_each():
+    names = ["a very long class name 1", "a very long class name 2"]
+    drawn = predictions(Score("ConvNet", [0.5], [[3, 1], [2, 2]]), names, 4, 4)
+    assert drawn.count('<span title="a very long class name') == 2 and "best and the" not in drawn
+    assert "Classes by their numbers." in drawn and "1: a very long class name 1" in drawn
 
 
 @pytest.mark.parametrize("losses", [[], [0.5], [None] * 30, [0.0] * 30, [1e-9, 1e9, None] * 10, [-1.0, 2.0] * 20])

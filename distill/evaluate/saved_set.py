@@ -163,7 +163,7 @@ def opened(config: EvaluationConfig, given: Collection[str],
         note(f"note: the set was prepared differently from the data here: {why}")
     check_classes(read, dataset, f"--data_dir {config.data_dir}", named=not {"dataset", "subset"} & set(told))
     read_from = [f"--{name}" if getattr(config, name) else "--data_dir" for name in ("data_dir", "label_dir", "lr_dir")]
-    distilled = checked_set(read, dataset, config.label_kind, read_from, config.factor).to(device)
+    distilled = checked_set(read, dataset, read_from, config.label_kind, config.factor).to(device)
     distilled = in_space(distilled, dataset)
     if not rate_known and "lr_teacher" not in given and config.protocol != "dc":
         note(f"note: the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "

@@ -33,7 +33,7 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
         f"Predictions at the last evaluation (iteration {iteration:,}, {which}) by {networks} {score.network} "
         f"network{'s together' if networks > 1 else ''}: {int(counts.sum()):,} in all, {right} of them right.")
     # All classes in order; if there are many, only the best and the worst.
-    many = not _named(names)
+    many, named = len(names) > MOST_NAMED, _named(names)
     order = own.argsort(descending=True, stable=True).tolist()
     shown = [*order[:WORST], *order[-WORST:]] if many else range(len(names))
     bars = [{"name": names[number], "long": len(names[number]) > LONGEST, "now": 100 * float(own[number]),
@@ -43,7 +43,7 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
     map_ = heat_map("Confusion matrix", shares, names, "class", "prediction",
                     _worst(shares, names, "Most frequent confusions", "{0} taken for {1}: {2}",
                            "No class is taken for another."))
-    rows = [[f"{number + 1}: {name}" if many else name, f"{100 * share:.1f} %", *_taken_for(row, names, number)]
+    rows = [[name if named else f"{number + 1}: {name}", f"{100 * share:.1f} %", *_taken_for(row, names, number)]
             for number, (name, share, row) in enumerate(zip(names, own.tolist(), shares))]
     table = draw.folded("Accuracy by class as a table", draw.table(
         "Accuracy by class", ["class", "accuracy", "most often taken for"], rows))

@@ -82,14 +82,14 @@ def _accuracies(runs: dict[str, SavedRun]) -> Markup | None:
     styles: dict[str, str] = {}
     further = itertools.count(len(runs))  # a run's first line looks as in the other charts
     for number, (run_name, run) in enumerate(runs.items()):
+        numbers = itertools.chain([number], further)
         for evaluation in run.metrics.evaluations:
             for score in evaluation.scores:
                 name = (score.network if len(runs) == 1 else f"{run_name}, {score.network}") + (
                     "" if evaluation.set == NORMAL else f", {evaluation.set}")
                 lines.setdefault(name, []).append((evaluation.iteration, score))
                 if name not in styles:
-                    style = _style(number)
-                    styles[name] = style if style not in styles.values() else _style(next(further))
+                    styles[name] = _style(next(numbers))
     for name, points in lines.items():
         style = styles[name]
         chart.band([(at, 100 * (score.mean - score.spread), 100 * (score.mean + score.spread))

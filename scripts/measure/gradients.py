@@ -37,7 +37,7 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 from distill.option_checks import check_options
-from scripts.common import save_report
+from scripts.common import report_kind, save_report
 from utils.config import DistillConfig, how_much, identity
 from utils.errors import UserError, number_of
 from utils.files import check_outputs, read_json, reading, resolved, write_json
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 STEPS = (10, 20, 40, 60, 80)
 SEEDS, DRAWS = 3, 4
 GRADIENTS = {"exact": 1, "TESLA": None, "last 3/4": 3 / 4, "last 1/2": 1 / 2, "last 1/4": 1 / 4}  # share of the steps
-KINDS = {"json": "json:report_of=gradients.py", "png": "png"}
 
 
 class Measured(NamedTuple):
@@ -177,8 +176,8 @@ def spread(values: list[float]) -> tuple[float, float]:
 def main() -> None:
     options = typed(DistillConfig, __doc__, yaml_file=True, json="write every draw's numbers to this file",
                     png="draw them", distilled="a set that was distilled from these experts")
-    files = {name: resolved(options.pop(name)) for name in KINDS if name in options}
-    check_outputs({f"--{name}": path for name, path in files.items()}, {f"--{name}": KINDS[name] for name in files})
+    files = {name: resolved(options.pop(name)) for name in ("json", "png") if name in options}
+    check_outputs({f"--{name}": path for name, path in files.items()}, {"--json": report_kind(), "--png": "png"})
     saved = {"pix_init": options.pop("distilled")} if "distilled" in options else {}
     config, _ = config_of(DistillConfig, options)
     of_saved, _ = config_of(DistillConfig, options | saved)

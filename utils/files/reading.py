@@ -144,11 +144,15 @@ def read_config(path: Path) -> dict[str, Any]:
         return read_yaml(path)
 
 
-def sha256(path: str | os.PathLike, after_part: Callable[[], object] = lambda: None) -> str:
-    """A file's SHA-256, in hex; calls `after_part` after each part that is read."""
+def sha256(path: str | os.PathLike, report: Callable[[int], object] = lambda size: None) -> str:
+    """A file's SHA-256, in hex.
+
+    Args:
+        report: called with the number of bytes of each part read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(PART):
             digest.update(part)
-            after_part()
+            report(len(part))
     return digest.hexdigest()
