@@ -1,7 +1,7 @@
 """A run that trains experts: load the data, start or resume, train what is missing, write the files.
 
-Experts are kept in `unfinished/`, epoch by epoch, until they are written, `save_interval` to a file. Ranks train
-different experts: the rank that holds the lock of an expert's number trains it, and the first rank writes the files.
+Experts are kept in `unfinished/`, epoch by epoch, until they are written, `save_interval` to a file. The experts that
+are missing are dealt out to the ranks; the first rank writes the files.
 """
 
 import json
@@ -33,7 +33,6 @@ from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
 from utils.program.console import announce, note, say, shown, wrapped
-from utils.program.locks import LockedError, locked
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
 from utils.program.run_folder import kept_to_this_run
@@ -90,19 +89,15 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
         UserError: several experts in a row did not learn, or a file cannot be written.
         Stopped: a signal came; what was finished is saved.
     """
+    missing = ranks.from_first_rank(lambda: [number for number in range(run.written, run.end_number)
+                                             if not run.is_trained(number)])
     with ExpertView(run) as view:
-        for number in range(run.written, run.end_number):
+        for number in ranks.deal(missing):
             # An expert that diverged on any rank ends the run.
             if run.diverged.exists():
                 break
-
-            # Train this one, unless another rank is training it or has done so meanwhile.
             try:
-                with locked(run.unfinished / f"lock_{number}", advice="which nobody reads"):
-                    if run.is_missing(number):
-                        train_one(run, number, curriculum, view)
-            except LockedError:
-                continue
+                train_one(run, number, curriculum, view)
             except DivergedError as error:
                 files.write_json(run.diverged, str(error))
 
@@ -212,7 +207,7 @@ class ExpertRun:
     @property
     def trained(self) -> int:
         """The number of the run's experts that are trained, whether in a file yet or not."""
-        return sum(number < self.written or self._is_trained(number)
+        return sum(number < self.written or self.is_trained(number)
                    for number in range(self.first_number, self.end_number))
 
     @property
@@ -224,13 +219,8 @@ class ExpertRun:
     def saved(self, number: int) -> SavedEpochs:
         return SavedEpochs(self.unfinished / f"expert_{number}")
 
-    def _is_trained(self, number: int) -> bool:
+    def is_trained(self, number: int) -> bool:
         return len(self.saved(number)) > self.config.train_epochs
-
-    def is_missing(self, number: int) -> bool:
-        """Whether the expert is neither trained nor in a file, counting the work of all ranks."""
-        # In this order, as its epochs are removed only once they are in a file.
-        return not self._is_trained(number) and number >= trajectories.count_experts(self.folder)
 
     def write_complete(self, partly: bool = False) -> None:
         """Judges the trained experts in order, and writes the files that are complete.
@@ -241,13 +231,13 @@ class ExpertRun:
         Raises:
             UserError: several experts in a row did not learn, or a file cannot be written.
         """
-        while self._judged < self.end_number and self._is_trained(self._judged):
+        while self._judged < self.end_number and self.is_trained(self._judged):
             self._judge(self._judged, self.saved(self._judged)[self.config.train_epochs]["reached"]["train_accuracy"])
             self._judged += 1
         while self.written < self._judged:
             number = min(self.config.save_interval, (self._judged if partly else self.end_number) - self.written)
             if self.written + number > self._judged or not all(
-                    map(self._is_trained, range(self.written, self.written + number))):  # their epochs were removed
+                    map(self.is_trained, range(self.written, self.written + number))):  # their epochs were removed
                 return
             self._write(number)
 
@@ -261,7 +251,7 @@ class ExpertRun:
             UserError: the `MOST_AT_CHANCE`-th expert in a row did not learn.
         """
         chance = 1 / self.dataset.num_classes
-        if learned > AT_CHANCE * chance or learned == 1:  # with one class, guessing is always right
+        if learned > AT_CHANCE * chance:
             self._at_chance = 0
             return
         self._at_chance += 1
@@ -294,10 +284,10 @@ class ExpertRun:
             UserError: an expert is missing from the files, as its epochs were removed.
         """
         self.diverged.unlink(missing_ok=True)
-        if any(map(self._is_trained, self._begun())) and partly:
+        if any(map(self.is_trained, self._begun())) and partly:
             return  # experts after the diverged one are kept, in case it can be trained otherwise
         if self.written < self.end_number and not partly:
-            missing = [number for number in range(self.written, self.end_number) if not self._is_trained(number)]
+            missing = [number for number in range(self.written, self.end_number) if not self.is_trained(number)]
             raise UserError(f"epochs of {', '.join(f'expert {number}' for number in missing)} are gone from "
                             f"{self.unfinished}, so that experts from {self.written} on are not written yet; the same "
                             "command trains what is missing")

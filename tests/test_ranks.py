@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -238,19 +237,6 @@ def test_ranks_of_other_options_are_refused(torchrun, toy, tmp_path):
     _, err = torchrun(2, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}",
                       expect=2)
     assert "started with different options: seed (0 there, 1 here)" in err and not list(tmp_path.rglob("unfinished"))
-
-
-def test_an_expert_that_is_written_just_now_is_not_trained_again(monkeypatch):
-    """Its epochs are removed once it is in a file, possibly between this rank's two checks."""
-    written = []
-
-    def count_experts(folder):
-        written.append(True)  # by the first rank, just after this one has checked
-        return len(written) - 1
-
-    run = SimpleNamespace(folder=None, _is_trained=lambda number: not written)
-    monkeypatch.setattr("buffer.trajectories.count_experts", count_experts)
-    assert not expert_run.ExpertRun.is_missing(run, 0)
 
 
 def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):

@@ -15,10 +15,6 @@ from utils.files import no_links
 from utils.program.console import note
 
 
-class LockedError(UserError):
-    """Another process writes to the folder."""
-
-
 @contextlib.contextmanager
 def locked(folder: Path, advice: str) -> Iterator[TextIO]:
     """Locks a folder against other processes. However this process ends, the system releases the lock, once processes
@@ -28,8 +24,7 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
         advice: what a second process can do, for its message.
 
     Raises:
-        LockedError: another process holds the lock.
-        UserError: the folder cannot be made or written.
+        UserError: another process holds the lock, or the folder cannot be made or written.
     """
     path = folder / ".lock"
     made = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -77,7 +72,7 @@ def _lock(file: TextIO, folder: Path, advice: str) -> None:
     except BlockingIOError as error:
         file.seek(0)
         holder = file.read().strip() or "just started"
-        raise LockedError(f"another run ({holder}) is writing to {folder}; wait for it to end, or {advice}") from error
+        raise UserError(f"another run ({holder}) is writing to {folder}; wait for it to end, or {advice}") from error
     except OSError as error:  # some network file systems have no locks
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
             raise
