@@ -32,15 +32,18 @@ from utils.program import ranks
 from utils.program.console import duration
 from utils.program.device import describe
 from utils.program.prepare import drawer, dsa_groups
+from utils.program.progress import watched
 from utils.program.seeds import generator
 
 FEW, MORE = 1, 3  # inner steps of the two measurements
+CALLS, LONG = 3, 10.0  # of which the median is taken; after this many seconds no further one is begun
 LR = 0.01  # any value; the time does not depend on it
 
 
 def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
-    """Measures a few inner steps, one epoch of an evaluation and one test pass; compile time is not included, nor is
-    what several ranks send each other. The matched network stands for all of the evaluation's pool."""
+    """Measures a few inner steps, one epoch of an evaluation and one test pass, and shows its progress; compile time is
+    not included, nor is what several ranks send each other. The matched network stands for all of the evaluation's
+    pool."""
     device = dataset.device
     samples = num_samples(config, dataset)
     batch = math.ceil(batch_size(config, dataset) / ranks.size())  # a rank's share
@@ -61,28 +64,35 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
         given = model, theta, target, images, labels, lr, batches, draws
         return lambda: match_trajectory(*given, config.matching), lambda: matching_loss(*given)
 
-    (few, _), (more, train) = calls(FEW), calls(MORE)
-    before = reset_peak(device)
-    few()  # warm-up: allocates, and compiles or captures if the engine does
-    captured = reset_peak(device) - before if device.type == "cuda" else 0  # what the warm-up keeps: CUDA graphs
-    more_seconds, more_bytes = _measured(more, device)
-    # For each further step, the exact gradient keeps a θ and the unrolled one a graph.
-    step_bytes = ((more_bytes - _measured(few, device)[1]) / (MORE - FEW) if config.matching == "unroll"
-                  else theta.nbytes)
-    maps = max(0, kept_steps(config, dataset, model) - MORE) * batch * model.engine.map_bytes
-    # Before the last K steps, a truncated gradient only trains.
-    matched = matched_steps(config)
-    alone = config.syn_steps - matched
-    train_seconds = _measured(train, device)[0] if alone else 0.0
-
     def epoch() -> None:
         train_network(model, theta, images, labels, LR, epochs=0, batch_size=config.batch_train,
                       draw=drawer(config, dataset, ()), random=generator(config.seed, "estimate", "epoch"))
 
-    epoch()  # warm-up: on a GPU each new combination of shapes and augmentation is captured
-    seconds_epoch, _ = _measured(epoch, device)
-    seconds_test, _ = _measured(lambda: accuracy(lambda x: model(theta, x), dataset.test_images, dataset.test_labels),
-                                device)
+    def test() -> None:
+        accuracy(lambda x: model(theta, x), dataset.test_images, dataset.test_labels)
+
+    # Before the last K steps, a truncated gradient only trains.
+    matched = matched_steps(config)
+    alone = config.syn_steps - matched
+    (few, _), (more, train) = calls(FEW), calls(MORE)
+    with watched("measuring", 7, config.quiet) as advance:
+        def measured(call: Callable[[], object]) -> tuple[float, float]:
+            result = _measured(call, device)
+            advance(1)
+            return result
+
+        before = reset_peak(device)
+        few()  # warm-up: allocates, and compiles or captures if the engine does
+        advance(1)
+        captured = reset_peak(device) - before if device.type == "cuda" else 0  # what the warm-up keeps: CUDA graphs
+        more_seconds, more_bytes = measured(more)
+        # For each further step, the exact gradient keeps a θ and the unrolled one a graph.
+        step_bytes = (more_bytes - measured(few)[1]) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
+        train_seconds = measured(train)[0] if alone else 0.0
+        epoch()  # warm-up: on a GPU each new combination of shapes and augmentation is captured
+        advance(1)
+        seconds_epoch, seconds_test = measured(epoch)[0], measured(test)[0]
+    maps = max(0, kept_steps(config, dataset, model) - MORE) * batch * model.engine.map_bytes
     state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
     iteration = (more_seconds * matched + train_seconds * alone) / MORE
     evaluation = len(ranks.deal(range(networks(config)))) * (
@@ -104,7 +114,7 @@ def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, "
           f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}"
           f"{kept_in_words(config, dataset, model)}), on "
-          f"{describe(dataset.device)}:")
+          f"{describe(dataset.device)}:", flush=True)
     print(estimate(config, dataset, model))
     if "compiled" in model.engine.name:
         print("compiling comes on top of that, a minute or two the first time")
@@ -112,10 +122,10 @@ def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
 
 
 def _measured(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """(median seconds of three calls, bytes of memory added at their peak)"""
+    """(median seconds of a few calls, bytes of memory added at their peak)"""
     before = reset_peak(device)
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while len(seconds) < CALLS and sum(seconds) < LONG:
         began = perf_counter()
         call()
         if device.type == "cuda":

@@ -16,6 +16,7 @@ from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet, check_classes, checked_set, class_indices, other_space
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
+from utils.data.disk_layouts import some_of
 from utils.data.tiles import cut, tiled
 from utils.errors import UserError, number_of
 from utils.files import sha256
@@ -95,8 +96,8 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     elif config.pix_init == "real":
         images = tiled(dataset.train_images[random_real(dataset, per_class, random).to(device)], config.factor)
     else:
-        chosen, filled = predicted_correctly(model, experts, dataset, per_class, random)
-        notes += filled
+        chosen, said = predicted_correctly(model, experts, dataset, per_class, random)
+        notes += said
         images = tiled(dataset.train_images[chosen.to(device)], config.factor)
     samples = cut(images, config.factor)
 
@@ -163,9 +164,10 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
         experts: returns a new iterator over θ [P], on the dataset's device.
 
     Returns:
-        The indices, and a note for each class that had to be filled.
+        The indices, and a note if classes had to be filled.
     """
-    chosen, notes = [], []
+    chosen: list[Tensor] = []
+    filled: list[str] = []
     for label in range(dataset.num_classes):
         members: list[int] = []
         left = _shuffled(dataset, label, random)
@@ -184,11 +186,11 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
         if missing > 0:
             theta = next(iter(experts()))
             confidence = expert_logits(model, theta, dataset.train_images[left])[:, label].cpu()
-            notes.append(f"class {dataset.classes[label]}: experts predict {number_of(len(members), 'image')} "
-                         f"correctly, {len(members) + missing} are wanted; the rest have the class's highest logits")
+            filled.append(f"{dataset.classes[label]}: {len(members)} of {len(members) + missing} wanted")
             members += left[confidence.topk(missing).indices].tolist()
         chosen.append(_repeated(torch.tensor(members), per_class))
-    return torch.cat(chosen), notes
+    return torch.cat(chosen), [f"experts predict too few images of {number_of(len(filled), 'class')} correctly "
+                               f"({some_of(filled)}); the rest have the class's highest logits"] if filled else []
 
 
 def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, classes: Tensor) -> tuple[Tensor, int]:
@@ -247,6 +249,5 @@ def notes_on_small_classes(dataset: Dataset, per_class: int) -> list[str]:
     """A note on the classes that have fewer than `per_class` training images, if there are any."""
     sizes = {name: len(dataset.class_indices(label)) for label, name in enumerate(dataset.classes)}
     small = sorted((name for name in sizes if sizes[name] < per_class), key=sizes.__getitem__)
-    count = "1 class has" if len(small) == 1 else f"{len(small)} classes have"
-    return [f"{count} fewer than {per_class} training images ({small[0]}: {sizes[small[0]]}); some are used more than "
-            "once"] if small else []
+    return [f"{number_of(len(small), 'class')} {'has' if len(small) == 1 else 'have'} fewer than {per_class} training "
+            f"images ({small[0]}: {sizes[small[0]]}); some are used more than once"] if small else []

@@ -90,7 +90,7 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     Raises:
         UserError: no loss is finite, whatever the rate.
     """
-    first, _ = ranks.from_first_rank(lambda: initial_set(replace(config, lr_teacher=AUTO), dataset, labellers))
+    first, notes = ranks.from_first_rank(lambda: initial_set(replace(config, lr_teacher=AUTO), dataset, labellers))
     segments = [epochs for epochs in SEGMENTS if epochs <= max(1, buffer.epochs // 2)]
     rates = RATES if math.isnan(first.lr) else [float(first.lr)]  # a saved set has its own
     losses = measured(config, dataset, buffer, first, segments, STEPS, rates,
@@ -102,18 +102,19 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     options |= {"adjoint_steps": None} if (config.adjoint_steps or 0) > options["syn_steps"] else {}
     first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.device)
     options |= fitting_rates(replace(config, **options), dataset, buffer, first)
-    notes = doubts(losses, options)
+    notes += doubts(losses, replace(config, **options))
     if config.factor > 1:
         notes.insert(0, f"each image holds {config.factor**2} smaller ones with a label each (--factor "
-                     f"{config.factor}), and was measured so")
+                     f"{config.factor}); whole images, --factor 1, may need other settings, which DATM.py --dry_run "
+                     "measures")
     if rates is not RATES:
         del options["lr_teacher"]
     return Suggestion(options, losses, notes)
 
 
 def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet) -> dict[str, float]:
-    """The rates at which a first update moves images and labels by `FIRST_STEP` of their standard deviation; empty if
-    every drawn loss is above the threshold."""
+    """The rates at which a first update moves images and labels by `FIRST_STEP` of their standard deviation, except for
+    what has none; empty if every drawn loss is above the threshold."""
     distillation = Distillation(config, dataset, buffer, first)
     matches = []
     with Progress(UPDATES, "measuring updates", quiet=config.quiet) as bar:
@@ -132,7 +133,7 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
             ranks.merge_rows(gradient, config.factor**2 if name == "lr_y" else 1)
     size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
             for name, (of_all, tensor) in gradients.items()}
-    return {name: float(f"{FIRST_STEP[name] / size[name]:.0e}") for name in size if size[name]}
+    return {name: float(f"{FIRST_STEP[name] / size[name]:.0e}") for name in size if 0 < size[name] < math.inf}
 
 
 def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: DistilledSet, segments: Sequence[int],
@@ -217,17 +218,17 @@ def proposed(losses: Losses) -> dict[str, Any]:
             "threshold": round(max(1.0, THRESHOLD_FACTOR * float(loss[begin:end].max())), 1)}
 
 
-def doubts(losses: Losses, options: dict[str, Any]) -> list[str]:
-    """What a user should know before following these options."""
-    rate, step = options["lr_teacher"], options["syn_steps"]
-    chosen = losses.values[losses.segments.index(options["expert_epochs"]), losses.steps.index(step),
+def doubts(losses: Losses, config: DistillConfig) -> list[str]:
+    """What a user should know before following these options, which are among those that were measured."""
+    rate = config.lr_teacher
+    chosen = losses.values[losses.segments.index(config.expert_epochs), losses.steps.index(config.syn_steps),
                            losses.rates.index(rate)]
     least = float(np.nanmin(chosen))
     notes = []
     if least > HARD_LOSS:
         notes.append("a training on the first set hardly comes nearer to the experts (its smallest loss is "
-                     f"{least:.3f}); experts trained with a smaller --lr_teacher, for fewer epochs or without --zca "
-                     "can be easier")
+                     f"{least:.3f}); experts trained with a smaller --lr_teacher{' or' * (not config.zca)}"
+                     f"{',' * config.zca} for fewer epochs{' or without --zca' * config.zca} can be easier")
     if len(losses.rates) > 1 and rate in (losses.rates[0], losses.rates[-1]):
         notes.append(f"--lr_teacher {rate:g} is at the end of what was measured; one beyond it can fit better")
     return notes
@@ -254,7 +255,7 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
         f"set's matching loss is below 1, over the window): {said}" if said else
         f"--lr_teacher auto is {rate:g}; at none of the rates {', '.join(f'{each:g}' for each in RATES)} does training "
         "on the first set come closer to the experts, over the window",
-        *doubts(losses, {"lr_teacher": rate, "syn_steps": config.syn_steps, "expert_epochs": config.expert_epochs})]
+        *doubts(losses, replace(config, lr_teacher=rate))]
 
 
 def _gains(losses: np.ndarray) -> np.ndarray:
@@ -280,4 +281,4 @@ def _batch(images: int, steps: int) -> int | None:
 
 
 def _cell(loss: float) -> str:
-    return "-" if math.isnan(loss) else f"{loss:.3f}" if loss < 10 else "far"
+    return "-" if math.isnan(loss) else f"{loss:.3f}" if loss < 10 else "> 10"

@@ -121,7 +121,7 @@ def test_too_few_right_images_are_filled_and_said():
     dataset = readable_dataset([label if label else 1 for label in labels], labels)  # class 0 is never right
     model = FlatModel(LastPixel(3))
     chosen, notes = predicted_correctly(model, lambda: iter([torch.zeros(1)]), dataset, 2, torch.Generator())
-    assert len(notes) == 1 and "class class 0: experts predict 0 images correctly, 2 are wanted" in notes[0]
+    assert len(notes) == 1 and "too few images of 1 class correctly (class 0: 0 of 2 wanted)" in notes[0]
     assert sorted(chosen[:2].tolist()) == [18, 21]  # the highest logit of the class
 
 

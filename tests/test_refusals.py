@@ -94,6 +94,12 @@ def test_what_the_experts_refuse(refused, options, phrases):
     refused(BUFFER, options, phrases)
 
 
+def test_a_single_class_is_refused(refused, toy, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(toy.data / split / "red", tmp_path / "one" / split / "red")
+    refused(BUFFER, [f"--data_path={tmp_path / 'one'}"], ["ImageFolder in", "only the class red", "need two at least"])
+
+
 @pytest.mark.parametrize("options, phrases", [
     (["--max_start_epoch=3", "--expert_epochs=2"], ["--max_start_epoch 3 --expert_epochs 2", "end at epoch 4",
                                                     "has 3 epochs", "give --max_start_epoch 2 or less"]),
@@ -151,7 +157,7 @@ def test_a_learning_rate_that_would_turn_negative_is_held_and_then_stops_the_run
                                                                                  monkeypatch):
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_teacher=1",
                  "--lr_lr=1000", "--threshold=1e9", "--skip_first_eva"]
-    assert "α held back 4 times" in call(DATM, *arguments).stdout
+    assert "4 updates of α held back" in call(DATM, *arguments).stdout
     monkeypatch.setattr("distill.distillation.MOST_HELD", 3)
     message = call(DATM, *arguments, "--seed=1", expect=2).stderr.splitlines()[-1]
     assert message.startswith("DATM.py: error: the learning rate α would") and "lower --lr_lr" in message
@@ -401,10 +407,12 @@ def test_a_file_of_a_set_that_cannot_be_read_is_refused(refused, sets, bomb, opt
     refused(EVALUATION, sets.options(), [f"{option} file", str(path), "does not exist"])
 
 
-def test_a_set_without_its_files_is_refused(refused, sets):
+def test_a_set_without_its_files_is_refused(refused, sets, toy_experts):
     images, labels, _ = sets.options()
     refused(EVALUATION, [labels], ["--data_dir is missing"])
     refused(EVALUATION, [images], ["--label_dir is missing"])
+    for experts in toy_experts.rglob("*.pt"):  # one file of two experts and one of one
+        refused(EVALUATION, [f"--data_dir={experts}"], ["is not a set, but perhaps a file of experts"])
     refused(EVALUATION, [*sets.options(), f"--data_dir={sets.folder}"], ["--label_dir beside --data_dir"])
     refused(EVALUATION, [f"--data_dir={sets.folder.parent}"], ["is a folder without a set", "give a folder that has"])
     refused(EVALUATION, [*sets.options(), "--eval_mode=Z"], ["unknown eval_mode 'Z'"])

@@ -42,7 +42,7 @@ def test_the_largest_rate_that_gains_nearly_as_much_is_taken():
     ([[1.0, 0.99], [0.99, 0.99]], ["hardly comes nearer", "at the end"])])
 def test_what_is_doubtful_is_said(of_rates, words):
     found = losses(*of_rates, rates=(0.01, 0.03))
-    said = doubts(found, proposed(found))
+    said = doubts(found, make(DistillConfig, **proposed(found)))
     assert len(said) == len(words) and all(word in note for word, note in zip(words, said))
 
 

@@ -60,8 +60,8 @@ def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
 
 
 def number_of(count: int, noun: str) -> str:
-    """A count with its noun: 1 file, 2 files."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    """A count with its noun: 1 file, 2 files, 3 classes."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def unknown_name(kind: str, given: object, allowed: Iterable[str]) -> UserError:

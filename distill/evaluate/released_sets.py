@@ -76,6 +76,9 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
         _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
         return DistilledSet.load(data_dir), True
     images, about, of_dc = _read(data_dir, "--data_dir", IMAGES), {}, False
+    if isinstance(images, list) and images and isinstance(images[0], list):
+        raise UserError(f"--data_dir {data_dir} is not a set, but perhaps a file of experts (see "
+                        "scripts/inspect_buffer.py); give a set that distill/DATM.py made from them")
     if isinstance(images, dict) and "data" in images:
         (images, labels), about, of_dc = _condensed(images["data"], data_dir), {"config": {"zca": False}}, True
     elif isinstance(images, list | tuple) and len(images) == 2:

@@ -18,6 +18,7 @@ from distill.report.template import TEMPLATES, line
 from distill.result_files import OF_REAL_IMAGES, OF_SET, VERSIONS, EvaluationResult, RunResult, read_result
 from utils import files
 from utils.config import BaselineConfig, from_repository, worth_giving
+from utils.data.disk_layouts import some_of
 from utils.data.zca import BESIDE, Whitening
 from utils.errors import UserError, number_of
 from utils.program.commands import command
@@ -69,6 +70,9 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     indices, known_by = class_indices(distilled, len(distilled.classes))
     folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
     soft = distilled.labels.is_floating_point()
+    if renamed := [f"{name} for {c}" for name, c in zip(folders, distilled.classes) if name != c]:
+        note(f"note: {number_of(len(renamed), 'folder')} named unlike the class, as some file systems need: "
+             f"{some_of(renamed)}")
     digits = max(2, len(str(int(indices[::tiles].bincount().max()) - 1)))  # so that names sort by number
     for number, (picture, index) in enumerate(zip(pixels, indices[::tiles].tolist())):
         name = f"{folders[index]}/{count[index]:0{digits}d}.png"

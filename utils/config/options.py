@@ -143,7 +143,7 @@ class TrainConfig(DataConfig):
     batch_train: Count = option(EVALUATION, 256, "training batch")
     lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate")
     factor: Count = option(METHOD, 1, "a stored image holds factor² smaller ones in a grid, each with its label, "
-                           "stretched to full size in use (IDC); evaluation.py: for files that do not say")
+                           "stretched to full size in use (IDC); evaluation.py: for a set that does not record it")
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
     parall_eva: bool = option(SPEED, False, "evaluation.py, baseline.py: a rank for each GPU; DATM.py has its device "
                               "list for that", decides=False)

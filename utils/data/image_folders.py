@@ -212,7 +212,7 @@ def _files(notes: Notes, folder: Path, suffixes: Collection[str], above: tuple[o
 def _class_files(notes: Notes, folder: Path, suffixes: Collection[str], classes: Sequence[str] | None = None,
                  expected: str = "one folder per class") -> dict[str, list[Path]]:
     """Class → files in <class>/ and below, for these classes; None: for every folder."""
-    kinds = ".jpg/.jpeg/.png" if ".png" in suffixes else "/".join(suffixes)
+    kind = "image" if ".png" in suffixes else "/".join(suffixes)
     folders = _subfolders(folder)
     if classes is None:
         classes = list(folders)
@@ -222,13 +222,13 @@ def _class_files(notes: Notes, folder: Path, suffixes: Collection[str], classes:
     missing = [c for c in classes if c not in folders]
     if missing or not classes:
         raise UserError(f"{notes.name}: {folder} has no folder for {some_of(missing) if missing else 'any class'} "
-                        f"({listing(folder)}); expected {expected} with {kinds} files in it")
+                        f"({listing(folder)}); expected {expected} with {kind} files in it")
     above = (folder.stat(), folder.parent.stat())  # a link to these would bring other classes' images
     files = {c: _files(notes, folders[c], suffixes, above) for c in classes}
     empty = [c for c in classes if not files[c]]
     if empty:
         there = notes.why_left_out()
-        raise UserError(f"{notes.name}: no {kinds} file in {folders[empty[0]]} ({len(empty)} of {len(classes)} class "
+        raise UserError(f"{notes.name}: no {kind} file in {folders[empty[0]]} ({len(empty)} of {len(classes)} class "
                         f"folders have none{f'; left out: {there}' if there else ''}); add images or remove the folder")
     return files
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from utils import files
-from utils.config import GROUPS, Config, about, from_root, has_effect, is_path, make, path_options
+from utils.config import GROUPS, Config, about, defaults, from_root, has_effect, is_path, make, path_options
 from utils.errors import UserError, unknown_names
 from utils.program.console import note
 
@@ -137,7 +137,7 @@ def _parser(config_type: type, description: str, yaml_file: bool, more: dict[str
     for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
         extra = about(field.name, config_type)
         hint = typing.get_type_hints(config_type)[field.name]
-        shown = field.default.get_default(call_default_factory=True)
+        shown = defaults(config_type)[field.name]
         text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
             "" if shown == "" else f" [{'unset' if shown is None else shown}]")
         metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()

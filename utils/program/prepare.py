@@ -107,10 +107,18 @@ def _check_same_options(config: DataConfig) -> None:
 
 
 def load_data(config: DataConfig, device: torch.device) -> Dataset:
-    """The real dataset that a config names."""
-    return ranks.first_rank_first(lambda: load_dataset(
+    """The real dataset that a config names.
+
+    Raises:
+        UserError: it cannot be read, or has one class only.
+    """
+    dataset = ranks.first_rank_first(lambda: load_dataset(
         config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
         val_fraction=config.val_fraction, device=device, watch=partial(watched, quiet=config.quiet)))
+    if dataset.num_classes < 2:
+        raise UserError(f"{config.dataset} in {config.data_path} has only the class {dataset.classes[0]}; networks "
+                        "need two at least to tell apart")
+    return dataset
 
 
 def start_as_ranks(config: DataConfig) -> None:
