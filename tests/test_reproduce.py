@@ -298,7 +298,7 @@ def test_the_pages_have_the_numbers_of_the_results():
     tables = (REPOSITORY / "results/FashionMNIST/small/tables.md").read_text().splitlines()
     section, found = section[small:end], {}
     for line in tables:
-        name = re.match(r"\| (\w[\w.]*) \|", line)
+        name = re.match(r"\| (\w[\w.]*) +\|", line)
         if name:
             found.setdefault(name[1], []).extend(re.findall(number, line))
     lines = [line for line in section.splitlines() if re.search(number, line)]
