@@ -11,8 +11,8 @@ config.yaml. The command line overrides them; a note says if dataset, size or wh
 other options are this program's own: --epoch_eval_train and --batch_train are not taken from the run, and the set is
 tested on the test images unless --val_fraction is given.
 
---data_dir also takes what other projects released (DC, DSA, DM, MTT, FTD, TESLA, DATM, PAD, NCFM), as a file or the
-folder that holds it. --protocol datm|mtt|dc sets epochs, batch, learning rate and augmentation where these are not
+--data_dir also takes what other projects released (DC, DSA, DM, MTT, FTD, TESLA, DATM, PAD, IDC, NCFM), as a file or
+the folder that holds it. --protocol datm|mtt|dc sets epochs, batch, learning rate and augmentation where these are not
 given; with several, such as dc,datm, the set gets a score for each. --lr_teacher auto tries 0.001, 0.005, 0.01, 0.05,
 0.1 and the set's own rate for each kind of network and takes the best on a tenth of the training images; a number
 replaces the set's own rate.

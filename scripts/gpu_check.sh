@@ -18,8 +18,8 @@ if [ -e "$out" ] && [ ! -f "$out/parts.tsv" ] && [ -n "$(ls -A "$out")" ]; then
     printf 'gpu_check.sh: error: %s holds something else than an earlier check; give a new or empty folder\n' "$out" >&2
     exit 2
 fi
-python3 -c "import torch" 2>/dev/null || source scripts/venv.sh
-python=${PYTHON:-$(command -v python || command -v python3)}
+python=${PYTHON:-python3}
+"$python" -c "import torch" 2>/dev/null || { source scripts/venv.sh; python=python; }
 mkdir -p "$out"
 rm -f "$out"/*.log "$out"/*.json
 : >"$out/parts.tsv"

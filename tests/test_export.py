@@ -99,14 +99,16 @@ def test_grey_pictures_have_one_channel(call, tmp_path):
     from safetensors.torch import save_file
 
     about = {"format": "datm-distilled-set-2", "classes": '["T-shirt/top", "Coat"]', "mean": "[0.5]", "std": "[0.5]",
-             "config": "{}"}
+             "config": '{"pix_init": "/home/me/start.safetensors", "buffer_path": "/x", "ipc": 1}'}
     save_file({"images": torch.zeros(2, 1, 5, 4), "labels": torch.eye(2), "lr": torch.tensor(0.1)},
               tmp_path / "set.safetensors", about)
-    call(EXPORT, tmp_path / "set.safetensors", f"--png={tmp_path / 'png'}", "--card")
+    done = call(EXPORT, tmp_path / "set.safetensors", f"--png={tmp_path / 'png'}", "--card")
+    assert "1 folder named unlike the class, as some file systems need: T-shirt-top for T-shirt/top" in done.stderr
     picture = Image.open(tmp_path / "png" / "T-shirt-top" / "00.png")
     assert picture.mode == "L" and picture.size == (4, 5) and picture.getpixel((0, 0)) == 128
     text = (tmp_path / "README.md").read_text()
-    assert "Unknown; find it out before you publish" in text and "# not recorded" in text
+    assert "Unknown; find it out before you publish" in text and "ipc: 1" in text
+    assert "pix_init" not in text and "buffer_path" not in text  # paths of the machine that made it
 
 
 def test_folders_are_names_that_every_file_system_takes():

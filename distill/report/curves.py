@@ -119,7 +119,8 @@ def _levels(run: SavedRun) -> list[tuple[str, float]]:
     levels = [(kind, score.mean) for kind, score in run.real_images.items()]
     if pictures and evaluations[0].iteration == 0:
         began = {"noise": "noise", SAVED: "the saved set"}.get(pictures.began, "real images")
-        levels.append((f"the start ({began}{'' if pictures.hard else ', expert labels'})", first.mean))
+        labelled = "" if pictures.hard or pictures.began == SAVED else ", expert labels"
+        levels.append((f"the start ({began}{labelled})", first.mean))
     if pictures and (reached := pictures.experts_reached):
         levels.append(("the experts", sum(reached) / len(reached)))
     return levels[:LEVELS]

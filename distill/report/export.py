@@ -17,7 +17,7 @@ from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES, line
 from distill.result_files import OF_REAL_IMAGES, OF_SET, VERSIONS, EvaluationResult, RunResult, read_result
 from utils import files
-from utils.config import BaselineConfig, from_repository, worth_giving
+from utils.config import STARTS, BaselineConfig, DistillConfig, from_repository, path_options, worth_giving
 from utils.data.disk_layouts import some_of
 from utils.data.zca import BESIDE, Whitening
 from utils.errors import UserError, number_of
@@ -168,7 +168,8 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     head = {"license": licence or "unknown", "task_categories": ["image-classification"],
             "tags": ["dataset-distillation"], "pretty_name": title,
             "size_categories": [next(size for size, above in _SIZES if count < above)]}
-    how = {option: value for option, value in made.items() if not option.endswith(("_path", "_dir", "_Dir"))}
+    paths = path_options(DistillConfig)
+    how = {option: value for option, value in made.items() if option not in paths or value in STARTS}
     return TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, distilled=distilled, whitening_beside=whitening_beside, name=name,
         source=source or dataset, licence=licence,

@@ -14,10 +14,10 @@ rounds, so that other load on the machine affects all of them alike. Ratios are 
   `synced` is plain autograd that fetches two numbers from the device at each batch, as the published code does.
 * evaluation: one epoch of `train_network` on a distilled set, against its `bare` forward and backward passes.
 
-Peak memory is measured in a separate process for each method, during its second call. On the host it is the memory that
-the call adds; on a GPU, everything allocated, including captured and compiled code.
+For matching, peak memory is measured in a separate process for each method, during its second call. On the host it is
+the memory that the call adds; on a GPU, everything allocated, including captured and compiled code.
 
-`of product rate` is a method's arithmetic rate as a share of this machine's matrix-product rate. Every method is
+`of product rate` is a matching method's arithmetic rate as a share of this machine's matrix-product rate. Each is
 counted as 9 F a step, where F is the network's forward pass over the batch: 3 F for the gradient, 6 F for the adjoint.
 Norms, pooling, augmentation and memory traffic cost time but are not counted, so 1 is out of reach; of two methods, the
 one with the larger share is faster in proportion. On a GPU the matrix product is in TF32, as torch's convolutions are.

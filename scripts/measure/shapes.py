@@ -14,7 +14,7 @@ PARTS = {  # part → its methods, the baseline first
 METHODS = tuple(dict.fromkeys(method for methods in PARTS.values() for method in methods))
 IMAGES = {  # dataset → (C, H, W), classes
     "CIFAR10": ((3, 32, 32), 10), "CIFAR100": ((3, 32, 32), 100), "Tiny": ((3, 64, 64), 200),
-    "FashionMNIST": ((1, 28, 28), 10), "MiniFashion": ((1, 28, 28), 10), "ImageNet1K": ((3, 64, 64), 1000)}
+    "FashionMNIST": ((1, 28, 28), 10), "MiniFashion": ((1, 28, 28), 10)}
 GPU_MINUTES, MAX_SECONDS = 9.0, 180.0  # defaults of --max_minutes on a GPU, and of --max_seconds
 
 

@@ -9,8 +9,8 @@ change of a file after such a moment. After each kill every file in the folder i
 the same files as the undisturbed run's, with the same contents, each tensor bit-identical. Only dates, durations and
 paths of folders may differ, as they do not belong to the result.
 
-After that, the signals that a program handles (SIGINT, SIGTERM, SIGUSR1) are sent, its exit code is checked, and the
-command that it prints is run as printed.
+After that, SIGINT, SIGTERM and SIGUSR1, which the programs handle, are sent, the exit code is checked, and the command
+that the program prints is run as printed.
 
 All cases use MiniFashion, narrow networks and one thread, a few seconds a run; about a quarter of an hour in all.
 """

@@ -250,8 +250,8 @@ class EvaluationConfig(TrainConfig):
                                   "given; auto: the best of several for each kind of network, on held-out training "
                                   "images")
     data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors; what DC, DSA, DM, MTT, FTD, "
-                                "TESLA, DATM, PAD or NCFM released, as a file or the folder that holds it; or the file "
-                                "of the images alone")
+                                "TESLA, DATM, PAD, IDC or NCFM released, as a file or the folder that holds it; or the "
+                                "file of the images alone")
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
     label_kind: Literal["logits", "probabilities"] = option(

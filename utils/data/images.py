@@ -17,7 +17,8 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.memory import available
 
-# The formats that Pillow decodes itself. Not EPS, for which it runs Ghostscript, nor others that need a program.
+# The usual ones of those that Pillow decodes itself. Not EPS, for which it runs Ghostscript, nor others that need a
+# program.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "PCX", "SGI", "SUN",
            "QOI", "ICO", "XBM", "XPM")
 GREY = ("1", "L", "LA", "La", "I", "F")  # Pillow's single-channel modes, besides those that begin with I;16
