@@ -59,7 +59,7 @@ class Curriculum:
                           for easy_to_hard in self._classes])
 
 
-def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -> Tensor:
+def grand_scores(config: BufferConfig, dataset: Dataset) -> Tensor:
     """GraNd of every training image [N] on the CPU, cached per dataset, network, training settings and seed.
 
     Raises:
@@ -78,7 +78,7 @@ def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -
     scores = torch.zeros(len(dataset.train_labels))
     with Progress(NETWORKS, "GraNd", quiet=config.quiet) as bar:
         for number in range(NETWORKS):
-            scores += _grand_of_one(config, dataset, number, device) / NETWORKS
+            scores += _grand_of_one(config, dataset, number) / NETWORKS
             bar.update()
     try:
         save(scores, path)
@@ -87,13 +87,13 @@ def grand_scores(config: BufferConfig, dataset: Dataset, device: torch.device) -
     return scores
 
 
-def _grand_of_one(config: BufferConfig, dataset: Dataset, number: int, device: torch.device) -> Tensor:
+def _grand_of_one(config: BufferConfig, dataset: Dataset, number: int) -> Tensor:
     with seeded(config.seed, "GraNd", number):
-        network = network_for(config.model, dataset).to(device)
+        network = network_for(config.model, dataset).to(dataset.device)
     random = generator(config.seed, "GraNd", number)
     optimiser = torch.optim.SGD(network.parameters(), config.lr_teacher)
     for _ in range(EPOCHS):
-        order = torch.randperm(len(dataset.train_labels), generator=random).to(device)
+        order = torch.randperm(len(dataset.train_labels), generator=random).to(dataset.device)
         for batch in order.split(config.batch_train):
             optimiser.zero_grad()
             cross_entropy(network(dataset.train_images[batch]), dataset.train_labels[batch]).backward()

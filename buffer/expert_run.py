@@ -49,10 +49,10 @@ def train_buffer(config: BufferConfig) -> None:
     """
     # Load the data and build the network before anything is written, as either may be refused.
     folder = buffer_folder(config)
-    device, dataset = begin(config)
-    dataset = dataset.to(device)  # the training images too, as an epoch uses all of them
+    dataset = begin(config)
+    dataset = dataset.to(dataset.device)  # the training images too, as an epoch uses all of them
     check_same_images(folder, dataset)
-    network = network_for(config.model, dataset).to(device)
+    network = network_for(config.model, dataset).to(dataset.device)
     of_one = work_of(config, dataset)
     threads.settle(config, network, config.batch_train, Work(of_one.gradients * config.num_experts),
                    threads_before(folder, config))
@@ -61,14 +61,14 @@ def train_buffer(config: BufferConfig) -> None:
     # Lock the folder; start, or resume the unfinished run there.
     with kept_to_this_run(folder, "give another --buffer_path"):
         run = ranks.first_rank_first(lambda: ExpertRun(config, dataset, folder, model))
-        run.announce(device)
+        run.announce()
         _note_whitening(config, dataset)
 
         # Order the images from easy to hard, if epochs use only some of them.
         curriculum = None
         if config.pad:
             curriculum = ranks.first_rank_first(
-                lambda: Curriculum(config, dataset, grand_scores(config, dataset, device)))
+                lambda: Curriculum(config, dataset, grand_scores(config, dataset)))
 
         # Train what is missing and write the files. After that there is nothing to resume: the same command would train
         # further experts.
@@ -184,9 +184,9 @@ class ExpertRun:
         for number in range(self.written):  # left by a kill just after a file was written
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
 
-    def announce(self, device: torch.device) -> None:
+    def announce(self) -> None:
         """Prints the first lines."""
-        config, images = self.config, len(self.dataset.train_labels)
+        config, images, device = self.config, len(self.dataset.train_labels), self.dataset.device
         announce(config, device, describe_engine(self.model.engine, min(config.batch_train, images)),
                  f"{in_words(config.num_experts, config.train_epochs)}: {config.model} on "
                  f"{config.dataset} ({number_of(images, 'image')}) · {shown(self.folder)}")

@@ -91,7 +91,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: Sav
 
     Raises:
         DivergedError: the parameters are no longer finite after an epoch.
-        UserError: the saved epochs are of another network, or damaged.
+        UserError: a saved epoch is damaged.
         Stopped: a signal came; the finished epochs are saved.
     """
     device = dataset.device
@@ -122,8 +122,8 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: Sav
         if not theta.isfinite().all():
             rho = f" or --rho_max (now {config.rho_max:g})" if config.rho_max else ""
             raise DivergedError(f"expert {number} diverged in epoch {epoch + 1}: its parameters are no longer finite; "
-                                f"give another --seed, or in another --buffer_path a lower --lr_teacher (now "
-                                f"{config.lr_teacher:g}){rho}")
+                                "give another --seed with --resume never, or in another --buffer_path a lower "
+                                f"--lr_teacher (now {config.lr_teacher:g}){rho}")
         reached = Epoch(epoch + 1, float(kept["total_loss"]) / len(images), float(kept["correct"]) / len(images),
                         tested)
         saved.save(epoch + 1, theta, velocity, network, reached)
@@ -158,8 +158,6 @@ def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network
     for reached in saved.reached():
         report(Epoch(**reached))
     state = saved[saved.done]
-    if state["theta"].shape != theta.shape:
-        raise UserError(f"{saved.folder} holds another network; give --resume never to start over")
     theta.copy_(state["theta"])
     if velocity is not None:
         velocity.copy_(state["momentum"])

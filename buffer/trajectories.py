@@ -158,8 +158,8 @@ def _load_checked(path: Path, model: FlatModel) -> list[Expert]:
             pairs = itertools.zip_longest(shapes, map(tuple, model.shapes), fillvalue="missing")
             number, (its, ours) = next(each for each in enumerate(pairs, 1) if each[1][0] != each[1][1])
             raise UserError(f"{path} holds experts of another network: the shape of tensor {number} is {its}, and this "
-                            f"network's is {ours}; give the --model, --dataset, --res and --buffer_path that trained "
-                            "them")
+                            f"network's is {ours}; give the network and data that they were trained with, or another "
+                            "folder")
         other = {str(tensor.dtype) for tensor in snapshot} - {"torch.float32"}
         if other:
             raise UserError(f"{path} holds parameters in {', '.join(sorted(other))}; float32 is needed: save them with "

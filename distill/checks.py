@@ -106,7 +106,8 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
     free = available(device)
     if state + steps > free:
         advice = ("give --matching exact, which has the same gradient in far less" if config.matching == "unroll" else
-                  "give a smaller --micro_batch, --syn_steps or --ipc")
+                  f"give a smaller {'--batch_syn' if has_batch_norm(model.network) else '--micro_batch'}, --syn_steps "
+                  "or --ipc")
         raise UserError(f"this distillation needs at least {(state + steps) / 1e9:.1f} GB of memory, and "
                         f"{free / 1e9:.1f} GB are free on {device}; {advice}")
 

@@ -78,7 +78,7 @@ def conclude(run: RunState) -> None:
     # Say what was reached and where it is.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
     say(config, f"{skipped} of {number_of(config.Iteration, 'update')} skipped, {number_of(held, 'update')} of α held "
-                "back, as they would have made it negative")
+                f"back{', which would have left the positive numbers' * (held > 0)}")
     if config.Iteration and not learned:
         # Based on the losses that were compared with the threshold; those of the fixed segments may be below it.
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))

@@ -19,7 +19,7 @@ from distill.matching import Match, Part, deep_part, far_part, match_trajectory,
 from distill.result_files import EMA, NORMAL, Iteration
 from distill.schedule import start_epoch_bound
 from distill.shared_model import SharedModel
-from utils.config import AUTO, STARTS, DistillConfig
+from utils.config import DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut_adjoint
@@ -102,9 +102,7 @@ class Distillation:
         self.learns_log = config.lr_param == "log"
         self.rate = self.set.lr.log() if self.learns_log else self.set.lr
         # A step on log α moves α by α² times as much as a step on α; the scale makes the first steps agree.
-        given = config.lr_teacher != AUTO and config.pix_init in STARTS
-        first = config.lr_teacher if given else float(start.lr)
-        scale = 1 / first**2 if self.learns_log else 1.0
+        scale = 1 / float(start.lr)**2 if self.learns_log else 1.0
         # What SGD updates: tensor, learning rate and momentum.
         self.learned = {"images": (self.set.images, config.lr_img, MOMENTUM),
                         "rate": (self.rate, config.lr_lr * scale, MOMENTUM)}
@@ -163,8 +161,8 @@ class Distillation:
                             "--lr_teacher")
         if self.held_in_a_row == MOST_HELD:
             raise UserError(f"the learning rate α would have left the positive numbers {MOST_HELD} times in a row, the "
-                            f"last time at iteration {iteration}; lower --lr_lr (now {config.lr_lr:g}) or give "
-                            "--lr_param log")
+                            f"last time at iteration {iteration}; lower --lr_lr (now {config.lr_lr:g})"
+                            + " or give --lr_param log" * (not self.learns_log))
         return Iteration(iteration, loss, updated, float(self.set.lr), segment.start_epoch, segment.bound, held,
                          segment.expert)
 

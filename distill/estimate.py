@@ -75,7 +75,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
     matched = matched_steps(config)
     alone = config.syn_steps - matched
     (few, _), (more, train) = calls(FEW), calls(MORE)
-    with watched("measuring", 7, config.quiet) as advance:
+    with watched("measuring", 5 + (config.matching == "unroll") + (alone > 0), config.quiet) as advance:
         def measured(call: Callable[[], object]) -> tuple[float, float]:
             result = _measured(call, device)
             advance(1)
@@ -95,7 +95,8 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
     maps = max(0, kept_steps(config, dataset, model) - MORE) * batch * model.engine.map_bytes
     state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
     iteration = (more_seconds * matched + train_seconds * alone) / MORE
-    evaluation = len(ranks.deal(range(networks(config)))) * (
+    versions = 1 + config.ema
+    evaluation = versions * len(ranks.deal(range(networks(config) // versions))) * (
         (config.epoch_eval_train + 1) * seconds_epoch + seconds_test)
     of_all = iteration * config.Iteration, evaluation * evaluations(config)
     matching_bytes = captured + more_bytes + maps + (config.syn_steps - MORE) * step_bytes + state

@@ -59,10 +59,8 @@ def main() -> None:
     from distill.evaluate.saved_set import evaluate_files
 
     given = typed(EvaluationConfig, __doc__)
-    if config.robust_score:
-        evaluate_robust(config, given)
-    else:
-        evaluate_files(config, given, partial(under, config, given))
+    evaluate = evaluate_robust if config.robust_score else evaluate_files
+    evaluate(config, given, partial(under, config, given))
 
 
 def known(given: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buf
     Raises:
         UserError: the other network's expert files are missing, unreadable, or of a different network or other images.
     """
-    if config.Initialize_Label_With_Another_Model:
+    if config.labelled_by_another:
         network = network_for(config.Initialize_Label_Model, dataset).to(dataset.device)
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
         check_same_images(buffer.folder, dataset, "--Initialize_Label_Model_Dir")

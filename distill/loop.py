@@ -26,7 +26,7 @@ from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder, kept_to_this_run
 
 # A run's outputs besides its log and result: its sets and unfinished evaluations; pictures, page and final sets.
-MADE = [*VERSIONS, *(f"{name}.unfinished" for name in VERSIONS)]
+MADE = [*VERSIONS, *(f"{name}.unfinished*" for name in VERSIONS)]
 SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
 
 
@@ -88,7 +88,7 @@ def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
     """
     # Refuse a --pix_init set of other data; load the data.
     checks.check_start(config)
-    _, dataset = begin(config)
+    dataset = begin(config)
 
     # Build the student.
     checks.check_networks(config, dataset)

@@ -39,11 +39,11 @@ def check_options(config: DistillConfig) -> None:
                         f"cannot go through more steps than there are; give {config.syn_steps} or less, or leave "
                         "--adjoint_steps out")
     folders = {BUFFER_PATH: buffer_folder(config)}
-    if config.Initialize_Label_With_Another_Model:
+    if config.labelled_by_another:
+        if not (config.Initialize_Label_Model and config.Initialize_Label_Model_Dir):
+            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model, a network, and "
+                            "--Initialize_Label_Model_Dir, the folder of its replay_buffer_*.pt")
         check_network_name(config.Initialize_Label_Model)
-        if not config.Initialize_Label_Model_Dir:
-            raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model_Dir, the folder of "
-                            "that network's replay_buffer_*.pt")
         folders["--Initialize_Label_Model_Dir"] = Path(config.Initialize_Label_Model_Dir)
     for option, folder in folders.items():
         require_experts(folder, option)

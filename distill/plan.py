@@ -66,8 +66,6 @@ def matched_steps(config: DistillConfig) -> int:
 
 def kept_steps(config: DistillConfig, dataset: Dataset, model: FlatModel) -> int:
     """The number of inner steps that keep activations for their adjoints; they are the last ones."""
-    if config.matching == "unroll":
-        return 0
     return min(model.kept_steps(batch_size(config, dataset)), matched_steps(config))
 
 

@@ -94,8 +94,8 @@ def test_log_rate_stays_positive_where_the_plain_one_does_not():
     for state in (plain, log):
         state.update(a_match(state, grad_lr=0.2))
     assert float(plain.set.lr) == pytest.approx(0.1 - 0.2)
-    # The step is scaled by lr_teacher: log α moves by lr_lr / 0.05² · α · 0.2.
-    assert float(log.set.lr) == pytest.approx(0.1 * math.exp(-1 / 0.05**2 * 0.1 * 0.2))
+    # The step is scaled by the first α, 0.1: log α moves by lr_lr / 0.1² · α · 0.2.
+    assert float(log.set.lr) == pytest.approx(0.1 * math.exp(-1 / 0.1**2 * 0.1 * 0.2))
 
 
 def test_the_first_steps_of_log_and_plain_agree():
@@ -119,7 +119,7 @@ def test_a_rate_that_would_become_negative_is_held_and_a_run_of_them_stops(monke
 @pytest.mark.parametrize("lr_param", ["plain", "log"])
 def test_a_rate_that_was_held_has_lost_its_momentum(lr_param):
     state = distillation(lr_lr=1.0, lr_param=lr_param)
-    held, free = (state.learn(0, SEGMENT, a_match(state, gradient)) for gradient in (0.2, 0.0))
+    held, free = (state.learn(0, SEGMENT, a_match(state, gradient)) for gradient in (200.0, 0.0))
     assert held.held and not free.held and held.lr == pytest.approx(0.1) == free.lr
 
 
@@ -195,7 +195,7 @@ def test_grand_is_the_mean_norm_of_each_images_own_gradient(toy_data, monkeypatc
     monkeypatch.setattr("buffer.curriculum.NETWORKS", 2)
     monkeypatch.setattr("buffer.curriculum.EPOCHS", 1)
     config = make(BufferConfig, model="ConvNetD1W4", batch_train=20, lr_teacher=0.1)
-    scores = grand_scores(config, toy_data, torch.device("cpu"))
+    scores = grand_scores(config, toy_data)
     expected = torch.zeros(3)
     for number in range(2):
         with seeded(0, "GraNd", number):
@@ -215,9 +215,9 @@ def test_grand_is_the_mean_norm_of_each_images_own_gradient(toy_data, monkeypatc
     torch.testing.assert_close(scores[[0, 30, 71]], expected, rtol=1e-4, atol=0)
     (kept,) = tmp_path.glob("grand_*.pt")
     kept.write_bytes(b"damaged")
-    assert torch.equal(grand_scores(config, toy_data, torch.device("cpu")), scores)  # computed again
+    assert torch.equal(grand_scores(config, toy_data), scores)  # computed again
     torch.save(scores + 1, kept)
-    assert torch.equal(grand_scores(config, toy_data, torch.device("cpu")), scores + 1)  # read
+    assert torch.equal(grand_scores(config, toy_data), scores + 1)  # read
 
 
 def test_pad_experts_differ_only_with_the_option(call, toy, toy_experts, tmp_path, monkeypatch):
@@ -265,7 +265,7 @@ def test_experts_of_other_images_of_the_same_name_are_refused(call, toy, toy_exp
 
 def test_pad_refuses_batch_norm(toy_data):
     with pytest.raises(UserError, match="batch norm"):
-        grand_scores(make(BufferConfig, model="ConvNetD1W4BN"), toy_data, torch.device("cpu"))
+        grand_scores(make(BufferConfig, model="ConvNetD1W4BN"), toy_data)
 
 
 def test_only_one_rule_chooses_the_matched_part():

@@ -190,6 +190,12 @@ def test_what_is_no_protocol_or_rate_is_refused(evaluate, options, phrases):
     check_refusal(evaluate(*options, expect=2)[1], *phrases)
 
 
+def test_robust_scores_of_networks_with_unlike_epochs_are_refused(evaluate):
+    options = ["--robust_score", "--protocol=dc", "--eval_mode=N"]
+    done = evaluate(*options, data="res_DC_X_ConvNet_2ipc.pt", expect=2)[1]
+    check_refusal(done, "different numbers of epochs; give --epoch_eval_train")
+
+
 def test_a_summary_says_what_was_tested_on_where_that_differs(call, tmp_path):
     for name, tested_on in (("test", "test"), ("held_out", "validation")):
         (tmp_path / f"{name}.json").write_text(json.dumps(

@@ -128,8 +128,10 @@ LATE = {
     "a start that is not there": (["--pix_init=x.safetensors"], ["--pix_init", "x.safetensors does not exist"]),
     "snapshot beyond the last": (["--Label_Model_Timestamp=4"], ["--Label_Model_Timestamp 4", "0 … 3", "-1 for the"]),
     "snapshot before the first": (["--Label_Model_Timestamp=-2"], ["--Label_Model_Timestamp -2", "0 … 3"]),
-    "unknown labelling network": (["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=ConvNett"],
-                                  ["unknown network 'ConvNett'"]),
+    "no labelling network": (["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model_Dir=/nowhere"],
+                             ["needs --Initialize_Label_Model, a network, and --Initialize_Label_Model_Dir"]),
+    "unknown labelling network": (["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=ConvNett",
+                                   "--Initialize_Label_Model_Dir=/nowhere"], ["unknown network 'ConvNett'"]),
     "no labelling experts": (["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=MLP",
                               "--Initialize_Label_Model_Dir=/nowhere"], ["no replay_buffer_*.pt in /nowhere"]),
 }
@@ -273,7 +275,7 @@ def rewritten(change):
     return lambda path: torch.save(change(torch.load(path, weights_only=True)), path)
 
 
-SHAPES = ["holds experts of another network", "--model"]
+SHAPES = ["holds experts of another network", "give the network and data"]
 
 
 @pytest.mark.parametrize("change, phrases", [
@@ -304,7 +306,7 @@ def test_experts_of_another_network_are_refused(damaged, call, toy, tmp_path):
          f"--buffer_path={tmp_path / 'other'}")
     other = tmp_path / "other" / "ImageFolder" / "ConvNetD1W8" / "replay_buffer_0.pt"
     damaged(lambda path: shutil.copy(other, path),
-            [*SHAPES, "--dataset", "tensor 1 is (8, 3, 3, 3), and this network's is (4, 3, 3, 3)"])
+            [*SHAPES, "tensor 1 is (8, 3, 3, 3), and this network's is (4, 3, 3, 3)"])
 
 
 def test_more_experts_are_not_trained_beside_a_file_that_is_none(call, toy, tmp_path):
@@ -432,8 +434,7 @@ def test_a_set_of_other_data_is_refused_before_these_are_read(refused, tmp_path)
     fashion, other = "results/sets/FashionMNIST_ipc1.safetensors", ["--dataset=CIFAR10", f"--data_path={tmp_path}"]
     refused(EVALUATION, [f"--data_dir={fashion}", *other], ["--data_dir: the images", "28×28", "CIFAR10 here 32×32"])
     with mock.patch("distill.option_checks.require_experts"), mock.patch("distill.option_checks.check_same_data"):
-        labels = ["--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=MLP"]
-        for options, phrase in ((["--dataset=SVHN"], "SVHN here 32×32"), (labels, "--Initialize_Label_Model_Dir, the"),
+        for options, phrase in ((["--dataset=SVHN"], "SVHN here 32×32"),
                                 (["--dataset=MNIST", "--zca=False"], "it is whitened (zca), and the data here is not")):
             refused(DATM, [f"--pix_init={fashion}", f"--data_path={tmp_path}", *options], [phrase])
 

@@ -290,6 +290,8 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):
     with stop_at(distillation, "match_trajectory", 2):
         done, _ = distil_to("parts", expect=130)
     assert "going on at iteration 4" in done.stdout
+    done, _ = distil_to("parts", "--resume=never", expect=2)
+    assert "holds a finished run that is being extended, which --resume never would discard" in done.stderr
     assert (parts / "evaluation_4.json").exists() and not (parts / "evaluation.json").exists()
     assert set_files(str(parts))[0].endswith("images_best.pt")  # not the shorter run's distilled.safetensors
     distil_to("parts")

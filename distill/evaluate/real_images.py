@@ -31,7 +31,7 @@ def evaluate_real(config: BaselineConfig) -> None:
     Raises:
         UserError: options that do not fit the dataset or the experts.
     """
-    _, dataset = begin(config)
+    dataset = begin(config)
     check_pool(config, dataset)
     check_factor(config.factor, dataset.image_size)
     source, seen = seen_by_experts(config, dataset)

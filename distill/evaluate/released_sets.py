@@ -116,7 +116,7 @@ def made_with(data_dir: str) -> dict[str, Any]:
     files that another project released; empty if unknown or unreadable (reading the set then reports it)."""
     if not data_dir:
         return {}
-    with contextlib.suppress(UserError, OSError, ValueError):
+    with contextlib.suppress(UserError, OSError, ValueError, RuntimeError):
         images, labels, lr = _files_of(data_dir) or (data_dir, "", "")
         path = Path(images)
         if path.suffix == ".safetensors" and (config := DistilledSet.load(path).config):

@@ -192,11 +192,11 @@ class DistillConfig(TrainConfig):
     load_all: bool = option(METHOD, False, "draw one of all experts at each iteration, instead of walking through them")
     max_files: Count | None = option(METHOD, None, "use at most this many expert files")
     max_experts: Count | None = option(METHOD, None, "use at most this many experts of a file")
-    Initialize_Label_With_Another_Model: bool = option(METHOD, False, "label the images by another network's experts")
-    Initialize_Label_Model: str = option(METHOD, "", "that network's name",
-                                         effect="Initialize_Label_With_Another_Model")
+    Initialize_Label_With_Another_Model: bool = option(METHOD, False, "label the images by another network's experts",
+                                                       effect="uses_experts")
+    Initialize_Label_Model: str = option(METHOD, "", "that network's name", effect="labelled_by_another")
     Initialize_Label_Model_Dir: FilePath = option(METHOD, "", "the folder of its expert files",
-                                                  effect="Initialize_Label_With_Another_Model")
+                                                  effect="labelled_by_another")
     Label_Model_Timestamp: int = option(METHOD, -1, "which snapshot of the experts chooses and labels the images",
                                         effect="uses_snapshot")
     eval_it: Count = option(EVALUATION, 100, "evaluate every so many iterations")
@@ -225,6 +225,15 @@ class DistillConfig(TrainConfig):
     @property
     def learns_labels(self) -> bool:
         return self.labels == "learned"
+
+    @property
+    def uses_experts(self) -> bool:
+        """Whether experts choose or label the initial images."""
+        return self.pix_init == STARTS[0] or (self.pix_init in STARTS and self.labels != "hard")
+
+    @property
+    def labelled_by_another(self) -> bool:
+        return self.Initialize_Label_With_Another_Model and self.uses_experts
 
     @property
     def uses_snapshot(self) -> bool:

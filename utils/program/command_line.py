@@ -133,11 +133,12 @@ def _parser(config_type: type, description: str, yaml_file: bool, more: dict[str
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
     for name, text in more.items():
         parser.add_argument(f"--{name}", metavar="FILE", help=text)
+    default = defaults(config_type)
     groups = {group: parser.add_argument_group(f"{group} options") for group in GROUPS}
     for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
         extra = about(field.name, config_type)
         hint = typing.get_type_hints(config_type)[field.name]
-        shown = defaults(config_type)[field.name]
+        shown = default[field.name]
         text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
             "" if shown == "" else f" [{'unset' if shown is None else shown}]")
         metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else field.name.upper()

@@ -36,14 +36,13 @@ def network_for(name: str, dataset: Dataset) -> nn.Module:
     return build_network(name, dataset.channels, dataset.num_classes, dataset.image_size)
 
 
-def begin(config: DataConfig) -> tuple[torch.device, Dataset]:
-    """Starts a program: its ranks, its device, and the real data.
+def begin(config: DataConfig) -> Dataset:
+    """Starts a program: its ranks, its device, and the real data, which is on that device.
 
     Raises:
         UserError: see `take_device` and `load_dataset`.
     """
-    device = take_device(config)
-    return device, load_data(config, device)
+    return load_data(config, take_device(config))
 
 
 def take_device(config: DataConfig) -> torch.device:

@@ -22,8 +22,8 @@ LOOK_SECONDS = 0.2  # between two polls of the processes
 
 def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Sequence[Job], processes: int,
                  on_tick: Callable[[], None] = lambda: None,
-                 on_result: Callable[[Job, Result], None] = lambda job, result: None) -> list[Result]:
-    """The results of `function(job, tick)`, in job order, computed in processes that divide the CPU's threads.
+                 on_result: Callable[[Job, Result], None] = lambda job, result: None) -> None:
+    """Calls `function(job, tick)` for each job, in processes that divide the CPU's threads.
 
     The processes end with this one, however it ends. They import the program's main script, so its code must be guarded
     by `if __name__ == "__main__"`.
@@ -38,7 +38,7 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
         RuntimeError: the function raised another exception; the message is its traceback.
     """
     if not jobs:
-        return []
+        return
     context = multiprocessing.get_context("spawn")  # a fork would inherit thread pools without their threads
     others = set(multiprocessing.active_children())
     ticks = context.RawArray("q", len(jobs))
@@ -61,7 +61,6 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
                     for _ in range(sum(ticks) - shown):
                         on_tick()
                         shown += 1
-                return [future.result() for future in futures]
             except BaseException as error:
                 for process in set(multiprocessing.active_children()) - others:
                     process.kill()

@@ -42,8 +42,8 @@ def data_id(data: dict[str, str]) -> str:
 class RunFolder:
     """One run's `config.yaml`, its log, and its result; a run with a result is finished.
 
-    STATE holds the state to resume from, after the run was stopped or killed, or to extend it;
-    `save_seconds` is how long the last save took. Only the first rank writes.
+    STATE holds the state to resume from, after the run was stopped or killed, or to extend it. Only the first rank
+    writes.
 
     Constructing one writes nothing; `start` does.
 
@@ -62,22 +62,26 @@ class RunFolder:
         self.path, self.log, self.result = path, path / log, path / result
         self._config = influential(config)
         self._state = path / STATE
-        self._saved_at, self.save_seconds = -math.inf, 0.0
-        self.finished, self.is_done = ranks.from_first_rank(lambda: self._look(config))
+        self._saved_at, self._save_seconds = -math.inf, 0.0
+        self.finished, self.is_done, self._extends = ranks.from_first_rank(lambda: self._look(config))
 
-    def _look(self, config: DataConfig) -> tuple[bool, bool]:
-        """Whether the run is finished, and whether it is done."""
+    def _look(self, config: DataConfig) -> tuple[bool, bool, bool]:
+        """Whether the run is finished, whether it is done, and whether it extends a finished one."""
         finished, discards = self.result.exists(), getattr(config, "resume", None) == "never"
+        extends = not finished and any(self.path.glob(f"{self.result.stem}_*{self.result.suffix}"))
         before = self._before(config)
         different = differences(before, identity(config))
+        if discards and extends:
+            raise UserError(f"{self.path} holds a finished run that is being extended, which --resume never would "
+                            "discard; leave that out, or give another --run_name")
         if different and (finished or not discards):
-            advice = "another --run_name" if finished else (
-                "those to go on with it, another --run_name, or --resume never to discard it")
+            advice = "another --run_name" if finished else "those to go on with it, or another --run_name" if extends \
+                else "those to go on with it, another --run_name, or --resume never to discard it"
             raise UserError(f"{self.path} holds a {'finished ' * finished}run of other options: {different}; give "
                             f"{advice}")
         self._did = [before[name] for name in how_much(config)]
         more = any(value > before[name] for name, value in how_much(config).items())
-        return finished, finished and (discards or not more)
+        return finished, finished and (discards or not more), extends
 
     def _before(self, config: DataConfig) -> dict[str, Any]:
         """The options of the run in the folder, else those of this one."""
@@ -115,14 +119,14 @@ class RunFolder:
     @property
     def to_begin_anew(self) -> str:
         """Advice where a run cannot resume; a finished run is never discarded."""
-        return f"give another --run_name{'' if self.finished else ', or --resume never to start over'}"
+        return f"give another --run_name{'' if self.finished or self._extends else ', or --resume never to start over'}"
 
     def check(self, saved: dict[str, Any] | None = None, names: Sequence[str] = ()) -> None:
         """Refuses a folder that a run cannot start in; writes nothing.
 
         Args:
             saved: the state to resume from, if any.
-            names: the files that a run writes besides its log and its result.
+            names: the files that a run writes besides its log and its result, as glob patterns.
 
         Raises:
             UserError: the folder cannot be made or written, its log is shorter than when the state was saved, or it
@@ -134,8 +138,7 @@ class RunFolder:
             raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
                             f"{self.to_begin_anew}")
         if not (self.path / "config.yaml").exists():
-            others = [name for name in (*names, self.log.name, self.result.name)
-                      if (self.path / name).exists() and not (self.path / name).is_symlink()]
+            others = [str(path.relative_to(self.path)) for path in self._there(*names, self.log.name, self.result.name)]
             if others:
                 raise UserError(f"{self.path} holds {', '.join(others)} and is no run's folder; give another "
                                 "--run_name, or move what is there away")
@@ -149,7 +152,7 @@ class RunFolder:
 
         Args:
             saved: the state to resume from, if any.
-            made: files that an unfinished run may have left; removed on a fresh start.
+            made: files that an unfinished run may have left, as glob patterns; removed on a fresh start.
             shows: files that present a run; removed unless an unfinished run is resumed.
             tests: files that test the result; removed on a fresh start.
 
@@ -170,16 +173,19 @@ class RunFolder:
             if self.log.exists():
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")
             self._state.unlink(missing_ok=True)  # first, as it relies on the others
-            for name in (*made, *tests):
-                if not (self.path / name).is_symlink():  # a user's link to another disk
-                    remove(self.path / name)
+            for path in self._there(*made, *tests):
+                remove(path)
         save_config(self.path / "config.yaml", self._config)
         cut_lines(self.log, saved[LOG_BYTES] if saved else 0)
+
+    def _there(self, *patterns: str) -> list[Path]:
+        """The files and folders that match, without links, which are a user's to another disk."""
+        return [path for pattern in patterns for path in self.path.glob(pattern) if not path.is_symlink()]
 
     def save_due(self) -> bool:
         """Whether to save the run's state again: so rarely that saving takes at most `SAVE_SHARE` of the time."""
         since = perf_counter() - self._saved_at
-        return ranks.first() and since >= max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
+        return ranks.first() and since >= max(SAVE_SECONDS, self._save_seconds / SAVE_SHARE)
 
     def save_state(self, state: Callable[[], dict[str, Any]]) -> None:
         """Saves the state to resume from here; `state` returns it, as tensors and plain containers."""
@@ -191,4 +197,4 @@ class RunFolder:
             size = os.fstat(log.fileno()).st_size
         files.save(state() | {"format": STATE_FORMAT, LOG_BYTES: size}, self._state)
         self._saved_at = perf_counter()
-        self.save_seconds = self._saved_at - began
+        self._save_seconds = self._saved_at - began
