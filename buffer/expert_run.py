@@ -6,6 +6,7 @@ are missing are dealt out to the ranks; the first rank writes the files.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from buffer.manifests import (
     check_same_run,
     expert_files,
     in_words,
+    manifests_of,
     run_file,
 )
 from utils import files
@@ -103,7 +105,7 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
 
             # Write the files that are now complete.
             if ranks.first():
-                run.write_complete()
+                run.write_complete(view.say)
 
         # Once all ranks are done, write what is left and clean up.
         ranks.barrier()
@@ -111,7 +113,7 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
         ranks.barrier()  # all have read the file before the first rank removes it
         if ranks.first():
             view.reach(run.epochs_done)  # those of all ranks
-            run.write_complete(partly=diverged is not None)
+            run.write_complete(view.say, partly=diverged is not None)
             run.clear(partly=diverged is not None)
         if diverged:  # raised after the clean-up, as resuming this expert would diverge again
             raise DivergedError(diverged)
@@ -122,7 +124,6 @@ def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view
     view.begin(number)
     train_expert(run.config, run.dataset, number, saved=run.saved(number), report=view.after_epoch,
                  curriculum=curriculum, progress=view.after_batch)
-    view.finished(number)
 
 
 def threads_before(folder: Path, config: BufferConfig) -> int | None:
@@ -199,6 +200,10 @@ class ExpertRun:
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")
+            epochs = {saved.get("train_epochs", config.train_epochs) for saved in manifests_of(self.folder).values()}
+            if epochs != {config.train_epochs} and ranks.first():
+                note(f"note: those have {' or '.join(map(str, sorted(epochs)))} epochs, and these "
+                     f"{config.train_epochs}; a distillation can use all only as far as the shortest reach")
 
     @property
     def end_number(self) -> int:
@@ -222,17 +227,20 @@ class ExpertRun:
     def is_trained(self, number: int) -> bool:
         return len(self.saved(number)) > self.config.train_epochs
 
-    def write_complete(self, partly: bool = False) -> None:
+    def write_complete(self, tell: Callable[[str], None], partly: bool = False) -> None:
         """Judges the trained experts in order, and writes the files that are complete.
 
         Args:
+            tell: prints what each expert reached.
             partly: also write a last file of fewer experts.
 
         Raises:
             UserError: several experts in a row did not learn, or a file cannot be written.
         """
         while self._judged < self.end_number and self.is_trained(self._judged):
-            self._judge(self._judged, self.saved(self._judged)[self.config.train_epochs]["reached"]["train_accuracy"])
+            reached = Epoch(**self.saved(self._judged)[self.config.train_epochs]["reached"])
+            tell(f"expert {self._judged}: {', '.join(_in_words(reached, self.config))}")
+            self._judge(self._judged, reached.train_accuracy)
             self._judged += 1
         while self.written < self._judged:
             number = min(self.config.save_interval, (self._judged if partly else self.end_number) - self.written)
@@ -302,7 +310,6 @@ class ExpertView(Progress):
     def __init__(self, run: ExpertRun):
         config = run.config
         self._run, self._epochs = run, config.train_epochs
-        self._tested_on = "held-out" if config.val_fraction else "test"
         super().__init__(config.num_experts * config.train_epochs, "experts", initial=run.epochs_done,
                          quiet=config.quiet, images=len(run.dataset.train_labels),
                          device=run.dataset.device)
@@ -321,11 +328,13 @@ class ExpertView(Progress):
         self.reach(min(self.total, self._before + self._together * (done - self._begun)))
 
     def after_epoch(self, epoch: Epoch) -> None:
-        self.show(f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
-                  f"{self._tested_on} {100 * epoch.test_accuracy:.1f} %")
+        self.show(*_in_words(epoch, self._run.config))
 
-    def finished(self, number: int) -> None:
-        self.say(f"expert {number}: {', '.join(self.numbers)}")
+
+def _in_words(epoch: Epoch, config: BufferConfig) -> tuple[str, str, str]:
+    """What an expert reached in an epoch."""
+    return (f"loss {epoch.loss:.3f}", f"train {100 * epoch.train_accuracy:.1f} %",
+            f"{'held-out' if config.val_fraction else 'test'} {100 * epoch.test_accuracy:.1f} %")
 
 
 def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int, unfinished: Path) -> None:

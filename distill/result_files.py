@@ -314,15 +314,15 @@ class EvaluationResult:
         write_json(resolved(path), {name: value for name, value in values.items()
                                     if name not in ("lr", "labels", "protocols") or value not in (None, {})})
 
-    def by_protocol(self) -> list[tuple[str, list[Score], list[str]]]:
-        """For tables: for each protocol the set under it, in words, the scores, and the learning rate of each; one
-        entry if there are no protocols."""
+    def by_protocol(self) -> list[tuple[str, list[Score], list["Trained"]]]:
+        """For tables: for each protocol the set under it, in words, the scores, and how the networks of each were
+        trained; one entry if there are no protocols."""
         if not self.protocols:
-            rate = "-" if self.lr is None else f"{self.lr:.4g}"
-            return [(self.what, self.scores, [rate] * len(self.scores))]
+            trained = Trained.of({"lr": self.lr, "epochs": self.config.get("epoch_eval_train")})
+            return [(self.what, self.scores, [trained] * len(self.scores))]
         what = self.what.removesuffix(under_protocol("", next(iter(self.protocols))))
         return [(under_protocol(what, protocol), reached.scores,
-                 [_rate_in_words(reached.trained.get(score.network, {})) for score in reached.scores])
+                 [Trained.of(reached.trained.get(score.network, {})) for score in reached.scores])
                 for protocol, reached in self.protocols.items()]
 
     @classmethod
@@ -331,9 +331,16 @@ class EvaluationResult:
             return _validated(cls, read_json(path))
 
 
-def _rate_in_words(trained: dict[str, Any]) -> str:
-    lr = trained.get("lr")
-    return f"{lr:.4g}{' (auto)' * ('held_out' in trained)}" if isinstance(lr, int | float) else "-"
+class Trained(NamedTuple):
+    """How the networks of a score were trained, in words."""
+
+    rate: str
+    epochs: str
+
+    @classmethod
+    def of(cls, trained: dict[str, Any]) -> "Trained":
+        lr, auto = trained.get("lr"), " (auto)" * ("held_out" in trained)
+        return cls(f"{lr:.4g}{auto}" if isinstance(lr, int | float) else "-", str(trained.get("epochs") or "-"))
 
 
 def results_in(folder: Path) -> list[EvaluationResult]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from distill.result_files import METRICS, NORMAL, RESULT, VERSIONS, Metrics, RunResult, result_so_far
 from utils import files
+from utils.errors import UserError
 
 WHOLE = "distilled.safetensors"  # the self-describing file
 PUBLISHED = "images_best.pt", "labels_best.pt", "lr_best.pt"  # the same set, as published
@@ -49,5 +50,8 @@ def check_whole(path: Path) -> None:
     Raises:
         UserError
     """
+    if path.is_dir() and set_files(str(path)):
+        raise UserError(f"{path} has no {WHOLE}, which a run writes at its end; let its command go on, or have "
+                        "evaluation.py --save FILE write the best set so far")
     files.check_is_file(path, "distilled set", next(iter(sets_in(path)), f"the path of a {WHOLE}"))
     files.check_kind(path, "distilled set", "safetensors", f"give the path of a {WHOLE}")

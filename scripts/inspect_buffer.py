@@ -61,7 +61,7 @@ OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_pat
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
            "pad", "seed")  # the ones that are printed
-MOST_ROWS = 20
+MOST_ROWS = 32
 
 
 class Trajectory(NamedTuple):
@@ -391,7 +391,11 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
         most = epochs[0] - expert_epochs + 1
         say("window", f"--expert_epochs {expert_epochs} allows "
             + (f"--max_start_epoch {most} or less" if most > 0 else "no window: the experts are too short"))
-    print(f"\n{console.table(_by_epoch(report, expert_epochs))}")
+    rows = _by_epoch(report, expert_epochs)
+    print(f"\n{console.table(rows)}")
+    last = len(report["by_start_epoch"]["step"])
+    if len(rows) - 1 <= last:
+        print(f"{len(rows) - 1} of {last + 1} epochs; --json has all")
 
 
 def _by_epoch(report: dict[str, Any], expert_epochs: int) -> list[list[str]]:

@@ -3,10 +3,10 @@
     python scripts/report.py RUN [RUN …] [--out FILE]
 
 RUN is a run's folder. Of a single one, report.html is rebuilt from the files in the folder, and so are missing
-pictures, from its report.safetensors.
-For an unfinished run, whether still running or stopped, page and pictures are always rebuilt: they show the run as of
-its last log entry, and the images that it last drew. To have the page compare the set with as many real images (random
-or a coreset), put their results into the folder with `baseline.py --json RUN/NAME.json`.
+pictures, from its report.safetensors. For an unfinished run, whether still running or stopped, page and pictures are
+always rebuilt: they show the run as of its last log entry, and the images that it last drew. The page shows the tests
+of the set that are in the folder, and beside it as many real images (random or a coreset) if `baseline.py --json
+RUN/NAME.json` put their results there, trained alike.
 
 With one RUN, --out writes the page to another file. With several, --out is the comparison page (default:
 comparison.html in the current folder).
@@ -23,9 +23,11 @@ tune_process()  # before torch is imported
 
 from distill.report.names import PAGE, SHOWN, missing
 from distill.report.read_run import check_is_run, read_run
+from distill.result_files import METRICS
 from scripts.common import ScriptParser
+from utils.errors import UserError
 from utils.files import check_outputs, write_text
-from utils.program.console import shown
+from utils.program.console import note, shown
 from utils.program.entry import entry
 
 
@@ -45,10 +47,14 @@ def main() -> None:
     run, alone = runs[0], len(runs) == 1
     out = options.out or (run.path / PAGE if alone else Path("comparison.html"))
     check_outputs({"the page": out}, {"the page": "html"})
+    if not alone and out.name == PAGE and (out.parent / METRICS).exists():
+        raise UserError(f"--out {shown(out)} is the page of one run; give another file for several")
     text = page(run) if alone else comparison(runs)
     if alone:
         show(run, [name for name in (missing(run.path) if run.finished else SHOWN) if name != PAGE])
     write_text(out, text)
+    for left_out in run.left_out if alone else ():
+        note(f"note: not shown beside the run: {left_out}")
     print(f"{shown(out)} ({len(text.encode()) / 1e6:.1f} MB)")
 
 

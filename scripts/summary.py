@@ -3,11 +3,11 @@
     python scripts/summary.py RESULT.json [RESULT.json …] [--by_network]
     python scripts/summary.py RUN
 
-Given a folder, such as a run's, it takes all results in it. A result has a row for each of its protocols. The learning
-rate is shown where it alone tells rows apart, or marked (auto) where it was chosen on held-out training images. If the
-results are of different datasets, or some of test and some of held-out images, each row says which. With --by_network
-there is one row for each result and protocol, and a column for each network: how well the set trains other networks
-(--eval_mode M).
+Given a folder, such as a run's, it takes all results in it. A result has a row for each of its protocols. Learning rate
+and epochs are shown where they tell rows apart, the rate also where it was chosen on held-out training images (auto).
+If the results are of different datasets, or some of test and some of held-out images, each row says which. With
+--by_network there is one row for each result and protocol, and a column for each network: how well the set trains other
+networks (--eval_mode M).
 """
 
 import sys
@@ -20,7 +20,7 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from distill.result_files import EvaluationResult, images_tested, results_in
+from distill.result_files import EvaluationResult, Trained, images_tested, results_in
 from scripts.common import ScriptParser
 from utils.errors import UserError
 from utils.program.console import table
@@ -42,12 +42,12 @@ def main() -> None:
     images = [(str(each.config.get("dataset", "")), f"{images_tested(each.tested_on)} images") for each in results]
     differ = [len(set(column)) > 1 for column in zip(*images)]
     tested = [" on " * any(differ) + " ".join(word for word, tells in zip(of, differ) if tells) for of in images]
-    found = [(what + on, result.size, list(zip(scores, rates))) for result, on in zip(results, tested)
-             for what, scores, rates in result.by_protocol()]
+    found = [(what + on, result.size, list(zip(scores, trained))) for result, on in zip(results, tested)
+             for what, scores, trained in result.by_protocol()]
     if not options.by_network:
         found = [(what, size, [of_network]) for what, size, reached in found for of_network in reached]
     sets = named([(what, size, *(score.network for score, _ in reached)) for what, size, reached in found],
-                 [", ".join(dict.fromkeys(rate for _, rate in reached)) for *_, reached in found])
+                 [[trained for _, trained in reached] for *_, reached in found])
     if options.by_network:
         networks = list(dict.fromkeys(score.network for *_, reached in found for score, _ in reached))
         rows = [("set", "images", *networks)]
@@ -61,15 +61,21 @@ def main() -> None:
     print(table(rows))
 
 
-def named(rows: Sequence[tuple[str, ...]], rates: Sequence[str]) -> list[str]:
-    """The name of each row's set, with its learning rate if that was chosen (auto) or alone tells rows apart.
+def named(rows: Sequence[tuple[str, ...]], trained: Sequence[Sequence[Trained]]) -> list[str]:
+    """The name of each row's set, with its learning rate and epochs if they tell rows apart, or if the rate was chosen
+    (auto).
 
     Args:
         rows: of each row the set in words, then whatever else tells it from others.
+        trained: of each row, for each of its networks.
     """
-    of_same = {row: {rate for other, rate in zip(rows, rates) if other == row} for row in rows}
-    return [f"{row[0]}, learning rate {rate}" if rate.endswith("(auto)") or len(of_same[row]) > 1 else row[0]
-            for row, rate in zip(rows, rates)]
+    names = [row[0] for row in rows]
+    for kind, words in (("rate", "learning rate {}"), ("epochs", "{} epochs")):
+        values = [", ".join(dict.fromkeys(getattr(each, kind) for each in of_row)) for of_row in trained]
+        of_same = {row: {value for other, value in zip(rows, values) if other == row} for row in rows}
+        names = [f"{name}, {words.format(value)}" if value.endswith("(auto)") or len(of_same[row]) > 1 else name
+                 for name, row, value in zip(names, rows, values)]
+    return names
 
 
 if __name__ == "__main__":

@@ -112,6 +112,13 @@ def test_buffer_from_inside_its_folder_with_relative_paths(run, toy, toy_experts
     assert "expert 2 epoch 3/3 100 %" in done.stderr
 
 
+def test_experts_of_another_length_are_added_with_a_note(call, toy, tmp_path):
+    one = ["buffer/buffer_FTD.py", *toy.train, "--num_experts=1", f"--buffer_path={tmp_path}"]
+    call(*one)
+    done = call(*one, "--train_epochs=2")
+    assert "holds 1 expert already" in done.stdout and "those have 3 epochs, and these 2; a" in done.stderr
+
+
 def test_another_seed_trains_other_experts(call, toy, toy_experts, tmp_path):
     call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--seed=1")
     for one, other in zip(thetas(tmp_path / "ImageFolder" / "ConvNetD1W4"),

@@ -526,7 +526,7 @@ def test_transparency_lies_over_white_and_exif_turns(tmp_path, capsys):
     assert "2 images are turned as the EXIF says (" in said
 
 
-def test_what_lies_deeper_is_read_and_what_is_left_out_is_said(tmp_path, call):
+def test_what_lies_deeper_is_read_and_what_is_left_out_is_said(tmp_path, capsys):
     own_images(tmp_path, a=(random_bytes(8, 8, 3), ".gif", {}), b=(random_bytes(8, 8, 3), ".jfif", {"format": "JPEG"}))
     train = tmp_path / "train"
     (train / "a" / "deeper" / "still").mkdir(parents=True)
@@ -540,11 +540,14 @@ def test_what_lies_deeper_is_read_and_what_is_left_out_is_said(tmp_path, call):
     (train / "a" / "x.txt").write_text("")
     (train / "a" / "y.txt").write_text("")
     os.mkfifo(train / "a" / "pipe.png")
-    done = call(REPOSITORY / "distill" / "baseline.py", "--dataset=ImageFolder", f"--data_path={tmp_path}", "--res=8",
-                "--model=MLP", "--num_eval=1", "--epoch_eval_train=1", "--device=cpu", "--ipc=None", "--json",
-                tmp_path / "result.json")
-    assert "note: ImageFolder: 7 files are left out: 2 × broken link, 2 × .txt, 1 × " in done.stderr
+    (tmp_path / "val").mkdir()
     assert len(read_bytes(tmp_path)) == 5
+    said = capsys.readouterr().err
+    assert "note: ImageFolder: 8 files are left out: 2 × broken link, 2 × .txt, 1 × folder val beside test and" in said
+    for name in ("a/deeper/d.png", "a/linked.png"):
+        (train / name).unlink()
+        (train / name).write_bytes(b"")
+    refused("a/deeper/d.png is not a readable image.*and 1 other file: .*a/linked.png", "ImageFolder", tmp_path)
 
 
 def test_grey_pictures_that_are_wider_than_high_from_experts_to_export(tmp_path, call):

@@ -266,6 +266,13 @@ def test_the_card_of_averaged_images_has_their_accuracy(call, made, tmp_path):
     assert "is of a run with another set: its learning rate is not this set's" in line
 
 
+def test_a_run_that_is_not_finished_has_no_set_yet(call, made, tmp_path):
+    run = shutil.copytree(made, tmp_path / "run")
+    (run / "Normal" / "distilled.safetensors").unlink()
+    (line,) = call(EXPORT, run, "--card", expect=2).stderr.splitlines()
+    assert "has no distilled.safetensors, which a run writes at its end" in line and "evaluation.py --save FILE" in line
+
+
 @pytest.mark.parametrize("arguments, phrase", [
     (["{set}"], "nothing to do"), (["{set}", "--result", "x.json", "--png", "x"], "give --card too"),
     ([], "required: set"), (["/nowhere.safetensors", "--card"], "/nowhere.safetensors does not exist"),

@@ -138,6 +138,12 @@ def test_several_protocols_by_one_command_are_what_each_is(evaluate, call, folde
     assert [row[3].split()[0] for row in rows[:4]] == [f"{100 * score['mean']:.2f}" for score in by_protocol]
     text = call("scripts/summary.py", folder / "both.json", "--by_network").stdout
     assert len(text.splitlines()) == 4
+    for name, epochs in (("short", 4), ("long", 5)):
+        shutil.copy(folder / "result.json", folder / f"{name}.json")
+        assert f" {epochs} epochs" not in call("scripts/summary.py", folder / f"{name}.json").stdout
+        evaluate("--eval_mode=C", "--epoch_eval_train=5")
+    text = call("scripts/summary.py", folder / "short.json", folder / "long.json").stdout
+    assert text.count(", 4 epochs ") == text.count(", 5 epochs ") == 2
 
 
 def test_a_rate_is_chosen_for_each_kind_of_network_never_on_the_test_images(evaluate, call, toy, tmp_path):

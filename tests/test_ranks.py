@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -71,7 +72,8 @@ def bytes_in(folder):
 def test_experts_are_those_of_one_process(torchrun, toy, toy_experts, tmp_path, number):
     out, _ = torchrun(number, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert bytes_in(tmp_path) == bytes_in(toy_experts) and not list(tmp_path.rglob("unfinished"))
-    assert out.count("3 experts of 3 epochs: ") == 1  # only the first rank prints
+    assert out.count("3 experts of 3 epochs: ") == 1  # only the first rank prints, for all
+    assert re.findall(r"expert (\d): loss .*, train .*, test ", out) == ["0", "1", "2"]
 
 
 def test_experts_go_on_after_a_killed_rank(torchrun, start, toy, tmp_path):

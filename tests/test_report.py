@@ -240,6 +240,8 @@ def test_infinity_survives_the_commands(copied, tmp_path):
 def test_runs_are_compared(call, runs, tmp_path):
     call(ROOT / "scripts/report.py", *runs, cwd=tmp_path)
     page = check((tmp_path / "comparison.html").read_text())
+    refusal = call("scripts/report.py", *runs, f"--out={runs[0]}/report.html", expect=2).stderr
+    assert "is the page of one run; give another file" in refusal
     assert len(page.all("img")) == 2 * 2 * 3
     assert "update skipped" not in page.source and "Running means" not in page.source
     different = page.all("table")[1].text
@@ -420,6 +422,14 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     for kind, levels in kinds.items():
         assert f"{kind}: {np.mean(levels):.2f} %" in page
         assert all(re.search(rf"As many {kind}<[^0-9]*{np.mean(levels):.2f}\D", source) for source in (page, side))
+    # What is left out is said; batches that take the whole set are alike.
+    call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1", "--batch_train=7",
+         f"--json={copied}/whole_set.json")
+    call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1", "--batch_train=5",
+         f"--json={copied}/less.json")
+    assert call("scripts/report.py", copied).stderr.splitlines() == [
+        f"note: not shown beside the run: 2 random real images per class: {unlike}"
+        for unlike in ("batch_train (5 there, 256 here)", "no_aug (True there, False here)")]
     # The dataset's own size counts as the same, given or not.
     result = json.loads((copied / "results_random.json").read_text())
     result["config"] |= {"dataset": "MNIST", "res": 28}
@@ -430,6 +440,17 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     config |= {"epoch_eval_train": 2}  # another training
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     assert "random real images: " not in report.page(read_run(copied))
+
+
+def test_a_test_of_the_set_is_shown(call, copied, toy):
+    call("distill/evaluation.py", *toy.evaluate, f"--data_dir={copied}", f"--json={copied}/evaluation.json")
+    score = json.loads((copied / "evaluation.json").read_text())["scores"][0]
+    told = dict(report.facts(read_run(copied)))["Test by evaluation.py, 2 epochs"]
+    assert told.replace("\N{NO-BREAK SPACE}", " ") == (
+        f"{100 * score['mean']:.2f} % on the test images, 1 network, ConvNetD1W4")
+    result = json.loads((copied / "evaluation.json").read_text())
+    (copied / "evaluation.json").write_text(json.dumps(result | {"lr": 2 * result["lr"]}))  # of another set
+    assert "Test by evaluation.py, 2 epochs" not in dict(report.facts(read_run(copied)))
 
 
 def test_where_averaged_images_are_better_the_numbers_are_theirs(copied):

@@ -617,6 +617,11 @@ def test_the_first_signal_waits_and_the_second_does_not(number, capfd):
             pytest.fail("the second signal did not stop it")
         assert not stopped.value.waited
         interrupt.install()
+        with pytest.raises(Stopped) as stopped, interrupt.deferred():
+            os.kill(os.getpid(), number)
+            raise RuntimeError("the compiler was stopped too")  # it got the terminal's Ctrl-C as well
+        assert not stopped.value.waited
+        interrupt.install()
         with pytest.raises(Stopped):  # outside `deferred`, the first signal stops at once
             os.kill(os.getpid(), number)
 

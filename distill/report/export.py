@@ -170,6 +170,8 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
             "size_categories": [next(size for size, above in _SIZES if count < above)]}
     paths = path_options(DistillConfig)
     how = {option: value for option, value in made.items() if option not in paths or value in STARTS}
+    if made.get("dataset") != "ImageNet":
+        how.pop("subset", None)
     return TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, distilled=distilled, whitening_beside=whitening_beside, name=name,
         source=source or dataset, licence=licence,

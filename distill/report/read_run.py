@@ -1,6 +1,7 @@
 """Reads a run's folder into plain data, from which its page is made."""
 
 import datetime
+import math
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,7 @@ from distill.report.names import PICTURES
 from distill.result_files import (
     METRICS,
     OF_REAL_IMAGES,
+    OF_SET,
     RESULT,
     EvaluationResult,
     Metrics,
@@ -20,12 +22,16 @@ from distill.result_files import (
     results_in,
     tested_on,
 )
-from utils.config import canonical
+from utils.config import differences
 from utils.errors import UserError
 from utils.files import read_config
 
 if TYPE_CHECKING:
     from distill.report.page_pictures import Pictures
+
+# What must be alike for accuracies to be compared.
+TRAINED_BY = ("dataset", "subset", "res", "zca", "ipc", "val_fraction", "epoch_eval_train", "batch_train", "dsa",
+              "dsa_strategy", "no_aug")
 
 
 @dataclass(frozen=True)
@@ -61,22 +67,41 @@ class SavedRun:
         return 0 < len(self.metrics.iterations) == len(self.metrics.skipped)
 
     @property
+    def tests(self) -> list[EvaluationResult]:
+        """Evaluations of the best set, from results in the run's folder."""
+        lr = self.result.better[1].lr
+        return [result for result in self.beside
+                if result.what == OF_SET and result.lr is not None and math.isclose(result.lr, lr, rel_tol=1e-6)]
+
+    @property
     def real_images(self) -> dict[str, Score]:
         """Scores of as many real images under the same training, from results in the run's folder: kind, in words →
         score over all results of that kind (several seeds), with its learning rate if there are several."""
-        network, here = self.result.best.scores[0].network, canonical(self.config)
+        network = self.result.best.scores[0].network
         found: dict[str, dict[float | None, list[float]]] = {}
         for result in self.beside:
-            there = canonical(result.config)
-            same = not there.get("no_aug") and all(there.get(name) == here.get(name) for name in (
-                "dataset", "subset", "res", "zca", "val_fraction", "epoch_eval_train", "batch_train", "dsa",
-                "dsa_strategy"))
             named = OF_REAL_IMAGES.fullmatch(result.what)
-            for score in result.scores if same and named and named[1] == str(self.config.get("ipc")) else ():
+            for score in result.scores if named and not self._unlike(result) else ():
                 if score.network == network:
                     found.setdefault(f"{named[2]}s{named[3]}", {}).setdefault(result.lr, []).extend(score.accuracies)
         return {kind if len(rates) == 1 or rate is None else f"{kind}, learning rate {rate:.4g}":
                 Score(network, accuracies) for kind, rates in found.items() for rate, accuracies in rates.items()}
+
+    @property
+    def left_out(self) -> list[str]:
+        """Results of real images in the run's folder that cannot be compared with it, and why, in words."""
+        of_real = [result for result in self.beside if OF_REAL_IMAGES.fullmatch(result.what)]
+        return [f"{result.what}: {unlike}" for result in of_real if (unlike := self._unlike(result))]
+
+    def _unlike(self, result: EvaluationResult) -> str:
+        """In which options its networks were trained or tested unlike the run's; empty if in none."""
+        here, there = ({name: config.get(name) for name in TRAINED_BY} for config in (self.config, result.config))
+        here["no_aug"] = False  # in a run, it is of the inner loop
+        there["no_aug"] = there["no_aug"] or False
+        batches = here["batch_train"], there["batch_train"]
+        if all(isinstance(batch, int) and batch >= (result.labels or result.images) for batch in batches):
+            del here["batch_train"]  # each takes the whole set
+        return differences(there, here)
 
 
 def check_is_run(path: Path) -> Path:

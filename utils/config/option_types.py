@@ -86,7 +86,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 def _sides(value: Any) -> Any:
     """Normalises `HxW`; a square becomes its side."""
-    if not isinstance(value, str) or not re.search("[x×]", value, re.IGNORECASE):
+    if not isinstance(value, str) or value.strip().isdecimal():
         return value
     sides = re.fullmatch(r"\s*0*([1-9]\d{0,8})\s*[x×]\s*0*([1-9]\d{0,8})\s*", value, re.IGNORECASE | re.ASCII)
     if not sides:

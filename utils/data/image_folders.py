@@ -17,7 +17,7 @@ from torch import Tensor
 from utils.data.disk_layouts import Raw, Size, Split, listing, some_of
 from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
 from utils.data.watching import Watch, unwatched
-from utils.errors import UserError, one_line, unknown_name
+from utils.errors import UserError, number_of, one_line, unknown_name
 from utils.files import load, read_text, reading
 from utils.memory import check_room, room
 
@@ -138,6 +138,8 @@ def image_folder(data_path: Path, subset: str, size: Size, watch: Watch = unwatc
         raise UserError(f"ImageFolder: {data_path} needs train/<class>/* and test/<class>/* or val/<class>/* "
                         f"({listing(data_path)}); make these folders, one per class, with images in them")
     notes, size = Notes("ImageFolder"), size or (32, 32)
+    if second == "test" and (data_path / "val").is_dir():
+        notes.left_out("folder val beside test", data_path / "val")
     train, test = (_class_files(notes, data_path / split, suffixes()) for split in ("train", second))
     channels = 1 if _all_grey([*itertools.chain(*train.values(), *test.values())], watch) else 3
     return _raw(notes, watch, data_path, train, test, sorted(train), (channels, *size), None,
@@ -239,13 +241,17 @@ def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[st
     paths = [path for c in classes for path in files[c]]
     need = len(paths) * math.prod(shape) * (4 + dtype.itemsize)  # as read, plus a float32 copy
     check_room(need, f"{len(paths)} images of {'×'.join(map(str, shape))}, {paths[0]} the first")
-    images = room((len(paths), *shape), dtype)
+    images, refused = room((len(paths), *shape), dtype), {}
 
     def read_some(start: int) -> list[tuple[str, Path]]:
         remarks = []
         for row, path in enumerate(paths[start:start + 64], start):
-            images[row], found = read(path)
-            remarks += [(remark, path) for remark in found]
+            try:
+                images[row], found = read(path)
+            except UserError as error:
+                refused[path] = error
+            else:
+                remarks += [(remark, path) for remark in found]
         return remarks
 
     starts = range(0, len(paths), 64)
@@ -255,6 +261,10 @@ def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[st
             for remark, path in remarks:
                 notes.image(remark, path)
             advance(min(64, len(paths) - start))
+    if refused:
+        first, *others = sorted(refused)
+        also = f" (and {number_of(len(others), 'other file')}: {some_of(list(map(str, others)))})" if others else ""
+        raise UserError(f"{refused[first]}{also}")
     counts = torch.tensor([len(files[c]) for c in classes])
     return Split(images, torch.arange(len(classes)).repeat_interleave(counts))
 

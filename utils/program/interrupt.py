@@ -86,7 +86,8 @@ def _receive(number: int, frame: object) -> None:
 
 @contextlib.contextmanager
 def deferred(check_at_end: bool = True) -> Iterator[None]:
-    """Defers the first signal to the next `check`, at the latest at the end of the block.
+    """Defers the first signal to the next `check`, at the latest at the end of the block. A RuntimeError after a signal
+    counts as its consequence: Ctrl-C reaches every process in the terminal, also the compilers that torch waits for.
 
     Args:
         check_at_end: False: a signal after the last `check` is dropped, as nothing is left to be stopped.
@@ -97,6 +98,10 @@ def deferred(check_at_end: bool = True) -> Iterator[None]:
         yield
         if check_at_end:
             check()
+    except RuntimeError as error:
+        if requested():
+            raise Stopped(_received) from error
+        raise
     finally:
         _deferring = False
 
