@@ -200,9 +200,9 @@ class ExpertRun:
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")
-            epochs = {saved.get("train_epochs", config.train_epochs) for saved in manifests_of(self.folder).values()}
-            if epochs != {config.train_epochs} and ranks.first():
-                note(f"note: those have {' or '.join(map(str, sorted(epochs)))} epochs, and these "
+            known = {saved.get("train_epochs", config.train_epochs) for saved in manifests_of(self.folder).values()}
+            if (other := sorted(known - {config.train_epochs})) and ranks.first():
+                note(f"note: there are some of {' and '.join(map(str, other))} epochs, and these have "
                      f"{config.train_epochs}; a distillation can use all only as far as the shortest reach")
 
     @property

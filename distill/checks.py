@@ -7,19 +7,20 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import check_pool
 from distill.evaluate.saved_set import check_told
 from distill.plan import batch_size, num_samples
-from distill.result_files import NORMAL
+from distill.result_files import NORMAL, RESULT
 from distill.schedule import start_epoch_bound
 from distill.set_files import WHOLE
-from utils.config import STARTS, DistillConfig
+from utils.config import STARTS, DistillConfig, differences, identity
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor
 from utils.derivatives.choose_engine import activation_bytes
 from utils.errors import UserError, number_of
+from utils.files import read_config
 from utils.memory import available
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.console import shown
+from utils.program.console import note, shown
 from utils.program.prepare import gpus_of_ranks, network_for
 from utils.program.run_folder import RunFolder
 
@@ -110,6 +111,16 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
                   "or --ipc")
         raise UserError(f"this distillation needs at least {(state + steps) / 1e9:.1f} GB of memory, and "
                         f"{free / 1e9:.1f} GB are free on {device}; {advice}")
+
+
+def note_others(config: DistillConfig, folder: RunFolder) -> None:
+    """Notes unfinished runs of the same options beside a new one: without `--run_name`, other data name a run anew."""
+    named = f"{config.matching}_seed{config.seed}_*/config.yaml"
+    for path in () if config.run_name else folder.path.parent.glob(named):
+        if path.parent != folder.path and not (path.parent / RESULT).exists() and not differences(
+                read_config(path), identity(config)):
+            note(f"note: {shown(path.parent)} holds an unfinished run of these options with other experts or images; "
+                 "this is a new one")
 
 
 def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from buffer.manifests import buffer_folder, check_same_images, in_words
+from buffer.manifests import buffer_folder, check_same_images, expert_files, in_words, manifests_of
 from buffer.trajectories import Buffer
 from distill import checks, estimate, plan, suggest
 from distill.conclusion import conclude, say_finished, show_so_far
@@ -97,6 +97,9 @@ def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
     # Open the experts; refuse those trained on other data.
     buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
+    if config.val_fraction and len(manifests_of(buffer.folder)) < len(expert_files(buffer.folder)) and ranks.first():
+        note(f"note: experts in {shown(buffer.folder)} have no manifest, as published ones, which were trained on the "
+             "held-out images too")
     return dataset, buffer
 
 
@@ -136,6 +139,8 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     # The checkpoint, which must be of the same data; None for a new run.
     saved = ranks.from_first_rank(lambda: folder.saved_state if config.resume == "auto" else None)
     checks.check_same_run(config, saved, data, folder)
+    if saved is None and ranks.first():
+        checks.note_others(config, folder)
     settle_threads(config, dataset, buffer, saved)
 
     # The initial set: as in the checkpoint, or made now.

@@ -116,7 +116,10 @@ def test_experts_of_another_length_are_added_with_a_note(call, toy, tmp_path):
     one = ["buffer/buffer_FTD.py", *toy.train, "--num_experts=1", f"--buffer_path={tmp_path}"]
     call(*one)
     done = call(*one, "--train_epochs=2")
-    assert "holds 1 expert already" in done.stdout and "those have 3 epochs, and these 2; a" in done.stderr
+    assert "holds 1 expert already" in done.stdout and "some of 3 epochs, and these have 2; a" in done.stderr
+    for manifest in tmp_path.rglob("*.yaml"):
+        manifest.unlink()  # as published
+    assert "epochs, and" not in call(*one).stderr
 
 
 def test_another_seed_trains_other_experts(call, toy, toy_experts, tmp_path):
@@ -784,6 +787,13 @@ def test_the_best_set_can_be_chosen_on_held_out_images(call, distil, toy, tmp_pa
     _, tested, (coreset,) = report.call_args.args[:3]
     apart = (coreset.images[:, None] - held.train_images).flatten(2).abs().amax(dim=2).amin(dim=1)
     assert apart.max() < 1e-3 and tested.fingerprint == whole.fingerprint
+
+    # Of published experts, which have no manifests, nobody knows what they saw.
+    for manifest in tmp_path.rglob("replay_buffer_*.yaml"):
+        manifest.unlink()
+    done = call("distill/DATM.py", *toy.distil, "--val_fraction=0.25", "--Iteration=0", f"--buffer_path={tmp_path}",
+                f"--log_path={tmp_path / 'log'}")
+    assert "have no manifest, as published ones, which were trained on the held-out images too" in done.stderr
 
 
 def test_the_first_evaluation_can_be_skipped(distil):

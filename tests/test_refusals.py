@@ -409,10 +409,13 @@ def test_a_file_of_a_set_that_cannot_be_read_is_refused(refused, sets, bomb, opt
     refused(EVALUATION, sets.options(), [f"{option} file", str(path), "does not exist"])
 
 
-def test_a_set_without_its_files_is_refused(refused, sets, toy_experts):
+def test_a_set_without_its_files_is_refused(refused, sets, toy_experts, tmp_path):
     images, labels, _ = sets.options()
     refused(EVALUATION, [labels], ["--data_dir is missing"])
     refused(EVALUATION, [images], ["--label_dir is missing"])
+    torch.save(torch.zeros(6, 3, 8, 8), tmp_path / "ema_images_zca_9.pt")
+    refused(EVALUATION, [f"--data_dir={tmp_path / 'ema_images_zca_9.pt'}", labels],
+            ["holds un-whitened pictures", "; give ema_images_9.pt"])
     for experts in toy_experts.rglob("*.pt"):  # one file of two experts and one of one
         refused(EVALUATION, [f"--data_dir={experts}"], ["is not a set, but perhaps a file of experts"])
     refused(EVALUATION, [*sets.options(), f"--data_dir={sets.folder}"], ["--label_dir beside --data_dir"])

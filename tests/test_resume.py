@@ -427,6 +427,18 @@ def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(dis
     assert tensors_in(whole) == tensors_in(parts)
 
 
+def test_a_run_without_a_name_names_one_that_was_begun_with_other_experts(call, toy, toy_experts, tmp_path):
+    options = ["distill/DATM.py", *toy.distil, f"--log_path={tmp_path / 'log'}"]
+    with stop_at(distillation, "match_trajectory", 2):
+        call(*options, f"--buffer_path={toy_experts}", expect=130)
+    fewer = shutil.copytree(toy_experts, tmp_path / "fewer")
+    for path in fewer.rglob("replay_buffer_1.*"):
+        path.unlink()
+    assert "an unfinished run of these options with other experts" in call(*options, f"--buffer_path={fewer}").stderr
+    done = call(*options, f"--buffer_path={toy_experts}")
+    assert "going on at iteration" in done.stdout and "unfinished" not in done.stderr
+
+
 def test_resume_never_starts_over(distil_to, whole):
     with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
         distil_to("parts", expect=130)

@@ -30,8 +30,9 @@ def out_of_memory(error: BaseException | None) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The message of another library's error, short and on one line; its type if it has no message."""
-    return " ".join((str(error) or type(error).__name__).split())[:160]
+    """The first sentences of another library's error, short and on one line; its type if it has no message."""
+    said = " ".join((str(error) or type(error).__name__).split())
+    return said if len(said) <= 160 else said[:160].rsplit(". ", 1)[0]
 
 
 def one_line(error: Exception | str) -> str:

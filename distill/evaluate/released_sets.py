@@ -75,6 +75,9 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
     if data_dir.endswith(".safetensors"):
         _check_alone(data_dir, "images, labels and learning rate", label_dir=label_dir, lr_dir=lr_dir)
         return DistilledSet.load(data_dir), True
+    if named := re.fullmatch(r"((?:ema_)?images)_zca(_\w+\.pt)", Path(data_dir).name):
+        raise UserError(f"--data_dir {data_dir} holds un-whitened pictures, and not what networks see; give "
+                        f"{named[1]}{named[2]}")
     images, about, of_dc = _read(data_dir, "--data_dir", IMAGES), {}, False
     if isinstance(images, list) and images and isinstance(images[0], list):
         raise UserError(f"--data_dir {data_dir} is not a set, but perhaps a file of experts (see "

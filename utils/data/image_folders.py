@@ -98,6 +98,7 @@ def tiny(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> 
             listed = dict(line.split("\t")[:2] for line in read_text(annotations).splitlines() if line.strip())
         for file, wnid in listed.items():
             test.setdefault(wnid, []).append(flat / file)
+        test = {wnid: sorted(paths) for wnid, paths in test.items()}  # as where they are sorted into folders
         for path in there:
             if path.name not in listed:
                 notes.left_out("not in val_annotations.txt", path)

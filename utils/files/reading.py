@@ -123,7 +123,7 @@ def read_yaml(path: str | os.PathLike, loader: type[yaml.SafeLoader | yaml.BaseL
         options = None if alias else yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         where = f" near line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise ValueError(f"is not YAML{where}; write one `key: value` a line") from error
+        raise ValueError(f"is not YAML{where}; write one `key: value` a line, without tabs") from error
     if alias:
         raise ValueError(f"holds the alias *{alias.anchor} in line {alias.start_mark.line + 1}; write its value there")
     if not isinstance(options, dict):
