@@ -130,7 +130,7 @@ FULL = Form(
     epoch_eval={1: 1000, 10: 1000, 50: 1000}, spent_at={1: (0,), 10: (0,)}, experts_tried=(1, 2, 5, 10),
     steps_tried=(10, 20, 80), whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
     factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: (
-        "--batch_syn=200", "--lr_y=5", "--min_start_epoch=6", "--current_max_start_epoch=10", "--max_start_epoch=18")})
+        "--lr_y=5", "--min_start_epoch=0", "--max_start_epoch=4", "--Sequential_Generation=False")})
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def test_the_pages_have_the_numbers_of_the_results():
         "the same with experts' labels": "random_factor2_labels_{}", "TESLA's gradient": "ipc{}_tesla",
         "exact gradient (DATM)": "ipc{}",
         "exact gradient, T 80": "../../sets/FashionMNIST_ipc{}_T80",
-        "exact gradient, four images in one (`--factor 2`)": "ipc{}_factor2",
+        "exact gradient, four images in one (`--factor 2`)": "../../sets/FashionMNIST_ipc{}_factor2",
         "the whole training set, 30 epochs, two networks": "whole"}
     section = (REPOSITORY / "results/README.md").read_text()
     small, end = section.index("## Fashion-MNIST, the small form"), section.index("## Settings by")
