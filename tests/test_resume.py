@@ -136,15 +136,6 @@ def test_an_expert_that_did_not_learn_is_said_and_five_stop_the_run(call, toy, t
     assert "note: expert 0 did not learn" in done.stderr and "5 experts in a row did not learn" in done.stderr
 
 
-def test_experts_of_one_class_have_learned_it(call, toy, tmp_path):
-    for split in ("train", "test"):
-        shutil.copytree(toy.data / split / "red", tmp_path / "data" / split / "red")
-    options = [each for each in toy.train if "data_path" not in each]
-    done = call("buffer/buffer_FTD.py", *options, f"--data_path={tmp_path / 'data'}", "--num_experts=5",
-                "--train_epochs=1", f"--buffer_path={tmp_path}")
-    assert "trained 5 experts of 1 epoch;" in done.stdout and "did not learn" not in done.stderr
-
-
 def test_a_manifest_says_what_the_experts_are(toy_experts, toy_data):
     folder = toy_experts.joinpath(*EXPERTS)
     manifest = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())

@@ -58,7 +58,16 @@ import utils.program.console
 from scripts.common import ScriptParser, positive
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, EVALUATION
-from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig
+from utils.config import (
+    BaselineConfig,
+    BufferConfig,
+    DistillConfig,
+    EvaluationConfig,
+    TeslaConfig,
+    as_dict,
+    has_effect,
+    make,
+)
 from utils.errors import is_control, number_of, shortened
 from utils.files import REPOSITORY
 from utils.program.entry import entry
@@ -432,11 +441,9 @@ def _problems_of_run(case: Case, values: dict[str, typing.Any], outcome: Outcome
             value = os.path.normpath(sandbox.repository / value)
         if value != expected or type(value) is not type(expected):
             found.append(f"--{name} is {value!r}, and should be {expected!r}")
-    effects = {field.name: field.default.json_schema_extra["effect"] for field in
-               dataclasses.fields(ENTRIES[case.script])}
-    # An option has an effect, has none, or has one if another option is set.
-    lost = [name for name, effect in effects.items() if name not in NOT_SAVED | saved.keys()
-            and values.get(effect, effect)]
+    names = {field.name for field in dataclasses.fields(ENTRIES[case.script])}
+    config = make(ENTRIES[case.script], **{name: values[name] for name in names & values.keys()})
+    lost = [name for name in as_dict(config) if name not in NOT_SAVED | saved.keys() and has_effect(config, name)]
     return found + ([f"not saved: {', '.join(lost)}"] if saved and lost else [])
 
 

@@ -58,11 +58,8 @@ AUTO = "auto"
 
 def _number_or_auto(value: Any) -> Any:
     """Refuses any other word with one message for both types."""
-    if isinstance(value, str) and value != AUTO:
-        try:
-            float(value)
-        except ValueError:
-            raise ValueError("it must be a number, or auto") from None
+    if isinstance(value, str) and value != AUTO and not _is_number(value):
+        raise ValueError("it must be a number, or auto")
     return value
 
 
@@ -84,9 +81,17 @@ RateOfRate = Annotated[float, Field(ge=0, le=1e18, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 def _sides(value: Any) -> Any:
     """Normalises `HxW`; a square becomes its side."""
-    if not isinstance(value, str) or value.strip().isdecimal():
+    if not isinstance(value, str) or _is_number(value):
         return value
     sides = re.fullmatch(r"\s*0*([1-9]\d{0,8})\s*[x×]\s*0*([1-9]\d{0,8})\s*", value, re.IGNORECASE | re.ASCII)
     if not sides:
