@@ -1,5 +1,6 @@
 """Checks that need loaded files, before a distillation starts; `option_checks` has the others."""
 
+import contextlib
 from typing import Any
 
 from buffer.trajectories import Buffer
@@ -117,10 +118,11 @@ def note_others(config: DistillConfig, folder: RunFolder) -> None:
     """Notes unfinished runs of the same options beside a new one: without `--run_name`, other data name a run anew."""
     named = f"{config.matching}_seed{config.seed}_*/config.yaml"
     for path in () if config.run_name else folder.path.parent.glob(named):
-        if path.parent != folder.path and not (path.parent / RESULT).exists() and not differences(
-                read_config(path), identity(config)):
-            note(f"note: {shown(path.parent)} holds an unfinished run of these options with other experts or images; "
-                 "this is a new one")
+        with contextlib.suppress(UserError):  # another run's damaged config is no concern of this one
+            if path.parent != folder.path and not (path.parent / RESULT).exists() and not differences(
+                    read_config(path), identity(config)):
+                note(f"note: {shown(path.parent)} holds an unfinished run of these options with other experts or "
+                     "images; this is a new one")
 
 
 def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],

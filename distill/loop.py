@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from buffer.manifests import buffer_folder, check_same_images, expert_files, in_words, manifests_of
+from buffer.manifests import buffer_folder, check_same_images, expert_files, in_words, manifest_path
 from buffer.trajectories import Buffer
 from distill import checks, estimate, plan, suggest
 from distill.conclusion import conclude, say_finished, show_so_far
@@ -97,7 +97,8 @@ def opened(config: DistillConfig) -> tuple[Dataset, Buffer]:
     # Open the experts; refuse those trained on other data.
     buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
-    if config.val_fraction and len(manifests_of(buffer.folder)) < len(expert_files(buffer.folder)) and ranks.first():
+    if config.val_fraction and ranks.first() and not all(
+            manifest_path(path).exists() for path in expert_files(buffer.folder)):
         note(f"note: experts in {shown(buffer.folder)} have no manifest, as published ones, which were trained on the "
              "held-out images too")
     return dataset, buffer

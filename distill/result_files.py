@@ -343,6 +343,11 @@ class Trained(NamedTuple):
         return cls(f"{lr:.4g}{auto}" if isinstance(lr, int | float) else "-", str(trained.get("epochs") or "-"))
 
 
+def same_rate(one: float | None, other: float) -> bool:
+    """Whether two learning rates are equal up to the rounding of float32; None: a rate that is not known."""
+    return one is not None and math.isclose(one, other, rel_tol=1e-6)
+
+
 def results_in(folder: Path) -> list[EvaluationResult]:
     """The evaluation results in a folder; of an extended run, not the tests of what it had reached before."""
     results = []

@@ -1,6 +1,5 @@
 """Exports of a distilled set: PNG files in a folder per class, and a dataset card."""
 
-import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES, line
-from distill.result_files import OF_REAL_IMAGES, OF_SET, VERSIONS, EvaluationResult, RunResult, read_result
+from distill.result_files import OF_REAL_IMAGES, OF_SET, VERSIONS, EvaluationResult, RunResult, read_result, same_rate
 from utils import files
 from utils.config import STARTS, BaselineConfig, DistillConfig, from_repository, path_options, worth_giving
 from utils.data.disk_layouts import some_of
@@ -192,14 +191,10 @@ def _command(result: EvaluationResult, distilled: DistilledSet, name: str) -> st
     rate = {}
     if result.lr is not None:  # the rate that was used; a set's own rate replaces the option's default
         options.pop("lr_teacher", None)
-        own = result.config.get("protocol") != "dc" and _has_rate(distilled, result.lr)
+        own = result.config.get("protocol") != "dc" and same_rate(result.lr, float(distilled.lr))
         rate = {} if own else {"lr_teacher": float(f"{result.lr:.7g}")}  # as typed, before rounding to float32
     return command("distill/evaluation.py", {"data_dir": name} | unlike_set(options, distilled.config) | rate,
                    from_repository)
-
-
-def _has_rate(distilled: DistilledSet, lr: float) -> bool:
-    return math.isclose(lr, float(distilled.lr), rel_tol=1e-6)
 
 
 def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult | EvaluationResult:
@@ -227,7 +222,7 @@ def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult 
                             "this set, or of as many real images")
         return result
     of_folder = [result.versions.get(folder)] if folder in VERSIONS else [result.better[1], *result.versions.values()]
-    best = next((each for each in of_folder if each and _has_rate(distilled, each.lr)), None)
+    best = next((each for each in of_folder if each and same_rate(each.lr, float(distilled.lr))), None)
     if best is None:
         raise UserError(f"--result {path} is of a run with another set: its learning rate is not this set's, "
                         f"{float(distilled.lr):.7g}; give the result.json of the set's run")

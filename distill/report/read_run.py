@@ -1,7 +1,6 @@
 """Reads a run's folder into plain data, from which its page is made."""
 
 import datetime
-import math
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from distill.result_files import (
     Score,
     result_so_far,
     results_in,
+    same_rate,
     tested_on,
 )
 from utils.config import differences
@@ -70,8 +70,7 @@ class SavedRun:
     def tests(self) -> list[EvaluationResult]:
         """Evaluations of the best set, from results in the run's folder."""
         lr = self.result.better[1].lr
-        return [result for result in self.beside
-                if result.what == OF_SET and result.lr is not None and math.isclose(result.lr, lr, rel_tol=1e-6)]
+        return [result for result in self.beside if result.what == OF_SET and same_rate(result.lr, lr)]
 
     @property
     def real_images(self) -> dict[str, Score]:

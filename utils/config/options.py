@@ -238,7 +238,7 @@ class DistillConfig(TrainConfig):
     @property
     def uses_snapshot(self) -> bool:
         """Whether the experts' snapshot `Label_Model_Timestamp` chooses or labels the initial images."""
-        return self.pix_init == "samples_predicted_correctly" or (self.pix_init == "noise" and self.labels != "hard")
+        return self.uses_experts and self.pix_init != "real"
 
 
 @config_class
