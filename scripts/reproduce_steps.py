@@ -6,7 +6,6 @@ import subprocess
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
@@ -168,7 +167,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
     running: dict[subprocess.Popen, _Running] = {}
     if waiting:
         print(f"{total} of {len(steps)} commands are to be run; what each prints goes to {output}/", flush=True)
-    with interrupt.blocked():  # except in `_signal_within`, so that no command is left running
+    with interrupt.blocked():  # except in `arrives_within`, so that no command is left running
         try:
             while waiting or running:
                 free = jobs - sum(jobs if command.step.alone else 1 for command in running.values())
@@ -182,7 +181,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
                     _name(lock, running)
                     continue
                 assert running, f"{waiting[0].name} needs what no step makes"
-                number = _signal_within(LOOK_SECONDS)
+                number = interrupt.arrives_within(LOOK_SECONDS)
                 if number is not None:
                     raise interrupt.Stopped(number)
                 for process in [process for process in running if process.poll() is not None]:
@@ -199,7 +198,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
             for process in running:
                 process.terminate()
             while any(process.poll() is None for process in running):
-                if _signal_within(LOOK_SECONDS) is not None:
+                if interrupt.arrives_within(LOOK_SECONDS) is not None:
                     for process in running:
                         process.terminate()
             for command in running.values():
@@ -211,7 +210,7 @@ def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextI
         # A session of its own, so that Ctrl-C in a terminal reaches it only through this process.
         process = subprocess.Popen(step.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                                    env=environment, start_new_session=True, pass_fds=(lock.fileno(),),
-                                   preexec_fn=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, interrupt.SIGNALS))
+                                   preexec_fn=interrupt.unblock)
         return process, _Running(step, output, file.tell(), perf_counter())
 
 
@@ -219,10 +218,3 @@ def _name(lock: TextIO, running: Mapping[subprocess.Popen, _Running]) -> None:
     """Adds the running commands to the lock's message, as this process may be killed before they end."""
     started = ", ".join(str(process.pid) for process in running)
     sign(lock, f", which started {started}" if started else "")
-
-
-def _signal_within(seconds: float) -> int | None:
-    """The first blocked signal that arrives in this time and is not ignored."""
-    heeded = [each for each in interrupt.SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    found = signal.sigtimedwait(heeded, seconds)
-    return found and found.si_signo

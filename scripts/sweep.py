@@ -20,7 +20,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,20 +173,19 @@ def run_to_its_end(run: Run) -> bool:
         SystemExit: the run crashed; with its exit code.
     """
     sys.stdout.flush()
-    with interrupt.deferred():
+    stopped = None
+    with interrupt.blocked():  # except in `arrives_within`, so that the run is not left behind
         # A session of its own, so that Ctrl-C in a terminal reaches it only through this process.
         process = subprocess.Popen([sys.executable, str(REPOSITORY / DATM), *(
             f"--{name}={value}" for name, value in run.options.items())], stdin=subprocess.DEVNULL,
-            start_new_session=True, env=os.environ | {interrupt.PART_OF: Path(sys.argv[0]).name})
-        told = False
+            start_new_session=True, env=os.environ | {interrupt.PART_OF: Path(sys.argv[0]).name},
+            preexec_fn=interrupt.unblock)
         while process.poll() is None:
-            try:
-                time.sleep(LOOK_SECONDS)
-                if not told:
-                    interrupt.check()
-            except interrupt.Stopped as stopped:
-                told = True
-                process.send_signal(stopped.signal)
+            if number := interrupt.arrives_within(LOOK_SECONDS):
+                stopped = number
+                process.send_signal(number)
+    if stopped:
+        raise interrupt.Stopped(stopped)
     code = process.returncode
     if code not in (0, REFUSED):
         how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"

@@ -69,6 +69,17 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def unblock() -> None:
+    """Undoes `blocked` in a new process, as the `preexec_fn` of one that is to get signals."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def arrives_within(seconds: float) -> int | None:
+    """The first blocked signal that arrives in this time and is not ignored."""
+    found = signal.sigtimedwait([each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN], seconds)
+    return found and found.si_signo
+
+
 def _receive(number: int, frame: object) -> None:
     global _received, _received_at
     if _received is not None and time.monotonic() - _received_at < TWICE_SECONDS:
