@@ -17,7 +17,6 @@ from utils.data.datasets import Dataset
 from utils.errors import UserError
 from utils.files import cache_folder, load, save
 from utils.loss_and_accuracy import cross_entropy
-from utils.networks import has_batch_norm
 from utils.program.console import note
 from utils.program.prepare import network_for
 from utils.program.progress import Progress
@@ -62,12 +61,8 @@ class Curriculum:
 def grand_scores(config: BufferConfig, dataset: Dataset) -> Tensor:
     """GraNd of every training image [N] on the CPU, cached per dataset, network, training settings and seed.
 
-    Raises:
-        UserError: the network has batch norm, with which an image's loss depends on the rest of the batch.
+    The network must be without batch norm, with which an image's loss depends on the rest of the batch.
     """
-    if has_batch_norm(network_for(config.model, dataset)):
-        raise UserError(f"--pad with --model {config.model}: GraNd needs each image's own gradient, which batch norm "
-                        "mixes with others'; give a network without it, such as ConvNet")
     key = (dataset.fingerprint, config.zca, config.model, config.lr_teacher, config.batch_train, config.precision,
            config.seed, NETWORKS, EPOCHS)
     path = cache_folder() / f"grand_{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.pt"

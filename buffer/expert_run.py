@@ -23,6 +23,7 @@ from buffer.manifests import (
     in_words,
     manifests_of,
     run_file,
+    unfinished_run,
 )
 from utils import files
 from utils.config import BufferConfig, influential
@@ -35,9 +36,9 @@ from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
 from utils.program.console import announce, note, say, shown, wrapped
+from utils.program.locks import locked
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
-from utils.program.run_folder import kept_to_this_run
 
 AT_CHANCE = 1.2  # times the accuracy of guessing; an expert not above this did not learn
 MOST_AT_CHANCE = 5  # such experts in a row, after which a run stops
@@ -61,7 +62,7 @@ def train_buffer(config: BufferConfig) -> None:
     model = flat_model(config, network, of_one, config.micro_batch)
 
     # Lock the folder; start, or resume the unfinished run there.
-    with kept_to_this_run(folder, "give another --buffer_path"):
+    with locked(folder, "give another --buffer_path"):
         run = ranks.first_rank_first(lambda: ExpertRun(config, dataset, folder, model))
         run.announce()
         _note_whitening(config, dataset)
@@ -128,8 +129,8 @@ def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view
 
 def threads_before(folder: Path, config: BufferConfig) -> int | None:
     """Thread count of the unfinished run that this one resumes, if any."""
-    path = run_file(folder)
-    return files.read_config(path)["threads"] if config.resume == "auto" and path.exists() else None
+    run = unfinished_run(folder) if config.resume == "auto" else None
+    return run and run["threads"]
 
 
 class ExpertRun:
@@ -158,7 +159,7 @@ class ExpertRun:
         self.resumes = self.run_file.exists() and config.resume == "auto"
         if self.resumes:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
-            before = files.read_config(self.run_file)
+            before = unfinished_run(folder)
             self.first_number = before["first_expert"]
             self.last_threads = before["threads"]
         interrupt.saves("the finished epochs")
@@ -176,7 +177,7 @@ class ExpertRun:
             raise UserError(f"--num_experts {self.config.num_experts}: {self.unfinished} holds more, begun and not "
                             f"written yet; give at least {beyond[-1] + 1 - self.first_number}, or --resume never to "
                             "discard them")
-        _check_room(self.config, self.folder, self.model, max(0, self.end_number - self.written), self.unfinished)
+        self._check_room()
         if not self.resumes:
             for path in self.unfinished.glob("*"):  # the folder itself may be a link to another disk
                 files.remove(path)
@@ -184,6 +185,23 @@ class ExpertRun:
             "first_expert": self.first_number, "threads": torch.get_num_threads()})
         for number in range(self.written):  # left by a kill just after a file was written
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
+
+    def _check_room(self) -> None:
+        """Refuses a run whose files do not fit on the disk, or whose experts of one file do not fit in memory."""
+        config, left = self.config, max(0, self.end_number - self.written)
+        expert = 4 * self.model.num_parameters * (config.train_epochs + 1)
+        at_once = min(config.save_interval, left)
+        disk, memory = shutil.disk_usage(self.folder).free, available()
+        # The epochs of a file's experts, with their momenta, stay on the disk until the file is written.
+        there = sum(path.stat().st_size for path in self.unfinished.rglob("*") if path.is_file())
+        needed = expert * (left + at_once * (2 if config.mom else 1)) - there
+        if needed > disk:
+            raise UserError(f"{in_words(left, config.train_epochs)} need {needed / 1e9:.2g} GB on the disk of "
+                            f"{self.folder}, which has {disk / 1e9:.2g} GB free; give a smaller --num_experts or "
+                            "--train_epochs, or another --buffer_path")
+        if expert * at_once > memory:
+            raise UserError(f"a file of {number_of(at_once, 'expert')} needs {expert * at_once / 1e9:.2g} GB of memory "
+                            f"while it is written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
 
     def announce(self) -> None:
         """Prints the first lines."""
@@ -201,7 +219,7 @@ class ExpertRun:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")
             known = {saved.get("train_epochs", config.train_epochs) for saved in manifests_of(self.folder).values()}
-            if (other := sorted(known - {config.train_epochs})) and ranks.first():
+            if other := sorted(known - {config.train_epochs}):
                 note(f"note: there are some of {' and '.join(map(str, other))} epochs, and these have "
                      f"{config.train_epochs}; a distillation can use all only as far as the shortest reach")
 
@@ -337,35 +355,10 @@ def _in_words(epoch: Epoch, config: BufferConfig) -> tuple[str, str, str]:
             f"{'held-out' if config.val_fraction else 'test'} {100 * epoch.test_accuracy:.1f} %")
 
 
-def _check_room(config: BufferConfig, folder: Path, model: FlatModel, left: int, unfinished: Path) -> None:
-    """Refuses a run whose files do not fit on the disk, or whose experts of one file do not fit in memory.
-
-    Args:
-        left: the number of experts still to be written.
-        unfinished: the folder with their epochs saved so far.
-
-    Raises:
-        UserError
-    """
-    expert = 4 * model.num_parameters * (config.train_epochs + 1)
-    at_once = min(config.save_interval, left)
-    disk, memory = shutil.disk_usage(folder).free, available()
-    # The epochs of a file's experts, with their momenta, stay on the disk until the file is written.
-    there = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
-    needed = expert * (left + at_once * (2 if config.mom else 1)) - there
-    if needed > disk:
-        raise UserError(f"{in_words(left, config.train_epochs)} need {needed / 1e9:.2g} GB "
-                        f"on the disk of {folder}, which has {disk / 1e9:.2g} GB free; give a smaller --num_experts or "
-                        "--train_epochs, or another --buffer_path")
-    if expert * at_once > memory:
-        raise UserError(f"a file of {number_of(at_once, 'expert')} needs {expert * at_once / 1e9:.2g} GB of memory "
-                        f"while it is written, and {memory / 1e9:.2g} GB are free; give a smaller --save_interval")
-
-
 def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
     """Prints a note on whitening with few images: it divides by their spread, which is zero in most directions."""
     count, values = len(dataset.train_images), dataset.test_images[0].numel()
-    if config.zca and count < values and ranks.first():
+    if config.zca and count < values:
         note(f"note: --zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies what "
              "these images do not vary in; experts often test better without it")
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from utils import files
 from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, identity, influential
 from utils.data.watching import Watch, unwatched
-from utils.errors import UserError, number_of
-from utils.files import read_config
+from utils.errors import UserError, number_of, some_of
+from utils.files import read_config, read_yaml, reading
 
 if TYPE_CHECKING:
     from utils.data.datasets import Dataset
@@ -61,7 +61,20 @@ def manifest_path(path: Path) -> Path:
 def manifests_of(folder: Path) -> dict[Path, dict[str, Any]]:
     """The manifests of a folder's expert files, by their paths; published files have none."""
     paths = map(manifest_path, expert_files(folder))
-    return {path: read_config(path) for path in paths if path.exists()}
+    return {path: read_manifest(path) for path in paths if path.exists()}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest; its checksum, which is written last, shows that it is complete.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    with reading(path, "copy it again, or move it away: the experts beside it then count as published ones"):
+        manifest = read_yaml(path)
+        if not isinstance(manifest.get("sha256"), str) or not isinstance(manifest.get("experts"), list):
+            raise ValueError("it ends too early")
+        return manifest
 
 
 def made_by(folder: Path) -> list[dict[str, Any]]:
@@ -75,7 +88,7 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
     paths = {name: manifests[-1][name] for name in _PATHS if manifests and name in manifests[-1]}
     for manifest in manifests:
         kind = {name: value for name, value in manifest.items() if name not in _FACTS} | paths
-        count = len(manifest["experts"]) if "experts" in manifest else kind.get("num_experts", 0)
+        count = len(manifest["experts"])
         if kinds and kinds[-1] == kind | {name: kinds[-1][name] for name in _HOW_MANY if name in kinds[-1]}:
             kinds[-1]["num_experts"] += count
         else:
@@ -86,7 +99,7 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
 def test_accuracies(folder: Path) -> list[float]:
     """Test accuracies of the experts of a folder after their last epoch, as far as manifests tell."""
     return [float(expert["test_accuracy"]) for manifest in manifests_of(folder).values()
-            for expert in manifest.get("experts", [])]
+            for expert in manifest["experts"]]
 
 
 def held_out_fraction(folder: Path) -> float:
@@ -114,11 +127,7 @@ def check_same_data(folder: Path, config: DataConfig, option: str = BUFFER_PATH)
 
 
 def check_same_kind(folder: Path, config: BufferConfig) -> None:
-    """Refuses to add experts to a folder whose experts were trained with other options.
-
-    Raises:
-        UserError
-    """
+    """Refuses to add experts to a folder whose experts were trained with other options."""
     for path, saved in manifests_of(folder).items():
         _check_same_kind(path, saved, influential(config))
 
@@ -136,12 +145,24 @@ def run_file(folder: Path) -> Path:
     return folder / "unfinished" / "run.yaml"
 
 
-def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | None = None) -> None:
-    """Refuses to resume the folder's unfinished run with other options, or with other values of `more`.
+def unfinished_run(folder: Path) -> dict[str, Any] | None:
+    """The options of a folder's unfinished run, with `first_expert` and `threads`; None: there is none.
 
     Raises:
-        UserError
+        UserError: the file is damaged.
     """
+    path = run_file(folder)
+    if not path.is_file():
+        return None
+    with reading(path, "put it back, or move its folder away, to train these experts again"):
+        run = read_yaml(path)
+        if not all(isinstance(run.get(name), int) for name in ("num_experts", "first_expert", "threads")):
+            raise ValueError("it ends too early")
+        return run
+
+
+def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | None = None) -> None:
+    """Refuses to resume the folder's unfinished run with other options, or with other values of `more`."""
     path = run_file(folder)
     if config.resume == "auto" and path.exists():
         different = differences(read_config(path), identity(config) | (more or {}))
@@ -151,11 +172,7 @@ def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | No
 
 
 def check_same_images(folder: Path, dataset: "Dataset", option: str = BUFFER_PATH) -> None:
-    """As `check_same_data`, but compares the images: two datasets of one name, such as ImageFolder, may differ.
-
-    Raises:
-        UserError
-    """
+    """As `check_same_data`, but compares the images: two datasets of one name, such as ImageFolder, may differ."""
     for path, saved in manifests_of(folder).items():
         if saved.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
             raise UserError(f"the experts of {path} were trained on other images than those of {dataset.name} here; "
@@ -163,14 +180,16 @@ def check_same_images(folder: Path, dataset: "Dataset", option: str = BUFFER_PAT
 
 
 def require_experts(folder: Path, option: str = BUFFER_PATH) -> None:
-    """Refuses a folder without expert files, before anything expensive is done.
-
-    Raises:
-        UserError
-    """
-    if not expert_files(folder):
-        raise UserError(f"no replay_buffer_*.pt in {folder}; train experts with buffer/buffer_FTD.py "
-                        f"(same --dataset, --model, --zca and --buffer_path), or give another {option}")
+    """Refuses a folder without expert files, before anything expensive is done."""
+    if expert_files(folder):
+        return
+    if run_file(folder).is_file():
+        raise UserError(f"no replay_buffer_*.pt in {folder} yet: its experts are being trained, or were stopped; give "
+                        f"the command of buffer/buffer_FTD.py again, or another {option}")
+    below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
+    there = f"; there are some in {some_of(below)}" if below else ""
+    raise UserError(f"no replay_buffer_*.pt in {folder}{there}; train experts with buffer/buffer_FTD.py (same "
+                    f"--dataset, --model, --zca and --buffer_path), or give another {option}")
 
 
 def in_words(experts: int, epochs: int) -> str:
@@ -196,14 +215,15 @@ def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]
 
 
 def is_as_written(path: Path, checksum: str) -> bool:
-    """Whether an expert file has the checksum in its manifest; False without a manifest or a checksum in it.
+    """Whether an expert file has the checksum in its manifest; False without a manifest.
 
     Raises:
         UserError: the checksums differ.
     """
     manifest = manifest_path(path)
-    expected = read_config(manifest).get("sha256") if manifest.exists() else None
-    if expected not in (None, checksum):
+    if not manifest.exists():
+        return False
+    if read_manifest(manifest)["sha256"] != checksum:
         raise UserError(f"expert file {path} is damaged: it is not the file that {manifest.name} was written for; copy "
                         "it again, or move both away and train the experts again")
-    return expected is not None
+    return True

@@ -27,11 +27,7 @@ from utils.program.run_folder import RunFolder
 
 
 def check_start(config: DistillConfig) -> None:
-    """Refuses a `--pix_init` set that, by its own metadata, has another image size or whitening than the data.
-
-    Raises:
-        UserError
-    """
+    """Refuses a `--pix_init` set that, by its own metadata, has another image size or whitening than the data."""
     if config.pix_init in STARTS:
         return
     given = f"--pix_init {config.pix_init}"
@@ -45,9 +41,6 @@ def check_start(config: DistillConfig) -> None:
 def check_networks(config: DistillConfig, dataset: Dataset) -> None:
     """Refuses a factor or networks (the evaluation's too) that do not fit the images, and options that do not work
     with several ranks.
-
-    Raises:
-        UserError
     """
     check_factor(config.factor, dataset.image_size)
     check_pool(config, dataset)
@@ -71,11 +64,7 @@ def check_networks(config: DistillConfig, dataset: Dataset) -> None:
 
 
 def check_window(config: DistillConfig, buffer: Buffer) -> None:
-    """Refuses a difficulty window that is empty or reaches beyond the experts' trajectories.
-
-    Raises:
-        UserError
-    """
+    """Refuses a difficulty window that is empty or reaches beyond the experts' trajectories."""
     last = config.max_start_epoch - 1 + config.expert_epochs
     if last > buffer.epochs:
         most = buffer.epochs - config.expert_epochs + 1
@@ -92,11 +81,7 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
 
 
 def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
-    """Refuses a run that cannot fit in memory, by a lower bound of what it needs.
-
-    Raises:
-        UserError
-    """
+    """Refuses a run that cannot fit in memory, by a lower bound of what it needs."""
     device = dataset.device
     pixels, num_images = dataset.test_images[0].numel(), config.ipc * dataset.num_classes
     batch = batch_size(config, dataset)
@@ -133,9 +118,6 @@ def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: di
     Args:
         saved: the run's saved state; None: there is none.
         data: checksums of everything the run reads, by name.
-
-    Raises:
-        UserError
     """
     if folder.finished and saved is None:
         raise UserError(f"{shown(folder.path)} is finished, and cannot go on to --Iteration {config.Iteration} without "

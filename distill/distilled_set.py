@@ -22,10 +22,9 @@ from torch import Tensor
 from distill.set_files import check_whole, whole_set
 from utils import files
 from utils.data.datasets import Dataset, ImageSpace
-from utils.data.disk_layouts import some_of
 from utils.data.tiles import check_factor, cut
 from utils.data.zca import KeptWhitening
-from utils.errors import UserError, number_of
+from utils.errors import UserError, number_of, some_of
 from utils.program.console import note
 
 FORMAT = "datm-distilled-set-2"
@@ -194,9 +193,6 @@ def check_classes(distilled: DistilledSet, dataset: Dataset, option: str, named:
     Args:
         option: the option that gave the set, for messages.
         named: also refuse the same number of classes with other names.
-
-    Raises:
-        UserError
     """
     its, ours = distilled.classes, dataset.classes
     if not its or (len(its) == len(ours) and (its == ours or not named)):

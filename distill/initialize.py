@@ -16,9 +16,8 @@ from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet, check_classes, checked_set, class_indices, other_space
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
-from utils.data.disk_layouts import some_of
 from utils.data.tiles import cut, tiled
-from utils.errors import UserError, number_of
+from utils.errors import UserError, number_of, some_of
 from utils.files import sha256
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel

@@ -22,8 +22,9 @@ from utils.derivatives.engine import describe_engine
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.console import announce, note, say, shown
+from utils.program.locks import locked
 from utils.program.prepare import begin, flat_model, network_for
-from utils.program.run_folder import RunFolder, kept_to_this_run
+from utils.program.run_folder import RunFolder
 
 # A run's outputs besides its log and result: its sets and unfinished evaluations; pictures, page and final sets.
 MADE = [*VERSIONS, *(f"{name}.unfinished*" for name in VERSIONS)]
@@ -62,7 +63,7 @@ def distill(config: DistillConfig) -> None:
         return
 
     # Lock the run's folder.
-    with kept_to_this_run(path, "give another --run_name"):
+    with locked(path, "give another --run_name"):
         folder = RunFolder(path, config, METRICS, RESULT)
 
         # A finished run is not repeated; if its pictures or page are missing, they are made.

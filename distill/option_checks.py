@@ -14,11 +14,7 @@ from utils.program.run_folder import RunFolder
 
 
 def check_options(config: DistillConfig) -> None:
-    """Refuses options that contradict each other, and named folders and files that are missing or do not fit.
-
-    Raises:
-        UserError
-    """
+    """Refuses options that contradict each other, and named folders and files that are missing or do not fit."""
     check_evaluation(config)
     # PAD has two rules for choosing parameters.
     if config.depth_ratio and config.loss_ratio:

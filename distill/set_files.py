@@ -45,11 +45,7 @@ def _better(path: Path) -> str:
 
 
 def check_whole(path: Path) -> None:
-    """Refuses a path that is not a file, or a file that is plainly of another kind.
-
-    Raises:
-        UserError
-    """
+    """Refuses a path that is not a file, or a file that is plainly of another kind."""
     if path.is_dir() and set_files(str(path)):
         raise UserError(f"{path} has no {WHOLE}, which a run writes at its end; let its command go on, or have "
                         "evaluation.py --save FILE write the best set so far")

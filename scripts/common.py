@@ -1,6 +1,7 @@
 """What scripts share: the command line, and the report as JSON."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ class ScriptParser(Parser):
 def positive(text: str, kind: type[float] = int) -> float:
     """The `type` of an option that counts something."""
     number = kind(text)
-    if not number > 0:
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
     return number
 

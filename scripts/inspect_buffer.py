@@ -23,6 +23,7 @@ whole trajectory (distill/suggest.py). It prints the losses as a table, draws th
 distil with.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -41,13 +42,23 @@ tune_process()  # before torch is imported
 
 import numpy as np
 
-from buffer.manifests import buffer_folder, expert_files, in_words, made_by, manifest_path, run_file
+from buffer.manifests import (
+    buffer_folder,
+    expert_files,
+    in_words,
+    made_by,
+    manifest_path,
+    manifests_of,
+    require_experts,
+    run_file,
+    unfinished_run,
+)
 from distill.option_checks import check_options
 from distill.result_files import images_tested, tested_on
 from scripts.common import ScriptParser, positive, save_report
 from utils.config import BufferConfig, DistillConfig, defaults, make
 from utils.errors import UserError
-from utils.files import REPOSITORY, finite, read_config, read_text, reading
+from utils.files import REPOSITORY, finite, read_text, reading
 from utils.program import console
 from utils.program.command_line import parse
 from utils.program.commands import command, say_next
@@ -181,7 +192,7 @@ def distilling(folder: Path, ipc: int) -> dict[str, Any]:
     Raises:
         UserError: no experts, no manifest, or a folder in which distill/DATM.py would not look for them.
     """
-    _paths(folder)
+    require_experts(folder, "folder")
     made = made_by(folder)
     if not made:
         raise UserError(f"{folder} has no replay_buffer_*.yaml, which would say what its experts were trained on; give "
@@ -208,8 +219,12 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
     Raises:
         UserError: no experts, damaged files, or experts of several networks, here or among those to compare with.
     """
-    unfinished = run_file(folder)
-    paths, other_paths = _paths(folder, or_unfinished=True), _paths(beside) if beside else []
+    started = unfinished_run(folder)
+    if not started:
+        require_experts(folder, "folder")
+    if beside:
+        require_experts(beside, "--beside")
+    paths, other_paths = expert_files(folder), expert_files(beside) if beside else []
 
     from buffer.trajectories import load_experts  # imports torch, which takes seconds
     from utils.program.progress import Progress
@@ -224,8 +239,7 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
         names = sorted({str(path) for path in shapes.values()})
         raise UserError(f"{', '.join(names)}: the snapshots are not all of one network; give other experts, "
                         "or move away what does not belong there")
-    manifests = {path: read_config(manifest_path(path)) for path, _ in files if manifest_path(path).is_file()}
-    started = read_config(unfinished) if unfinished.is_file() else None
+    manifests = manifests_of(folder)
     finished: list[Trajectory] = []
     with Progress(sum(len(experts) for _, experts in files), "experts") as bar:
         for path, experts in files:
@@ -238,22 +252,22 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
                     number, path.name, len(expert) - 1, sum(each.numel() for each in expert[0]),
                     {**(recorded or {}), "step": step, "segment": segment, "apart": beyond}))
                 bar.update()
-    begun, unfinished_run = [], None
-    if started is not None:
-        begun, unfinished_run = _unfinished(unfinished.parent, started, expert_epochs, len(finished))
+    begun, going_on = [], None
+    if started:
+        begun, going_on = _unfinished(run_file(folder).parent, started, expert_epochs, len(finished))
     trajectories = finished + begun
     if len({each.parameters for each in trajectories}) > 1:
-        raise UserError(f"{unfinished.parent} holds experts of another network than the files beside it; move them "
-                        "away")
+        raise UserError(f"{run_file(folder).parent} holds experts of another network than the files beside it; move "
+                        "them away")
     known = list(manifests.values()) or ([started] if started else [])
     by_name = {name: _mean_std(of_all(name, trajectories)) for name in ("step", "segment", *ACCURACIES, "apart")}
     return {
         "folder": str(folder), "experts": len(finished), "bytes": sum(path.stat().st_size for path, _ in files),
         "files": [{"name": path.name, "experts": len(experts), "bytes": path.stat().st_size,
-                   "manifest": path in manifests} for path, experts in files],
+                   "manifest": manifest_path(path) in manifests} for path, experts in files],
         "epochs": sorted({each.epochs for each in finished}),
         "options": {name: _shared([each[name] for each in known if name in each])
-                    for name in OPTIONS if any(name in each for each in known)} or None, "unfinished": unfinished_run,
+                    for name in OPTIONS if any(name in each for each in known)} or None, "unfinished": going_on,
         "beside": str(beside) if beside else None,
         "parameters": trajectories[0].parameters if trajectories else None,
         "trajectories": [_as_json(each) for each in trajectories],
@@ -264,20 +278,6 @@ def _shared(values: list[Any]) -> Any:
     """The value that all have, or the list of the different ones."""
     different = [value for number, value in enumerate(values) if value not in values[:number]]
     return different[0] if len(different) == 1 else different
-
-
-def _paths(folder: Path, or_unfinished: bool = False) -> list[Path]:
-    """The expert files of a folder. Refuses a folder with none; with `or_unfinished`, an unfinished run will do."""
-    paths = expert_files(folder)
-    if not paths and not (or_unfinished and run_file(folder).is_file()):
-        if run_file(folder).is_file():
-            raise UserError(f"no replay_buffer_*.pt in {folder} yet: its experts are being trained, or were stopped; "
-                            "give their command again")
-        below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
-        advice = f"there are some in {', '.join(below)}: give one of these" if below else (
-            "give the folder of a network's experts, <buffer_path>/<dataset>/<model>")
-        raise UserError(f"no replay_buffer_*.pt in {folder}; {advice}")
-    return paths
 
 
 def _thetas(expert: Iterable[Iterable["Tensor"]]) -> Iterator["Tensor"]:
@@ -308,18 +308,30 @@ def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int,
     from buffer.experts import SavedEpochs
 
     begun = []
-    for number in range(written, started.get("first_expert", 0) + started.get("num_experts", 0)):
+    for number in range(written, started["first_expert"] + started["num_experts"]):
         saved = SavedEpochs(folder / f"expert_{number}")
         if not len(saved):
             continue
-        step, segment = distances((saved[epoch]["theta"] for epoch in range(len(saved))), expert_epochs)
-        reached = saved.reached()
+        try:
+            step, segment = distances((saved[epoch]["theta"] for epoch in range(len(saved))), expert_epochs)
+            reached = saved.reached()
+        except UserError:
+            if saved.folder.exists():
+                raise
+            continue  # it was written to a file meanwhile
         accuracies = {name: [each[name] for each in reached] for name in ACCURACIES}
         begun.append(Trajectory(number, "unfinished", len(reached), saved[0]["theta"].numel(),
                                 {**accuracies, "step": step, "segment": segment, "apart": []}))
     return begun, {"experts": [{"expert": each.number, "epochs": each.epochs} for each in begun],
                    **{name: started.get(name) for name in ("num_experts", "first_expert", "train_epochs")},
-                   "bytes": sum(path.stat().st_size for path in folder.rglob("*.pt"))}
+                   "bytes": sum(map(_size, folder.rglob("*.pt")))}
+
+
+def _size(path: Path) -> int:
+    """The size of a file, 0 if it is gone: a run that goes on renames and removes files."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 def table(rows: list[list[float]]) -> np.ndarray:

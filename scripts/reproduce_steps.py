@@ -94,11 +94,7 @@ class Ledger:
         return {need.name: self.made.get(need.name, {}).get("stamp") for need in step.needs}
 
     def check(self, step: Step) -> None:
-        """Refuses to replace files in a step's place if it is not known what made them.
-
-        Raises:
-            UserError
-        """
+        """Refuses to replace files in a step's place if it is not known what made them."""
         if step.name not in self.made and step.made.exists():
             raise UserError(f"nobody knows which command made {step.made}; move it away")
 

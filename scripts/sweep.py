@@ -32,7 +32,7 @@ tune_process()  # before torch is imported
 
 from distill.option_checks import check_options
 from distill.report.read_run import SavedRun, read_run
-from distill.result_files import METRICS, RESULT, images_tested, run_folder, tested_on
+from distill.result_files import images_tested, run_folder, tested_on
 from scripts.common import report_kind, save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError
@@ -41,7 +41,6 @@ from utils.program import commands, interrupt
 from utils.program.command_line import config_of, typed
 from utils.program.console import duration, percent, say, shown, table
 from utils.program.entry import entry
-from utils.program.run_folder import RunFolder
 
 DATM = "distill/DATM.py"
 VAL_FRACTION = "0.1"
@@ -71,7 +70,6 @@ def main() -> None:
     # Refuse whatever can be checked before hours of work.
     for run in runs:
         check_options(run.config)
-        RunFolder(run.folder, run.config, METRICS, RESULT)  # refuses if a run of other options is there
     if any(run.config.pix_init not in STARTS for run in runs):
         from distill.checks import check_start  # imports torch, which takes seconds
 

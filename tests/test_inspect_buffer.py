@@ -71,7 +71,7 @@ def test_experts_are_compared_with_others_of_the_same_numbers(call, folder, tmp_
     refused = call(INSPECT, folder, f"--beside={others}", expect=2)
     assert "others/replay_buffer_0.pt" in refused.stderr and "not all of one network" in refused.stderr
     empty = call(INSPECT, folder, f"--beside={tmp_path}", expect=2)
-    assert "give one of these" in empty.stderr
+    assert "there are some in" in empty.stderr
 
 
 def test_options_in_which_the_files_differ_are_all_told(call, folder):
@@ -94,7 +94,7 @@ def test_published_files_leave_open_what_is_not_in_them(call, folder, tmp_path):
 def unfinished(folder, epochs):
     """Writes an unfinished run of two more experts, the first of them trained for `epochs` epochs."""
     save_config(folder / "unfinished" / "run.yaml",
-                {"model": "ConvNetD1W4", "num_experts": 2, "train_epochs": 3, "first_expert": 3})
+                {"model": "ConvNetD1W4", "num_experts": 2, "train_epochs": 3, "first_expert": 3, "threads": 1})
     saved = SavedEpochs(folder / "unfinished" / "expert_3")
     theta = torch.cat([each.reshape(-1) for each in torch.load(folder / "replay_buffer_0.pt", weights_only=True)[0][0]])
     for epoch in range(epochs + 1):
@@ -112,7 +112,8 @@ def test_an_unfinished_run_is_shown(call, folder, tmp_path):
     assert report["trajectories"][3]["step"] == pytest.approx([1, 1])
     for path in folder.glob("replay_buffer_*"):  # now no expert is finished
         path.unlink()
-    save_config(folder / "unfinished" / "run.yaml", {"model": "ConvNetD1W4", "num_experts": 9, "train_epochs": 3})
+    save_config(folder / "unfinished" / "run.yaml",
+                {"model": "ConvNetD1W4", "num_experts": 9, "train_epochs": 3, "first_expert": 0, "threads": 1})
     assert "experts     0 in 0 files" in call(INSPECT, folder, f"--png={tmp_path / 'out.png'}").stdout
 
 
@@ -142,7 +143,7 @@ def test_damaged_files_are_refused(call, folder, change, phrases):
 @pytest.mark.parametrize("arguments, phrase", [
     (["{folder}", "--expert_epochs=0"], "0: give a number above 0"),
     (["{folder}", "--expert_epochs=x"], "invalid positive"),
-    (["{folder}/.."], "give one of these"), (["/nowhere"], "no replay_buffer_*.pt in /nowhere"),
+    (["{folder}/.."], "there are some in"), (["/nowhere"], "no replay_buffer_*.pt in /nowhere"),
     ([], "required: folder"), (["{folder}", "--png={folder}"], "which is a folder")])
 def test_mistakes_are_one_line(call, folder, arguments, phrase):
     (line,) = call(INSPECT, *(each.format(folder=folder) for each in arguments), expect=2).stderr.splitlines()

@@ -263,9 +263,10 @@ def test_experts_of_other_images_of_the_same_name_are_refused(call, toy, toy_exp
     assert "were trained on other images" in done.stderr
 
 
-def test_pad_refuses_batch_norm(toy_data):
-    with pytest.raises(UserError, match="batch norm"):
-        grand_scores(make(BufferConfig, model="ConvNetD1W4BN"), toy_data)
+def test_pad_refuses_batch_norm(call, toy, tmp_path):
+    done = call("buffer/buffer_FTD.py", *toy.train, "--model=ConvNetD1W4BN", "--pad",
+                f"--buffer_path={tmp_path / 'new'}", expect=2)
+    assert "batch norm" in done.stderr and not (tmp_path / "new").exists()
 
 
 def test_only_one_rule_chooses_the_matched_part():

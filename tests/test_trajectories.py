@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from buffer.manifests import made_by
+from buffer.manifests import made_by, manifests_of, run_file, unfinished_run
 from buffer.trajectories import Buffer, as_expert
 from utils import files
+from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import build_network
 from utils.parameters import FlatModel
@@ -50,9 +51,21 @@ def test_files_of_one_command_are_one_command_for_all_experts(model, tmp_path):
     for file, (seed, asked, held) in enumerate([(0, 3, 2), (0, 3, 1), (0, 9, 1), (5, 1, 1)]):
         files.save_config(tmp_path / f"replay_buffer_{file}.yaml", {
             "model": "ConvNetD1W4", "seed": seed, "num_experts": asked,
-            "experts": [{"number": number} for number in range(held)]})
+            "experts": [{"number": number} for number in range(held)], "sha256": "-"})
     assert made_by(tmp_path) == [{"model": "ConvNetD1W4", "seed": 0, "num_experts": 4},
                                  {"model": "ConvNetD1W4", "seed": 5, "num_experts": 1}]
+
+
+def test_a_manifest_or_run_that_ends_too_early_is_refused(model, tmp_path):
+    """As an interrupted copy leaves them; what was cut off would count as unknown, and not be checked."""
+    write(tmp_path, model, [1])
+    files.write_text(tmp_path / "replay_buffer_0.yaml", "model: ConvNetD1W4\nzca: true\nexperts: []\n")
+    for read in (lambda: manifests_of(tmp_path), Buffer(tmp_path, model).verify):
+        with pytest.raises(UserError, match="ends too early.*copy it again"):
+            read()
+    files.write_text(run_file(tmp_path), "num_experts: 1\nfirst_expert: 0\n")
+    with pytest.raises(UserError, match="ends too early.*put it back"):
+        unfinished_run(tmp_path)
 
 
 def test_the_walk_takes_every_expert_once_file_by_file(model, tmp_path):

@@ -60,6 +60,11 @@ def shortened(text: str, most: int = LONGEST_GIVEN) -> str:
     return text if len(text) <= most else f"{text[:most * 2 // 3]} … {text[-most // 4:]}"
 
 
+def some_of(names: Sequence[str]) -> str:
+    """Names for a message: a, b, c and 7 more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def number_of(count: int, noun: str) -> str:
     """A count with its noun: 1 file, 2 files, 3 classes."""
     return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"

@@ -82,9 +82,6 @@ def check_room(size: int, what: str) -> None:
     Args:
         size: in bytes.
         what: what needs it, in words (plural).
-
-    Raises:
-        UserError
     """
     free, disk = available(), _free_on_disk()
     if size > max(free, disk):

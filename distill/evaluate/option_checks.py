@@ -28,11 +28,7 @@ IMAGES = "images_best.pt, or a run's folder"  # what `--data_dir` can be, for me
 
 
 def check_set(config: EvaluationConfig) -> None:
-    """Refuses invalid options of an evaluation, and a set that does not exist.
-
-    Raises:
-        UserError
-    """
+    """Refuses invalid options of an evaluation, and a set that does not exist."""
     # The robust score compares with and without these.
     for name in ("hard_labels", "no_aug"):
         if config.robust_score and getattr(config, name):
@@ -48,21 +44,13 @@ def check_set(config: EvaluationConfig) -> None:
 
 
 def check_given(path: str, option: str, usual_name: str) -> None:
-    """Refuses a missing option for a file of a set.
-
-    Raises:
-        UserError
-    """
+    """Refuses a missing option for a file of a set."""
     if not path:
         raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
 
 
 def check_baseline(config: BaselineConfig) -> None:
-    """Refuses invalid options of a baseline, and experts that do not fit them.
-
-    Raises:
-        UserError
-    """
+    """Refuses invalid options of a baseline, and experts that do not fit them."""
     check_evaluation(config)
     check_experts(as_experts_saw(config))
 
@@ -80,11 +68,7 @@ def labelled_by_experts(config: BaselineConfig) -> bool:
 
 
 def check_experts(config: BaselineConfig) -> None:
-    """Refuses a factor for the whole training set, and experts that cannot choose or label the images as asked.
-
-    Raises:
-        UserError
-    """
+    """Refuses a factor for the whole training set, and experts that cannot choose or label the images as asked."""
     if config.ipc is None and config.factor > 1:
         raise UserError(f"--factor {config.factor} --ipc None: the whole training set is used as it is; give --ipc a "
                         "number")

@@ -61,11 +61,7 @@ def per_class(config: BaselineConfig) -> int:
 
 
 def check_sizes(config: BaselineConfig, dataset: Dataset) -> None:
-    """Refuses a coreset of more images than a class has.
-
-    Raises:
-        UserError
-    """
+    """Refuses a coreset of more images than a class has."""
     if config.pick in CORESETS:
         size, name = min((len(dataset.class_indices(label)), name) for label, name in enumerate(dataset.classes))
         if size < per_class(config):

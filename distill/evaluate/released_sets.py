@@ -33,9 +33,8 @@ from distill.result_files import NORMAL
 from distill.set_files import WHOLE, set_files, sets_in
 from utils import files
 from utils.data.datasets import Dataset
-from utils.data.disk_layouts import some_of
 from utils.data.names import check_dataset_name
-from utils.errors import UserError
+from utils.errors import UserError, some_of
 from utils.networks import check_network_name
 from utils.program.console import note
 

@@ -216,9 +216,6 @@ def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: d
 
     Returns:
         The names of the options that differ.
-
-    Raises:
-        UserError
     """
     made = canonical(made)
     here = canonical({name: getattr(config, name) for name in READ_BY})

@@ -17,9 +17,8 @@ from distill.report.template import TEMPLATES, line
 from distill.result_files import OF_REAL_IMAGES, OF_SET, VERSIONS, EvaluationResult, RunResult, read_result, same_rate
 from utils import files
 from utils.config import STARTS, BaselineConfig, DistillConfig, from_repository, path_options, worth_giving
-from utils.data.disk_layouts import some_of
 from utils.data.zca import BESIDE, Whitening
-from utils.errors import UserError, number_of
+from utils.errors import UserError, number_of, some_of
 from utils.program.commands import command
 from utils.program.console import note
 
@@ -98,11 +97,7 @@ def _save(path: Path, picture: Tensor) -> None:
 
 
 def check_pngs(distilled: DistilledSet, folder: Path) -> None:
-    """Refuses a folder that is not empty, as the pictures of two sets would mix, and images that are no pictures.
-
-    Raises:
-        UserError
-    """
+    """Refuses a folder that is not empty, as the pictures of two sets would mix, and images that are no pictures."""
     if (channels := distilled.images.shape[1]) not in (1, 3):
         raise UserError(f"images of {channels} channels are no pictures; PNG takes 1 or 3")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):

@@ -46,11 +46,11 @@ def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
                         + " (default: cpu, on a GPU cifar10_ipc10)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
                         help=", ".join(METHODS) + "; what a part does not have or this machine cannot run is left out")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N",
                         help="timed calls of each method (%(default)s)")
-    parser.add_argument("--max_seconds", type=positive_float, metavar="S", help="leave out a method whose first call "
-                        f"takes longer, compiling included (default: {MAX_SECONDS:g})")
+    parser.add_argument("--max_seconds", type=positive_float, default=MAX_SECONDS, metavar="S", help="leave out "
+                        "a method whose first call takes longer, compiling included (default: %(default)g)")
     parser.add_argument("--max_minutes", type=positive_float, metavar="M",
                         help=f"fit everything into this time (default: on a GPU {GPU_MINUTES:g}, else no limit)")
     parser.add_argument("--worker", choices=PARTS["matching"], help=argparse.SUPPRESS)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from buffer.experts import kept_of, train_step
 from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
-from scripts.measure.shapes import GPU_MINUTES, MAX_SECONDS, PARTS, SENSIBLE, Shape
+from scripts.measure.shapes import GPU_MINUTES, PARTS, SENSIBLE, Shape
 from utils.config import BufferConfig, make
 from utils.data import augment
 from utils.derivatives.choose_engine import set_precision
@@ -368,13 +368,13 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
     Raises:
         UserError: nothing that is asked for can be measured here.
     """
-    device = select_device(args.device or "auto")
+    device = select_device(args.device)
     set_precision("auto", device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     chosen = args.shape or ["cifar10_ipc10" if device.type == "cuda" else "cpu"]
     chosen = SENSIBLE[device.type] if "all" in chosen else dict.fromkeys(chosen)
-    max_seconds = args.max_seconds or MAX_SECONDS
+    max_seconds = args.max_seconds
     if args.worker:
         print(json.dumps(worker(shapes[args.shape[0]], device, args.worker, max_seconds)))
         return

@@ -55,7 +55,7 @@ def has_effect(config: DataConfig, name: str) -> bool:
 def _spelt(name: str, value: Any, config_type: type) -> Any:
     """The value, with spellings that YAML and the command line allow converted to what the type accepts."""
     hint = typing.get_type_hints(config_type)[name]
-    if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~"):
+    if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
         return None
     if isinstance(value, str) and value.startswith("[") and list[int] in typing.get_args(hint):
         with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.data.disk_layouts import Loader, Split, cifar, fashion_mnist, minifashion, mnist, some_of, svhn
+from utils.data.disk_layouts import Loader, Split, cifar, fashion_mnist, minifashion, mnist, svhn
 from utils.data.image_folders import image_folder, imagenet, imagenet_1k, tiny
 from utils.data.names import NAMES, check_dataset_name
 from utils.data.watching import Watch, unwatched
 from utils.data.zca import Whitening, chunk, fit, to_unit
-from utils.errors import UserError
+from utils.errors import UserError, some_of
 from utils.memory import room
 
 HOLD_OUT_SEED = 0  # for choosing held-out images: the same choice in every run
@@ -262,7 +262,8 @@ def _hold_out(train: Split, fraction: float, classes: Sequence[str]) -> tuple[Sp
         count = max(1, math.floor(fraction * len(members) + 0.5))
         if count >= len(members):
             raise UserError(f"val_fraction {fraction} would hold out all {len(members)} training images of class "
-                            f"{name}; give a smaller one, or 0 for none")
+                            f"{name}; {'give a smaller one' if len(members) > 1 else 'add images to it'}, or give 0 "
+                            "for none")
         held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return Split(train.images[~held], train.labels[~held]), Split(train.images[held], train.labels[held])
 

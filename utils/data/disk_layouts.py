@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.data.watching import Watch, unwatched
-from utils.errors import UserError
+from utils.errors import UserError, some_of
 from utils.files import REPOSITORY, reading
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without receiving a byte
@@ -54,12 +54,6 @@ class Raw(NamedTuple):
 
 Size = tuple[int, int] | None  # the requested (H, W)
 Loader = Callable[[Path, str, Size, Watch], Raw]  # (data_path, subset, size, watch)
-
-
-def some_of(names: Sequence[str], most: int = 3) -> str:
-    """Names for a message: a, b, c and 7 more."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def listing(folder: Path) -> str:

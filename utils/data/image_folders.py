@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.data.disk_layouts import Raw, Size, Split, listing, some_of
+from utils.data.disk_layouts import Raw, Size, Split, listing
 from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
 from utils.data.watching import Watch, unwatched
-from utils.errors import UserError, number_of, one_line, unknown_name
+from utils.errors import UserError, number_of, one_line, some_of, unknown_name
 from utils.files import load, read_text, reading
 from utils.memory import check_room, room
 

@@ -10,11 +10,7 @@ GROUPS = {"color": ("brightness", "saturation", "contrast")} | {
 
 
 def check_dataset_name(name: str) -> None:
-    """Refuses a dataset that does not exist.
-
-    Raises:
-        UserError
-    """
+    """Refuses a dataset that does not exist."""
     if name not in NAMES:
         raise unknown_name("dataset", name, NAMES)
 

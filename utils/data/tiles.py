@@ -17,11 +17,7 @@ from utils.errors import UserError
 
 
 def check_factor(factor: int, image_size: Sequence[int]) -> None:
-    """Refuses a grid with more tiles along a side than images (H, W) have pixels.
-
-    Raises:
-        UserError
-    """
+    """Refuses a grid with more tiles along a side than images (H, W) have pixels."""
     if factor > min(image_size):
         raise UserError(f"--factor {factor}: images of {image_size[0]}×{image_size[1]} pixels cannot hold {factor} × "
                         f"{factor} smaller ones; give at most {min(image_size)}")

@@ -49,9 +49,6 @@ def check_is_file(path: Path, what: str, instead: str | Path = "the path of a fi
 
     Args:
         instead: what to give instead.
-
-    Raises:
-        UserError
     """
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
@@ -70,9 +67,6 @@ def check_kind(path: Path, what: str, kind: str, advice: str) -> None:
     Args:
         kind: torch or safetensors.
         advice: what to do.
-
-    Raises:
-        UserError
     """
     with path.open("rb") as file:
         begin = file.read(512)

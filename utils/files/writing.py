@@ -124,8 +124,8 @@ def check_writable(path: str | os.PathLike) -> None:
         aside.unlink(missing_ok=True)  # while its lock still shows that it is not abandoned
         os.close(handle)
     finally:
-        with contextlib.suppress(OSError):  # another process has put something there meanwhile
-            for folder in made:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not made after all, or another process has put something there
                 folder.rmdir()
 
 
@@ -137,9 +137,6 @@ def check_outputs(given: Mapping[str, str | os.PathLike], kinds: Mapping[str, st
         given: the files that options name, inputs too, by the option as messages call it.
         kinds: of the outputs among them: png, html, bz2, json:KEY (has this key), or safetensors:FORMAT (its metadata's
             `format` begins with this).
-
-    Raises:
-        UserError
     """
     for option in (option for option in kinds if option in given):
         path = resolved(given[option])

@@ -70,11 +70,7 @@ EVALUATION_POOLS = {
 
 
 def check_network_name(name: str) -> None:
-    """Refuses the name of a network that does not exist; the image size is not checked.
-
-    Raises:
-        UserError
-    """
+    """Refuses the name of a network that does not exist; the image size is not checked."""
     if name.removesuffix("_Tiny") not in CLASSICS:
         ConvNetPlan.parse(name)
 

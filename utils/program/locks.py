@@ -12,13 +12,14 @@ from typing import TextIO
 
 from utils.errors import UserError
 from utils.files import no_links
+from utils.program import ranks
 from utils.program.console import note
 
 
 @contextlib.contextmanager
-def locked(folder: Path, advice: str) -> Iterator[TextIO]:
-    """Locks a folder against other processes. However this process ends, the system releases the lock, once processes
-    that were given the open file have ended too.
+def locked(folder: Path, advice: str) -> Iterator[TextIO | None]:
+    """Locks a folder against other processes; the first rank holds the lock for all ranks. However this process ends,
+    the system releases the lock, once processes that were given the open file have ended too.
 
     Args:
         advice: what a second process can do, for its message.
@@ -26,6 +27,9 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
     Raises:
         UserError: another process holds the lock, or the folder cannot be made or written.
     """
+    if not ranks.first():
+        yield None
+        return
     path = folder / ".lock"
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     for tried in itertools.count():
@@ -36,6 +40,7 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
             # The previous holder removed the folder in between. But below /proc, for one, no folder can ever be made.
             if isinstance(error, FileNotFoundError) and tried < 100:
                 continue
+            _remove_empty(made)
             raise UserError(f"cannot write {folder}: {error.strerror or error}; give a folder that can be written"
                             ) from error
         with file:
@@ -47,10 +52,14 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO]:
                 yield file
             finally:
                 path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # fails if the folders made for the lock were used
-                    for each in made:
-                        each.rmdir()
+                _remove_empty(made)
             return
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it was used, or never made
+            folder.rmdir()
 
 
 def sign(lock: TextIO, more: str = "") -> None:

@@ -79,9 +79,6 @@ def gpus_of_ranks(config: DataConfig) -> list[int]:
 def check_outputs(config: DataConfig) -> None:
     """Refuses, before long work, an output file that cannot be written, that another option names too, or whose path
     holds another kind of file.
-
-    Raises:
-        UserError
     """
     given = {name: value for name, value in as_dict(config).items() if is_path(name, value, type(config))}
     if ranks.first():
@@ -90,11 +87,7 @@ def check_outputs(config: DataConfig) -> None:
 
 
 def _check_same_options(config: DataConfig) -> None:
-    """Refuses ranks that were started with different options, as their work would be mixed.
-
-    Raises:
-        UserError
-    """
+    """Refuses ranks that were started with different options, as their work would be mixed."""
     # Paths may differ between machines; which run it is, and whether to resume it, may not.
     named = {name: getattr(config, name, None) for name in ("run_name", "resume")}
     of_all = ranks.gather({ranks.rank(): identity(config) | how_much(config) | named})

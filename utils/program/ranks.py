@@ -54,11 +54,7 @@ def size() -> int:
 
 
 def check_variables() -> None:
-    """Refuses variables that ask for several ranks without saying which one this is, or how to reach the others.
-
-    Raises:
-        UserError
-    """
+    """Refuses variables that ask for several ranks without saying which one this is, or how to reach the others."""
     wrong = _wrong_variable()
     if wrong:
         value = os.environ.get(wrong)

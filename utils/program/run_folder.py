@@ -1,6 +1,5 @@
 """A run's folder: its options, its log, and its state while it runs."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -16,16 +15,11 @@ from utils.errors import UserError
 from utils.files import check_writable, cut_lines, read_config, remove, save_config
 from utils.program import interrupt, ranks
 from utils.program.console import note, shown
-from utils.program.locks import locked
 
 STATE = "checkpoint.pt"  # in a run's folder
 STATE_FORMAT, LOG_BYTES = "datm-checkpoint-2", "metrics_bytes"  # value of "format" and a key in saved states
 SAVE_SECONDS = 1.0  # minimum between two saves of a run's state
 SAVE_SHARE = 0.005  # maximum share of a run's time that saving takes
-
-def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextManager[None]:
-    """As `utils.program.locks.locked`; the first rank holds the lock for all ranks."""
-    return locked(folder, advice) if ranks.first() else contextlib.nullcontext()
 
 
 def run_id(config: DataConfig, data: dict[str, str]) -> str:
@@ -63,10 +57,10 @@ class RunFolder:
         self._config = influential(config)
         self._state = path / STATE
         self._saved_at, self._save_seconds = -math.inf, 0.0
-        self.finished, self.is_done, self._extends = ranks.from_first_rank(lambda: self._look(config))
+        self.finished, self.is_done, self._extends, self._did = ranks.from_first_rank(lambda: self._look(config))
 
-    def _look(self, config: DataConfig) -> tuple[bool, bool, bool]:
-        """Whether the run is finished, whether it is done, and whether it extends a finished one."""
+    def _look(self, config: DataConfig) -> tuple[bool, bool, bool, list[int]]:
+        """Whether the run is finished, whether it is done, whether it extends a finished one, and how much it did."""
         finished, discards = self.result.exists(), getattr(config, "resume", None) == "never"
         extends = not finished and any(self.path.glob(f"{self.result.stem}_*{self.result.suffix}"))
         before = self._before(config)
@@ -79,9 +73,8 @@ class RunFolder:
                 else "those to go on with it, another --run_name, or --resume never to discard it"
             raise UserError(f"{self.path} holds a {'finished ' * finished}run of other options: {different}; give "
                             f"{advice}")
-        self._did = [before[name] for name in how_much(config)]
         more = any(value > before[name] for name, value in how_much(config).items())
-        return finished, finished and (discards or not more), extends
+        return finished, finished and (discards or not more), extends, [before[name] for name in how_much(config)]
 
     def _before(self, config: DataConfig) -> dict[str, Any]:
         """The options of the run in the folder, else those of this one."""
