@@ -10,13 +10,15 @@ from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import DistilledSet
 from distill.report.commands import LABELLING, evaluation
 from distill.report.frames import Frames
-from distill.report.names import PAGE, PICTURES, SHOWN, missing
+from distill.report.names import ANIMATION, CURVES, IMAGES_PNG, PAGE, PICTURES, SHOWN, missing
 from distill.report.page_pictures import SAVED, save_pictures
 from distill.report.read_run import read_run
 from distill.report.show import noting_failure, show
 from distill.result_files import (
     EMA,
+    METRICS,
     NORMAL,
+    RESULT,
     Best,
     FixedLoss,
     Metrics,
@@ -107,7 +109,7 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     lost = [f"{name}/{file}" for name in result.versions for file in (WHOLE, *PUBLISHED)
             if not (folder.path / name / file).exists()]
     unseen = missing(folder.path)
-    if ranks.first() and (lost or unseen):
+    if lost or unseen:
         state, device = None, dataset.device
         if needed := lost + [PICTURES] * (PICTURES in unseen):
             try:  # only these need the checkpoint; the others are made from the folder's files
@@ -163,9 +165,9 @@ def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path
     with noting_failure(path, PICTURES):
         version = better_of(best)
         labelling = [kind | {LABELLING: True} for kind in made_by(Path(config.Initialize_Label_Model_Dir))] if (
-            config.Initialize_Label_With_Another_Model) else []
+            config.labelled_by_another) else []
         save_pictures(path / PICTURES, dataset, start, best[version].set, version,
-                      config.pix_init if config.pix_init in STARTS else SAVED, frames,
+                      "noise" if config.pix_init == "noise" else "real" if config.pix_init in STARTS else SAVED, frames,
                       made_by(buffer.folder) + labelling,
                       test_accuracies(buffer.folder))
 
@@ -176,8 +178,8 @@ def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best:
     say(config, f"  {PAGE:<29} the run on one page, for a browser")
     for name in versions:
         say(config, f"  {f'{name}/{WHOLE}':<29} the best set; beside it as images_best.pt, …")
-    say(config, "  images.png, evolution.webp, curves.png, metrics.jsonl, config.yaml, result.json; checkpoint.pt, to "
-                "go on from")
+    say(config, f"  {', '.join([IMAGES_PNG, ANIMATION, CURVES, METRICS])}, config.yaml, {RESULT}; {STATE}, to go on "
+                "from")
     whole = path / best / WHOLE
     options = evaluation(influential(config), path) | commands.device_given(config.device)
     commands.say_next(config, "next, to test the set on fresh networks, and to have its images as PNG files:",

@@ -116,7 +116,10 @@ class Distillation:
         config = self.config
         bound = start_epoch_bound(iteration, config.max_start_epoch, config.current_max_start_epoch,
                                   config.expansion_end_epoch, config.Sequential_Generation)
-        expert = None if config.load_all else self._walk(iteration)
+        expert = None  # any, drawn anew
+        if not config.load_all:  # each round visits every expert once, in an order drawn for the round
+            round_, position = divmod(iteration, len(self.buffer))
+            expert = self.buffer.walk_order(generator(config.seed, "walk", round_))[position]
         return draw_segment(config, self.buffer, self.image_size, len(self.set), self.device, expert, bound,
                             generator(config.seed, "iteration", iteration))
 
@@ -229,11 +232,6 @@ class Distillation:
                                    segment.batches, segment.augment, self.part)
             advance(1)
         return float(total) / FIXED_SEGMENTS
-
-    def _walk(self, iteration: int) -> int:
-        """The expert of this iteration: each round visits every expert once, in an order drawn for the round."""
-        round_, position = divmod(iteration, len(self.buffer))
-        return self.buffer.walk_order(generator(self.config.seed, "walk", round_))[position]
 
     def _ends(self, segment: Segment) -> tuple[Tensor, Tensor]:
         epochs = segment.start_epoch, segment.start_epoch + self.config.expert_epochs

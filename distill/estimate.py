@@ -1,13 +1,18 @@
-"""How much time and memory a distillation will take on this machine, extrapolated from a few measured steps."""
+"""`DATM.py --dry_run`: the time and memory that a distillation will take, extrapolated from a few measured steps, and
+the settings that fit its experts."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import torch
 
+from buffer.trajectories import Buffer
+from distill import checks, suggest
 from distill.evaluate.train import train_network
+from distill.load import MADE, SHOWS, saved_state, settle_threads
 from distill.matching import match_trajectory, matching_loss
 from distill.plan import (
     batch_size,
@@ -16,10 +21,11 @@ from distill.plan import (
     kept_in_words,
     kept_steps,
     matched_steps,
-    networks,
+    num_networks,
     num_samples,
     set_in_words,
 )
+from distill.result_files import METRICS, RESULT
 from utils.config import DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
@@ -29,10 +35,11 @@ from utils.loss_and_accuracy import accuracy
 from utils.memory import peak, reset_peak
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.console import duration
+from utils.program.console import duration, say, shown
 from utils.program.device import describe
 from utils.program.prepare import drawer, dsa_groups
 from utils.program.progress import watched
+from utils.program.run_folder import RunFolder
 from utils.program.seeds import generator
 
 FEW, MORE = 1, 3  # inner steps of the two measurements
@@ -40,7 +47,42 @@ CALLS, LONG = 3, 10.0  # of which the median is taken; after this many seconds n
 LR = 0.01  # any value; the time does not depend on it
 
 
-def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
+def dry_run(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer, data: dict[str, str],
+            path: Path) -> None:
+    """Prints an estimate of time and memory and the settings that fit the experts; writes nothing.
+
+    Args:
+        data, path: checksums of everything a run would read, and its folder.
+
+    Raises:
+        UserError: the run would be refused.
+    """
+    folder, saved = RunFolder(path, config, METRICS, RESULT), None
+    if not folder.is_done:
+        saved = saved_state(config, data, folder)
+        folder.check(saved, [*MADE, *SHOWS])
+    settle_threads(config, dataset, buffer, saved)
+    checks.check_memory(config, dataset, buffer.model)
+    _report(config, dataset, buffer.model)
+    say(config, "which settings fit the experts (Ctrl-C, if the estimate is enough):")
+    print(suggest.suggestion(config, dataset, buffer, labellers))
+    print("\nnothing was distilled; " + (f"{shown(path)} is finished already" if folder.is_done else
+          "leave --dry_run out to begin, and add what is proposed if you want it"))
+
+
+def _report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
+    """Prints the estimate."""
+    print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, "
+          f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}"
+          f"{kept_in_words(config, dataset, model)}), on "
+          f"{describe(dataset.device)}:", flush=True)
+    print(_estimate(config, dataset, model))
+    if "compiled" in model.engine.name:
+        print("compiling comes on top of that, a minute or two the first time")
+    print()
+
+
+def _estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
     """Measures a few inner steps, one epoch of an evaluation and one test pass, and shows its progress; compile time is
     not included, nor is what several ranks send each other. The matched network stands for all of the evaluation's
     pool."""
@@ -95,8 +137,7 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
     maps = max(0, kept_steps(config, dataset, model) - MORE) * batch * model.engine.map_bytes
     state = 3 * (images.nbytes + labels.nbytes)  # with gradients and momenta
     iteration = (more_seconds * matched + train_seconds * alone) / MORE
-    versions = 1 + config.ema
-    evaluation = versions * len(ranks.deal(range(networks(config) // versions))) * (
+    evaluation = (1 + config.ema) * len(ranks.deal(range(num_networks(config)))) * (
         (config.epoch_eval_train + 1) * seconds_epoch + seconds_test)
     of_all = iteration * config.Iteration, evaluation * evaluations(config)
     matching_bytes = captured + more_bytes + maps + (config.syn_steps - MORE) * step_bytes + state
@@ -108,18 +149,6 @@ def estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
             f"{duration(of_all[1])}\n"
             f"matching takes about {matching_bytes / 1e9:.2g} GB beside {data_bytes / 1e9:.2g} GB of data; the whole "
             f"run about {duration(sum(of_all))}")
-
-
-def report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
-    """Prints the estimate, for `DATM.py --dry_run`."""
-    print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, "
-          f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}"
-          f"{kept_in_words(config, dataset, model)}), on "
-          f"{describe(dataset.device)}:", flush=True)
-    print(estimate(config, dataset, model))
-    if "compiled" in model.engine.name:
-        print("compiling comes on top of that, a minute or two the first time")
-    print()
 
 
 def _measured(call: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -35,7 +35,6 @@ test images; distill/evaluate/robust.py lists the other differences.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,11 @@ from utils.program.entry import entry
 def main() -> None:
     config = parse(EvaluationConfig, __doc__, known=known)
 
-    from distill.evaluate.protocols import under
     from distill.evaluate.robust import evaluate_robust
     from distill.evaluate.saved_set import evaluate_files
 
-    given = typed(EvaluationConfig, __doc__)
     evaluate = evaluate_robust if config.robust_score else evaluate_files
-    evaluate(config, given, partial(under, config, given))
+    evaluate(config, given=typed(EvaluationConfig, __doc__))
 
 
 def known(given: dict[str, Any]) -> dict[str, Any]:

@@ -50,13 +50,13 @@ def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
     evaluation of a run, since compiling and timing one beforehand would be slow."""
     samples = (config.epoch_eval_train + 1) * num_samples(config, dataset)
     tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
-    evaluation = Work(gradients=networks(config) * (samples + tested))
+    evaluation = Work(gradients=(1 + config.ema) * num_networks(config) * (samples + tested))
     return evaluation.total / work_of_an_iteration(config, dataset).total
 
 
-def networks(config: DistillConfig) -> int:
-    """The number of networks that one evaluation trains."""
-    return config.num_eval * len(evaluation_pool(config.eval_mode, config.model)) * (2 if config.ema else 1)
+def num_networks(config: DistillConfig) -> int:
+    """The number of networks that one evaluation of a set trains."""
+    return config.num_eval * len(evaluation_pool(config.eval_mode, config.model))
 
 
 def matched_steps(config: DistillConfig) -> int:

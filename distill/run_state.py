@@ -25,7 +25,6 @@ from utils.program.run_folder import RunFolder
 
 DRAW_SHARE = 0.1  # the most of a run's time that goes into drawing its pictures and page
 FIRST_DRAWING = 0.5  # seconds assumed for the first drawing
-
 SKIPPED_AT_FIRST = 10  # first updates of a run; if all are skipped, it says so
 
 

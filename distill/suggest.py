@@ -126,7 +126,7 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
     if not matches:
         return {}
     gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
-    if config.labels == "learned":
+    if config.learns_labels:
         gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
     for name, (of_all, _) in gradients.items():
         for gradient in of_all:

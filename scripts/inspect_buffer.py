@@ -168,11 +168,11 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
     config = parse(DistillConfig, "", [f"--{name}={value}" for name, value in options.items()], yaml_file=True)
     check_options(config)
 
-    from distill.loop import opened  # imports torch, which takes seconds
+    from distill.load import data_and_experts  # imports torch, which takes seconds
     from distill.suggest import suggestion
     from utils.program.progress import watched
 
-    dataset, buffer = opened(config)
+    dataset, buffer = data_and_experts(config)
     buffer.verify(watched)
     suggested = suggestion(config, dataset, buffer, buffer)
     print(f"{suggested}\n")

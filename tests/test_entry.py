@@ -36,7 +36,7 @@ def test_what_the_parent_ignores_stays_ignored():
 
 
 def evaluation():
-    evaluate_files(parse(EvaluationConfig, evaluation.__doc__), ["dataset"], lambda protocol, network: None)
+    evaluate_files(parse(EvaluationConfig, evaluation.__doc__), ["dataset"])
 
 
 PROGRAMS = {"evaluation of tensors": (evaluation, "--data_dir={}/x.pt"), "report": (report.main, "{}/x"),

@@ -9,7 +9,6 @@ import torch
 import yaml
 from test_datasets import write_cifar, write_idx_folder, write_tiny
 
-from distill.report.show import SHOWN
 from utils import files
 from utils.config import BufferConfig, DistillConfig
 from utils.data.datasets import DATASETS
@@ -196,7 +195,7 @@ def experts(call, tmp_path_factory):
             *(torch.full((1, size), 0.5) for size in (images[0].numel(), 1, 1))))
         monkeypatch.setitem(DATASETS, "MiniFashion", DATASETS["FashionMNIST"])
         # Pictures and pages are tested elsewhere and would take most of the time.
-        monkeypatch.setattr("distill.report.show._MAKERS", dict.fromkeys(SHOWN, lambda run, path: None))
+        monkeypatch.setattr("distill.report.show._make", lambda run, name, path: None)
         monkeypatch.setattr("distill.distillation.FIXED_SEGMENTS", 1)
 
         @cache

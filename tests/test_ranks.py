@@ -20,7 +20,7 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate import saved_accuracies
 from distill.evaluate.networks import evaluate
 from distill.evaluate.saved_accuracies import Accuracies, Job
-from distill.loop import student_of
+from distill.load import student_of
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, make
 from utils.errors import UserError
 from utils.files import REPOSITORY

@@ -18,7 +18,7 @@ from browser import CHROMIUM, browser
 from PIL import Image
 
 from distill.distilled_set import DistilledSet
-from distill.evaluate.saved_set import told_by_set
+from distill.evaluate.protocols import told_by_set
 from distill.report import page as report
 from distill.report import page_pictures, svg
 from distill.report.classes import predictions

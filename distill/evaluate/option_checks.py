@@ -11,6 +11,8 @@ from utils.errors import UserError
 from utils.files import check_is_file
 from utils.networks import check_network_name, evaluation_pool
 
+IMAGES = "images_best.pt, or a run's folder"  # what `--data_dir` can be, for messages
+
 
 def check_evaluation(config: TrainConfig) -> None:
     """Refuses what cannot be evaluated on any data; needs no data, so it comes first.
@@ -22,9 +24,6 @@ def check_evaluation(config: TrainConfig) -> None:
     check_network_name(config.model)
     parse_strategy(config.dsa_strategy)
     evaluation_pool(config.eval_mode, config.model)
-
-
-IMAGES = "images_best.pt, or a run's folder"  # what `--data_dir` can be, for messages
 
 
 def check_set(config: EvaluationConfig) -> None:

@@ -19,13 +19,15 @@ from DC's augmentation see utils/data/augment.py.)
 
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from distill.distilled_set import FOLDERS, TOLD
 from distill.evaluate.released_sets import made_with
-from distill.evaluate.saved_set import told_by_set
-from utils.config import EvaluationConfig, make
+from utils.config import EvaluationConfig, from_root, make
 from utils.data import augment
 from utils.data.names import parse_strategy
+from utils.errors import UserError
 from utils.networks import evaluation_pool
 
 
@@ -42,6 +44,24 @@ def known(given: dict[str, Any]) -> dict[str, Any]:
     config = make(EvaluationConfig, **told | given)
     network = evaluation_pool(config.eval_mode, config.model)[0]
     return told | _settings(config, given, config.protocol.split(",")[0], network)
+
+
+def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
+    """The options for reading the set of `--data_dir` that it states itself, except those that are given: what it was
+    made of, its network, and the folders of the real data and of the experts, if they still exist.
+
+    Raises:
+        UserError: the set states an invalid value.
+    """
+    made = made_with(given.get("data_dir", ""))
+    told = {name: from_root(made[name]) if name in FOLDERS else made[name]
+            for name in (*TOLD, "label_kind") if name in made and name not in given}
+    told = {name: value for name, value in told.items() if name not in FOLDERS or Path(str(value)).is_dir()}
+    try:
+        make(EvaluationConfig, **told)
+    except UserError as error:
+        raise UserError(f"--data_dir {given['data_dir']} says of itself: {error}; give what it is") from error
+    return told
 
 
 def under(config: EvaluationConfig, given: Collection[str], protocol: str, network: str) -> EvaluationConfig:

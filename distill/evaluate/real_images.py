@@ -39,10 +39,10 @@ def evaluate_real(config: BaselineConfig) -> None:
     samples = per_class(config) * dataset.num_classes if config.ipc else len(dataset.train_labels)
     settle_threads(config, dataset, samples)
     sets, what = real_sets(config, source)
-    notes = ["each network is trained on images of its own"] if len(sets) > 1 else []
-    if config.pick in CORESETS:
-        notes = [f"each chosen by one of {len(sets)} experts, for the networks in turn"] if len(sets) > 1 else []
-    notes += seen + (notes_on_small_classes(source, per_class(config)) if config.ipc else [])
+    several = (f"each chosen by one of {len(sets)} experts, for the networks in turn" if config.pick in CORESETS else
+               "each network is trained on images of its own")
+    notes = [several] * (len(sets) > 1) + seen
+    notes += notes_on_small_classes(source, per_class(config)) if config.ipc else []
     evaluate_and_say(config, dataset, sets, what, *notes)
 
 

@@ -23,7 +23,7 @@ the best of five. Differences:
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields, replace
 
 import torch
@@ -33,6 +33,7 @@ from distill.evaluate.evaluation_run import Session
 from distill.evaluate.networks import pool
 from distill.evaluate.option_checks import as_experts_saw, check_experts
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
+from distill.evaluate.protocols import under
 from distill.evaluate.real_images import drawn, real_sets, seen_by_experts
 from distill.evaluate.saved_set import at_its_rate, opened, with_classes
 from distill.result_files import OF_SET, as_json
@@ -67,13 +68,11 @@ def robust_scores(at: dict[str, float]) -> dict[str, float]:
 # --- their evaluations ---------------------------------------------------------------------------------------
 
 
-def evaluate_robust(config: EvaluationConfig, given: Collection[str],
-                    under: Callable[[str, str], EvaluationConfig]) -> None:
+def evaluate_robust(config: EvaluationConfig, given: Collection[str]) -> None:
     """A saved set in, scores printed and written as JSON: `evaluation.py --robust_score` except `option_checks`.
 
     Args:
         given: the names of the options that are given.
-        under: a protocol and a kind of network → the options there.
 
     Raises:
         UserError: files or options that do not fit the dataset, the experts or the scores.
@@ -84,7 +83,7 @@ def evaluate_robust(config: EvaluationConfig, given: Collection[str],
             buffer_path=config.buffer_path, label_source="experts" if distilled.labels.is_floating_point() else "hard")
 
     dataset, distilled = opened(config, given, lambda distilled: check_experts(as_experts_saw(real_config(distilled))))
-    if any(under(config.protocol, network) != config for network in pool(config, dataset)):
+    if any(under(config, given, config.protocol, network) != config for network in pool(config, dataset)):
         raise UserError(f"--robust_score --protocol {config.protocol} --eval_mode {config.eval_mode}: the protocol "
                         "trains these networks for different numbers of epochs; give --epoch_eval_train")
     distilled = at_its_rate(config, distilled)

@@ -2,15 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.distilled_set import (
-    FOLDERS,
     READ_BY,
-    TOLD,
     DistilledSet,
     check_classes,
     checked_set,
@@ -21,6 +18,7 @@ from distill.evaluate.evaluation_run import Session, evaluate_and_say, say_repla
 from distill.evaluate.networks import check_pool, pool
 from distill.evaluate.option_checks import check_evaluation
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
+from distill.evaluate.protocols import under
 from distill.evaluate.released_sets import are_pixels, in_space, made_with, read_set
 from distill.result_files import OF_SET, Score, UnderProtocol, under_protocol
 from utils import files
@@ -30,9 +28,7 @@ from utils.config import (
     EvaluationConfig,
     canonical,
     from_repository,
-    from_root,
     image_size,
-    make,
     value_in_words,
 )
 from utils.data.datasets import Dataset
@@ -43,13 +39,11 @@ from utils.program.prepare import load_data, take_device
 from utils.program.seeds import generator
 
 
-def evaluate_files(config: EvaluationConfig, given: Collection[str],
-                   under: Callable[[str, str], EvaluationConfig]) -> None:
+def evaluate_files(config: EvaluationConfig, given: Collection[str]) -> None:
     """The whole of `distill/evaluation.py`: saved tensors in, accuracies printed and written as JSON.
 
     Args:
         given: the names of the options that are given.
-        under: a protocol and a kind of network → the options there.
 
     Raises:
         UserError: files or options that do not fit the dataset.
@@ -63,7 +57,7 @@ def evaluate_files(config: EvaluationConfig, given: Collection[str],
         what, notes = f"{what} with hard labels", [known_by]
     protocols = config.protocol.split(",")
     what = under_protocol(what, protocols[0])
-    configs = {(protocol, network): under(protocol, network)
+    configs = {(protocol, network): under(config, given, protocol, network)
                for protocol in protocols for network in pool(config, dataset)}
     if config.lr_teacher == AUTO or any(each != config for each in configs.values()):
         _evaluate_each(config, configs, dataset, distilled, what, *notes)
@@ -186,24 +180,6 @@ def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSe
     """The set with the images' classes in place of soft labels, and where they were taken from, in words."""
     classes, known_by = class_indices(distilled, dataset.num_classes)
     return dataclasses.replace(distilled, labels=classes), f"classes are taken from {known_by}"
-
-
-def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
-    """The options for reading the set of `--data_dir` that it states itself, except those that are given: what it was
-    made of, its network, and the folders of the real data and of the experts, if they still exist.
-
-    Raises:
-        UserError: the set states an invalid value.
-    """
-    made = made_with(given.get("data_dir", ""))
-    told = {name: from_root(made[name]) if name in FOLDERS else made[name]
-            for name in (*TOLD, "label_kind") if name in made and name not in given}
-    told = {name: value for name, value in told.items() if name not in FOLDERS or Path(str(value)).is_dir()}
-    try:
-        make(EvaluationConfig, **told)
-    except UserError as error:
-        raise UserError(f"--data_dir {given['data_dir']} says of itself: {error}; give what it is") from error
-    return told
 
 
 def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: dict[str, Any]) -> list[str]:

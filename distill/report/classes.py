@@ -1,7 +1,6 @@
 """A page's sections by class: predictions and mean soft labels, as heat maps and in words."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from markupsafe import Markup, escape
@@ -43,7 +42,7 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
     map_ = heat_map("Confusion matrix", shares, names, "class", "prediction",
                     _worst(shares, names, "Most frequent confusions", "{0} taken for {1}: {2}",
                            "No class is taken for another."))
-    rows = [[name if named else f"{number + 1}: {name}", f"{100 * share:.1f} %", *_taken_for(row, names, number)]
+    rows = [[name if named else f"{number + 1}: {name}", f"{100 * share:.1f} %", _taken_for(row, names, number)]
             for number, (name, share, row) in enumerate(zip(names, own.tolist(), shares))]
     table = draw.folded("Accuracy by class as a table", draw.table(
         "Accuracy by class", ["class", "accuracy", "most often taken for"], rows))
@@ -106,11 +105,11 @@ def _worst(shares: Tensor, names: Sequence[str], lead: str, form: str, none: str
     return f"{lead}: {'; '.join(said)}." if said else none
 
 
-def _taken_for(row: Tensor, names: Sequence[str], own: int) -> list[Any]:
+def _taken_for(row: Tensor, names: Sequence[str], own: int) -> str:
     others = row.clone()
     others[own] = 0
     value, place = others.max(0)
-    return [f"{names[int(place)]} ({100 * float(value):.1f} %)" if value > 0 else "none"]
+    return f"{names[int(place)]} ({100 * float(value):.1f} %)" if value > 0 else "none"
 
 
 def _named(names: Sequence[str]) -> bool:

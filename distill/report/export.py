@@ -48,12 +48,8 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     """Writes `<class>/00.png` …, un-whitened and clipped to [0, 1], and `labels.json`; for a factor above 1 also SEEN.
 
     Eight bits and clipping lose a little, so these are for viewing and for other programs; only the safetensors file
-    is exact.
-
-    Raises:
-        UserError: the folder is not empty, or the images do not have 1 or 3 channels.
+    is exact. To be called after `check_pngs`.
     """
-    check_pngs(distilled, folder)
     pixels, tiles = distilled.pixels(), distilled.factor**2
     if clipped := float(((pixels < 0) | (pixels > 1)).float().mean()):
         note(f"note: {clipped:.0%} of the values lie outside [0, 1] and are clipped; the safetensors file has them, "

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet
 from distill.report.pixels import clip_outliers, scaled_bytes
 from utils.data.datasets import Dataset
-from utils.files import atomic_write
 
 MOST_FRAMES, MOST_IMAGES, MOST_SIDE = 20, 10, 64  # larger images are scaled down to MOST_SIDE
 FRAME_BYTES = 1_000_000  # all frames together, in a run's state and on its page
@@ -81,9 +79,3 @@ def animation(frames: Tensor) -> tuple[bytes, Image.Image]:
     pictures[0].save(file, "webp", lossless=True, method=0, loop=0, save_all=True, append_images=pictures[1:],
                      duration=stay)
     return file.getvalue(), pictures[-1]
-
-
-def save_animation(path: Path, frames: Tensor) -> None:
-    """Writes the WebP of `animation`."""
-    with atomic_write(path) as aside:
-        aside.write_bytes(animation(frames)[0])

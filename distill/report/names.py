@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-PAGE, ANIMATION = "report.html", "evolution.webp"
+PAGE, IMAGES_PNG, ANIMATION, CURVES = "report.html", "images.png", "evolution.webp", "curves.png"
 PICTURES = "report.safetensors"  # the data that the others are made from
-SHOWN = ("images.png", "curves.png", ANIMATION, PAGE)
+SHOWN = (IMAGES_PNG, CURVES, ANIMATION, PAGE)
 
 
 def missing(folder: Path) -> list[str]:

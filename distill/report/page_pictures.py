@@ -20,6 +20,7 @@ SAVED = "saved"  # a kind of start (`Pictures.began`): the set of an earlier run
 IMAGE_BYTES = 4_500_000  # a page's pictures; with frames, base64 and the rest the page stays below 10 MB
 MOST_CLASSES = 200  # above which mean labels by class are left out
 MOST_PER_CLASS = 10
+OPTIONAL = ("means", "frames", "stored")  # tensors that a file may be without
 NEAR = 4  # nearest real images that are compared exactly
 
 
@@ -91,33 +92,30 @@ class Pictures:
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}, expected {FORMAT}")
             classes, which = tuple(map(str, about["classes"])), [int(each) for each in about["which"]]
-            n, shape = len(which), tuple(tensors["distilled"].shape)
-            shapes = {"distilled": shape, "start": shape, "neighbour": shape, "change": (n, 1, *shape[2:]), "rms": (n,),
-                      "labels": (n, len(classes)), "start_labels": (n, len(classes))}
-            for name, expected in shapes.items():
-                kind = torch.float32 if name in ("rms", "labels", "start_labels") else torch.uint8
-                if (tuple(tensors[name].shape), tensors[name].dtype, len(shape), shape[0]) != (expected, kind, 4, n):
-                    raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
-            for name, expected in {"means": (torch.float32, (len(classes), len(classes))),
-                                   "frames": (torch.uint8, tuple(map(len, about["frames_of"])))}.items():
-                if name in tensors and (tensors[name].dtype, tuple(tensors[name].shape[:2])) != expected:
-                    raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
+            machine, experts, factor = about["machine"], about["experts"], int(about.get("factor", 1))
+            at, of = ([int(each) for each in part] for part in about["frames_of"])
+            n, k, count = len(which), len(classes), len({position // factor**2 for position in which})
+            _, c, h, w = tensors["distilled"].shape
+            expected = {**dict.fromkeys(("distilled", "start", "neighbour"), (torch.uint8, (n, c, h, w))),
+                        "change": (torch.uint8, (n, 1, h, w)), "rms": (torch.float32, (n,)),
+                        **dict.fromkeys(("labels", "start_labels"), (torch.float32, (n, k))),
+                        "means": (torch.float32, (k, k)), "stored": (torch.uint8, (count, c, h, w)),
+                        "frames": (torch.uint8, (len(at), len(of), c))}  # frames are smaller
+            for name, (kind, shape) in expected.items():
+                tensor = tensors[name] if name not in OPTIONAL else tensors.get(name)
+                if tensor is not None and (
+                        tensor.dtype, tuple(tensor.shape[:3] if name == "frames" else tensor.shape)) != (kind, shape):
+                    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
             if int(about["ipc"]) < 1 or not all(0 <= each // int(about["ipc"]) < len(classes) for each in which):
                 raise ValueError("positions outside the classes")
-            machine, experts = about["machine"], about["experts"]
             if not isinstance(machine, dict) or not all(isinstance(each, dict) for each in experts):
                 raise ValueError("the machine or the experts are not tables")
-            at, of = ([int(each) for each in part] for part in about["frames_of"])
             if not all(0 <= each // int(about["ipc"]) < len(classes) for each in of):
                 raise ValueError("frames of images outside the classes")
             reached = [float(each) for each in about["experts_reached"]]
-            stored, factor = tensors.get("stored"), int(about.get("factor", 1))
-            count = len({position // factor**2 for position in which})
-            if stored is not None and (tuple(stored.shape), stored.dtype) != ((count, *shape[1:]), torch.uint8):
-                raise ValueError(f"stored is {stored.dtype} {list(stored.shape)}")
             return cls(classes, int(about["ipc"]), str(about["version"]), which, began=str(about["began"]),
                        frames_of=(at, of), machine=machine, experts=experts, experts_reached=reached, factor=factor,
-                       **{name: tensors.get(name) for name in (*shapes, "means", "frames", "stored")})
+                       **{name: tensors.get(name) for name in expected})
 
 
 def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
@@ -135,7 +133,7 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
 
     Args:
         version: the name of the best set.
-        began: how the initial images were made: one of `utils.config.STARTS`, or SAVED.
+        began: what the initial images were: see `Pictures`.
         frames: the set over the run.
         experts: the options that made the experts.
         reached: the experts' accuracies.
@@ -157,22 +155,19 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
                "rms": changes.square().mean((1, 2, 3)).sqrt(),
                "labels": probabilities(best.labels[which], dataset.num_classes),
                "start_labels": probabilities(start.labels[which], dataset.num_classes)}
-    if (means := class_means(best.labels, dataset.num_classes)) is not None:
-        tensors["means"] = means
+    if dataset.num_classes <= MOST_CLASSES:  # the labels are grouped by class
+        every = probabilities(best.labels, dataset.num_classes)
+        tensors["means"] = every.unflatten(0, (dataset.num_classes, -1)).mean(1)
     if factor > 1:
-        tensors["stored"] = stored_of(dataset.to_pixels(images), which, factor)
+        holding = sorted({position // factor**2 for position in which})
+        tensors["stored"] = scaled_bytes(clip_outliers(dataset.to_pixels(images))[holding])
     if frames.images:
         tensors["frames"] = torch.stack(frames.images)
     about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
-             "began": began if began in ("noise", SAVED) else "real", "experts": experts,
+             "began": began, "experts": experts,
              "experts_reached": reached, "frames_of": [frames.iterations, frames.which],
              "machine": machine(best.images.device), **({"factor": factor} if factor > 1 else {})}
     save_tensors(path, tensors, {"about": json.dumps(about)})
-
-
-def stored_of(pixels: Tensor, which: list[int], factor: int) -> Tensor:
-    """Those of a set's stored images that hold the given samples, [m, C, H, W] uint8."""
-    return scaled_bytes(clip_outliers(pixels)[sorted({position // factor**2 for position in which})])
 
 
 def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
@@ -204,11 +199,3 @@ def probabilities(labels: Tensor, num_classes: int) -> Tensor:
     if labels.is_floating_point():
         return labels.float().softmax(1)
     return torch.nn.functional.one_hot(labels, num_classes).float()
-
-
-def class_means(labels: Tensor, num_classes: int) -> Tensor | None:
-    """The mean label of each class [K, K], as probabilities; the labels must be grouped by class. None: too many
-    classes."""
-    if num_classes > MOST_CLASSES:
-        return None
-    return probabilities(labels, num_classes).unflatten(0, (num_classes, -1)).mean(1)

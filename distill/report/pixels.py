@@ -3,10 +3,10 @@
 from torch import Tensor
 
 
-def clip_outliers(images: Tensor, deviations: float = 2.5) -> Tensor:
+def clip_outliers(images: Tensor) -> Tensor:
     """Clamps values to the mean ± 2.5 standard deviations of the whole tensor, as in published pictures."""
     mean, std = images.mean(), images.std()
-    return images.clamp(mean - deviations * std, mean + deviations * std)
+    return images.clamp(mean - 2.5 * std, mean + 2.5 * std)
 
 
 def scaled_bytes(images: Tensor) -> Tensor:

@@ -1,44 +1,38 @@
 """Makes a run's pictures and page from the files in its folder, so they can be made again at any time."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distill.report.frames import save_animation
+from distill.report.frames import animation
 from distill.report.matplotlib_figures import save_curves, save_images
-from distill.report.names import ANIMATION, PAGE, SHOWN
+from distill.report.names import ANIMATION, CURVES, IMAGES_PNG, PAGE, SHOWN
 from distill.report.page import page
 from distill.report.read_run import SavedRun
 from utils.errors import reason
-from utils.files import write_text
+from utils.files import atomic_write, write_text
 from utils.program.console import note, shown
 
 
-def _images(run: SavedRun, path: Path) -> None:
-    if run.pictures is not None:
-        save_images(path, run.pictures)
-
-
-def _curves(run: SavedRun, path: Path) -> None:
-    save_curves(path, run.metrics, run.config.get("threshold"))
-
-
-def _animation(run: SavedRun, path: Path) -> None:
-    if run.pictures is not None and run.pictures.frames is not None:
-        save_animation(path, run.pictures.frames)
-
-
-_MAKERS: dict[str, Callable[[SavedRun, Path], None]] = {
-    "images.png": _images, "curves.png": _curves, ANIMATION: _animation,
-    PAGE: lambda run, path: write_text(path, page(run))}
-assert tuple(_MAKERS) == SHOWN
+def _make(run: SavedRun, name: str, path: Path) -> None:
+    """Makes one of SHOWN, unless what it shows was never saved."""
+    pictures = run.pictures
+    if name == IMAGES_PNG and pictures is not None:
+        save_images(path, pictures)
+    elif name == CURVES:
+        save_curves(path, run.metrics, run.config.get("threshold"))
+    elif name == ANIMATION and pictures is not None and pictures.frames is not None:
+        with atomic_write(path) as aside:
+            aside.write_bytes(animation(pictures.frames)[0])
+    elif name == PAGE:
+        write_text(path, page(run))
 
 
 def show(run: SavedRun, names: Sequence[str] = SHOWN) -> None:
     """Makes these files of SHOWN in a run's folder; a failure is noted, and the others are still made."""
     for name in (name for name in SHOWN if name in names):
         with noting_failure(run.path, name):
-            _MAKERS[name](run, run.path / name)
+            _make(run, name, run.path / name)
 
 
 @contextlib.contextmanager

@@ -153,10 +153,10 @@ def _has_account() -> bool:
     return any("wandb" in host for host in hosts)
 
 
-def _grid(images: Tensor, columns: int = 10, enlarged: int = 4):
-    """One picture of all images, each scaled to its own range."""
+def _grid(images: Tensor):
+    """One picture of all images, ten a row and enlarged four times, each scaled to its own range."""
     from torchvision.utils import make_grid
 
-    images = images.repeat_interleave(enlarged, dim=2).repeat_interleave(enlarged, dim=3)
-    grid = make_grid(images, nrow=columns, normalize=True, scale_each=True)
+    images = images.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    grid = make_grid(images, nrow=10, normalize=True, scale_each=True)
     return grid.mul(255).to(torch.uint8).permute(1, 2, 0).numpy()

@@ -188,14 +188,14 @@ def main() -> None:
 
     from distill.checks import check_start, check_window  # imports torch, which takes seconds
     from distill.initialize import checksums, initial_set, labellers_of
-    from distill.loop import opened
+    from distill.load import data_and_experts
     from utils.program.machine import machine
     from utils.program.progress import Progress
 
     # The experts, the first set of each seed, and the distilled one.
     with of_distilled():
         check_start(of_saved)
-    dataset, buffer = opened(config)
+    dataset, buffer = data_and_experts(config)
     check_window(config, buffer)
     labellers = labellers_of(config, dataset, buffer)
     seeded = [replace(config, seed=config.seed + number) for number in range(SEEDS)]

@@ -1,0 +1,82 @@
+"""What a distillation begins with: the data, the experts, the student, and the checkpoint of a run that is resumed."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from buffer.manifests import buffer_folder, check_same_images, expert_files, manifest_path
+from buffer.trajectories import Buffer
+from distill import checks, plan
+from distill.report.names import PICTURES, SHOWN
+from distill.result_files import VERSIONS
+from distill.set_files import WHOLE
+from utils.config import DistillConfig
+from utils.data.datasets import Dataset
+from utils.parameters import FlatModel
+from utils.program import ranks, threads
+from utils.program.console import note, shown
+from utils.program.prepare import begin, flat_model, network_for
+from utils.program.run_folder import RunFolder
+
+# A run's outputs besides its log and result: its sets and unfinished evaluations; pictures, page and final sets.
+MADE = [*VERSIONS, *(f"{name}.unfinished*" for name in VERSIONS)]
+SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
+
+
+def data_and_experts(config: DistillConfig) -> tuple[Dataset, Buffer]:
+    """The data and the experts of a distillation, with the student that it trains.
+
+    Raises:
+        UserError: options, data and experts do not fit together; the difficulty window is not checked.
+    """
+    # Refuse a --pix_init set of other data; load the data.
+    checks.check_start(config)
+    dataset = begin(config)
+
+    # Build the student.
+    checks.check_networks(config, dataset)
+    student = student_of(config, dataset)
+
+    # Open the experts; refuse those trained on other data.
+    buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
+    check_same_images(buffer.folder, dataset)
+    if config.val_fraction and ranks.first() and not all(
+            manifest_path(path).exists() for path in expert_files(buffer.folder)):
+        note(f"note: experts in {shown(buffer.folder)} have no manifest, as published ones, which were trained on the "
+             "held-out images too")
+    return dataset, buffer
+
+
+def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
+    """The network that is matched, with the engine that the config asks for."""
+    network = network_for(config.model, dataset).to(dataset.device)
+    if config.matching == "unroll":  # plain autograd through whole batches
+        model = FlatModel(network, "plain")
+        model.engine.micro_batch = None
+        return model
+    # A rank's share of a batch changes size in every step, but compiled code is for fixed sizes.
+    if ranks.size() > 1 and config.backend == "auto":
+        config = replace(config, backend="eager")
+    return flat_model(config, network, plan.work_of(config, dataset), config.micro_batch)
+
+
+def settle_threads(config: DistillConfig, dataset: Dataset, buffer: Buffer, saved: dict[str, Any] | None) -> None:
+    """Uses as many threads as help, or as the resumed run had. If that changes their number, builds the student again,
+    since its engine depends on it."""
+    before = torch.get_num_threads()
+    threads.settle(config, buffer.model.network, plan.batch_size(config, dataset), plan.work_of(config, dataset),
+                   saved and saved["threads"])
+    if torch.get_num_threads() != before:
+        buffer.model = student_of(config, dataset)
+
+
+def saved_state(config: DistillConfig, data: dict[str, str], folder: RunFolder) -> dict[str, Any] | None:
+    """The checkpoint to resume from; None for a new run.
+
+    Raises:
+        UserError: it is damaged, or was made with other data.
+    """
+    saved = ranks.from_first_rank(lambda: folder.saved_state if config.resume == "auto" else None)
+    checks.check_same_run(config, saved, data, folder)
+    return saved
