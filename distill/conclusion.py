@@ -75,7 +75,8 @@ def conclude(run: RunState) -> None:
               FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device),
               data_id(run.data)).write(folder.result)
     run.tracker.finish()
-    show_finished(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
+    _save_pictures(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
+    show(read_run(folder.path))
 
     # Say what was reached and where it is.
     say(config, f"matching loss over {FIXED_SEGMENTS} fixed segments: {before:.4f} before, {after:.4f} after")
@@ -106,47 +107,42 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     if result.data not in (None, data_id(data)):
         raise UserError(f"{where} is finished, and was made of other images, experts or a different set to start from; "
                         "restore what it had, or give another --run_name")
-    lost = [f"{name}/{file}" for name in result.versions for file in (WHOLE, *PUBLISHED)
-            if not (folder.path / name / file).exists()]
-    unseen = missing(folder.path)
-    if lost or unseen:
-        state, device = None, dataset.device
-        if needed := lost + [PICTURES] * (PICTURES in unseen):
-            try:  # only these need the checkpoint; the others are made from the folder's files
-                state, why = folder.saved_state, f"there is no {STATE}"
-            except UserError as error:
-                why = str(error)
-            if state is None:
-                note(f"note: {where} has no {' and no '.join(needed)}, which cannot be made again: {why}")
-        with noting_failure(folder.path, ", ".join(dict.fromkeys([*needed, *unseen]))):
-            best = best_of(state, device) if state else {}
-            for name in best.keys() & {each.split("/")[0] for each in lost}:
-                save_best(config, dataset, folder.path, best, name)
-            start = DistilledSet(**state["start"]).to(device) if state else None
-            show_finished(config, dataset, buffer, folder.path, start, best,
-                          Frames(**state["frames"]) if state else Frames())
+    _restore(config, dataset, buffer, folder, result.versions)
     goes_on = config.resume == "auto" and (folder.path / STATE).exists()
     more = "a larger --Iteration to go on with it, or " if goes_on else ""
     print(wrapped(f"{where} is finished ({result.summary}); give {more}another --run_name to run it again"))
+
+
+def _restore(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder, versions: list[str]) -> None:
+    """Makes what is missing of a finished run: its pictures and page from the folder's files; its best sets, and the
+    data for the pictures, from the checkpoint."""
+    path, state = folder.path, None
+    lost = [f"{name}/{file}" for name in versions for file in (WHOLE, *PUBLISHED)
+            if not (path / name / file).exists()]
+    unseen = missing(path)
+    if needed := lost + [PICTURES] * (PICTURES in unseen):
+        try:
+            state, why = folder.saved_state, f"there is no {STATE}"
+        except UserError as error:
+            why = str(error)
+        if state is None:
+            note(f"note: {shown(path)} has no {' and no '.join(needed)}, which cannot be made again: {why}")
+    with noting_failure(path, ", ".join(dict.fromkeys([*needed, *unseen]))):
+        if state:
+            best = best_of(state, dataset.device)
+            for name in best.keys() & {each.split("/")[0] for each in lost}:
+                save_best(config, dataset, path, best, name)
+            if PICTURES in unseen:
+                start = DistilledSet(**state["start"]).to(dataset.device)
+                _save_pictures(config, dataset, buffer, path, start, best, Frames(**state["frames"]))
+        if unseen:
+            show(read_run(path), missing(path))
 
 
 def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[str, Candidate], name: str) -> None:
     """Writes the best set of this version, as the published files and as one self-describing file."""
     best[name].set.save(path / name, "best", dataset)
     best[name].set.save_whole(path / name / WHOLE, dataset, influential(config))
-
-
-def show_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, path: Path, start: DistilledSet | None,
-                  best: dict[str, Candidate], frames: Frames) -> None:
-    """Makes the pictures and page of a finished run that are missing.
-
-    Args:
-        start: the initial set; None: unknown, as no checkpoint was loaded.
-    """
-    if start is not None and PICTURES in missing(path):
-        _save_pictures(config, dataset, buffer, path, start, best, frames)
-    if missing(path):
-        show(read_run(path), missing(path))
 
 
 def show_so_far(run: RunState, view: DistillView) -> None:

@@ -39,6 +39,10 @@ from utils.program.prepare import load_data, take_device
 from utils.program.seeds import generator
 
 
+NO_DATASET = ("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with --model, and "
+              "--zca where the images are whitened")
+
+
 def evaluate_files(config: EvaluationConfig, given: Collection[str]) -> None:
     """The whole of `distill/evaluation.py`: saved tensors in, accuracies printed and written as JSON.
 
@@ -132,48 +136,55 @@ def opened(config: EvaluationConfig, given: Collection[str],
     Raises:
         UserError: files or options that do not fit.
     """
+    # Read the set, and what is known of how it was made.
     check_evaluation(config)
     device = take_device(config)
     default_lr = EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher
     read, rate_known = read_set(config.data_dir, config.label_dir, config.lr_dir, default_lr, config.factor)
     check(read)
-    made, missing = made_with(config.data_dir) or read.config, ""
+    made = made_with(config.data_dir) or read.config
     read = dataclasses.replace(read, config=read.config or made)  # a run's three files say no more than their tensors
-    if "dataset" not in {*given, *made} and config.dataset == EvaluationConfig.dataset:  # the default is a guess
-        missing = ("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with --model, "
-                   "and --zca where the images are whitened")
-        if tuple(read.images.shape[2:]) != image_size(config):
-            raise UserError(missing)
+
+    # Load the data; refuse a set that was made of others.
+    guessed = "dataset" not in {*given, *made} and config.dataset == EvaluationConfig.dataset
+    if guessed and tuple(read.images.shape[2:]) != image_size(config):
+        raise UserError(NO_DATASET)
     told = check_told(config, read, "--data_dir", made)
-    try:
-        dataset = load_data(config, device)
-    except UserError as error:
-        if missing:
-            raise UserError(f"{missing}; the default, {config.dataset}, cannot be loaded: {error}") from error
-        raise
-    if missing:
-        note(f"note: nothing says what this set was made of; it is tested on {config.dataset}, the default")
+    dataset = _default_data(config, device) if guessed else load_data(config, device)
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
         note(f"note: the set was prepared differently from the data here: {why}")
     check_classes(read, dataset, f"--data_dir {config.data_dir}", named=not {"dataset", "subset"} & set(told))
     read_from = [f"--{name}" if getattr(config, name) else "--data_dir" for name in ("data_dir", "label_dir", "lr_dir")]
     distilled = checked_set(read, dataset, read_from, config.label_kind, config.factor).to(device)
     distilled = in_space(distilled, dataset)
+
+    # Say what nothing tells.
     if not rate_known and "lr_teacher" not in given and config.protocol != "dc":
         note(f"note: the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
              "used")
     if "zca" not in {*given, *made}:
         note("note: nothing says whether the set's images are whitened; they are taken for normalised: give --zca if "
              "they are whitened")
+
     check_pool(config, dataset)
     settle_threads(config, dataset, len(distilled))
     say_replaced(config, config.save)
     if config.save and ranks.first():
         read_by = {name: from_repository(getattr(config, name)) for name in (*READ_BY, "model", "factor", "data_path")}
-        made = {name: value for name, value in made.items() if name != "label_kind"}  # the labels are logits by now
-        distilled.save_whole(files.resolved(config.save), dataset, made | read_by)
+        stated = {name: value for name, value in made.items() if name != "label_kind"}  # the labels are logits by now
+        distilled.save_whole(files.resolved(config.save), dataset, stated | read_by)
         say(config, f"set saved in {shown(config.save)}")
     return dataset, distilled
+
+
+def _default_data(config: EvaluationConfig, device: torch.device) -> Dataset:
+    """The default dataset, for a set of which nothing says what it was made of."""
+    try:
+        dataset = load_data(config, device)
+    except UserError as error:
+        raise UserError(f"{NO_DATASET}; the default, {config.dataset}, cannot be loaded: {error}") from error
+    note(f"note: nothing says what this set was made of; it is tested on {config.dataset}, the default")
+    return dataset
 
 
 def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSet, str]:
