@@ -38,7 +38,6 @@ from utils.program.console import note, say, shown
 from utils.program.prepare import load_data, take_device
 from utils.program.seeds import generator
 
-
 NO_DATASET = ("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with --model, and "
               "--zca where the images are whitened")
 
