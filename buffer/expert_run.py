@@ -36,7 +36,7 @@ from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
 from utils.program.console import announce, note, say, shown, wrapped
-from utils.program.locks import locked
+from utils.program.locks import kept_to_this_run
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
 
@@ -62,7 +62,7 @@ def train_buffer(config: BufferConfig) -> None:
     model = flat_model(config, network, of_one, config.micro_batch)
 
     # Lock the folder; start, or resume the unfinished run there.
-    with locked(folder, "give another --buffer_path"):
+    with kept_to_this_run(folder, "give another --buffer_path"):
         run = ranks.first_rank_first(lambda: ExpertRun(config, dataset, folder, model))
         run.announce()
         _note_whitening(config, dataset)

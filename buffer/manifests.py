@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from utils import files
 from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, identity, influential
 from utils.data.watching import Watch, unwatched
-from utils.errors import UserError, number_of, some_of
-from utils.files import read_config, read_yaml, reading
+from utils.errors import UserError, number_of
+from utils.files import read_yaml, reading
 
 if TYPE_CHECKING:
     from utils.data.datasets import Dataset
@@ -72,7 +72,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     with reading(path, "copy it again, or move it away: the experts beside it then count as published ones"):
         manifest = read_yaml(path)
-        if not isinstance(manifest.get("sha256"), str) or not isinstance(manifest.get("experts"), list):
+        complete = re.fullmatch("[0-9a-f]{64}", str(manifest.get("sha256")))
+        if not complete or not isinstance(manifest.get("experts"), list):
             raise ValueError("it ends too early")
         return manifest
 
@@ -154,7 +155,7 @@ def unfinished_run(folder: Path) -> dict[str, Any] | None:
     path = run_file(folder)
     if not path.is_file():
         return None
-    with reading(path, "put it back, or move its folder away, to train these experts again"):
+    with reading(path, "put it back; --resume never, or moving its folder away, discards that run"):
         run = read_yaml(path)
         if not all(isinstance(run.get(name), int) for name in ("num_experts", "first_expert", "threads")):
             raise ValueError("it ends too early")
@@ -163,10 +164,8 @@ def unfinished_run(folder: Path) -> dict[str, Any] | None:
 
 def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | None = None) -> None:
     """Refuses to resume the folder's unfinished run with other options, or with other values of `more`."""
-    path = run_file(folder)
-    if config.resume == "auto" and path.exists():
-        different = differences(read_config(path), identity(config) | (more or {}))
-        if different:
+    if config.resume == "auto" and (run := unfinished_run(folder)):
+        if different := differences(run, identity(config) | (more or {})):
             raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on with "
                             "it, --resume never to discard it, or another --buffer_path")
 
@@ -186,10 +185,8 @@ def require_experts(folder: Path, option: str = BUFFER_PATH) -> None:
     if run_file(folder).is_file():
         raise UserError(f"no replay_buffer_*.pt in {folder} yet: its experts are being trained, or were stopped; give "
                         f"the command of buffer/buffer_FTD.py again, or another {option}")
-    below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
-    there = f"; there are some in {some_of(below)}" if below else ""
-    raise UserError(f"no replay_buffer_*.pt in {folder}{there}; train experts with buffer/buffer_FTD.py (same "
-                    f"--dataset, --model, --zca and --buffer_path), or give another {option}")
+    raise UserError(f"no replay_buffer_*.pt in {folder}; train experts with buffer/buffer_FTD.py (same --dataset, "
+                    f"--model, --zca and --buffer_path), or give another {option}")
 
 
 def in_words(experts: int, epochs: int) -> str:

@@ -19,6 +19,7 @@ from distill.result_files import (
     METRICS,
     NORMAL,
     RESULT,
+    VERSIONS,
     Best,
     FixedLoss,
     Metrics,
@@ -38,6 +39,10 @@ from utils.program.console import note, say, shown, wrapped
 from utils.program.machine import environment
 from utils.program.progress import watched
 from utils.program.run_folder import STATE, RunFolder, data_id
+
+# A run's outputs besides its log and result: its sets and unfinished evaluations; pictures, page and final sets.
+MADE = [*VERSIONS, *(f"{name}.unfinished*" for name in VERSIONS)]
+SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
 
 
 def conclude(run: RunState) -> None:

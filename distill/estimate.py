@@ -11,8 +11,9 @@ import torch
 
 from buffer.trajectories import Buffer
 from distill import checks, suggest
+from distill.conclusion import MADE, SHOWS
 from distill.evaluate.train import train_network
-from distill.load import MADE, SHOWS, saved_state, settle_threads
+from distill.load import saved_state, settle_threads
 from distill.matching import match_trajectory, matching_loss
 from distill.plan import (
     batch_size,

@@ -38,7 +38,7 @@ def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buf
         network = network_for(config.Initialize_Label_Model, dataset).to(dataset.device)
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
         check_same_images(buffer.folder, dataset, "--Initialize_Label_Model_Dir")
-    elif config.uses_experts and (config.max_files or config.max_experts):
+    elif config.max_files or config.max_experts:
         buffer = Buffer(buffer.folder, buffer.model)  # all experts label, even if only some are matched
     return buffer
 

@@ -8,9 +8,6 @@ import torch
 from buffer.manifests import buffer_folder, check_same_images, expert_files, manifest_path
 from buffer.trajectories import Buffer
 from distill import checks, plan
-from distill.report.names import PICTURES, SHOWN
-from distill.result_files import VERSIONS
-from distill.set_files import WHOLE
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
 from utils.parameters import FlatModel
@@ -18,10 +15,6 @@ from utils.program import ranks, threads
 from utils.program.console import note, shown
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.run_folder import RunFolder
-
-# A run's outputs besides its log and result: its sets and unfinished evaluations; pictures, page and final sets.
-MADE = [*VERSIONS, *(f"{name}.unfinished*" for name in VERSIONS)]
-SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
 
 
 def data_and_experts(config: DistillConfig) -> tuple[Dataset, Buffer]:

@@ -3,11 +3,11 @@
 from buffer.manifests import in_words
 from buffer.trajectories import Buffer
 from distill import checks, estimate, plan, suggest
-from distill.conclusion import conclude, say_finished, show_so_far
+from distill.conclusion import MADE, SHOWS, conclude, say_finished, show_so_far
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.initialize import checksums, initial_set, labellers_of
-from distill.load import MADE, SHOWS, data_and_experts, saved_state, settle_threads
+from distill.load import data_and_experts, saved_state, settle_threads
 from distill.result_files import EVALUATION, METRICS, RESULT, run_folder
 from distill.run_state import DistillView, RunState
 from utils.config import AUTO, DistillConfig
@@ -15,7 +15,7 @@ from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.program import interrupt, ranks
 from utils.program.console import announce, note
-from utils.program.locks import locked
+from utils.program.locks import kept_to_this_run
 from utils.program.run_folder import RunFolder
 
 
@@ -40,7 +40,7 @@ def distill(config: DistillConfig) -> None:
         return
 
     # Lock the run's folder.
-    with locked(path, "give another --run_name"):
+    with kept_to_this_run(path, "give another --run_name"):
         folder = RunFolder(path, config, METRICS, RESULT)
 
         # A finished run is not repeated; if its pictures or page are missing, they are made.

@@ -43,7 +43,7 @@ def positive(text: str, kind: type[float] = int) -> float:
     """The `type` of an option that counts something."""
     number = kind(text)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number above 0")
     return number
 
 

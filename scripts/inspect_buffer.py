@@ -57,7 +57,7 @@ from distill.option_checks import check_options
 from distill.result_files import images_tested, tested_on
 from scripts.common import ScriptParser, positive, save_report
 from utils.config import BufferConfig, DistillConfig, defaults, make
-from utils.errors import UserError
+from utils.errors import UserError, some_of
 from utils.files import REPOSITORY, finite, read_text, reading
 from utils.program import console
 from utils.program.command_line import parse
@@ -192,7 +192,7 @@ def distilling(folder: Path, ipc: int) -> dict[str, Any]:
     Raises:
         UserError: no experts, no manifest, or a folder in which distill/DATM.py would not look for them.
     """
-    require_experts(folder, "folder")
+    check_folder(folder)
     made = made_by(folder)
     if not made:
         raise UserError(f"{folder} has no replay_buffer_*.yaml, which would say what its experts were trained on; give "
@@ -221,9 +221,9 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
     """
     started = unfinished_run(folder)
     if not started:
-        require_experts(folder, "folder")
+        check_folder(folder)
     if beside:
-        require_experts(beside, "--beside")
+        check_folder(beside)
     paths, other_paths = expert_files(folder), expert_files(beside) if beside else []
 
     from buffer.trajectories import load_experts  # imports torch, which takes seconds
@@ -274,6 +274,16 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
         "by_start_epoch": {name: by_name.pop(name) for name in ("step", "segment")}, "by_epoch": by_name}, trajectories
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder without expert files."""
+    below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
+    if not expert_files(folder) and not run_file(folder).is_file():
+        raise UserError(f"no replay_buffer_*.pt in {folder}; " + (
+            f"there are some in {some_of(below)}: give one of these" if below else
+            "give the folder of a network's experts, <buffer_path>/<dataset>/<model>"))
+    require_experts(folder, "folder")
+
+
 def _shared(values: list[Any]) -> Any:
     """The value that all have, or the list of the different ones."""
     different = [value for number, value in enumerate(values) if value not in values[:number]]
@@ -310,28 +320,31 @@ def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int,
     begun = []
     for number in range(written, started["first_expert"] + started["num_experts"]):
         saved = SavedEpochs(folder / f"expert_{number}")
-        if not len(saved):
+        if not (epochs := len(saved)):
             continue
         try:
-            step, segment = distances((saved[epoch]["theta"] for epoch in range(len(saved))), expert_epochs)
+            thetas = [saved[epoch]["theta"] for epoch in range(len(saved))]
+            step, segment = distances(thetas, expert_epochs)
             reached = saved.reached()
         except UserError:
-            if saved.folder.exists():
+            if len(saved) >= epochs:
                 raise
             continue  # it was written to a file meanwhile
         accuracies = {name: [each[name] for each in reached] for name in ACCURACIES}
-        begun.append(Trajectory(number, "unfinished", len(reached), saved[0]["theta"].numel(),
+        begun.append(Trajectory(number, "unfinished", len(reached), thetas[0].numel(),
                                 {**accuracies, "step": step, "segment": segment, "apart": []}))
     return begun, {"experts": [{"expert": each.number, "epochs": each.epochs} for each in begun],
                    **{name: started.get(name) for name in ("num_experts", "first_expert", "train_epochs")},
-                   "bytes": sum(map(_size, folder.rglob("*.pt")))}
+                   "bytes": _bytes(folder)}
 
 
-def _size(path: Path) -> int:
-    """The size of a file, 0 if it is gone: a run that goes on renames and removes files."""
+def _bytes(folder: Path) -> int:
+    """The size of the epochs in a folder, as far as they are not moved or removed meanwhile by a run that goes on."""
+    sizes = 0
     with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_size
-    return 0
+        for path in folder.rglob("*.pt"):
+            sizes += path.stat().st_size
+    return sizes
 
 
 def table(rows: list[list[float]]) -> np.ndarray:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, TextIO
 
 from utils.errors import UserError
@@ -163,7 +163,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
     running: dict[subprocess.Popen, _Running] = {}
     if waiting:
         print(f"{total} of {len(steps)} commands are to be run; what each prints goes to {output}/", flush=True)
-    with interrupt.blocked():  # except in `arrives_within`, so that no command is left running
+    with interrupt.queued() as signals:  # so that no command is left running
         try:
             while waiting or running:
                 free = jobs - sum(jobs if command.step.alone else 1 for command in running.values())
@@ -177,9 +177,9 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
                     _name(lock, running)
                     continue
                 assert running, f"{waiting[0].name} needs what no step makes"
-                number = interrupt.arrives_within(LOOK_SECONDS)
-                if number is not None:
-                    raise interrupt.Stopped(number)
+                sleep(LOOK_SECONDS)
+                if signals:
+                    raise interrupt.Stopped(signals.pop(0))
                 for process in [process for process in running if process.poll() is not None]:
                     command = running.pop(process)
                     ledger.add(command.step, perf_counter() - command.began)
@@ -194,7 +194,9 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
             for process in running:
                 process.terminate()
             while any(process.poll() is None for process in running):
-                if interrupt.arrives_within(LOOK_SECONDS) is not None:
+                sleep(LOOK_SECONDS)
+                if signals:
+                    signals.clear()
                     for process in running:
                         process.terminate()
             for command in running.values():
@@ -205,8 +207,7 @@ def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextI
     with open(output, "ab", opener=no_links) as file:
         # A session of its own, so that Ctrl-C in a terminal reaches it only through this process.
         process = subprocess.Popen(step.command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                                   env=environment, start_new_session=True, pass_fds=(lock.fileno(),),
-                                   preexec_fn=interrupt.unblock)
+                                   env=environment, start_new_session=True, pass_fds=(lock.fileno(),))
         return process, _Running(step, output, file.tell(), perf_counter())
 
 

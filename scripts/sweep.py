@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,16 +173,16 @@ def run_to_its_end(run: Run) -> bool:
     """
     sys.stdout.flush()
     stopped = None
-    with interrupt.blocked():  # except in `arrives_within`, so that the run is not left behind
+    with interrupt.queued() as signals:  # so that the run is not left behind
         # A session of its own, so that Ctrl-C in a terminal reaches it only through this process.
         process = subprocess.Popen([sys.executable, str(REPOSITORY / DATM), *(
             f"--{name}={value}" for name, value in run.options.items())], stdin=subprocess.DEVNULL,
-            start_new_session=True, env=os.environ | {interrupt.PART_OF: Path(sys.argv[0]).name},
-            preexec_fn=interrupt.unblock)
+            start_new_session=True, env=os.environ | {interrupt.PART_OF: Path(sys.argv[0]).name})
         while process.poll() is None:
-            if number := interrupt.arrives_within(LOOK_SECONDS):
-                stopped = number
-                process.send_signal(number)
+            time.sleep(LOOK_SECONDS)
+            while signals:
+                stopped = signals.pop(0)
+                process.send_signal(stopped)
     if stopped:
         raise interrupt.Stopped(stopped)
     code = process.returncode

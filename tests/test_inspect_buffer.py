@@ -71,7 +71,7 @@ def test_experts_are_compared_with_others_of_the_same_numbers(call, folder, tmp_
     refused = call(INSPECT, folder, f"--beside={others}", expect=2)
     assert "others/replay_buffer_0.pt" in refused.stderr and "not all of one network" in refused.stderr
     empty = call(INSPECT, folder, f"--beside={tmp_path}", expect=2)
-    assert "there are some in" in empty.stderr
+    assert "give one of these" in empty.stderr
 
 
 def test_options_in_which_the_files_differ_are_all_told(call, folder):
@@ -141,9 +141,9 @@ def test_damaged_files_are_refused(call, folder, change, phrases):
 
 
 @pytest.mark.parametrize("arguments, phrase", [
-    (["{folder}", "--expert_epochs=0"], "0: give a number above 0"),
+    (["{folder}", "--expert_epochs=0"], "0: give a finite number above 0"),
     (["{folder}", "--expert_epochs=x"], "invalid positive"),
-    (["{folder}/.."], "there are some in"), (["/nowhere"], "no replay_buffer_*.pt in /nowhere"),
+    (["{folder}/.."], "give one of these"), (["/nowhere"], "no replay_buffer_*.pt in /nowhere"),
     ([], "required: folder"), (["{folder}", "--png={folder}"], "which is a folder")])
 def test_mistakes_are_one_line(call, folder, arguments, phrase):
     (line,) = call(INSPECT, *(each.format(folder=folder) for each in arguments), expect=2).stderr.splitlines()

@@ -109,10 +109,13 @@ def child(tmp_path, monkeypatch):
     interrupt._received = None
 
 
-def test_a_signal_is_handed_to_the_run_which_saves(child, tmp_path):
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_a_signal_is_handed_to_the_run_which_saves(child, tmp_path, thread):
     def tell():
         wait_for((tmp_path / "begun").exists)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        # A terminal's signal may go to any thread, such as one of a library.
+        signal.pthread_kill({"main": threading.main_thread(), "another": threading.current_thread()}[thread].ident,
+                            signal.SIGTERM)
 
     threading.Thread(target=tell, daemon=True).start()
     with pytest.raises(interrupt.Stopped) as stopped:

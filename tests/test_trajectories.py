@@ -51,7 +51,7 @@ def test_files_of_one_command_are_one_command_for_all_experts(model, tmp_path):
     for file, (seed, asked, held) in enumerate([(0, 3, 2), (0, 3, 1), (0, 9, 1), (5, 1, 1)]):
         files.save_config(tmp_path / f"replay_buffer_{file}.yaml", {
             "model": "ConvNetD1W4", "seed": seed, "num_experts": asked,
-            "experts": [{"number": number} for number in range(held)], "sha256": "-"})
+            "experts": [{"number": number} for number in range(held)], "sha256": 64 * "0"})
     assert made_by(tmp_path) == [{"model": "ConvNetD1W4", "seed": 0, "num_experts": 4},
                                  {"model": "ConvNetD1W4", "seed": 5, "num_experts": 1}]
 

@@ -34,6 +34,7 @@ TWICE_SECONDS = 2.0 if "LOCAL_RANK" in os.environ else 0.0
 _received: int | None = None
 _received_at = 0.0
 _deferring = False
+_queue: list[int] | None = None  # of `queued`
 _saved = _if_given = ""
 
 
@@ -61,7 +62,7 @@ def ignore() -> None:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Blocks the thread's signals until the end of the block; processes started inside never get them."""
+    """Blocks this thread's signals until the end of the block; processes that it starts inside never get them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -69,15 +70,22 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def unblock() -> None:
-    """Undoes `blocked` in a new process, as the `preexec_fn` of one that is to get signals."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+@contextlib.contextmanager
+def queued() -> Iterator[list[int]]:
+    """Inside, signals are only appended to the list that this gives, for a program that passes them on to others.
+    (Were they blocked, another thread, such as one of a library, would get them.)
 
-
-def arrives_within(seconds: float) -> int | None:
-    """The first blocked signal that arrives in this time and is not ignored."""
-    found = signal.sigtimedwait([each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN], seconds)
-    return found and found.si_signo
+    Raises:
+        Stopped: at the end, a signal is left in the list.
+    """
+    global _queue
+    _queue = queue = []
+    try:
+        yield queue
+    finally:
+        _queue = None
+    if queue:
+        raise Stopped(queue[0])
 
 
 def _receive(number: int, frame: object) -> None:
@@ -85,6 +93,9 @@ def _receive(number: int, frame: object) -> None:
     if _received is not None and time.monotonic() - _received_at < TWICE_SECONDS:
         return
     first, _received, _received_at = _received is None, number, time.monotonic()
+    if _queue is not None:
+        _queue.append(number)
+        return
     if not (first and _deferring):
         raise Stopped(number)
     if PART_OF in os.environ:

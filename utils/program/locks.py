@@ -17,9 +17,9 @@ from utils.program.console import note
 
 
 @contextlib.contextmanager
-def locked(folder: Path, advice: str) -> Iterator[TextIO | None]:
-    """Locks a folder against other processes; the first rank holds the lock for all ranks. However this process ends,
-    the system releases the lock, once processes that were given the open file have ended too.
+def locked(folder: Path, advice: str) -> Iterator[TextIO]:
+    """Locks a folder against other processes. However this process ends, the system releases the lock, once processes
+    that were given the open file have ended too.
 
     Args:
         advice: what a second process can do, for its message.
@@ -27,9 +27,6 @@ def locked(folder: Path, advice: str) -> Iterator[TextIO | None]:
     Raises:
         UserError: another process holds the lock, or the folder cannot be made or written.
     """
-    if not ranks.first():
-        yield None
-        return
     path = folder / ".lock"
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     for tried in itertools.count():
@@ -60,6 +57,11 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):  # it was used, or never made
             folder.rmdir()
+
+
+def kept_to_this_run(folder: Path, advice: str) -> contextlib.AbstractContextManager[object]:
+    """As `locked`; the first rank holds the lock for all ranks."""
+    return locked(folder, advice) if ranks.first() else contextlib.nullcontext()
 
 
 def sign(lock: TextIO, more: str = "") -> None:

@@ -130,19 +130,27 @@ def gather(own: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def from_first_rank(make: Callable[[], Result]) -> Result:
-    """The first rank's result, on every rank; the others wait for it. Tensors should be on the CPU."""
+    """The first rank's result, or its `UserError`, on every rank; the others wait for it. Tensors should be on the
+    CPU."""
     if size() == 1:
         return make()
-    held = [make() if first() else None]
-    _torch().distributed.broadcast_object_list(held)
+    broadcast = _torch().distributed.broadcast_object_list
+    try:
+        held = [make() if first() else None]
+    except UserError as error:
+        broadcast([error])
+        raise
+    broadcast(held)
+    if isinstance(held[0], UserError):
+        raise held[0]
     return held[0]
 
 
 def first_rank_first(make: Callable[[], Result]) -> Result:
     """Each rank's own result, made after the first rank's, so that all can use what that left in a cache or folder."""
-    made = make() if first() else None
-    barrier()
-    return made if first() else make()
+    made: list[Result] = []
+    from_first_rank(lambda: made.append(make()))
+    return made[0] if first() else make()
 
 
 def barrier() -> None:
