@@ -178,7 +178,8 @@ def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best:
     print(f"in {shown(path)}{'' if config.quiet else ':'}")
     say(config, f"  {PAGE:<29} the run on one page, for a browser")
     for name in versions:
-        say(config, f"  {f'{name}/{WHOLE}':<29} the best set; beside it as images_best.pt, …")
+        say(config, f"  {f'{name}/{WHOLE}':<29} the best set{' of averaged images' * (name == EMA)}; beside it as "
+                    "images_best.pt, …")
     say(config, f"  {', '.join([IMAGES_PNG, ANIMATION, CURVES, METRICS])}, config.yaml, {RESULT}; {STATE}, to go on "
                 "from")
     whole = path / best / WHOLE

@@ -7,6 +7,7 @@ was exported with it.
 """
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -137,6 +138,11 @@ class DistilledSet(torch.utils.data.Dataset):
         if dataset.whitening is not None:
             about["whitening"] = dataset.whitening.fingerprint
         files.save_tensors(path, self.tensors() | {"pixels": dataset.to_pixels(self.images.detach())}, about)
+
+    @property
+    def images_sha256(self) -> str:
+        """A checksum of the images, by which the results of a set know it."""
+        return hashlib.sha256(self.images.cpu().contiguous().numpy()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> "DistilledSet":

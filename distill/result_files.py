@@ -299,6 +299,7 @@ class EvaluationResult:
     environment: dict[str, Any] = Field(default_factory=dict)
     labels: int | None = None  # their number if the factor is above 1: factor² for each image
     protocols: dict[str, UnderProtocol] = Field(default_factory=dict)  # by name; `scores` are those of the first
+    images_sha256: str | None = None  # of a distilled set; None in results of earlier versions
 
     @property
     def size(self) -> str:
@@ -310,9 +311,9 @@ class EvaluationResult:
         Args:
             more: entries that `--robust_score` adds; its file still reads as that of an evaluation.
         """
-        values = as_json(self) | more
+        values, optional = as_json(self) | more, ("lr", "labels", "protocols", "images_sha256")
         write_json(resolved(path), {name: value for name, value in values.items()
-                                    if name not in ("lr", "labels", "protocols") or value not in (None, {})})
+                                    if name not in optional or value not in (None, {})})
 
     def by_protocol(self) -> list[tuple[str, list[Score], list["Trained"]]]:
         """For tables: for each protocol the set under it, in words, the scores, and how the networks of each were

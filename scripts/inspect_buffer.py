@@ -155,7 +155,8 @@ def main() -> None:
                       for of, name in zip(("training batches", f"{experts_tested_on(report)} images"), ACCURACIES)}
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
                     {"one epoch": of_all("step", trajectories),
-                     f"segment of {options.expert_epochs}": of_all("segment", trajectories)})
+                     f"segment of {options.expert_epochs}": of_all("segment", trajectories)}
+                    | ({"from those of --beside": of_all("apart", trajectories)} if options.beside else {}))
 
 
 def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None) -> None:
@@ -219,16 +220,15 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
     Raises:
         UserError: no experts, damaged files, or experts of several networks, here or among those to compare with.
     """
-    started = unfinished_run(folder)
-    if not started:
-        check_folder(folder)
+    check_folder(folder, or_unfinished=True)
     if beside:
         check_folder(beside)
-    paths, other_paths = expert_files(folder), expert_files(beside) if beside else []
 
     from buffer.trajectories import load_experts  # imports torch, which takes seconds
     from utils.program.progress import Progress
 
+    started, paths = unfinished_run(folder), expert_files(folder)  # not before: a run may go on meanwhile
+    other_paths = expert_files(beside) if beside else []
     files, other_files = ([(path, load_experts(path)) for path in each] for each in (paths, other_paths))
     others = [expert for _, experts in other_files for expert in experts]
     shapes = {}
@@ -274,14 +274,15 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
         "by_start_epoch": {name: by_name.pop(name) for name in ("step", "segment")}, "by_epoch": by_name}, trajectories
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder without expert files."""
+def check_folder(folder: Path, or_unfinished: bool = False) -> None:
+    """Refuses a folder without expert files; with `or_unfinished`, an unfinished run will do."""
     below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
     if not expert_files(folder) and not run_file(folder).is_file():
         raise UserError(f"no replay_buffer_*.pt in {folder}; " + (
             f"there are some in {some_of(below)}: give one of these" if below else
             "give the folder of a network's experts, <buffer_path>/<dataset>/<model>"))
-    require_experts(folder, "folder")
+    if not or_unfinished:
+        require_experts(folder, "folder")
 
 
 def _shared(values: list[Any]) -> Any:

@@ -14,7 +14,7 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
 
     Args:
         accuracies: images → [experts, epochs 1…E] in [0, 1], NaN where unknown; may be empty.
-        distances: segment → [experts, start epochs 0…]; NaN where an expert has no such snapshot.
+        distances: between what → [experts, start epochs 0…]; NaN where an expert has no such snapshot.
     """
     with drawing(path, 1, 2, size=(9, 3.5)) as ((accuracy, distance),):
         for colour, (name, values) in zip(("C2", "C0"), accuracies.items()):
@@ -24,7 +24,7 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
         else:
             accuracy.text(0.5, 0.5, "not recorded", transform=accuracy.transAxes, ha="center", va="center", color="0.5")
         accuracy.set(title="accuracy of the experts, %", xlabel="epoch")
-        for colour, (name, values) in zip(("C1", "C4"), distances.items()):
+        for colour, (name, values) in zip(("C1", "C4", "C3"), distances.items()):
             _mean_and_spread(distance, range(values.shape[1]), values, colour, name)
         distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
         distance.legend(fontsize=8)

@@ -189,6 +189,14 @@ def test_an_empty_cfg_is_not_left_out():
         distill_config("")
 
 
+@pytest.mark.parametrize("name", ["batch_syn", "run_name", "res"])
+def test_an_empty_value_on_the_command_line_is_not_unset(name, written):
+    """`--ipc "$IPC"` with the variable unset must not take the whole training set."""
+    with pytest.raises(UserError, match=f"--{name} '': it is empty"):
+        distill_config(written("ipc: 1"), f"--{name}=")
+    assert getattr(distill_config(written(f"{name}:")), name) is None
+
+
 # --- precedence ----------------------------------------------------------------------------------------------
 
 

@@ -186,6 +186,22 @@ def test_a_card_states_every_protocol_and_the_rate_that_was_given(whole):
         assert ("--lr_teacher=0.02" in text) == given and "| MLP | 25.00 | 1 |" in text
 
 
+def test_a_card_does_not_take_the_result_of_another_set(call, whole, tmp_path):
+    """Such as that of another run of one sweep, with as many images and the same learning rate."""
+    ours = DistilledSet.load(whole)
+    result = EvaluationResult(
+        "distilled images", 6, [Score("ConvNetD1W4", [0.25])], float(ours.lr), images_sha256=ours.images_sha256,
+        config={"dataset": ours.config["dataset"], "model": "ConvNetD1W4"})
+    for number, other in enumerate((dataclasses.replace(result, images_sha256="0" * 64),
+                                    dataclasses.replace(result, images_sha256=None, lr=0.5))):
+        other.write(tmp_path / f"{number}.json")
+        refused = call(EXPORT, whole, "--card", f"--result={tmp_path / f'{number}.json'}", expect=2)
+        assert "is of another set" in refused.stderr and not (whole.parent / "README.md").exists()
+    result.write(tmp_path / "ours.json")
+    call(EXPORT, whole, "--card", f"--result={tmp_path / 'ours.json'}")
+    assert "25.00" in (whole.parent / "README.md").read_text()
+
+
 def test_without_results_a_card_states_no_accuracy(call, whole):
     call(EXPORT, whole, "--card")
     text = (whole.parent / "README.md").read_text()

@@ -8,7 +8,7 @@ from typing import Any
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate, pool, work_of
 from distill.evaluate.saved_accuracies import Accuracies, key_of, threads_of
-from distill.result_files import EvaluationResult, Score, UnderProtocol, tested_on
+from distill.result_files import OF_SET, EvaluationResult, Score, UnderProtocol, tested_on
 from utils.config import BaselineConfig, EvaluationConfig, as_dict, defaults, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
@@ -90,7 +90,8 @@ class Session:
             EvaluationResult(
                 self.what, len(self.set.images), scores, lr, tested_on(config.val_fraction),
                 self.accuracies.seconds, options, environment(self.set.images.device),
-                len(self.set) if self.set.factor > 1 else None, protocols or {}
+                len(self.set) if self.set.factor > 1 else None, protocols or {},
+                self.set.images_sha256 if self.what.startswith(OF_SET) else None
             ).write(config.json, **more)
             self.accuracies.forget()
             say(config, f"in {shown(config.json)}")

@@ -75,7 +75,8 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
             ("Measured on", f"{number_of(networks, 'network')}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
             *((f"Best accuracy of the {of[each]}", in_words(other.scores[0])) for each, other in others.items()),
-            *((f"Test by evaluation.py, {result.config.get('epoch_eval_train')} epochs",
+            *((f"Test by evaluation.py, {result.config.get('epoch_eval_train')} epochs"
+               f"{', without augmentation' * bool(result.config.get('no_aug'))}",
                f"{in_words(score)} on the {images_tested(result.tested_on)} images, "
                f"{number_of(len(score.accuracies), 'network')}, {score.network}")
               for result in run.tests for score in result.scores),

@@ -366,6 +366,8 @@ def meaning(case: Case, sandbox: Sandbox) -> dict[str, typing.Any]:
             if name not in given:  # an overridden value may be wrong
                 values[name] = _from_repository(text, sandbox) if name in PATHS else read(name, text, hints[name])
     for name, text in given.items():
+        if not text and type(None) in typing.get_args(hints[name]):
+            raise MeaninglessError(f"{name} ''")
         values[name] = absolute(sandbox.work, text) if name in PATHS and text else read(name, text, hints[name])
     return values
 

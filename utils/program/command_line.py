@@ -73,6 +73,10 @@ def config_of(config_type: type[Config], options: dict[str, str],
     """
     options = dict(options)
     path = options.pop("cfg", None)
+    hints = typing.get_type_hints(config_type)
+    for name in (name for name, value in options.items() if value == "" and name in hints):
+        if type(None) in typing.get_args(hints[name]):  # None would have an effect, and nobody asked for it
+            raise UserError(f"--{name} '': it is empty; give a value, or leave it out")
     from_yaml = read_yaml(path, config_type) if path is not None else {}
     paths = path_options(config_type)
     root_values = paths | from_yaml
