@@ -349,14 +349,15 @@ def same_rate(one: float | None, other: float) -> bool:
     return one is not None and math.isclose(one, other, rel_tol=1e-6)
 
 
-def results_in(folder: Path) -> list[EvaluationResult]:
-    """The evaluation results in a folder; of an extended run, not the tests of what it had reached before."""
-    results = []
+def results_in(folder: Path) -> dict[str, EvaluationResult]:
+    """The evaluation results in a folder, by file name; of an extended run, not the tests of what it had reached
+    before."""
+    results = {}
     earlier = {file.name.replace(Path(RESULT).stem, Path(EVALUATION).stem, 1)
                for file in folder.glob(f"{Path(RESULT).stem}_*.json")}
     for file in sorted(each for each in folder.glob("*.json") if each.name not in earlier):
         with contextlib.suppress(UserError):  # not the result of an evaluation
-            results.append(EvaluationResult.read(file, ""))
+            results[file.name] = EvaluationResult.read(file, "")
     return results
 
 

@@ -4,13 +4,14 @@
     python scripts/summary.py RUN
 
 Given a folder, such as a run's, it takes all results in it. A result has a row for each of its protocols. Learning rate
-and epochs are shown where they tell rows apart, the rate also where it was chosen on held-out training images (auto).
-If the results are of different datasets, or some of test and some of held-out images, each row says which. With
---by_network there is one row for each result and protocol, and a column for each network: how well the set trains other
-networks (--eval_mode M).
+and epochs are shown where they tell rows apart, the rate also where it was chosen on held-out training images (auto),
+and the file where nothing else does. If the results are of different datasets, or some of test and some of held-out
+images, each row says which. With --by_network there is one row for each result and protocol, and a column for each
+network: how well the set trains other networks (--eval_mode M).
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ tune_process()  # before torch is imported
 from distill.result_files import EvaluationResult, Trained, images_tested, results_in
 from scripts.common import ScriptParser
 from utils.errors import UserError
-from utils.program.console import table
+from utils.program.console import shown, table
 from utils.program.entry import entry
 
 
@@ -32,42 +33,44 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--by_network", action="store_true", help="a row for each result, a column for each network")
     options = parser.parse_args()
-    advice, results = "give files that evaluation.py or baseline.py wrote with --json", []
+    advice, files = "give files that evaluation.py or baseline.py wrote with --json", {}
     for path in options.results:
-        found = results_in(path) if path.is_dir() else [EvaluationResult.read(path, advice)]
+        found = results_in(path) if path.is_dir() else {"": EvaluationResult.read(path, advice)}
         if not found:
             raise UserError(f"{path} has no result of evaluation.py or baseline.py; give them --json {path}/NAME.json")
-        results += found
+        files |= {path / name: result for name, result in found.items()}
+    results = list(files.values())
     # A row for each protocol, or for each of its networks if these are not columns.
     images = [(str(each.config.get("dataset", "")), f"{images_tested(each.tested_on)} images") for each in results]
     differ = [len(set(column)) > 1 for column in zip(*images)]
     tested = [" on " * any(differ) + " ".join(word for word, tells in zip(of, differ) if tells) for of in images]
-    found = [(what + on, result.size, list(zip(scores, trained))) for result, on in zip(results, tested)
-             for what, scores, trained in result.by_protocol()]
+    found = [(what + on, result.size, list(zip(scores, trained)), file)
+             for (file, result), on in zip(files.items(), tested) for what, scores, trained in result.by_protocol()]
     if not options.by_network:
-        found = [(what, size, [of_network]) for what, size, reached in found for of_network in reached]
-    sets = named([(what, size, *(score.network for score, _ in reached)) for what, size, reached in found],
-                 [[trained for _, trained in reached] for *_, reached in found])
+        found = [(what, size, [of_network], file) for what, size, reached, file in found for of_network in reached]
+    sets = named([(what, size, *(score.network for score, _ in reached)) for what, size, reached, _ in found],
+                 [[trained for _, trained in reached] for _, _, reached, _ in found], [file for *_, file in found])
     if options.by_network:
-        networks = list(dict.fromkeys(score.network for *_, reached in found for score, _ in reached))
+        networks = list(dict.fromkeys(score.network for _, _, reached, _ in found for score, _ in reached))
         rows = [("set", "images", *networks)]
-        for name, (_, size, reached) in zip(sets, found):
+        for name, (_, size, reached, _) in zip(sets, found):
             percents = {score.network: score.percent for score, _ in reached}
             rows.append((name, size, *(percents.get(network, "-") for network in networks)))
     else:
         rows = [("set", "network", "images", "accuracy, %", "networks")]
         rows += [(name, score.network, size, score.percent, str(len(score.accuracies)))
-                 for name, (_, size, ((score, _),)) in zip(sets, found)]
+                 for name, (_, size, ((score, _),), _) in zip(sets, found)]
     print(table(rows))
 
 
-def named(rows: Sequence[tuple[str, ...]], trained: Sequence[Sequence[Trained]]) -> list[str]:
+def named(rows: Sequence[tuple[str, ...]], trained: Sequence[Sequence[Trained]], files: Sequence[Path]) -> list[str]:
     """The name of each row's set, with its learning rate and epochs if they tell rows apart, or if the rate was chosen
-    (auto).
+    (auto), and with its file if nothing else does.
 
     Args:
         rows: of each row the set in words, then whatever else tells it from others.
         trained: of each row, for each of its networks.
+        files: of each row.
     """
     names = [row[0] for row in rows]
     for kind, words in (("rate", "learning rate {}"), ("epochs", "{} epochs")):
@@ -75,7 +78,8 @@ def named(rows: Sequence[tuple[str, ...]], trained: Sequence[Sequence[Trained]])
         of_same = {row: {value for other, value in zip(rows, values) if other == row} for row in rows}
         names = [f"{name}, {words.format(value)}" if value.endswith("(auto)") or len(of_same[row]) > 1 else name
                  for name, row, value in zip(names, rows, values)]
-    return names
+    alike = Counter((name, *row) for name, row in zip(names, rows))
+    return [f"{name}, {shown(file)}" if alike[name, *row] > 1 else name for name, row, file in zip(names, rows, files)]
 
 
 if __name__ == "__main__":

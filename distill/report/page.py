@@ -80,7 +80,8 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
                f"{in_words(score)} on the {images_tested(result.tested_on)} images, "
                f"{number_of(len(score.accuracies), 'network')}, {score.network}")
               for result in run.tests for score in result.scores),
-            *((f"As many {kind}", in_words(score)) for kind, score in run.real_images.items()),
+            *((f"As many {kind}", f"{in_words(score)} on the {images_tested(result.chosen_on)} images")
+              for kind, score in run.real_images.items()),
             *([(f"Matching loss before → after, over {segments}",
                 _recorded(fixed.segments, lambda _: loss))] if run.finished else []),
             ("Learning rate α of the best set", "not recorded" if math.isnan(best.lr) else f"{best.lr:.4g}"),

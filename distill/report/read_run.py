@@ -155,4 +155,4 @@ def read_run(path: Path) -> SavedRun:
         written = datetime.datetime.fromtimestamp((path / METRICS).stat().st_mtime).astimezone()
         as_of = written.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     return SavedRun(path, {str(name): value for name, value in config.items()}, metrics, result, pictures, missing,
-                    as_of, results_in(path))
+                    as_of, list(results_in(path).values()))
