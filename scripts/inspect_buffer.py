@@ -276,8 +276,8 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
 
 def check_folder(folder: Path, or_unfinished: bool = False) -> None:
     """Refuses a folder without expert files; with `or_unfinished`, an unfinished run will do."""
-    below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
     if not expert_files(folder) and not run_file(folder).is_file():
+        below = sorted({str(path.parent) for path in folder.glob("**/replay_buffer_*.pt")})
         raise UserError(f"no replay_buffer_*.pt in {folder}; " + (
             f"there are some in {some_of(below)}: give one of these" if below else
             "give the folder of a network's experts, <buffer_path>/<dataset>/<model>"))
