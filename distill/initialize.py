@@ -39,7 +39,9 @@ def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buf
         buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
         check_same_images(buffer.folder, dataset, "--Initialize_Label_Model_Dir")
     elif config.max_files or config.max_experts:
-        buffer = Buffer(buffer.folder, buffer.model)  # all experts label, even if only some are matched
+        # All experts label, even if only some are matched. They are part of a run's identity even where none labels, as
+        # in runs of earlier versions.
+        buffer = Buffer(buffer.folder, buffer.model)
     return buffer
 
 

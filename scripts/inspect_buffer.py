@@ -156,7 +156,13 @@ def main() -> None:
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
                     {"one epoch": of_all("step", trajectories),
                      f"segment of {options.expert_epochs}": of_all("segment", trajectories)}
-                    | ({"from those of --beside": of_all("apart", trajectories)} if options.beside else {}))
+                    | ({"from --beside, at this epoch": _from_epoch_0(of_all("apart", trajectories))}
+                       if options.beside else {}))
+
+
+def _from_epoch_0(values: np.ndarray) -> np.ndarray:
+    """Values by epoch from 1 on, [experts, E] → [experts, E + 1], NaN for epoch 0."""
+    return np.pad(values, ((0, 0), (1, 0)), constant_values=np.nan)
 
 
 def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None) -> None:
@@ -344,7 +350,8 @@ def _bytes(folder: Path) -> int:
     sizes = 0
     with contextlib.suppress(FileNotFoundError):
         for path in folder.rglob("*.pt"):
-            sizes += path.stat().st_size
+            with contextlib.suppress(FileNotFoundError):
+                sizes += path.stat().st_size
     return sizes
 
 

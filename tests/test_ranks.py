@@ -241,6 +241,21 @@ def test_ranks_of_other_options_are_refused(torchrun, toy, tmp_path):
     assert "started with different options: seed (0 there, 1 here)" in err and not list(tmp_path.rglob("unfinished"))
 
 
+def test_what_only_the_first_rank_finds_is_said_once(torchrun, toy, toy_experts, tmp_path):
+    """The others get the refusal too, and do not say that contact was lost."""
+    options = *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=a"
+    code = ("import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
+            "import runpy\n"
+            "from utils.errors import UserError\n"
+            "def refuse(*arguments): raise UserError('these experts are damaged')\n"
+            "import distill.loop as loop\n"
+            "loop.checksums = refuse\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    (tmp_path / "worker.py").write_text(code)
+    _, err = torchrun(2, tmp_path / "worker.py", "distill/DATM.py", *options, expect=2)
+    assert err.count("DATM.py: error:") == err.count("these experts are damaged") == 1 and "contact" not in err
+
+
 def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):
     code = ("import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
             "import runpy\n"

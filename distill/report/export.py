@@ -1,6 +1,5 @@
 """Exports of a distilled set: PNG files in a folder per class, and a dataset card."""
 
-import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -212,12 +211,14 @@ def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult 
             raise UserError(f"--result {path} is of {number_of(result.images, 'image')} of {dataset} ({result.what}), "
                             f"not of these {len(distilled.images)} distilled from {made_of}; give the result of "
                             "this set, or of as many real images")
-        own_rate = result.lr is None or result.config.get("protocol") == "dc" or any(
-            same_rate(result.lr, float(rate)) for rate in (distilled.lr, result.config.get("lr_teacher", math.nan)))
-        if result.what.startswith(OF_SET) and (not own_rate if result.images_sha256 is None else
-                                               result.images_sha256 != distilled.images_sha256):
-            raise UserError(f"--result {path} is of another set: its {'images are' if own_rate else 'learning rate is'}"
-                            " not this set's; give the result of this set")
+        if result.what.startswith(OF_SET):
+            given = result.config.get("lr_teacher")
+            rates = [float(distilled.lr), *([given] if isinstance(given, int | float) else [])]
+            own_rate = result.lr is None or result.config.get("protocol") == "dc" or any(
+                same_rate(result.lr, rate) for rate in rates)
+            if not own_rate or result.images_sha256 not in (None, distilled.images_sha256):
+                raise UserError(f"--result {path} is of another set: its {'images are' if own_rate else 'rate is'} not "
+                                "this set's; give the result of this set")
         return result
     of_folder = [result.versions.get(folder)] if folder in VERSIONS else [result.better[1], *result.versions.values()]
     best = next((each for each in of_folder if each and same_rate(each.lr, float(distilled.lr))), None)
