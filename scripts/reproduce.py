@@ -5,17 +5,18 @@
     bash scripts/reproduce.sh --small --list [--only …]        # the commands, and nothing else
     bash scripts/reproduce.sh --small --tables [--results results/FashionMNIST/small]    # of what is there
 
-`--small` uses ConvNetW32 on a CPU. It trains four experts of ten epochs each by FTD, by plain SGD and by GSAM with
-ρ = 2, and ten experts of seven epochs by plain SGD, used to compare numbers of experts and of inner steps. Without
-`--small`: ConvNet on a GPU, twenty experts of forty epochs.
+There are three forms. `--small`: ConvNetW32 on a CPU; four experts of ten epochs each by FTD, by plain SGD and by
+GSAM with ρ = 2, and ten experts of seven epochs by plain SGD, used to compare numbers of experts and of inner steps.
+`--cpu`: ConvNet, the published network, on a CPU; four experts of twenty epochs by FTD. Neither: ConvNet on a GPU,
+twenty experts of forty epochs.
 
 Experts and distillations see nine tenths of the training images. The best set of a run is chosen on the other tenth;
 only the last evaluation sees the test images.
 
-Everything is kept in reproduce/small or reproduce/full: experts/, logged_files/, results/ (a JSON file for each
-evaluation, the runs' metrics, tables.md and plots), output/ (what each command printed) and commands.json (the command
-that made each result, and how long it took). A result made by another command is made again. Rows of the other form,
-or made by other commands, are left out of the tables, and their names are printed.
+Everything is kept in reproduce/small, reproduce/cpu or reproduce/full: experts/, logged_files/, results/ (a JSON file
+for each evaluation, the runs' metrics, tables.md and plots), output/ (what each command printed) and commands.json (the
+command that made each result, and how long it took). A result made by another command is made again. Rows of another
+form, or made by other commands, are left out of the tables, and their names are printed.
 """
 
 import fnmatch
@@ -85,9 +86,6 @@ class Form:
     experts: int
     epochs: int
     windows: dict[str, tuple[int, int]]  # (first start epoch, end, exclusive)
-    at: int  # images per class of the ablations
-    seeds: tuple[int, ...]  # of the ablations
-    cross: int  # images per class of the cross-architecture table
     epoch_eval: dict[int, int]  # epochs of an evaluation, by images per class
     whole_epochs: int
     random_lr: float  # of RANDOM_LRS, the best on the held-out images
@@ -96,8 +94,13 @@ class Form:
     spent_at: dict[int, tuple[int, ...]]
     experts_tried: tuple[int, ...]  # besides all
     steps_tried: tuple[int, ...]  # besides the config's
+    at: int | None = None  # images per class of the ablations; None: no such table, and no experts for it
+    seeds: tuple[int, ...] = (0,)  # of the ablations
+    cross: int | None = None  # images per class of the cross-architecture table; None: no such table
+    window_options: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class → further options
     threads: int | None = None  # of each command; results are bit-identical only with the same number
     networks: int = 5  # of each evaluation
+    whole_networks: int = 5  # of the whole training set's
     cross_lr: dict[str, float] = field(default_factory=dict)  # in that table: network → another rate to test
     coreset: bool = False  # add a row of herded images to the main rows
     factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class → options of a factor-2 run
@@ -111,11 +114,11 @@ class Form:
     def config(self, ipc: int) -> str:
         return f"{self.configs}/IPC{ipc}.yaml"
 
-    def window(self, name: str) -> list[str]:
+    def window(self, name: str, ipc: int) -> list[str]:
         """Options of a window that does not grow; every update is made, whatever its loss."""
         first, end = self.windows[name]
         return [f"--min_start_epoch={first}", f"--max_start_epoch={end}", "--Sequential_Generation=False",
-                "--threshold=inf"]
+                "--threshold=inf", *self.window_options.get(ipc, ())]
 
 
 SMALL = Form(
@@ -124,6 +127,17 @@ SMALL = Form(
     cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, random_lr=0.03,
     backend="compile", threads=1, spent_at={1: (0, 1), 10: (0,)}, experts_tried=(1, 2, 5),
     steps_tried=(5, 10, 40, 80), many=(10, 7), wider="ConvNet")
+CPU = Form(
+    Path("reproduce/cpu"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN_cpu", experts=4, epochs=20,
+    windows={"early": (0, 3), "middle": (7, 10), "late": (14, 17)},
+    # In the late one a learned rate falls to zero.
+    window_options={1: ("--syn_steps=40", "--lr_lr=0"), 10: ("--batch_syn=50", "--Iteration=120", "--lr_lr=0"), 50: (
+        "--batch_syn=50", "--Iteration=120", "--lr_lr=0")},
+    epoch_eval={1: 1000, 10: 300, 50: 100}, whole_epochs=30, whole_networks=2, random_lr=0.01, backend="compile",
+    threads=1, spent_at={1: (0,)}, experts_tried=(1, 2), steps_tried=(10, 20, 40), coreset=True,
+    factor_2={1: ("--syn_steps=50", "--lr_img=200", "--max_start_epoch=6", "--Iteration=750", "--eval_it=250"), 10: (
+        "--lr_y=5", "--min_start_epoch=0", "--max_start_epoch=4", "--Sequential_Generation=False", "--Iteration=100",
+        "--eval_it=25")})
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
     windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, at=10, seeds=(0,), cross=10,
@@ -157,8 +171,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         form, at, cross = self.form, self.form.at, self.form.cross
-        counts = dict.fromkeys(RHO, (form.experts, form.epochs)) | {MANY: form.many}
-        self.experts = {kind: self._experts(kind, rho, *counts[kind]) for kind, rho in RHO.items() if counts[kind]}
+        counts = dict.fromkeys(RHO if at else ["FTD"], (form.experts, form.epochs)) | {MANY: form.many}
+        self.experts = {kind: self._experts(kind, rho, *counts[kind]) for kind, rho in RHO.items() if counts.get(kind)}
         self.looks = {kind: self._look(kind) for kind in self.experts}
         for ipc in form.ipcs:
             self.main[ipc] = {
@@ -178,23 +192,15 @@ class Plan:
             self.tables[_images(ipc)] = list(self.main[ipc].values())
         self.tables["the whole training set"] = [self._baseline(
             "the whole training set", "whole", None, f"--epoch_eval_train={form.whole_epochs}",
-            f"--lr_teacher={WHOLE_LR:g}")]
+            f"--lr_teacher={WHOLE_LR:g}", networks=form.whole_networks)]
         for ipc in form.ipcs:
             self.windows[ipc] = {
                 f"{first} – {end - 1}": self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc,
-                                                        f"window_{name}", *form.window(name))
+                                                        f"window_{name}", *form.window(name, ipc))
                 for name, (first, end) in form.windows.items()}
             self.tables[f"the difficulty window, {ipc} per class"] = list(self.windows[ipc].values())
-        self.tables[f"single ideas, {at} per class"] = [
-            self._distilled(says, at, name, *options, experts=experts, seeds=form.seeds if experts != "FTD_2" else (0,))
-            for says, name, options, experts in (
-                (METHODS["exact"], "exact", (), "FTD"),
-                (METHODS["tesla"], "tesla", ("--matching=tesla",), "FTD"),
-                ("the whole window from the beginning", "no_expansion", ("--Sequential_Generation=False",), "FTD"),
-                ("soft labels that are not learned", "soft_labels", ("--labels=soft",), "FTD"),
-                ("hard labels", "hard_labels", ("--labels=hard",), "FTD"),
-                ("experts by plain SGD", "sgd_experts", (), "SGD"),
-                ("experts by GSAM with ρ = 2", "rho_2_experts", (), "FTD_2"))]
+        if at:
+            self.tables[f"single ideas, {at} per class"] = self._single_ideas(at)
         by_ipc = {ipc: self._spent(ipc, seeds) for ipc, seeds in form.spent_at.items()}
         self.spent = {what: {ipc: rows[at] for ipc, rows in by_ipc.items()}
                       for at, what in enumerate(("experts that are matched", "inner steps T"))}
@@ -204,15 +210,8 @@ class Plan:
         if form.wider:
             self.tables[f"tested on {form.wider}"] = [
                 row for ipc, (_, steps) in by_ipc.items() for row in self._on_wider(ipc, max(steps), steps[max(steps)])]
-        (exact,) = self.main[cross]["exact"].made_by
-        self.tables[f"other networks, {cross} per class"] = [
-            self._baseline(METHODS["random"], f"ipc{cross}_random_networks", cross, "--eval_mode=M", lr=OTHER_LR),
-            self._baseline(METHODS["random"], f"ipc{cross}_random_mlp", cross, "--model=MLP", lr=OTHER_LR),
-            self._tested(METHODS["exact"], f"ipc{cross}_exact_networks", cross, [exact], "--eval_mode=M"),
-            self._tested(METHODS["exact"], f"ipc{cross}_exact_mlp", cross, [exact], "--model=MLP"),
-            *(self._tested(f"{METHODS['exact']}, α {lr:g} instead of the learned one",
-                           f"ipc{cross}_exact_{network.lower()}_lr", cross, [exact], f"--model={network}",
-                           f"--lr_teacher={lr:g}") for network, lr in form.cross_lr.items())]
+        if cross:
+            self.tables[f"other networks, {cross} per class"] = self._other_networks(cross)
         self.tables["the learning rate of random images, on held-out ones"] = [
             self._baseline(f"{_images(ipc)}, {lr:g}", f"ipc{ipc}_random_lr_{lr:g}", ipc, "--val_fraction=0.1", lr=lr,
                            networks=1)
@@ -244,9 +243,9 @@ class Plan:
             tuple(map(manifest_path, files)), folder, alone=ranks > 1))
 
     def _look(self, kind: str) -> Step:
-        """Inspects experts; those with as many epochs as the plain SGD ones are compared with these."""
-        result, beside = self.form.root / "results" / f"experts_{kind}.json", self.experts["SGD"]
-        compared = [f"--beside={beside.result.parent}"] if kind != MANY else []
+        """Inspects experts; those with as many epochs as the plain SGD ones, if any, are compared with these."""
+        result, beside = self.form.root / "results" / f"experts_{kind}.json", self.experts.get("SGD")
+        compared = [f"--beside={beside.result.parent}"] if beside and kind != MANY else []
         return self._add(Step(f"experts_{kind}_seen", LOOK, (
             "python", "scripts/inspect_buffer.py", str(self.experts[kind].result.parent), *compared,
             f"--json={result}"), result, needs=(self.experts[kind], *([beside] if compared else []))))
@@ -289,6 +288,31 @@ class Plan:
         steps = {number: row(total, number, f"steps_{number}", f"--syn_steps={number}")
                  for number in form.steps_tried if number != asked}
         return experts | {total: everything}, dict(sorted((steps | {asked: everything}).items()))
+
+    def _single_ideas(self, ipc: int) -> list[Row]:
+        """Rows that differ from the exact one in one thing."""
+        return [self._distilled(says, ipc, name, *options, experts=experts,
+                                seeds=self.form.seeds if experts != "FTD_2" else (0,))
+                for says, name, options, experts in (
+                    (METHODS["exact"], "exact", (), "FTD"),
+                    (METHODS["tesla"], "tesla", ("--matching=tesla",), "FTD"),
+                    ("the whole window from the beginning", "no_expansion", ("--Sequential_Generation=False",), "FTD"),
+                    ("soft labels that are not learned", "soft_labels", ("--labels=soft",), "FTD"),
+                    ("hard labels", "hard_labels", ("--labels=hard",), "FTD"),
+                    ("experts by plain SGD", "sgd_experts", (), "SGD"),
+                    ("experts by GSAM with ρ = 2", "rho_2_experts", (), "FTD_2"))]
+
+    def _other_networks(self, ipc: int) -> list[Row]:
+        """Random images and the exact row's set on other architectures."""
+        (exact,) = self.main[ipc]["exact"].made_by
+        return [
+            self._baseline(METHODS["random"], f"ipc{ipc}_random_networks", ipc, "--eval_mode=M", lr=OTHER_LR),
+            self._baseline(METHODS["random"], f"ipc{ipc}_random_mlp", ipc, "--model=MLP", lr=OTHER_LR),
+            self._tested(METHODS["exact"], f"ipc{ipc}_exact_networks", ipc, [exact], "--eval_mode=M"),
+            self._tested(METHODS["exact"], f"ipc{ipc}_exact_mlp", ipc, [exact], "--model=MLP"),
+            *(self._tested(f"{METHODS['exact']}, α {lr:g} instead of the learned one",
+                           f"ipc{ipc}_exact_{network.lower()}_lr", ipc, [exact], f"--model={network}",
+                           f"--lr_teacher={lr:g}") for network, lr in self.form.cross_lr.items())]
 
     def _on_wider(self, ipc: int, inner_steps: int, row: Row) -> Iterator[Row]:
         """The row's sets on the wider network, and random images if no other table has them."""
@@ -402,7 +426,7 @@ class Results:
                 self._tested.update(step.needs)
         if self.others and not self._found:
             raise UserError(f"nothing in {shown(folder)} is of this form ({self.others[0]} was made by another "
-                            "command); give or leave out --small, or give another folder")
+                            "command); give that of --small, --cpu or neither, or another folder")
 
     def _is_of_plan(self, step: Step) -> bool:
         return self.ledger.knows(step) and all(map(self._is_of_plan, step.needs))
@@ -534,7 +558,7 @@ def write_tables(plan: Plan, results: Results) -> None:
         seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
         listed.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–",
                        f"`{results.ledger.command(step)}`"))
-    tested = plan.main[form.at]["exact"].evaluations[0]
+    tested = plan.main[form.at or form.ipcs[0]]["exact"].evaluations[0]
     lines += [table(listed), "", "## Evaluations", "", "A distilled set is tested like this one:", "",
               "```", str(tested), "```", ""]
     write_text(results.folder / "tables.md", "\n".join(lines))
@@ -597,7 +621,9 @@ def spent(plan: Plan, results: Results) -> dict[str, dict[str, list[tuple[int, f
 
 def main() -> None:
     parser = ScriptParser(__doc__)
-    parser.add_argument("--small", action="store_true", help="the form for a CPU")
+    of = parser.add_mutually_exclusive_group()
+    of.add_argument("--small", action="store_true", help="the short form, for a CPU")
+    of.add_argument("--cpu", action="store_true", help="the published network, on a CPU")
     parser.add_argument("--jobs", type=positive, metavar="N", help="commands at once [a CPU's cores; 1 on a GPU]")
     parser.add_argument("--only", nargs="+", action="extend", metavar="PATTERN",
                         help="rows whose names fit, as in 'ipc1_*', and what they need [all]")
@@ -606,8 +632,8 @@ def main() -> None:
     instead.add_argument("--tables", action="store_true", help="make tables and plots of the results that are there")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="with --tables: other results than one's own")
     options = parser.parse_args()
-    form = SMALL if options.small else FULL
-    jobs = options.jobs if options.jobs is not None else cores() if options.small else 1
+    form = SMALL if options.small else CPU if options.cpu else FULL
+    jobs = options.jobs if options.jobs is not None else 1 if form is FULL else cores()
     if options.results and not options.tables:
         raise UserError("--results is for --tables; leave it out")
     folder = options.results.absolute() if options.results else None
@@ -630,8 +656,9 @@ def main() -> None:
         if not options.tables:
             import torch  # takes seconds, and --help and refusals do without it
 
-            if not options.small and not torch.cuda.is_available():
-                print("note: without a GPU this form takes weeks; --small is made for a CPU", file=sys.stderr)
+            if form is FULL and not torch.cuda.is_available():
+                print("note: without a GPU this form takes weeks; --cpu and --small are made for a CPU",
+                      file=sys.stderr)
             environment = os.environ | ({"OMP_NUM_THREADS": str(form.threads)} if form.threads else {})
             environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
             interrupt.saves("the commands that are done")

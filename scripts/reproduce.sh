@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every result of the Fashion-MNIST tables in results/, from the real data to the tables and plots:
-#     bash scripts/reproduce.sh --small     # a laptop's CPU, some hours
+#     bash scripts/reproduce.sh --small     # a laptop's CPU, a small network, some hours
+#     bash scripts/reproduce.sh --cpu       # a CPU, the published network, a day
 #     bash scripts/reproduce.sh             # a GPU, the published network
 # It goes on where it was stopped. --list prints the commands, and `python scripts/reproduce.py --help` says the rest.
 set -euo pipefail

@@ -16,7 +16,7 @@ from helpers import wait_for
 
 from distill.result_files import Best, Evaluation, EvaluationResult, Iteration, RunResult, Score, append_metrics
 from scripts import reproduce
-from scripts.reproduce import FULL, PER_FILE, SMALL, Plan, Results, spent, windows, write_tables
+from scripts.reproduce import CPU, FULL, PER_FILE, SMALL, Plan, Results, spent, windows, write_tables
 from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig
 from utils.errors import UserError
 from utils.files import REPOSITORY
@@ -39,7 +39,7 @@ reproduce.entry(reproduce.main)
 """
 
 
-@pytest.mark.parametrize("form", [SMALL, FULL], ids=["small", "full"])
+@pytest.mark.parametrize("form", [SMALL, CPU, FULL], ids=["small", "cpu", "full"])
 def test_every_command_is_one_of_the_programs(form, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     plan = Plan(form, 1)
@@ -65,7 +65,7 @@ def test_every_command_is_one_of_the_programs(form, monkeypatch):
     assert len(rows) == len({row.evaluations[0] for row in plan.rows})
 
 
-@pytest.mark.parametrize("form", [SMALL, FULL], ids=["small", "full"])
+@pytest.mark.parametrize("form", [SMALL, CPU, FULL], ids=["small", "cpu", "full"])
 def test_rows_have_the_experts_and_the_inner_steps_that_they_are_shown_at(form):
     plan = Plan(form, 1)
     total, by_experts, by_steps = form.many[0] if form.many else form.experts, *plan.spent.values()
@@ -323,5 +323,6 @@ def test_what_is_to_beat_and_what_is_published_are_said_alike():
         mean = json.loads(result.read_text())["scores"][0]["mean"]
         assert f"To beat: random real images, {100 * mean:.1f} %." in config.read_text(), config
     for ipc, mtt in zip(reproduce.PUBLISHED_IPCS, reproduce.PUBLISHED["MTT, by later papers"]):
-        header = (configs / f"FashionMNIST/ConvIN/IPC{ipc}.yaml").read_text()
-        assert f"MTT, {mtt} %" in header and f"{reproduce.PUBLISHED_WHOLE} %" in header
+        for folder in ("ConvIN", "ConvIN_cpu"):
+            header = (configs / f"FashionMNIST/{folder}/IPC{ipc}.yaml").read_text()
+            assert f"MTT, {mtt} %" in header and f"{reproduce.PUBLISHED_WHOLE} %" in header
