@@ -35,7 +35,7 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 from buffer.manifests import manifest_path
-from distill.result_files import NORMAL, EvaluationResult, Metrics, RunResult, Score
+from distill.result_files import EMA, NORMAL, EvaluationResult, Metrics, RunResult, Score
 from distill.set_files import WHOLE
 from scripts.common import ScriptParser, positive
 from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
@@ -54,7 +54,8 @@ KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
     "experts", "look", "distillation", "long evaluation", "evaluation", "repetition")
 METHODS = {"random": "random real images", "expert_labels": "those that experts get right, with their labels",
            "herding": "herded ones, with experts' labels", "tesla": "TESLA's gradient",
-           "exact": "exact gradient (DATM)", "random_factor_2": "random real images, four in one",
+           "exact": "exact gradient (DATM)", "averaged": "exact gradient, averaged images (--ema)",
+           "random_factor_2": "random real images, four in one",
            "factor_2": "exact gradient, four images in one (IDC)"}
 MANY = "many"
 # ρ of each kind of experts: FTD's published one, 0 (plain SGD), the option's default; MANY by plain SGD, in half the
@@ -181,6 +182,9 @@ class Plan:
                                                  f"--lr_teacher={form.random_lr:g}", seeds=range(DRAWS)),
                 "tesla": self._distilled(METHODS["tesla"], ipc, "tesla", "--matching=tesla"),
                 "exact": self._distilled(METHODS["exact"], ipc, "exact")}
+            if read_yaml(form.config(ipc), DistillConfig).get("ema"):
+                self.main[ipc]["averaged"] = self._tested(METHODS["averaged"], f"ipc{ipc}_averaged", ipc,
+                                                          self.main[ipc]["exact"].made_by, version=EMA)
             if form.coreset:
                 self.main[ipc]["herding"] = self._baseline(METHODS["herding"], f"ipc{ipc}_herding", ipc,
                                                            "--pick=herding", experts="FTD")
@@ -324,14 +328,13 @@ class Plan:
                            row.made_by, on)
 
     def _tested(self, says: str, name: str, ipc: int, made_by: Sequence[Step], *options: str,
-                networks: int | None = None) -> Row:
+                networks: int | None = None, version: str = NORMAL) -> Row:
         evaluations = []
         for seed, step in enumerate(made_by):
-            (whole,) = step.products
-            given = [f"--data_dir={whole}"]
+            best = step.made / version
+            given = [f"--data_dir={best / WHOLE}"]
             if any(option.startswith("--lr_teacher=") for option in options):  # the set without its own rate
-                given = [f"--data_dir={whole.parent / 'images_best.pt'}",
-                         f"--label_dir={whole.parent / 'labels_best.pt'}"]
+                given = [f"--data_dir={best / 'images_best.pt'}", f"--label_dir={best / 'labels_best.pt'}"]
             evaluations.append(self._evaluation(
                 "evaluation", f"{name}_seed_{seed}" if seed else name, *given, *options,
                 f"--epoch_eval_train={self.form.epoch_eval[ipc]}",
