@@ -29,7 +29,8 @@ def check_options(config: DistillConfig) -> None:
                         "in float32; leave that out, or give --matching exact, which has the same gradient")
     if config.adjoint_steps and config.matching != "exact":
         raise UserError(f"--matching {config.matching} --adjoint_steps {config.adjoint_steps}: only the exact gradient "
-                        "can go through a part of the steps; give --matching exact, or leave --adjoint_steps out")
+                        "can go through a part of the steps; leave --adjoint_steps out, or give DATM.py "
+                        "--matching exact")
     if config.adjoint_steps and config.adjoint_steps > config.syn_steps:
         raise UserError(f"--adjoint_steps {config.adjoint_steps} --syn_steps {config.syn_steps}: the gradient "
                         f"cannot go through more steps than there are; give {config.syn_steps} or less, or leave "

@@ -7,8 +7,8 @@
 
 There are three forms. `--small`: ConvNetW32 on a CPU; four experts of ten epochs each by FTD, by plain SGD and by
 GSAM with ρ = 2, and ten experts of seven epochs by plain SGD, used to compare numbers of experts and of inner steps.
-`--cpu`: ConvNet, the published network, on a CPU; four experts of twenty epochs by FTD. Neither: ConvNet on a GPU,
-twenty experts of forty epochs.
+`--cpu`: ConvNet, the published network, on a CPU; four experts of twenty epochs by FTD. Neither: ConvNet on a GPU;
+twenty experts of forty epochs each by FTD, by plain SGD and by GSAM with ρ = 2.
 
 Experts and distillations see nine tenths of the training images. The best set of a run is chosen on the other tenth;
 only the last evaluation sees the test images.
@@ -627,13 +627,15 @@ def main() -> None:
     of = parser.add_mutually_exclusive_group()
     of.add_argument("--small", action="store_true", help="the short form, for a CPU")
     of.add_argument("--cpu", action="store_true", help="the published network, on a CPU")
-    parser.add_argument("--jobs", type=positive, metavar="N", help="commands at once [a CPU's cores; 1 on a GPU]")
+    parser.add_argument("--jobs", type=positive, metavar="N",
+                        help="commands at once [a CPU's cores; 1 on a GPU]")
     parser.add_argument("--only", nargs="+", action="extend", metavar="PATTERN",
                         help="rows whose names fit, as in 'ipc1_*', and what they need [all]")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="print the commands, and nothing else")
     instead.add_argument("--tables", action="store_true", help="make tables and plots of the results that are there")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="with --tables: other results than one's own")
+    parser.add_argument("--results", type=Path, metavar="FOLDER",
+                        help="with --tables: of the results there, where tables and plots are written [one's own]")
     options = parser.parse_args()
     form = SMALL if options.small else CPU if options.cpu else FULL
     jobs = options.jobs if options.jobs is not None else 1 if form is FULL else cores()

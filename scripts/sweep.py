@@ -5,7 +5,7 @@
 Values are separated by commas. Each combination is a run of distill/DATM.py, in DATM.py's usual folder, named by its
 values of the swept options, such as lr_img=30_syn_steps=20 (after --run_name and _, if that is given). The same command
 resumes a stopped sweep and repeats no finished run; with more values, or a larger --Iteration, it does what is missing.
-It ends with a table, best first, and a page that compares the runs, in the place of the page of an earlier sweep of
+It ends with a table, best first, and a page that compares the runs, in place of the page of an earlier sweep of
 these options. Runs without a result, for example because they diverged at a rate, are named.
 
 Settings should be chosen without the test images, so --val_fraction is 0.1 unless it is given, here or in the YAML. The

@@ -74,7 +74,7 @@ def test_each_protocol_trains_as_published_but_for_what_is_given(evaluate, monke
     result, done = evaluate(*options, data=data)
     assert [trained] == seen and result["lr"] == pytest.approx(trained[2])
     given = "--lr_teacher=0.01" in options
-    assert ("--lr_teacher 0.01 is used in the place of the set's own learning rate, 0.03" in done.stderr) == given
+    assert ("--lr_teacher 0.01 is used in place of the set's own learning rate, 0.03" in done.stderr) == given
 
 
 def test_dc_augments_as_its_table_says_and_trains_longer_then(evaluate, monkeypatch):

@@ -100,7 +100,7 @@ def last_snapshots(buffer: Buffer, dataset: Dataset, order: Sequence[int] | None
     return (buffer.snapshot(number, -1).to(dataset.device) for number in order or range(len(buffer)))
 
 
-ADJECTIVES = {"random": "random", "correct": "rightly predicted", "herding": "herded", "k_center": "k-center"}
+ADJECTIVES = {"random": "random", "correct": "correctly predicted", "herding": "herded", "k_center": "k-center"}
 
 
 def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledSet], str]:

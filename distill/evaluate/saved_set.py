@@ -71,7 +71,7 @@ def evaluate_files(config: EvaluationConfig, given: Collection[str]) -> None:
 def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], EvaluationConfig], dataset: Dataset,
                    distilled: DistilledSet, what: str, *notes: str) -> None:
     """Evaluates each kind of network under each protocol with its own options and, with `--lr_teacher auto`, its own
-    rate. Prints the scores and writes them to `--json`, the first protocol's in the place of a single evaluation's."""
+    rate. Prints the scores and writes them to `--json`, the first protocol's in place of a single evaluation's."""
     auto = config.lr_teacher == AUTO
     rates = {f"{rate:g}": rate for rate in (float(distilled.lr), *RATES)} if auto else {}
     parts = {"/".join(of): Part(of[0], each, [at_its_rate(each, distilled)], tuple(sorted(rates.values())), (of[1],))
@@ -119,7 +119,7 @@ def at_given_rate(config: EvaluationConfig, distilled: DistilledSet) -> Distille
     """The set with the learning rate of the options; prints a note if the set's own is different."""
     given = dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
     if not given.lr.equal(distilled.lr):
-        note(f"note: --lr_teacher {config.lr_teacher:g} is used in the place of the set's own learning rate, "
+        note(f"note: --lr_teacher {config.lr_teacher:g} is used in place of the set's own learning rate, "
              f"{float(distilled.lr):.4g}")
     return given
 

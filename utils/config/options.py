@@ -79,22 +79,24 @@ class DataConfig:
     model: str = option(MAIN, "ConvNet", "ConvNet with any of D1-D8, W1-W4096, AS AR AL, NN BN LN IN GN, NP MP AP; "
                         "MLP, LeNet, AlexNet, VGG11, VGG11BN, ResNet18, ResNet18BN, ResNet18_AP, ResNet18BN_AP, each "
                         "also _Tiny")
-    res: Resolution = option(MAIN, None, "image size: a square's side, or HxW such as 32x48; unset: the dataset's own")
+    res: Resolution = option(MAIN, None, "image size: a square's side, or HxW such as 32x48; unset: the dataset's own "
+                             "(32 for ImageFolder, 128 for ImageNet)")
     seed: int = option(MAIN, 0, "the same seed gives the same result")
     zca: bool = option(METHOD, False, "whiten the images (ZCA, eps 0.1)")
-    dsa: bool = option(METHOD, True, "augment training batches by DSA")
-    dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "groups of DSA, joined by _",
-                               effect="dsa")
+    dsa: bool = option(METHOD, True, "augment training batches by DSA; False: the older augmentation (none in the "
+                       "inner loop)")
+    dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "which of these, joined by _; "
+                               "none: no augmentation", effect="dsa")
     val_fraction: Fraction = option(METHOD, 0.0, "hold out this share of the training images and test on it instead "
                                     "of on the test images")
     backend: Literal["auto", "plain", "eager", "compile", "graph"] = option(
-        SPEED, "auto", "how derivatives are computed: plain autograd, by hand where that is faster (eager), that "
-        "compiled, or replayed from CUDA graphs; auto: compile if the run is long enough to repay it, else graph on a "
-        "GPU and eager on a CPU", decides=False)
+        SPEED, "auto", "how derivatives are computed. plain: autograd; eager: hand-written where that is faster; "
+        "compile: the same, compiled; graph: autograd, replayed from CUDA graphs; auto: compile if the run is long "
+        "enough to repay it, else graph on a GPU and eager on a CPU", decides=False)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = option(
         SPEED, "auto", "of convolutions and matrix products; auto: torch's own (on a GPU, TF32 in convolutions)")
-    threads: Threads = option(SPEED, "auto", "threads of the CPU; auto: OMP_NUM_THREADS if that is set, else all, or "
-                              "one where all are no faster, which long work measures at its start", decides=False)
+    threads: Threads = option(SPEED, "auto", "CPU threads; auto: OMP_NUM_THREADS, else all cores; long runs first "
+                              "measure whether several help, and use one if not", decides=False)
     batch_real: Count = option(SPEED, 256, "batch of the ImageNet loaders; real data is held whole here", effect=False)
     device: Device = option(SPEED, "auto", "auto, cpu, cuda, cuda:N or a list of GPU indices", decides=False)
     data_path: FolderPath = option(FILES, "data", "folder of the real data")
@@ -128,7 +130,7 @@ class BufferConfig(DataConfig):
     micro_batch: Count | None = MICRO_BATCH
     resume: Literal["auto", "never"] = RESUME
     save_interval: Count = option(FILES, 10, "experts per file", decides=HOW_MUCH)
-    buffer_path: FolderPath = option(FILES, "buffers", "folder of the expert files")
+    buffer_path: FolderPath = option(FILES, "buffers", "folder of the experts, in <dataset>/<model>/ below it")
 
 
 @config_class
@@ -145,8 +147,7 @@ class TrainConfig(DataConfig):
     factor: Count = option(METHOD, 1, "a stored image holds factor² smaller ones in a grid, each with its label, "
                            "stretched to full size in use (IDC); evaluation.py: for a set that does not record it")
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
-    parall_eva: bool = option(SPEED, False, "evaluation.py, baseline.py: a rank for each GPU; DATM.py has its device "
-                              "list for that", decides=False)
+    parall_eva: bool = option(SPEED, False, "a rank for each GPU", decides=False)
 
 
 @config_class
@@ -195,14 +196,17 @@ class DistillConfig(TrainConfig):
     Initialize_Label_With_Another_Model: bool = option(METHOD, False, "label the images by another network's experts",
                                                        effect="uses_experts")
     Initialize_Label_Model: str = option(METHOD, "", "that network's name", effect="labelled_by_another")
-    Initialize_Label_Model_Dir: FilePath = option(METHOD, "", "the folder of its expert files",
+    Initialize_Label_Model_Dir: FilePath = option(METHOD, "", "the folder that holds its "
+                                                  "replay_buffer_*.pt",
                                                   effect="labelled_by_another")
-    Label_Model_Timestamp: int = option(METHOD, -1, "which snapshot of the experts chooses and labels the images",
+    Label_Model_Timestamp: int = option(METHOD, -1, "which snapshot of the experts chooses and labels the images; -1: "
+                                        "the last",
                                         effect="uses_snapshot")
     eval_it: Count = option(EVALUATION, 100, "evaluate every so many iterations")
     skip_first_eva: bool = option(EVALUATION, False, "do not evaluate at iteration 0")
     data_path: FolderPath = option(FILES, "../dataset/", "folder of the real data")
-    buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the expert files")
+    buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts, in <dataset>/<model>/ "
+                                     "below it")
     log_path: FolderPath = option(FILES, "logged_files", "folder of the results", decides=False)
     resume: Literal["auto", "never"] = RESUME
     run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config",
@@ -217,6 +221,7 @@ class DistillConfig(TrainConfig):
     dry_run: bool = option(SPEED, False, "estimate time and memory on this machine, measure which settings fit the "
                            "experts, and stop", decides=False)
     device: Device = option(SPEED, [0], "auto, cpu, cuda, cuda:N or a list of GPU indices", decides=False)
+    parall_eva: bool = option(SPEED, False, "unused: the list of devices starts the ranks", effect=False)
     lr_init: float = option(METHOD, 0.01, "unused", effect=False)
     texture: bool = option(METHOD, False, "unused", effect=False)
     canvas_size: int = option(METHOD, 2, "unused", effect=False)
@@ -255,8 +260,8 @@ class EvaluationConfig(TrainConfig):
     protocol: Protocols = option(EVALUATION, "datm", "whose evaluation, or several, such as dc,datm: epochs, batch, "
                                  "learning rate and augmentation where they are not given")
     batch_train: Count = option(EVALUATION, 128, "training batch")
-    lr_teacher: AutoRate = option(METHOD, 0.01, "learning rate for a set without one, and of any set where it is "
-                                  "given; auto: the best of several for each kind of network, on held-out training "
+    lr_teacher: AutoRate = option(METHOD, 0.01, "learning rate of sets that have none; if given, it replaces a set's "
+                                  "own; auto: the best of several for each kind of network, on held-out training "
                                   "images")
     data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors; what DC, DSA, DM, MTT, FTD, "
                                 "TESLA, DATM, PAD, IDC or NCFM released, as a file or the folder that holds it; or the "
@@ -266,7 +271,8 @@ class EvaluationConfig(TrainConfig):
     label_kind: Literal["logits", "probabilities"] = option(
         METHOD, "logits", "what the numbers of soft labels are; published ones are logits")
     hard_labels: bool = option(METHOD, False, "train on the images' classes instead of their soft labels")
-    robust_score: bool = option(EVALUATION, False, "DD-Ranking's scores: evaluate also what the set is compared with")
+    robust_score: bool = option(EVALUATION, False, "also compute DD-Ranking's scores (21 × num_eval trainings of each "
+                                "kind of network)")
     epoch_eval_real: Count = option(EVALUATION, 50, "robust_score: epochs on the whole training set; as many as an "
                                     "expert's, since as many as the set's would take days", effect="robust_score")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "robust_score: folder of the experts that label the "
