@@ -34,11 +34,11 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from buffer.manifests import manifest_path
+from buffer.manifests import manifest_path, run_file
 from distill.result_files import EMA, NORMAL, EvaluationResult, Metrics, RunResult, Score
 from distill.set_files import WHOLE
 from scripts.common import ScriptParser, positive
-from scripts.reproduce_steps import Ledger, Step, in_order, run_steps
+from scripts.reproduce_steps import Ledger, Step, StepsFailedError, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
 from utils.errors import UserError, nearest
 from utils.files import REPOSITORY, atomic_write, read_json, reading, write_json, write_text
@@ -95,11 +95,11 @@ class Form:
     spent_at: dict[int, tuple[int, ...]]
     experts_tried: tuple[int, ...]  # besides all
     steps_tried: tuple[int, ...]  # besides the config's
-    at: int | None = None  # images per class of the ablations; None: no such table, and no experts for it
+    ideas_at: int | None = None  # images per class of the ablations; None: no such table, and no experts for it
     seeds: tuple[int, ...] = (0,)  # of the ablations
     cross: int | None = None  # images per class of the cross-architecture table; None: no such table
     window_options: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class → further options
-    threads: int | None = None  # of each command; results are bit-identical only with the same number
+    threads: int | None = None  # of each command, on a CPU; results are bit-identical only with the same number
     networks: int = 5  # of each evaluation
     whole_networks: int = 5  # of the whole training set's
     cross_lr: dict[str, float] = field(default_factory=dict)  # in that table: network → another rate to test
@@ -107,6 +107,11 @@ class Form:
     factor_2: dict[int, tuple[str, ...]] = field(default_factory=dict)  # images per class → options of a factor-2 run
     many: tuple[int, int] | None = None  # experts for comparing numbers of them, and their epochs; None: the FTD ones
     wider: str | None = None  # another network on which the sets of the largest T are tested too
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of each command."""
+        return {"OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": ""} if self.threads else {}
 
     @property
     def ipcs(self) -> tuple[int, ...]:
@@ -124,14 +129,14 @@ class Form:
 
 SMALL = Form(
     Path("reproduce/small"), "FashionMNIST", "ConvNetW32", "configs/FashionMNIST/ConvIN_W32", experts=4, epochs=10,
-    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, at=10, seeds=(0, 1), cross=1,
+    windows={"early": (0, 3), "middle": (3, 6), "late": (6, 9)}, ideas_at=10, seeds=(0, 1), cross=1,
     cross_lr={"AlexNet": 0.01, "VGG11": 0.01}, epoch_eval={1: 300, 10: 300, 50: 100}, whole_epochs=8, random_lr=0.03,
     backend="compile", threads=1, spent_at={1: (0, 1), 10: (0,)}, experts_tried=(1, 2, 5),
     steps_tried=(5, 10, 40, 80), many=(10, 7), wider="ConvNet")
 CPU = Form(
     Path("reproduce/cpu"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN_cpu", experts=4, epochs=20,
     windows={"early": (0, 3), "middle": (7, 10), "late": (14, 17)},
-    # In the late one a learned rate falls to zero.
+    # The rate is fixed, as a learned one falls to zero in the late window.
     window_options={1: ("--syn_steps=40", "--lr_lr=0"), 10: ("--batch_syn=50", "--Iteration=120", "--lr_lr=0"), 50: (
         "--batch_syn=50", "--Iteration=120", "--lr_lr=0")},
     epoch_eval={1: 1000, 10: 300, 50: 100}, whole_epochs=30, whole_networks=2, random_lr=0.01, backend="compile",
@@ -141,9 +146,10 @@ CPU = Form(
         "--eval_it=25")})
 FULL = Form(
     Path("reproduce/full"), "FashionMNIST", "ConvNet", "configs/FashionMNIST/ConvIN", experts=20, epochs=40,
-    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, at=10, seeds=(0,), cross=10,
+    windows={"early": (0, 10), "middle": (14, 24), "late": (28, 38)}, ideas_at=10, seeds=(0,), cross=10,
     epoch_eval={1: 1000, 10: 1000, 50: 1000}, spent_at={1: (0,), 10: (0,)}, experts_tried=(1, 2, 5, 10),
     steps_tried=(10, 20, 80), whole_epochs=60, random_lr=0.01, backend="auto", coreset=True,
+    window_options=dict.fromkeys((1, 10, 50), ("--lr_lr=0",)),
     factor_2={1: ("--lr_img=200", "--max_start_epoch=6"), 10: (
         "--lr_y=5", "--min_start_epoch=0", "--max_start_epoch=4", "--Sequential_Generation=False")})
 
@@ -171,51 +177,33 @@ class Plan:
     spent: dict[str, dict[int, dict[int, Row]]] = field(default_factory=dict)  # by cost, images per class and amount
 
     def __post_init__(self) -> None:
-        form, at, cross = self.form, self.form.at, self.form.cross
-        counts = dict.fromkeys(RHO if at else ["FTD"], (form.experts, form.epochs)) | {MANY: form.many}
+        form = self.form
+        counts = dict.fromkeys(RHO if form.ideas_at else ["FTD"], (form.experts, form.epochs)) | {MANY: form.many}
         self.experts = {kind: self._experts(kind, rho, *counts[kind]) for kind, rho in RHO.items() if counts.get(kind)}
         self.looks = {kind: self._look(kind) for kind in self.experts}
         for ipc in form.ipcs:
-            self.main[ipc] = {
-                "random": self._baseline(METHODS["random"], f"ipc{ipc}_random", ipc),
-                "expert_labels": self._distilled(METHODS["expert_labels"], ipc, "expert_labels", "--Iteration=0",
-                                                 f"--lr_teacher={form.random_lr:g}", seeds=range(DRAWS)),
-                "tesla": self._distilled(METHODS["tesla"], ipc, "tesla", "--matching=tesla"),
-                "exact": self._distilled(METHODS["exact"], ipc, "exact")}
-            if read_yaml(form.config(ipc), DistillConfig).get("ema"):
-                self.main[ipc]["averaged"] = self._tested(METHODS["averaged"], f"ipc{ipc}_averaged", ipc,
-                                                          self.main[ipc]["exact"].made_by, version=EMA)
-            if form.coreset:
-                self.main[ipc]["herding"] = self._baseline(METHODS["herding"], f"ipc{ipc}_herding", ipc,
-                                                           "--pick=herding", experts="FTD")
-            if ipc in form.factor_2:
-                self.main[ipc]["random_factor_2"] = self._baseline(
-                    METHODS["random_factor_2"], f"ipc{ipc}_random_factor_2", ipc, "--factor=2")
-                self.main[ipc]["factor_2"] = self._distilled(METHODS["factor_2"], ipc, "factor_2", "--factor=2",
-                                                             *form.factor_2[ipc])
+            self.main[ipc] = self._main_rows(ipc)
             self.tables[_images(ipc)] = list(self.main[ipc].values())
         self.tables["the whole training set"] = [self._baseline(
             "the whole training set", "whole", None, f"--epoch_eval_train={form.whole_epochs}",
             f"--lr_teacher={WHOLE_LR:g}", networks=form.whole_networks)]
         for ipc in form.ipcs:
-            self.windows[ipc] = {
-                f"{first} – {end - 1}": self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc,
-                                                        f"window_{name}", *form.window(name, ipc))
-                for name, (first, end) in form.windows.items()}
+            self.windows[ipc] = self._window_rows(ipc)
             self.tables[f"the difficulty window, {ipc} per class"] = list(self.windows[ipc].values())
-        if at:
-            self.tables[f"single ideas, {at} per class"] = self._single_ideas(at)
-        by_ipc = {ipc: self._spent(ipc, seeds) for ipc, seeds in form.spent_at.items()}
-        self.spent = {what: {ipc: rows[at] for ipc, rows in by_ipc.items()}
-                      for at, what in enumerate(("experts that are matched", "inner steps T"))}
-        for ipc, (experts, steps) in by_ipc.items():
-            rows = [*experts.values(), *steps.values()]
+        if form.ideas_at:
+            self.tables[f"single ideas, {form.ideas_at} per class"] = self._single_ideas(form.ideas_at)
+        # The rows below share some of the main rows' sets.
+        experts = {ipc: self._by_experts(ipc, seeds) for ipc, seeds in form.spent_at.items()}
+        steps = {ipc: self._by_inner_steps(ipc, seeds, experts[ipc]) for ipc, seeds in form.spent_at.items()}
+        self.spent = {"experts that are matched": experts, "inner steps T": steps}
+        for ipc in form.spent_at:
+            rows = [*experts[ipc].values(), *steps[ipc].values()]
             self.tables[f"experts and inner steps, {ipc} per class"] = list({row.name: row for row in rows}.values())
         if form.wider:
             self.tables[f"tested on {form.wider}"] = [
-                row for ipc, (_, steps) in by_ipc.items() for row in self._on_wider(ipc, max(steps), steps[max(steps)])]
-        if cross:
-            self.tables[f"other networks, {cross} per class"] = self._other_networks(cross)
+                row for ipc, rows in steps.items() for row in self._on_wider(ipc, max(rows), rows[max(rows)])]
+        if form.cross:
+            self.tables[f"other networks, {form.cross} per class"] = self._other_networks(form.cross)
         self.tables["the learning rate of random images, on held-out ones"] = [
             self._baseline(f"{_images(ipc)}, {lr:g}", f"ipc{ipc}_random_lr_{lr:g}", ipc, "--val_fraction=0.1", lr=lr,
                            networks=1)
@@ -243,8 +231,8 @@ class Plan:
             *start, "buffer/buffer_FTD.py", f"--dataset={form.dataset}", f"--model={form.model}", "--zca",
             "--val_fraction=0.1", f"--num_experts={count}", f"--train_epochs={epochs}", f"--rho_max={rho:g}",
             f"--rho_min={rho:g}", "--alpha=0.3", "--lr_teacher=0.01", f"--backend={form.backend}",
-            f"--buffer_path={path}"), files[-1],
-            tuple(map(manifest_path, files)), folder, alone=ranks > 1))
+            f"--buffer_path={path}"), files[-1], tuple(map(manifest_path, files)), folder, run_file(folder),
+            alone=ranks > 1))
 
     def _look(self, kind: str) -> Step:
         """Inspects experts; those with as many epochs as the plain SGD ones, if any, are compared with these."""
@@ -268,30 +256,60 @@ class Plan:
                 f"ipc{ipc}_{run_name}", REPETITION if seed and networks > 1 else DISTILLATION,
                 ("python", "distill/DATM.py", f"--cfg={path}", *options, *([f"--seed={seed}"] if seed else []),
                  f"--run_name={run_name}"), folder / "result.json", (folder / NORMAL / WHOLE,),
-                folder, (self.experts[experts],), read_yaml(path, DistillConfig))))
+                folder, needs=(self.experts[experts],), config=read_yaml(path, DistillConfig))))
         return self._tested(says, f"ipc{ipc}_{name}", ipc, steps, networks=networks)
 
-    def _spent(self, ipc: int, seeds: Sequence[int]) -> tuple[dict[int, Row], dict[int, Row]]:
-        """Rows by number of matched experts (all of them choose and label the initial images), and by number of inner
-        steps."""
-        form, kind = self.form, MANY if self.form.many else "FTD"
-        total = form.many[0] if form.many else form.experts
-        asked = int(read_yaml(form.config(ipc), DistillConfig)["syn_steps"])
+    def _main_rows(self, ipc: int) -> dict[str, Row]:
+        """Rows by method."""
+        form = self.form
+        rows = {"random": self._baseline(METHODS["random"], f"ipc{ipc}_random", ipc),
+                "expert_labels": self._distilled(METHODS["expert_labels"], ipc, "expert_labels", "--Iteration=0",
+                                                 f"--lr_teacher={form.random_lr:g}", seeds=range(DRAWS)),
+                "tesla": self._distilled(METHODS["tesla"], ipc, "tesla", "--matching=tesla"),
+                "exact": self._distilled(METHODS["exact"], ipc, "exact")}
+        if read_yaml(form.config(ipc), DistillConfig).get("ema"):
+            rows["averaged"] = self._tested(METHODS["averaged"], f"ipc{ipc}_averaged", ipc, rows["exact"].made_by,
+                                            version=EMA)
+        if form.coreset:
+            rows["herding"] = self._baseline(METHODS["herding"], f"ipc{ipc}_herding", ipc, "--pick=herding",
+                                             experts="FTD")
+        if ipc in form.factor_2:
+            rows["random_factor_2"] = self._baseline(METHODS["random_factor_2"], f"ipc{ipc}_random_factor_2", ipc,
+                                                     "--factor=2")
+            rows["factor_2"] = self._distilled(METHODS["factor_2"], ipc, "factor_2", "--factor=2", *form.factor_2[ipc])
+        return rows
 
-        def row(experts: int, steps: int, name: str, *options: str) -> Row:
-            return self._distilled(f"experts: {experts}, T: {steps}", ipc, name, *options, experts=kind, seeds=seeds)
+    def _window_rows(self, ipc: int) -> dict[str, Row]:
+        """Rows by start epochs in words."""
+        return {f"{first} – {end - 1}": self._distilled(f"{name}: start epochs {first} to {end - 1}", ipc,
+                                                        f"window_{name}", *self.form.window(name, ipc))
+                for name, (first, end) in self.form.windows.items()}
 
-        if form.many:
-            everything = row(total, asked, "all_experts")
-        else:
-            everything = replace(self.main[ipc]["exact"], says=f"experts: {total}, T: {asked}")
+    def _by_experts(self, ipc: int, seeds: Sequence[int]) -> dict[int, Row]:
+        """Rows by number of matched experts (all of them choose and label the initial images)."""
+        form, asked = self.form, self._asked_steps(ipc)
         # --max_experts limits the experts of each file.
         assert all(number <= PER_FILE or number % PER_FILE == 0 for number in form.experts_tried)
-        experts = {number: row(number, asked, f"experts_{number}", f"--max_files={-(-number // PER_FILE)}",
-                               f"--max_experts={min(number, PER_FILE)}") for number in form.experts_tried}
-        steps = {number: row(total, number, f"steps_{number}", f"--syn_steps={number}")
-                 for number in form.steps_tried if number != asked}
-        return experts | {total: everything}, dict(sorted((steps | {asked: everything}).items()))
+        rows = {number: self._of_cost(ipc, number, asked, seeds, f"experts_{number}",
+                                      f"--max_files={-(-number // PER_FILE)}",
+                                      f"--max_experts={min(number, PER_FILE)}") for number in form.experts_tried}
+        if form.many:
+            return rows | {form.many[0]: self._of_cost(ipc, form.many[0], asked, seeds, "all_experts")}
+        return rows | {form.experts: replace(self.main[ipc]["exact"], says=f"experts: {form.experts}, T: {asked}")}
+
+    def _by_inner_steps(self, ipc: int, seeds: Sequence[int], by_experts: Mapping[int, Row]) -> dict[int, Row]:
+        """Rows by number of inner steps, with all experts."""
+        total, asked = max(by_experts), self._asked_steps(ipc)
+        rows = {number: self._of_cost(ipc, total, number, seeds, f"steps_{number}", f"--syn_steps={number}")
+                for number in self.form.steps_tried if number != asked}
+        return dict(sorted((rows | {asked: by_experts[total]}).items()))
+
+    def _of_cost(self, ipc: int, experts: int, steps: int, seeds: Sequence[int], name: str, *options: str) -> Row:
+        return self._distilled(f"experts: {experts}, T: {steps}", ipc, name, *options,
+                               experts=MANY if self.form.many else "FTD", seeds=seeds)
+
+    def _asked_steps(self, ipc: int) -> int:
+        return int(read_yaml(self.form.config(ipc), DistillConfig)["syn_steps"])
 
     def _single_ideas(self, ipc: int) -> list[Row]:
         """Rows that differ from the exact one in one thing."""
@@ -551,9 +569,10 @@ def write_tables(plan: Plan, results: Results) -> None:
             listed.append((row.name, row.says, *(str(cell or "–") for cell in cells), count, results.took(row),
                            f"`{results.ledger.command(step)}`"))
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", table(listed)]
-    lines += ["", "## Experts", "",
-              "Apart: the final distance from the plain-SGD experts, which begin with the same parameters and see the "
-              "same batches, relative to how far these have moved.", ""]
+    lines += ["", "## Experts", ""]
+    if "SGD" in plan.experts:
+        lines += ["Apart: the final distance from the plain-SGD experts, which begin with the same parameters and see "
+                  "the same batches, relative to how far these have moved.", ""]
     listed = [("row", "ρ", "accuracy on held-out images, %", "apart, %", "trained in", "command")]
     for kind in plan.looks:
         step, look = plan.experts[kind], results.of(plan.looks[kind])
@@ -561,7 +580,7 @@ def write_tables(plan: Plan, results: Results) -> None:
         seconds = look and results.ledger.made.get(step.name, {}).get("seconds")
         listed.append((f"experts_{kind}", f"{RHO[kind]:g}", *cells, duration(seconds) if seconds else "–",
                        f"`{results.ledger.command(step)}`"))
-    tested = plan.main[form.at or form.ipcs[0]]["exact"].evaluations[0]
+    tested = plan.main[form.ideas_at or form.ipcs[0]]["exact"].evaluations[0]
     lines += [table(listed), "", "## Evaluations", "", "A distilled set is tested like this one:", "",
               "```", str(tested), "```", ""]
     write_text(results.folder / "tables.md", "\n".join(lines))
@@ -613,11 +632,11 @@ def windows(plan: Plan, results: Results) -> dict[str, list[tuple[str, float, fl
 
 
 def spent(plan: Plan, results: Results) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
-    """Cost in words → images per class in words → points by amount. The deviation over one network is NaN."""
-    iterations = {_images(ipc): [(each.iteration, 100 * each.scores[0].mean, math.nan)
+    """Cost in words → images per class in words → points by amount. One network has no deviation: NaN."""
+    iterations = {_images(ipc): [(each.iteration, 100 * each.scores[0].mean, 100 * (each.scores[0].spread or math.nan))
                                  for each in results.metrics(rows["exact"]).of_set(NORMAL)]
                   for ipc, rows in plan.main.items()}
-    return {"iterations\n(held-out images, one network)": iterations} | {
+    return {"iterations\n(held-out images)": iterations} | {
         f"{what}\n(test images)": {_images(ipc): _points(results, rows) for ipc, rows in by_ipc.items()}
         for what, by_ipc in plan.spent.items()}
 
@@ -646,8 +665,8 @@ def main() -> None:
     plan = Plan(form, jobs)
     rows, steps = plan.wanted(options.only or ["*"])
     if options.list:
-        threads = f"OMP_NUM_THREADS={form.threads} " if form.threads else ""
-        print("\n".join(f"{threads}{step}" for step in in_order(steps)))
+        given = "".join(f"{name}={value} " for name, value in form.environment.items())
+        print("\n".join(f"{given}{step}" for step in in_order(steps)))
         return
     made = (folder or form.root) / "commands.json"
     if options.tables and not made.is_file():
@@ -657,20 +676,25 @@ def main() -> None:
         report(plan, rows, Results(plan, folder))
         return
     with locked(form.root, "end it, or what is left of it if it was killed") as lock:
-        ledger = Ledger(form.root / "commands.json")
+        ledger, failed = Ledger(form.root / "commands.json"), None
         if not options.tables:
             import torch  # takes seconds, and --help and refusals do without it
 
             if form is FULL and not torch.cuda.is_available():
                 print("note: without a GPU this form takes weeks; --cpu and --small are made for a CPU",
                       file=sys.stderr)
-            environment = os.environ | ({"OMP_NUM_THREADS": str(form.threads)} if form.threads else {})
+            environment = os.environ | form.environment
             environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
             interrupt.saves("the commands that are done")
-            run_steps(steps, jobs, form.root / "output", ledger, environment, lock)
+            try:
+                run_steps(steps, jobs, form.root / "output", ledger, environment, lock)
+            except StepsFailedError as error:
+                failed = error
         results = Results(plan, form.root / "results", ledger)
         gather(plan, results)
         report(plan, rows, results)
+    if failed:
+        raise failed
 
 
 def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:

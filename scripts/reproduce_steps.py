@@ -3,6 +3,7 @@
 import shlex
 import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, TextIO
 
+from utils.config import DistillConfig, about, defaults
 from utils.errors import UserError
 from utils.files import check_writable, no_links, read_json, reading, remove, write_json
 from utils.program import interrupt
@@ -29,6 +31,7 @@ class Step:
     result: Path
     products: tuple[Path, ...] = ()  # other files that it makes, for the steps that need it
     folder: Path | None = None  # deleted before the step is run anew; None: only the result is
+    resumes: Path | None = None  # without it, the step's files cannot be completed; None: the command sees to that
     needs: tuple["Step", ...] = ()
     config: Mapping[str, Any] | None = field(default=None, compare=False)  # contents of the YAML that the command reads
     alone: bool = False  # needs all cores
@@ -49,6 +52,16 @@ class Step:
     @property
     def done(self) -> bool:
         return all(path.exists() for path in (self.result, *self.products))
+
+    @property
+    def torn(self) -> bool:
+        """Whether only a part of its files is left, which the command would add to instead of completing them."""
+        return (not self.done and self.resumes is not None and not self.resumes.exists()
+                and any(path.exists() for path in (self.result, *self.products)))
+
+
+class StepsFailedError(UserError):
+    """Some steps failed; the others were run, but for those that need them."""
 
 
 def in_order(steps: Sequence[Step]) -> list[Step]:
@@ -82,8 +95,13 @@ class Ledger:
         """Whether the step's files, if there are any, were made by its command and config, and from the results of the
         steps that it needs as they are now. (Earlier versions stamped nothing.)"""
         made = self.made.get(step.name)
-        return (made is not None and (made["asked"], made.get("config")) == (step.asked, step.config)
+        return (made is not None and made["asked"] == step.asked
+                and _that_decide(made.get("config")) == _that_decide(step.config)
                 and made.get("needs", dict.fromkeys(need.name for need in step.needs)) == self._stamps(step))
+
+    def done(self, step: Step) -> bool:
+        """Whether the step's files are there, complete and by its command."""
+        return step.done and self.knows(step) and not self.made[step.name].get("failed")
 
     def command(self, step: Step) -> str:
         """The command that made the step's result, with its number of ranks."""
@@ -94,9 +112,12 @@ class Ledger:
         return {need.name: self.made.get(need.name, {}).get("stamp") for need in step.needs}
 
     def check(self, step: Step) -> None:
-        """Refuses to replace files in a step's place if it is not known what made them."""
+        """Refuses to replace files in a step's place if it is not known what made them, or to complete what is left of
+        them."""
         if step.name not in self.made and step.made.exists():
             raise UserError(f"nobody knows which command made {step.made}; move it away")
+        if self.knows(step) and step.torn:
+            raise UserError(f"some files are gone from {step.made}; restore them, or move it away to make all again")
 
     def begin(self, step: Step) -> None:
         """Prepares to begin or resume a step; removes what another command made, or made from other inputs."""
@@ -106,6 +127,13 @@ class Ledger:
             self.made[step.name] = {"asked": step.asked, "command": str(step), "config": step.config, "seconds": 0.0,
                                     "stamp": uuid.uuid4().hex[:8], "needs": self._stamps(step)}
             self.write()
+        elif self.made[step.name].pop("failed", None):
+            self.write()
+
+    def fail(self, step: Step) -> None:
+        """Records that its command failed, whatever files it has left."""
+        self.made[step.name]["failed"] = True
+        self.write()
 
     def add(self, step: Step, seconds: float) -> None:
         """Adds to the seconds spent on a step."""
@@ -114,6 +142,12 @@ class Ledger:
 
     def write(self) -> None:
         write_json(self._path, self.made)
+
+
+def _that_decide(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a distillation's YAML that affect its result."""
+    return {name: value for name, value in (config or {}).items()
+            if name in defaults(DistillConfig) and about(name, DistillConfig)["decides"]}
 
 
 @dataclass(frozen=True)
@@ -138,7 +172,8 @@ class _Running:
 
 def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, environment: Mapping[str, str],
               lock: TextIO) -> None:
-    """Runs the steps that are not done yet, or not by their current command, each after those it needs.
+    """Runs the steps that are not done yet, or not by their current command, each after those it needs. If one fails,
+    those that do not need it are run nevertheless.
 
     A signal stops the commands as it would stop each of them alone: they save, and are resumed the next time. A second
     one is passed on too, and stops them at once.
@@ -149,18 +184,20 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
         lock: stays locked as long as a command runs, even if this process is killed.
 
     Raises:
-        UserError: a command failed, and the others were stopped.
+        StepsFailedError: some commands failed.
+        UserError: it is not known what made the files in a step's place, or some of them are gone.
     """
     check_writable(output / "commands")
     output.mkdir(parents=True, exist_ok=True)
     waiting: list[Step] = []
     for step in in_order(steps):  # a step is made again if one that it needs is
-        if not (step.done and ledger.knows(step)) or set(step.needs) & set(waiting):
+        if not ledger.done(step) or set(step.needs) & set(waiting):
             ledger.check(step)
             waiting.append(step)
     waiting = [step for step in steps if step in waiting]
     done, total = set(steps) - set(waiting), len(waiting)
     running: dict[subprocess.Popen, _Running] = {}
+    failed: list[str] = []  # what was said of each
     if waiting:
         print(f"{total} of {len(steps)} commands are to be run; what each prints goes to {output}/", flush=True)
     with interrupt.queued() as signals:  # so that no command is left running
@@ -176,7 +213,9 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
                     running[process] = command
                     _name(lock, running)
                     continue
-                assert running, f"{waiting[0].name} needs what no step makes"
+                if not running:
+                    assert failed, f"{waiting[0].name} needs what no step makes"
+                    break  # the rest needs what failed
                 sleep(LOOK_SECONDS)
                 if signals:
                     raise interrupt.Stopped(signals.pop(0))
@@ -185,8 +224,11 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
                     ledger.add(command.step, perf_counter() - command.began)
                     _name(lock, running)
                     if process.returncode or not command.step.done:
-                        raise UserError(f"{command.step} {command.ending(process.returncode)} (all of it in "
-                                        f"{command.output}); the same command goes on once that is mended")
+                        failed.append(f"{command.step} {command.ending(process.returncode)} (all of it in "
+                                      f"{command.output})")
+                        print(f"    failed: {failed[-1]}", file=sys.stderr, flush=True)
+                        ledger.fail(command.step)
+                        continue
                     done.add(command.step)
                     print(f"    {command.step.name} done in {duration(ledger.made[command.step.name]['seconds'])}",
                           flush=True)
@@ -201,6 +243,11 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
                         process.terminate()
             for command in running.values():
                 ledger.add(command.step, perf_counter() - command.began)
+    if failed:
+        raise StepsFailedError(
+            (failed[0] if len(failed) == 1 else f"{len(failed)} commands failed, the first: {failed[0]}")
+            + f"; commands not run, as they need what failed: {len(waiting)}" * bool(waiting)
+            + "; the same command goes on once that is mended")
 
 
 def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextIO) -> tuple[subprocess.Popen, _Running]:

@@ -31,7 +31,7 @@ from scripts import reproduce
 root = Path(sys.argv.pop(1))
 reproduce.SMALL = reproduce.Form(
     root / "out", "MiniFashion", "ConvNetD1W4", str(root), experts=2, epochs=3,
-    windows={"early": (0, 1), "late": (1, 2)}, at=2, seeds=(0, 1), cross=1,
+    windows={"early": (0, 1), "late": (1, 2)}, ideas_at=2, seeds=(0, 1), cross=1,
     cross_lr={"MLP": 0.02}, networks=2, epoch_eval={1: 2, 2: 2}, whole_epochs=1, random_lr=0.01, backend="auto",
     threads=1,
     spent_at={2: (0,)}, experts_tried=(1,), steps_tried=(1,), many=(2, 2))
@@ -219,22 +219,43 @@ def test_results_of_the_other_form_are_refused(tmp_path):
     assert (elsewhere / "tables.md").read_text() == (folder / "tables.md").read_text()
 
 
-def test_results_are_those_that_the_rows_commands_made(tmp_path):
-    plan = Plan(SMALL, 1)
-    rows = [plan.windows[1]["0 – 2"], plan.windows[1]["6 – 8"], plan.main[1]["exact"],
-            *plan.spent["inner steps T"][10].values()]
+def make_up(rows, folder, network, held_out):
+    """Writes results of these rows, with these accuracies on held-out images at iteration 1; returns the ledger."""
     made = {}
     for row in rows:
         (step,), (evaluation,) = row.made_by, row.evaluations
         made |= {each.name: {"asked": each.asked, "config": each.config, "seconds": 0}
                  for each in (step, evaluation, *step.needs)}
-        EvaluationResult("distilled images", 10, [Score("ConvNetW32", [0.5, 0.7])], seconds=1).write(
-            tmp_path / evaluation.result.name)
-        scores = [Score("ConvNetW32", [0.25])]
+        EvaluationResult("distilled images", 10, [Score(network, [0.5, 0.7])], seconds=1).write(
+            folder / evaluation.result.name)
+        scores = [Score(network, held_out)]
         for line in (*(Iteration(at, 0.5, True, 0.01, 0, 1) for at in (0, 1)), Evaluation(1, scores)):
-            append_metrics(tmp_path / f"{step.name}.metrics.jsonl", line)
-        RunResult("done", Best(1, 0.01, scores), seconds=240).write(tmp_path / f"{step.name}.run.json")
-    (tmp_path / "commands.json").write_text(json.dumps(made))
+            append_metrics(folder / f"{step.name}.metrics.jsonl", line)
+        RunResult("done", Best(1, 0.01, scores), seconds=240).write(folder / f"{step.name}.run.json")
+    (folder / "commands.json").write_text(json.dumps(made))
+    return made
+
+
+def test_a_form_without_some_of_the_tables_reports_what_it_has(tmp_path):
+    plan = Plan(CPU, 1)
+    rows = [plan.main[1]["exact"], plan.windows[10]["0 – 2"]]
+    make_up(rows, tmp_path, "ConvNet", [0.25, 0.35])
+    made = Results(plan, tmp_path)
+    assert spent(plan, made)["iterations\n(held-out images)"]["1 image per class"] == [
+        (1, pytest.approx(30), pytest.approx(5))]
+    reproduce.report(plan, rows, made)
+    tables = unpadded(tmp_path / "tables.md")
+    assert "| exact gradient (DATM) | 60.00 ± 10.00 | – | – |" in tables and "ipc10_window_early | early" in tables
+    for absent in ("Apart:", "single ideas", "other networks"):
+        assert absent not in tables
+    assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy.png", "windows.png", "spent.png"}
+
+
+def test_results_are_those_that_the_rows_commands_made(tmp_path):
+    plan = Plan(SMALL, 1)
+    rows = [plan.windows[1]["0 – 2"], plan.windows[1]["6 – 8"], plan.main[1]["exact"],
+            *plan.spent["inner steps T"][10].values()]
+    made = make_up(rows, tmp_path, "ConvNetW32", [0.25])
     results = Results(plan, tmp_path)
     assert not results.others
     tested = pytest.approx(60), pytest.approx(10)

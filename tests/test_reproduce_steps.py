@@ -100,11 +100,21 @@ def test_what_was_made_of_results_that_were_made_again_later_is_made_again(folde
     assert [step.result.read_text() for step in others] == ["asked(b())", "other(b())"]
 
 
-def test_a_failure_says_why_and_stops_the_others(folder):
-    waiting, failing = worker(folder, "waiting", "waits1"), worker(folder, "failing", "fails")
-    with pytest.raises(UserError, match=r"fails .*exit code 1: worker.py: error: cannot \(all of it in .*failing.txt"):
-        run_all(folder, waiting, failing)
-    assert "stopped by 1" in (folder / "output" / "waiting.txt").read_text()
+def test_a_failure_says_why_and_only_what_needs_it_is_not_run(folder, capsys):
+    failing, other = worker(folder, "failing", "fails"), worker(folder, "other", "b")
+    needs = worker(folder, "needs", "c", (failing,))
+    steps = failing, needs, worker(folder, "last", "d", (needs,)), other
+    with pytest.raises(UserError, match=r"fails .*exit code 1: worker.py: error: cannot \(all of it in .*failing.txt"
+                                        r"\); commands not run, as they need what failed: 2; the same command"):
+        run_all(folder, *steps, jobs=1)
+    assert other.result.read_text() == "b()" and "worker.py: error: cannot" in capsys.readouterr().err
+    # What a failed command has left does not count as its result.
+    failing.result.write_text("a part")
+    with pytest.raises(UserError, match="exit code 1"):
+        run_all(folder, *steps)
+    assert not failing.result.exists()
+    with pytest.raises(UserError, match="2 commands failed, the first: .*exit code 1"):
+        run_all(folder, failing, worker(folder, "too", "fails"))
     # The output of an earlier attempt is not given as the reason for this failure.
     (folder / "worker.py").write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match="exit code 3: it said nothing"):
@@ -112,6 +122,27 @@ def test_a_failure_says_why_and_stops_the_others(folder):
     (folder / "worker.py").write_text("import os; os.kill(os.getpid(), 9)")
     with pytest.raises(UserError, match="was killed by SIGKILL, perhaps for lack of memory"):
         run_all(folder, failing)
+
+
+def test_files_of_which_some_are_gone_are_not_added_to(folder):
+    step = replace(worker(folder, "first", "a"), products=(folder / "first.txt.begun",), resumes=folder / "unfinished")
+    step.products[0].touch()
+    made = Ledger(folder / "made.json")
+    made.made[step.name] = {"asked": step.asked, "command": str(step), "config": None, "seconds": 0, "needs": {}}
+    made.write()
+    with pytest.raises(UserError, match="some files are gone from .*first.txt; restore them, or move it away"):
+        run_all(folder, step)
+    step.resumes.touch()
+    run_all(folder, step)
+    assert step.result.read_text() == "a()"
+
+
+def test_options_that_decide_nothing_may_change(folder):
+    step = replace(worker(folder, "first", "a"), config={"ipc": 1, "wandb": "auto", "forgotten": 1})
+    run_all(folder, step)
+    step.result.write_text("kept")
+    run_all(folder, replace(step, config={"ipc": 1, "quiet": True}))
+    assert step.result.read_text() == "kept"
 
 
 def test_results_of_unknown_origin_and_a_damaged_ledger_are_refused(folder):
