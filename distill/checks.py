@@ -119,9 +119,9 @@ def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: di
         saved: the run's saved state; None: there is none.
         data: checksums of everything the run reads, by name.
     """
-    if folder.finished and saved is None:
-        raise UserError(f"{shown(folder.path)} is finished, and cannot go on to --Iteration {config.Iteration} without "
-                        "its checkpoint.pt; give another --run_name and --pix_init "
+    if (folder.finished or folder.extends) and saved is None:
+        raise UserError(f"{shown(folder.path)} holds a finished run, which cannot go on to --Iteration "
+                        f"{config.Iteration} without its checkpoint.pt; give another --run_name and --pix_init "
                         f"{shown(folder.path / NORMAL / WHOLE)}")
     if saved is None:
         return

@@ -71,7 +71,8 @@ def conclude(run: RunState) -> None:
     # The result, which marks the run as finished; then its pictures and page.
     chosen_on = tested_on(config.val_fraction)
     tested = images_tested(chosen_on)
-    results = {name: Best(best.iteration, float(best.set.lr), best.scores) for name, best in run.best.items()}
+    results = {name: Best(best.iteration, float(best.set.lr), best.scores, best.set.images_sha256)
+               for name, best in run.best.items()}
     summary = "; ".join(f"{'' if name == NORMAL else name + ' '}best on the {tested} images "
                         f"{best.scores[0].percent} % at iteration {best.iteration}"
                         for name, best in results.items())

@@ -169,6 +169,7 @@ class Best:
     iteration: int
     lr: float
     scores: Scores
+    images_sha256: str | None = None  # None in results of earlier versions
 
 
 def tested_on(val_fraction: float | None) -> Literal["test", "validation"]:
@@ -347,6 +348,11 @@ class Trained(NamedTuple):
 def same_rate(one: float | None, other: float) -> bool:
     """Whether two learning rates are equal up to the rounding of float32; None: a rate that is not known."""
     return one is not None and math.isclose(one, other, rel_tol=1e-6)
+
+
+def same_images(one: str | None, other: str | None) -> bool:
+    """Whether two sets have equal images, by their checksums; None: not known, which counts as equal."""
+    return None in (one, other) or one == other
 
 
 def results_in(folder: Path) -> dict[str, EvaluationResult]:

@@ -183,7 +183,7 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
     buffer.verify(watched)
     suggested = suggestion(config, dataset, buffer, buffer)
     print(f"{suggested}\n")
-    save_report(json, suggested.as_json())
+    save_report(json, suggested.as_json(), dataset.device)
     if png:
         from scripts.plots import save_losses
 

@@ -102,6 +102,7 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     """
     from distill.report.commands import evaluation  # imports torch, which takes seconds
     from distill.report.comparison import comparison
+    from utils.program.device import select_device
 
     config, swept = runs[0].config, list(runs[0].differs)
     finished = {run.name: read_run(run.folder) for run in runs}
@@ -112,7 +113,8 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
                   "loss before → after", "time"],
                  *([*run.differs.values(), *in_words(reached[run.name])] for run in ranked)]))
     write_text(page, comparison([finished[run.name] for run in ranked]))
-    save_report(json, {"options": options, "tested_on": tested, "runs": list(reached.values())})
+    save_report(json, {"options": options, "tested_on": tested, "runs": list(reached.values())},
+                select_device(config.device))
     print(f"in {shown(page)}{f' and {shown(json)}' if json else ''}")
     best = ranked[0]
     test = evaluation(influential(best.config), best.folder) | commands.device_given(config.device)

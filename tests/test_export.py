@@ -276,10 +276,10 @@ def test_the_card_of_averaged_images_has_their_accuracy(call, made, tmp_path):
     ema, normal = ((run / name / "README.md").read_text() for name in ("EMA", "Normal"))
     assert "| 98.70" in ema and "of iteration 3," in ema and "98.70" not in normal
     (run / "EMA" / "README.md").unlink()
-    better["lr"] *= 2
-    (run / "result.json").write_text(json.dumps(result | {"best_ema": better}))
-    (line,) = call(EXPORT, run, "--card", "--result", run / "result.json", expect=2).stderr.splitlines()
-    assert "is of a run with another set: its learning rate is not this set's" in line
+    for other in ({"lr": 2 * better["lr"]}, {"images_sha256": "0" * 64}):
+        (run / "result.json").write_text(json.dumps(result | {"best_ema": better | other}))
+        (line,) = call(EXPORT, run, "--card", "--result", run / "result.json", expect=2).stderr.splitlines()
+        assert "is of a run with another set: its learning rate or its images are not this set's" in line
 
 
 def test_a_run_that_is_not_finished_has_no_set_yet(call, made, tmp_path):

@@ -422,6 +422,10 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     for kind, levels in kinds.items():
         assert f"{kind}: {np.mean(levels):.2f} %" in page
         assert all(re.search(rf"As many {kind}<[^0-9]*{np.mean(levels):.2f}\D", source) for source in (page, side))
+    # A result with more networks of the same seed holds those again.
+    both = reached("more", "--num_eval=2")
+    assert f"random real images: {both:.2f} " in report.page(read_run(copied))
+    (copied / "more.json").unlink()
     # What is left out is said; batches that take the whole set are alike.
     call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1", "--batch_train=7",
          f"--json={copied}/whole_set.json")
@@ -448,6 +452,10 @@ def test_a_test_of_the_set_is_shown(call, copied, toy):
     told = dict(report.facts(read_run(copied)))["Test by evaluation.py, 2 epochs"]
     assert told.replace("\N{NO-BREAK SPACE}", " ") == (
         f"{100 * score['mean']:.2f} % on the test images, 1 network, ConvNetD1W4")
+    # Averaged images may have the same rate, and are told apart by their checksum.
+    result = json.loads((copied / "evaluation.json").read_text())
+    (copied / "evaluation.json").write_text(json.dumps(result | {"images_sha256": "0" * 64}))
+    assert not read_run(copied).tests
     result = json.loads((copied / "evaluation.json").read_text())
     (copied / "evaluation.json").write_text(json.dumps(result | {"lr": 2 * result["lr"]}))  # of another set
     assert "Test by evaluation.py, 2 epochs" not in dict(report.facts(read_run(copied)))

@@ -321,7 +321,9 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):
     assert "cannot be made again: there is no checkpoint.pt" in done.stderr and "larger --Iteration" not in done.stdout
     done, _ = distil_to("parts", "--Iteration=8", expect=2)
     assert "without its checkpoint.pt; give another --run_name and --pix_init" in done.stderr
-    assert (parts / "result.json").exists()
+    (parts / "result.json").rename(parts / "result_7.json")  # as in a continued run that was stopped
+    done, _ = distil_to("parts", "--Iteration=8", expect=2)
+    assert "without its checkpoint.pt; give another --run_name" in done.stderr and (parts / "metrics.jsonl").exists()
 
 
 def test_a_run_starts_from_a_saved_set(distil_to, toy_data, tmp_path):

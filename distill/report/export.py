@@ -14,7 +14,16 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES, line
-from distill.result_files import OF_REAL_IMAGES, OF_SET, VERSIONS, EvaluationResult, RunResult, read_result, same_rate
+from distill.result_files import (
+    OF_REAL_IMAGES,
+    OF_SET,
+    VERSIONS,
+    EvaluationResult,
+    RunResult,
+    read_result,
+    same_images,
+    same_rate,
+)
 from utils import files
 from utils.config import STARTS, BaselineConfig, DistillConfig, from_repository, path_options, worth_giving
 from utils.data.zca import BESIDE, Whitening
@@ -216,13 +225,14 @@ def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult 
             rates = [float(distilled.lr), *([given] if isinstance(given, int | float) else [])]
             own_rate = result.lr is None or result.config.get("protocol") == "dc" or any(
                 same_rate(result.lr, rate) for rate in rates)
-            if not own_rate or result.images_sha256 not in (None, distilled.images_sha256):
+            if not own_rate or not same_images(result.images_sha256, distilled.images_sha256):
                 raise UserError(f"--result {path} is of another set: its {'images are' if own_rate else 'rate is'} not "
                                 "this set's; give the result of this set")
         return result
     of_folder = [result.versions.get(folder)] if folder in VERSIONS else [result.better[1], *result.versions.values()]
-    best = next((each for each in of_folder if each and same_rate(each.lr, float(distilled.lr))), None)
+    best = next((each for each in of_folder if each and same_rate(each.lr, float(distilled.lr))
+                 and same_images(each.images_sha256, distilled.images_sha256)), None)
     if best is None:
-        raise UserError(f"--result {path} is of a run with another set: its learning rate is not this set's, "
-                        f"{float(distilled.lr):.7g}; give the result.json of the set's run")
+        raise UserError(f"--result {path} is of a run with another set: its learning rate or its images are not this "
+                        "set's; give the result.json of the set's run")
     return replace(result, best=best, best_ema=None)

@@ -41,9 +41,15 @@ class Frames:
 
 
 def shown_of(count: int, num_classes: int, image_bytes: int) -> list[int]:
-    """Positions of the images to show of a set of `count`, class by class, of evenly spaced classes if not all fit."""
+    """Positions of the images that each frame shows of a set of `count`."""
     room = max(1, min(MOST_IMAGES, FRAME_BYTES // (MOST_FRAMES * image_bytes)))
-    ipc, classes = count // num_classes, min(room, num_classes)
+    return positions(num_classes, count // num_classes, room)
+
+
+def positions(num_classes: int, ipc: int, room: int) -> list[int]:
+    """Positions in a set of the images to show if there is room for so many: class by class, the first ones of each; of
+    evenly spaced classes if not all fit."""
+    classes = min(room, num_classes)
     per_class = min(ipc, room // classes)
     return [number * num_classes // classes * ipc + each for number in range(classes) for each in range(per_class)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.distilled_set import DistilledSet
-from distill.report.frames import Frames
+from distill.report.frames import Frames, positions
 from distill.report.pixels import clip_outliers, scaled_bytes
 from utils.data.datasets import Dataset
 from utils.files import load_tensors, reading, save_tensors
@@ -119,11 +119,9 @@ class Pictures:
 
 
 def chosen(num_classes: int, ipc: int, image_bytes: int) -> list[int]:
-    """Positions in a set that a page shows: as many images per class as fit, and as many classes as there is room."""
+    """Positions in a set of the images that a page shows."""
     room = max(IMAGE_BYTES // (3 * image_bytes + 3000), 1)  # three pictures per image, and its label's bars
-    per_class = max(min(room // num_classes, ipc, MOST_PER_CLASS), 1)
-    return [number * ipc + each for number in range(min(num_classes, max(room // per_class, 1)))
-            for each in range(per_class)]
+    return positions(num_classes, ipc, min(room, MOST_PER_CLASS * num_classes))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Reads a run's folder into plain data, from which its page is made."""
 
 import datetime
+import itertools
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from distill.result_files import (
     Score,
     result_so_far,
     results_in,
+    same_images,
     same_rate,
     tested_on,
 )
@@ -69,27 +71,32 @@ class SavedRun:
     @property
     def tests(self) -> list[EvaluationResult]:
         """Evaluations of the best set, from results in the run's folder."""
-        lr = self.result.better[1].lr
-        return [result for result in self.beside if result.what == OF_SET and same_rate(result.lr, lr)]
+        best = self.result.better[1]
+        return [result for result in self.beside if result.what == OF_SET and same_rate(result.lr, best.lr)
+                and same_images(result.images_sha256, best.images_sha256)]
 
     @property
     def real_images(self) -> dict[str, Score]:
         """Scores of as many real images under the same training, from results in the run's folder: kind, in words →
-        score over all results of that kind (several seeds), with its learning rate if there are several."""
+        score over all seeds, with its learning rate if there are several. Of results of one seed, whose first networks
+        are the same, the one of most networks counts."""
         network = self.result.best.scores[0].network
-        found: dict[str, dict[float | None, list[float]]] = {}
+        found: dict[str, dict[float | None, dict[Any, list[float]]]] = {}
         for result in self.beside:
             named = OF_REAL_IMAGES.fullmatch(result.what)
             for score in result.scores if named and not self._unlike(result) else ():
                 if score.network == network:
-                    found.setdefault(f"{named[2]}s{named[3]}", {}).setdefault(result.lr, []).extend(score.accuracies)
+                    of_seeds = found.setdefault(f"{named[2]}s{named[3]}", {}).setdefault(result.lr, {})
+                    seed = result.config.get("seed")
+                    of_seeds[seed] = max(of_seeds.get(seed, []), score.accuracies, key=len)
         return {kind if len(rates) == 1 or rate is None else f"{kind}, learning rate {rate:.4g}":
-                Score(network, accuracies) for kind, rates in found.items() for rate, accuracies in rates.items()}
+                Score(network, [*itertools.chain(*of_seeds.values())])
+                for kind, rates in found.items() for rate, of_seeds in rates.items()}
 
     @property
     def left_out(self) -> list[str]:
         """Results in the run's folder that are not shown, and why, in words: of real images that cannot be compared
-        with it, and of sets under other protocols, or at other learning rates than the best set's."""
+        with it, and of sets under other protocols, at other learning rates than the best set's, or of other images."""
         of_real = [result for result in self.beside if OF_REAL_IMAGES.fullmatch(result.what)]
         of_sets = [result for result in self.beside if result.what.startswith(OF_SET) and result not in self.tests]
         return [f"{result.what}: {unlike}" for result in of_real if (unlike := self._unlike(result))] + [

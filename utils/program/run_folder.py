@@ -43,6 +43,7 @@ class RunFolder:
 
     Attributes:
         finished: whether the run has its result.
+        extends: whether it is a finished run that is being extended, and not finished again yet.
         is_done: whether nothing is left to do: the run is finished, and no more is asked of it than it did.
 
     Args:
@@ -57,7 +58,7 @@ class RunFolder:
         self._config = influential(config)
         self._state = path / STATE
         self._saved_at, self._save_seconds = -math.inf, 0.0
-        self.finished, self.is_done, self._extends, self._did = ranks.from_first_rank(lambda: self._look(config))
+        self.finished, self.is_done, self.extends, self._did = ranks.from_first_rank(lambda: self._look(config))
 
     def _look(self, config: DataConfig) -> tuple[bool, bool, bool, list[int]]:
         """Whether the run is finished, whether it is done, whether it extends a finished one, and how much it did."""
@@ -112,7 +113,7 @@ class RunFolder:
     @property
     def to_begin_anew(self) -> str:
         """Advice where a run cannot resume; a finished run is never discarded."""
-        return f"give another --run_name{'' if self.finished or self._extends else ', or --resume never to start over'}"
+        return f"give another --run_name{'' if self.finished or self.extends else ', or --resume never to start over'}"
 
     def check(self, saved: dict[str, Any] | None = None, names: Sequence[str] = ()) -> None:
         """Refuses a folder that a run cannot start in; writes nothing.
