@@ -36,6 +36,7 @@ from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
 from utils.program.console import announce, note, say, shown, wrapped
+from utils.program.device import describe_here
 from utils.program.locks import kept_to_this_run
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
@@ -70,8 +71,7 @@ def train_buffer(config: BufferConfig) -> None:
         # Order the images from easy to hard, if epochs use only some of them.
         curriculum = None
         if config.pad:
-            curriculum = ranks.first_rank_first(
-                lambda: Curriculum(config, dataset, grand_scores(config, dataset)))
+            curriculum = Curriculum(config, dataset, ranks.from_first_rank(lambda: grand_scores(config, dataset)))
 
         # Train what is missing and write the files. After that there is nothing to resume: the same command would train
         # further experts.
@@ -95,6 +95,10 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
     missing = ranks.from_first_rank(lambda: [number for number in range(run.written, run.end_number)
                                              if not run.is_trained(number)])
     with ExpertView(run) as view:
+        # Write what an earlier command trained and did not write.
+        if ranks.first():
+            run.write_complete(view.say)
+
         for number in ranks.deal(missing):
             # An expert that diverged on any rank ends the run.
             if run.diverged.exists():
@@ -152,6 +156,7 @@ class ExpertRun:
         self.unfinished = self.run_file.parent
         self.diverged = self.unfinished / "diverged.json"  # tells all ranks that an expert diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
+        self.on = f"{describe_here(dataset.device)}, torch {torch.__version__}"
         self.written = self._judged = trajectories.count_experts(folder)  # earlier ones are in files, and judged
         self._at_chance = 0
         # A run after a finished one continues the numbers, so that it trains other experts.
@@ -161,10 +166,20 @@ class ExpertRun:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
             before = unfinished_run(folder)
             self.first_number = before["first_expert"]
-            self.last_threads = before["threads"]
+            self.last_on = before.get("on")
+            self._check_no_others()
         interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
+
+    def _check_no_others(self) -> None:
+        """Refuses to resume where experts of another run came in the meantime: they have the numbers of the run's own,
+        which would be taken for written."""
+        own = [expert for manifest in manifests_of(self.folder).values() if manifest.get("seed") == self.config.seed
+               for expert in manifest["experts"] if expert["number"] >= self.first_number]
+        if others := self.written - self.first_number - len(own):
+            raise UserError(f"{self.folder} got {number_of(others, 'expert')} of another run since this unfinished one "
+                            "was begun; move them away until it is finished")
 
     def _begun(self) -> list[int]:
         """The numbers of the experts that have saved epochs and are not in a file yet."""
@@ -182,7 +197,7 @@ class ExpertRun:
             for path in self.unfinished.glob("*"):  # the folder itself may be a link to another disk
                 files.remove(path)
         files.save_config(self.run_file, self.options | {
-            "first_expert": self.first_number, "threads": torch.get_num_threads()})
+            "first_expert": self.first_number, "threads": torch.get_num_threads(), "on": self.on})
         for number in range(self.written):  # left by a kill just after a file was written
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
 
@@ -212,9 +227,9 @@ class ExpertRun:
         if self.resumes:
             say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
                         f"{config.num_experts * config.train_epochs})")
-            if device.type == "cpu" and self.last_threads != torch.get_num_threads():
-                note(f"note: it was last on {number_of(self.last_threads, 'thread')}, and is on "
-                     f"{torch.get_num_threads()} now; what follows may be rounded differently")
+            if self.last_on not in (None, self.on):
+                note(f"note: it was last on {self.last_on}, and is on {self.on} now; what follows may be rounded "
+                     "differently")
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")
@@ -295,7 +310,7 @@ class ExpertRun:
         experts = [trajectories.as_expert(self.model, self.saved(number).snapshots()) for number in numbers]
         epochs = [{"expert": number, **epoch} for number in numbers for epoch in self.saved(number).reached()]
         threads = {"threads": torch.get_num_threads()} if self.dataset.device.type == "cpu" else {}
-        trajectories.write_experts(self.folder, experts, self.options | threads, epochs)
+        trajectories.write_experts(self.folder, experts, self.options | threads | {"on": self.on}, epochs)
         self.written += count
         for number in numbers:
             shutil.rmtree(self.saved(number).folder)

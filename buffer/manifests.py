@@ -4,7 +4,6 @@ Beside `replay_buffer_{n}.pt` lies a manifest `.yaml` with the options of the ru
 accuracies; published files have none.
 """
 
-import os
 import re
 import threading
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig
 from utils.data.watching import Watch, unwatched
 from utils.errors import UserError, number_of
 from utils.files import read_yaml, reading
+from utils.program import ranks
 
 if TYPE_CHECKING:
     from utils.data.datasets import Dataset
@@ -48,7 +48,7 @@ _HOW_MANY = ("num_experts", "save_interval")
 _PATHS = ("buffer_path", "data_path")
 _MAY_DIFFER = (*_HOW_MANY, *_PATHS, "seed", "train_epochs")
 # Entries of a manifest other than the run's options.
-_FACTS = ("fingerprint", "threads", "experts", "sha256")
+_FACTS = ("fingerprint", "threads", "on", "experts", "sha256")
 # The options that determine which images an expert was trained on.
 _DATA = ("dataset", "zca", "val_fraction")
 
@@ -198,7 +198,7 @@ def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]
     """The SHA-256 of each file, by its name."""
     one_at_a_time, stopped = threading.Lock(), threading.Event()
     with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
-          ThreadPoolExecutor(os.cpu_count()) as pool):  # hashing releases the GIL
+          ThreadPoolExecutor(ranks.cores()) as pool):  # hashing releases the GIL
         def report(size: int) -> None:
             if stopped.is_set():
                 raise InterruptedError

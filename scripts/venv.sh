@@ -8,7 +8,7 @@ if [ ! -x "$root/.venv/bin/python" ]; then
         exit 2
     }
     echo "making .venv"
-    "$base_python" -m venv "$root/.venv" || exit 1
+    "$base_python" -m venv --clear "$root/.venv" || exit 1  # of an older one, what is left may not fit
 fi
 if ! [ "$(. "$root/.venv/bin/activate" && dirname "$(command -v python)")" -ef "$root/.venv/bin" ]; then  # it was moved
     "$root/.venv/bin/python" -m venv "$root/.venv"

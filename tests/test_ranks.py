@@ -287,6 +287,21 @@ def test_a_rank_that_is_killed_under_the_programs_own_launcher_is_named(start, t
     assert process.returncode == 137 and "was ended by SIGKILL; start again" in err
 
 
+def test_what_is_ignored_stays_ignored_under_the_programs_own_launcher(start, toy, tmp_path):
+    """As under nohup."""
+    code = ("import signal, sys; sys.argv = sys.argv[1:]; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+            "from utils.program.ranks import launch\nlaunch(2)")
+    process = start(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--train_epochs=500",
+                    f"--buffer_path={tmp_path}")
+    wait_for(lambda: list(tmp_path.rglob("epoch_1.pt")), process)
+    process.send_signal(signal.SIGHUP)
+    before = len(list(tmp_path.rglob("epoch_*.pt")))
+    wait_for(lambda: len(list(tmp_path.rglob("epoch_*.pt"))) > before + 4, process)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err
+
+
 def test_a_backend_that_was_asked_for_is_every_ranks(toy_data, monkeypatch):
     monkeypatch.setattr(ranks, "size", lambda: 2)
     names = {backend: student_of(make(DistillConfig, model="ConvNetD1W4", backend=backend), toy_data).engine.name

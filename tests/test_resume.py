@@ -108,6 +108,18 @@ def test_trained_experts_are_not_discarded_by_asking_for_fewer(call, toy, tmp_pa
     assert "holds more, begun and not written yet; give at least 3" in done.stderr
 
 
+def test_experts_that_came_beside_an_unfinished_run_are_not_taken_for_its_own(call, unfinished, toy_experts, tmp_path):
+    (folder,) = (path.parent for path in tmp_path.rglob("unfinished"))
+    for path in toy_experts.joinpath(*EXPERTS).glob("replay_buffer_0.*"):
+        shutil.copy(path, folder)
+    manifest = folder / "replay_buffer_0.yaml"
+    manifest.write_text(re.sub("(?m)^seed: .*", "seed: 7", manifest.read_text()))
+    before = tensors_in(tmp_path)
+    done = call("buffer/buffer_FTD.py", *unfinished, expect=2)
+    assert "of another run since this unfinished one was begun; move them away" in done.stderr
+    assert tensors_in(tmp_path) == before
+
+
 def test_fewer_experts_end_an_unfinished_run(call, unfinished, tmp_path):
     call("buffer/buffer_FTD.py", *unfinished, "--num_experts=1")
     (path,) = tmp_path.rglob("replay_buffer_*.pt")
@@ -273,6 +285,14 @@ def test_whatever_a_user_has_set_for_pictures_and_named_classes_a_run_finishes(r
                    "--Iteration=0", f"--log_path={tmp_path}")
     (folder,) = tmp_path.glob("ImageFolder/2/ConvNetD1W4/*")
     assert "could not" not in done.stderr and all((folder / name).exists() for name in ("images.png", "report.html"))
+
+
+def test_a_result_put_beside_an_unfinished_run_is_not_one_that_it_had(distil_to):
+    with stop_at(distillation, "match_trajectory", 2):
+        _, folder = distil_to("beside", expect=130)
+    (folder / "result_random.json").write_text("{}")
+    done, _ = distil_to("beside", "--resume=never")
+    assert "starting over" in done.stderr
 
 
 def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from unittest import mock
 
 import pytest
@@ -80,7 +81,8 @@ def test_experts_that_go_on_with_other_threads_are_said_to_and_name_them(call, t
     with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 2):
         call(*command, "--threads=2", expect=130)
     said = call(*command, "--threads=1").stderr
-    assert "note: it was last on 2 threads, and is on 1 now; what follows may be rounded differently" in said
+    assert re.search(r"note: it was last on cpu \(2 threads\), torch .*, and is on cpu \(1 thread\), torch .* now; "
+                     "what follows may be rounded differently", said)
     (manifest,) = tmp_path.rglob("replay_buffer_0.yaml")
     assert yaml.safe_load(manifest.read_text())["threads"] == 1
     assert "may be rounded" not in call(*command, "--threads=2").stderr  # new experts

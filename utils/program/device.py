@@ -63,10 +63,16 @@ def select_device(device: str | list[int]) -> torch.device:
     return torch.device("cuda", chosen.index or 0)
 
 
+def describe_here(device: torch.device) -> str:
+    """The device of this rank in words."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({number_of(torch.get_num_threads(), 'thread')})"
+
+
 def describe(device: torch.device) -> str:
     """The device in words."""
-    here = (f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else
-            f"cpu ({number_of(torch.get_num_threads(), 'thread')})")
+    here = describe_here(device)
     return here if ranks.size() == 1 else f"{ranks.size()} ranks, the first on {here}"
 
 

@@ -42,7 +42,7 @@ def entry(main: Callable[[], None]) -> None:
             if interrupt.requested():  # all ranks got the signal, and another exited first
                 _last_line(f"{name}: stopped; every file is whole{_to_go_on()}", 143)
             _last_line(f"{name}: error: contact with another rank was lost ({said}…); "
-                       f"start again{_to_go_on()}", 1, wait=0.0)
+                       f"start again{_to_go_on()}", 1)
         if not full:
             raise
         _last_line(f"{name}: error: not enough memory ({said}); give a smaller batch or --micro_batch, or use a "
@@ -96,19 +96,15 @@ def _to_go_on() -> str:
     return f"{says}: {shlex.join(['python', *kept])}"
 
 
-def _last_line(text: str, code: int, wait: float = RANK_WAITS) -> typing.NoReturn:
-    """Prints the program's last line and exits.
-
-    Args:
-        wait: seconds that another rank waits for the first one to print the same error for all.
-    """
+def _last_line(text: str, code: int) -> typing.NoReturn:
+    """Prints the program's last line and exits."""
     if ranks.first():
         interrupt.ignore()  # a further signal would only disturb the exit
     else:
         # The first rank prints errors that concern all, and torchrun then ends the others; a rank that is still alive
         # after the wait has an error of its own.
         interrupt.restore()
-        time.sleep(wait)
+        time.sleep(RANK_WAITS)
         text = f"rank {ranks.rank()}: {text.strip()}"
         sys.stderr = Stream(sys.__stderr__ or sys.stderr)
     print(text, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -200,12 +201,14 @@ def launch(processes: int) -> NoReturn:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    # Those that are ignored, as by nohup, stay ignored.
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(
-        each.name for each in (*interrupt.SIGNALS, signal.SIGQUIT)
-        if signal.getsignal(each) is not signal.SIG_IGN))
+    # Those that are ignored, as by nohup, stay ignored. Some versions of torch take this from the environment only,
+    # others overwrite that with the setting.
+    handled = ",".join(each.name for each in (*interrupt.SIGNALS, signal.SIGQUIT)
+                       if signal.getsignal(each) is not signal.SIG_IGN)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled
+    more = {each.name: handled for each in fields(LaunchConfig) if each.name == "signals_to_handle"}
     settings = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
-                            rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.1)
+                            rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.1, **more)
     try:
         elastic_launch(settings, sys.executable)("-u", *sys.argv)
     except ChildFailedError as error:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -63,7 +64,9 @@ class RunFolder:
     def _look(self, config: DataConfig) -> tuple[bool, bool, bool, list[int]]:
         """Whether the run is finished, whether it is done, whether it extends a finished one, and how much it did."""
         finished, discards = self.result.exists(), getattr(config, "resume", None) == "never"
-        extends = not finished and any(self.path.glob(f"{self.result.stem}_*{self.result.suffix}"))
+        # The names under which `start` keeps the results of a run that is extended.
+        kept = re.compile(f"{self.result.stem}(_[0-9]+){{{len(how_much(config))}}}{self.result.suffix}")
+        extends = not finished and any(kept.fullmatch(path.name) for path in self.path.glob(f"{self.result.stem}_*"))
         before = self._before(config)
         different = differences(before, identity(config))
         if discards and extends:
