@@ -50,9 +50,6 @@ def check_networks(config: DistillConfig, dataset: Dataset) -> None:
     if config.matching == "unroll":
         raise UserError("--matching unroll runs in one process only; give --matching exact, which has the same "
                         "gradient")
-    if config.backend in ("compile", "graph"):
-        raise UserError(f"--backend {config.backend} is for batches of one size, and a rank's share of a batch changes "
-                        "in every step; leave it out")
     if has_batch_norm(network):
         raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
                         "cannot share one; start a single process, or take a network without batch norm")

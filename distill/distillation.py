@@ -45,11 +45,12 @@ class Segment:
     batches: Sequence[Tensor]
     augment: Sequence[augment.Draw | None]
 
-    def own(self, together: int) -> "Segment":
-        """Only the samples of each batch that this rank owns; `together` consecutive samples belong to one image."""
-        rows = [ranks.own_rows(batch, together) for batch in self.batches]
-        return replace(self, batches=[batch[mine] for batch, mine in zip(self.batches, rows)],
-                       augment=[draw and draw.of(mine) for draw, mine in zip(self.augment, rows)])
+    def own(self) -> "Segment":
+        """This rank's share of each batch, which has the same size in every step of whole batches, as compiled and
+        captured code needs."""
+        mine = ranks.own_share()
+        return replace(self, batches=[batch[mine] for batch in self.batches],
+                       augment=[draw and draw.of(mine) for draw in self.augment])
 
     def to(self, device: torch.device) -> "Segment":
         """The segment on `device`, sent in one copy."""
@@ -79,14 +80,14 @@ def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, i
     groups = dsa_groups(config, inner_loop=True)
     draws = [augment.draw(groups, len(batch), image_size, random) for batch in batches]
     segment = Segment(expert, start, bound, batches, draws)
-    return (segment.own(config.factor**2) if ranks.size() > 1 else segment).to(device)
+    return (segment.own() if ranks.size() > 1 else segment).to(device)
 
 
 class Distillation:
     """The set, its SGD and its counters; `draw`, `match` and `learn` are one iteration.
 
-    Several ranks share the work: each updates only the images and labels that it owns, and the other rows are stale
-    until `merge`. α is the same on all ranks.
+    Several ranks share the batches of the inner loop. The gradients are summed over them, so that the set, its momenta
+    and α are the same on all.
     """
 
     _COUNTS = ("skipped", "held", "held_in_a_row", "lost_in_a_row")
@@ -132,7 +133,9 @@ class Distillation:
         match = match_trajectory(student(self.buffer), theta_start, theta_target, samples, self.set.labels,
                                  self.set.lr, segment.batches, segment.augment, self.config.matching, self.part,
                                  self.config.adjoint_steps)
-        return match._replace(grad_images=cut_adjoint(match.grad_images, self.set.factor))
+        # Those of this rank's samples, so far.
+        return match._replace(grad_images=ranks.sum_(cut_adjoint(match.grad_images, self.set.factor).contiguous()),
+                              grad_labels=None if match.grad_labels is None else ranks.sum_(match.grad_labels))
 
     def learn(self, iteration: int, segment: Segment, match: Match) -> Iteration:
         """Updates the set unless the loss exceeds the threshold or is not finite; returns the iteration's record.
@@ -187,17 +190,8 @@ class Distillation:
         self.rate.copy_(self.set.lr.log() if self.learns_log else self.set.lr)
         self.velocity["rate"].zero_()
 
-    def merge(self) -> None:
-        """Exchanges the ranks' rows, so that images, labels and their momenta are up to date on all."""
-        of_images = self.set.images, self.ema, self.velocity["images"]
-        of_labels = self.set.labels, self.velocity.get("labels")
-        for together, tensors in ((1, of_images), (self.config.factor**2, of_labels)):
-            for rows in tensors:
-                if rows is not None:
-                    ranks.merge_rows(rows, together)
-
     def state(self) -> dict[str, Any]:
-        """Everything later steps depend on besides the config, for `restore`. With several ranks, `merge` first."""
+        """Everything later steps depend on besides the config, for `restore`."""
         return self._tensors() | {"counts": {name: getattr(self, name) for name in self._COUNTS}}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -243,11 +237,10 @@ def labels_for(config: DistillConfig, buffer: Buffer, distilled: DistilledSet, s
                theta_target: Tensor) -> Tensor:
     """The labels of one segment: the set's own, or with `labels: target` the target expert's logits of its samples."""
     if config.labels == "target":
-        labels = distilled.labels.clone()
-        mine = ranks.own_rows(torch.arange(len(labels), device=labels.device), config.factor**2)
-        if mine.any():
+        labels, mine = torch.zeros_like(distilled.labels), ranks.own_share()
+        if len(labels[mine]):
             labels[mine] = expert_logits(buffer.model, theta_target, samples[mine])
-        return labels
+        return ranks.sum_(labels)
     return distilled.labels
 
 

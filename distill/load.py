@@ -1,6 +1,5 @@
 """What a distillation begins with: the data, the experts, the student, and the checkpoint of a run that is resumed."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,9 +47,6 @@ def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
         model = FlatModel(network, "plain")
         model.engine.micro_batch = None
         return model
-    # A rank's share of a batch changes size in every step, but compiled code is for fixed sizes.
-    if ranks.size() > 1 and config.backend == "auto":
-        config = replace(config, backend="eager")
     return flat_model(config, network, plan.work_of(config, dataset), config.micro_batch)
 
 

@@ -113,7 +113,6 @@ def iterate(run: RunState) -> None:
             # Save if it is due, and stop if a signal asked for it.
             stop, due = ranks.any_of(interrupt.requested(), run.folder.save_due())
             if stop or due:
-                distillation.merge()
                 run.save()
             if stop:
                 interrupt.stop()

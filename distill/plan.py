@@ -6,6 +6,7 @@ from utils.derivatives.choose_engine import Work
 from utils.errors import number_of
 from utils.networks import evaluation_pool
 from utils.parameters import FlatModel
+from utils.program import ranks
 
 SAVE_INTERVAL = 1000  # the set is always written at iterations divisible by this
 
@@ -82,8 +83,8 @@ def work_of_an_iteration(config: DistillConfig, dataset: Dataset) -> Work:
 
 
 def work_of(config: DistillConfig, dataset: Dataset) -> Work:
-    """The work of all inner steps of a run."""
-    return Work(*(config.Iteration * part for part in work_of_an_iteration(config, dataset)))
+    """The work of all inner steps of a run; of several ranks, that of each."""
+    return Work(*(config.Iteration * part / ranks.size() for part in work_of_an_iteration(config, dataset)))
 
 
 def gradient_in_words(config: DistillConfig) -> str:

@@ -71,7 +71,7 @@ class RunState:
         return self._seconds_before + perf_counter() - self._began
 
     def save(self) -> None:
-        """Saves what the run needs to resume from here. With several ranks, call `Distillation.merge` first."""
+        """Saves what the run needs to resume from here."""
         self.folder.save_state(self._state)
 
     def _state(self) -> dict[str, Any]:
@@ -111,7 +111,6 @@ class RunState:
         Raises:
             Stopped: a signal came; the accuracies so far are saved, and this evaluation resumes from there.
         """
-        self.distillation.merge()
         if ranks.size() > 1:  # a rank waiting for the others' networks cannot save on a signal
             self.save()
         versions = self.distillation.versions()
@@ -155,7 +154,6 @@ class RunState:
 
     def publish(self) -> None:
         """Writes the current set, under the iteration's number."""
-        self.distillation.merge()
         for name, distilled in self.distillation.versions().items():
             self._write(name, distilled, self.iteration)
 

@@ -1,4 +1,4 @@
-"""A model whose batches are spread over ranks, each of which owns some of the synthetic images."""
+"""A model whose batches are spread over ranks."""
 
 from typing import Any
 
@@ -12,10 +12,9 @@ from utils.program.ranks import sum_
 
 class SharedModel:
     """A `FlatModel` whose batches are spread over the ranks: each passes its own samples and gets the gradient of the
-    whole batch.
+    whole batch in θ, and that of its own samples in them.
 
-    A rank without samples in a batch passes an empty one. Each call sums one vector of P + 2 numbers over the ranks;
-    images and labels are not communicated.
+    A rank without samples in a batch passes an empty one. Each call sums one vector of P + 2 numbers over the ranks.
     """
 
     def __init__(self, model: FlatModel) -> None:

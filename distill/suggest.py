@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,23 +117,18 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
     """The rates at which a first update moves images and labels by `FIRST_STEP` of their standard deviation, except for
     what has none; empty if every drawn loss is above the threshold."""
     distillation = Distillation(config, dataset, buffer, first)
-    matches = []
+    moved = {"lr_img": first.images} | ({"lr_y": first.labels} if config.learns_labels else {})
+    squares: dict[str, list[float]] = {name: [] for name in moved}  # mean squares of the gradients
     with Progress(UPDATES, "measuring updates", quiet=config.quiet) as bar:
         for number in range(UPDATES):
-            matches.append(distillation.match(distillation.draw(number)))
+            match = distillation.match(distillation.draw(number))
+            if ranks.from_first_rank(lambda match=match: float(match.loss)) <= config.threshold:
+                for name, gradient in (("lr_img", match.grad_images), ("lr_y", match.grad_labels)):
+                    if name in moved:
+                        squares[name].append(float(gradient.square().mean()))
             bar.update()
-    losses = ranks.from_first_rank(lambda: [float(match.loss) for match in matches])
-    matches = [match for match, loss in zip(matches, losses) if loss <= config.threshold]
-    if not matches:
-        return {}
-    gradients = {"lr_img": ([match.grad_images for match in matches], first.images)}
-    if config.learns_labels:
-        gradients["lr_y"] = [match.grad_labels for match in matches], first.labels
-    for name, (of_all, _) in gradients.items():
-        for gradient in of_all:
-            ranks.merge_rows(gradient, config.factor**2 if name == "lr_y" else 1)
-    size = {name: float(torch.stack(of_all).square().mean().sqrt() / tensor.std())
-            for name, (of_all, tensor) in gradients.items()}
+    size = {name: math.sqrt(fmean(squares[name])) / float(tensor.std())
+            for name, tensor in moved.items() if squares[name]}
     return {name: float(f"{FIRST_STEP[name] / size[name]:.0e}") for name in size if 0 < size[name] < math.inf}
 
 

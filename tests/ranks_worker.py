@@ -1,6 +1,6 @@
 """Runs twenty distillation iterations in float64 on made-up experts, as a single process or under torchrun.
 
-    [torchrun --nproc_per_node=N] tests/ranks_worker.py FILE IMAGES MATCHING FACTOR
+    [torchrun --nproc_per_node=N] tests/ranks_worker.py FILE IMAGES MATCHING FACTOR [BACKEND]
 """
 
 import sys
@@ -25,8 +25,8 @@ class MadeUpBuffer:
 
     epochs = 9
 
-    def __init__(self) -> None:
-        self.model = FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)).double(), "eager")
+    def __init__(self, backend: str = "eager") -> None:
+        self.model = FlatModel(build_network("ConvNetD1W4", 1, 3, (8, 8)).double(), backend)
         random = torch.Generator().manual_seed(0)
         shape = 3, self.model.num_parameters
         self.starts, self.ways = (size * torch.randn(shape, generator=random, dtype=torch.float64)
@@ -42,7 +42,7 @@ class MadeUpBuffer:
         return torch.randperm(3, generator=random).tolist()
 
 
-def main(path: str, images: str, matching: str, factor: str) -> None:
+def main(path: str, images: str, matching: str, factor: str, backend: str = "eager") -> None:
     ranks.start(torch.device("cpu"))
     random = torch.Generator().manual_seed(1)
     start = DistilledSet(torch.randn(int(images), 1, 8, 8, generator=random, dtype=torch.float64),
@@ -51,14 +51,14 @@ def main(path: str, images: str, matching: str, factor: str) -> None:
     config = make(DistillConfig, matching=matching, syn_steps=5, batch_syn=4, max_start_epoch=4, threshold="inf",
                   Sequential_Generation=False, lr_img=10.0, lr_lr=1e-4, ema=True, factor=factor)
     dataset = SimpleNamespace(image_size=(8, 8), device=start.images.device)
-    state = Distillation(config, dataset, MadeUpBuffer(), start)
-    measured = suggest.measured(config, dataset, MadeUpBuffer(), start, [1, 2], [3, 5], [0.01, 0.1], [0, 7])
-    rates = suggest.fitting_rates(config, dataset, MadeUpBuffer(), start)
+    buffer = MadeUpBuffer(backend)
+    state = Distillation(config, dataset, buffer, start)
+    measured = suggest.measured(config, dataset, buffer, start, [1, 2], [3, 5], [0.01, 0.1], [0, 7])
+    rates = suggest.fitting_rates(config, dataset, buffer, start)
     losses = []
     for iteration in range(20):
         segment = state.draw(iteration)
         losses.append(state.learn(iteration, segment, state.match(segment)).loss)
-    state.merge()
     fixed = state.fixed_loss(state.set)
     if ranks.first():
         torch.save({"images": state.set.images, "labels": state.set.labels, "lr": state.set.lr, "ema": state.ema,

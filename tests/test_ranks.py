@@ -15,6 +15,7 @@ import torch
 from helpers import wait_for
 
 from buffer import expert_run
+from distill import plan
 from distill.checks import check_networks
 from distill.distilled_set import DistilledSet
 from distill.evaluate import saved_accuracies
@@ -117,12 +118,13 @@ def alone(torchrun, tmp_path_factory):
     return alone
 
 
-@pytest.mark.parametrize("number, images, matching, factor", [(2, 9, "exact", 2), (4, 9, "exact", 1),
-                                                              (4, 3, "exact", 1), (2, 9, "tesla", 1)])
-def test_twenty_iterations_equal_one_process_in_float64(torchrun, alone, tmp_path, number, images, matching, factor):
-    """Nine images and batches of four are divided unevenly; with three images, a fourth rank has none. The parts cut
-    out of an image stay on its rank."""
-    torchrun(number, "tests/ranks_worker.py", tmp_path / "x.pt", images, matching, factor)
+@pytest.mark.parametrize("number, images, matching, factor, backend", [
+    (2, 9, "exact", 2, "eager"), (4, 9, "exact", 1, "eager"), (4, 3, "exact", 1, "eager"), (2, 9, "tesla", 1, "eager"),
+    (2, 9, "exact", 1, "compile")])
+def test_twenty_iterations_equal_one_process_in_float64(torchrun, alone, tmp_path, number, images, matching, factor,
+                                                        backend):
+    """Nine images and batches of four are divided unevenly; with three images, a fourth rank has none."""
+    torchrun(number, "tests/ranks_worker.py", tmp_path / "x.pt", images, matching, factor, backend)
     together = torch.load(tmp_path / "x.pt")
     for name, expected in alone(images, matching, factor).items():
         torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-10, msg=name)
@@ -213,7 +215,6 @@ def test_a_mistake_is_said_once(torchrun, distil):
 
 
 @pytest.mark.parametrize("options, said", [({"matching": "unroll"}, "--matching exact"),
-                                           ({"backend": "compile"}, "batches of one size"),
                                            ({"model": "ConvNetD1W4BN"}, "batch norm ties")])
 def test_what_ranks_cannot_share_is_refused(toy_data, monkeypatch, options, said):
     monkeypatch.setattr(ranks, "size", lambda: 2)
@@ -302,11 +303,13 @@ def test_what_is_ignored_stays_ignored_under_the_programs_own_launcher(start, to
     assert process.returncode == 143 and "Traceback" not in err
 
 
-def test_a_backend_that_was_asked_for_is_every_ranks(toy_data, monkeypatch):
+def test_a_rank_has_its_share_of_the_work_and_any_backend(toy_data, monkeypatch):
+    config = make(DistillConfig, model="ConvNetD1W4", backend="compile")
+    alone = plan.work_of(config, toy_data).total
     monkeypatch.setattr(ranks, "size", lambda: 2)
-    names = {backend: student_of(make(DistillConfig, model="ConvNetD1W4", backend=backend), toy_data).engine.name
-             for backend in ("plain", "eager", "auto")}
-    assert names["plain"] != names["eager"] == names["auto"]
+    check_networks(config, toy_data)
+    assert plan.work_of(config, toy_data).total == alone / 2
+    assert "compiled" in student_of(config, toy_data).engine.name
 
 
 def test_the_gpus_that_a_config_lists_get_a_rank_each(monkeypatch):

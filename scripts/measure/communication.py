@@ -5,7 +5,8 @@
 
 Over gloo on CPUs. Each inner step sums one vector of P + 2 numbers over the ranks in the forward pass (the gradient,
 the loss, the number of samples) and one in the backward pass (the co-state). Computing a rank's share of the batch and
-summing the vectors are timed separately, in turn, `--rounds` times; the results are medians, of the slowest rank.
+summing the vectors are timed separately, in turn, `--rounds` times; the results are medians, of the slowest rank. The
+gradient of the set, which is summed once for all steps of an iteration, is left out.
 """
 
 import sys
@@ -16,7 +17,7 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.errors import number_of
+from utils.errors import UserError, number_of
 from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
@@ -73,6 +74,8 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=50, help="samples of a step (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=20, help="timed steps (%(default)s)")
     arguments = parser.parse_args()
+    if arguments.batch < ranks.size():
+        raise UserError(f"--batch {arguments.batch}: fewer samples than the {ranks.size()} ranks; give more")
     found = measure(arguments.model, arguments.batch, arguments.rounds)
     print(f"{number_of(found['ranks'], 'rank')}, {arguments.model} ({found['parameters']} parameters), batch "
           f"{arguments.batch}: {found['bytes_per_step'] / 1e6:.2f} MB a step; computing "

@@ -1,9 +1,7 @@
 """The ranks that torchrun starts: several processes that run the same program on the same data and share its work.
 
-Lists of jobs are dealt out (`deal`, `gather`). Tensors with one row per sample are split by rows: a rank owns those
-whose index, or whose group's index, is its rank modulo the number of ranks (`own_rows`). Each step sums only vectors
-about as long as θ (`sum_`); rows are exchanged rarely (`merge_rows`). Without torchrun there is one rank, and all of
-this does nothing.
+Lists of jobs are dealt out (`deal`, `gather`). A batch is split by rows (`own_share`), and what is computed of the
+parts is summed (`sum_`). Without torchrun there is one rank, and all of this does nothing.
 """
 
 import datetime
@@ -176,17 +174,9 @@ def sum_(tensor: "Tensor") -> "Tensor":
     return tensor
 
 
-def own_rows(indices: "Tensor", together: int = 1) -> "Tensor":
-    """Which rows are this rank's, as booleans shaped like `indices`; groups of `together` rows stay on one rank."""
-    return indices // together % size() == rank()
-
-
-def merge_rows(tensor: "Tensor", together: int = 1) -> None:
-    """Gives every rank the other ranks' rows of a tensor [N, …], in place."""
-    if size() > 1:
-        mine = own_rows(_torch().arange(len(tensor), device=tensor.device), together)
-        tensor[~mine] = 0
-        sum_(tensor)
+def own_share() -> slice:
+    """The rows of a batch that are this rank's: every n-th of n ranks."""
+    return slice(rank(), None, size())
 
 
 def cores() -> int:
