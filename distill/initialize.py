@@ -19,6 +19,7 @@ from utils.data.datasets import Dataset
 from utils.data.tiles import cut, tiled
 from utils.errors import UserError, number_of, some_of
 from utils.files import sha256
+from utils.loss_and_accuracy import at_once
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program.prepare import network_for
@@ -231,7 +232,7 @@ def expert_logits(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
     # Expert files hold no running statistics, so batch norm uses those of the batch at hand (published: those of a
     # fresh network, mean 0 and variance 1).
     model.network.train(has_batch_norm(model.network))
-    logits = torch.cat([model(theta, part) for part in x.split(WALK)])
+    logits = torch.cat([model(theta, part) for part in x.split(at_once(x, WALK))])
     model.network.train()
     return logits
 

@@ -6,11 +6,13 @@ import hashlib
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -502,6 +504,32 @@ def test_sixteen_bits_and_floats_become_eight(tmp_path, capsys):
         refused(r"j.tif has values from .*Pillow's mode [IF]\)", "ImageFolder", tmp_path)
 
 
+def png_of_16_bits(path, values):
+    """Writes grey with alpha [H, W, 2] or colours [H, W, 3], which Pillow reads but does not write."""
+    kind = {2: 4, 3: 2}[values.shape[2]]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
+                     + chunk(b"IEND", b""))
+
+
+def test_sixteen_bits_of_a_colour_and_of_grey_with_alpha(tmp_path, capsys):
+    values = np.random.default_rng(0).integers(0, 4096, (8, 8, 3), dtype=np.uint16)
+    for split in ("train", "test"):
+        for channels in (2, 3):
+            (tmp_path / f"{channels}" / split / "a").mkdir(parents=True)
+            values[..., 1] = 65535 if channels == 2 else values[..., 0]
+            png_of_16_bits(tmp_path / f"{channels}" / split / "a" / "x.png", values[..., :channels])
+    assert read_bytes(tmp_path / "2", res=8).shape[1] == 1 and read_bytes(tmp_path / "3", res=8).shape[1] == 3
+    said = capsys.readouterr().err
+    assert said.count("2 images are of 16 bits or floats, made 8 bits") == 2
+    assert said.count("2 images are of 16 bits that use fewer than 12 of them") == 2
+
+
 def test_transparency_lies_over_white_and_exif_turns(tmp_path, capsys):
     pixels = random_bytes(8, 8, 4)
     pixels[0, :, 3], pixels[1:, :, 3] = 0, 255
@@ -745,6 +773,15 @@ def test_hold_out(monkeypatch):
     assert torch.equal(again.test_images, held.test_images) and again.fingerprint == held.fingerprint
     torch.manual_seed(1)
     assert load_dataset("MiniFashion", "", val_fraction=0.1).fingerprint == held.fingerprint
+
+
+def test_held_out_images_are_not_copied_into_a_memory_that_is_too_small(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "room", lambda *given: asked.append(given) or torch.empty(given[0], dtype=given[1]))
+    train = Split(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.zeros(40, dtype=torch.long))
+    remaining, held = datasets._hold_out(train, 0.25, ("a",))
+    assert asked == [((30, 1, 1, 1), torch.uint8), ((10, 1, 1, 1), torch.uint8)]
+    assert sorted([*remaining.images.flatten().tolist(), *held.images.flatten().tolist()]) == list(range(40))
 
 
 def test_hold_out_lives_in_the_space_of_the_whole_training_set():

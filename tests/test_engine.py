@@ -390,6 +390,24 @@ def test_a_network_from_elsewhere_is_left_to_autograd():
     assert model.gradient(model.flatten(), torch.randn(2, 3, 2, 2).double(), torch.tensor([0, 1]))[2].norm() > 0
 
 
+def test_only_the_first_few_sizes_of_batches_are_compiled(monkeypatch):
+    """Each epoch of PAD's curriculum has another last batch, and torch compiles one function a few times only."""
+    network, compiled = network_of("ConvNetD1W4"), []
+    uncompiled = by_hand(network).network_pass
+    model = FlatModel(network, "plain")
+    engine = HandWritten(uncompiled, model.unflatten, compiled=True)
+
+    def gradient(weights, x, y):
+        compiled.append(len(x))
+        return uncompiled.gradient(weights, x, y)
+
+    monkeypatch.setattr(engines, "_compiled", lambda network_pass: (gradient, network_pass.adjoint))
+    for size in (*range(1, 12), 3):
+        theta, _, x, y = inputs_of(model, size)
+        engine.gradient(theta, x, y)
+    assert compiled == [*range(1, engines.MOST_SIZES + 1), 3]
+
+
 @pytest.mark.parametrize("backend, work, compiler, name", [
     ("auto", 0, True, BY_HAND), ("auto", 1e12, True, "hand-written, compiled"),
     ("auto", 1e12, False, BY_HAND), ("eager", 1e12, True, BY_HAND),

@@ -10,6 +10,7 @@ from distill.initialize import class_labels, expert_labels, predicted_correctly,
 from distill.result_files import Score
 from utils.config import EvaluationConfig, make
 from utils.data.datasets import Dataset
+from utils.loss_and_accuracy import predictions
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
 
@@ -147,3 +148,11 @@ def test_labels_for_noise_name_their_class():
     dataset = readable_dataset([0, 1, 2] * 3, [0, 1, 2] * 3)
     labels = class_labels(FlatModel(LastPixel(3)), torch.zeros(1), dataset, 2, torch.Generator())
     assert labels.argmax(dim=1).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_large_images_are_tested_fewer_at_a_time():
+    for side, most in ((32, 100), (64, 100), (128, 25), (1024, 1)):
+        seen = []
+        images = torch.zeros(1, 1, side, side).expand(120, 1, side, side)
+        predictions(lambda x, seen=seen: seen.append(len(x)) or torch.zeros(len(x), 3), images)
+        assert max(seen) == most and sum(seen) == 120

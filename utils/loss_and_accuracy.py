@@ -10,8 +10,14 @@ from torch import Tensor
 @torch.no_grad()
 def predictions(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """The classes [N] that `predict` (images → logits) gives to images [N, C, H, W]; they stay on the device."""
-    batch = 500 if images.is_cuda else 100  # a CPU's caches hold few images' activations; more only cost memory
-    return torch.cat([predict(x).argmax(dim=1) for x in images.split(batch)])
+    most = 500 if images.is_cuda else 100  # a CPU's caches hold few images' activations; more only cost memory
+    return torch.cat([predict(x).argmax(dim=1) for x in images.split(at_once(images, most))])
+
+
+def at_once(images: Tensor, most: int) -> int:
+    """How many images a network sees at a time where none ties them together: `most`, or fewer if they are larger than
+    64×64, so that the activations take no more memory."""
+    return max(1, min(most, most * 64 * 64 // (images.shape[-2] * images.shape[-1])))
 
 
 def accuracy(predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:

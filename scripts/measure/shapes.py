@@ -43,7 +43,9 @@ def all_shapes() -> dict[str, Shape]:
               Shape("cpu_t80", "ConvNet", (1, 28, 28), 10, 50, 80, 50),
               Shape("cpu_b200", "ConvNet", (1, 28, 28), 10, 200, 20, 200)]
     for path in sorted(REPOSITORY.glob("configs/*/ConvIN/IPC*.yaml"), key=lambda path: (path.parent, len(path.name))):
-        config = make(DistillConfig, **yaml.safe_load(path.read_text()))
+        config = make(DistillConfig, **(yaml.safe_load(path.read_text()) or {}))
+        if config.dataset not in IMAGES:  # a config of one's own
+            continue
         image, classes = IMAGES[config.dataset]
         images = config.ipc * classes * config.factor**2
         shapes.append(Shape(f"{config.dataset.lower()}_ipc{config.ipc}", config.model, image, classes, images,

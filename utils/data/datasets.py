@@ -265,7 +265,14 @@ def _hold_out(train: Split, fraction: float, classes: Sequence[str]) -> tuple[Sp
                             f"{name}; {'give a smaller one' if len(members) > 1 else 'add images to it'}, or give 0 "
                             "for none")
         held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return Split(train.images[~held], train.labels[~held]), Split(train.images[held], train.labels[held])
+    return _rows(train, ~held), _rows(train, held)
+
+
+def _rows(split: Split, which: Tensor) -> Split:
+    """Some of its images, on the disk if the memory is too small."""
+    rows = which.nonzero().flatten()
+    images = room((len(rows), *split.images.shape[1:]), split.images.dtype)
+    return Split(torch.index_select(split.images, 0, rows, out=images), split.labels[rows])
 
 
 DATASETS: dict[str, Loader] = {

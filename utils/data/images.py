@@ -80,7 +80,7 @@ def is_grey(path: Path) -> bool:
         UserError, OSError: see `read_image`.
     """
     with _opened(path) as image:
-        return image.mode in GREY or image.mode.startswith("I;16")
+        return image.mode in GREY or image.mode.startswith("I;16") or _raw_mode(image).startswith("LA")
 
 
 def read_image(path: Path, size: tuple[int, int], channels: int = 3, resize: bool = True) -> Picture:
@@ -141,7 +141,7 @@ def _as_seen(image: Image.Image, path: Path) -> tuple[Image.Image, list[str]]:
     several, orientation = False, 1
     with contextlib.suppress(Exception):  # what follows the first picture may be damaged
         several = getattr(image, "is_animated", False) and image.format != "MPO"  # a phone's depth or smaller copy
-    tags = getattr(image, "tag_v2", {})
+    tags, raw = getattr(image, "tag_v2", {}), _raw_mode(image)
     image.load()
     with contextlib.suppress(Exception):  # the EXIF may be damaged
         orientation = image.getexif().get(ORIENTATION)
@@ -154,12 +154,20 @@ def _as_seen(image: Image.Image, path: Path) -> tuple[Image.Image, list[str]]:
     else:
         image = image.convert("RGBA") if image.has_transparency_data else image
         alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        if ";16" in raw:  # Pillow keeps the upper 8 bits
+            high = max(band.getextrema()[1] for band in image.split()[:3])
+            remarks += [DEEP] + [DARK] * (0 < high < 2**4)
     if alpha is not None and alpha.getextrema()[0] < 255:
         white = Image.new(image.mode, image.size, "white")
         white.paste(image, mask=alpha)
         image = white
         remarks.append(TRANSPARENT)
     return image, remarks + [FIRST] * several
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How an opened file stores its pixels, such as `RGB;16B`, before it is loaded."""
+    return str(image.tile[0][3]) if image.tile else ""
 
 
 def _of_8_bits(image: Image.Image, path: Path, tags: Mapping) -> tuple[Image.Image, Image.Image | None, float]:

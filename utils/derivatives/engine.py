@@ -161,6 +161,9 @@ class Autograd:
         return logits, cross_entropy(logits, y)
 
 
+MOST_SIZES = 8  # of micro-batches that are compiled; with PAD's curriculum, each epoch has another last batch
+
+
 class HandWritten:
     """For ConvNets: `ConvNetPass` or `EagerPass`.
 
@@ -176,11 +179,10 @@ class HandWritten:
         self.network_pass, self.unflatten, self.micro_batch = network_pass, unflatten, micro_batch
         self.name = "hand-written, compiled" if compiled else "hand-written"
         self.map_bytes = network_pass.map_bytes
-        self._gradient, self._adjoint = network_pass.gradient, network_pass.adjoint
+        self._compiled, self._sizes = compiled, set[int]()
+        # Enough for all networks and shapes of a run; torch keeps the setting per thread.
         if compiled:
-            # Enough for all networks and shapes of a run; torch keeps the setting per thread.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            self._gradient, self._adjoint = _compiled(network_pass)
 
     def halve(self, batch: int) -> bool:
         most = min(self.micro_batch or batch, batch)
@@ -193,7 +195,8 @@ class HandWritten:
         weights = self._lift(theta)
 
         def part(x: Tensor, y: Tensor) -> MicroBatch:
-            loss, logits, of_weights, *left = self._gradient(weights, x, y)
+            gradient, _ = self._derivatives(len(x))
+            loss, logits, of_weights, *left = gradient(weights, x, y)
             if maps is not None:
                 maps.extend(left)
             return (loss, of_weights), (logits,)
@@ -207,12 +210,20 @@ class HandWritten:
 
         def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
             left = [maps.pop(0)] if maps else []
-            s, of_weights, *of_samples = self._adjoint(weights, tangents, x_part, y_part, *left)
+            _, adjoint = self._derivatives(len(x_part))
+            s, of_weights, *of_samples = adjoint(weights, tangents, x_part, y_part, *left)
             return (s, of_weights), _scaled([each for each in of_samples if each is not None], len(x_part) / len(x))
 
         (s, of_weights), (s_x, *s_y) = _in_parts(part, x, y, self.micro_batch)
         assert not maps, "the gradient went through more micro-batches than its adjoint"
         return Adjoint(s, self.network_pass.lower(of_weights), s_x, s_y[0] if s_y else None)
+
+    def _derivatives(self, samples: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Gradient and adjoint for micro-batches of this size: compiled, unless many other sizes were."""
+        if self._compiled and (samples in self._sizes or len(self._sizes) < MOST_SIZES):
+            self._sizes.add(samples)
+            return _compiled(self.network_pass)
+        return self.network_pass.gradient, self.network_pass.adjoint
 
     def _lift(self, theta: Tensor) -> Any:
         return self.network_pass.lift(self.unflatten(theta))
