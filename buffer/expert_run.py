@@ -36,7 +36,7 @@ from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
 from utils.program.console import announce, note, say, shown, wrapped
-from utils.program.device import describe_here
+from utils.program.device import kind_of
 from utils.program.locks import kept_to_this_run
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
@@ -156,7 +156,7 @@ class ExpertRun:
         self.unfinished = self.run_file.parent
         self.diverged = self.unfinished / "diverged.json"  # tells all ranks that an expert diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
-        self.on = f"{describe_here(dataset.device)}, torch {torch.__version__}"
+        self.on = f"{kind_of(dataset.device)}, torch {torch.__version__}"
         self.written = self._judged = trajectories.count_experts(folder)  # earlier ones are in files, and judged
         self._at_chance = 0
         # A run after a finished one continues the numbers, so that it trains other experts.
@@ -177,9 +177,12 @@ class ExpertRun:
         which would be taken for written."""
         own = [expert for manifest in manifests_of(self.folder).values() if manifest.get("seed") == self.config.seed
                for expert in manifest["experts"] if expert["number"] >= self.first_number]
+        if self.written < self.first_number:
+            raise UserError(f"{self.folder} held {number_of(self.first_number, 'expert')} when its unfinished run was "
+                            f"begun, and holds {self.written} now; put the others back until it is finished")
         if others := self.written - self.first_number - len(own):
-            raise UserError(f"{self.folder} got {number_of(others, 'expert')} of another run since this unfinished one "
-                            "was begun; move them away until it is finished")
+            raise UserError(f"{self.folder} got {number_of(others, 'expert')} of another run, or without manifest, "
+                            "since its unfinished run was begun; move them away until it is finished")
 
     def _begun(self) -> list[int]:
         """The numbers of the experts that have saved epochs and are not in a file yet."""

@@ -7,7 +7,7 @@ from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import check_pool
 from distill.evaluate.saved_set import check_told
-from distill.plan import batch_size, num_samples
+from distill.plan import num_samples, share_of_batch
 from distill.result_files import NORMAL, RESULT
 from distill.schedule import start_epoch_bound
 from distill.set_files import WHOLE
@@ -81,7 +81,7 @@ def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> N
     """Refuses a run that cannot fit in memory, by a lower bound of what it needs."""
     device = dataset.device
     pixels, num_images = dataset.test_images[0].numel(), config.ipc * dataset.num_classes
-    batch = batch_size(config, dataset)
+    batch = share_of_batch(config, dataset)
     state = 4 * 4 * num_images * pixels  # images, their gradient and momentum, the initial images
     if config.factor > 1:
         state += 2 * 4 * num_samples(config, dataset) * pixels  # the samples cut out of them, and their gradient

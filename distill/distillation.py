@@ -134,8 +134,10 @@ class Distillation:
                                  self.set.lr, segment.batches, segment.augment, self.config.matching, self.part,
                                  self.config.adjoint_steps)
         # Those of this rank's samples, so far.
-        return match._replace(grad_images=ranks.sum_(cut_adjoint(match.grad_images, self.set.factor).contiguous()),
-                              grad_labels=None if match.grad_labels is None else ranks.sum_(match.grad_labels))
+        match = match._replace(grad_images=ranks.sum_(cut_adjoint(match.grad_images, self.set.factor).contiguous()))
+        if self.config.learns_labels:
+            ranks.sum_(match.grad_labels)
+        return match
 
     def learn(self, iteration: int, segment: Segment, match: Match) -> Iteration:
         """Updates the set unless the loss exceeds the threshold or is not finite; returns the iteration's record.

@@ -1,7 +1,6 @@
 """`DATM.py --dry_run`: the time and memory that a distillation will take, extrapolated from a few measured steps, and
 the settings that fit its experts."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -16,7 +15,6 @@ from distill.evaluate.train import train_network
 from distill.load import saved_state, settle_threads
 from distill.matching import match_trajectory, matching_loss
 from distill.plan import (
-    batch_size,
     evaluations,
     gradient_in_words,
     kept_in_words,
@@ -25,6 +23,7 @@ from distill.plan import (
     num_networks,
     num_samples,
     set_in_words,
+    share_of_batch,
 )
 from distill.result_files import METRICS, RESULT
 from utils.config import DistillConfig
@@ -74,7 +73,7 @@ def dry_run(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: 
 def _report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:
     """Prints the estimate."""
     print(f"estimate for {config.dataset}, {config.model}, {set_in_words(config, dataset)}, "
-          f"{gradient_in_words(config)} ({describe_engine(model.engine, batch_size(config, dataset))}"
+          f"{gradient_in_words(config)} ({describe_engine(model.engine, share_of_batch(config, dataset))}"
           f"{kept_in_words(config, dataset, model)}), on "
           f"{describe(dataset.device)}:", flush=True)
     print(_estimate(config, dataset, model))
@@ -89,7 +88,7 @@ def _estimate(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:
     pool."""
     device = dataset.device
     samples = num_samples(config, dataset)
-    batch = math.ceil(batch_size(config, dataset) / ranks.size())  # a rank's share
+    batch = share_of_batch(config, dataset)
     random = generator(config.seed, "estimate")
     rows = torch.arange(samples, device=device) % len(dataset.train_images)
     images = dataset.train_images[rows]

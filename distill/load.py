@@ -54,7 +54,7 @@ def settle_threads(config: DistillConfig, dataset: Dataset, buffer: Buffer, save
     """Uses as many threads as help, or as the resumed run had. If that changes their number, builds the student again,
     since its engine depends on it."""
     before = torch.get_num_threads()
-    threads.settle(config, buffer.model.network, plan.batch_size(config, dataset), plan.work_of(config, dataset),
+    threads.settle(config, buffer.model.network, plan.share_of_batch(config, dataset), plan.work_of(config, dataset),
                    saved and saved["threads"])
     if torch.get_num_threads() != before:
         buffer.model = student_of(config, dataset)

@@ -85,7 +85,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
 
     # Prepare the folder, and print the header.
     folder.start(saved, MADE, SHOWS, [EVALUATION])
-    engine = describe_engine(buffer.model.engine, plan.batch_size(config, dataset))
+    engine = describe_engine(buffer.model.engine, plan.share_of_batch(config, dataset))
     announce(config, start.images.device, engine + plan.kept_in_words(config, dataset, buffer.model),
              f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "
              f"{in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
@@ -111,8 +111,8 @@ def iterate(run: RunState) -> None:
     with DistillView(run) as view:
         for iteration in range(run.iteration, config.Iteration + 1):
             # Save if it is due, and stop if a signal asked for it.
-            stop, due = ranks.any_of(interrupt.requested(), run.folder.save_due())
-            if stop or due:
+            (stop,) = ranks.any_of(interrupt.requested())
+            if stop or run.folder.save_due():
                 run.save()
             if stop:
                 interrupt.stop()

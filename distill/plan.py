@@ -28,6 +28,11 @@ def batch_size(config: DistillConfig, dataset: Dataset) -> int:
     return min(config.batch_syn or samples, samples)
 
 
+def share_of_batch(config: DistillConfig, dataset: Dataset) -> int:
+    """Samples per inner step on each of several ranks."""
+    return -(-batch_size(config, dataset) // ranks.size())
+
+
 def is_evaluated(config: DistillConfig, iteration: int) -> bool:
     """Whether the set is evaluated at this iteration, before its update."""
     return iteration == config.Iteration or (iteration % config.eval_it == 0
@@ -67,7 +72,7 @@ def matched_steps(config: DistillConfig) -> int:
 
 def kept_steps(config: DistillConfig, dataset: Dataset, model: FlatModel) -> int:
     """The number of inner steps that keep activations for their adjoints; they are the last ones."""
-    return min(model.kept_steps(batch_size(config, dataset)), matched_steps(config))
+    return min(model.kept_steps(share_of_batch(config, dataset)), matched_steps(config))
 
 
 def kept_in_words(config: DistillConfig, dataset: Dataset, model: FlatModel) -> str:

@@ -128,7 +128,7 @@ def fitting_rates(config: DistillConfig, dataset: Dataset, buffer: Buffer, first
                         squares[name].append(float(gradient.square().mean()))
             bar.update()
     size = {name: math.sqrt(fmean(squares[name])) / float(tensor.std())
-            for name, tensor in moved.items() if squares[name]}
+            for name, tensor in moved.items() if squares[name] and tensor.std() > 0}
     return {name: float(f"{FIRST_STEP[name] / size[name]:.0e}") for name in size if 0 < size[name] < math.inf}
 
 

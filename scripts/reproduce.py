@@ -690,11 +690,13 @@ def main() -> None:
                 run_steps(steps, jobs, form.root / "output", ledger, environment, lock)
             except StepsFailedError as error:
                 failed = error
-        results = Results(plan, form.root / "results", ledger)
-        gather(plan, results)
-        report(plan, rows, results)
-    if failed:
-        raise failed
+        try:
+            results = Results(plan, form.root / "results", ledger)
+            gather(plan, results)
+            report(plan, rows, results)
+        finally:
+            if failed:
+                raise failed
 
 
 def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:

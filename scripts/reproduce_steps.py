@@ -101,7 +101,10 @@ class Ledger:
 
     def done(self, step: Step) -> bool:
         """Whether the step's files are there, complete and by its command."""
-        return step.done and self.knows(step) and not self.made[step.name].get("failed")
+        return step.done and self.knows(step) and not self._failed(step)
+
+    def _failed(self, step: Step) -> bool:
+        return self.made.get(step.name, {}).get("failed", False)
 
     def command(self, step: Step) -> str:
         """The command that made the step's result, with its number of ranks."""
@@ -116,12 +119,14 @@ class Ledger:
         them."""
         if step.name not in self.made and step.made.exists():
             raise UserError(f"nobody knows which command made {step.made}; move it away")
-        if self.knows(step) and step.torn:
+        if self.knows(step) and step.torn and not self._failed(step):
             raise UserError(f"some files are gone from {step.made}; restore them, or move it away to make all again")
 
     def begin(self, step: Step) -> None:
-        """Prepares to begin or resume a step; removes what another command made, or made from other inputs."""
-        if step.done or not self.knows(step):
+        """Prepares to begin or resume a step; removes what another command made, or made from other inputs, and what
+        the command would add to instead of completing it."""
+        completes = self._failed(step) and step.resumes is None  # perhaps only its pictures are missing
+        if not self.knows(step) or step.torn or (step.done and not completes):
             remove(step.made)
         if not step.made.exists():
             self.made[step.name] = {"asked": step.asked, "command": str(step), "config": step.config, "seconds": 0.0,

@@ -112,6 +112,8 @@ def test_a_failure_says_why_and_only_what_needs_it_is_not_run(folder, capsys):
     failing.result.write_text("a part")
     with pytest.raises(UserError, match="exit code 1"):
         run_all(folder, *steps)
+    with pytest.raises(UserError, match="exit code 1"):  # nor does what it would add to
+        run_all(folder, replace(failing, resumes=folder / "unfinished"))
     assert not failing.result.exists()
     with pytest.raises(UserError, match="2 commands failed, the first: .*exit code 1"):
         run_all(folder, failing, worker(folder, "too", "fails"))

@@ -30,8 +30,8 @@ def slurm(tmp_path):
         (tmp_path / name).touch()
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VENV": str(tmp_path),
                                 "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "77"}
-    return lambda *arguments: subprocess.Popen(
-        ["bash", REPOSITORY / "scripts" / "datm.slurm", *arguments], env=environment, cwd=tmp_path,
+    return lambda *arguments, **more: subprocess.Popen(
+        ["bash", REPOSITORY / "scripts" / "datm.slurm", *arguments], env=environment | more, cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -40,7 +40,7 @@ def started(slurm, tmp_path, stage, code):
     srun = tmp_path / "bin" / "srun"
     srun.write_text(SRUN.format(code=code))
     srun.chmod(0o755)
-    job = slurm(stage)
+    job = slurm(stage, **({"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "0"} if stage == "experts" else {}))
     wait_for((tmp_path / "begun").exists, job)
     return job
 
@@ -56,7 +56,8 @@ def test_a_job_that_was_warned_is_queued_again_unless_it_finished(slurm, tmp_pat
     job.send_signal(signal.SIGUSR1)
     out, _ = job.communicate(timeout=30)
     assert job.returncode == code
-    assert out.splitlines() == ["scancel --signal=TERM 77", *["scontrol requeue 77"] * queued]
+    name = "70_0" if stage == "experts" else "77"
+    assert out.splitlines() == [f"scancel --signal=TERM {name}", *[f"scontrol requeue {name}"] * queued]
 
 
 def test_a_job_that_is_cancelled_is_not_queued_again(slurm, tmp_path):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from distill.initialize import WALK, expert_logits
 from utils.data.datasets import Dataset
-from utils.loss_and_accuracy import at_once
 from utils.parameters import FlatModel
 
 
@@ -62,7 +61,7 @@ def coreset(pick: str, model: FlatModel, theta: Tensor, dataset: Dataset, count:
     for label in range(dataset.num_classes):
         members = dataset.class_indices(label)
         # Parts of about equal size, since batch norm uses their statistics.
-        parts = members.chunk(math.ceil(len(members) / at_once(dataset.train_images, WALK)))
+        parts = members.chunk(math.ceil(len(members) / WALK))
         features = torch.cat([expert_features(model, theta, dataset.train_images[part]) for part in parts])
         chosen.append(members[CORESETS[pick](features, count)])
     return torch.cat(chosen)

@@ -1,7 +1,6 @@
 """Reads a run's folder into plain data, from which its page is made."""
 
 import datetime
-import itertools
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,17 +80,18 @@ class SavedRun:
         score over all seeds, with its learning rate if there are several. Of results of one seed, whose first networks
         are the same, the one of most networks counts."""
         network = self.result.best.scores[0].network
-        found: dict[str, dict[float | None, dict[Any, list[float]]]] = {}
+        longest: dict[tuple[str, float | None, Any], list[float]] = {}  # by kind, rate and seed
         for result in self.beside:
             named = OF_REAL_IMAGES.fullmatch(result.what)
             for score in result.scores if named and not self._unlike(result) else ():
                 if score.network == network:
-                    of_seeds = found.setdefault(f"{named[2]}s{named[3]}", {}).setdefault(result.lr, {})
-                    seed = result.config.get("seed")
-                    of_seeds[seed] = max(of_seeds.get(seed, []), score.accuracies, key=len)
+                    key = f"{named[2]}s{named[3]}", result.lr, result.config.get("seed")
+                    longest[key] = max(longest.get(key, []), score.accuracies, key=len)
+        found: dict[str, dict[float | None, list[float]]] = {}
+        for (kind, lr, _), accuracies in longest.items():
+            found.setdefault(kind, {}).setdefault(lr, []).extend(accuracies)
         return {kind if len(rates) == 1 or rate is None else f"{kind}, learning rate {rate:.4g}":
-                Score(network, [*itertools.chain(*of_seeds.values())])
-                for kind, rates in found.items() for rate, of_seeds in rates.items()}
+                Score(network, accuracies) for kind, rates in found.items() for rate, accuracies in rates.items()}
 
     @property
     def left_out(self) -> list[str]:

@@ -83,8 +83,8 @@ class DataConfig:
                              "(32 for ImageFolder, 128 for ImageNet)")
     seed: int = option(MAIN, 0, "the same seed gives the same result")
     zca: bool = option(METHOD, False, "whiten the images (ZCA, eps 0.1)")
-    dsa: bool = option(METHOD, True, "augment training batches by DSA; False: the older augmentation (none in the "
-                       "inner loop)")
+    dsa: bool = option(METHOD, True, "augment training batches by DSA; False: the older augmentation for experts, "
+                       "none in the inner loop, in evaluations as DC's")
     dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "which of these, joined by _; "
                                "none: no augmentation", effect="dsa")
     val_fraction: Fraction = option(METHOD, 0.0, "hold out this share of the training images and test on it instead "

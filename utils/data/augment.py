@@ -47,8 +47,8 @@ class Draw:
         rest = iter(parameters)
         return Draw(self.group, {name: tuple(next(rest) for _ in values) for name, values in self.parameters.items()})
 
-    def of(self, rows: Tensor) -> "Draw":
-        """The draw for some of the batch's images; `rows` is an index into a tensor [B]."""
+    def of(self, rows: slice) -> "Draw":
+        """The draw for some of the batch's images."""
         return Draw(self.group, {name: tuple(value[rows] for value in values)
                                  for name, values in self.parameters.items()})
 

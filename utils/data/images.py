@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -154,7 +155,7 @@ def _as_seen(image: Image.Image, path: Path) -> tuple[Image.Image, list[str]]:
     else:
         image = image.convert("RGBA") if image.has_transparency_data else image
         alpha = image.getchannel("A") if image.mode == "RGBA" else None
-        if ";16" in raw:  # Pillow keeps the upper 8 bits
+        if re.search(";16[BLN]", raw):  # Pillow keeps the upper 8 bits
             high = max(band.getextrema()[1] for band in image.split()[:3])
             remarks += [DEEP] + [DARK] * (0 < high < 2**4)
     if alpha is not None and alpha.getextrema()[0] < 255:

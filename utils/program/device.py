@@ -63,16 +63,16 @@ def select_device(device: str | list[int]) -> torch.device:
     return torch.device("cuda", chosen.index or 0)
 
 
-def describe_here(device: torch.device) -> str:
-    """The device of this rank in words."""
+def kind_of(device: torch.device) -> str:
+    """What rounding depends on: the kind of GPU, or the CPU's threads."""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
+        return torch.cuda.get_device_name(device)
     return f"cpu ({number_of(torch.get_num_threads(), 'thread')})"
 
 
 def describe(device: torch.device) -> str:
     """The device in words."""
-    here = describe_here(device)
+    here = f"{device} ({kind_of(device)})" if device.type == "cuda" else kind_of(device)
     return here if ranks.size() == 1 else f"{ranks.size()} ranks, the first on {here}"
 
 

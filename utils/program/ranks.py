@@ -175,7 +175,7 @@ def sum_(tensor: "Tensor") -> "Tensor":
 
 
 def own_share() -> slice:
-    """The rows of a batch that are this rank's: every n-th of n ranks."""
+    """This rank's rows of a batch: r, r + n, r + 2n, … for rank r of n."""
     return slice(rank(), None, size())
 
 
