@@ -100,8 +100,8 @@ class DistilledSet(torch.utils.data.Dataset):
         return ImageSpace(self.mean, self.std, whitening)
 
     def pixels(self) -> Tensor:
-        """The images as pictures [N, C, H, W]: un-whitened, around [0, 1], not clipped. Stored pictures are used if
-        there are any, so no whitening is needed."""
+        """The images as pictures [N, C, H, W]: un-whitened; 0 is black and 1 white, not clipped. Stored pictures are
+        used if there are any, so no whitening is needed."""
         return self.space.to_pixels(self.images) if self.pictures is None else self.pictures
 
     def detach(self) -> "DistilledSet":

@@ -114,7 +114,7 @@ def test_a_single_class_is_refused(refused, toy, tmp_path):
      ["--matching unroll --backend compile --micro_batch 2", "plain autograd", "--matching exact"]),
     (["--adjoint_steps=4"], ["--adjoint_steps 4 --syn_steps 3", "give 3 or less"]),
     (["--adjoint_steps=0"], ["--adjoint_steps 0: it must be greater than or equal to 1"]),
-    (["--matching=tesla", "--adjoint_steps=3"], ["--matching tesla --adjoint_steps 3", "give --matching exact"]),
+    (["--matching=tesla", "--adjoint_steps=3"], ["--matching tesla --adjoint_steps 3", "give DATM.py --matching exact"]),
     (["--lr_teacher=fast"], ["--lr_teacher fast: it must be a number, or auto"]),
     (["--matching=fast"], ["--matching fast", "'exact', 'unroll' or 'tesla'"]),
     (["--ipc=None"], ["--ipc None: it must be a valid integer"]),

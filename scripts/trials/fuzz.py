@@ -458,7 +458,7 @@ def _check_experts(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     assert all(len(expert) == values["train_epochs"] + 1 for expert in experts), "epochs"
     saved = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())
     assert [expert["number"] for expert in saved["experts"]] == list(range(len(common.load(paths[0]))))
-    for fact in ("fingerprint", "threads", "experts", "sha256"):
+    for fact in ("fingerprint", "threads", "on", "experts", "sha256"):
         del saved[fact]
     return saved
 
