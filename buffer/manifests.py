@@ -182,6 +182,12 @@ def require_experts(folder: Path, option: str = BUFFER_PATH) -> None:
     """Refuses a folder without expert files, before anything expensive is done."""
     if expert_files(folder):
         return
+    for above in folder.parents:
+        if above.is_file():
+            raise UserError(f"{option} {above} is a file; give the folder that holds <dataset>/<model>/")
+        if expert_files(above):
+            raise UserError(f"no replay_buffer_*.pt in {folder}, but in {above}; give as {option} the folder that "
+                            "holds <dataset>/<model>/")
     if run_file(folder).is_file():
         raise UserError(f"no replay_buffer_*.pt in {folder} yet: its experts are being trained, or were stopped; give "
                         f"the command of buffer/buffer_FTD.py again, or another {option}")

@@ -114,12 +114,13 @@ def test_a_single_class_is_refused(refused, toy, tmp_path):
      ["--matching unroll --backend compile --micro_batch 2", "plain autograd", "--matching exact"]),
     (["--adjoint_steps=4"], ["--adjoint_steps 4 --syn_steps 3", "give 3 or less"]),
     (["--adjoint_steps=0"], ["--adjoint_steps 0: it must be greater than or equal to 1"]),
-    (["--matching=tesla", "--adjoint_steps=3"], ["--matching tesla --adjoint_steps 3", "give DATM.py --matching exact"]),
+    (["--matching=tesla", "--adjoint_steps=3"], ["--matching tesla --adjoint_steps 3", "DATM.py --matching exact"]),
     (["--lr_teacher=fast"], ["--lr_teacher fast: it must be a number, or auto"]),
     (["--matching=fast"], ["--matching fast", "'exact', 'unroll' or 'tesla'"]),
     (["--ipc=None"], ["--ipc None: it must be a valid integer"]),
     (["--model=MLP"], ["no replay_buffer_*.pt in", "ImageFolder/MLP", "buffer/buffer_FTD.py", "--buffer_path"]),
-    (["--buffer_path=/nowhere"], ["no replay_buffer_*.pt in /nowhere/ImageFolder/ConvNetD1W4"])])
+    (["--buffer_path=/nowhere"], ["no replay_buffer_*.pt in /nowhere/ImageFolder/ConvNetD1W4"]),
+    ([f"--buffer_path={__file__}"], ["test_refusals.py is a file; give the folder that holds"])])
 def test_what_the_distillation_refuses(refused, options, phrases):
     refused(DATM, options, phrases)
 
