@@ -24,7 +24,7 @@ from utils.program.seeds import generator, seeded
 
 NETWORKS = 10  # number of networks over which GraNd is averaged
 EPOCHS = 5  # epochs of plain SGD before GraNd is measured
-MEASURED = 64  # images whose gradients, of P numbers each, are held at a time
+AT_ONCE = 64  # images whose gradients, of P numbers each, are held at a time
 
 
 def epoch_share(epoch: int, config: BufferConfig) -> tuple[float, float]:
@@ -100,7 +100,7 @@ def _grand_of_one(config: BufferConfig, dataset: Dataset, number: int) -> Tensor
         return cross_entropy(functional_call(network, parameters, (x[None],)), y[None])
 
     norms = []
-    for x, y in zip(dataset.train_images.split(MEASURED), dataset.train_labels.split(MEASURED)):
+    for x, y in zip(dataset.train_images.split(AT_ONCE), dataset.train_labels.split(AT_ONCE)):
         gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
         norms.append(sum(gradient.flatten(1).square().sum(dim=1) for gradient in gradients.values()).sqrt())
     return torch.cat(norms).cpu()

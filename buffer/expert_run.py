@@ -22,8 +22,8 @@ from buffer.manifests import (
     expert_files,
     in_words,
     manifests_of,
+    resumed_run,
     run_file,
-    unfinished_run,
 )
 from utils import files
 from utils.config import BufferConfig, influential
@@ -58,8 +58,9 @@ def train_buffer(config: BufferConfig) -> None:
     check_same_images(folder, dataset)
     network = network_for(config.model, dataset).to(dataset.device)
     of_one = work_of(config, dataset)
+    resumed = resumed_run(folder, config)
     threads.settle(config, network, config.batch_train, Work(of_one.gradients * config.num_experts),
-                   threads_before(folder, config))
+                   resumed and resumed["threads"])
     model = flat_model(config, network, of_one, config.micro_batch)
 
     # Lock the folder; start, or resume the unfinished run there.
@@ -131,12 +132,6 @@ def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view
                  curriculum=curriculum, progress=view.after_batch)
 
 
-def threads_before(folder: Path, config: BufferConfig) -> int | None:
-    """Thread count of the unfinished run that this one resumes, if any."""
-    run = unfinished_run(folder) if config.resume == "auto" else None
-    return run and run["threads"]
-
-
 class ExpertRun:
     """The experts of one command.
 
@@ -161,10 +156,10 @@ class ExpertRun:
         self._at_chance = 0
         # A run after a finished one continues the numbers, so that it trains other experts.
         self.first_number = self.written
-        self.resumes = self.run_file.exists() and config.resume == "auto"
-        if self.resumes:
+        before = resumed_run(folder, config)
+        self.resumes = before is not None
+        if before:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
-            before = unfinished_run(folder)
             self.first_number = before["first_expert"]
             self.last_on = before.get("on")
             self._check_no_others()

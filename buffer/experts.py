@@ -85,7 +85,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: Sav
 
     Args:
         saved: holds the initialisation and every epoch; training resumes from the last one.
-        report: called after every epoch, also for those already saved.
+        report: called after every epoch, and once for the last one that is already saved.
         curriculum: PAD's choice of each epoch's images; None: all of them.
         progress: called after every batch with the number of epochs done, as a fraction.
 
@@ -155,9 +155,9 @@ def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network
     """Restores the last saved epoch, or saves the initialisation; returns the number of epochs done."""
     if not len(saved):
         saved.save(0, theta, velocity, network, None)
-    for reached in saved.reached():
-        report(Epoch(**reached))
     state = saved[saved.done]
+    if state["reached"]:
+        report(Epoch(**state["reached"]))
     theta.copy_(state["theta"])
     if velocity is not None:
         velocity.copy_(state["momentum"])

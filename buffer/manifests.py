@@ -97,7 +97,7 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
     return kinds
 
 
-def test_accuracies(folder: Path) -> list[float]:
+def accuracies_reached(folder: Path) -> list[float]:
     """Test accuracies of the experts of a folder after their last epoch, as far as manifests tell."""
     return [float(expert["test_accuracy"]) for manifest in manifests_of(folder).values()
             for expert in manifest["experts"]]
@@ -162,9 +162,14 @@ def unfinished_run(folder: Path) -> dict[str, Any] | None:
         return run
 
 
+def resumed_run(folder: Path, config: BufferConfig) -> dict[str, Any] | None:
+    """As `unfinished_run`, but None if a run with this config would discard it."""
+    return unfinished_run(folder) if config.resume == "auto" else None
+
+
 def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | None = None) -> None:
     """Refuses to resume the folder's unfinished run with other options, or with other values of `more`."""
-    if config.resume == "auto" and (run := unfinished_run(folder)):
+    if run := resumed_run(folder, config):
         if different := differences(run, identity(config) | (more or {})):
             raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on with "
                             "it, --resume never to discard it, or another --buffer_path")

@@ -128,10 +128,6 @@ class Buffer:
         return len(self._experts)
 
     @property
-    def experts_per_file(self) -> list[int]:
-        return [len(experts) for experts in self._files]
-
-    @property
     def epochs(self) -> int:
         """The last epoch that every expert has a snapshot of; epoch 0 is the initialisation."""
         return min(map(len, self._experts)) - 1
@@ -142,7 +138,7 @@ class Buffer:
 
     def walk_order(self, random: torch.Generator) -> list[int]:
         """Every expert once: the files in random order, the experts within each in random order."""
-        sizes = self.experts_per_file
+        sizes = [len(experts) for experts in self._files]
         firsts = [sum(sizes[:index]) for index in range(len(sizes))]
         return [firsts[file] + expert
                 for file in torch.randperm(len(sizes), generator=random).tolist()

@@ -9,6 +9,7 @@ from distill.evaluate.networks import check_pool
 from distill.evaluate.saved_set import check_told
 from distill.plan import num_samples, share_of_batch
 from distill.result_files import NORMAL, RESULT
+from distill.run_folder import RunFolder
 from distill.schedule import start_epoch_bound
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, differences, identity
@@ -23,7 +24,6 @@ from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.console import note, shown
 from utils.program.prepare import gpus_of_ranks, network_for
-from utils.program.run_folder import RunFolder
 
 
 def check_start(config: DistillConfig) -> None:
@@ -107,8 +107,8 @@ def note_others(config: DistillConfig, folder: RunFolder) -> None:
                      "images; this is a new one")
 
 
-def check_same_run(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],
-                   folder: RunFolder) -> None:
+def check_resumable(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],
+                    folder: RunFolder) -> None:
     """Refuses to resume a run that was started with other data, is past the requested iteration, or is finished and
     has lost its checkpoint.
 

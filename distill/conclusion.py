@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter
 
-from buffer.manifests import made_by, test_accuracies
+from buffer.manifests import accuracies_reached, made_by
 from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import DistilledSet
@@ -29,6 +29,7 @@ from distill.result_files import (
     skipped_advice,
     tested_on,
 )
+from distill.run_folder import STATE, RunFolder, data_id
 from distill.run_state import Candidate, DistillView, RunState, best_of
 from distill.set_files import PUBLISHED, WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
@@ -38,7 +39,6 @@ from utils.program import commands, ranks
 from utils.program.console import note, say, shown, wrapped
 from utils.program.machine import environment
 from utils.program.progress import watched
-from utils.program.run_folder import STATE, RunFolder, data_id
 
 # A run's outputs besides its log and result: its sets and unfinished evaluations; pictures, page and final sets.
 MADE = [*VERSIONS, *(f"{name}.unfinished*" for name in VERSIONS)]
@@ -171,7 +171,7 @@ def _save_pictures(config: DistillConfig, dataset: Dataset, buffer: Buffer, path
         save_pictures(path / PICTURES, dataset, start, best[version].set, version,
                       "noise" if config.pix_init == "noise" else "real" if config.pix_init in STARTS else SAVED, frames,
                       made_by(buffer.folder) + labelling,
-                      test_accuracies(buffer.folder))
+                      accuracies_reached(buffer.folder))
 
 
 def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best: str) -> None:

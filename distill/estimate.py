@@ -25,7 +25,7 @@ from distill.plan import (
     set_in_words,
     share_of_batch,
 )
-from distill.result_files import METRICS, RESULT
+from distill.run_folder import RunFolder
 from utils.config import DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
@@ -39,7 +39,6 @@ from utils.program.console import duration, say, shown
 from utils.program.device import describe
 from utils.program.prepare import drawer, dsa_groups
 from utils.program.progress import watched
-from utils.program.run_folder import RunFolder
 from utils.program.seeds import generator
 
 FEW, MORE = 1, 3  # inner steps of the two measurements
@@ -57,7 +56,7 @@ def dry_run(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: 
     Raises:
         UserError: the run would be refused.
     """
-    folder, saved = RunFolder(path, config, METRICS, RESULT), None
+    folder, saved = RunFolder(path, config), None
     if not folder.is_done:
         saved = saved_state(config, data, folder)
         folder.check(saved, [*MADE, *SHOWS])

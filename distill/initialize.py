@@ -5,60 +5,22 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from buffer.manifests import check_same_images
 from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet, check_classes, checked_set, class_indices, other_space
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut, tiled
 from utils.errors import UserError, number_of, some_of
-from utils.files import sha256
 from utils.loss_and_accuracy import at_once
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
-from utils.program.prepare import network_for
-from utils.program.progress import watched
 from utils.program.seeds import generator
 
 WALK = 256  # images of a class that are classified at a time
-
-
-def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buffer:
-    """The experts that label the initial images: those that are matched, all in their folder, or another network's.
-
-    Raises:
-        UserError: the other network's expert files are missing, unreadable, or of a different network or other images.
-    """
-    if config.labelled_by_another:
-        network = network_for(config.Initialize_Label_Model, dataset).to(dataset.device)
-        buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
-        check_same_images(buffer.folder, dataset, "--Initialize_Label_Model_Dir")
-    elif config.max_files or config.max_experts:
-        # All experts label, even if only some are matched. They are part of a run's identity even where none labels, as
-        # in runs of earlier versions.
-        buffer = Buffer(buffer.folder, buffer.model)
-    return buffer
-
-
-def checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer) -> dict[str, str]:
-    """Checksums of everything a distillation reads, by name; with the options they identify a run, whatever the paths.
-
-    Raises:
-        UserError: an expert file is damaged.
-    """
-    watch = partial(watched, quiet=config.quiet)
-    sums = {"images": dataset.fingerprint, **buffer.verify(watch)}
-    if labellers is not buffer:
-        sums |= {f"labels by {name}": checksum for name, checksum in labellers.verify(watch).items()}
-    if config.pix_init not in STARTS:
-        sums["the set to start from"] = sha256(config.pix_init)
-    return sums
 
 
 def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tuple[DistilledSet, list[str]]:

@@ -1,5 +1,7 @@
 """What a distillation begins with: the data, the experts, the student, and the checkpoint of a run that is resumed."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,13 +9,15 @@ import torch
 from buffer.manifests import buffer_folder, check_same_images, expert_files, manifest_path
 from buffer.trajectories import Buffer
 from distill import checks, plan
-from utils.config import DistillConfig
+from distill.run_folder import RunFolder
+from utils.config import STARTS, DistillConfig
 from utils.data.datasets import Dataset
+from utils.files import sha256
 from utils.parameters import FlatModel
 from utils.program import ranks, threads
 from utils.program.console import note, shown
 from utils.program.prepare import begin, flat_model, network_for
-from utils.program.run_folder import RunFolder
+from utils.program.progress import watched
 
 
 def data_and_experts(config: DistillConfig) -> tuple[Dataset, Buffer]:
@@ -38,6 +42,38 @@ def data_and_experts(config: DistillConfig) -> tuple[Dataset, Buffer]:
         note(f"note: experts in {shown(buffer.folder)} have no manifest, as published ones, which were trained on the "
              "held-out images too")
     return dataset, buffer
+
+
+def labellers_of(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> Buffer:
+    """The experts that label the initial images: those that are matched, all in their folder, or another network's.
+
+    Raises:
+        UserError: the other network's expert files are missing, unreadable, or of a different network or other images.
+    """
+    if config.labelled_by_another:
+        network = network_for(config.Initialize_Label_Model, dataset).to(dataset.device)
+        buffer = Buffer(Path(config.Initialize_Label_Model_Dir), FlatModel(network))
+        check_same_images(buffer.folder, dataset, "--Initialize_Label_Model_Dir")
+    elif config.max_files or config.max_experts:
+        # All experts label, even if only some are matched. They are part of a run's identity even where none labels, as
+        # in runs of earlier versions.
+        buffer = Buffer(buffer.folder, buffer.model)
+    return buffer
+
+
+def data_checksums(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer) -> dict[str, str]:
+    """Checksums of everything a distillation reads, by name; with the options they identify a run, whatever the paths.
+
+    Raises:
+        UserError: an expert file is damaged.
+    """
+    watch = partial(watched, quiet=config.quiet)
+    sums = {"images": dataset.fingerprint, **buffer.verify(watch)}
+    if labellers is not buffer:
+        sums |= {f"labels by {name}": checksum for name, checksum in labellers.verify(watch).items()}
+    if config.pix_init not in STARTS:
+        sums["the set to start from"] = sha256(config.pix_init)
+    return sums
 
 
 def student_of(config: DistillConfig, dataset: Dataset) -> FlatModel:
@@ -67,5 +103,5 @@ def saved_state(config: DistillConfig, data: dict[str, str], folder: RunFolder) 
         UserError: it is damaged, or was made with other data.
     """
     saved = ranks.from_first_rank(lambda: folder.saved_state if config.resume == "auto" else None)
-    checks.check_same_run(config, saved, data, folder)
+    checks.check_resumable(config, saved, data, folder)
     return saved

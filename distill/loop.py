@@ -6,9 +6,10 @@ from distill import checks, estimate, plan, suggest
 from distill.conclusion import MADE, SHOWS, conclude, say_finished, show_so_far
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
-from distill.initialize import checksums, initial_set, labellers_of
-from distill.load import data_and_experts, saved_state, settle_threads
-from distill.result_files import EVALUATION, METRICS, RESULT, run_folder
+from distill.initialize import initial_set
+from distill.load import data_and_experts, data_checksums, labellers_of, saved_state, settle_threads
+from distill.result_files import EVALUATION
+from distill.run_folder import RunFolder, run_folder
 from distill.run_state import DistillView, RunState
 from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
@@ -16,7 +17,6 @@ from utils.derivatives.engine import describe_engine
 from utils.program import interrupt, ranks
 from utils.program.console import announce, note
 from utils.program.locks import kept_to_this_run
-from utils.program.run_folder import RunFolder
 
 
 def distill(config: DistillConfig) -> None:
@@ -31,7 +31,7 @@ def distill(config: DistillConfig) -> None:
 
     # Identify the run by its options and the checksums of everything it reads.
     labellers = labellers_of(config, dataset, buffer)
-    data = ranks.from_first_rank(lambda: checksums(config, dataset, buffer, labellers))
+    data = ranks.from_first_rank(lambda: data_checksums(config, dataset, buffer, labellers))
 
     # A dry run ends here, with an estimate of time and memory and the settings that fit the experts.
     path = run_folder(config, data)
@@ -41,7 +41,7 @@ def distill(config: DistillConfig) -> None:
 
     # Lock the run's folder.
     with kept_to_this_run(path, "give another --run_name"):
-        folder = RunFolder(path, config, METRICS, RESULT)
+        folder = RunFolder(path, config)
 
         # A finished run is not repeated; if its pictures or page are missing, they are made.
         if folder.is_done:
@@ -111,7 +111,7 @@ def iterate(run: RunState) -> None:
     with DistillView(run) as view:
         for iteration in range(run.iteration, config.Iteration + 1):
             # Save if it is due, and stop if a signal asked for it.
-            (stop,) = ranks.any_of(interrupt.requested())
+            stop = ranks.any_of(interrupt.requested())
             if stop or run.folder.save_due():
                 run.save()
             if stop:

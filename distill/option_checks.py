@@ -4,13 +4,12 @@ from pathlib import Path
 
 from buffer.manifests import BUFFER_PATH, buffer_folder, check_same_data, require_experts
 from distill.evaluate.option_checks import check_evaluation
-from distill.result_files import METRICS, RESULT, run_folder
+from distill.run_folder import RunFolder, run_folder
 from utils.config import STARTS, DistillConfig
 from utils.errors import UserError
 from utils.files import check_is_file
 from utils.networks import check_network_name
 from utils.program import ranks
-from utils.program.run_folder import RunFolder
 
 
 def check_options(config: DistillConfig) -> None:
@@ -48,4 +47,4 @@ def check_options(config: DistillConfig) -> None:
     if config.pix_init not in STARTS:
         check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
     if config.run_name and ranks.size() == 1:  # else the folder is known, or the ranks can agree, only later
-        RunFolder(run_folder(config, {}), config, METRICS, RESULT)  # refuses a run of other options
+        RunFolder(run_folder(config, {}), config)  # refuses a run of other options

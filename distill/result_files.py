@@ -19,23 +19,15 @@ import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, RootModel, ValidationError, computed_field
 from pydantic.dataclasses import dataclass
 
-from utils.config import AUTO, STARTS, DistillConfig, EvaluationConfig
+from utils.config import AUTO, STARTS, EvaluationConfig
 from utils.errors import UserError
 from utils.files import append_json, read_json, read_text, reading, resolved, write_json
 from utils.program.console import percent
-from utils.program.run_folder import run_id
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
 EVALUATION = "evaluation.json"  # of the best set, written by the command that a run prints at its end
 VERSIONS = NORMAL, EMA = "Normal", "EMA"  # folders of the sets as published, and with averaged images
 _AGAIN = "put it back, or run again under another --run_name"
-
-
-def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
-    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the default name is derived from the config and
-    the checksums of the data."""
-    name = config.run_name or f"{config.matching}_seed{config.seed}_{run_id(config, data)}"
-    return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name
 
 
 def _square(counts: list[list[int]]) -> list[list[int]]:
@@ -122,7 +114,8 @@ class Metrics(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, advice: str = _AGAIN, finished: bool = True) -> "Metrics":
-        """
+        """Reads the file.
+
         Args:
             finished: whether the run is finished; if not, an incomplete last line is ignored.
         """
@@ -308,7 +301,8 @@ class EvaluationResult:
         return str(self.images) if self.labels is None else f"{self.images} ({self.labels} labels)"
 
     def write(self, path: str | Path, **more: Any) -> None:
-        """
+        """Writes the file.
+
         Args:
             more: entries that `--robust_score` adds; its file still reads as that of an evaluation.
         """

@@ -15,13 +15,13 @@ from distill.evaluate.saved_accuracies import Accuracies, key_of
 from distill.report.frames import Frames
 from distill.report.wandb_log import Tracker
 from distill.result_files import NORMAL, Evaluation, Iteration, Metrics, Score, append_metrics, skipped_advice
+from distill.run_folder import RunFolder
 from utils.config import DistillConfig, as_dict
 from utils.data.datasets import Dataset
 from utils.program import interrupt, ranks
 from utils.program.console import note, say
 from utils.program.machine import environment
 from utils.program.progress import Progress
-from utils.program.run_folder import RunFolder
 
 DRAW_SHARE = 0.1  # the most of a run's time that goes into drawing its pictures and page
 FIRST_DRAWING = 0.5  # seconds assumed for the first drawing

@@ -355,17 +355,13 @@ def _bytes(folder: Path) -> int:
     return sizes
 
 
-def table(rows: list[list[float]]) -> np.ndarray:
-    """Rows of different lengths as one array, NaN where a row has ended."""
+def of_all(name: str, trajectories: list[Trajectory]) -> np.ndarray:
+    """A series of all experts [experts, epochs], NaN where there is none."""
+    rows = [each.series.get(name, []) for each in trajectories]
     values = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
     for row, each in zip(values, rows):
         row[:len(each)] = each
     return values
-
-
-def of_all(name: str, trajectories: list[Trajectory]) -> np.ndarray:
-    """A series of all experts [experts, epochs], NaN where there is none."""
-    return table([each.series.get(name, []) for each in trajectories])
 
 
 def _mean_std(values: np.ndarray) -> list[dict[str, float | None]]:

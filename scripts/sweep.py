@@ -33,7 +33,8 @@ tune_process()  # before torch is imported
 
 from distill.option_checks import check_options
 from distill.report.read_run import SavedRun, read_run
-from distill.result_files import images_tested, run_folder, tested_on
+from distill.result_files import images_tested, tested_on
+from distill.run_folder import run_folder
 from scripts.common import report_kind, save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
 from utils.errors import UserError

@@ -1,6 +1,5 @@
 """A headless Chromium, driven over the DevTools protocol through two pipes."""
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -66,13 +65,6 @@ class Browser:
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key], **text)
-
-    def screenshot(self, path):
-        """Saves the whole page as a PNG, up to 12000 pixels high."""
-        size = self("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 12000), "scale": 1}
-        picture = self("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
-        path.write_bytes(base64.b64decode(picture))
 
 
 @contextlib.contextmanager

@@ -700,7 +700,7 @@ def test_the_seed_decides_what_an_iteration_draws(distil):
 
 @pytest.mark.parametrize("size, sizes", [(4, [2, 4, 4, 2, 4, 4, 2]), (None, [10] * 7), (99, [10] * 7), (5, [5] * 7)])
 def test_batches_are_popped_from_permutations(size, sizes):
-    """Chunks of a permutation are used from its end, so a short one comes first (SPEC, section 2.3)."""
+    """Chunks of a permutation are used from its end, so a short one comes first, as published."""
     config = make(DistillConfig, syn_steps=7, batch_syn=size)
     segment = draw_segment(config, [None] * 3, (8, 8), 10, torch.device("cpu"), None, 5, generator(0))
     assert [len(batch) for batch in segment.batches] == sizes

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distill.run_folder import run_id
 from utils.config import (
     BaselineConfig,
     BufferConfig,
@@ -27,19 +28,17 @@ from utils.data.datasets import load_dataset
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.program.command_line import parse
-from utils.program.run_folder import run_id
 
 CONFIGS = [BufferConfig, DistillConfig, TeslaConfig, EvaluationConfig, BaselineConfig]
-PUBLISHED_YAMLS = sorted((REPOSITORY / "configs").glob("*/*/IPC*.yaml"))
 
-# SPEC, section 1. Not published: res, which ImageNet needs, and the device, which is left out here.
+# The published code's defaults. Not published: res, which ImageNet needs, and the device, which is left out here.
 BUFFER = dict(
     dataset="CIFAR10", subset="imagenette", model="ConvNet", num_experts=100, lr_teacher=0.01, batch_train=256,
     batch_real=256, dsa=True, dsa_strategy="color_crop_cutout_flip_scale_rotate", data_path="data",
     buffer_path="buffers", train_epochs=50, zca=False, decay=False, mom=0.0, l2=0.0, save_interval=10, rho_max=2.0,
     rho_min=2.0, alpha=0.4, adaptive=True, res=None)
 
-# SPEC, section 2, except res: None here, the dataset's own size; the published 32 fits CIFAR only.
+# The published code's, except res: None here, the dataset's own size; the published 32 fits CIFAR only.
 DISTILL = dict(
     dataset="CIFAR10", subset="imagenette", model="ConvNet", ipc=1, eval_mode="S", num_eval=5, eval_it=100,
     epoch_eval_train=1000, Iteration=5000, lr_img=1000.0, lr_teacher=0.01, lr_lr=1e-5, lr_y=2.0, Momentum_y=0.9,
@@ -52,7 +51,7 @@ DISTILL = dict(
     canvas_size=2, canvas_samples=1, Initialize_Label_With_Another_Model=False, Initialize_Label_Model="",
     Initialize_Label_Model_Dir="", Label_Model_Timestamp=-1)
 
-# SPEC, section 5.
+# The published code's.
 EVALUATION = dict(
     dataset="CIFAR10", subset="imagenette", model="ConvNet", eval_mode="S", epoch_eval_train=1000, batch_real=256,
     dsa=True, dsa_strategy="color_crop_cutout_flip_scale_rotate", data_path="data", zca=False, lr_teacher=0.01,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from buffer.experts import SavedEpochs
-from scripts.inspect_buffer import distances, distilling, table
+from scripts.inspect_buffer import distances, distilling
 from utils.files import read_config, save_config
 
 INSPECT = "scripts/inspect_buffer.py"
@@ -27,11 +27,6 @@ def test_distances_are_those_of_the_formulas():
     assert step == pytest.approx([1 / 5, 18**0.5 / 34**0.5, 1])
     assert segment == pytest.approx([1, 1])
     assert distances(thetas, 9)[1] == [] and distances(thetas[:1], 1) == ([], [])
-
-
-def test_rows_of_different_lengths_make_a_table():
-    assert table([[1.0], [2.0, 3.0]]).tolist()[1] == [2, 3]
-    assert table([]).shape == (0, 0)
 
 
 def test_a_buffer_is_described_and_drawn(call, folder, tmp_path):

@@ -64,7 +64,7 @@ def test_nothing_keeps_a_network_alive_but_its_model():
 
 
 @pytest.mark.parametrize("momentum, weight_decay", [(0.0, 0.0), (0.0, 0.1), (0.9, 0.0), (0.9, 5e-4)])
-def test_descend_is_a_step_of_torchs_sgd_to_the_bit(momentum, weight_decay):
+def test_a_step_is_that_of_torchs_sgd_to_the_bit(momentum, weight_decay):
     random = torch.Generator().manual_seed(0)
     ours = torch.randn(50, generator=random)
     theirs, velocity = ours.clone(), torch.zeros(50) if momentum else None

@@ -11,6 +11,7 @@ from helpers import check_refusal, stop_at
 
 from distill.evaluate.parts import RATES
 from distill.evaluate.protocols import known
+from utils.data import augment
 from utils.parameters import sgd_step
 
 EVALUATION = "distill/evaluation.py"
@@ -46,7 +47,7 @@ def evaluate(call, toy, folder):
 
 # --- the protocols' numbers, from the papers and their code --------------------------------------------------
 
-DSA = {"color", "crop", "cutout", "flip", "scale", "rotate"}
+DSA = set(augment.GROUPS.values())
 
 
 @pytest.mark.parametrize("data, options, trained", [  # epochs, batch, learning rate, augmentation
@@ -66,7 +67,7 @@ def test_each_protocol_trains_as_published_but_for_what_is_given(evaluate, monke
     seen = []
 
     def train(model, theta, images, labels, lr, *, epochs, batch_size, draw, random, on_epoch):
-        groups = {drawn.group for drawn in (draw(2, random) for _ in range(100)) if drawn}
+        groups = {augment.operations(drawn) for drawn in (draw(2, random) for _ in range(100)) if drawn}
         seen.append((epochs, batch_size, pytest.approx(lr), groups))
         return theta
 

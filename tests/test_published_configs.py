@@ -19,7 +19,7 @@ from utils.program.command_line import parse
 CONFIGS = REPOSITORY / "configs"
 ALL = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*/*.yaml"))
 
-# SPEC 2.1: syn_steps, batch_syn, lr_img, lr_y, lr_lr, (min, current_max, max, expansion_end), threshold, eval_it,
+# syn_steps, batch_syn, lr_img, lr_y, lr_lr, (min, current_max, max, expansion_end), threshold, eval_it,
 # skip_first_eva, device. None in a window: not sequential.
 PUBLISHED = {
     "CIFAR-10/ConvIN/IPC1": (80, 10, 100, 5, 1e-7, (0, None, 4, None), 1.1, 500, True, [3]),
@@ -48,7 +48,7 @@ PUBLISHED = {
     "TinyImageNet/PAD/IPC10": (40, 500, 100, 10, 1e-4, (10, None, 50, None), 1, 500, False, [0, 1, 2, 3]),
     "TinyImageNet/PAD/IPC50": (20, 1000, 100, 10, 1e-4, (40, None, 70, None), 1, 500, True, [0, 1, 2, 3]),
 }
-# SPEC 8: the share of the parameters that PAD leaves out; one half where a config is not listed.
+# The share of the parameters that PAD leaves out; one half where a config is not listed.
 RATIOS = {"CIFAR-10/PAD/IPC1": 0, "CIFAR-10/PAD/IPC50": 0.25, "CIFAR-100/PAD/IPC50": 0}
 NOTES = {  # wandb project, ema_decay
     "CIFAR-10/ConvIN/IPC1": ("CIFAR10_ipc1", 0.995), "CIFAR-10/ConvIN/IPC10": ("CIFAR10_ipc10", 0.9995),
@@ -95,7 +95,7 @@ def test_values_are_the_published(name, capsys):
         assert unused == {"ema_decay"} | (of_its_growth & given)
 
 
-# SPEC 8. TESLA's lr_img is half of the published one: its code moves the images by half of the gradient.
+# TESLA's lr_img is half of the published one: its code moves the images by half of the gradient.
 RELATED = {
     "CIFAR-100/MTT/IPC1": dict(syn_steps=20, expert_epochs=3, max_start_epoch=20, lr_img=1000, lr_lr=1e-5,
                                lr_teacher=0.01, zca=True, labels="hard", matching="exact"),

@@ -250,7 +250,7 @@ def test_what_only_the_first_rank_finds_is_said_once(torchrun, toy, toy_experts,
             "from utils.errors import UserError\n"
             "def refuse(*arguments): raise UserError('these experts are damaged')\n"
             "import distill.loop as loop\n"
-            "loop.checksums = refuse\n"
+            "loop.data_checksums = refuse\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')")
     (tmp_path / "worker.py").write_text(code)
     _, err = torchrun(2, tmp_path / "worker.py", "distill/DATM.py", *options, expect=2)

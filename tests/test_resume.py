@@ -246,7 +246,7 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
     # The pictures are made from other files; the checkpoint is not read in vain.
     (parts / "evolution.webp").unlink()
-    with mock.patch("utils.program.run_folder.RunFolder.saved_state", mock.PropertyMock()) as reads:
+    with mock.patch("distill.run_folder.RunFolder.saved_state", mock.PropertyMock()) as reads:
         assert "is finished" in distil_to("parts")[0].stdout and not reads.called
 
 

@@ -29,16 +29,14 @@ def test_the_formulas():
 
 @pytest.fixture(scope="module")
 def results(call, toy, toy_experts, tmp_path_factory):
-    """A folder with the six results for a set of two images per class, each made by its own command."""
+    """A folder with three results for a set of two images per class, each made by its own command."""
     folder = tmp_path_factory.mktemp("results")
     call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={folder}", "--run_name=run",
          "--skip_first_eva")
     distilled = folder / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal" / "distilled.safetensors"
     evaluate = [*toy.evaluate, "--eval_mode=C", "--batch_train=128"]
     syn = [EVALUATION, *evaluate, f"--data_dir={distilled}"]
-    random = [BASELINE, *evaluate, "--ipc=2", "--label_source=experts", f"--buffer_path={toy_experts}"]
-    for name, command in {"syn": syn, "syn_no_aug": [*syn, "--no_aug"], "syn_hard": [*syn, "--hard_labels"],
-                          "random": random, "random_no_aug": [*random, "--no_aug"],
+    for name, command in {"syn": syn, "syn_hard": [*syn, "--hard_labels"],
                           "real": [BASELINE, *evaluate, "--ipc=None", "--epoch_eval_train=1"]}.items():
         call(*command, f"--json={folder / name}.json")
     return folder

@@ -50,7 +50,7 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
         data_dir: a run's folder or a `distilled.safetensors`, or what another project released (see above). If it is a
             file of images alone, `label_dir` and `lr_dir` are the *files* of the labels and of the learning rate.
         default_lr: used if there is no file of the learning rate.
-        factor: how many smaller images an image of NCFM holds along each side.
+        factor: how many smaller images an image of NCFM or IDC holds along each side.
 
     Returns:
         The set, and whether its learning rate is known: from its files, or as DC, DSA and DM always use 0.01.

@@ -187,8 +187,8 @@ def main() -> None:
         check_options(of_saved)
 
     from distill.checks import check_start, check_window  # imports torch, which takes seconds
-    from distill.initialize import checksums, initial_set, labellers_of
-    from distill.load import data_and_experts
+    from distill.initialize import initial_set
+    from distill.load import data_and_experts, data_checksums, labellers_of
     from utils.program.machine import machine
     from utils.program.progress import Progress
 
@@ -207,7 +207,7 @@ def main() -> None:
     # Earlier results, and the accuracy of the first sets.
     here, asked = machine(dataset.device), identity(config) | how_much(config)
     kept = Kept(files.get("json"), {name: str(value) for name, value in {
-        **asked, **checksums(of_saved, dataset, buffer, labellers),
+        **asked, **data_checksums(of_saved, dataset, buffer, labellers),
         **{name: here[name] for name in ("torch", "device", "processor")},
         # These decide the time of an iteration, and so how many fit into the same time.
         **{name: getattr(config, name) for name in ("backend", "micro_batch")}

@@ -39,18 +39,16 @@ SENT_BYTES = 32 << 20  # drawn ahead: mostly a whole epoch, but noise is as larg
 class Draw:
     """One group's operations for one batch: operation name → its parameters, tensors [B] (see `OPERATIONS`)."""
 
-    group: str
     parameters: dict[str, tuple[Tensor, ...]]
 
     def holding(self, parameters: Sequence[Tensor]) -> "Draw":
         """The same draw with its `tensors` replaced by these."""
         rest = iter(parameters)
-        return Draw(self.group, {name: tuple(next(rest) for _ in values) for name, values in self.parameters.items()})
+        return Draw({name: tuple(next(rest) for _ in values) for name, values in self.parameters.items()})
 
     def of(self, rows: slice) -> "Draw":
         """The draw for some of the batch's images."""
-        return Draw(self.group, {name: tuple(value[rows] for value in values)
-                                 for name, values in self.parameters.items()})
+        return Draw({name: tuple(value[rows] for value in values) for name, values in self.parameters.items()})
 
 
 Drawer = Callable[[int, torch.Generator], Draw | None]
@@ -97,7 +95,7 @@ def draw(groups: tuple[str, ...], batch: int, image_size: tuple[int, int], gener
     if not groups:
         return None
     group = groups[int(torch.randint(len(groups), (), generator=generator))]
-    return Draw(group, {name: OPERATIONS[name].draw(batch, image_size, generator) for name in GROUPS[group]})
+    return Draw({name: OPERATIONS[name].draw(batch, image_size, generator) for name in GROUPS[group]})
 
 
 def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[int, int], channels: int,
@@ -127,7 +125,7 @@ def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[in
             noise = torch.randn(batch, channels, *image_size, generator=generator)
             values = (OLD_NOISE * noise * here[:, None, None, None],)
         parameters[name] = values
-    return Draw("per image", parameters)
+    return Draw(parameters)
 
 
 OLDER_FOR_EXPERTS = ("crop", "scale", "rotate")  # for every dataset, as in the trainers that DATM's is based on

@@ -189,7 +189,7 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     (train_images, train_labels), (test_images, test_labels) = train, test
     del train, test  # so that each raw copy is freed as soon as it is converted
     device = torch.device(device)
-    there = whitening and dataclasses.replace(whitening, fitted_inverse=None).to(device)  # only while it whitens
+    there = whitening and whitening.to(device)  # only while it whitens
     with watch("whitening the images" if zca else "normalising the images",
                len(train_images) + len(test_images)) as advance:
         train_images, energy = _converted(train_images, ImageSpace(mean, std, there), device, advance)

@@ -85,9 +85,8 @@ class Whitening:
         return (images.flatten(1) - self.mean.to(images.device)) @ self.inverse.to(images.device).T
 
     def to(self, device: torch.device | str) -> "Whitening":
-        """The same whitening on `device`; tensors already there are not copied."""
-        inverse = None if self.fitted_inverse is None else self.fitted_inverse.to(device)
-        return Whitening(self.mean.to(device), self.transform.to(device), inverse, self.fingerprint)
+        """The same whitening on `device`, without its fitted inverse; tensors already there are not copied."""
+        return Whitening(self.mean.to(device), self.transform.to(device), fingerprint=self.fingerprint)
 
     def save(self, path: Path) -> None:
         """Writes μ and T to a file that `KeptWhitening` can read."""
@@ -100,12 +99,11 @@ class KeptWhitening(NamedTuple):
     fingerprint: str
     folder: Path  # of the set; it may hold the whitening
 
-    def read(self, dimension: int, advice: str) -> Whitening:
+    def read(self, dimension: int) -> Whitening:
         """The whitening, from `whitening.safetensors` in the folder or from the disk cache.
 
         Args:
             dimension: D, of the set's images.
-            advice: what to do if it is in neither; for the message.
 
         Raises:
             UserError: it is in neither, or damaged.
@@ -122,7 +120,8 @@ class KeptWhitening(NamedTuple):
         kept = _read(_path(self.fingerprint), self.fingerprint, dimension)
         if kept is None:
             raise UserError(f"the whitening of this set, {self.fingerprint}, is neither in {cache_folder()} nor in "
-                            f"{beside}; {advice}")
+                            f"{beside}; run distill/evaluation.py once on the set with its dataset, or write it where "
+                            "the set was made with scripts/export.py SET --whitening")
         return kept
 
 

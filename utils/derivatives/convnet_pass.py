@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.derivatives.convolution import Columns, Convolution, Direct, Winograd
-from utils.networks import GROUPS, LEAK, ConvNet, ConvNetPlan
+from utils.networks import LEAK, NORM_GROUPS, ConvNet, ConvNetPlan
 
 # Where each form of the convolution is fastest on a CPU, compiled; measured.
 FEW_CHANNELS = 4  # `Columns` up to this many input channels, as in a first layer
@@ -71,7 +71,7 @@ class Block:
         mean = x.mean(PIXELS, keepdim=True)
         if self.plan.norm == "instance":
             return mean
-        return mean.unflatten(-1, (GROUPS, -1)).mean(-1).repeat_interleave(self.plan.width // GROUPS, -1)
+        return mean.unflatten(-1, (NORM_GROUPS, -1)).mean(-1).repeat_interleave(self.plan.width // NORM_GROUPS, -1)
 
     def affine(self, x: Tensor) -> Tensor:
         """Sums x over the elements that share a gain."""

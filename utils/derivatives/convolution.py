@@ -11,31 +11,9 @@ lift of the same name. Sums may therefore be taken in the lifted space, and deri
 Maps are [B, H, W, C] throughout; padding is symmetric, strides are one.
 """
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class Convolution(Protocol):
-    """One layer's convolution; shapes as in the module's docstring."""
-
-    def lift_kernel(self, w: Tensor) -> Tensor: ...
-    def lower_kernel(self, product: Tensor) -> Tensor: ...
-    def lift_input(self, a: Tensor) -> Tensor: ...
-    def lower_input(self, product: Tensor) -> Tensor: ...
-    def lift_output(self, z: Tensor) -> Tensor: ...
-    def lower_output(self, product: Tensor) -> Tensor: ...
-
-    def forward(self, v: Tensor, u: Tensor) -> Tensor:
-        """V · U"""
-
-    def backward(self, d: Tensor, u: Tensor) -> Tensor:
-        """D · Uᵀ"""
-
-    def weight(self, v: Tensor, d: Tensor) -> Tensor:
-        """Vᵀ · D"""
 
 
 class Direct:
@@ -203,3 +181,6 @@ def _polynomial(roots: Tensor) -> Tensor:
     for root in roots:
         coefficients = coefficients.roll(1) - root * coefficients
     return coefficients
+
+
+Convolution = Direct | Columns | Winograd

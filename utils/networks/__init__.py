@@ -9,4 +9,4 @@ from utils.networks.names import (
     evaluation_pool,
 )
 
-__getattr__ = later("utils.networks.architectures", "ConvNet", "GROUPS", "LEAK", "build_network", "has_batch_norm")
+__getattr__ = later("utils.networks.architectures", "ConvNet", "NORM_GROUPS", "LEAK", "build_network", "has_batch_norm")

@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.networks.names import CLASSICS, ConvNetPlan, margin, stride
 
 LEAK = 0.01  # slope of leaky ReLU below zero
-GROUPS = 4  # of group norm
+NORM_GROUPS = 4  # of group norm
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -29,7 +29,7 @@ NORMS: dict[str, Callable[..., nn.Module | None]] = {
     "batch": lambda channels, *size: nn.BatchNorm2d(channels),
     "layer": lambda channels, *size: nn.LayerNorm([channels, *size]),
     "instance": lambda channels, *size: nn.GroupNorm(channels, channels),
-    "group": lambda channels, *size: nn.GroupNorm(GROUPS, channels),
+    "group": lambda channels, *size: nn.GroupNorm(NORM_GROUPS, channels),
 }
 
 POOLINGS: dict[str, Callable[[], nn.Module | None]] = {
@@ -52,7 +52,7 @@ class ConvNet(nn.Module):
     def __init__(self, plan: ConvNetPlan, channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.plan, self.image_shape = plan, (channels, *image_size)
-        if plan.norm == "group" and plan.width % GROUPS:
+        if plan.norm == "group" and plan.width % NORM_GROUPS:
             raise UserError(f"group norm (GN) has four groups; got width {plan.width}, give a multiple of 4")
 
         paddings = plan.paddings(channels)

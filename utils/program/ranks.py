@@ -157,14 +157,9 @@ def barrier() -> None:
     gather({})
 
 
-def any_of(*flags: bool) -> list[bool]:
-    """For each of several flags whether it is set on any rank."""
-    if size() == 1:
-        return list(flags)
-    torch = _torch()
-    held = torch.tensor(flags, dtype=torch.int32)
-    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-    return held.bool().tolist()
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return any(gather({rank(): flag}).values())
 
 
 def sum_(tensor: "Tensor") -> "Tensor":

@@ -10,8 +10,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from distill.result_files import METRICS, RESULT
 from utils import files
-from utils.config import DataConfig, defaults, differences, how_much, identity, influential
+from utils.config import DistillConfig, defaults, differences, how_much, identity, influential
 from utils.errors import UserError
 from utils.files import check_writable, cut_lines, read_config, remove, save_config
 from utils.program import interrupt, ranks
@@ -23,7 +24,14 @@ SAVE_SECONDS = 1.0  # minimum between two saves of a run's state
 SAVE_SHARE = 0.005  # maximum share of a run's time that saving takes
 
 
-def run_id(config: DataConfig, data: dict[str, str]) -> str:
+def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
+    """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the default name is derived from the config and
+    the checksums of the data."""
+    name = config.run_name or f"{config.matching}_seed{config.seed}_{run_id(config, data)}"
+    return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name
+
+
+def run_id(config: DistillConfig, data: dict[str, str]) -> str:
     """A short name of a run, derived from its options and the checksums of its data."""
     text = json.dumps([identity(config), data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -47,23 +55,20 @@ class RunFolder:
         extends: whether it is a finished run that is being extended, and not finished again yet.
         is_done: whether nothing is left to do: the run is finished, and no more is asked of it than it did.
 
-    Args:
-        log, result: file names; the log is written line by line.
-
     Raises:
         UserError: the folder holds a run of other options.
     """
 
-    def __init__(self, path: Path, config: DataConfig, log: str, result: str):
-        self.path, self.log, self.result = path, path / log, path / result
+    def __init__(self, path: Path, config: DistillConfig):
+        self.path, self.log, self.result = path, path / METRICS, path / RESULT
         self._config = influential(config)
         self._state = path / STATE
         self._saved_at, self._save_seconds = -math.inf, 0.0
         self.finished, self.is_done, self.extends, self._did = ranks.from_first_rank(lambda: self._look(config))
 
-    def _look(self, config: DataConfig) -> tuple[bool, bool, bool, list[int]]:
+    def _look(self, config: DistillConfig) -> tuple[bool, bool, bool, list[int]]:
         """Whether the run is finished, whether it is done, whether it extends a finished one, and how much it did."""
-        finished, discards = self.result.exists(), getattr(config, "resume", None) == "never"
+        finished, discards = self.result.exists(), config.resume == "never"
         # The names under which `start` keeps the results of a run that is extended.
         kept = re.compile(f"{self.result.stem}(_[0-9]+){{{len(how_much(config))}}}{self.result.suffix}")
         extends = not finished and any(kept.fullmatch(path.name) for path in self.path.glob(f"{self.result.stem}_*"))
@@ -80,7 +85,7 @@ class RunFolder:
         more = any(value > before[name] for name, value in how_much(config).items())
         return finished, finished and (discards or not more), extends, [before[name] for name in how_much(config)]
 
-    def _before(self, config: DataConfig) -> dict[str, Any]:
+    def _before(self, config: DistillConfig) -> dict[str, Any]:
         """The options of the run in the folder, else those of this one."""
         saved = self.path / "config.yaml"
         if not saved.exists() and self.result.exists() and self.log.exists():
@@ -118,7 +123,7 @@ class RunFolder:
         """Advice where a run cannot resume; a finished run is never discarded."""
         return f"give another --run_name{'' if self.finished or self.extends else ', or --resume never to start over'}"
 
-    def check(self, saved: dict[str, Any] | None = None, names: Sequence[str] = ()) -> None:
+    def check(self, saved: dict[str, Any] | None, names: Sequence[str]) -> None:
         """Refuses a folder that a run cannot start in; writes nothing.
 
         Args:
@@ -141,8 +146,8 @@ class RunFolder:
                                 "--run_name, or move what is there away")
         check_writable(self.path / "config.yaml")
 
-    def start(self, saved: dict[str, Any] | None = None, made: Sequence[str] = (), shows: Sequence[str] = (),
-              tests: Sequence[str] = ()) -> None:
+    def start(self, saved: dict[str, Any] | None, made: Sequence[str], shows: Sequence[str],
+              tests: Sequence[str]) -> None:
         """Saves the config and starts the log; a resumed run's log is cut to its length at the saved state.
 
         If a finished run is extended, its result and the files that test it are kept under other names.
