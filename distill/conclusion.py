@@ -78,7 +78,7 @@ def conclude(run: RunState) -> None:
                         for name, best in results.items())
     skipped, held = run.distillation.skipped, run.distillation.held
     RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
-              FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device),
+              FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device) | run.on,
               data_id(run.data)).write(folder.result)
     run.tracker.finish()
     _save_pictures(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)

@@ -8,7 +8,7 @@ from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.initialize import initial_set
 from distill.load import data_and_experts, data_checksums, labellers_of, saved_state, settle_threads
-from distill.result_files import EVALUATION
+from distill.result_files import EVALUATION, tested_in_words
 from distill.run_folder import RunFolder, run_folder
 from distill.run_state import DistillView, RunState
 from utils.config import AUTO, DistillConfig
@@ -88,7 +88,8 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     engine = describe_engine(buffer.model.engine, plan.share_of_batch(config, dataset))
     announce(config, start.images.device, engine + plan.kept_in_words(config, dataset, buffer.model),
              f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "
-             f"{in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, M {config.expert_epochs}")
+             f"{in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, M {config.expert_epochs} · "
+             f"tested on {tested_in_words(config.val_fraction, len(dataset.test_labels))}")
     for each in notes:
         note(f"note: {each}")
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -55,19 +56,14 @@ class Score:
 
     @computed_field
     @property
-    def std(self) -> float:
-        """The population standard deviation (numpy's default), as in the published code."""
-        return float(np.std(self.accuracies))
-
-    @property
-    def spread(self) -> float | None:
-        """The standard deviation; None for a single network."""
-        return self.std if len(self.accuracies) > 1 else None
+    def std(self) -> float | None:
+        """The population standard deviation (numpy's default), as in the published code; None for a single network."""
+        return float(np.std(self.accuracies)) if len(self.accuracies) > 1 else None
 
     @property
     def percent(self) -> str:
         """Mean and standard deviation in percent, for tables."""
-        return percent(self.mean, self.spread)
+        return percent(self.mean, self.std)
 
     def __str__(self) -> str:
         return f"{self.network}: {self.percent} % over {len(self.accuracies)}"
@@ -175,6 +171,11 @@ def images_tested(on: str | None) -> str:
     return "held-out" if on == "validation" else "test"
 
 
+def tested_in_words(val_fraction: float | None, count: int) -> str:
+    """For example `10,000 test images`."""
+    return f"{count:,} {images_tested(tested_on(val_fraction))} image{'s' * (count != 1)}"
+
+
 @dataclass(frozen=True)
 class FixedLoss:
     """The mean matching loss over fixed segments, of a run's initial set and of its last one."""
@@ -270,6 +271,7 @@ class UnderProtocol:
 
 
 OF_SET = "distilled images"  # how `EvaluationResult.what` begins for a distilled set
+OF_OTHER_SET = f"{OF_SET} (not this run's best)"
 # For real images: how many per class, of which kind, and with which labels; earlier versions wrote "a class".
 OF_REAL_IMAGES = re.compile(r"(\d+) (.+ real image)s? (?:per|a) class(.*)")
 
@@ -350,14 +352,16 @@ def same_images(one: str | None, other: str | None) -> bool:
 
 
 def results_in(folder: Path) -> dict[str, EvaluationResult]:
-    """The evaluation results in a folder, by file name; of an extended run, not the tests of what it had reached
-    before."""
-    results = {}
-    earlier = {file.name.replace(Path(RESULT).stem, Path(EVALUATION).stem, 1)
-               for file in folder.glob(f"{Path(RESULT).stem}_*.json")}
-    for file in sorted(each for each in folder.glob("*.json") if each.name not in earlier):
+    """The evaluation results in a folder, by file name. In a run's folder, those of other sets than its best ones, such
+    as what it had reached before it was extended, say so."""
+    results, best = {}, {None}
+    with contextlib.suppress(UserError):  # no run, or not finished
+        best |= {each.images_sha256 for each in RunResult.read(folder / RESULT).versions.values()}
+    for file in sorted(folder.glob("*.json")):
         with contextlib.suppress(UserError):  # not the result of an evaluation
-            results[file.name] = EvaluationResult.read(file, "")
+            result = EvaluationResult.read(file, "")
+            other = len(best) > 1 and result.images_sha256 not in best
+            results[file.name] = replace(result, what=result.what.replace(OF_SET, OF_OTHER_SET)) if other else result
     return results
 
 

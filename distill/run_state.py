@@ -25,6 +25,7 @@ from utils.program.progress import Progress
 
 DRAW_SHARE = 0.1  # the most of a run's time that goes into drawing its pictures and page
 FIRST_DRAWING = 0.5  # seconds assumed for the first drawing
+THEN = ", then "  # between the devices, or versions of torch, of a run that was resumed elsewhere
 SKIPPED_AT_FIRST = 10  # first updates of a run; if all are skipped, it says so
 
 
@@ -60,6 +61,7 @@ class RunState:
         self.frames = Frames()
         self.drew_for(FIRST_DRAWING)
         self._accuracies: dict[str, Accuracies] = {}  # of the current evaluation
+        self.on = rounding(start.images.device)  # also where it was before, if it was resumed elsewhere
         self._seconds_before, self._began = 0.0, perf_counter()
 
     def drew_for(self, seconds: float) -> None:
@@ -81,7 +83,7 @@ class RunState:
                 for name, candidate in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
                 "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
-                "halved": self.distillation.buffer.model.halved, "environment": rounding(self.start.images.device),
+                "halved": self.distillation.buffer.model.halved, "environment": self.on,
                 "threads": torch.get_num_threads(),
                 "distillation": self.distillation.state(), "tracker": self.tracker.state(),
                 "frames": vars(self.frames)}
@@ -95,9 +97,12 @@ class RunState:
             self.distillation.buffer.model.halve(batch)
         self.distillation.restore(state["distillation"])
         say(self.config, f"going on at iteration {self.iteration}, where the run was saved")
-        if (state["engine"], state["environment"]) != (self.engine, rounding(device)):
-            note(f"note: it was last on {state['engine']} on {', '.join(state['environment'].values())}; what follows "
-                 "may be rounded differently")
+        last = {name: where.split(THEN)[-1] for name, where in state["environment"].items()}
+        if (state["engine"], last) != (self.engine, self.on):
+            note(f"note: it was last on {state['engine']} on {', '.join(last.values())}; what follows may be rounded "
+                 "differently")
+        self.on = {name: where if last[name] == self.on[name] else f"{where}{THEN}{self.on[name]}"
+                   for name, where in state["environment"].items()}
 
     def track(self, state: dict[str, Any] | None) -> None:
         """Opens a wandb run, or reopens that of a saved state; on the first rank only."""

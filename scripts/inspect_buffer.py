@@ -72,6 +72,7 @@ OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_pat
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
            "pad", "seed")  # the ones that are printed
+UNFINISHED = "unfinished"  # in place of the file of an expert that is being trained
 MOST_ROWS = 32
 
 
@@ -338,7 +339,7 @@ def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int,
                 raise
             continue  # it was written to a file meanwhile
         accuracies = {name: [each[name] for each in reached] for name in ACCURACIES}
-        begun.append(Trajectory(number, "unfinished", len(reached), thetas[0].numel(),
+        begun.append(Trajectory(number, UNFINISHED, len(reached), thetas[0].numel(),
                                 {**accuracies, "step": step, "segment": segment, "apart": []}))
     return begun, {"experts": [{"expert": each.number, "epochs": each.epochs} for each in begun],
                    **{name: started.get(name) for name in ("num_experts", "first_expert", "train_epochs")},
@@ -408,11 +409,12 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     diverged = [str(each["expert"]) for each in report["trajectories"] if not each["finite"]]
     if diverged:
         say("not finite", f"experts {', '.join(diverged)}: they diverged, or their file is damaged")
-    last = [[row[name][-1] for row in report["trajectories"] if row[name]] for name in ACCURACIES]
+    last = [[row[name][-1] for row in report["trajectories"] if row[name] and row["file"] != UNFINISHED]
+            for name in ACCURACIES]
     say("accuracy", "after the last epoch: " + "; ".join(
         f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
         for of, values in zip(("train", experts_tested_on(report)), last) if values) if any(last) else
-        "unknown: not recorded beside the files")
+        "unknown: recorded for no finished expert")
     if report["beside"]:
         compared = sum(bool(each["apart"]) for each in report["trajectories"])
         say("beside", f"{console.number_of(compared, 'expert')} of the same number in {report['beside']}")

@@ -623,7 +623,7 @@ def write_plots(plan: Plan, results: Results) -> None:
 def _points(results: Results, rows: Mapping[Any, Row]) -> list[tuple[Any, float, float]]:
     """Points of a plot: position, mean and standard deviation, %, of the rows that have results."""
     cells = {at: cell for at, row in rows.items() if (cell := results.cell(row))}
-    return [(at, 100 * cell.score.mean, 100 * cell.score.std) for at, cell in cells.items()]
+    return [(at, 100 * cell.score.mean, 100 * (cell.score.std or 0)) for at, cell in cells.items()]
 
 
 def windows(plan: Plan, results: Results) -> dict[str, list[tuple[str, float, float]]]:
@@ -633,7 +633,7 @@ def windows(plan: Plan, results: Results) -> dict[str, list[tuple[str, float, fl
 
 def spent(plan: Plan, results: Results) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
     """Cost in words → images per class in words → points by amount. One network has no deviation: NaN."""
-    iterations = {_images(ipc): [(each.iteration, 100 * each.scores[0].mean, 100 * (each.scores[0].spread or math.nan))
+    iterations = {_images(ipc): [(each.iteration, 100 * each.scores[0].mean, 100 * (each.scores[0].std or math.nan))
                                  for each in results.metrics(rows["exact"]).of_set(NORMAL)]
                   for ipc, rows in plan.main.items()}
     return {"iterations\n(held-out images)": iterations} | {

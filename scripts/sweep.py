@@ -41,7 +41,7 @@ from utils.errors import UserError
 from utils.files import REPOSITORY, check_outputs, resolved, write_text
 from utils.program import commands, interrupt
 from utils.program.command_line import config_of, typed
-from utils.program.console import duration, percent, say, shown, table
+from utils.program.console import duration, note, percent, say, shown, table
 from utils.program.entry import entry
 
 DATM = "distill/DATM.py"
@@ -107,11 +107,14 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
 
     config, swept = runs[0].config, list(runs[0].differs)
     finished = {run.name: read_run(run.folder) for run in runs}
+    for run in runs:
+        if (done := len(finished[run.name].metrics.iterations)) > run.config.Iteration:
+            note(f"note: {run.name} had gone on to iteration {done} before, and not only to {run.config.Iteration}")
     ranked = sorted(runs, key=lambda run: -finished[run.name].result.better[1].scores[0].mean)
     reached = {run.name: numbers(run, finished[run.name]) for run in ranked}
     tested = images_tested(tested_on(config.val_fraction))
     print(table([[*swept, f"accuracy on the {tested} images, %", "networks", "iteration", "skipped",
-                  "loss before → after", "time"],
+                  "loss, first → last set", "time"],
                  *([*run.differs.values(), *in_words(reached[run.name])] for run in ranked)]))
     write_text(page, comparison([finished[run.name] for run in ranked]))
     save_report(json, {"options": options, "tested_on": tested, "runs": list(reached.values())},
@@ -209,8 +212,7 @@ def numbers(run: Run, finished: SavedRun) -> dict[str, Any]:
 
 def in_words(reached: dict[str, Any]) -> list[str]:
     """The same, for the table."""
-    networks = reached["networks"]
-    return [percent(reached["accuracy"], reached["std"] if networks > 1 else None), str(networks),
+    return [percent(reached["accuracy"], reached["std"]), str(reached["networks"]),
             str(reached["iteration"]),
             f"{reached['skipped']} of {reached['updates']}",
             " → ".join("-" if loss is None else f"{loss:.4f}"

@@ -7,7 +7,7 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import evaluate
 from distill.evaluate.train import learning_rate, train_network
 from distill.initialize import class_labels, expert_labels, predicted_correctly, random_real
-from distill.result_files import Score
+from distill.result_files import Score, as_json
 from utils.config import EvaluationConfig, make
 from utils.data.datasets import Dataset
 from utils.loss_and_accuracy import predictions
@@ -64,6 +64,7 @@ def test_score_is_mean_and_population_std():
     score = Score("ConvNet", [0.5, 0.7])
     assert score.mean == pytest.approx(0.6) and score.std == pytest.approx(0.1)
     assert str(score) == "ConvNet: 60.00 ± 10.00 % over 2"
+    assert as_json(Score("ConvNet", [0.5]))["std"] is None  # unknown, of one network
 
 
 def test_label_initialisation_equals_the_published(golden_iteration):

@@ -99,8 +99,10 @@ def unfinished(folder, epochs):
 
 
 def test_an_unfinished_run_is_shown(call, folder, tmp_path):
+    (finished,) = re.findall(r"accuracy .*", call(INSPECT, folder).stdout)
     unfinished(folder, epochs=2)
     done = call(INSPECT, folder, f"--json={tmp_path / 'out.json'}", f"--png={tmp_path / 'out.png'}")
+    assert finished in done.stdout  # not of an expert that is being trained
     assert "a run of 2 experts of 3 epochs, from expert 3 on; epochs so far: expert 3: 2;" in done.stdout
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["experts"] == 3 and report["unfinished"]["experts"] == [{"expert": 3, "epochs": 2}]

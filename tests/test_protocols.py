@@ -156,7 +156,7 @@ def test_a_rate_is_chosen_for_each_kind_of_network_never_on_the_test_images(eval
         reached = of_network["held_out"]
         assert sorted(map(float, reached)) == sorted((*RATES, 0.03))
         assert reached[f"{of_network['lr']:.4g}"] == max(reached.values()) > min(reached.values())
-        assert f"learning rate {of_network['lr']:.4g}, the best on held-out training images" in done.stdout
+        assert f"learning rate {of_network['lr']:.4g}, the best on a tenth of the training images" in done.stdout
     text = call("scripts/summary.py", tmp_path / "result.json").stdout
     assert all(f"distilled images, learning rate {each['lr']:.4g} (auto)" in text for each in trained.values())
     rate = trained["ConvNet"]["lr"]

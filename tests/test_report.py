@@ -137,8 +137,9 @@ def test_a_run_leaves_its_report(runs):
     assert len(bars) == 6 and all("details" in each.parents for each in bars)
     assert all(re.findall("red|green|blue", each.text) == ["blue", "green", "red"] for each in bars)
     titles = [each.text for each in page.all("h3") if "figure" in each.parents]
-    assert titles == ["Mean soft label of each class", "Matching loss", "Accuracy", "Synthetic learning rate α",
-                      "Difficulty window", "Skipped updates", "Accuracy by class", "Confusion matrix"]
+    assert titles == ["Mean soft label of each class", "Matching loss", "Accuracy on test images",
+                      "Synthetic learning rate α", "Difficulty window", "Skipped updates", "Accuracy by class",
+                      "Confusion matrix"]
     accuracy = next(each.text for each in page.all("figure") if each.text.startswith("Accuracy"))
     assert "the start (real images, expert labels): " in accuracy and "; the experts: " in accuracy
     assert "±" not in accuracy + page.all("dl")[0].text  # over one network
@@ -162,7 +163,7 @@ def test_the_picture_of_the_curves_shows_the_loss_as_the_page_does(monkeypatch, 
     steps = [Iteration(at, [0.5, 1e6, math.nan][at % 3], at % 3 == 0, 0.1, 0, 1) for at in range(40)]
     metrics, drawn = Metrics(steps, []), []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
-    save_curves(tmp_path / "curves.png", metrics, 1.0)
+    save_curves(tmp_path / "curves.png", metrics, 1.0, "test")
     raw, mean = drawn[0].axes[0].lines
     assert np.nanmax(raw.get_ydata()) == 0.5 and np.isnan(raw.get_ydata()).sum() == 26
     assert list(zip(mean.get_xdata(), mean.get_ydata())) == metrics.running_mean()[1]
@@ -449,16 +450,47 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
 def test_a_test_of_the_set_is_shown(call, copied, toy):
     call("distill/evaluation.py", *toy.evaluate, f"--data_dir={copied}", f"--json={copied}/evaluation.json")
     score = json.loads((copied / "evaluation.json").read_text())["scores"][0]
-    told = dict(report.facts(read_run(copied)))["Test by evaluation.py, 2 epochs"]
-    assert told.replace("\N{NO-BREAK SPACE}", " ") == (
-        f"{100 * score['mean']:.2f} % on the test images, 1 network, ConvNetD1W4")
+    label = "Test by evaluation.py on test images, ConvNetD1W4, 2 epochs"
+    assert dict(report.facts(read_run(copied)))[label].replace("\N{NO-BREAK SPACE}", " ") == (
+        f"{100 * score['mean']:.2f} %, 1 network")
     # Averaged images may have the same rate, and are told apart by their checksum.
     result = json.loads((copied / "evaluation.json").read_text())
     (copied / "evaluation.json").write_text(json.dumps(result | {"images_sha256": "0" * 64}))
     assert not read_run(copied).tests
     result = json.loads((copied / "evaluation.json").read_text())
     (copied / "evaluation.json").write_text(json.dumps(result | {"lr": 2 * result["lr"]}))  # of another set
-    assert "Test by evaluation.py, 2 epochs" not in dict(report.facts(read_run(copied)))
+    assert label not in dict(report.facts(read_run(copied)))
+
+
+def test_a_test_of_another_set_is_called_so(call, copied, toy):
+    """Such as what a run had reached before it was extended."""
+    call("distill/evaluation.py", *toy.evaluate, f"--data_dir={copied}", f"--json={copied}/evaluation.json")
+    assert "not this run's best" not in call("scripts/summary.py", copied).stdout
+    result = json.loads((copied / "evaluation.json").read_text()) | {"images_sha256": 64 * "0"}
+    (copied / "evaluation.json").write_text(json.dumps(result))
+    assert "| distilled images (not this run's best) |" in call("scripts/summary.py", copied).stdout
+    (copied / "evaluation.json").write_text(json.dumps(result | {"images_sha256": None}))  # of an earlier version
+    assert len(read_run(copied).tests) == 1
+    (copied / "result.json").unlink()  # which set is the best one is not known yet
+    assert not read_run(copied).tests
+
+
+def test_every_test_of_the_set_is_told_apart_beside_other_runs_too(call, copied, runs, toy):
+    """Networks, training and images are in its label; repetitions of one test share a row."""
+    test = ["distill/evaluation.py", *toy.evaluate, f"--data_dir={copied}"]
+    for number, options in enumerate(([], ["--eval_mode=C", "--no_aug"], ["--batch_train=1"], ["--seed=1"],
+                                      ["--val_fraction=0.1"])):
+        call(*test, *options, f"--json={copied}/test_{number}.json")
+    side = comparison([read_run(copied), read_run(runs[1])])
+    of_all = [score for number in range(5)
+              for score in json.loads((copied / f"test_{number}.json").read_text())["scores"]]
+    assert len(of_all) > 5
+    for page, count in ((report.page(read_run(copied)), len(of_all)), (side, len(of_all) - 1)):  # two seeds are alike
+        rows = re.findall(r"Test by evaluation\.py on ([^<]*)<", page)
+        assert len(rows) == count
+        assert {"test images, ConvNetD1W4, 2 epochs", "test images, ConvNetD1W4, 2 epochs, batch_train 1",
+                "held-out images, ConvNetD1W4, 2 epochs",
+                "test images, ConvNetD1W4, 2 epochs, no_aug True"} <= set(rows)
 
 
 def test_where_averaged_images_are_better_the_numbers_are_theirs(copied):

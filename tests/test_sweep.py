@@ -28,9 +28,11 @@ def test_values_are_ranked_and_a_larger_iteration_goes_on(call, toy, toy_experts
             "--val_fraction=0", "--Iteration=1", "--eval_it=1", f"--json={tmp_path / 'table.json'}", *options])
         with mock.patch.multiple("distill.report.show", save_images=mock.Mock(), save_curves=mock.Mock()):
             sweep.main()
-        return capsys.readouterr().out, json.loads((tmp_path / "table.json").read_text())["runs"]
+        out, err = capsys.readouterr()
+        errors.append(err)
+        return out, json.loads((tmp_path / "table.json").read_text())["runs"]
 
-    say, fails = [], "lr_img=0"
+    say, fails, errors = [], "lr_img=0", []
     monkeypatch.setattr(sweep, "run_to_its_end", run_it)
     with pytest.raises(UserError, match="no result of lr_img=0;"):
         sweep_it()
@@ -55,6 +57,8 @@ def test_values_are_ranked_and_a_larger_iteration_goes_on(call, toy, toy_experts
 
     _, longer = sweep_it("--Iteration=2")
     assert [run["updates"] for run in longer] == [2, 2]
+    sweep_it()  # they are longer than asked for now
+    assert errors[-1].count(" had gone on to iteration 2 before, and not only to 1") == 2
     for name in names:
         assert (folder / name / "result_1.json").is_file() and (folder / name / "Normal" / "images_2.pt").is_file()
 

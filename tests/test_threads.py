@@ -76,6 +76,17 @@ def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_e
         assert "may be rounded differently" not in done.stderr
 
 
+def test_a_result_says_all_that_a_run_was_on(call, toy, toy_experts, tmp_path):
+    command = [DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=run"]
+    for number in (2, 1):
+        with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 2):
+            call(*command, f"--threads={number}", expect=130)
+    call(*command, "--threads=1")
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["environment"]["device"] == (
+        "cpu (2 threads), then cpu (1 thread)")
+
+
 def test_experts_that_go_on_with_other_threads_are_said_to_and_name_them(call, toy, tmp_path):
     command = [EXPERTS, *toy.train, "--num_experts=1", f"--buffer_path={tmp_path}"]
     with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 2):

@@ -8,7 +8,7 @@ from typing import Any
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate, pool, work_of
 from distill.evaluate.saved_accuracies import Accuracies, key_of, threads_of
-from distill.result_files import OF_SET, EvaluationResult, Score, UnderProtocol, tested_on
+from distill.result_files import OF_SET, EvaluationResult, Score, UnderProtocol, tested_in_words, tested_on
 from utils.config import BaselineConfig, EvaluationConfig, as_dict, defaults, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
@@ -69,7 +69,8 @@ class Session:
         default = defaults(type(config))
         announce(replace(config, **{name: default[name] for name in self.differ}), self.set.images.device,
                  describe_engine(model.engine, min(config.batch_train, len(self.set))),
-                 f"{what}: {self.set.size}, {trained} · {config.num_eval} × {' and '.join(networks)}", *notes)
+                 f"{what}: {self.set.size}, {trained} · {config.num_eval} × {' and '.join(networks)}, tested on "
+                 f"{tested_in_words(config.val_fraction, len(dataset.test_labels))}", *notes)
         say_replaced(config, config.json)
         path = unfinished(config)
         interrupt.saves("the networks that were tested", "" if path else "--json FILE")

@@ -1,5 +1,5 @@
 """Several evaluations run as one, with one progress bar and one file of partial results. If asked for, each learning
-rate is chosen among several on held-out training images, never on the test images."""
+rate is chosen among several on a tenth of the training images, never on the test images."""
 
 import math
 from dataclasses import replace

@@ -88,7 +88,7 @@ def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], Eval
     for (protocol, network), each in configs.items():
         result = results[f"{protocol}/{network}"]
         (score,), rate = result["scores"], result["lr"][network]
-        chosen = ", the best on held-out training images" if auto else ""
+        chosen = ", the best on a tenth of the training images" if auto else ""
         print(f"{f'{protocol} · ' if ',' in config.protocol else ''}{score}, learning rate {rate:.4g}{chosen}")
         scores.setdefault(protocol, []).append(score)
         trained.setdefault(protocol, {})[network] = {
@@ -150,6 +150,9 @@ def opened(config: EvaluationConfig, given: Collection[str],
         raise UserError(NO_DATASET)
     told = check_told(config, read, "--data_dir", made)
     dataset = _default_data(config, device) if guessed else load_data(config, device)
+    if has_seen_held_out(config, made):
+        note(f"note: the set of --data_dir was made with val_fraction {made['val_fraction']:g}, so the images that are "
+             "held out here were among those that it was made from")
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
         note(f"note: the set was prepared differently from the data here: {why}")
     check_classes(read, dataset, f"--data_dir {config.data_dir}", named=not {"dataset", "subset"} & set(told))
@@ -158,9 +161,9 @@ def opened(config: EvaluationConfig, given: Collection[str],
     distilled = in_space(distilled, dataset)
 
     # Say what nothing tells.
-    if not rate_known and "lr_teacher" not in given and config.protocol != "dc":
+    if not rate_known and "lr_teacher" not in given and (config.save or config.protocol != "dc"):
         note(f"note: the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
-             "used")
+             f"used{', and saved as its own' * bool(config.save)}")
     if "zca" not in {*given, *made}:
         note("note: nothing says whether the set's images are whitened; they are taken for normalised: give --zca if "
              "they are whitened")
@@ -169,9 +172,9 @@ def opened(config: EvaluationConfig, given: Collection[str],
     settle_threads(config, dataset, len(distilled))
     say_replaced(config, config.save)
     if config.save and ranks.first():
-        read_by = {name: from_repository(getattr(config, name)) for name in (*READ_BY, "model", "factor", "data_path")}
+        read_by = {name: from_repository(getattr(config, name)) for name in (*READ_BY, "factor", "data_path")}
         stated = {name: value for name, value in made.items() if name != "label_kind"}  # the labels are logits by now
-        distilled.save_whole(files.resolved(config.save), dataset, stated | read_by)
+        distilled.save_whole(files.resolved(config.save), dataset, {"model": config.model} | stated | read_by)
         say(config, f"set saved in {shown(config.save)}")
     return dataset, distilled
 
@@ -190,6 +193,12 @@ def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSe
     """The set with the images' classes in place of soft labels, and where they were taken from, in words."""
     classes, known_by = class_indices(distilled, dataset.num_classes)
     return dataclasses.replace(distilled, labels=classes), f"classes are taken from {known_by}"
+
+
+def has_seen_held_out(config: DataConfig, made: dict[str, Any]) -> bool:
+    """Whether images that are held out here were among those that a set was made from, as far as its options tell."""
+    fraction = made.get("val_fraction")  # the smaller share is a part of the larger one
+    return isinstance(fraction, int | float) and config.val_fraction > fraction
 
 
 def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: dict[str, Any]) -> list[str]:

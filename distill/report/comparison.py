@@ -40,8 +40,12 @@ def _table(caption: str, corner: str, columns: dict[str, dict[Any, Any]], absent
 
 def _numbers(runs: dict[str, SavedRun]) -> Markup:
     several = any(len(run.result.versions) > 1 for run in runs.values())
-    columns = {name: dict(facts(run, several)) | {"Folder": code(from_repository(run.path))}
-               for name, run in runs.items()}
+    columns: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        column = columns[name] = {}
+        for what, said in facts(run, several):  # tests of the same options have one row
+            column[what] = f"{column[what]}; {said}" if what in column else said
+        column["Folder"] = code(from_repository(run.path))
     missing = [f"{name}: {what}" for name, run in runs.items() for what in run.missing]
     return joined(_table("What each run reached", "what", columns, "none"),
                   draw.note("Not in these folders:", missing) if missing else Markup(""))

@@ -11,7 +11,7 @@ from distill.report.page_pictures import SAVED
 from distill.report.read_run import SavedRun
 from distill.report.svg import Chart, thinned
 from distill.report.template import draw
-from distill.result_files import NORMAL, Iteration, Score
+from distill.result_files import NORMAL, Iteration, Score, images_tested
 
 STYLES, WIDTHS = 6, 3  # colours with their dashes, and widths, of curves, in report.css
 LEVELS = 7  # dashes of reference accuracies, in report.css
@@ -77,7 +77,10 @@ def _of_each(runs: dict[str, SavedRun], in_words: Callable[[SavedRun], str]) -> 
 
 
 def _accuracies(runs: dict[str, SavedRun]) -> Markup | None:
-    chart = Chart("Accuracy", "iteration", "accuracy, %", shows=(0.0, LEAST_ACCURACY))
+    measured_on = {name: f"{images_tested(run.result.chosen_on)} images" for name, run in runs.items()}
+    alike = len(set(measured_on.values())) == 1
+    chart = Chart(f"Accuracy on {next(iter(measured_on.values()))}" if alike else "Accuracy", "iteration",
+                  "accuracy, %", shows=(0.0, LEAST_ACCURACY))
     lines: dict[str, list[tuple[int, Score]]] = {}
     styles: dict[str, str] = {}
     further = itertools.count(len(runs))  # a run's first line looks as in the other charts
@@ -86,14 +89,15 @@ def _accuracies(runs: dict[str, SavedRun]) -> Markup | None:
         for evaluation in run.metrics.evaluations:
             for score in evaluation.scores:
                 name = (score.network if len(runs) == 1 else f"{run_name}, {score.network}") + (
-                    "" if evaluation.set == NORMAL else f", {evaluation.set}")
+                    "" if evaluation.set == NORMAL else f", {evaluation.set}") + (
+                    "" if alike else f", {measured_on[run_name]}")
                 lines.setdefault(name, []).append((evaluation.iteration, score))
                 if name not in styles:
                     styles[name] = _style(next(numbers))
     for name, points in lines.items():
         style = styles[name]
-        chart.band([(at, 100 * (score.mean - score.spread), 100 * (score.mean + score.spread))
-                    for at, score in points if score.spread is not None], style)
+        chart.band([(at, 100 * (score.mean - score.std), 100 * (score.mean + score.std))
+                    for at, score in points if score.std is not None], style)
         means = [(at, 100 * score.mean) for at, score in points]
         chart.line(means, style, name)
         chart.dots(means, style, radius=2.5)

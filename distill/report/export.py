@@ -15,6 +15,8 @@ from distill.distilled_set import DistilledSet, class_indices
 from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES, line
 from distill.result_files import (
+    EMA,
+    NORMAL,
     OF_REAL_IMAGES,
     OF_SET,
     VERSIONS,
@@ -147,19 +149,21 @@ def card_beside(path: Path, distilled: DistilledSet, results: list[Path], licenc
     """
     if (existing := path.parent / CARD).exists():
         raise UserError(f"{existing} exists, and may have been edited; move it away to have it written")
-    results = [(file.name, _read_result(file, distilled, path.resolve().parent.name)) for file in results]
-    text = card(distilled, path.name, results, licence, source, whitening_beside)
+    version = path.resolve().parent.name
+    results = [(file.name, _read_result(file, distilled, version)) for file in results]
+    text = card(distilled, path.name, results, licence, source, whitening_beside, version)
     return text.encode(errors="replace").decode()  # a file name may hold bytes that are not text
 
 
 def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult | EvaluationResult]],
-         licence: str = "", source: str = "", whitening_beside: bool = False) -> str:
+         licence: str = "", source: str = "", whitening_beside: bool = False, version: str = "") -> str:
     """The card's text, from card_template.md. It holds no path of the machine that made the set.
 
     Args:
         name: the name of the set's file.
         results: names and contents of result files.
         licence, source, whitening_beside: see `card_beside`.
+        version: the name of the set's folder: of VERSIONS, if it is in its run's.
     """
     made, count = distilled.config, len(distilled.images)
     dataset, licence = line(made.get("dataset", "unknown")), line(licence)
@@ -167,13 +171,16 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     head = {"license": licence or "unknown", "task_categories": ["image-classification"],
             "tags": ["dataset-distillation"], "pretty_name": title,
             "size_categories": [next(size for size, above in _SIZES if count < above)]}
-    paths = path_options(DistillConfig)
-    how = {option: value for option, value in made.items() if option not in paths or value in STARTS}
-    if made.get("dataset") != "ImageNet":
-        how.pop("subset", None)
+    left_out = {name for name in path_options(DistillConfig) if made.get(name) not in STARTS}
+    continues = "pix_init" in made and "pix_init" in left_out
+    left_out |= {"lr_teacher"} if continues else set()  # the other set had its own
+    left_out |= {"subset"} if made.get("dataset") != "ImageNet" else set()
+    left_out |= {"ema", "ema_decay"} if version == NORMAL else set()  # of the averaged images, which are another set
+    how = {name: value for name, value in made.items() if name not in left_out}
+    how |= {"pix_init": "another distilled set"} if continues else {}
     return TEMPLATES.get_template("card_template.md").render(
-        head=_yaml(head), title=title, distilled=distilled, whitening_beside=whitening_beside, name=name,
-        source=source or dataset, licence=licence,
+        head=_yaml(head), title=title, averaged=version == EMA, distilled=distilled, name=name,
+        whitening_beside=whitening_beside, source=source or dataset, licence=licence, how_far=made.get("Iteration"),
         results=[(file, result, _command(result, distilled, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
         how=_yaml(how) if how else "# not recorded")

@@ -13,7 +13,7 @@ import numpy as np
 from distill.report.classes import short
 from distill.report.curves import LEAST_ACCURACY
 from distill.report.page_pictures import Pictures
-from distill.result_files import NORMAL, Metrics
+from distill.result_files import EMA, NORMAL, Metrics
 from utils.files import atomic_write
 
 
@@ -51,17 +51,18 @@ def save_images(path: Path, pictures: Pictures) -> None:
         axis.spines[:].set_visible(False)
 
 
-def save_curves(path: Path, metrics: Metrics, threshold: float | None) -> None:
+def save_curves(path: Path, metrics: Metrics, threshold: float | None, images: str) -> None:
     """A PNG of a run's matching loss, accuracy, learning rate and start epochs.
 
     Args:
         threshold: the height at which skipped updates with a non-finite loss are drawn; None: they are not drawn.
+        images: which ones accuracies were measured on, in words.
     """
     with drawing(path, 2, 2, size=(9, 5.5)) as axes:
-        _draw_curves(axes, metrics, math.nan if threshold is None else threshold)
+        _draw_curves(axes, metrics, math.nan if threshold is None else threshold, images)
 
 
-def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
+def _draw_curves(axes: Any, metrics: Metrics, threshold: float, images: str) -> None:
     steps = metrics.iterations
     scores = [(evaluation.iteration, evaluation.scores[0]) for evaluation in metrics.of_set(NORMAL)]
     iterations = [step.iteration for step in steps]
@@ -82,11 +83,12 @@ def _draw_curves(axes: Any, metrics: Metrics, threshold: float) -> None:
 
     if scores:
         at = [iteration for iteration, _ in scores]
-        mean, std = (100 * np.array(values) for values in zip(*((score.mean, score.std) for _, score in scores)))
+        mean, std = (100 * np.array(values) for values in zip(*((score.mean, score.std or 0) for _, score in scores)))
         accuracy.plot(at, mean, marker=".", color="C2")
         accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)  # no band for one network
         accuracy.set_ylim(0, max(LEAST_ACCURACY, 1.05 * float((mean + std).max())))
-    accuracy.set(title=f"accuracy, % ({scores[0][1].network if scores else ''})", xlabel="iteration")
+    accuracy.set(title=f"accuracy on {images} images, %\n({scores[0][1].network if scores else ''}"
+                 f"{', images as they are' * bool(metrics.of_set(EMA))})", xlabel="iteration")
 
     lr.plot(iterations, [step.lr for step in steps], color="C1")
     lr.set(title="synthetic learning rate α", xlabel="iteration")

@@ -20,8 +20,8 @@ from distill.report.page_pictures import Pictures
 from distill.report.read_run import SavedRun
 from distill.report.svg import numbers_every, thinned
 from distill.report.template import code, document, draw, joined, option
-from distill.result_files import EMA, NORMAL, Iteration, Score, images_tested, skipped_advice
-from utils.config import DistillConfig, about, changed, defaults
+from distill.result_files import EMA, NORMAL, EvaluationResult, Iteration, Score, images_tested, skipped_advice
+from utils.config import DistillConfig, about, canonical, changed, defaults, value_in_words
 from utils.errors import number_of
 from utils.program.console import duration
 
@@ -75,14 +75,12 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
             ("Measured on", f"{number_of(networks, 'network')}, {score.network}"),
             ("Reached at iteration", f"{best.iteration:,}"),
             *((f"Best accuracy of the {of[each]}", in_words(other.scores[0])) for each, other in others.items()),
-            *((f"Test by evaluation.py, {result.config.get('epoch_eval_train')} epochs"
-               f"{', without augmentation' * bool(result.config.get('no_aug'))}",
-               f"{in_words(score)} on the {images_tested(result.tested_on)} images, "
-               f"{number_of(len(score.accuracies), 'network')}, {score.network}")
+            *((f"Test by evaluation.py on {images_tested(result.tested_on)} images, {score.network}, "
+               f"{_training(run, result)}", f"{in_words(score)}, {number_of(len(score.accuracies), 'network')}")
               for result in run.tests for score in result.scores),
-            *((f"As many {kind}", f"{in_words(score)} on the {images_tested(result.chosen_on)} images")
-              for kind, score in run.real_images.items()),
-            *([(f"Matching loss before → after, over {segments}",
+            *((f"As many {kind}", f"{in_words(score)} on the {images_tested(result.chosen_on)} images, "
+               f"{number_of(len(score.accuracies), 'network')}") for kind, score in run.real_images.items()),
+            *([(f"Matching loss of the first → of the last set, over {segments} of this run",
                 _recorded(fixed.segments, lambda _: loss))] if run.finished else []),
             ("Learning rate α of the best set", "not recorded" if math.isnan(best.lr) else f"{best.lr:.4g}"),
             ("Skipped updates (loss above the threshold, or not finite)",
@@ -90,6 +88,14 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
             ("Updates of α held back, as it would have left the positive numbers",
              _recorded(result.held, lambda count: ["never", "once", f"{count:,} times"][min(count, 2)])),
             ("Time", _recorded(result.seconds, duration)) if run.finished else ("Not finished", _progress(run))]
+
+
+def _training(run: SavedRun, result: EvaluationResult) -> str:
+    """How the networks of a test were trained: epochs, and what else is not as in the run."""
+    its, ours = map(canonical, run.trainings(result))
+    unlike = [f"{name} {value_in_words(its[name])}" for name in its
+              if name in ours and its[name] != ours[name] and name not in ("ipc", "epoch_eval_train", "val_fraction")]
+    return ", ".join([f"{its['epoch_eval_train']} epochs", *unlike])
 
 
 def _recorded(value: Any, as_text: Callable[[Any], str]) -> str:

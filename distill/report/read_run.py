@@ -69,8 +69,11 @@ class SavedRun:
 
     @property
     def tests(self) -> list[EvaluationResult]:
-        """Evaluations of the best set, from results in the run's folder."""
+        """Evaluations of the best set, from results in the run's folder; none of an unfinished run, whose sets are not
+        known by their checksums."""
         best = self.result.better[1]
+        if not self.finished:
+            return []
         return [result for result in self.beside if result.what == OF_SET and same_rate(result.lr, best.lr)
                 and same_images(result.images_sha256, best.images_sha256)]
 
@@ -105,13 +108,18 @@ class SavedRun:
 
     def _unlike(self, result: EvaluationResult) -> str:
         """In which options its networks were trained or tested unlike the run's; empty if in none."""
+        return differences(*self.trainings(result))
+
+    def trainings(self, result: EvaluationResult) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The options of TRAINED_BY by which a result's networks were trained, and those of the run's own, without
+        the batch sizes if both take the whole set."""
         here, there = ({name: config.get(name) for name in TRAINED_BY} for config in (self.config, result.config))
         here["no_aug"] = False  # in a run, it is of the inner loop
         there["no_aug"] = there["no_aug"] or False
         batches = here["batch_train"], there["batch_train"]
         if all(isinstance(batch, int) and batch >= (result.labels or result.images) for batch in batches):
-            del here["batch_train"]  # each takes the whole set
-        return differences(there, here)
+            del here["batch_train"]
+        return there, here
 
 
 def check_is_run(path: Path) -> Path:

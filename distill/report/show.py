@@ -9,6 +9,7 @@ from distill.report.matplotlib_figures import save_curves, save_images
 from distill.report.names import ANIMATION, CURVES, IMAGES_PNG, PAGE, SHOWN
 from distill.report.page import page
 from distill.report.read_run import SavedRun
+from distill.result_files import images_tested
 from utils.errors import reason
 from utils.files import atomic_write, write_text
 from utils.program.console import note, shown
@@ -20,7 +21,7 @@ def _make(run: SavedRun, name: str, path: Path) -> None:
     if name == IMAGES_PNG and pictures is not None:
         save_images(path, pictures)
     elif name == CURVES:
-        save_curves(path, run.metrics, run.config.get("threshold"))
+        save_curves(path, run.metrics, run.config.get("threshold"), images_tested(run.result.chosen_on))
     elif name == ANIMATION and pictures is not None and pictures.frames is not None:
         with atomic_write(path) as aside:
             aside.write_bytes(animation(pictures.frames)[0])

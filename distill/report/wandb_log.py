@@ -75,10 +75,10 @@ class Tracker:
         """An evaluation's scores, and each network's best so far."""
         values = {}
         for score in scores:
-            now = [score.mean, score.spread]
+            now = [score.mean, score.std]
             best = max(self._best.get(score.network, now), now, key=lambda each: each[0])
             mean, std = self._best[score.network] = best
-            values |= {f"Accuracy/{score.network}": score.mean, f"Std/{score.network}": score.spread,
+            values |= {f"Accuracy/{score.network}": score.mean, f"Std/{score.network}": score.std,
                        f"Max_Accuracy/{score.network}": mean, f"Max_Std/{score.network}": std}
         self._log(step, lambda: {name: value for name, value in values.items() if value is not None})
 

@@ -261,8 +261,8 @@ class EvaluationConfig(TrainConfig):
                                  "learning rate and augmentation where they are not given")
     batch_train: Count = option(EVALUATION, 128, "training batch")
     lr_teacher: AutoRate = option(METHOD, 0.01, "learning rate of sets that have none; if given, it replaces a set's "
-                                  "own; auto: the best of several for each kind of network, on held-out training "
-                                  "images")
+                                  "own; auto: the best of several for each kind of network, on a tenth of the "
+                                  "training images")
     data_dir: FilePath = option(FILES, "", "a run's folder or a distilled.safetensors; what DC, DSA, DM, MTT, FTD, "
                                 "TESLA, DATM, PAD, IDC or NCFM released, as a file or the folder that holds it; or the "
                                 "file of the images alone")
