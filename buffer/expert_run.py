@@ -158,7 +158,7 @@ class ExpertRun:
         self.first_number = self.written
         before = resumed_run(folder, config)
         self.resumes = before is not None
-        if before:
+        if before is not None:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
             self.first_number = before["first_expert"]
             self.last_on = before.get("on")

@@ -155,9 +155,9 @@ def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network
     """Restores the last saved epoch, or saves the initialisation; returns the number of epochs done."""
     if not len(saved):
         saved.save(0, theta, velocity, network, None)
+    if reached := saved.reached():  # all are read, so that a damaged one is found now
+        report(Epoch(**reached[-1]))
     state = saved[saved.done]
-    if state["reached"]:
-        report(Epoch(**state["reached"]))
     theta.copy_(state["theta"])
     if velocity is not None:
         velocity.copy_(state["momentum"])

@@ -6,7 +6,7 @@ from typing import Any
 from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import check_pool
-from distill.evaluate.saved_set import check_told, has_seen_held_out
+from distill.evaluate.saved_set import check_told
 from distill.plan import num_samples, share_of_batch
 from distill.result_files import NORMAL, RESULT
 from distill.run_folder import RunFolder
@@ -27,17 +27,12 @@ from utils.program.prepare import gpus_of_ranks, network_for
 
 
 def check_start(config: DistillConfig) -> None:
-    """Refuses a `--pix_init` set that, by its own metadata, has another image size or whitening than the data, or was
-    made from images that are held out here."""
+    """Refuses a `--pix_init` set that, by its own metadata, has another image size or whitening than the data."""
     if config.pix_init in STARTS:
         return
     given = f"--pix_init {config.pix_init}"
     distilled = DistilledSet.load(config.pix_init)
     check_told(config, distilled, given, distilled.config)
-    if has_seen_held_out(config, distilled.config):
-        raise UserError(f"{given} --val_fraction {config.val_fraction:g}: the set was made with --val_fraction "
-                        f"{distilled.config['val_fraction']:g}, so it has learned from images that are held out here; "
-                        "give the same, or another set")
     if (distilled.whitening is not None) != config.zca:
         raise UserError(f"{given}: it is {'not ' * config.zca}whitened (zca), and the data here "
                         f"{'is' if config.zca else 'is not'}; give the --zca and the data that it was made with")

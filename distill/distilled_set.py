@@ -94,7 +94,9 @@ class DistilledSet(torch.utils.data.Dataset):
             UserError: the images are whitened, and the whitening is neither in the disk cache nor beside the set.
         """
         assert self.mean, "only a set from DistilledSet.load knows its space"
-        whitening = None if self.whitening is None else self.whitening.read(self.images[0].numel())
+        whitening = None if self.whitening is None else self.whitening.read(
+            self.images[0].numel(), "run distill/evaluation.py once on the set with its dataset, or write it where the "
+            "set was made with scripts/export.py SET --whitening")
         return ImageSpace(self.mean, self.std, whitening)
 
     def pixels(self) -> Tensor:

@@ -26,6 +26,7 @@ from utils.files import append_json, read_json, read_text, reading, resolved, wr
 from utils.program.console import percent
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
+THEN = ", then "  # between the devices, or versions of torch, of a run that was resumed elsewhere
 EVALUATION = "evaluation.json"  # of the best set, written by the command that a run prints at its end
 VERSIONS = NORMAL, EMA = "Normal", "EMA"  # folders of the sets as published, and with averaged images
 _AGAIN = "put it back, or run again under another --run_name"
@@ -354,13 +355,16 @@ def same_images(one: str | None, other: str | None) -> bool:
 def results_in(folder: Path) -> dict[str, EvaluationResult]:
     """The evaluation results in a folder, by file name. In a run's folder, those of other sets than its best ones, such
     as what it had reached before it was extended, say so."""
-    results, best = {}, {None}
+    results, best = {}, set()
     with contextlib.suppress(UserError):  # no run, or not finished
-        best |= {each.images_sha256 for each in RunResult.read(folder / RESULT).versions.values()}
+        best = {each.images_sha256 for each in RunResult.read(folder / RESULT).versions.values()} - {None}
+    earlier = {file.name.replace(Path(RESULT).stem, Path(EVALUATION).stem, 1)  # of a run that is or was extended
+               for file in folder.glob(f"{Path(RESULT).stem}_*.json")}
     for file in sorted(folder.glob("*.json")):
         with contextlib.suppress(UserError):  # not the result of an evaluation
             result = EvaluationResult.read(file, "")
-            other = len(best) > 1 and result.images_sha256 not in best
+            known = file.name in earlier or (best and result.images_sha256)
+            other = known and result.images_sha256 not in best
             results[file.name] = replace(result, what=result.what.replace(OF_SET, OF_OTHER_SET)) if other else result
     return results
 

@@ -14,7 +14,7 @@ from distill.evaluate.networks import epochs_to_come, evaluate
 from distill.evaluate.saved_accuracies import Accuracies, key_of
 from distill.report.frames import Frames
 from distill.report.wandb_log import Tracker
-from distill.result_files import NORMAL, Evaluation, Iteration, Metrics, Score, append_metrics, skipped_advice
+from distill.result_files import NORMAL, THEN, Evaluation, Iteration, Metrics, Score, append_metrics, skipped_advice
 from distill.run_folder import RunFolder
 from utils.config import DistillConfig, as_dict
 from utils.data.datasets import Dataset
@@ -25,7 +25,6 @@ from utils.program.progress import Progress
 
 DRAW_SHARE = 0.1  # the most of a run's time that goes into drawing its pictures and page
 FIRST_DRAWING = 0.5  # seconds assumed for the first drawing
-THEN = ", then "  # between the devices, or versions of torch, of a run that was resumed elsewhere
 SKIPPED_AT_FIRST = 10  # first updates of a run; if all are skipped, it says so
 
 

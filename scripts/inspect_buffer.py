@@ -72,7 +72,7 @@ OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_pat
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
            "pad", "seed")  # the ones that are printed
-UNFINISHED = "unfinished"  # in place of the file of an expert that is being trained
+UNFINISHED = "unfinished"  # in place of a file: of an expert whose epochs are not in one yet
 MOST_ROWS = 32
 
 
@@ -409,8 +409,8 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     diverged = [str(each["expert"]) for each in report["trajectories"] if not each["finite"]]
     if diverged:
         say("not finite", f"experts {', '.join(diverged)}: they diverged, or their file is damaged")
-    last = [[row[name][-1] for row in report["trajectories"] if row[name] and row["file"] != UNFINISHED]
-            for name in ACCURACIES]
+    last = [[row[name][-1] for row in report["trajectories"] if row[name]
+             and (row["file"] != UNFINISHED or row["epochs"] >= unfinished["train_epochs"])] for name in ACCURACIES]
     say("accuracy", "after the last epoch: " + "; ".join(
         f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
         for of, values in zip(("train", experts_tested_on(report)), last) if values) if any(last) else

@@ -4,10 +4,10 @@
     python scripts/summary.py RUN
 
 Given a folder, such as a run's, it takes all results in it. A result has a row for each of its protocols. Epochs are
-shown where they differ, the learning rate where it tells rows apart or was chosen on a tenth of the training images
-(auto), and the file where nothing else tells rows apart. If the results are of different datasets, or some of test and
-some of held-out images, each row says which. With --by_network there is one row for each result and protocol, and a
-column for each network: how well the set trains other networks (--eval_mode M).
+shown where those of equally many images differ, the learning rate where it tells rows apart or was chosen on a tenth of
+the training images (auto), and the file where nothing else tells rows apart. If the results are of different datasets,
+or some of test and some of held-out images, each row says which. With --by_network there is one row for each result and
+protocol, and a column for each network: how well the set trains other networks (--eval_mode M).
 """
 
 import sys
@@ -65,7 +65,7 @@ def main() -> None:
 
 def named(rows: Sequence[tuple[str, ...]], trained: Sequence[Sequence[Trained]], files: Sequence[Path]) -> list[str]:
     """The name of each row's set: with its learning rate if that tells rows apart or was chosen (auto), with its epochs
-    if not all rows have the same, and with its file if nothing else tells rows apart.
+    if other sets of that size have others, and with its file if nothing else tells rows apart.
 
     Args:
         rows: of each row the set in words, then whatever else tells it from others.
@@ -75,8 +75,9 @@ def named(rows: Sequence[tuple[str, ...]], trained: Sequence[Sequence[Trained]],
     names = [row[0] for row in rows]
     for kind, words in (("rate", "learning rate {}"), ("epochs", "{} epochs")):
         values = [", ".join(dict.fromkeys(getattr(each, kind) for each in of_row)) for of_row in trained]
-        compared = [{of_other for other, of_other in zip(rows, values) if other == row or kind == "epochs"}
-                    for row in rows]
+        same = [row if kind == "rate" else row[1:] for row in rows]
+        compared = [{of_other for other, of_other in zip(same, values) if other == each and of_other != "-"}
+                    for each in same]
         names = [f"{name}, {words.format(value)}" if value.endswith("(auto)") or len(others) > 1 else name
                  for name, others, value in zip(names, compared, values)]
     alike = Counter((name, *row) for name, row in zip(names, rows))

@@ -451,7 +451,7 @@ def test_evaluation_of_a_pool_and_on_held_out_images(call, toy, toy_run, tmp_pat
                 f"--json={tmp_path / 'result.json'}")
     result = check_result(tmp_path / "result.json", ["ConvNetD1W4", "ConvNet"], 1, 6)
     assert result["tested_on"] == "validation" and "ConvNet:" in done.stdout and "18 held-out images" in done.stdout
-    assert "images that are held out here were among those that it was made from" in done.stderr
+    assert "made with val_fraction 0, so that it may have learned from the images that are held out" in done.stderr
     eighteenths = [value * 18 for score in result["scores"] for value in score["accuracies"]]
     assert eighteenths == pytest.approx(np.round(eighteenths))  # a quarter of 24 images in each of three classes
 

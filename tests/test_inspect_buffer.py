@@ -107,7 +107,9 @@ def test_an_unfinished_run_is_shown(call, folder, tmp_path):
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["experts"] == 3 and report["unfinished"]["experts"] == [{"expert": 3, "epochs": 2}]
     assert report["trajectories"][3]["step"] == pytest.approx([1, 1])
-    for path in folder.glob("replay_buffer_*"):  # now no expert is finished
+    unfinished(folder, epochs=3)  # done, but the files are not written yet
+    assert "accuracy    after the last epoch" in (done := call(INSPECT, folder)).stdout and finished not in done.stdout
+    for path in folder.glob("replay_buffer_*"):  # now no file is there
         path.unlink()
     save_config(folder / "unfinished" / "run.yaml",
                 {"model": "ConvNetD1W4", "num_experts": 9, "train_epochs": 3, "first_expert": 0, "threads": 1})

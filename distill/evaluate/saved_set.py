@@ -150,9 +150,6 @@ def opened(config: EvaluationConfig, given: Collection[str],
         raise UserError(NO_DATASET)
     told = check_told(config, read, "--data_dir", made)
     dataset = _default_data(config, device) if guessed else load_data(config, device)
-    if has_seen_held_out(config, made):
-        note(f"note: the set of --data_dir was made with val_fraction {made['val_fraction']:g}, so the images that are "
-             "held out here were among those that it was made from")
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
         note(f"note: the set was prepared differently from the data here: {why}")
     check_classes(read, dataset, f"--data_dir {config.data_dir}", named=not {"dataset", "subset"} & set(told))
@@ -195,15 +192,9 @@ def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSe
     return dataclasses.replace(distilled, labels=classes), f"classes are taken from {known_by}"
 
 
-def has_seen_held_out(config: DataConfig, made: dict[str, Any]) -> bool:
-    """Whether images that are held out here were among those that a set was made from, as far as its options tell."""
-    fraction = made.get("val_fraction")  # the smaller share is a part of the larger one
-    return isinstance(fraction, int | float) and config.val_fraction > fraction
-
-
 def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: dict[str, Any]) -> list[str]:
-    """Notes, before any data are loaded, which of the options that made a set differ here; refuses images of another
-    size.
+    """Notes, before any data are loaded, which of the options that made a set differ here, and whether it may have
+    learned from images that are held out here; refuses images of another size.
 
     Args:
         option: the option that gave the set, for messages.
@@ -218,6 +209,10 @@ def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: d
     for name in other:
         note(f"note: the set of {option} was made with {name} {value_in_words(made[name])}, and here {name} is "
              f"{value_in_words(here[name])}")
+    fraction = made.get("val_fraction")  # the smaller share is a part of the larger one
+    if isinstance(fraction, int | float) and config.val_fraction > fraction and not {"dataset", "subset"} & set(other):
+        note(f"note: the set of {option} was made with val_fraction {fraction:g}, so that it may have learned from the "
+             "images that are held out here")
     if distilled.mean and tuple(distilled.images.shape[2:]) != image_size(config):
         its, ours = ("×".join(map(str, size)) for size in (distilled.images.shape[2:], image_size(config)))
         raise UserError(f"{option}: the images of the set have {its} pixels, and those of {config.dataset} here "

@@ -8,7 +8,7 @@ import yaml
 
 from distill.distilled_set import TOLD
 from distill.report.read_run import SavedRun
-from distill.result_files import EVALUATION
+from distill.result_files import EVALUATION, THEN
 from utils.config import (
     BufferConfig,
     DistillConfig,
@@ -34,7 +34,7 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
         what = "Train the experts that label the first images" if options.pop(LABELLING, False) else (
             "Add more experts to them" if steps else "Train the experts")
         steps.append((what, command("buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository)))
-    on_cpu = str(run.result.environment.get("device", "")).startswith("cpu")
+    on_cpu = all(device.startswith("cpu") for device in str(run.result.environment.get("device", "")).split(THEN))
     options = evaluation(run.config, run.path)
     return [*steps, ("Distil, with the options that differ from the defaults",
                      again(run.config, f"{run.name}_again", on_cpu)),

@@ -180,7 +180,8 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     how |= {"pix_init": "another distilled set"} if continues else {}
     return TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, averaged=version == EMA, distilled=distilled, name=name,
-        whitening_beside=whitening_beside, source=source or dataset, licence=licence, how_far=made.get("Iteration"),
+        whitening_beside=whitening_beside, source=source or dataset, licence=licence,
+        how_far=number_of(made["Iteration"], "iteration") if version in VERSIONS and "Iteration" in made else "",
         results=[(file, result, _command(result, distilled, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
         how=_yaml(how) if how else "# not recorded")

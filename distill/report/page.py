@@ -20,8 +20,8 @@ from distill.report.page_pictures import Pictures
 from distill.report.read_run import SavedRun
 from distill.report.svg import numbers_every, thinned
 from distill.report.template import code, document, draw, joined, option
-from distill.result_files import EMA, NORMAL, EvaluationResult, Iteration, Score, images_tested, skipped_advice
-from utils.config import DistillConfig, about, canonical, changed, defaults, value_in_words
+from distill.result_files import EMA, NORMAL, THEN, EvaluationResult, Iteration, Score, images_tested, skipped_advice
+from utils.config import DistillConfig, EvaluationConfig, about, canonical, changed, defaults, value_in_words
 from utils.errors import number_of
 from utils.program.console import duration
 
@@ -30,6 +30,7 @@ MOST_BARS, LIKELIEST = 10, 5  # of more than MOST_BARS classes, a soft label sho
 LONG_NAME = 20  # characters; a longer class name may be cut off, so it gets a tooltip
 OPEN_UP_TO = 20  # images; with more, their details are folded at first
 TABLE_ROWS = 20
+OF_TRAINING = ("batch_train", "dsa", "dsa_strategy")  # named of a test unless they are the defaults
 
 
 def page(run: SavedRun) -> str:
@@ -80,7 +81,7 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
               for result in run.tests for score in result.scores),
             *((f"As many {kind}", f"{in_words(score)} on the {images_tested(result.chosen_on)} images, "
                f"{number_of(len(score.accuracies), 'network')}") for kind, score in run.real_images.items()),
-            *([(f"Matching loss of the first → of the last set, over {segments} of this run",
+            *([(f"Matching loss, first set → last set, over {segments} of this run",
                 _recorded(fixed.segments, lambda _: loss))] if run.finished else []),
             ("Learning rate α of the best set", "not recorded" if math.isnan(best.lr) else f"{best.lr:.4g}"),
             ("Skipped updates (loss above the threshold, or not finite)",
@@ -91,11 +92,14 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
 
 
 def _training(run: SavedRun, result: EvaluationResult) -> str:
-    """How the networks of a test were trained: epochs, and what else is not as in the run."""
+    """How the networks of a test were trained: epochs, and what is unlike the run's own training or the defaults."""
     its, ours = map(canonical, run.trainings(result))
-    unlike = [f"{name} {value_in_words(its[name])}" for name in its
-              if name in ours and its[name] != ours[name] and name not in ("ipc", "epoch_eval_train", "val_fraction")]
-    return ", ".join([f"{its['epoch_eval_train']} epochs", *unlike])
+    default = defaults(EvaluationConfig)
+    known = result.config.keys() & run.config.keys() - {"epoch_eval_train", "val_fraction"}
+    unlike = [name for name in ours if name in known and (
+        its[name] != ours[name] or (name in OF_TRAINING and its[name] != default[name]))]
+    return ", ".join([f"{its['epoch_eval_train'] or 'unknown'} epochs",
+                      *(f"{name} {value_in_words(its[name])}" for name in unlike)])
 
 
 def _recorded(value: Any, as_text: Callable[[Any], str]) -> str:
@@ -272,12 +276,14 @@ def _reproduce(run: SavedRun) -> Markup:
     steps = commands(run)
     if not steps:
         return draw.paragraph("Without config.yaml the commands are not known.")
-    return draw.commands(steps, run.pictures is not None, str(run.result.environment.get("device", "")))
+    device, torch = (str(run.result.environment.get(name, "")) for name in ("device", "torch"))
+    same = THEN not in device + torch  # else no single command gives the same bits
+    return draw.commands(steps, run.pictures is not None, device if same else "")
 
 
 def machine_of(run: SavedRun) -> dict[str, str]:
     machine = run.pictures.machine if run.pictures else {}
-    return {str(name): str(value) for name, value in (run.result.environment | machine).items()}
+    return {str(name): str(value) for name, value in (machine | run.result.environment).items()}
 
 
 def _machine(run: SavedRun) -> Markup:

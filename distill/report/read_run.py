@@ -99,12 +99,13 @@ class SavedRun:
     @property
     def left_out(self) -> list[str]:
         """Results in the run's folder that are not shown, and why, in words: of real images that cannot be compared
-        with it, and of sets under other protocols, at other learning rates than the best set's, or of other images."""
+        with it, of sets under other protocols, at other learning rates than the best set's, or of other images, and of
+        any set of an unfinished run."""
         of_real = [result for result in self.beside if OF_REAL_IMAGES.fullmatch(result.what)]
         of_sets = [result for result in self.beside if result.what.startswith(OF_SET) and result not in self.tests]
         return [f"{result.what}: {unlike}" for result in of_real if (unlike := self._unlike(result))] + [
-            f"{result.what}, at {'rates of their own' if result.lr is None else f'learning rate {result.lr:.4g}'}: see "
-            "scripts/summary.py" for result in of_sets]
+            f"{result.what}, at {'rates of their own' if result.lr is None else f'learning rate {result.lr:.4g}'}: "
+            f"{'the run is not finished; ' * (not self.finished)}see scripts/summary.py" for result in of_sets]
 
     def _unlike(self, result: EvaluationResult) -> str:
         """In which options its networks were trained or tested unlike the run's; empty if in none."""

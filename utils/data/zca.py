@@ -99,11 +99,12 @@ class KeptWhitening(NamedTuple):
     fingerprint: str
     folder: Path  # of the set; it may hold the whitening
 
-    def read(self, dimension: int) -> Whitening:
+    def read(self, dimension: int, advice: str) -> Whitening:
         """The whitening, from `whitening.safetensors` in the folder or from the disk cache.
 
         Args:
             dimension: D, of the set's images.
+            advice: what to do if it is in neither; for the message.
 
         Raises:
             UserError: it is in neither, or damaged.
@@ -120,8 +121,7 @@ class KeptWhitening(NamedTuple):
         kept = _read(_path(self.fingerprint), self.fingerprint, dimension)
         if kept is None:
             raise UserError(f"the whitening of this set, {self.fingerprint}, is neither in {cache_folder()} nor in "
-                            f"{beside}; run distill/evaluation.py once on the set with its dataset, or write it where "
-                            "the set was made with scripts/export.py SET --whitening")
+                            f"{beside}; {advice}")
         return kept
 
 

@@ -159,7 +159,12 @@ def barrier() -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
-    return any(gather({rank(): flag}).values())
+    if size() == 1:
+        return flag
+    torch = _torch()
+    held = torch.tensor(flag, dtype=torch.int32)
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
+    return bool(held)
 
 
 def sum_(tensor: "Tensor") -> "Tensor":
