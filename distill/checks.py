@@ -10,7 +10,6 @@ from distill.evaluate.saved_set import check_told
 from distill.plan import num_samples, share_of_batch
 from distill.result_files import NORMAL, RESULT
 from distill.run_folder import RunFolder
-from distill.schedule import start_epoch_bound
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, differences, identity
 from utils.data.datasets import Dataset
@@ -61,7 +60,7 @@ def check_networks(config: DistillConfig, dataset: Dataset) -> None:
 
 
 def check_window(config: DistillConfig, buffer: Buffer) -> None:
-    """Refuses a difficulty window that is empty or reaches beyond the experts' trajectories."""
+    """Refuses a difficulty window that reaches beyond the experts' trajectories."""
     last = config.max_start_epoch - 1 + config.expert_epochs
     if last > buffer.epochs:
         most = buffer.epochs - config.expert_epochs + 1
@@ -69,12 +68,6 @@ def check_window(config: DistillConfig, buffer: Buffer) -> None:
         raise UserError(f"--max_start_epoch {config.max_start_epoch} --expert_epochs {config.expert_epochs}: a segment "
                         f"would end at epoch {last}, but the shortest of the experts in {buffer.folder} has "
                         f"{number_of(buffer.epochs, 'epoch')}; give {advice}, or train the experts for longer")
-    first = start_epoch_bound(0, config.max_start_epoch, config.current_max_start_epoch, config.expansion_end_epoch,
-                              config.Sequential_Generation)
-    if config.min_start_epoch >= first:
-        name = "current_max_start_epoch" if first < config.max_start_epoch else "max_start_epoch"
-        raise UserError(f"--min_start_epoch {config.min_start_epoch} --{name} {first}: the difficulty window holds no "
-                        f"start epoch; --{name} is exclusive and must be larger")
 
 
 def check_memory(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:

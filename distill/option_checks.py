@@ -5,6 +5,7 @@ from pathlib import Path
 from buffer.manifests import BUFFER_PATH, buffer_folder, check_same_data, require_experts
 from distill.evaluate.option_checks import check_evaluation
 from distill.run_folder import RunFolder, run_folder
+from distill.schedule import start_epoch_bound
 from utils.config import STARTS, DistillConfig
 from utils.errors import UserError
 from utils.files import check_is_file
@@ -34,6 +35,12 @@ def check_options(config: DistillConfig) -> None:
         raise UserError(f"--adjoint_steps {config.adjoint_steps} --syn_steps {config.syn_steps}: the gradient "
                         f"cannot go through more steps than there are; give {config.syn_steps} or less, or leave "
                         "--adjoint_steps out")
+    first = start_epoch_bound(0, config.max_start_epoch, config.current_max_start_epoch, config.expansion_end_epoch,
+                              config.Sequential_Generation)
+    if config.min_start_epoch >= first:
+        name = "current_max_start_epoch" if first < config.max_start_epoch else "max_start_epoch"
+        raise UserError(f"--min_start_epoch {config.min_start_epoch} --{name} {first}: the difficulty window holds no "
+                        f"start epoch; --{name} is exclusive and must be larger")
     folders = {BUFFER_PATH: buffer_folder(config)}
     if config.labelled_by_another:
         if not (config.Initialize_Label_Model and config.Initialize_Label_Model_Dir):

@@ -390,4 +390,6 @@ def _validated(kind: type, value: Any) -> Any:
         return RootModel[kind].model_validate(value).root
     except ValidationError as error:
         problem = error.errors()[0]
-        raise ValueError(f"{' '.join(map(str, problem['loc'])) or 'all of it'}: {problem['msg']}") from None
+        where = " ".join(map(str, problem["loc"])) or "all of it"
+        missing = problem["type"] == "missing"
+        raise ValueError(f"it has no {where!r}" if missing else f"{where}: {problem['msg']}") from None

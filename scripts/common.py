@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.files import check_outputs, resolved, write_json
-from utils.program.command_line import Parser
+from utils.program.command_line import Parser, not_empty
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +24,14 @@ class ScriptParser(Parser):
     def __init__(self, description: str, json: str = "", key: str = "") -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
+        self.register("type", Path, lambda text: Path(not_empty(text)))
         self._kinds: dict[str, str] = {}  # option → kind of its output file
         if json:
             self.add_output("json", f"json:{key}" if key else report_kind(), f"write {json} to this file")
 
     def add_output(self, name: str, kind: str, help: str) -> None:
         self._kinds[name] = kind
-        self.add_argument(f"--{name}", type=resolved, metavar="FILE", help=help)
+        self.add_argument(f"--{name}", type=lambda text: resolved(not_empty(text)), metavar="FILE", help=help)
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         options = super().parse_args(*arguments)

@@ -417,7 +417,7 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
         "unknown: recorded for no finished expert")
     if report["beside"]:
         compared = sum(bool(each["apart"]) for each in report["trajectories"])
-        say("beside", f"{console.number_of(compared, 'expert')} of the same number in {report['beside']}")
+        say("beside", f"{console.number_of(compared, 'expert')} with the same number in {report['beside']}")
     if epochs:
         most = epochs[0] - expert_epochs + 1
         say("window", f"--expert_epochs {expert_epochs} allows "

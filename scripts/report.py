@@ -27,7 +27,7 @@ from distill.result_files import METRICS
 from scripts.common import ScriptParser
 from utils.errors import UserError
 from utils.files import check_outputs, write_text
-from utils.program.console import note, shown
+from utils.program.console import note, short_count, shown
 from utils.program.entry import entry
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     write_text(out, text)
     for left_out in run.left_out if alone else ():
         note(f"note: not shown beside the run: {left_out}")
-    print(f"{shown(out)} ({len(text.encode()) / 1e6:.1f} MB)")
+    print(f"{shown(out)} ({short_count(len(text.encode()))}B)")
 
 
 if __name__ == "__main__":

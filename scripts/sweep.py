@@ -121,6 +121,8 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
                 select_device(config.device))
     print(f"in {shown(page)}{f' and {shown(json)}' if json else ''}")
     best = ranked[0]
+    if finished[best.name].result.better[1].iteration == 0:
+        note("note: the best set is the one that a run began with; none on the way of any run was better")
     test = evaluation(influential(best.config), best.folder) | commands.device_given(config.device)
     commands.say_next(config, "next, to test the best set on the test images:",
                       commands.command("distill/evaluation.py", test))

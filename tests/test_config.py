@@ -154,7 +154,7 @@ def test_a_boolean_alone_means_true():
     ("lr_lr", "fast", "--lr_lr fast: it must be a valid number"),
     ("Momentum_y", "1", "--Momentum_y 1: it must be less than 1"),
     ("pix_init", "", "--pix_init '': it must be"),
-    ("zca", "maybe", "--zca maybe: it must be a valid boolean"),
+    ("zca", "maybe", "--zca maybe: it must be True or False"),
     ("val_fraction", "1.5", "--val_fraction 1.5: it must be less than 1"),
     ("val_fraction", "-0.1", "--val_fraction -0.1: it must be greater than or equal to 0"),
     ("pix_init", "nothing", "it must be samples_predicted_correctly, real, noise, or the path"),

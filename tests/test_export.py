@@ -112,6 +112,20 @@ def test_grey_pictures_have_one_channel(call, tmp_path):
     assert "/home/me" not in text and "buffer_path" not in text  # paths of the machine that made it
 
 
+def test_a_card_says_which_iteration_its_set_is_of(call, made, toy, toy_experts, tmp_path):
+    run = shutil.copytree(made, tmp_path / "run")
+    iteration = json.loads((run / "result.json").read_text())["best"]["iteration"]
+    call(EXPORT, run, "--card")
+    assert f"The set is that of iteration {iteration}, the best one on the way." in (
+        run / "Normal" / "README.md").read_text()
+    call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=first",
+         "--Iteration=0")
+    (untouched,) = tmp_path.glob("*/*/*/first")
+    call(EXPORT, untouched, "--card")
+    text = (untouched / "Normal" / "README.md").read_text()
+    assert "Its images are those that the run began with: real ones, unchanged." in text and "synthetic" not in text
+
+
 def test_folders_are_names_that_every_file_system_takes():
     assert folder_names(("a/b", "..", "Cat", "cat", "n02 dog")) == ["a-b", "class", "Cat 2", "cat 3", "n02 dog"]
     assert folder_names(("Cat", "cat", "Cat 0")) == ["Cat 0 0", "cat 1", "Cat 0 2"]

@@ -55,7 +55,7 @@ def test_experts_are_compared_with_others_of_the_same_numbers(call, folder, tmp_
     moved = [[first[0][i] + 2 * (each - first[0][i]) for i, each in enumerate(snapshot)] for snapshot in first[:3]]
     torch.save([moved], others / "replay_buffer_0.pt")
     done = call(INSPECT, folder, f"--beside={others}", f"--json={tmp_path / 'out.json'}")
-    assert f"1 expert of the same number in {others}" in done.stdout and "| 0.5000 |" in done.stdout
+    assert f"1 expert with the same number in {others}" in done.stdout and "| 0.5000 |" in done.stdout
     report = json.loads((tmp_path / "out.json").read_text())
     # The first expert moved half as far as its counterpart, which is an epoch shorter; the others have none.
     assert report["trajectories"][0]["apart"] == pytest.approx([0.5, 0.5], rel=1e-5)

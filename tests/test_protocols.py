@@ -158,7 +158,8 @@ def test_a_rate_is_chosen_for_each_kind_of_network_never_on_the_test_images(eval
         assert reached[f"{of_network['lr']:.4g}"] == max(reached.values()) > min(reached.values())
         assert f"learning rate {of_network['lr']:.4g}, the best on a tenth of the training images" in done.stdout
     text = call("scripts/summary.py", tmp_path / "result.json").stdout
-    assert all(f"distilled images, learning rate {each['lr']:.4g} (auto)" in text for each in trained.values())
+    assert all(f"distilled images, without augmentation, learning rate {each['lr']:.4g} (auto)" in text
+               for each in trained.values())
     rate = trained["ConvNet"]["lr"]
     datm = tmp_path / "datm"
     alone, _ = evaluate(*options[2:], "--model=ConvNet", f"--lr_teacher={rate}",

@@ -220,7 +220,7 @@ def test_a_path_longer_than_a_path_can_be_is_refused(refused, script, options):
     (b"# nothing but a comment\n", ["is not a list of options"]),
     (b"ipc: many\n", ["--ipc many: it must be a valid integer"]),
     (b"ipc: {a: 1}\n", ["--ipc {'a': '1'}: it must be a valid integer"]),
-    (b"zca:\n", ["--zca '': it must be a valid boolean"]),
+    (b"zca:\n", ["--zca '': it must be True or False"]),
     (b"ipc: !!python/object/apply:os.system ['true']\n", ["--ipc ['true']: it must be a valid integer"]),
     (b'log_path: "a\\0b"\n', ["--log_path", "a\\x00b: it must not hold a null character"]),
     (b'run_name: "a\\0b"\n', ["--run_name a\\x00b: it must not hold a null character"])])
@@ -426,7 +426,7 @@ def test_a_set_without_its_files_is_refused(refused, sets, toy_experts, tmp_path
 
 def test_what_is_plainly_no_set_is_refused_as_what_it_is(refused, sets, tmp_path):
     sets.path("images").write_text("größer\n" * 99)
-    refused(EVALUATION, sets.options(), ["--data_dir file", "is a text, not a torch file; give images_best.pt, or a"])
+    refused(EVALUATION, sets.options(), ["--data_dir file", "is a text, not a torch file; give a run's folder, its "])
     for name, written, kind in (("images.pt", lambda path: Image.new("L", (2, 2)).save(path, "png"), "a picture"),
                                 ("x.safetensors", sets.path("images").rename, "a text"),
                                 ("y.safetensors", sets.path("labels").rename, "a torch file")):

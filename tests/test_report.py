@@ -422,7 +422,8 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     page, side = report.page(read_run(copied)), comparison([read_run(copied), read_run(runs[1])])
     for kind, levels in kinds.items():
         assert f"{kind}: {np.mean(levels):.2f} %" in page
-        assert all(re.search(rf"As many {kind}<[^0-9]*{np.mean(levels):.2f}\D", source) for source in (page, side))
+        assert all(re.search(rf"As many {kind}, on test images<[^0-9]*{np.mean(levels):.2f}\D", source)
+                   for source in (page, side))
     # A result with more networks of the same seed holds those again.
     both = reached("more", "--num_eval=2")
     assert f"random real images: {both:.2f} " in report.page(read_run(copied))
@@ -433,8 +434,17 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1", "--batch_train=5",
          f"--json={copied}/less.json")
     assert call("scripts/report.py", copied).stderr.splitlines() == [
-        f"note: not shown beside the run: 2 random real images per class: {unlike}"
-        for unlike in ("batch_train (5 there, 256 here)", "no_aug (True there, False here)")]
+        f"note: not shown beside the run: {name}.json, 2 random real images per class: {unlike}" for name, unlike in (
+            ("less", "batch_train (5 there, 256 here)"), ("other_training", "no_aug (True there, False here)"))]
+    # Where held-out images chose the set, real images tested on the test images stand beside its test, not its curve.
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    (copied / "config.yaml").write_text(yaml.safe_dump(config | {"val_fraction": 0.1}))
+    chosen = json.loads((copied / "result.json").read_text()) | {"chosen_on": "validation"}
+    (copied / "result.json").write_text(json.dumps(chosen))
+    page = report.page(read_run(copied))
+    assert "As many random real images, on test images<" in page and "; random real images: " not in page
+    (copied / "result.json").write_text(json.dumps(chosen | {"chosen_on": "test"}))
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
     # The dataset's own size counts as the same, given or not.
     result = json.loads((copied / "results_random.json").read_text())
     result["config"] |= {"dataset": "MNIST", "res": 28}

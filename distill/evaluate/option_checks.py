@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.files import check_is_file
 from utils.networks import check_network_name, evaluation_pool
 
-IMAGES = "images_best.pt, or a run's folder"  # what `--data_dir` can be, for messages
+IMAGES = "a run's folder, its Normal/distilled.safetensors, or images_best.pt"  # what `--data_dir` can be, for messages
 
 
 def check_evaluation(config: TrainConfig) -> None:

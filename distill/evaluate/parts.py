@@ -87,7 +87,7 @@ def evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset,
     results = {}
     with Progress(total, "evaluate", initial=done, quiet=config.quiet, device=dataset.device) as bar:
         for at, (name, part) in enumerate(parts.items(), start=1):
-            bar.count = f"set {at} of {len(parts)}"
+            bar.count = f"part {at} of {len(parts)}"
             run = partial(evaluate, part.config, augmented=not part.config.no_aug,
                           on_epoch=partial(bar.update, part.batches_per_epoch))
             result: dict[str, Any] = {

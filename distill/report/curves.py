@@ -120,7 +120,8 @@ def _levels(run: SavedRun) -> list[tuple[str, float]]:
     if not evaluations:
         return []
     first = evaluations[0].scores[0]
-    levels = [(kind, score.mean) for kind, score in run.real_images.items()]
+    levels = [(kind, score.mean) for (kind, images), score in run.real_images.items()
+              if images == images_tested(run.result.chosen_on)]
     if pictures and evaluations[0].iteration == 0:
         began = {"noise": "noise", SAVED: "the saved set"}.get(pictures.began, "real images")
         labelled = "" if pictures.hard or pictures.began == SAVED else ", expert labels"

@@ -1,5 +1,6 @@
 """Exports of a distilled set: PNG files in a folder per class, and a dataset card."""
 
+import contextlib
 import re
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +20,9 @@ from distill.result_files import (
     NORMAL,
     OF_REAL_IMAGES,
     OF_SET,
+    RESULT,
     VERSIONS,
+    Best,
     EvaluationResult,
     RunResult,
     read_result,
@@ -149,14 +152,18 @@ def card_beside(path: Path, distilled: DistilledSet, results: list[Path], licenc
     """
     if (existing := path.parent / CARD).exists():
         raise UserError(f"{existing} exists, and may have been edited; move it away to have it written")
-    version = path.resolve().parent.name
+    version, iteration = path.resolve().parent.name, None
+    with contextlib.suppress(UserError):  # it is not in its run's folder
+        best = RunResult.read(path.resolve().parent.parent / RESULT).versions.get(version)
+        iteration = best.iteration if best and _is(best, distilled) else None
     results = [(file.name, _read_result(file, distilled, version)) for file in results]
-    text = card(distilled, path.name, results, licence, source, whitening_beside, version)
+    text = card(distilled, path.name, results, licence, source, whitening_beside, version, iteration)
     return text.encode(errors="replace").decode()  # a file name may hold bytes that are not text
 
 
 def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult | EvaluationResult]],
-         licence: str = "", source: str = "", whitening_beside: bool = False, version: str = "") -> str:
+         licence: str = "", source: str = "", whitening_beside: bool = False, version: str = "",
+         iteration: int | None = None) -> str:
     """The card's text, from card_template.md. It holds no path of the machine that made the set.
 
     Args:
@@ -164,6 +171,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
         results: names and contents of result files.
         licence, source, whitening_beside: see `card_beside`.
         version: the name of the set's folder: of VERSIONS, if it is in its run's.
+        iteration: at which its run reached it, if that is known.
     """
     made, count = distilled.config, len(distilled.images)
     dataset, licence = line(made.get("dataset", "unknown")), line(licence)
@@ -181,7 +189,7 @@ def card(distilled: DistilledSet, name: str, results: list[tuple[str, RunResult 
     return TEMPLATES.get_template("card_template.md").render(
         head=_yaml(head), title=title, averaged=version == EMA, distilled=distilled, name=name,
         whitening_beside=whitening_beside, source=source or dataset, licence=licence,
-        how_far=number_of(made["Iteration"], "iteration") if version in VERSIONS and "Iteration" in made else "",
+        iteration=iteration, began_real=made.get("pix_init", STARTS[0]) in STARTS and made.get("pix_init") != "noise",
         results=[(file, result, _command(result, distilled, name) if isinstance(result, EvaluationResult) else "")
                  for file, result in results],
         how=_yaml(how) if how else "# not recorded")
@@ -203,6 +211,11 @@ def _command(result: EvaluationResult, distilled: DistilledSet, name: str) -> st
         rate = {} if own else {"lr_teacher": float(f"{result.lr:.7g}")}  # as typed, before rounding to float32
     return command("distill/evaluation.py", {"data_dir": name} | unlike_set(options, distilled.config) | rate,
                    from_repository)
+
+
+def _is(best: Best, distilled: DistilledSet) -> bool:
+    """Whether this set is a run's best one, as far as its result tells."""
+    return same_rate(best.lr, float(distilled.lr)) and same_images(best.images_sha256, distilled.images_sha256)
 
 
 def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult | EvaluationResult:
@@ -238,8 +251,7 @@ def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult 
                                 "this set's; give the result of this set")
         return result
     of_folder = [result.versions.get(folder)] if folder in VERSIONS else [result.better[1], *result.versions.values()]
-    best = next((each for each in of_folder if each and same_rate(each.lr, float(distilled.lr))
-                 and same_images(each.images_sha256, distilled.images_sha256)), None)
+    best = next((each for each in of_folder if each and _is(each, distilled)), None)
     if best is None:
         raise UserError(f"--result {path} is of a run with another set: its learning rate or its images are not this "
                         "set's; give the result.json of the set's run")

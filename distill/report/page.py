@@ -79,8 +79,9 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
             *((f"Test by evaluation.py on {images_tested(result.tested_on)} images, {score.network}, "
                f"{_training(run, result)}", f"{in_words(score)}, {number_of(len(score.accuracies), 'network')}")
               for result in run.tests for score in result.scores),
-            *((f"As many {kind}", f"{in_words(score)} on the {images_tested(result.chosen_on)} images, "
-               f"{number_of(len(score.accuracies), 'network')}") for kind, score in run.real_images.items()),
+            *((f"As many {kind}, on {images} images",
+               f"{in_words(score)}, {number_of(len(score.accuracies), 'network')}")
+              for (kind, images), score in run.real_images.items()),
             *([(f"Matching loss, first set → last set, over {segments} of this run",
                 _recorded(fixed.segments, lambda _: loss))] if run.finished else []),
             ("Learning rate α of the best set", "not recorded" if math.isnan(best.lr) else f"{best.lr:.4g}"),
@@ -145,7 +146,7 @@ def _images(run: SavedRun) -> Markup:
     pictures = run.pictures
     if pictures is None:
         return draw.paragraph("There are no pictures in this folder." if run.finished else
-                              "No pictures yet: they are made at an evaluation, but for the first seconds of a run.")
+                              "No pictures yet: they are made at evaluations, except in the first seconds of a run.")
     rows, shown = pictures.rows(), len(pictures.which)
     best = run.result.versions.get(pictures.version, run.result.best)
     words = draw.about_images(pictures, rows, run.config.get("zca"), run.config.get("labels"),

@@ -17,6 +17,7 @@ from distill.result_files import (
     Metrics,
     RunResult,
     Score,
+    images_tested,
     result_so_far,
     results_in,
     same_images,
@@ -46,7 +47,8 @@ class SavedRun:
     pictures: "Pictures | None"
     missing: list[str]  # what the folder does not hold, in words
     as_of: str = ""  # of an unfinished run, when its log was last written
-    beside: list[EvaluationResult] = field(default_factory=list)  # results that the user put there to compare with
+    # Results that the user put there to compare with, by file name.
+    beside: dict[str, EvaluationResult] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -74,52 +76,61 @@ class SavedRun:
         best = self.result.better[1]
         if not self.finished:
             return []
-        return [result for result in self.beside if result.what == OF_SET and same_rate(result.lr, best.lr)
+        return [result for result in self.beside.values() if result.what == OF_SET and same_rate(result.lr, best.lr)
                 and same_images(result.images_sha256, best.images_sha256)]
 
     @property
-    def real_images(self) -> dict[str, Score]:
-        """Scores of as many real images under the same training, from results in the run's folder: kind, in words →
-        score over all seeds, with its learning rate if there are several. Of results of one seed, whose first networks
-        are the same, the one of most networks counts."""
+    def real_images(self) -> dict[tuple[str, str], Score]:
+        """Scores of as many real images under the same training, from results in the run's folder: their kind and what
+        they were tested on, in words → score over all seeds, with its learning rate if there are several. Of results of
+        one seed, whose first networks are the same, the one of most networks counts."""
         network = self.result.best.scores[0].network
-        longest: dict[tuple[str, float | None, Any], list[float]] = {}  # by kind, rate and seed
-        for result in self.beside:
+        longest: dict[tuple[tuple[str, str], float | None, Any], list[float]] = {}  # by kind, rate and seed
+        for result in self.beside.values():
             named = OF_REAL_IMAGES.fullmatch(result.what)
             for score in result.scores if named and not self._unlike(result) else ():
                 if score.network == network:
-                    key = f"{named[2]}s{named[3]}", result.lr, result.config.get("seed")
+                    kind = f"{named[2]}s{named[3]}", images_tested(result.tested_on)
+                    key = kind, result.lr, result.config.get("seed")
                     longest[key] = max(longest.get(key, []), score.accuracies, key=len)
-        found: dict[str, dict[float | None, list[float]]] = {}
+        found: dict[tuple[str, str], dict[float | None, list[float]]] = {}
         for (kind, lr, _), accuracies in longest.items():
             found.setdefault(kind, {}).setdefault(lr, []).extend(accuracies)
-        return {kind if len(rates) == 1 or rate is None else f"{kind}, learning rate {rate:.4g}":
-                Score(network, accuracies) for kind, rates in found.items() for rate, accuracies in rates.items()}
+        return {(kind if len(rates) == 1 or rate is None else f"{kind}, learning rate {rate:.4g}", images):
+                Score(network, accuracies)
+                for (kind, images), rates in found.items() for rate, accuracies in rates.items()}
 
     @property
     def left_out(self) -> list[str]:
         """Results in the run's folder that are not shown, and why, in words: of real images that cannot be compared
         with it, of sets under other protocols, at other learning rates than the best set's, or of other images, and of
         any set of an unfinished run."""
-        of_real = [result for result in self.beside if OF_REAL_IMAGES.fullmatch(result.what)]
-        of_sets = [result for result in self.beside if result.what.startswith(OF_SET) and result not in self.tests]
-        return [f"{result.what}: {unlike}" for result in of_real if (unlike := self._unlike(result))] + [
-            f"{result.what}, at {'rates of their own' if result.lr is None else f'learning rate {result.lr:.4g}'}: "
-            f"{'the run is not finished; ' * (not self.finished)}see scripts/summary.py" for result in of_sets]
+        lines, tests = [], self.tests
+        for name, result in self.beside.items():
+            why = ""
+            if OF_REAL_IMAGES.fullmatch(result.what):
+                why = self._unlike(result)
+            elif result.what.startswith(OF_SET) and result not in tests:
+                rate = "at rates of their own" if result.lr is None else f"at learning rate {result.lr:.4g}"
+                why = f"{rate if self.finished else 'the run is not finished'}; see scripts/summary.py"
+            lines += [f"{name}, {result.what}: {why}"] if why else []
+        return lines
 
     def _unlike(self, result: EvaluationResult) -> str:
         """In which options its networks were trained or tested unlike the run's; empty if in none."""
         return differences(*self.trainings(result))
 
     def trainings(self, result: EvaluationResult) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The options of TRAINED_BY by which a result's networks were trained, and those of the run's own, without
-        the batch sizes if both take the whole set."""
+        """The options of TRAINED_BY by which a result's networks were trained, and those of the run's own that must be
+        alike: not the batch sizes if both take the whole set."""
         here, there = ({name: config.get(name) for name in TRAINED_BY} for config in (self.config, result.config))
         here["no_aug"] = False  # in a run, it is of the inner loop
         there["no_aug"] = there["no_aug"] or False
         batches = here["batch_train"], there["batch_train"]
         if all(isinstance(batch, int) and batch >= (result.labels or result.images) for batch in batches):
             del here["batch_train"]
+        if not there["val_fraction"]:  # tested on the test images, whichever ones chose the set
+            del here["val_fraction"]
         return there, here
 
 
@@ -171,4 +182,4 @@ def read_run(path: Path) -> SavedRun:
         written = datetime.datetime.fromtimestamp((path / METRICS).stat().st_mtime).astimezone()
         as_of = written.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     return SavedRun(path, {str(name): value for name, value in config.items()}, metrics, result, pictures, missing,
-                    as_of, list(results_in(path).values()))
+                    as_of, results_in(path))

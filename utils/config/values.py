@@ -35,6 +35,7 @@ def make(config_type: type[Config], **values: Any) -> Config:
         name = str(problem["loc"][0]) if problem["loc"] else "config"
         message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         message = message.split(", unable")[0].replace("String should have", "it must have")
+        message = message.replace("a valid boolean", "True or False")
         if isinstance(bound := next(iter(problem.get("ctx", {}).values()), None), float):
             message = re.sub(r"[\d.]+$", f"{bound:g}", message)  # 1e-10 rather than all its zeros
         value = values.get(name) if isinstance(values.get(name), str) else reprlib.repr(values.get(name))

@@ -75,7 +75,8 @@ def config_of(config_type: type[Config], options: dict[str, str],
     path = options.pop("cfg", None)
     hints = typing.get_type_hints(config_type)
     for name in (name for name, value in options.items() if value == "" and name in hints):
-        if type(None) in typing.get_args(hints[name]):  # None would have an effect, and nobody asked for it
+        # None would have an effect, and so would no output; nobody asked for either.
+        if type(None) in typing.get_args(hints[name]) or about(name, config_type)["writes"]:
             raise UserError(f"--{name} '': it is empty; give a value, or leave it out")
     from_yaml = read_yaml(path, config_type) if path is not None else {}
     paths = path_options(config_type)
@@ -121,6 +122,13 @@ def _useful(config_type: type, prefix: str = "") -> list[str]:
     return [prefix + field.name for field in fields(config_type) if about(field.name, config_type)["effect"]]
 
 
+def not_empty(text: str) -> str:
+    """The `type` of a path: an empty one would be the current folder, which nobody means."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a path")
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """Raises a `UserError` for any mistake on a command line."""
 
@@ -136,7 +144,7 @@ def _parser(config_type: type, description: str, yaml_file: bool, more: dict[str
     if yaml_file:
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
     for name, text in more.items():
-        parser.add_argument(f"--{name}", metavar="FILE", help=text)
+        parser.add_argument(f"--{name}", type=not_empty, metavar="FILE", help=text)
     default = defaults(config_type)
     groups = {group: parser.add_argument_group(f"{group} options") for group in GROUPS}
     for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
