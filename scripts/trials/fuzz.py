@@ -281,6 +281,7 @@ PATHS = {"data_path", "buffer_path", "log_path", "Initialize_Label_Model_Dir", "
 SIGNED = {"seed", "Label_Model_Timestamp", "lr_init", "canvas_size", "canvas_samples"}
 NOT_SAVED = {"device", "parall_eva", "backend", "micro_batch", "dry_run", "log_path", "run_name", "resume", "json",
              "save", "threads", "wandb", "project", "force_save", "quiet"}
+OF_PROTOCOLS = {"epoch_eval_train", "batch_train", "dsa", "dsa_strategy", "lr_teacher"}
 NOTHING = ("none", "null", "~", "")
 YES, NO = {"1", "true", "on", "yes", "t", "y"}, {"0", "false", "off", "no", "f", "n"}
 
@@ -445,7 +446,10 @@ def _problems_of_run(case: Case, values: dict[str, typing.Any], outcome: Outcome
             found.append(f"--{name} is {value!r}, and should be {expected!r}")
     names = {field.name for field in dataclasses.fields(ENTRIES[case.script])}
     config = make(ENTRIES[case.script], **{name: values[name] for name in names & values.keys()})
-    lost = [name for name in as_dict(config) if name not in NOT_SAVED | saved.keys() and has_effect(config, name)]
+    # What differs among several protocols is saved with each.
+    apart = OF_PROTOCOLS if "," in values.get("protocol", "") else set()
+    lost = [name for name in as_dict(config) if name not in NOT_SAVED | apart | saved.keys()
+            and has_effect(config, name)]
     return found + ([f"not saved: {', '.join(lost)}"] if saved and lost else [])
 
 
