@@ -29,7 +29,7 @@ def save_buffer(path: Path, accuracies: dict[str, np.ndarray], distances: dict[s
         distance.set(title="relative distance between snapshots", xlabel="start epoch", ylim=(0, None))
         distance.legend(fontsize=8)
         for axes in (accuracy, distance):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def save_losses(path: Path, suggested: Suggestion) -> None:
@@ -50,6 +50,9 @@ def save_losses(path: Path, suggested: Suggestion) -> None:
         panels[-1].legend(fontsize=8)
 
 
+OURS = [f"C{number}" for number in range(10) if number != 7]  # C7 is grey, as published results are
+
+
 def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]], levels: dict[str, float],
                    published: dict[str, list[tuple[int, float]]], published_levels: dict[str, float]) -> None:
     """A PNG of accuracies by images per class, ours in colours and published ones in grey.
@@ -60,8 +63,8 @@ def save_by_images(path: Path, curves: dict[str, list[tuple[int, float, float]]]
         published, published_levels: the same for published results, without deviations.
     """
     with drawing(path, size=(8.5, 4.4)) as ((axes,),):
-        drawn = [axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3, label=method)
-                 for method, points in curves.items() if points]
+        drawn = [axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3, label=method, color=colour)
+                 for (method, points), colour in zip(curves.items(), itertools.cycle(OURS)) if points]
         drawn += [axes.axhline(level, color="black", linestyle="--", linewidth=1, label=name)
                   for name, level in levels.items()]
         for (method, points), marker in zip(published.items(), itertools.cycle("sD^vPX")):
@@ -107,6 +110,7 @@ def save_spent(path: Path, panels: dict[str, dict[str, list[tuple[int, float, fl
                     lines[says] = axes.errorbar(*zip(*points), marker="o", markersize=4, capsize=3,
                                                 color=f"C{labels.index(says)}")
             axes.set(xlabel=what)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         row[0].set_ylabel("accuracy, %")
         row[0].figure.legend(lines.values(), lines, fontsize=8, loc="outside right center", frameon=False)
 

@@ -291,19 +291,26 @@ def test_results_are_those_that_the_rows_commands_made(tmp_path):
 
 def test_the_pages_have_the_numbers_of_the_results():
     number = r"\d+\.\d+ ± \d+\.\d+"
-    files = {  # row → file in results/FashionMNIST/gpu; {}: the column's images per class
-        "random real images": "random_{}", "random real images, with experts' labels": "random_labels_{}",
-        "herded real images, with experts' labels": "herding_{}",
-        "random real images, four in one": "random_factor2_{}",
-        "the same with experts' labels": "random_factor2_labels_{}", "TESLA's gradient": "ipc{}_tesla",
-        "exact gradient (DATM)": "ipc{}",
-        "exact gradient, T 80": "../../sets/FashionMNIST_ipc{}_T80",
-        "exact gradient, four images in one (`--factor 2`)": "../../sets/FashionMNIST_ipc{}_factor2",
-        "the whole training set, 30 epochs, two networks": "whole"}
+    # Row → file in results/FashionMNIST; {}: the column's images per class.
+    on_gpu = {
+        "random real images": "gpu/random_{}", "random real images, with experts' labels": "gpu/random_labels_{}",
+        "herded real images, with experts' labels": "gpu/herding_{}",
+        "random real images, four in one": "gpu/random_factor2_{}",
+        "the same with experts' labels": "gpu/random_factor2_labels_{}", "TESLA's gradient": "gpu/ipc{}_tesla",
+        "exact gradient (DATM)": "gpu/ipc{}",
+        "exact gradient, T 80": "../sets/FashionMNIST_ipc{}_T80",
+        "exact gradient, four images in one (`--factor 2`)": "../sets/FashionMNIST_ipc{}_factor2",
+        "the whole training set, 30 epochs, two networks": "gpu/whole"}
+    first_page = {
+        "random real images": "cpu/ipc{}_random", "herded ones, with experts' labels": "cpu/ipc{}_herding",
+        "exact gradient (DATM)": "cpu/ipc{}_exact", "its averaged images (`--ema`)": "cpu/ipc{}_averaged",
+        "four images in one (`--factor 2`)": "../sets/FashionMNIST_ipc{}_factor2",
+        "other runs, T 80": "../sets/FashionMNIST_ipc{}_T80", "the whole training set": "gpu/whole"}
     section = (REPOSITORY / "results/README.md").read_text()
     small, end = section.index("## Fashion-MNIST, the small form"), section.index("## Settings by")
     begin, limits = section.index("## Fashion-MNIST, the published"), section.index("### What limits")
-    for text in ((REPOSITORY / "README.md").read_text().split("## Results")[1], section[begin:limits]):
+    for text, files in (((REPOSITORY / "README.md").read_text().split("## Results")[1], first_page),
+                        (section[begin:limits], on_gpu)):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
         for says, *cells in rows[2:]:
             if says.startswith("published: "):
@@ -313,7 +320,7 @@ def test_the_pages_have_the_numbers_of_the_results():
             assert any(cells)
             name = files[says]
             for ipc, cell in zip((1, 10, 50), cells, strict=True):
-                path = REPOSITORY / f"results/FashionMNIST/gpu/{name.format(ipc)}.json"
+                path = REPOSITORY / f"results/FashionMNIST/{name.format(ipc)}.json"
                 assert cell in ("", EvaluationResult.read(path, "").scores[0].percent if path.exists() else ""), says
 
     cpu = section.index("## Fashion-MNIST, the published network, on a CPU")
