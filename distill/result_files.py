@@ -161,6 +161,10 @@ class Best:
     scores: Scores
     images_sha256: str | None = None  # None in results of earlier versions
 
+    def is_of(self, lr: float | None, images_sha256: str | None) -> bool:
+        """Whether the set with this learning rate and this checksum of its images is this one, as far as known."""
+        return same_rate(lr, self.lr) and same_images(images_sha256, self.images_sha256)
+
 
 def tested_on(val_fraction: float | None) -> Literal["test", "validation"]:
     """The images that a program with this `--val_fraction` tests and selects on, as named in results."""

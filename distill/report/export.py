@@ -22,7 +22,6 @@ from distill.result_files import (
     OF_SET,
     RESULT,
     VERSIONS,
-    Best,
     EvaluationResult,
     RunResult,
     read_result,
@@ -155,7 +154,7 @@ def card_beside(path: Path, distilled: DistilledSet, results: list[Path], licenc
     version, iteration = path.resolve().parent.name, None
     with contextlib.suppress(UserError):  # it is not in its run's folder
         best = RunResult.read(path.resolve().parent.parent / RESULT).versions.get(version)
-        iteration = best.iteration if best and _is(best, distilled) else None
+        iteration = best.iteration if best and best.is_of(float(distilled.lr), distilled.images_sha256) else None
     results = [(file.name, _read_result(file, distilled, version)) for file in results]
     text = card(distilled, path.name, results, licence, source, whitening_beside, version, iteration)
     return text.encode(errors="replace").decode()  # a file name may hold bytes that are not text
@@ -213,11 +212,6 @@ def _command(result: EvaluationResult, distilled: DistilledSet, name: str) -> st
                    from_repository)
 
 
-def _is(best: Best, distilled: DistilledSet) -> bool:
-    """Whether this set is a run's best one, as far as its result tells."""
-    return same_rate(best.lr, float(distilled.lr)) and same_images(best.images_sha256, distilled.images_sha256)
-
-
 def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult | EvaluationResult:
     """Reads a result file; of a run's two best sets, the result has this one only, as `best`.
 
@@ -251,7 +245,8 @@ def _read_result(path: Path, distilled: DistilledSet, folder: str) -> RunResult 
                                 "this set's; give the result of this set")
         return result
     of_folder = [result.versions.get(folder)] if folder in VERSIONS else [result.better[1], *result.versions.values()]
-    best = next((each for each in of_folder if each and _is(each, distilled)), None)
+    best = next((each for each in of_folder if each and each.is_of(float(distilled.lr), distilled.images_sha256)),
+                None)
     if best is None:
         raise UserError(f"--result {path} is of a run with another set: its learning rate or its images are not this "
                         "set's; give the result.json of the set's run")

@@ -20,8 +20,6 @@ from distill.result_files import (
     images_tested,
     result_so_far,
     results_in,
-    same_images,
-    same_rate,
     tested_on,
 )
 from utils.config import differences
@@ -76,8 +74,8 @@ class SavedRun:
         best = self.result.better[1]
         if not self.finished:
             return []
-        return [result for result in self.beside.values() if result.what == OF_SET and same_rate(result.lr, best.lr)
-                and same_images(result.images_sha256, best.images_sha256)]
+        return [result for result in self.beside.values()
+                if result.what == OF_SET and best.is_of(result.lr, result.images_sha256)]
 
     @property
     def real_images(self) -> dict[tuple[str, str], Score]:
