@@ -195,7 +195,7 @@ def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None
 
 def distilling(folder: Path, ipc: int) -> dict[str, Any]:
     """Options for distilling these experts that follow from their manifest and the images per class: one image per
-    class gets factor 2 (four in one), which was better wherever it was tried (results/README.md).
+    class gets factor 2 (four in one), which was better wherever it was tried (results/suggestion).
 
     Raises:
         UserError: no experts, no manifest, or a folder in which distill/DATM.py would not look for them.

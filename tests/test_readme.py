@@ -51,6 +51,19 @@ def test_commands_are_valid(page, monkeypatch):
     assert len([command for command in commands if checked(command)]) >= 3
 
 
+def test_pages_lead_to_files_and_headings_that_exist():
+    within = (REPOSITORY / folder for folder in ("configs", "results", "tests"))
+    for page in (REPOSITORY / "README.md", *(page for folder in within for page in folder.rglob("*.md"))):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            if not link.startswith("https://"):
+                assert target.exists(), f"{link} in {page}"
+                headings = re.findall("^#+ (.*)", target.read_text(), re.MULTILINE) if heading else []
+                assert not heading or heading in [
+                    re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], f"{link} in {page}"
+
+
 def test_the_readme_is_short_and_has_the_quickstarts_table(call):
     text = (REPOSITORY / "README.md").read_text()
     assert len(text.split()) <= 1100
