@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every result of the Fashion-MNIST tables in results/, from the real data to the tables and plots:
+# Every row of results/FashionMNIST/*/tables.md, from the real data to the tables and plots:
 #     bash scripts/reproduce.sh --small     # a laptop's CPU, a small network, some hours
 #     bash scripts/reproduce.sh --cpu       # a CPU, the published network, a day
 #     bash scripts/reproduce.sh             # a GPU, the published network
