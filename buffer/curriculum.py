@@ -14,10 +14,9 @@ from torch.func import functional_call, grad, vmap
 
 from utils.config import BufferConfig
 from utils.data.datasets import Dataset
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.files import cache_folder, load, save
 from utils.loss_and_accuracy import cross_entropy
-from utils.program.console import note
 from utils.program.prepare import network_for
 from utils.program.progress import Progress
 from utils.program.seeds import generator, seeded

@@ -4,7 +4,9 @@ Experts are kept in `unfinished/`, epoch by epoch, until they are written, `save
 are missing are dealt out to the ranks; the first rank writes the files.
 """
 
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from buffer.manifests import (
     check_same_kind,
     check_same_run,
     expert_files,
-    in_words,
+    experts_in_words,
     manifests_of,
     resumed_run,
     run_file,
@@ -30,13 +32,13 @@ from utils.config import BufferConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
-from utils.errors import UserError, number_of
+from utils.errors import UserError, note, number_of, wrapped
 from utils.memory import available
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
 from utils.program.commands import command, say_next
-from utils.program.console import announce, note, say, shown, wrapped
-from utils.program.device import kind_of
+from utils.program.console import say, shown
+from utils.program.device import announce, kind_of
 from utils.program.locks import kept_to_this_run
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import Progress
@@ -122,7 +124,9 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
             run.write_complete(view.say, partly=diverged is not None)
             run.clear(partly=diverged is not None)
         if diverged:  # raised after the clean-up, as resuming this expert would diverge again
-            raise DivergedError(diverged)
+            kept = run.written - run.first_number
+            raise DivergedError(diverged + f"; the {number_of(kept, 'expert')} before it are kept: give --num_experts "
+                                f"{run.end_number - run.written} for the rest" * (kept > 0))
 
 
 def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view: "ExpertView") -> None:
@@ -136,7 +140,8 @@ class ExpertRun:
     """The experts of one command.
 
     `unfinished/run.yaml` holds the run's options and the number of its first expert, `unfinished/expert_{n}/` the
-    epochs of expert n. A run that was stopped or killed resumes from there.
+    epochs of expert n. A run that was stopped or killed resumes from there. Constructed on the first rank, it writes
+    that file, and discards what another run left if it does not resume it.
 
     Raises:
         UserError: the folder holds experts or an unfinished run of other options or images, or there is no room.
@@ -151,7 +156,7 @@ class ExpertRun:
         self.unfinished = self.run_file.parent
         self.diverged = self.unfinished / "diverged.json"  # tells all ranks that an expert diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
-        self.on = f"{kind_of(dataset.device)}, torch {torch.__version__}"
+        self.on = f"{kind_of(dataset.device)}, torch {torch.__version__}, {model.engine.name}"
         self.written = self._judged = trajectories.count_experts(folder)  # earlier ones are in files, and judged
         self._at_chance = 0
         # A run after a finished one continues the numbers, so that it trains other experts.
@@ -162,20 +167,26 @@ class ExpertRun:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
             self.first_number = before["first_expert"]
             self.last_on = before.get("on")
-            self._check_no_others()
+            own = [expert for manifest in manifests_of(folder).values() if manifest.get("seed") == config.seed
+                   for expert in manifest["experts"] if expert["number"] >= self.first_number]
+            self._check_no_others(len(own))
+            self._at_chance = sum(1 for _ in itertools.takewhile(
+                lambda expert: not self._learned(expert["train_accuracy"]), reversed(own)))
         interrupt.saves("the finished epochs")
         if ranks.first():
             self._start()
 
-    def _check_no_others(self) -> None:
+    def _check_no_others(self, own: int) -> None:
         """Refuses to resume where experts of another run came in the meantime: they have the numbers of the run's own,
-        which would be taken for written."""
-        own = [expert for manifest in manifests_of(self.folder).values() if manifest.get("seed") == self.config.seed
-               for expert in manifest["experts"] if expert["number"] >= self.first_number]
+        which would be taken for written.
+
+        Args:
+            own: how many of the run's own experts are in files.
+        """
         if self.written < self.first_number:
             raise UserError(f"{self.folder} held {number_of(self.first_number, 'expert')} when its unfinished run was "
                             f"begun, and holds {self.written} now; put the others back until it is finished")
-        if others := self.written - self.first_number - len(own):
+        if others := self.written - self.first_number - own:
             raise UserError(f"{self.folder} got {number_of(others, 'expert')} of another run, or without manifest, "
                             "since its unfinished run was begun; move them away until it is finished")
 
@@ -209,7 +220,7 @@ class ExpertRun:
         there = sum(path.stat().st_size for path in self.unfinished.rglob("*") if path.is_file())
         needed = expert * (left + at_once * (2 if config.mom else 1)) - there
         if needed > disk:
-            raise UserError(f"{in_words(left, config.train_epochs)} need {needed / 1e9:.2g} GB on the disk of "
+            raise UserError(f"{experts_in_words(left, config.train_epochs)} need {needed / 1e9:.2g} GB on the disk of "
                             f"{self.folder}, which has {disk / 1e9:.2g} GB free; give a smaller --num_experts or "
                             "--train_epochs, or another --buffer_path")
         if expert * at_once > memory:
@@ -220,7 +231,7 @@ class ExpertRun:
         """Prints the first lines."""
         config, images, device = self.config, len(self.dataset.train_labels), self.dataset.device
         announce(config, device, describe_engine(self.model.engine, min(config.batch_train, images)),
-                 f"{in_words(config.num_experts, config.train_epochs)}: {config.model} on "
+                 f"{experts_in_words(config.num_experts, config.train_epochs)}: {config.model} on "
                  f"{config.dataset} ({number_of(images, 'image')}) · {shown(self.folder)}")
         if self.resumes:
             say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
@@ -259,7 +270,7 @@ class ExpertRun:
         return len(self.saved(number)) > self.config.train_epochs
 
     def write_complete(self, tell: Callable[[str], None], partly: bool = False) -> None:
-        """Judges the trained experts in order, and writes the files that are complete.
+        """Judges the trained experts, and writes the files that are complete.
 
         Args:
             tell: prints what each expert reached.
@@ -268,11 +279,7 @@ class ExpertRun:
         Raises:
             UserError: several experts in a row did not learn, or a file cannot be written.
         """
-        while self._judged < self.end_number and self.is_trained(self._judged):
-            reached = Epoch(**self.saved(self._judged)[self.config.train_epochs]["reached"])
-            tell(f"expert {self._judged}: {', '.join(_in_words(reached, self.config))}")
-            self._judge(self._judged, reached.train_accuracy)
-            self._judged += 1
+        self._judge_trained(tell)
         while self.written < self._judged:
             number = min(self.config.save_interval, (self._judged if partly else self.end_number) - self.written)
             if self.written + number > self._judged or not all(
@@ -280,27 +287,28 @@ class ExpertRun:
                 return
             self._write(number)
 
-    def _judge(self, number: int, learned: float) -> None:
-        """Prints a note if an expert did not learn.
+    def _learned(self, train_accuracy: float) -> bool:
+        return train_accuracy > AT_CHANCE / self.dataset.num_classes
 
-        Args:
-            learned: its accuracy on the training images.
+    def _judge_trained(self, tell: Callable[[str], None]) -> None:
+        """Says in order what the trained experts reached, with a note on each that did not learn.
 
         Raises:
-            UserError: the `MOST_AT_CHANCE`-th expert in a row did not learn.
+            UserError: `MOST_AT_CHANCE` experts in a row did not learn.
         """
-        chance = 1 / self.dataset.num_classes
-        if learned > AT_CHANCE * chance:
-            self._at_chance = 0
-            return
-        self._at_chance += 1
-        note(f"note: expert {number} did not learn: {100 * learned:.1f} % of the training images right, guessing "
-             f"{100 * chance:.1f} %")
-        if self._at_chance == MOST_AT_CHANCE:
-            rho = f", a smaller --rho_max (now {self.config.rho_max:g})" if self.config.rho_max else ""
-            raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give more --train_epochs or another "
-                            f"--seed with --resume never, or in another --buffer_path another --lr_teacher (now "
-                            f"{self.config.lr_teacher:g}){rho}")
+        while self._judged < self.end_number and self.is_trained(self._judged):
+            reached = Epoch(**self.saved(self._judged)[self.config.train_epochs]["reached"])
+            tell(f"expert {self._judged}: {', '.join(_in_words(reached, self.config))}")
+            self._at_chance = 0 if self._learned(reached.train_accuracy) else self._at_chance + 1
+            if self._at_chance:
+                note(f"note: expert {self._judged} did not learn: {100 * reached.train_accuracy:.1f} % of the training "
+                     f"images right, guessing {100 / self.dataset.num_classes:.1f} %")
+            self._judged += 1
+            if self._at_chance == MOST_AT_CHANCE:
+                rho = f", a smaller --rho_max (now {self.config.rho_max:g})" if self.config.rho_max else ""
+                raise UserError(f"{MOST_AT_CHANCE} experts in a row did not learn; give more --train_epochs or "
+                                "another --seed with --resume never, or in another --buffer_path another --lr_teacher "
+                                f"(now {self.config.lr_teacher:g}){rho}")
 
     def _write(self, count: int) -> None:
         """Writes a file of the next `count` experts."""
@@ -355,7 +363,7 @@ class ExpertView(Progress):
 
     def after_batch(self, done: float) -> None:
         """Records that `done` of the expert's epochs, as a fraction, are done."""
-        self.count = f"epoch {min(int(done) + 1, self._epochs)}/{self._epochs}"
+        self.count = f"epoch {math.ceil(done)}/{self._epochs}"
         self.reach(min(self.total, self._before + self._together * (done - self._begun)))
 
     def after_epoch(self, epoch: Epoch) -> None:
@@ -378,7 +386,7 @@ def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
 
 def _say_where(config: BufferConfig, folder: Path) -> None:
     """Prints where the experts are, and what to type next."""
-    trained = in_words(config.num_experts, config.train_epochs)
+    trained = experts_in_words(config.num_experts, config.train_epochs)
     print(wrapped(f"trained {trained}; {shown(folder)} holds {trajectories.count_experts(folder)} in "
                   f"{', '.join(path.name for path in expert_files(folder))}"))
     say_next(config, "next, to have settings measured that fit them, and the command that distils them:",

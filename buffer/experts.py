@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from buffer.curriculum import Curriculum
 from buffer.gsam import gsam_gradient
@@ -40,8 +40,8 @@ class Epoch(NamedTuple):
 class SavedEpochs:
     """The epochs of one expert in training, one file each, from which training resumes.
 
-    Epoch 0 is the initialisation. A file holds θ and all else that the next epoch needs: the momentum, and batch norm's
-    running statistics.
+    Epoch 0 is the initialisation. A file holds θ and all else that the next epoch needs: the momentum, batch norm's
+    running statistics, and `FlatModel.state`.
     """
 
     def __init__(self, folder: Path):
@@ -60,11 +60,11 @@ class SavedEpochs:
         return files.load(self._path(epoch), "file of an unfinished expert", mmap=True,
                           advice="delete it, and training goes on from the epoch before")
 
-    def save(self, epoch: int, theta: Tensor, velocity: Tensor | None, network: nn.Module,
+    def save(self, epoch: int, theta: Tensor, velocity: Tensor | None, model: FlatModel,
              reached: Epoch | None) -> None:
         files.save({"theta": theta.cpu(), "momentum": None if velocity is None else velocity.cpu(),
-                    "buffers": {name: each.cpu() for name, each in network.named_buffers()},
-                    "reached": reached and reached._asdict()}, self._path(epoch))
+                    "buffers": {name: each.cpu() for name, each in model.network.named_buffers()},
+                    "derivatives": model.state(), "reached": reached and reached._asdict()}, self._path(epoch))
 
     def snapshots(self) -> Tensor:
         """θ after every epoch, [E+1, P]."""
@@ -102,7 +102,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: Sav
 
     theta = model.flatten()
     velocity = torch.zeros_like(theta) if config.mom else None
-    first = _restore(saved, theta, velocity, network, report)
+    first = _restore(saved, theta, velocity, model, report)
     kept = kept_of(model, theta, velocity)
     theta, velocity = kept["theta"], kept.get("velocity")
     for epoch in range(first, config.train_epochs):
@@ -126,7 +126,7 @@ def train_expert(config: BufferConfig, dataset: Dataset, number: int, saved: Sav
                                 f"--lr_teacher (now {config.lr_teacher:g}){rho}")
         reached = Epoch(epoch + 1, float(kept["total_loss"]) / len(images), float(kept["correct"]) / len(images),
                         tested)
-        saved.save(epoch + 1, theta, velocity, network, reached)
+        saved.save(epoch + 1, theta, velocity, model, reached)
         report(reached)
 
 
@@ -138,7 +138,7 @@ def kept_of(model: FlatModel, theta: Tensor, velocity: Tensor | None) -> dict[st
 
 def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], x: Tensor, y: Tensor,
                drawn: augment.Draw | None) -> None:
-    """One GSAM step on a batch [B, C, H, W], augmented as drawn; on a GPU the whole step is one CUDA graph."""
+    """One GSAM step on a batch [B, C, H, W], augmented as drawn; one CUDA graph if the engine is captured."""
     def step(engine, kept, x, y, *parameters):
         x = augment.apply(x, drawn and drawn.holding(parameters))
         loss, logits, direction = gsam_gradient(engine, kept["theta"], x, y, config.rho_max, config.alpha,
@@ -150,19 +150,21 @@ def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], 
     model.run(("descend", augment.operations(drawn)), step, kept, x, y, *augment.tensors(drawn))
 
 
-def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, network: nn.Module,
+def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, model: FlatModel,
              report: Callable[[Epoch], None]) -> int:
     """Restores the last saved epoch, or saves the initialisation; returns the number of epochs done."""
     if not len(saved):
-        saved.save(0, theta, velocity, network, None)
+        saved.save(0, theta, velocity, model, None)
     if reached := saved.reached():  # all are read, so that a damaged one is found now
         report(Epoch(**reached[-1]))
     state = saved[saved.done]
     theta.copy_(state["theta"])
     if velocity is not None:
         velocity.copy_(state["momentum"])
-    for name, each in network.named_buffers():
+    for name, each in model.network.named_buffers():
         each.copy_(state["buffers"][name])
+    if "derivatives" in state:  # else of an earlier version
+        model.restore(state["derivatives"])
     return saved.done
 
 

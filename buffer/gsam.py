@@ -32,7 +32,7 @@ def descent_direction(gradient: Tensor, perturbed: Tensor, alpha: float) -> Tens
 
 
 def gsam_gradient(model: FlatModel | Engine, theta: Tensor, x: Tensor, y: Tensor, rho: float, alpha: float,
-                  adaptive: bool = True, network: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                  adaptive: bool, network: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """The descent direction of one GSAM step on an already augmented batch.
 
     With rho 0 this is the plain gradient, and the second pass is left out.
@@ -40,7 +40,7 @@ def gsam_gradient(model: FlatModel | Engine, theta: Tensor, x: Tensor, y: Tensor
     Args:
         theta: θ [P].
         x, y: images [B, C, H, W] and classes [B].
-        network: the network of `model`, if that is an engine; None: `model.network`.
+        network: the network of `model`.
 
     Returns:
         (loss at θ, logits at θ [B, K], direction [P]), all detached.
@@ -48,7 +48,7 @@ def gsam_gradient(model: FlatModel | Engine, theta: Tensor, x: Tensor, y: Tensor
     loss, logits, gradient = model.gradient(theta, x, y)
     if rho == 0:
         return loss, logits, gradient
-    with frozen_batch_norm_statistics(network or model.network):
+    with frozen_batch_norm_statistics(network):
         _, _, perturbed = model.gradient(theta + ascent(theta, gradient, rho, adaptive), x, y)
     return loss, logits, descent_direction(gradient, perturbed, alpha)
 

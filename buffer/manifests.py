@@ -200,7 +200,7 @@ def require_experts(folder: Path, option: str = BUFFER_PATH) -> None:
                     f"--model, --zca and --buffer_path), or give another {option}")
 
 
-def in_words(experts: int, epochs: int) -> str:
+def experts_in_words(experts: int, epochs: int) -> str:
     """For example `4 experts of 10 epochs`."""
     return f"{number_of(experts, 'expert')} of {number_of(epochs, 'epoch')}"
 

@@ -15,13 +15,13 @@ from utils.config import STARTS, DistillConfig, differences, identity
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor
 from utils.derivatives.choose_engine import activation_bytes
-from utils.errors import UserError, number_of
+from utils.errors import UserError, note, number_of
 from utils.files import read_config
 from utils.memory import available
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.console import note, shown
+from utils.program.console import shown
 from utils.program.prepare import gpus_of_ranks, network_for
 
 

@@ -34,9 +34,9 @@ from distill.run_state import Candidate, DistillView, RunState, best_of
 from distill.set_files import PUBLISHED, WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
-from utils.errors import UserError, number_of
+from utils.errors import UserError, note, number_of, wrapped
 from utils.program import commands, ranks
-from utils.program.console import note, say, shown, wrapped
+from utils.program.console import say, shown
 from utils.program.machine import environment
 from utils.program.progress import watched
 

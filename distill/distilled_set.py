@@ -25,8 +25,7 @@ from utils import files
 from utils.data.datasets import Dataset, ImageSpace
 from utils.data.tiles import check_factor, cut
 from utils.data.zca import KeptWhitening
-from utils.errors import UserError, number_of, some_of
-from utils.program.console import note
+from utils.errors import UserError, note, number_of, some_of
 
 FORMAT = "datm-distilled-set-2"
 READ_BY = "dataset", "subset", "res", "zca"  # the options that determine a set's images
@@ -124,7 +123,7 @@ class DistilledSet(torch.utils.data.Dataset):
         for name, tensor in self.detach().to("cpu").tensors().items():
             files.save(tensor, folder / f"{name}_{tag}.pt")
         if dataset.whitening is not None:
-            files.save(dataset.to_pixels(self.images.detach()).cpu(), folder / f"images_zca_{tag}.pt")
+            files.save(dataset.space.to_pixels(self.images.detach()).cpu(), folder / f"images_zca_{tag}.pt")
 
     def save_whole(self, path: Path, dataset: Dataset, config: dict[str, Any]) -> None:
         """Writes the self-describing file that `load` reads.
@@ -137,7 +136,7 @@ class DistilledSet(torch.utils.data.Dataset):
                  "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(options)}
         if dataset.whitening is not None:
             about["whitening"] = dataset.whitening.fingerprint
-        files.save_tensors(path, self.tensors() | {"pixels": dataset.to_pixels(self.images.detach())}, about)
+        files.save_tensors(path, self.tensors() | {"pixels": dataset.space.to_pixels(self.images.detach())}, about)
 
     @property
     def images_sha256(self) -> str:

@@ -12,10 +12,11 @@ from distill import checks, plan
 from distill.run_folder import RunFolder
 from utils.config import STARTS, DistillConfig
 from utils.data.datasets import Dataset
+from utils.errors import note
 from utils.files import sha256
 from utils.parameters import FlatModel
 from utils.program import ranks, threads
-from utils.program.console import note, shown
+from utils.program.console import shown
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import watched
 

@@ -1,6 +1,6 @@
 """The distillation on one page: check · load · build · check · start or resume · iterate · conclude."""
 
-from buffer.manifests import in_words
+from buffer.manifests import experts_in_words
 from buffer.trajectories import Buffer
 from distill import checks, estimate, plan, suggest
 from distill.conclusion import MADE, SHOWS, conclude, say_finished, show_so_far
@@ -14,8 +14,9 @@ from distill.run_state import DistillView, RunState
 from utils.config import AUTO, DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
+from utils.errors import note
 from utils.program import interrupt, ranks
-from utils.program.console import announce, note
+from utils.program.device import announce
 from utils.program.locks import kept_to_this_run
 
 
@@ -88,8 +89,8 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     engine = describe_engine(buffer.model.engine, plan.share_of_batch(config, dataset))
     announce(config, start.images.device, engine + plan.kept_in_words(config, dataset, buffer.model),
              f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "
-             f"{in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, M {config.expert_epochs} · "
-             f"tested on {tested_in_words(config.val_fraction, len(dataset.test_labels))}")
+             f"{experts_in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, "
+             f"M {config.expert_epochs} · tested on {tested_in_words(config.val_fraction, len(dataset.test_labels))}")
     for each in notes:
         note(f"note: {each}")
 

@@ -13,10 +13,10 @@ from typing import Any
 from distill.result_files import METRICS, RESULT
 from utils import files
 from utils.config import DistillConfig, defaults, differences, how_much, identity, influential
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.files import check_writable, cut_lines, read_config, remove, save_config
 from utils.program import interrupt, ranks
-from utils.program.console import note, shown
+from utils.program.console import shown
 
 STATE = "checkpoint.pt"  # in a run's folder
 STATE_FORMAT, LOG_BYTES = "datm-checkpoint-2", "metrics_bytes"  # value of "format" and a key in saved states

@@ -18,8 +18,9 @@ from distill.result_files import NORMAL, THEN, Evaluation, Iteration, Metrics, S
 from distill.run_folder import RunFolder
 from utils.config import DistillConfig, as_dict
 from utils.data.datasets import Dataset
+from utils.errors import note
 from utils.program import interrupt, ranks
-from utils.program.console import note, say
+from utils.program.console import say
 from utils.program.machine import environment
 from utils.program.progress import Progress
 
@@ -82,7 +83,7 @@ class RunState:
                 for name, candidate in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
                 "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
-                "halved": self.distillation.buffer.model.halved, "environment": self.on,
+                "derivatives": self.distillation.buffer.model.state(), "environment": self.on,
                 "threads": torch.get_num_threads(),
                 "distillation": self.distillation.state(), "tracker": self.tracker.state(),
                 "frames": vars(self.frames)}
@@ -92,8 +93,8 @@ class RunState:
         device = self.start.images.device
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
         self.best, self.frames = best_of(state, device), Frames(**state["frames"])
-        for batch in state["halved"]:
-            self.distillation.buffer.model.halve(batch)
+        if "derivatives" in state:  # else of an earlier version
+            self.distillation.buffer.model.restore(state["derivatives"])
         self.distillation.restore(state["distillation"])
         say(self.config, f"going on at iteration {self.iteration}, where the run was saved")
         last = {name: where.split(THEN)[-1] for name, where in state["environment"].items()}

@@ -45,7 +45,7 @@ import numpy as np
 from buffer.manifests import (
     buffer_folder,
     expert_files,
-    in_words,
+    experts_in_words,
     made_by,
     manifest_path,
     manifests_of,
@@ -404,7 +404,7 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     if unfinished:
         size = f"{console.short_count(unfinished['bytes'])}B"
         begun = ", ".join(f"expert {each['expert']}: {each['epochs']}" for each in unfinished["experts"])
-        say("unfinished", f"a run of {in_words(unfinished['num_experts'], unfinished['train_epochs'])}, from "
+        say("unfinished", f"a run of {experts_in_words(unfinished['num_experts'], unfinished['train_epochs'])}, from "
             f"expert {unfinished['first_expert']} on; epochs so far: {begun or 'none'}; {size}")
     diverged = [str(each["expert"]) for each in report["trajectories"] if not each["finite"]]
     if diverged:

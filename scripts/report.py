@@ -25,9 +25,9 @@ from distill.report.names import PAGE, SHOWN, missing
 from distill.report.read_run import check_is_run, read_run
 from distill.result_files import METRICS
 from scripts.common import ScriptParser
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.files import check_outputs, write_text
-from utils.program.console import note, short_count, shown
+from utils.program.console import short_count, shown
 from utils.program.entry import entry
 
 

@@ -37,11 +37,11 @@ from distill.result_files import images_tested, tested_on
 from distill.run_folder import run_folder
 from scripts.common import report_kind, save_report
 from utils.config import STARTS, DistillConfig, about, influential, is_path
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.files import REPOSITORY, check_outputs, resolved, write_text
 from utils.program import commands, interrupt
 from utils.program.command_line import config_of, typed
-from utils.program.console import duration, note, percent, say, shown, table
+from utils.program.console import duration, percent, say, shown, table
 from utils.program.entry import entry
 
 DATM = "distill/DATM.py"

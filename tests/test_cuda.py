@@ -130,7 +130,7 @@ def test_batch_norm_statistics_are_those_of_the_calls_that_were_made():
         model = FlatModel(network, backend)
         for seed in range(3):
             theta, _, x, y = inputs_of(model, hard=True, seed=seed)
-            gsam_gradient(model, theta, x, y, rho=0.1, alpha=0.1)
+            gsam_gradient(model, theta, x, y, 0.1, 0.1, True, model.network)
     assert_close([each.double() for each in captured.buffers()], [each.double() for each in plain.buffers()])
 
 
@@ -337,7 +337,7 @@ def test_a_full_memory_halves_wherever_it_is_met(stand_in, compiled_as_it_is, ca
             ways.add("too small")
         else:
             assert_equal_matches(type(found)(*(each.cpu() for each in found)), expected, 1e-9)
-            ways.add("halved" if there["model"].halved else "whole")
+            ways.add("halved" if there["model"].engine.micro_batch < 16 else "whole")
         assert torch.cuda.current_stream() == torch.cuda.default_stream() and gc.isenabled()
         found = there["model"] = None
         gc.collect()
@@ -360,7 +360,7 @@ def test_a_memory_that_is_full_in_a_capture_halves(stand_in, monkeypatch, capsys
             stand_in.set_memory(0)
     monkeypatch.setattr(model.engine.engine, "gradient", in_little)
     assert_replays(model, plain)
-    assert model.halved == [4] and model.engine.name == "autograd, captured"
+    assert model.engine.micro_batch == 2 and model.engine.name == "autograd, captured"
     assert capsys.readouterr().err.count("note: ") == 1
 
 

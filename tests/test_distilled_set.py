@@ -61,7 +61,7 @@ def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole,
     assert repr(elsewhere) == (
         "DistilledSet(images [6, 3, 8, 8], labels [6, 3], factor 1, lr 0.01, dataset ImageFolder)")
     assert repr(toy_data) == "Dataset(ImageFolder, 72 training and 24 test images [3, 8, 8], 3 classes, whitened)"
-    torch.testing.assert_close(elsewhere.space.to_pixels(elsewhere.images), toy_data.to_pixels(elsewhere.images),
+    torch.testing.assert_close(elsewhere.space.to_pixels(elsewhere.images), toy_data.space.to_pixels(elsewhere.images),
                                rtol=0, atol=1e-5)
 
     travelled = whole.parent / "whitening.safetensors"
@@ -72,7 +72,7 @@ def test_a_whitening_travels_on_request(call, toy, toy_data, environment, whole,
         if file:
             file.unlink()
         alone = DistilledSet.load(whole)
-        torch.testing.assert_close(alone.pixels(), toy_data.to_pixels(alone.images))
+        torch.testing.assert_close(alone.pixels(), toy_data.space.to_pixels(alone.images))
         with pytest.raises(UserError, match=r"is neither in .*nothing nor in .*whitening\.safetensors; run distill/ev"):
             alone.space.from_pixels(photos)
     call(EVALUATION, *toy.evaluate, f"--data_dir={whole}")  # the dataset brings its whitening into the cache

@@ -508,9 +508,11 @@ def test_refuses_what_cannot_be_had(monkeypatch, name, options, option):
         FlatModel(build_network(name, 3, CLASSES, (8, 8)), **options).engine  # noqa: B018
 
 
-def test_tf32_is_refused_on_the_cpu():
-    with pytest.raises(UserError, match="--precision tf32"):
-        set_precision("tf32", CPU)
+def test_tf32_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for device in (CPU, torch.device("cuda")):
+        with pytest.raises(UserError, match="--precision tf32"):
+            set_precision("tf32", device)
 
 
 @pytest.mark.parametrize("precision, device, expected", [("fp32", "cpu", "ieee"), ("fp32", "cuda", "ieee"),
@@ -520,6 +522,7 @@ def test_precision_is_set_for_products_and_convolutions(monkeypatch, precision, 
     backends = SimpleNamespace(cuda=SimpleNamespace(matmul=SimpleNamespace(fp32_precision=None)),
                                cudnn=SimpleNamespace(conv=SimpleNamespace(fp32_precision=None)))
     monkeypatch.setattr(torch, "backends", backends)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     set_precision(precision, torch.device(device))
     assert backends.cuda.matmul.fp32_precision == backends.cudnn.conv.fp32_precision == expected
 

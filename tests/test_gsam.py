@@ -16,7 +16,8 @@ def test_three_steps_equal_the_published_ones(golden_ops, case, tolerance):
     theta = flatten(golden["before"])
     optimiser = torch.optim.SGD([theta], golden["lr"], momentum=golden["momentum"], weight_decay=golden["weight_decay"])
     for x, y, published in zip(golden["images"], golden["labels"], golden["losses"]):
-        loss, logits, theta.grad = gsam_gradient(model, theta, x, y, golden["rho"], golden["alpha"], golden["adaptive"])
+        loss, logits, theta.grad = gsam_gradient(
+            model, theta, x, y, golden["rho"], golden["alpha"], golden["adaptive"], model.network)
         assert float(loss) == pytest.approx(published, rel=tolerance)
         assert logits.shape == (8, 10)
         optimiser.step()
@@ -42,7 +43,7 @@ def test_rho_zero_is_the_plain_gradient_to_the_bit():
     network = build_network("ConvNetD2W4", 1, 3, (8, 8))
     model = FlatModel(network, "plain")
     x, y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
-    _, _, direction = gsam_gradient(model, model.flatten(), x, y, 0.0, 0.4)
+    _, _, direction = gsam_gradient(model, model.flatten(), x, y, 0.0, 0.4, True, model.network)
     torch.nn.functional.cross_entropy(network(x), y).backward()
     assert torch.equal(direction, torch.cat([parameter.grad.reshape(-1) for parameter in network.parameters()]))
 
@@ -54,7 +55,7 @@ def test_batch_norm_statistics_move_once_a_step():
     stepped.load_state_dict(once.state_dict())
     once(x)
     model = FlatModel(stepped)
-    gsam_gradient(model, model.flatten(), x, y, 0.5, 0.3)
+    gsam_gradient(model, model.flatten(), x, y, 0.5, 0.3, True, model.network)
     for (name, expected), actual in zip(once.named_buffers(), stepped.buffers()):
         if "running" in name:
             assert torch.equal(actual, expected), name

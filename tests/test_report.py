@@ -173,7 +173,7 @@ def test_neighbours_are_the_nearest_of_the_class(runs, toy_data):
     saved = read_run(runs[0]).pictures
     best = torch.load(runs[0] / "Normal" / "images_zca_best.pt", weights_only=True)
     low, high = best.mean() - 2.5 * best.std(), best.mean() + 2.5 * best.std()
-    real = toy_data.to_pixels(toy_data.train_images)
+    real = toy_data.space.to_pixels(toy_data.train_images)
     for row, position in enumerate(saved.which):
         distance = (real - best[position].clamp(low, high)).square().sum((1, 2, 3))
         distance[toy_data.train_labels != position // 2] = torch.inf
@@ -185,7 +185,7 @@ def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
     """The same as among all pictures, though only NEAR candidates per image are un-whitened."""
     torch.manual_seed(0)
     classes = torch.arange(3).repeat_interleave(5)
-    real = toy_data.to_pixels(toy_data.train_images)
+    real = toy_data.space.to_pixels(toy_data.train_images)
     torch.testing.assert_close(toy_data.train_energy, (real.flatten(1) - toy_data.whitening.mean).square().sum(1))
     images = real[torch.arange(15) * 3] + torch.randn(15, 3, 8, 8)
     other = toy_data.train_labels[None] != classes[:, None]
@@ -526,7 +526,7 @@ def test_frames_are_few_and_even_however_long_the_way(toy_data):
 
 def test_changes_are_computed_before_clipping(toy_data, tmp_path):
     start = DistilledSet(toy_data.train_images[:6], torch.zeros(6, 3), torch.tensor(0.01))
-    pixels = toy_data.to_pixels(start.images)
+    pixels = toy_data.space.to_pixels(start.images)
     pixels[0, 0, 0, 0] += 10  # beyond the range that a page shows
     best = replace(start, images=toy_data.space.from_pixels(pixels))
     page_pictures.save_pictures(tmp_path / "p", toy_data, start, best, "Normal", "real", Frames(), [], [])

@@ -17,6 +17,7 @@ import torch
 import yaml
 from helpers import handlers_as_before, stop_at, tensors_in
 from safetensors.torch import load_file
+from torch.utils import _pytree as pytree
 
 from distill import distillation
 from distill.distilled_set import DistilledSet
@@ -50,6 +51,26 @@ def test_experts_go_on_to_the_bit(call, toy, tmp_path, options, step):
     assert "going on with an unfinished run" in done.stdout
     assert tensors_in(tmp_path / "whole") == tensors_in(tmp_path / "parts")
     assert not list(tmp_path.rglob("unfinished")) and not list(tmp_path.rglob(".*"))
+
+
+def test_a_resumed_expert_compiles_the_sizes_that_an_uninterrupted_one_does(call, toy, tmp_path, monkeypatch):
+    """PAD's epochs have other last batches each, and only the first sizes that are met are compiled."""
+    def rounded_otherwise(network_pass):
+        def gradient(*given):
+            loss, logits, of_weights = network_pass.gradient(*given)
+            return loss, logits, pytree.tree_map(lambda each: each * (1 + 1e-3), of_weights)
+        return gradient, network_pass.adjoint
+
+    monkeypatch.setattr("utils.derivatives.choose_engine.check_backend", lambda backend, device: None)
+    monkeypatch.setattr("utils.derivatives.engine.MOST_SIZES", 2)
+    monkeypatch.setattr("utils.derivatives.engine._compiled", rounded_otherwise)
+    arguments = [*toy.train, "--backend=compile", "--pad", "--init_ratio=0.5", "--add_end_epoch=2", "--batch_train=40",
+                 "--rm_epoch_first=2", "--rm_epoch_second=3", "--num_experts=1", "--rho_max=0", "--rho_min=0"]
+    call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'whole'}")
+    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 4):  # in the third epoch
+        call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'parts'}", expect=130)
+    call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'parts'}")
+    assert tensors_in(tmp_path / "whole") == tensors_in(tmp_path / "parts")
 
 
 def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tmp_path):
@@ -141,11 +162,13 @@ def test_another_kind_of_experts_is_refused_by_name(call, toy, toy_experts, tmp_
 
 
 def test_an_expert_that_did_not_learn_is_said_and_five_stop_the_run(call, toy, tmp_path):
-    arguments = [*toy.train, "--lr_teacher=1e-9", "--num_experts=6", "--train_epochs=1", f"--buffer_path={tmp_path}"]
+    arguments = [*toy.train, "--lr_teacher=1e-9", "--num_experts=7", "--train_epochs=1", "--save_interval=1",
+                 f"--buffer_path={tmp_path}"]
     experts = importlib.import_module("buffer.expert_run")
     with mock.patch.object(experts, "AT_CHANCE", 3.0):  # of three classes: never above it
-        done = call("buffer/buffer_FTD.py", *arguments, expect=2)
-    assert "note: expert 0 did not learn" in done.stderr and "5 experts in a row did not learn" in done.stderr
+        for _ in range(2):  # those in files count, too, when the run is resumed
+            done = call("buffer/buffer_FTD.py", *arguments, expect=2)
+            assert "note: expert 4 did not learn" in done.stderr and "5 experts in a row did not learn" in done.stderr
 
 
 def test_a_manifest_says_what_the_experts_are(toy_experts, toy_data):

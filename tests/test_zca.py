@@ -1,6 +1,5 @@
 """Whitening equals kornia's, can be inverted, and survives problems with the cache folder."""
 
-import math
 import os
 import signal
 import subprocess
@@ -153,18 +152,13 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert zca.cache_folder() == tmp_path / ".cache" / "datm"
 
 
-def test_too_large_is_refused_and_long_is_announced(monkeypatch, capsys):
+def test_too_large_is_refused(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(zca, "available", lambda device=None: 2**30)
     with pytest.raises(UserError, match=r"12288 values needs about .* GiB"):
         zca._place(100, 12288, cpu)
     monkeypatch.setattr(zca, "available", lambda device=None: 2**40)
-    zca._place(15_000, 12288, cpu)
-    assert "12288 dimensions: about 10 min on one core" in capsys.readouterr().err
-    monkeypatch.setattr(zca, "available", lambda device=None: math.inf)
-    for count, dimension in ((500, 12288), (50_000, 3072)):
-        assert zca._place(count, dimension, cpu) == cpu
-    assert capsys.readouterr().err == ""
+    assert zca._place(15_000, 12288, cpu) == cpu
 
 
 def test_the_gpu_fits_where_its_memory_is_large_enough(monkeypatch):

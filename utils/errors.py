@@ -1,8 +1,15 @@
-"""The one exception for mistakes that a user can fix, and helpers that word messages."""
+"""The one exception for mistakes that a user can fix, notes to the user, and helpers that word messages."""
 
+import contextlib
 import difflib
+import os
+import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tqdm import tqdm
 
 LONGEST = 900  # characters of an error message, at most
 LONGEST_GIVEN = 200  # characters of a value quoted in it, at most
@@ -93,3 +100,28 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     by_lower = {name.lower().lstrip("-"): name for name in allowed}
     near = difflib.get_close_matches(given.lower().lstrip("-"), list(by_lower), n=1, cutoff=0.65)
     return f"did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
+def wrapped(text: str, stream: Any = None) -> str:
+    """Wrapped to the terminal's width, with lines after the first indented; unchanged where there is no terminal.
+
+    Args:
+        stream: where the text is printed; None: stdout.
+    """
+    stream = stream or sys.stdout
+    if not stream.isatty():
+        return text
+    return textwrap.fill(text, max(20, columns_of(stream)), subsequent_indent="  ", break_long_words=False,
+                         break_on_hyphens=False)
+
+
+def note(text: str) -> None:
+    """Prints a line on stderr without running into a progress bar."""
+    (tqdm.write if sys.stderr.isatty() else print)(wrapped(text, sys.stderr), file=sys.stderr)
+
+
+def columns_of(stream: Any) -> int:
+    """Width of a stream's terminal; 80 if unknown."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80

@@ -47,7 +47,8 @@ def peak(device: torch.device) -> float:
 def available(device: torch.device | None = None) -> float:
     """Bytes of a GPU's or the host's memory that this process can still get; infinite if the system does not say."""
     if device is not None and device.type == "cuda":
-        # Torch's unused cache is free too, except in the pools of captured graphs.
+        torch.cuda.empty_cache()  # also the pools of graphs that are gone
+        # What is unused in torch's blocks is free too, except in the pools of captured graphs.
         unused = sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
                      if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == (0, 0))
         return torch.cuda.mem_get_info(device)[0] + unused

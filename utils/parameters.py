@@ -1,7 +1,6 @@
 """A network as a function of one flat parameter vector θ."""
 
 import math
-import sys
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -12,7 +11,9 @@ from torch.func import functional_call
 
 from utils.derivatives.choose_engine import NOTHING, Work, select_engine
 from utils.derivatives.engine import Adjoint, Captured, Engine, Maps, Step, describe_engine
+from utils.errors import note
 from utils.memory import available
+from utils.networks import has_batch_norm
 
 Result = TypeVar("Result")
 MOST_FOR_MAPS = 1 << 30  # bytes
@@ -43,7 +44,7 @@ class FlatModel:
         # Not bound methods: the reference cycle would keep model and engine alive until garbage collection.
         self.engine: Engine = select_engine(network, partial(_forward, network, self.names, self.shapes),
                                             partial(_unflatten, self.shapes), backend, precision, micro_batch, work)
-        self.halved: list[int] = []  # batch sizes at which memory was full and the micro-batch was halved
+        self._asked = micro_batch
 
     def flatten(self) -> Tensor:
         """The network's own parameters as a new vector [P], detached."""
@@ -104,11 +105,25 @@ class FlatModel:
             return step(self, kept, batch, *inputs)
         return self._fitted(len(batch), lambda: self.engine.run(name, step, kept, batch, *inputs))
 
-    def halve(self, batch: int) -> bool:
+    def state(self) -> dict[str, Any]:
+        """What the rounding of later derivatives depends on besides their inputs, for `restore`: the micro-batch, which
+        may have been halved, and the sizes that are compiled, which are the first ones that were met."""
+        return {"engine": self.engine.name, "asked": self._asked, "micro_batch": self.engine.micro_batch,
+                "compiled": sorted(self.engine.compiled)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on as the model of `state` would have; as a new one if its engine or `micro_batch` was another."""
+        if (state["engine"], state["asked"]) == (self.engine.name, self._asked):
+            self.engine.micro_batch = state["micro_batch"]
+            self.engine.compiled.update(state["compiled"])
+
+    def _halve(self, batch: int) -> bool:
         """Halves the micro-batch that a batch of this size uses from now on; False if that is impossible."""
-        done = self.engine.halve(batch)
-        self.halved += [batch] * done
-        return done
+        most = min(self.engine.micro_batch or batch, batch)
+        if most == 1 or has_batch_norm(self.network):
+            return False
+        self.engine.micro_batch = math.ceil(most / 2)
+        return True
 
     def _fitted(self, batch: int, step: Callable[[], Result]) -> Result:
         """Runs the step, and again with half the micro-batch for as long as the GPU's memory is full."""
@@ -117,11 +132,10 @@ class FlatModel:
                 return step()
             except torch.OutOfMemoryError as error:
                 full = error.with_traceback(None)  # its frames would keep the step's tensors alive
-            if not self.halve(batch):
+            if not self._halve(batch):
                 raise full
             torch.cuda.empty_cache()
-            print(f"note: the GPU's memory is full; from here on {describe_engine(self.engine, batch)}",
-                  file=sys.stderr)
+            note(f"note: the GPU's memory is full; from here on {describe_engine(self.engine, batch)}")
 
 
 def sgd_step(theta: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, momentum: float = 0.0,

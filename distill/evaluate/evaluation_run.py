@@ -16,7 +16,8 @@ from utils.derivatives.engine import describe_engine
 from utils.errors import number_of
 from utils.files import resolved
 from utils.program import interrupt, ranks, threads
-from utils.program.console import announce, say, shown
+from utils.program.console import say, shown
+from utils.program.device import announce
 from utils.program.machine import environment
 from utils.program.prepare import flat_model, network_for
 from utils.program.progress import Progress

@@ -17,9 +17,8 @@ from distill.initialize import expert_labels, notes_on_small_classes, predicted_
 from utils.config import BaselineConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import check_factor, cut, tiled
-from utils.errors import UserError, number_of
+from utils.errors import UserError, note, number_of
 from utils.parameters import FlatModel
-from utils.program.console import note
 from utils.program.prepare import begin, load_data, network_for
 from utils.program.progress import watched
 from utils.program.seeds import generator

@@ -34,9 +34,8 @@ from distill.set_files import WHOLE, set_files, sets_in
 from utils import files
 from utils.data.datasets import Dataset
 from utils.data.names import check_dataset_name
-from utils.errors import UserError, some_of
+from utils.errors import UserError, note, some_of
 from utils.networks import check_network_name
-from utils.program.console import note
 
 PIXELS = {"mean": (0.0,), "std": (1.0,)}  # identity normalisation: the images are pixels
 _OF_DC = re.compile(r"res_(?:(DC|DSA|DM)_)?([A-Za-z0-9]+)_(\w+)_\d+ipc\.pt")

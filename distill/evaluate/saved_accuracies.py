@@ -16,9 +16,10 @@ import torch
 from distill.distilled_set import DistilledSet
 from utils.config import TrainConfig, identity
 from utils.data.datasets import Dataset
+from utils.errors import note
 from utils.files import read_json, write_json
 from utils.program import ranks
-from utils.program.console import note, shown
+from utils.program.console import shown
 from utils.program.machine import environment
 
 

@@ -32,9 +32,9 @@ from utils.config import (
     value_in_words,
 )
 from utils.data.datasets import Dataset
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.program import ranks
-from utils.program.console import note, say, shown
+from utils.program.console import say, shown
 from utils.program.prepare import load_data, take_device
 from utils.program.seeds import generator
 

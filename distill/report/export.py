@@ -31,9 +31,8 @@ from distill.result_files import (
 from utils import files
 from utils.config import STARTS, BaselineConfig, DistillConfig, from_repository, path_options, worth_giving
 from utils.data.zca import BESIDE, Whitening
-from utils.errors import UserError, number_of, some_of
+from utils.errors import UserError, note, number_of, some_of
 from utils.program.commands import command
-from utils.program.console import note
 
 # Size categories of dataset hubs, each below this number of images.
 _SIZES = (("n<1K", 1_000), ("1K<n<10K", 10_000), ("10K<n<100K", 100_000), ("100K<n<1M", 1_000_000),

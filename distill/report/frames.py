@@ -31,7 +31,7 @@ class Frames:
         """Adds the set as it is now; of too many frames, drops the one that leaves the others most evenly spaced."""
         shape = _small(dataset.image_size)
         self.which = shown_of(len(distilled.images), dataset.num_classes, dataset.channels * shape[0] * shape[1])
-        pixels = clip_outliers(dataset.to_pixels(distilled.images[self.which]))
+        pixels = clip_outliers(dataset.space.to_pixels(distilled.images[self.which]))
         self.iterations.append(iteration)
         self.images.append(scaled_bytes(torch.nn.functional.interpolate(pixels, shape, mode="area")).cpu())
         if len(self.iterations) > MOST_FRAMES:

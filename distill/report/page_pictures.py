@@ -141,9 +141,9 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
     ipc = len(best) // dataset.num_classes
     which = chosen(dataset.num_classes, ipc, best.images[0].numel())
     # Clipped by the standard deviation of the whole set, as published pictures are, then each scaled to its own range.
-    unclipped = dataset.to_pixels(best.images)
+    unclipped = dataset.space.to_pixels(best.images)
     pixels = clip_outliers(unclipped)[which]
-    first = dataset.to_pixels(start.images[which])
+    first = dataset.space.to_pixels(start.images[which])
     changes = unclipped[which] - first  # before clipping, as that is not learned
     change = changes.mean(1, keepdim=True)
     most = change.abs().max().clamp(min=1e-8)
@@ -158,7 +158,7 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
         tensors["means"] = every.unflatten(0, (dataset.num_classes, -1)).mean(1)
     if factor > 1:
         holding = sorted({position // factor**2 for position in which})
-        tensors["stored"] = scaled_bytes(clip_outliers(dataset.to_pixels(images))[holding])
+        tensors["stored"] = scaled_bytes(clip_outliers(dataset.space.to_pixels(images))[holding])
     if frames.images:
         tensors["frames"] = torch.stack(frames.images)
     about = {"format": FORMAT, "classes": dataset.classes, "ipc": ipc, "which": which, "version": version,
@@ -180,7 +180,8 @@ def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
             return dataset.train_energy[members] - 2 * towards[rows] @ dataset.train_images[members].flatten(1).T
     else:
         def distances(rows: Tensor, members: Tensor) -> Tensor:
-            return torch.cdist(pixels[rows].flatten(1), dataset.to_pixels(dataset.train_images[members]).flatten(1))
+            real = dataset.space.to_pixels(dataset.train_images[members])
+            return torch.cdist(pixels[rows].flatten(1), real.flatten(1))
 
     near = torch.empty(len(pixels), NEAR, dtype=torch.long, device=pixels.device)
     for number in sorted(set(classes)):
@@ -188,7 +189,7 @@ def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
         few = members[distances(rows, members).topk(min(NEAR, len(members)), largest=False).indices]  # [rows, ≤ NEAR]
         near[rows] = few[:, torch.arange(NEAR, device=few.device).clamp(max=few.shape[1] - 1)]
     # Rounding errors may swap the nearest few, so these are compared as pictures.
-    real = dataset.to_pixels(dataset.train_images[near.flatten()]).view(len(pixels), NEAR, *pixels.shape[1:])
+    real = dataset.space.to_pixels(dataset.train_images[near.flatten()]).view(len(pixels), NEAR, *pixels.shape[1:])
     best = (real - pixels[:, None]).square().sum((2, 3, 4)).argmin(1)
     return real[torch.arange(len(pixels), device=pixels.device), best]
 

@@ -10,9 +10,9 @@ from distill.report.names import ANIMATION, CURVES, IMAGES_PNG, PAGE, SHOWN
 from distill.report.page import page
 from distill.report.read_run import SavedRun
 from distill.result_files import images_tested
-from utils.errors import reason
+from utils.errors import note, reason
 from utils.files import atomic_write, write_text
-from utils.program.console import note, shown
+from utils.program.console import shown
 
 
 def _make(run: SavedRun, name: str, path: Path) -> None:

@@ -19,9 +19,8 @@ from torch import Tensor
 from distill.report.pixels import clip_outliers
 from distill.result_files import Iteration, Score
 from utils.data.datasets import Dataset
-from utils.errors import reason
+from utils.errors import note, reason
 from utils.files import finite
-from utils.program.console import note
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -113,7 +112,7 @@ def _pictures(images: Tensor, lr: float, dataset: Dataset, show: bool) -> dict[s
     import wandb
 
     values: dict[str, Any] = {"Pixels": wandb.Histogram(_finite(images)), "Synthetic_LR": lr}
-    reconstructed = {} if dataset.whitening is None else {"Reconstructed": dataset.to_pixels(images)}
+    reconstructed = {} if dataset.whitening is None else {"Reconstructed": dataset.space.to_pixels(images)}
     views = {"Synthetic": images, **reconstructed}
     if show:
         for kind, pixels in views.items():

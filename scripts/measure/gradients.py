@@ -39,11 +39,11 @@ tune_process()  # before torch is imported
 from distill.option_checks import check_options
 from scripts.common import report_kind, save_report
 from utils.config import DistillConfig, how_much, identity
-from utils.errors import UserError, number_of
+from utils.errors import UserError, note, number_of
 from utils.files import check_outputs, read_json, reading, resolved, write_json
 from utils.program import interrupt
 from utils.program.command_line import config_of, typed
-from utils.program.console import note, shown, table
+from utils.program.console import shown, table
 from utils.program.entry import entry
 
 if TYPE_CHECKING:

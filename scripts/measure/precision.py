@@ -22,8 +22,8 @@ tune_process()  # before torch is imported
 from scripts.common import ScriptParser, positive, save_report
 from utils import networks
 from utils.config import DistillConfig, make
-from utils.errors import UserError
-from utils.program.console import note, table
+from utils.errors import UserError, note
+from utils.program.console import table
 from utils.program.entry import entry
 
 if TYPE_CHECKING:

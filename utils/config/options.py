@@ -90,9 +90,10 @@ class DataConfig:
     val_fraction: Fraction = option(METHOD, 0.0, "hold out this share of the training images and test on it instead "
                                     "of on the test images")
     backend: Literal["auto", "plain", "eager", "compile", "graph"] = option(
-        SPEED, "auto", "how derivatives are computed. plain: autograd; eager: hand-written where that is faster; "
-        "compile: the same, compiled; graph: autograd, replayed from CUDA graphs; auto: compile if the run is long "
-        "enough to repay it, else graph on a GPU and eager on a CPU", decides=False)
+        SPEED, "auto", "how derivatives are computed. plain: autograd; eager: hand-written for the plain ConvNet on a "
+        "CPU, else autograd; compile: hand-written for all ConvNets that it covers, compiled; graph: autograd, "
+        "replayed from CUDA graphs; auto: compile if the run is long enough to repay it, else graph on a GPU and eager "
+        "on a CPU", decides=False)
     precision: Literal["auto", "fp32", "tf32", "bf16"] = option(
         SPEED, "auto", "of convolutions and matrix products; auto: torch's own (on a GPU, TF32 in convolutions)")
     threads: Threads = option(SPEED, "auto", "CPU threads; auto: OMP_NUM_THREADS, else all cores; long runs first "

@@ -37,7 +37,7 @@ SENT_BYTES = 32 << 20  # drawn ahead: mostly a whole epoch, but noise is as larg
 
 @dataclass(frozen=True)
 class Draw:
-    """One group's operations for one batch: operation name → its parameters, tensors [B] (see `OPERATIONS`)."""
+    """The drawn operations of one batch: name → its parameters, tensors with a row per image (see `OPERATIONS`)."""
 
     parameters: dict[str, tuple[Tensor, ...]]
 

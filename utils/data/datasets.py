@@ -124,12 +124,8 @@ class Dataset:
         return len(self.classes)
 
     @property
-    def space(self) -> "ImageSpace":
+    def space(self) -> ImageSpace:
         return ImageSpace(self.mean, self.std, self.whitening)
-
-    def to_pixels(self, images: Tensor) -> Tensor:
-        """[n, C, H, W] in this dataset's space → pixel space, where real images lie in [0, 1]; not clipped."""
-        return self.space.to_pixels(images)
 
     def class_indices(self, c: int) -> Tensor:
         """Indices [n] of the training images of class `c`, ascending, on `device`."""

@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from utils.data.disk_layouts import Raw, Size, Split, listing
 from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
 from utils.data.watching import Watch, unwatched
-from utils.errors import UserError, number_of, one_line, some_of, unknown_name
+from utils.errors import UserError, note, number_of, one_line, some_of, unknown_name
 from utils.files import load, read_text, reading
 from utils.memory import check_room, room
 
@@ -65,12 +64,12 @@ class Notes:
     def say(self) -> None:
         if self._left_out:
             count = self._left_out.total()
-            self._say(f"{count} file{'s are' if count > 1 else ' is'} left out: {self.why_left_out()}")
+            self.tell(f"{count} file{'s are' if count > 1 else ' is'} left out: {self.why_left_out()}")
         for remark, count in self._images.items():
-            self._say(f"{count} image{'s are' if count > 1 else ' is'} {remark} ({self._first[remark]})")
+            self.tell(f"{count} image{'s are' if count > 1 else ' is'} {remark} ({self._first[remark]})")
 
-    def _say(self, text: str) -> None:
-        print(one_line(f"note: {self.name}: {text}"), file=sys.stderr)
+    def tell(self, text: str) -> None:
+        note(one_line(f"note: {self.name}: {text}"))
 
 
 @unlimited()
@@ -140,7 +139,7 @@ def image_folder(data_path: Path, subset: str, size: Size, watch: Watch = unwatc
                         f"({listing(data_path)}); make these folders, one per class, with images in them")
     notes, size = Notes("ImageFolder"), size or (32, 32)
     if second == "test" and (data_path / "val").is_dir():
-        notes.left_out("folder val beside test", data_path / "val")
+        notes.tell(f"{data_path / 'val'} is not used, as there is test")
     train, test = (_class_files(notes, data_path / split, suffixes()) for split in ("train", second))
     channels = 1 if _all_grey([*itertools.chain(*train.values(), *test.values())], watch) else 3
     return _raw(notes, watch, data_path, train, test, sorted(train), (channels, *size), None,
@@ -257,7 +256,7 @@ def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[st
 
     starts = range(0, len(paths), 64)
     # The threads' own use of it, as in torch.load, is not thread-safe and would leave its filters set.
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start, remarks in zip(starts, pool.map(read_some, starts)):
             for remark, path in remarks:
                 notes.image(remark, path)

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from utils.data.watching import Watch, unwatched
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.files import cache_folder, load, load_tensors, reading, save, save_tensors
 from utils.memory import available
 
 EPS = 0.1  # the published ridge, added to the eigenvalues of the covariance
 CHUNK = 4096  # images at a time: bounds the extra memory, large enough for full matmul speed
 BLOCK = 1024  # rows of a matrix at a time when rounding to float32 or copying from a GPU
-LONG = 60.0  # seconds from which a fit is announced
 EIGEN = 10  # an eigenproblem of size n takes as long as matrix products with EIGEN · n³ operations
 BESIDE = "whitening.safetensors"  # a whitening stored in a distilled set's folder
 
@@ -212,8 +211,7 @@ def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu", watc
     try:
         save({"mean": whitening.mean, "transform": whitening.transform, "inverse": whitening.inverse, "eps": EPS}, path)
     except UserError as error:
-        print(f"note: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)",
-              file=sys.stderr)
+        note(f"note: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)")
     return whitening
 
 
@@ -329,7 +327,7 @@ def _operations(count: int, dimension: int) -> float:
 
 
 def _place(count: int, dimension: int, device: torch.device) -> torch.device:
-    """The device that a fit runs on; prints a notice if it will take long on the CPU.
+    """The device that a fit runs on.
 
     Raises:
         UserError: no device has enough memory.
@@ -343,8 +341,4 @@ def _place(count: int, dimension: int, device: torch.device) -> torch.device:
         raise UserError(f"zca of {count} images of {dimension} values needs about {need / 2**30:.1f} GiB of memory, "
                         f"{free / 2**30:.1f} GiB is available; use a machine with more, smaller images (res), "
                         "or run without zca")
-    seconds = _operations(count, dimension) / 5e10
-    if seconds > LONG:
-        print(f"fitting ZCA in {dimension} dimensions: about {seconds / 60:.0f} min on one core, less on more, and "
-              f"{need / 2**30:.1f} GiB, once (the result is kept)", file=sys.stderr)
     return torch.device("cpu")

@@ -5,7 +5,6 @@ import functools
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from utils.derivatives.engine import (
     quietly_compiled,
     shared_pass,
 )
-from utils.errors import UserError, shortened
+from utils.errors import UserError, note, shortened
 from utils.memory import available
 from utils.networks import has_batch_norm
 
@@ -90,7 +89,7 @@ def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor
         engine = HandWritten(EagerPass(network.plan, network.image_shape), unflatten, size)
     else:
         size = micro_batch or micro_batch_for(network, PLAIN_BYTES)
-        engine = Autograd(forward, size, dtype, splits=not has_batch_norm(network))
+        engine = Autograd(forward, size, dtype)
     # Warm-up calls and replays would corrupt batch norm's running statistics, which change with every call.
     captured = device.type == "cuda" and backend in ("auto", "compile", "graph") and not has_batch_norm(network)
     return Captured(engine) if captured else engine
@@ -163,10 +162,12 @@ def set_precision(precision: str, device: torch.device) -> None:
     bf16 is left to the engines.
 
     Raises:
-        UserError: TF32 without a GPU.
+        UserError: the device has no TF32.
     """
-    if precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is for NVIDIA GPUs, and this runs on the CPU; give auto, fp32 or bf16")
+    if precision == "tf32" and not has_tf32(device):
+        where = "the CPU" if device.type == "cpu" else "an older one"
+        raise UserError(f"--precision tf32 is for NVIDIA GPUs of Ampere or later, and this runs on {where}; give auto, "
+                        "fp32 or bf16")
     if precision in ("fp32", "tf32"):
         leaf = "ieee" if precision == "fp32" else "tf32"
         torch.backends.cuda.matmul.fp32_precision = leaf
@@ -175,12 +176,17 @@ def set_precision(precision: str, device: torch.device) -> None:
         torch.backends.cudnn.deterministic = True  # else a resumed expert would differ from an uninterrupted one
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether the device computes in TF32, as torch by default lets convolutions do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @functools.cache
 def _can_compile(device: torch.device) -> bool:
     """Whether code can be compiled here; if not, prints a note once."""
     reason = _why_not_compiled(device)
     if reason and multiprocessing.parent_process() is None:  # helpers leave it to their parent
-        print(f"note: not compiled, though this is long enough to repay it: {reason}", file=sys.stderr)
+        note(f"note: not compiled, though this is long enough to repay it: {reason}")
     return reason is None
 
 

@@ -73,7 +73,7 @@ class Block:
             return mean
         return mean.unflatten(-1, (NORM_GROUPS, -1)).mean(-1).repeat_interleave(self.plan.width // NORM_GROUPS, -1)
 
-    def affine(self, x: Tensor) -> Tensor:
+    def sum_per_gain(self, x: Tensor) -> Tensor:
         """Sums x over the elements that share a gain."""
         return x.sum(0) if self.plan.norm == "layer" else x.sum((0, *PIXELS))
 
@@ -187,7 +187,7 @@ class ConvNetPass:
             delta = spread(delta, choice) * slope
             of_gain = of_shift = None
             if block.plan.norm != "none":
-                of_gain, of_shift = block.affine(delta * normed), block.affine(delta)
+                of_gain, of_shift = block.sum_per_gain(delta * normed), block.sum_per_gain(delta)
                 delta = delta * w.gain
                 delta = inverse * (delta - block.mean(delta) - normed * block.mean(delta * normed))
             d = block.convolution.lift_output(_flat(delta))
@@ -258,7 +258,7 @@ class ConvNetPass:
 
             s_gain = s_shift = None
             if block.plan.norm != "none":
-                s_gain, s_shift = block.affine(delta_ * normed + delta * normed_), block.affine(delta_)
+                s_gain, s_shift = block.sum_per_gain(delta_ * normed + delta * normed_), block.sum_per_gain(delta_)
                 delta, delta_ = delta * w.gain, delta_ * w.gain + delta * w_.gain
                 along = block.mean(delta * normed)
                 along_ = block.mean(delta_ * normed + delta * normed_)

@@ -16,7 +16,6 @@ import gc
 import itertools
 import logging
 import math
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from utils.derivatives.convnet_pass import ConvNetPass
 from utils.derivatives.eager_pass import BlockMaps, EagerPass
-from utils.errors import shortened
+from utils.errors import note, shortened
 from utils.loss_and_accuracy import cross_entropy
 
 
@@ -51,11 +50,8 @@ class Engine(Protocol):
 
     name: str
     micro_batch: int | None  # samples at a time; None: all
+    compiled: set[int]  # sizes of micro-batches with compiled derivatives
     map_bytes: int  # bytes per sample that a gradient may save for its adjoint; 0: it saves nothing
-
-    def halve(self, batch: int) -> bool:
-        """Halves the micro-batch that a batch of this size uses from now on; False if that is impossible."""
-        ...
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
                  ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -82,11 +78,11 @@ def equal_parts(batch: int, most: int | None) -> list[int]:
     return [batch // fewest + (part < batch % fewest) for part in range(fewest)]
 
 
-MicroBatch = tuple[Any, Sequence[Tensor]]
+PartResult = tuple[Any, Sequence[Tensor]]
 """The results for one micro-batch: a tree of means over its samples, and tensors with one row per sample."""
 
 
-def _in_parts(part: Callable[[Tensor, Tensor], MicroBatch], x: Tensor, y: Tensor, most: int | None
+def _in_parts(part: Callable[[Tensor, Tensor], PartResult], x: Tensor, y: Tensor, most: int | None
               ) -> tuple[Any, Sequence[Tensor]]:
     """Calls `part` on each micro-batch: the means over the whole batch, and the rows of each tensor, concatenated."""
     sizes = equal_parts(len(x), most)
@@ -111,25 +107,19 @@ class Autograd:
         forward: (θ, x) → logits.
         micro_batch: samples at a time; None: all.
         dtype: run the network in this type by autocast.
-        splits: whether a batch can be split; not with batch norm.
     """
 
     name = "autograd"
     map_bytes = 0
 
     def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], micro_batch: int | None = None,
-                 dtype: torch.dtype | None = None, splits: bool = True) -> None:
-        self.forward, self.micro_batch, self.dtype, self.splits = forward, micro_batch, dtype, splits
-
-    def halve(self, batch: int) -> bool:
-        most = min(self.micro_batch or batch, batch)
-        if self.splits:
-            self.micro_batch = math.ceil(most / 2)
-        return self.splits and most > 1
+                 dtype: torch.dtype | None = None) -> None:
+        self.forward, self.micro_batch, self.dtype = forward, micro_batch, dtype
+        self.compiled = set[int]()
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
                  ) -> tuple[Tensor, Tensor, Tensor]:
-        def part(x: Tensor, y: Tensor) -> MicroBatch:
+        def part(x: Tensor, y: Tensor) -> PartResult:
             leaf = theta.detach().requires_grad_()
             logits, loss = self._loss(leaf, x, y)
             (of_theta,) = torch.autograd.grad(loss, leaf)
@@ -141,7 +131,7 @@ class Autograd:
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
         soft = y.is_floating_point()
 
-        def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
+        def part(x_part: Tensor, y_part: Tensor) -> PartResult:
             leaves = [theta.detach().requires_grad_(), x_part.detach().requires_grad_()]
             if soft:
                 leaves.append(y_part.detach().requires_grad_())
@@ -179,22 +169,17 @@ class HandWritten:
         self.network_pass, self.unflatten, self.micro_batch = network_pass, unflatten, micro_batch
         self.name = "hand-written, compiled" if compiled else "hand-written"
         self.map_bytes = network_pass.map_bytes
-        self._compiled, self._sizes = compiled, set[int]()
+        self.compiled, self._compiles = set[int](), compiled
         # Enough for all networks and shapes of a run; torch keeps the setting per thread.
         if compiled:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-
-    def halve(self, batch: int) -> bool:
-        most = min(self.micro_batch or batch, batch)
-        self.micro_batch = math.ceil(most / 2)
-        return most > 1
 
     @torch.no_grad()
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
                  ) -> tuple[Tensor, Tensor, Tensor]:
         weights = self._lift(theta)
 
-        def part(x: Tensor, y: Tensor) -> MicroBatch:
+        def part(x: Tensor, y: Tensor) -> PartResult:
             gradient, _ = self._derivatives(len(x))
             loss, logits, of_weights, *left = gradient(weights, x, y)
             if maps is not None:
@@ -208,7 +193,7 @@ class HandWritten:
     def adjoint(self, theta: Tensor, co_state: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None) -> Adjoint:
         weights, tangents = self._lift(theta), self._lift(co_state)
 
-        def part(x_part: Tensor, y_part: Tensor) -> MicroBatch:
+        def part(x_part: Tensor, y_part: Tensor) -> PartResult:
             left = [maps.pop(0)] if maps else []
             _, adjoint = self._derivatives(len(x_part))
             s, of_weights, *of_samples = adjoint(weights, tangents, x_part, y_part, *left)
@@ -220,8 +205,8 @@ class HandWritten:
 
     def _derivatives(self, samples: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Gradient and adjoint for micro-batches of this size: compiled, unless many other sizes were."""
-        if self._compiled and (samples in self._sizes or len(self._sizes) < MOST_SIZES):
-            self._sizes.add(samples)
+        if self._compiles and (samples in self.compiled or len(self.compiled) < MOST_SIZES):
+            self.compiled.add(samples)
             return _compiled(self.network_pass)
         return self.network_pass.gradient, self.network_pass.adjoint
 
@@ -281,7 +266,7 @@ class Captured:
     map_bytes = 0  # a graph has its own memory
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self.engine, self.compiled = engine, engine.compiled
         self.name = f"{engine.name}, captured"
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._kept: dict[Any, Tensor] = {}
@@ -299,10 +284,11 @@ class Captured:
     def micro_batch(self) -> int | None:
         return self.engine.micro_batch
 
-    def halve(self, batch: int) -> bool:
+    @micro_batch.setter
+    def micro_batch(self, most: int | None) -> None:
         self._graphs.clear()  # also frees their memory
         self._pool = None
-        return self.engine.halve(batch)
+        self.engine.micro_batch = most
 
     def keep(self, **tensors: Tensor) -> dict[str, Tensor]:
         """The tensors copied into memory that is the same for every graph; see `FlatModel.keep`."""
@@ -357,8 +343,8 @@ class Captured:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # the same calls have just succeeded uncaptured
-                print("note: not replayed from CUDA graphs, since the capture failed: "
-                      f"{shortened(str(error.__context__ or error).splitlines()[0])}", file=sys.stderr)
+                note("note: not replayed from CUDA graphs, since the capture failed: "
+                     f"{shortened(str(error.__context__ or error).splitlines()[0])}")
                 return None
         self._pool = graph.pool()
         return graph, held, outputs

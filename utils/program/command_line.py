@@ -19,8 +19,7 @@ import yaml
 
 from utils import files
 from utils.config import GROUPS, Config, about, defaults, from_root, has_effect, is_path, make, path_options
-from utils.errors import UserError, unknown_names
-from utils.program.console import note
+from utils.errors import UserError, note, unknown_names
 
 
 def parse(config_type: type[Config], description: str, arguments: list[str] | None = None, yaml_file: bool = False,
@@ -75,7 +74,7 @@ def config_of(config_type: type[Config], options: dict[str, str],
     path = options.pop("cfg", None)
     hints = typing.get_type_hints(config_type)
     for name in (name for name, value in options.items() if value == "" and name in hints):
-        # None would have an effect, and so would no output; nobody asked for either.
+        # Empty would silently mean "unset", or "write nothing".
         if type(None) in typing.get_args(hints[name]) or about(name, config_type)["writes"]:
             raise UserError(f"--{name} '': it is empty; give a value, or leave it out")
     from_yaml = read_yaml(path, config_type) if path is not None else {}

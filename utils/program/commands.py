@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import DataConfig
+from utils.errors import wrapped
 from utils.files import REPOSITORY
-from utils.program.console import shown, wrapped
+from utils.program.console import shown
 
 WIDTH = 78  # columns per line of a command; a path may be longer
 

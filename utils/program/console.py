@@ -1,22 +1,15 @@
-"""Printed lines: routine output, notes, and the options that differ from the defaults."""
+"""Printed lines: routine output, durations, paths and tables."""
 
-import contextlib
 import datetime
 import os
-import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from utils.config import DataConfig, changed, influential
-from utils.errors import number_of, printable
+from utils.config import DataConfig
+from utils.errors import number_of, printable, wrapped
 from utils.files import REPOSITORY
-
-if TYPE_CHECKING:
-    import torch
 
 
 def duration(seconds: float) -> str:
@@ -42,49 +35,10 @@ def percent(mean: float, std: float | None) -> str:
     return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
 
-def wrapped(text: str, stream: Any = None) -> str:
-    """Wrapped to the terminal's width, with lines after the first indented; unchanged where there is no terminal.
-
-    Args:
-        stream: where the text is printed; None: stdout.
-    """
-    stream = stream or sys.stdout
-    if not stream.isatty():
-        return text
-    return textwrap.fill(text, max(20, columns_of(stream)), subsequent_indent="  ", break_long_words=False,
-                         break_on_hyphens=False)
-
-
-def note(text: str) -> None:
-    """Prints a line on stderr without running into a progress bar."""
-    (tqdm.write if sys.stderr.isatty() else print)(wrapped(text, sys.stderr), file=sys.stderr)
-
-
-def columns_of(stream: Any) -> int:
-    """Width of a stream's terminal; 80 if unknown."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    return 80
-
-
 def say(config: DataConfig, text: str) -> None:
     """Prints a routine line, unless `--quiet`."""
     if not config.quiet:
         print(wrapped(text))
-
-
-def announce(config: DataConfig, device: "torch.device", engine: str, *lines: str) -> None:
-    """Prints what a run runs on, what it is, and which of its options differ from the defaults.
-
-    Args:
-        engine: see `describe_engine`.
-    """
-    from utils.program.device import describe, describe_precision  # imports torch, already loaded here
-
-    options = ", ".join(f"{name} {value}" for name, value in changed(influential(config), type(config)).items())
-    for line in (f"on {describe(device)}, {describe_precision(config.precision, device)}, {engine}", *lines,
-                 f"options: {options or 'all defaults'}"):
-        say(config, line)
 
 
 def shown(path: Path | str) -> str:

@@ -1,13 +1,15 @@
-"""The device that a run uses, and its description."""
+"""The device that a run uses, and the lines with which a run announces itself."""
 
 import functools
-import sys
 import warnings
 
 import torch
 
-from utils.errors import UserError, number_of
+from utils.config import DataConfig, changed, influential
+from utils.derivatives.choose_engine import has_tf32
+from utils.errors import UserError, note, number_of
 from utils.program import ranks
+from utils.program.console import say
 
 
 def gpu_count() -> int:
@@ -23,7 +25,7 @@ def gpu_count() -> int:
 
 @functools.cache
 def _say_unusable(present: int, why: str) -> None:
-    print(f"note: torch cannot use the {number_of(present, 'GPU')} of this machine: {why}", file=sys.stderr)
+    note(f"note: torch cannot use the {number_of(present, 'GPU')} of this machine: {why}")
 
 
 def listed_gpus(device: str | list[int]) -> list[int]:
@@ -46,7 +48,7 @@ def select_device(device: str | list[int]) -> torch.device:
         present = listed_gpus(device)
         chosen = torch.device("cuda", present[0]) if present else torch.device("cuda:0" if gpus else "cpu")
         if device != [0] and not present:
-            print(f"note: no GPU {device} here; using {chosen}", file=sys.stderr)
+            note(f"note: no GPU {device} here; using {chosen}")
         return chosen
     if device == "auto":
         return torch.device("cuda:0" if gpus else "cpu")
@@ -79,5 +81,17 @@ def describe(device: torch.device) -> str:
 def describe_precision(precision: str, device: torch.device) -> str:
     """The arithmetic of convolutions and matrix products in words."""
     if precision == "auto":
-        return "float32, convolutions in TF32" if device.type == "cuda" else "float32"
+        return "float32, convolutions in TF32" if has_tf32(device) else "float32"
     return {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}[precision]
+
+
+def announce(config: DataConfig, device: torch.device, engine: str, *lines: str) -> None:
+    """Prints what a run runs on, what it is, and which of its options differ from the defaults.
+
+    Args:
+        engine: see `describe_engine`.
+    """
+    options = ", ".join(f"{name} {value}" for name, value in changed(influential(config), type(config)).items())
+    for line in (f"on {describe(device)}, {describe_precision(config.precision, device)}, {engine}", *lines,
+                 f"options: {options or 'all defaults'}"):
+        say(config, line)

@@ -36,8 +36,8 @@ def entry(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         full, said = out_of_memory(error), reason(error)
         if full == "GPU":
-            _last_line(f"{name}: error: the GPU's memory is full ({said}…); give --micro_batch, a smaller batch, or "
-                       "--device cpu", 2)
+            _last_line(f"{name}: error: the GPU's memory is full ({said}…); give a smaller batch (or --micro_batch, "
+                       "for experts and distillation), fewer or smaller images, or --device cpu", 2)
         if isinstance(error, RuntimeError) and ranks.lost_contact(error):
             if interrupt.requested():  # all ranks got the signal, and another exited first
                 _last_line(f"{name}: stopped; every file is whole{_to_go_on()}", 143)
@@ -45,8 +45,8 @@ def entry(main: Callable[[], None]) -> None:
                        f"start again{_to_go_on()}", 1)
         if not full:
             raise
-        _last_line(f"{name}: error: not enough memory ({said}); give a smaller batch or --micro_batch, or use a "
-                   "machine with more", 2)
+        _last_line(f"{name}: error: not enough memory ({said}); give a smaller batch (or --micro_batch, for "
+                   "experts and distillation), or use a machine with more", 2)
     except interrupt.Stopped as stopped:
         code = 128 + stopped.signal
         if not ranks.first():

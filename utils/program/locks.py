@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.files import no_links
 from utils.program import ranks
-from utils.program.console import note
 
 
 @contextlib.contextmanager

@@ -49,8 +49,8 @@ def take_device(config: DataConfig) -> torch.device:
     """This rank's device as the config asks for it, with the precision set and backend and output files checked.
 
     Raises:
-        UserError: see `select_device`, `check_backend`, `set_precision` and `check_outputs`; or the ranks' options
-            differ.
+        UserError: see `select_device`, `check_backend`, `set_precision` and `check_output_options`; or the ranks'
+            options differ.
     """
     start_as_ranks(config)
     threads.use_given(config)
@@ -63,7 +63,7 @@ def take_device(config: DataConfig) -> torch.device:
     _check_same_options(config)
     check_backend(config.backend, device)
     set_precision(config.precision, device)
-    check_outputs(config)
+    check_output_options(config)
     return device
 
 
@@ -76,7 +76,7 @@ def gpus_of_ranks(config: DataConfig) -> list[int]:
     return listed_gpus(config.device) or list(range(gpu_count()))
 
 
-def check_outputs(config: DataConfig) -> None:
+def check_output_options(config: DataConfig) -> None:
     """Refuses, before long work, an output file that cannot be written, that another option names too, or whose path
     holds another kind of file.
     """

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from utils.errors import columns_of, wrapped
 from utils.program import ranks
-from utils.program.console import columns_of, duration, short_count, wrapped
+from utils.program.console import duration, short_count
 
 if TYPE_CHECKING:
     import torch

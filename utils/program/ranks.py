@@ -94,8 +94,13 @@ def start(device: "torch.device") -> None:
     interrupt.restore()  # a rank that waits for another cannot handle signals
     dist.init_process_group("gloo", timeout=PATIENCE)  # small objects go over the CPU, wherever the tensors are
     _met = True
-    owned = set(gather({rank(): (socket.gethostname(), device.index)}).values())
-    if device.type == "cuda" and len(owned) == size():  # NCCL needs a GPU per rank; else sums go over the CPU
+    places = gather({rank(): (socket.gethostname(), device.index)})
+    on_cpu = [(each, host) for each, (host, gpu) in places.items() if gpu is None]
+    if 0 < len(on_cpu) < size():
+        interrupt.install()
+        raise UserError(f"rank {on_cpu[0][0]} on {on_cpu[0][1]} has no GPU that torch can use, and other ranks have "
+                        "one; start ranks on machines with GPUs only, or give --device cpu")
+    if not on_cpu and len(set(places.values())) == size():  # NCCL needs a GPU per rank; else sums go over the CPU
         _gpus = dist.new_group(backend="nccl", timeout=SUM_PATIENCE, device_id=device)
     interrupt.install()
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from utils.config import AUTO, DataConfig
 from utils.derivatives.choose_engine import PLAIN_BYTES, Work, activation_bytes, seconds_uncompiled
-from utils.errors import number_of
+from utils.errors import note, number_of
 from utils.parameters import FlatModel
 from utils.program import ranks
-from utils.program.console import note, say
+from utils.program.console import say
 
 WORTH_MEASURING = 60.0  # seconds of work
 BLOCK, BLOCKS = 0.08, 4  # seconds of steps with each number of threads in turn, and how often
