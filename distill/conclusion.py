@@ -19,7 +19,6 @@ from distill.result_files import (
     METRICS,
     NORMAL,
     RESULT,
-    VERSIONS,
     Best,
     FixedLoss,
     Metrics,
@@ -39,10 +38,6 @@ from utils.program import commands, ranks
 from utils.program.console import say, shown
 from utils.program.machine import environment
 from utils.program.progress import watched
-
-# A run's outputs besides its log and result: its sets and unfinished evaluations; pictures, page and final sets.
-MADE = [*VERSIONS, *(f"{name}.unfinished*" for name in VERSIONS)]
-SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
 
 
 def conclude(run: RunState) -> None:

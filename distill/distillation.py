@@ -95,7 +95,7 @@ class Distillation:
     def __init__(self, config: DistillConfig, dataset: Dataset, buffer: Buffer, start: DistilledSet):
         self.config, self.buffer, self.image_size = config, buffer, dataset.image_size
         self.device = start.images.device
-        self.set = start.detach()
+        self.set = start.copy()
         self.ema = self.set.images.clone() if config.ema else None
         self.part = matched_part(config)
         self.skipped = self.held = self.held_in_a_row = self.lost_in_a_row = 0
@@ -209,7 +209,7 @@ class Distillation:
 
     def versions(self) -> dict[str, DistilledSet]:
         """The sets that are evaluated and saved, by folder name: the set, and with `ema` one of averaged images."""
-        now = self.set.detach()
+        now = self.set.copy()
         return {NORMAL: now} | ({} if self.ema is None else {EMA: replace(now, images=self.ema.clone())})
 
     def fixed_loss(self, distilled: DistilledSet, advance: Callable[[float], object] = lambda count: None) -> float:

@@ -103,9 +103,13 @@ class DistilledSet(torch.utils.data.Dataset):
         used if there are any, so no whitening is needed."""
         return self.space.to_pixels(self.images) if self.pictures is None else self.pictures
 
-    def detach(self) -> "DistilledSet":
+    def copy(self) -> "DistilledSet":
         """A copy that later updates of this set do not affect."""
         return self._each(lambda tensor: tensor.detach().clone())
+
+    def at(self, lr: float) -> "DistilledSet":
+        """The set with another learning rate."""
+        return replace(self, lr=self.lr.new_tensor(lr))
 
     def to(self, device: torch.device | str) -> "DistilledSet":
         return self._each(lambda tensor: tensor.to(device))
@@ -120,7 +124,7 @@ class DistilledSet(torch.utils.data.Dataset):
 
     def save(self, folder: Path, tag: str | int, dataset: Dataset) -> None:
         """Writes the published files as CPU tensors, and for a whitened dataset `images_zca_{tag}.pt` (un-whitened)."""
-        for name, tensor in self.detach().to("cpu").tensors().items():
+        for name, tensor in self.copy().to("cpu").tensors().items():
             files.save(tensor, folder / f"{name}_{tag}.pt")
         if dataset.whitening is not None:
             files.save(dataset.space.to_pixels(self.images.detach()).cpu(), folder / f"images_zca_{tag}.pt")
@@ -296,7 +300,7 @@ def _labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:
     return labels.dtype == torch.int64 and tuple(labels.shape) == (count,) and named <= set(range(num_classes))
 
 
-def class_indices(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, str]:
+def classes_of(distilled: DistilledSet, num_classes: int) -> tuple[Tensor, str]:
     """The class of each sample [N·f²] int64, and where it was taken from, in words.
 
     A learned label need not be largest at the class that its image started from, so if a distillation made the set,

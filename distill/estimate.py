@@ -10,7 +10,6 @@ import torch
 
 from buffer.trajectories import Buffer
 from distill import checks, suggest
-from distill.conclusion import MADE, SHOWS
 from distill.evaluate.train import train_network
 from distill.load import saved_state, settle_threads
 from distill.matching import match_trajectory, matching_loss
@@ -59,7 +58,7 @@ def dry_run(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: 
     folder, saved = RunFolder(path, config), None
     if not folder.is_done:
         saved = saved_state(config, data, folder)
-        folder.check(saved, [*MADE, *SHOWS])
+        folder.check(saved)
     settle_threads(config, dataset, buffer, saved)
     checks.check_memory(config, dataset, buffer.model)
     _report(config, dataset, buffer.model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from buffer.trajectories import Buffer
-from distill.distilled_set import DistilledSet, check_classes, checked_set, class_indices, other_space
+from distill.distilled_set import DistilledSet, check_classes, checked_set, classes_of, other_space
 from utils.config import AUTO, STARTS, DistillConfig
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut, tiled
@@ -94,7 +94,7 @@ def saved_start(config: DistillConfig, dataset: Dataset) -> DistilledSet:
     distilled = checked_set(distilled, dataset, [given] * 3, factor=config.factor)
     if why := other_space(distilled, dataset):
         raise UserError(f"{given}: {why}; give the --zca and the data that it was made with")
-    classes, _ = class_indices(distilled, dataset.num_classes)
+    classes, _ = classes_of(distilled, dataset.num_classes)
     if len(distilled.images) != config.ipc * dataset.num_classes:
         raise UserError(f"{given} holds {number_of(len(distilled.images), 'image')}; --ipc "
                         f"{config.ipc} of {dataset.num_classes} classes are {config.ipc * dataset.num_classes}: give "

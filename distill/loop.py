@@ -3,12 +3,12 @@
 from buffer.manifests import experts_in_words
 from buffer.trajectories import Buffer
 from distill import checks, estimate, plan, suggest
-from distill.conclusion import MADE, SHOWS, conclude, say_finished, show_so_far
+from distill.conclusion import conclude, say_finished, show_so_far
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.initialize import initial_set
 from distill.load import data_and_experts, data_checksums, labellers_of, saved_state, settle_threads
-from distill.result_files import EVALUATION, tested_in_words
+from distill.result_files import tested_in_words
 from distill.run_folder import RunFolder, run_folder
 from distill.run_state import DistillView, RunState
 from utils.config import AUTO, DistillConfig
@@ -85,7 +85,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
         notes = [*notes, *said]
 
     # Prepare the folder, and print the header.
-    folder.start(saved, MADE, SHOWS, [EVALUATION])
+    folder.start(saved)
     engine = describe_engine(buffer.model.engine, plan.share_of_batch(config, dataset))
     announce(config, start.images.device, engine + plan.kept_in_words(config, dataset, buffer.model),
              f"{config.dataset}, {config.model}, {plan.set_in_words(config, dataset)} · "
@@ -126,8 +126,8 @@ def iterate(run: RunState) -> None:
                 show_so_far(run, view)
 
             # Write the set, whatever it scores.
-            if plan.is_published(config, iteration):
-                run.publish()
+            if plan.is_written(config, iteration):
+                run.write_current()
 
             # An update after the last evaluation would be of no use.
             if iteration == config.Iteration:

@@ -39,7 +39,7 @@ def is_evaluated(config: DistillConfig, iteration: int) -> bool:
                                              and not (iteration == 0 and config.skip_first_eva))
 
 
-def is_published(config: DistillConfig, iteration: int) -> bool:
+def is_written(config: DistillConfig, iteration: int) -> bool:
     """Whether the set is written at this iteration whatever its score (published: only after an evaluation)."""
     return iteration == config.Iteration or iteration % SAVE_INTERVAL == 0
 

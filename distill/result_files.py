@@ -262,7 +262,7 @@ def skipped_advice(loss: float, options: dict[str, Any]) -> str:
     # Below 1 the student ends nearer to the target than it started, so there is something to learn.
     first, last = ("a larger --threshold; ", "") if loss < 1 else ("", "--threshold inf; " * finite)
     return (f"the matching loss {too_large}, so nothing is learned. DATM.py --dry_run "
-            f"measures what fits; by hand change, in this order: {first}{rate}; a window that "
+            f"measures what fits; to tune by hand, change in this order: {first}{rate}; a window that "
             f"starts earlier (--min_start_epoch, --max_start_epoch) or a larger --expert_epochs; {last}"
             "and give another --run_name with it")
 

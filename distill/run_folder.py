@@ -5,12 +5,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from distill.result_files import METRICS, RESULT
+from distill.report.names import PICTURES, SHOWN
+from distill.result_files import EVALUATION, METRICS, RESULT, VERSIONS
+from distill.set_files import WHOLE
 from utils import files
 from utils.config import DistillConfig, defaults, differences, how_much, identity, influential
 from utils.errors import UserError, note
@@ -19,6 +21,9 @@ from utils.program import interrupt, ranks
 from utils.program.console import shown
 
 STATE = "checkpoint.pt"  # in a run's folder
+# What else is in it besides its log and result: sets and unfinished evaluations; pictures, page and final sets.
+MADE = [*VERSIONS, *(f"{name}.unfinished*" for name in VERSIONS)]
+SHOWS = [*SHOWN, PICTURES, *(f"{name}/{WHOLE}" for name in VERSIONS)]
 STATE_FORMAT, LOG_BYTES = "datm-checkpoint-2", "metrics_bytes"  # value of "format" and a key in saved states
 SAVE_SECONDS = 1.0  # minimum between two saves of a run's state
 SAVE_SHARE = 0.005  # maximum share of a run's time that saving takes
@@ -95,7 +100,7 @@ class RunFolder:
             return self._config
         options = read_config(saved)
         if not {"dataset", "model"} <= options.keys():
-            raise UserError(f"{saved} is there and holds something else than a run's options; move it away, or give "
+            raise UserError(f"{saved} is there and holds something other than a run's options; move it away, or give "
                             "another --run_name")
         # An option that was added after the run had its default value in it.
         before = defaults(type(config)) | options
@@ -123,16 +128,15 @@ class RunFolder:
         """Advice where a run cannot resume; a finished run is never discarded."""
         return f"give another --run_name{'' if self.finished or self.extends else ', or --resume never to start over'}"
 
-    def check(self, saved: dict[str, Any] | None, names: Sequence[str]) -> None:
+    def check(self, saved: dict[str, Any] | None) -> None:
         """Refuses a folder that a run cannot start in; writes nothing.
 
         Args:
             saved: the state to resume from, if any.
-            names: the files that a run writes besides its log and its result, as glob patterns.
 
         Raises:
             UserError: the folder cannot be made or written, its log is shorter than when the state was saved, or it
-                holds such files but no run's config.
+                holds files of a run but no run's config.
         """
         if not ranks.first():
             return
@@ -140,42 +144,40 @@ class RunFolder:
             raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
                             f"{self.to_begin_anew}")
         if not (self.path / "config.yaml").exists():
-            others = [str(path.relative_to(self.path)) for path in self._there(*names, self.log.name, self.result.name)]
+            there = self._there(*MADE, *SHOWS, self.log.name, self.result.name)
+            others = [str(path.relative_to(self.path)) for path in there]
             if others:
                 raise UserError(f"{self.path} holds {', '.join(others)} and is no run's folder; give another "
                                 "--run_name, or move what is there away")
         check_writable(self.path / "config.yaml")
 
-    def start(self, saved: dict[str, Any] | None, made: Sequence[str], shows: Sequence[str],
-              tests: Sequence[str]) -> None:
+    def start(self, saved: dict[str, Any] | None) -> None:
         """Saves the config and starts the log; a resumed run's log is cut to its length at the saved state.
 
-        If a finished run is extended, its result and the files that test it are kept under other names.
+        What presents a run is removed unless an unfinished one is resumed. If a finished run is extended, its result
+        and its test are kept under other names; on a fresh start, what an unfinished run left is removed.
 
         Args:
             saved: the state to resume from, if any.
-            made: files that an unfinished run may have left, as glob patterns; removed on a fresh start.
-            shows: files that present a run; removed unless an unfinished run is resumed.
-            tests: files that test the result; removed on a fresh start.
 
         Raises:
             UserError: see `check`.
         """
         interrupt.saves("what it last saved")
-        self.check(saved, [*made, *shows])
+        self.check(saved)
         if not ranks.first():
             return
-        for name in shows if self.finished or not saved else ():
+        for name in SHOWS if self.finished or not saved else ():
             (self.path / name).unlink(missing_ok=True)
         if self.finished:  # it counts as finished until its result is renamed, so that comes last
-            for path in (*(self.path / name for name in tests), self.result):
+            for path in (self.path / EVALUATION, self.result):
                 if path.exists():
                     path.rename(path.with_stem("_".join([path.stem, *map(str, self._did)])))
         if not saved:
             if self.log.exists():
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")
             self._state.unlink(missing_ok=True)  # first, as it relies on the others
-            for path in self._there(*made, *tests):
+            for path in self._there(*MADE, EVALUATION):
                 remove(path)
         save_config(self.path / "config.yaml", self._config)
         cut_lines(self.log, saved[LOG_BYTES] if saved else 0)

@@ -157,7 +157,7 @@ class RunState:
         for accuracies in self._accuracies.values():
             accuracies.forget()
 
-    def publish(self) -> None:
+    def write_current(self) -> None:
         """Writes the current set, under the iteration's number."""
         for name, distilled in self.distillation.versions().items():
             self._write(name, distilled, self.iteration)

@@ -101,7 +101,7 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
     options |= {"Sequential_Generation": False} if config.Sequential_Generation else {}  # the whole window at once
     options |= {"adjoint_steps": None} if (config.adjoint_steps or 0) > options["syn_steps"] else {}
-    first = replace(first, lr=torch.tensor(options["lr_teacher"])).to(dataset.device)
+    first = first.at(options["lr_teacher"]).to(dataset.device)
     options |= fitting_rates(replace(config, **options), dataset, buffer, first)
     notes += doubts(losses, replace(config, **options))
     if config.factor > 1:
@@ -222,7 +222,7 @@ def doubts(losses: Losses, config: DistillConfig) -> list[str]:
     least = float(np.nanmin(chosen))
     notes = []
     if least > HARD_LOSS:
-        notes.append("a training on the first set hardly comes nearer to the experts (its smallest loss is "
+        notes.append("training on the initial set barely approaches the experts (its smallest loss is "
                      f"{least:.3f}); experts trained with a smaller --lr_teacher{' or' * (not config.zca)}"
                      f"{',' * config.zca} for fewer epochs{' or without --zca' * config.zca} can be easier")
     if len(losses.rates) > 1 and rate in (losses.rates[0], losses.rates[-1]):
@@ -246,7 +246,7 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
     gains = _gains(losses.values).mean(-1)[0, 0]
     rate = RATES[_largest(gains)]
     said = ", ".join(f"{gain:.2g} at {each:g}" for each, gain in zip(RATES, gains) if gain > 0.001)
-    return replace(first, lr=torch.tensor(rate, device=first.images.device)), [
+    return first.at(rate), [
         f"--lr_teacher auto is {rate:g}, the largest that has {GAIN_SHARES[1]:g} of the best gain (how far the first "
         f"set's matching loss is below 1, over the window): {said}" if said else
         f"--lr_teacher auto is {rate:g}; at none of the rates {', '.join(f'{each:g}' for each in RATES)} does training "

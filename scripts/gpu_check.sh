@@ -15,7 +15,7 @@ out=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
 out=${out:-gpu_check}
 if [ -e "$out" ] && [ ! -f "$out/parts.tsv" ] && [ -n "$(ls -A "$out")" ]; then
-    printf 'gpu_check.sh: error: %s holds something else than an earlier check; give a new or empty folder\n' "$out" >&2
+    printf 'gpu_check.sh: error: %s holds something other than an earlier check; give a new or empty folder\n' "$out" >&2
     exit 2
 fi
 python=${PYTHON:-python3}

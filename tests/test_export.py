@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from distill.distilled_set import DistilledSet, class_indices
+from distill.distilled_set import DistilledSet, classes_of
 from distill.report.export import card, folder_names
 from distill.result_files import EvaluationResult, Score, UnderProtocol
 from utils.data.datasets import load_dataset
@@ -91,8 +91,8 @@ def test_published_tensors_become_one_file_and_pictures(call, toy, made, tmp_pat
 def test_where_nothing_says_the_order_the_largest_label_is_the_class(whole):
     distilled = DistilledSet.load(whole)
     mixed = dataclasses.replace(distilled, labels=distilled.labels.flip(1))
-    assert class_indices(mixed, 3)[0].tolist() == [0, 0, 1, 1, 2, 2]
-    assert class_indices(dataclasses.replace(mixed, config={}), 3)[0].equal(mixed.labels.argmax(dim=1))
+    assert classes_of(mixed, 3)[0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert classes_of(dataclasses.replace(mixed, config={}), 3)[0].equal(mixed.labels.argmax(dim=1))
 
 
 def test_grey_pictures_have_one_channel(call, tmp_path):

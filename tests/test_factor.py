@@ -15,7 +15,7 @@ from ranks_worker import MadeUpBuffer
 
 from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS, Distillation
-from distill.distilled_set import DistilledSet, class_indices
+from distill.distilled_set import DistilledSet, classes_of
 from distill.initialize import expert_labels, expert_logits, initial_set
 from distill.matching import matching_loss
 from utils.config import DistillConfig, make
@@ -128,7 +128,7 @@ def test_a_set_knows_its_factor_and_its_three_files_are_told(call, toy, toy_expe
     whole = DistilledSet.load(made)
     assert torch.equal(whole.images, torch.load(files["images"])) and whole.images.shape == (6, 3, 8, 8)
     assert torch.equal(whole.labels, torch.load(files["labels"])) and whole.labels.shape == (24, 3)
-    assert len(whole) == 24 and class_indices(whole, 3)[0].equal(torch.arange(3).repeat_interleave(8))
+    assert len(whole) == 24 and classes_of(whole, 3)[0].equal(torch.arange(3).repeat_interleave(8))
     x, y = next(iter(torch.utils.data.DataLoader(whole, batch_size=24)))
     torch.testing.assert_close(x, by_hand(whole.images, 2), rtol=1e-5, atol=1e-5)
     assert torch.equal(y, whole.labels) and torch.equal(whole[-1][1], y[-1])

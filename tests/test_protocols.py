@@ -192,7 +192,7 @@ def test_it_goes_on_at_the_next_network_and_not_with_that_of_other_options(evalu
     (["--protocol=ncfm"], ["--protocol ncfm: it must be one of datm, mtt, dc"]),
     (["--protocol=dc,dc"], ["--protocol dc,dc"]), (["--protocol="], ["--protocol '': it must be"]),
     (["--lr_teacher=best"], ["--lr_teacher best: it must be a number, or auto"]),
-    (["--robust_score", "--lr_teacher=auto"], ["--robust_score beside --lr_teacher auto"]),
+    (["--robust_score", "--lr_teacher=auto"], ["--robust_score with --lr_teacher auto"]),
     (["--robust_score", "--protocol=dc,datm"], ["one protocol"])])
 def test_what_is_no_protocol_or_rate_is_refused(evaluate, options, phrases):
     check_refusal(evaluate(*options, expect=2)[1], *phrases)

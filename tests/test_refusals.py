@@ -366,7 +366,7 @@ NAN = torch.full((6, 3, 8, 8), torch.nan)
     (dict(images=torch.randn(6, 3, 28, 28)), ["--data_dir", "[6, 3, 28, 28]", "[N, 3, 8, 8]"]),
     (dict(images=torch.randn(3, 8, 8)), ["--data_dir", "[3, 8, 8]"]),
     (dict(images=torch.zeros(6, 3, 8, 8, dtype=torch.uint8)), ["--data_dir", "torch.uint8", "floating-point"]),
-    (dict(images=[torch.zeros(3, 8, 8)] * 6), ["--data_dir", "holds a list, not a tensor"]),
+    (dict(images=[torch.zeros(3, 8, 8)] * 6), ["--data_dir", "holds no tensor (list)"]),
     (dict(images=NAN), ["not finite"]),
     (dict(images=torch.zeros(6, 3, 8, 8).index_fill(0, torch.tensor([5]), torch.inf)), ["not finite"]),
     (dict(images=torch.full((6, 3, 8, 8), 1e300, dtype=torch.float64)), ["--data_dir", "not finite in float32"]),
@@ -382,14 +382,14 @@ NAN = torch.full((6, 3, 8, 8), torch.nan)
     (dict(labels=torch.full((6, 3), torch.nan)), ["not finite"]),
     (dict(labels=torch.full((6, 3), 1e300, dtype=torch.float64)), ["--label_dir", "not finite in float32"]),
     (dict(labels=torch.zeros(6, dtype=torch.bool)), ["--label_dir", "torch.bool [6]"]),
-    (dict(labels={"labels": 3}), ["--label_dir", "holds a dict, not a tensor"]),
+    (dict(labels={"labels": 3}), ["--label_dir", "holds no tensor (dict)"]),
     (dict(lr=torch.tensor(-0.01)), ["--lr_dir", "-0.00999", "one positive learning rate"]),
     (dict(lr=torch.tensor(0.0)), ["--lr_dir", "one positive learning rate"]),
     (dict(lr=torch.tensor(torch.nan)), ["--lr_dir", "nan", "one positive learning rate"]),
     (dict(lr=torch.tensor([0.01, 0.02])), ["--lr_dir", "0.01999", "one positive learning rate"]),
     (dict(lr=torch.tensor(1e300, dtype=torch.float64)), ["--lr_dir", "one positive learning rate"]),
     (dict(lr=torch.tensor(0.01 + 1j)), ["--lr_dir", "complex numbers"]),
-    (dict(lr="0.01"), ["--lr_dir", "holds a str, not a tensor"])])
+    (dict(lr="0.01"), ["--lr_dir", "holds no tensor (str)"])])
 def test_a_spoilt_set_is_refused(refused, sets, spoilt, phrases):
     sets.write(**spoilt)
     refused(EVALUATION, sets.options(), [*phrases])
@@ -419,7 +419,7 @@ def test_a_set_without_its_files_is_refused(refused, sets, toy_experts, tmp_path
             ["holds un-whitened pictures", "; give ema_images_9.pt"])
     for experts in toy_experts.rglob("*.pt"):  # one file of two experts and one of one
         refused(EVALUATION, [f"--data_dir={experts}"], ["is not a set, but perhaps a file of experts"])
-    refused(EVALUATION, [*sets.options(), f"--data_dir={sets.folder}"], ["--label_dir beside --data_dir"])
+    refused(EVALUATION, [*sets.options(), f"--data_dir={sets.folder}"], ["--label_dir with --data_dir"])
     refused(EVALUATION, [f"--data_dir={sets.folder.parent}"], ["is a folder without a set", "give a folder that has"])
     refused(EVALUATION, [*sets.options(), "--eval_mode=Z"], ["unknown eval_mode 'Z'"])
 

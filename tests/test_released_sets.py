@@ -93,7 +93,7 @@ def test_of_datm_and_pad_the_three_files_in_a_folder(evaluated, parts, tmp_path,
     assert torch.equal(found.images, images) and torch.equal(found.labels, logits)
     assert float(found.lr) == pytest.approx(0.03) and "note:" not in done.stderr
     _, done = evaluated(f"--data_dir={folder}", f"--lr_dir={folder / 'lr.pt'}", expect=2)
-    assert "--lr_dir beside --data_dir" in done.stderr
+    assert "--lr_dir with --data_dir" in done.stderr
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -148,8 +148,8 @@ def test_what_is_none_of_these_is_refused(evaluated, parts, tmp_path):
             ([runs], "is not the folder of one run; give one of "),
             ([none], "is a folder without a set (Normal/distilled.safetensors, images_best.pt with labels_best.pt"),
             ([none / "images_5.pt"], "--label_dir is missing"),
-            ([odd], "holds a int, not a tensor"),
+            ([odd], "holds no tensor (int)"),
             ([short], "need label logits [6, 3], or int64 classes [6]"),
-            ([short, f"--label_dir={none / 'labels_best.pt'}"], "--label_dir beside --data_dir")):
+            ([short, f"--label_dir={none / 'labels_best.pt'}"], "--label_dir with --data_dir")):
         (line,) = evaluated(f"--data_dir={given[0]}", *given[1:], expect=2)[1].stderr.splitlines()
         assert phrase in line

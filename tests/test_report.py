@@ -27,7 +27,7 @@ from distill.report.comparison import comparison
 from distill.report.frames import MOST_FRAMES, Frames
 from distill.report.matplotlib_figures import save_curves
 from distill.report.read_run import read_run
-from distill.result_files import Evaluation, Iteration, Metrics, Score
+from distill.result_files import OF_SET, Evaluation, EvaluationResult, Iteration, Metrics, Score
 from utils.config import BufferConfig, DistillConfig, EvaluationConfig, influential
 from utils.program import machine
 from utils.program.command_line import parse
@@ -408,6 +408,26 @@ def test_a_hundred_classes_stay_readable(runs):
     assert len(re.findall(r"\d+", map_.text)) < 30 and len(source) < 500_000
 
 
+def test_results_that_a_page_does_not_show_are_named_with_the_reason(copied):
+    best = read_run(copied).result.better[1]
+
+    def put(name, what=OF_SET, network="ConvNetD1W4", accuracies=(0.5,), **others):
+        EvaluationResult(what, 6, [Score(network, list(accuracies))], lr=best.lr, images_sha256=best.images_sha256,
+                         config=read_run(copied).config | others).write(copied / f"{name}.json")
+
+    put("evaluation")
+    put("evaluation_again", accuracies=(0.5, 0.7))  # the same test with a network more
+    put("hard", f"{OF_SET} with hard labels")
+    put("other_network", "2 random real images per class", "ConvNetD1W8")
+    put("whole", "the whole training set")
+    run = read_run(copied)
+    assert [result.scores[0].accuracies for result in run.tests] == [[0.5, 0.7]]
+    assert run.left_out == [f"{name}; see scripts/summary.py" for name in (
+        "hard.json, distilled images with hard labels: not trained as the run's own networks",
+        "other_network.json, 2 random real images per class: another network",
+        "whole.json, the whole training set: not as many images")]
+
+
 def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(call, copied, runs, toy, toy_experts):
     """In the numbers of the page and of a comparison; several seeds give one mean."""
     def reached(name, *options):
@@ -434,7 +454,8 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     call("distill/baseline.py", *toy.common, "--ipc=2", "--epoch_eval_train=1", "--num_eval=1", "--batch_train=5",
          f"--json={copied}/less.json")
     assert call("scripts/report.py", copied).stderr.splitlines() == [
-        f"note: not shown beside the run: {name}.json, 2 random real images per class: {unlike}" for name, unlike in (
+        f"note: not shown beside the run: {name}.json, 2 random real images per class: {unlike}; see "
+        "scripts/summary.py" for name, unlike in (
             ("less", "batch_train (5 there, 256 here)"), ("other_training", "no_aug (True there, False here)"))]
     # Where held-out images chose the set, real images tested on the test images stand beside its test, not its curve.
     config = yaml.safe_load((copied / "config.yaml").read_text())

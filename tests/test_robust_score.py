@@ -178,8 +178,8 @@ def test_a_set_of_hard_labels_is_compared_with_such(call, toy, results, tmp_path
 
 
 @pytest.mark.parametrize("options, phrases", [
-    (["--hard_labels"], ["--robust_score beside --hard_labels", "leave it out"]),
-    (["--no_aug"], ["--robust_score beside --no_aug"]),
+    (["--hard_labels"], ["--robust_score with --hard_labels", "leave it out"]),
+    (["--no_aug"], ["--robust_score with --no_aug"]),
     (["--buffer_path=nowhere"], ["no replay_buffer_*.pt in", "give another --buffer_path"]),
     (["--model=ConvNetD1W8"], ["no replay_buffer_*.pt in", "ConvNetD1W8"]),
     (["another.safetensors"], ["unexpected argument 'another.safetensors'"]),

@@ -31,9 +31,9 @@ def check_set(config: EvaluationConfig) -> None:
     # The robust score compares with and without these.
     for name in ("hard_labels", "no_aug"):
         if config.robust_score and getattr(config, name):
-            raise UserError(f"--robust_score beside --{name}: the scores compare with and without it; leave it out")
+            raise UserError(f"--robust_score with --{name}: the scores compare with and without it; leave it out")
     if config.robust_score and (config.lr_teacher == AUTO or "," in config.protocol):
-        raise UserError(f"--robust_score beside --lr_teacher {config.lr_teacher} --protocol {config.protocol}: give a "
+        raise UserError(f"--robust_score with --lr_teacher {config.lr_teacher} --protocol {config.protocol}: give a "
                         "number, which is for all real images, and one protocol")
     check_evaluation(config)
     check_given(config.data_dir, "--data_dir", IMAGES)
@@ -42,10 +42,10 @@ def check_set(config: EvaluationConfig) -> None:
         check_whole(path) if path.suffix == ".safetensors" else check_is_file(path, "--data_dir file", IMAGES)
 
 
-def check_given(path: str, option: str, usual_name: str) -> None:
+def check_given(path: str, option: str, usual: str) -> None:
     """Refuses a missing option for a file of a set."""
     if not path:
-        raise UserError(f"{option} is missing; give the file, such as …/Normal/{usual_name}")
+        raise UserError(f"{option} is missing; give {usual}")
 
 
 def check_baseline(config: BaselineConfig) -> None:

@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
     def at(self, rate: float) -> list[DistilledSet]:
         """The sets, with this learning rate."""
-        return [replace(each, lr=torch.tensor(rate, device=each.lr.device)) for each in self.sets]
+        return [each.at(rate) for each in self.sets]
 
     def kinds(self, dataset: Dataset) -> list[str]:
         return [name for name in pool(self.config, dataset) if name in self.networks or not self.networks]

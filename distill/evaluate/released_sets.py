@@ -87,12 +87,15 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
         if isinstance(labels, Tensor) and labels.dim() == 1:
             labels = labels.repeat_interleave(factor**2)
     else:
+        images = _tensor(images, "--data_dir", data_dir)
+        check_given(label_dir, "--label_dir", "the labels' file, such as labels_best.pt beside the images")
         labels = _read(label_dir, "--label_dir", "labels_best.pt")
     if about:
         _check_alone(data_dir, "images and labels", label_dir=label_dir)
         label_dir = data_dir
+    of_labels = "--data_dir" if label_dir == data_dir else "--label_dir"
     lr = _read(lr_dir, "--lr_dir", "lr_best.pt") if lr_dir else default_lr
-    distilled = DistilledSet(_tensor(images, "--data_dir", data_dir), _tensor(labels, "--label_dir", label_dir),
+    distilled = DistilledSet(_tensor(images, "--data_dir", data_dir), _tensor(labels, of_labels, label_dir),
                              _tensor(lr, "--lr_dir", lr_dir), **about)
     return distilled, bool(lr_dir) or of_dc
 
@@ -183,7 +186,7 @@ def _best(paths: Iterable[Path]) -> Path | None:
 def _check_alone(data_dir: str, what: str, **others: str) -> None:
     """Refuses files that are given beside one that already holds the same."""
     if given := [option for option, path in others.items() if path]:
-        raise UserError(f"--{given[0]} beside --data_dir {data_dir}, which holds {what}; leave it out")
+        raise UserError(f"--{given[0]} with --data_dir {data_dir}, which holds {what}; leave it out")
 
 
 # Types that unpickling DC's files needs: their accuracies are numpy scalars, whose module has had two names.
@@ -193,7 +196,6 @@ _NUMBERS += [np.dtype, type(np.dtype(np.float64))]
 
 
 def _read(path: str, option: str, usual_name: str) -> Any:
-    check_given(path, option, usual_name)
     with torch.serialization.safe_globals(_NUMBERS):
         return files.load(path, what=f"{option} file", instead=next(iter(sets_in(Path(path))), usual_name))
 
@@ -213,5 +215,5 @@ def _tensor(value: Any, option: str, path: str) -> Tensor:
     if isinstance(value, float):
         value = torch.tensor(value)
     if not isinstance(value, Tensor):
-        raise UserError(f"{option} {path} holds a {type(value).__name__}, not a tensor; give a tensor's file")
+        raise UserError(f"{option} {path} holds no tensor ({type(value).__name__}); give a tensor's file")
     return value.detach()

@@ -11,7 +11,7 @@ from distill.distilled_set import (
     DistilledSet,
     check_classes,
     checked_set,
-    class_indices,
+    classes_of,
     other_space,
 )
 from distill.evaluate.evaluation_run import Session, evaluate_and_say, say_replaced, settle_threads
@@ -92,7 +92,8 @@ def _evaluate_each(config: EvaluationConfig, configs: dict[tuple[str, str], Eval
         print(f"{f'{protocol} · ' if ',' in config.protocol else ''}{score}, learning rate {rate:.4g}{chosen}")
         scores.setdefault(protocol, []).append(score)
         trained.setdefault(protocol, {})[network] = {
-            "epochs": each.epoch_eval_train, "batch_train": each.batch_train, "dsa": each.dsa, "lr": rate,
+            "epochs": each.epoch_eval_train, "batch_train": each.batch_train, "dsa": each.dsa and not each.no_aug,
+            "lr": rate,
             **({"held_out": result["held_out"][network]} if auto else {})}
     session.write(next(iter(scores.values())), None, {
         protocol: UnderProtocol(scores[protocol], trained[protocol]) for protocol in scores})
@@ -112,12 +113,12 @@ def at_its_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledS
     """The set with the learning rate that its protocol uses; DC's has one for all sets."""
     if config.protocol != "dc" or config.lr_teacher == AUTO:
         return distilled
-    return dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
+    return distilled.at(config.lr_teacher)
 
 
 def at_given_rate(config: EvaluationConfig, distilled: DistilledSet) -> DistilledSet:
     """The set with the learning rate of the options; prints a note if the set's own is different."""
-    given = dataclasses.replace(distilled, lr=distilled.lr.new_tensor(config.lr_teacher))
+    given = distilled.at(config.lr_teacher)
     if not given.lr.equal(distilled.lr):
         note(f"note: --lr_teacher {config.lr_teacher:g} is used in place of the set's own learning rate, "
              f"{float(distilled.lr):.4g}")
@@ -188,7 +189,7 @@ def _default_data(config: EvaluationConfig, device: torch.device) -> Dataset:
 
 def with_classes(distilled: DistilledSet, dataset: Dataset) -> tuple[DistilledSet, str]:
     """The set with the images' classes in place of soft labels, and where they were taken from, in words."""
-    classes, known_by = class_indices(distilled, dataset.num_classes)
+    classes, known_by = classes_of(distilled, dataset.num_classes)
     return dataclasses.replace(distilled, labels=classes), f"classes are taken from {known_by}"
 
 

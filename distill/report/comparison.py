@@ -58,7 +58,8 @@ def _options(runs: dict[str, SavedRun]) -> Markup:
     different = [name for name in dict.fromkeys(name for config in configs for name in config)
                  if any(config.get(name) != configs[0].get(name) for config in configs)]
     if not different:
-        return draw.paragraph("All options are the same.")
+        return draw.paragraph("All options are the same." if len(configs) == len(runs) else
+                              "Not all of these folders record their options; those of the others are the same.")
     columns = {of: {code(name): option(run.config[name]) if name in run.config else
                     "without effect" if run.config else "not recorded" for name in different}
                for of, run in runs.items()}

@@ -61,7 +61,7 @@ def _losses(runs: dict[str, SavedRun]) -> Markup | None:
     elif not alone and any(spans):
         words = f" Running means over {', '.join(f'{span} iterations' for span in dict.fromkeys(spans) if span)}"
         words += "." if all(spans) else "; of runs too short for that, every iteration."
-    return chart.figure(f"From the first iteration to the last: {_ends(runs, loss_in_words)}.{words}")
+    return chart.figure(f"The first and the last iteration: {_ends(runs, loss_in_words)}.{words}")
 
 
 def _ends(runs: dict[str, SavedRun], in_words: Callable[[Iteration], str]) -> str:

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from distill.distilled_set import DistilledSet, class_indices
+from distill.distilled_set import DistilledSet, classes_of
 from distill.report.commands import unlike_set
 from distill.report.template import TEMPLATES, line
 from distill.result_files import (
@@ -73,7 +73,7 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
             _save(folder / SEEN, seen.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3))
         except UserError as error:  # its whitening is not available
             note(f"note: no {SEEN}: {error}")
-    indices, known_by = class_indices(distilled, len(distilled.classes))
+    indices, known_by = classes_of(distilled, len(distilled.classes))
     folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
     soft = distilled.labels.is_floating_point()
     if renamed := [f"{name} for {c}" for name, c in zip(folders, distilled.classes) if name != c]:

@@ -39,7 +39,7 @@ def page(run: SavedRun) -> str:
     ipc, factor = config.get("ipc"), config.get("factor", 1)
     grid = f", each holding {factor} × {factor} smaller ones with a label each" if factor != 1 else ""
     lead = [config.get("dataset"), config.get("model"), config and f"{number_of(ipc, 'image')} per class{grid}",
-            config and f"{config.get('matching')} gradient", run.result.environment.get("date"),
+            config and f"{config.get('matching')} gradient{_truncated(config)}", run.result.environment.get("date"),
             "" if run.finished else "not finished"]
     sections = [("summary", "Summary", _summary(run)), ("images", "Distilled images", _images(run)),
                 ("evolution", "Progress", _evolution(run)), ("labels", "Labels", _labels(run)),
@@ -49,6 +49,11 @@ def page(run: SavedRun) -> str:
     sections = [section for section in sections if section[2]]
     return document(f"{config.get('dataset', 'Run')} · {run.name}", "Distillation run", run.name,
                     [str(word) for word in lead if word], sections)
+
+
+def _truncated(config: dict[str, Any]) -> str:
+    steps, of = config.get("adjoint_steps"), config.get("syn_steps")
+    return f" truncated to the last {steps} of {of} steps" if steps and of and steps < of else ""
 
 
 # --- the numbers ---------------------------------------------------------------------------------------------
@@ -95,11 +100,11 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
 def _training(run: SavedRun, result: EvaluationResult) -> str:
     """How the networks of a test were trained: epochs, and what is unlike the run's own training or the defaults."""
     its, ours = map(canonical, run.trainings(result))
-    default = defaults(EvaluationConfig)
+    default, epochs = defaults(EvaluationConfig), its["epoch_eval_train"]
     known = result.config.keys() & run.config.keys() - {"epoch_eval_train", "val_fraction"}
     unlike = [name for name in ours if name in known and (
         its[name] != ours[name] or (name in OF_TRAINING and its[name] != default[name]))]
-    return ", ".join([f"{its['epoch_eval_train'] or 'unknown'} epochs",
+    return ", ".join([number_of(epochs, "epoch") if epochs else "unknown epochs",
                       *(f"{name} {value_in_words(its[name])}" for name in unlike)])
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distill.report.names import PICTURES
 from distill.result_files import (
     METRICS,
+    OF_OTHER_SET,
     OF_REAL_IMAGES,
     OF_SET,
     RESULT,
@@ -71,11 +72,14 @@ class SavedRun:
     def tests(self) -> list[EvaluationResult]:
         """Evaluations of the best set, from results in the run's folder; none of an unfinished run, whose sets are not
         known by their checksums."""
-        best = self.result.better[1]
-        if not self.finished:
-            return []
-        return [result for result in self.beside.values()
-                if result.what == OF_SET and best.is_of(result.lr, result.images_sha256)]
+        best, longest = self.result.better[1], {}
+        for result in self.beside.values() if self.finished else ():
+            if result.what == OF_SET and best.is_of(result.lr, result.images_sha256):
+                # Of the same test in several files, the one of most networks counts.
+                same = str(self.trainings(result)[0]), result.tested_on, result.config.get("seed"), tuple(
+                    score.network for score in result.scores)
+                longest[same] = max(longest.get(same, result), result, key=lambda each: len(each.scores[0].accuracies))
+        return list(longest.values())
 
     @property
     def real_images(self) -> dict[tuple[str, str], Score]:
@@ -100,19 +104,26 @@ class SavedRun:
 
     @property
     def left_out(self) -> list[str]:
-        """Results in the run's folder that are not shown, and why, in words: of real images that cannot be compared
-        with it, of sets under other protocols, at other learning rates than the best set's, or of other images, and of
-        any set of an unfinished run."""
-        lines, tests = [], self.tests
-        for name, result in self.beside.items():
-            why = ""
-            if OF_REAL_IMAGES.fullmatch(result.what):
-                why = self._unlike(result)
-            elif result.what.startswith(OF_SET) and result not in tests:
-                rate = "at rates of their own" if result.lr is None else f"at learning rate {result.lr:.4g}"
-                why = f"{rate if self.finished else 'the run is not finished'}; see scripts/summary.py"
-            lines += [f"{name}, {result.what}: {why}"] if why else []
-        return lines
+        """Results in the run's folder that are not shown, and why, in words."""
+        return [f"{name}, {result.what}: {why}; see scripts/summary.py" for name, result in self.beside.items()
+                if (why := self._why_left_out(result))]
+
+    def _why_left_out(self, result: EvaluationResult) -> str:
+        """Empty if it is shown."""
+        best = self.result.better[1]
+        if not result.what.startswith(OF_SET):
+            named = OF_REAL_IMAGES.fullmatch(result.what)
+            other = all(score.network != best.scores[0].network for score in result.scores)
+            return self._unlike(result) or "another network" * other or "not as many images" * (not named)
+        if not self.finished:
+            return "the run is not finished"
+        if result.what.startswith(OF_OTHER_SET):
+            return "another set"
+        if result.what != OF_SET:
+            return "not trained as the run's own networks"
+        if not best.is_of(result.lr, result.images_sha256):
+            return "at rates of their own" if result.lr is None else f"at learning rate {result.lr:.4g}"
+        return ""
 
     def _unlike(self, result: EvaluationResult) -> str:
         """In which options its networks were trained or tested unlike the run's; empty if in none."""
