@@ -1,8 +1,10 @@
 """What scripts share: the command line, and the report as JSON."""
 
 import argparse
+import contextlib
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +44,13 @@ class ScriptParser(Parser):
 
 def positive(text: str, kind: type[float] = int) -> float:
     """The `type` of an option that counts something."""
-    number = kind(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give a finite number above 0")
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 < (number := kind(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r}: give a {'whole' if kind is int else 'finite'} number above 0")
 
 
-def positive_float(text: str) -> float:
-    """The `type` of an option that is a positive amount."""
-    return positive(text, float)
+positive_float = partial(positive, kind=float)
 
 
 def report_kind() -> str:

@@ -19,7 +19,7 @@ if [ -e "$out" ] && [ ! -f "$out/parts.tsv" ] && [ -n "$(ls -A "$out")" ]; then
     exit 2
 fi
 python=${PYTHON:-python3}
-"$python" -c "import torch" 2>/dev/null || { source scripts/venv.sh; python=python; }
+"$python" -c "import distill.loop" 2>/dev/null || { source scripts/venv.sh; python=python; }
 mkdir -p "$out"
 rm -f "$out"/*.log "$out"/*.json
 : >"$out/parts.tsv"

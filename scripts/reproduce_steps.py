@@ -167,8 +167,8 @@ class _Running:
     def ending(self, code: int) -> str:
         """How it ended, and why, if it said so."""
         if code < 0:
-            return (f"was killed by {signal.Signals(-code).name}, perhaps for lack of memory, against which a smaller "
-                    "--jobs helps")
+            memory = ", perhaps for lack of memory, against which a smaller --jobs helps"
+            return f"was killed by {signal.Signals(-code).name}{memory * (-code == signal.SIGKILL)}"
         lines = self.output.read_bytes()[self.begins_at:].decode(errors="replace").replace("\r", "\n").splitlines()
         lines = [line.strip() for line in lines if line.strip()]
         why = next((line for line in reversed(lines) if "error: " in line), lines[-1] if lines else "it said nothing")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Style and tests of the program's own files, in the repository's own environment:
 #     bash scripts/test.sh [arguments of pytest]
-# such as tests/test_files.py, or -k WORDS for the tests whose names fit. All of them take about a quarter of
-# an hour on two cores: one process per core, eight at most, takes one file after another (-n 0: this process alone).
+# such as tests/test_files.py, or -k WORDS for the tests whose names fit. All of them take five to ten minutes
+# on two cores: one process per core, eight at most, takes one file after another (-n 0: this process alone).
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."

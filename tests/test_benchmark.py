@@ -69,8 +69,8 @@ def test_shapes_come_from_the_configs(call):
 @pytest.mark.parametrize("arguments, words", [
     (["--shape", "cifar10_ipc7"], ["invalid choice: 'cifar10_ipc7'", "cifar10_ipc1", "tiny_ipc50", "cpu", "all"]),
     (["--methods", "exakt"], ["invalid choice: 'exakt'", "'exact'"]),
-    (["--rounds", "0"], ["--rounds: 0", "above 0"]),
-    (["--rounds", "x"], ["--rounds", "invalid positive"]),
+    (["--rounds", "0"], ["--rounds: '0': give a whole number above 0"]),
+    (["--rounds", "x"], ["--rounds: 'x': give a whole number above 0"]),
     (["--part", "experts", "--methods", "unroll"], ["none of these parts", "experts: bare"]),
 ])
 def test_refusals(call, arguments, words):

@@ -389,8 +389,8 @@ def check_result(path, networks, count, images):
     return result
 
 
-def test_evaluation_from_the_root(run, distilled, tmp_path):
-    done = run("distill/evaluation.py", "--dataset=MiniFashion", "--model=ConvNetD1W4", "--zca", "--device=cpu",
+def test_evaluation_from_the_root(call, distilled, tmp_path):
+    done = call("distill/evaluation.py", "--dataset=MiniFashion", "--model=ConvNetD1W4", "--zca", "--device=cpu",
                "--epoch_eval_train=2", "--num_eval=2", *set_files(distilled[0] / "Normal", REPOSITORY),
                "--json", os.path.relpath(tmp_path / "result.json", REPOSITORY))
     result = check_result(tmp_path / "result.json", ["ConvNetD1W4"], 2, 10)
@@ -399,10 +399,10 @@ def test_evaluation_from_the_root(run, distilled, tmp_path):
     assert f"ConvNetD1W4: {100 * score['mean']:.2f} ± {100 * score['std']:.2f} % over 2" in done.stdout
 
 
-def test_evaluation_from_inside_its_folder_is_the_same(run, call, toy, toy_run, tmp_path):
+def test_evaluation_from_inside_its_folder_is_the_same(call, toy, toy_run, tmp_path):
     inside = REPOSITORY / "distill"
-    run("evaluation.py", *toy.evaluate, *set_files(toy_run, inside), "--json",
-        os.path.relpath(tmp_path / "inside.json", inside), cwd=inside)
+    call("evaluation.py", *toy.evaluate, *set_files(toy_run, inside), "--json",
+         os.path.relpath(tmp_path / "inside.json", inside), cwd=inside)
     call("distill/evaluation.py", *toy.evaluate, *set_files(toy_run), f"--json={tmp_path / 'root.json'}")
     one, other = (check_result(tmp_path / name, ["ConvNetD1W4"], 1, 6) for name in ("inside.json", "root.json"))
     assert one["scores"] == other["scores"]
@@ -474,16 +474,16 @@ def test_evaluation_needs_no_learning_rate_file(call, toy, toy_run):
     assert "learning rate 0.125," in done.stdout
 
 
-def test_baseline_of_random_images_from_the_root(run, tmp_path):
-    done = run("distill/baseline.py", "--dataset=MiniFashion", "--model=ConvNetD1W4", "--device=cpu", "--ipc=2",
+def test_baseline_of_random_images_from_the_root(call, tmp_path):
+    done = call("distill/baseline.py", "--dataset=MiniFashion", "--model=ConvNetD1W4", "--device=cpu", "--ipc=2",
                "--epoch_eval_train=2", "--num_eval=2", f"--json={tmp_path / 'result.json'}")
     check_result(tmp_path / "result.json", ["ConvNetD1W4"], 2, 20)
     assert "\n2 random real images per class: 20 images" in done.stdout
 
 
-def test_baseline_by_experts_from_inside_its_folder(run, toy, toy_experts, tmp_path):
+def test_baseline_by_experts_from_inside_its_folder(call, toy, toy_experts, tmp_path):
     inside = REPOSITORY / "distill"
-    done = run("baseline.py", *toy.evaluate, "--ipc=2", "--pick=herding", "--num_eval=1", "--json",
+    done = call("baseline.py", *toy.evaluate, "--ipc=2", "--pick=herding", "--num_eval=1", "--json",
                os.path.relpath(tmp_path / "result.json", inside), "--buffer_path",
                os.path.relpath(toy_experts, inside), cwd=inside)
     check_result(tmp_path / "result.json", ["ConvNetD1W4"], 1, 6)
@@ -755,7 +755,8 @@ def test_each_rate_moves_its_part(distil, option, moved):
 
 
 @pytest.mark.parametrize("option", ["--syn_steps=2", "--batch_syn=4", "--Momentum_y=0", "--expert_epochs=2",
-                                    "--lr_teacher=0.02", "--max_start_epoch=1", "--dsa_strategy=flip"])
+                                    "--lr_teacher=0.02", "--max_start_epoch=1", "--dsa_strategy=flip",
+                                    "--depth_ratio=0.5", "--loss_ratio=0.5", "--lr_param=log", "--adjoint_steps=1"])
 def test_every_option_of_the_matching_changes_the_set(distil, toy_run, option):
     assert same(final(distil(option) / "Normal"), final(toy_run)) == [False] * 3
 

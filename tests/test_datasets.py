@@ -113,24 +113,20 @@ def test_minifashion_damaged(tmp_path, monkeypatch):
     refused("missing or damaged", "MiniFashion", "")
 
 
-def make_minifashion(*arguments):
-    return subprocess.run([sys.executable, REPOSITORY / "scripts" / "make_minifashion.py", *map(str, arguments)],
-                          capture_output=True, text=True, check=False)
+MAKE_MINIFASHION = REPOSITORY / "scripts/make_minifashion.py"
 
 
 @needs_originals
-def test_make_minifashion_rebuilds_bit_for_bit(tmp_path):
-    done = make_minifashion("--source", ORIGINALS, "--out", tmp_path / "again.bz2")
-    assert done.returncode == 0, done.stderr
+def test_make_minifashion_rebuilds_bit_for_bit(call, tmp_path):
+    call(MAKE_MINIFASHION, f"--source={ORIGINALS}", f"--out={tmp_path / 'again.bz2'}")
     assert (tmp_path / "again.bz2").read_bytes() == disk_layouts.MINIFASHION.read_bytes()
 
 
-def test_make_minifashion_refuses_what_is_not_the_original(tmp_path):
-    done = make_minifashion("--source", tmp_path / "missing", "--out", tmp_path / "out.bz2")
-    assert done.returncode == 2 and "does not exist" in done.stderr and done.stderr.count("\n") == 1
+def test_make_minifashion_refuses_what_is_not_the_original(call, tmp_path):
     write_idx_folder(tmp_path / "other")
-    done = make_minifashion("--source", tmp_path / "other", "--out", tmp_path / "out.bz2")
-    assert done.returncode == 2 and "not the original" in done.stderr and done.stderr.count("\n") == 1
+    for name, why in (("missing", "does not exist"), ("other", "not the original")):
+        done = call(MAKE_MINIFASHION, f"--source={tmp_path / name}", f"--out={tmp_path / 'out.bz2'}", expect=2)
+        assert why in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out.bz2").exists()
 
 

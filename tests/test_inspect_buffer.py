@@ -140,8 +140,8 @@ def test_damaged_files_are_refused(call, folder, change, phrases):
 
 
 @pytest.mark.parametrize("arguments, phrase", [
-    (["{folder}", "--expert_epochs=0"], "0: give a finite number above 0"),
-    (["{folder}", "--expert_epochs=x"], "invalid positive"),
+    (["{folder}", "--expert_epochs=0"], "'0': give a whole number above 0"),
+    (["{folder}", "--expert_epochs=x"], "'x': give a whole number above 0"),
     (["{folder}/.."], "give one of these"), (["/nowhere"], "no replay_buffer_*.pt in /nowhere"),
     ([], "required: folder"), (["{folder}", "--png={folder}"], "which is a folder")])
 def test_mistakes_are_one_line(call, folder, arguments, phrase):

@@ -115,7 +115,7 @@ def test_exact_equals_unroll(strategy, seed):
 
 
 @pytest.mark.parametrize("name", ["MLP", "ConvNetD1W4BN", "ConvNetD1W4LN", "ConvNetD2W4GNAL", "ConvNetD2W4NNMP",
-                                  "ConvNetD2W4ASNP"])
+                                  "ConvNetD2W4ASNP", "ConvNetD1W4IN"])
 def test_exact_equals_unroll_for_other_networks(name):
     given = problem(5, name=name)
     assert_equal_matches(match_trajectory(**given, method="exact"), match_trajectory(**given, method="unroll"))

@@ -57,7 +57,7 @@ def a_match(state, grad_lr=0.0, loss=0.5):
 @pytest.mark.parametrize("labels, moves", [("learned", True), ("soft", False), ("target", False)])
 def test_only_learned_labels_move(labels, moves):
     state = distillation(labels=labels)
-    before = state.set.detach()
+    before = state.set.copy()
     state.update(a_match(state))
     assert (not torch.equal(state.set.labels, before.labels)) == moves
     assert not torch.equal(state.set.images, before.images)
@@ -117,7 +117,7 @@ def test_a_rate_that_was_held_has_lost_its_momentum(lr_param):
     (0.5, 0.5, True), (0.5, 0.499, False), (math.nan, math.inf, False), (math.inf, math.inf, False)])
 def test_a_loss_that_is_above_the_threshold_or_not_finite_updates_nothing(loss, threshold, updated):
     state = distillation(threshold=threshold)
-    before = state.set.detach()
+    before = state.set.copy()
     record = state.learn(0, SEGMENT, a_match(state, loss=loss))
     assert record.updated == updated and state.skipped == (not updated)
     assert record.loss == pytest.approx(loss, nan_ok=True) and torch.equal(state.set.images, before.images) != updated
@@ -141,7 +141,7 @@ def test_target_labels_are_what_the_target_expert_says():
 
 def test_ema_averages_the_images_and_leaves_them_alone():
     plain, averaged = distillation(), distillation(ema=True, ema_decay=0.9)
-    start = averaged.set.detach()
+    start = averaged.set.copy()
     for state in (plain, averaged):
         state.update(a_match(state))
     assert torch.equal(plain.set.images, averaged.set.images)
@@ -263,18 +263,6 @@ def test_only_one_rule_chooses_the_matched_part():
     assert matched_part(make(DistillConfig)) is None
     with pytest.raises(UserError, match="give one"):
         check_options(make(DistillConfig, depth_ratio=0.5, loss_ratio=0.5))
-
-
-@pytest.mark.parametrize("option", ["--depth_ratio=0.5", "--loss_ratio=0.5", "--lr_param=log", "--labels=soft",
-                                    "--adjoint_steps=1"])
-def test_each_option_changes_the_distilled_images(call, toy, toy_experts, tmp_path, option):
-    made = []
-    for name, options in (("with", [option]), ("without", [])):
-        call("distill/DATM.py", *toy.distil, *options, f"--buffer_path={toy_experts}", f"--run_name={name}",
-             f"--log_path={tmp_path}", "--lr_lr=1e-4", "--lr_y=100", "--lr_img=100")
-        made.append(torch.load(tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / name / "Normal" / "images_4.pt",
-                               weights_only=True))
-    assert made[0].shape == made[1].shape and not torch.equal(*made)
 
 
 # --- MTT: experts of plain SGD -------------------------------------------------------------------------------

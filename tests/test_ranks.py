@@ -11,6 +11,7 @@ import time
 from unittest import mock
 
 import pytest
+import ranks_worker
 import torch
 from helpers import wait_for
 
@@ -105,14 +106,14 @@ def test_the_bar_of_experts_counts_on_the_other_ranks(monkeypatch, tmp_path, num
 
 
 @pytest.fixture(scope="module")
-def alone(torchrun, tmp_path_factory):
+def alone(tmp_path_factory):
     """(images, matching, factor) → the tensors that one process computes."""
     found = {}
 
     def alone(*setting):
         if setting not in found:
             path = tmp_path_factory.mktemp("alone") / "x.pt"
-            torchrun(0, "tests/ranks_worker.py", path, *setting)
+            ranks_worker.main(path, *map(str, setting))
             found[setting] = torch.load(path)
         return found[setting]
     return alone

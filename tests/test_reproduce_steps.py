@@ -77,6 +77,27 @@ def test_each_step_is_run_once_after_those_it_needs(folder, capsys):
     assert "commands" not in capsys.readouterr().out
 
 
+def test_no_more_commands_run_at_once_than_asked_for_and_some_alone(folder):
+    (folder / "worker.py").write_text(
+        "import os, sys, time; log = open(os.path.dirname(sys.argv[2]) + '/log', 'a', buffering=1); "
+        "log.write('begin\\n'); time.sleep(0.5); log.write('end\\n'); open(sys.argv[2], 'w').write(sys.argv[1])")
+
+    def most_at_once(*steps, jobs):
+        (folder / "log").unlink(missing_ok=True)
+        run_all(folder, *steps, jobs=jobs)
+        lines, running, most = (folder / "log").read_text().split(), 0, 0
+        for line in lines:
+            running += 1 if line == "begin" else -1
+            most = max(most, running)
+        return most
+
+    steps = [worker(folder, name, name) for name in "abcd"]
+    assert most_at_once(*steps, jobs=2) == 2
+    for at, jobs in ((0, 2), (1, 2)):
+        steps = [replace(worker(folder, f"{name}{at}", name), alone=number == at) for number, name in enumerate("ab")]
+        assert most_at_once(*steps, jobs=jobs) == 1
+
+
 def test_what_another_command_made_is_made_again_and_what_was_made_of_it(folder):
     first = worker(folder, "first", "a")
     last = worker(folder, "last", "c", (first,))

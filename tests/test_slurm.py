@@ -70,15 +70,23 @@ def test_a_job_that_is_cancelled_is_not_queued_again(slurm, tmp_path):
 
 def test_experts_are_gathered_once(slurm, tmp_path):
     part = tmp_path / "buffer_storage" / "parts" / "3" / "CIFAR10" / "ConvNet"
-    for again in (False, True):
+    gathered = tmp_path / "buffer_storage" / "CIFAR10" / "ConvNet"
+    for folder, said in ((part, "a part is not finished yet"), (gathered, "an unfinished run writes experts into")):
         part.mkdir(parents=True, exist_ok=True)
         (part / "replay_buffer_0.pt").write_text("experts")
+        (folder / "unfinished").mkdir(parents=True)
+        job = slurm("gather")
+        assert said in job.communicate(timeout=30)[1] and job.returncode == 2 and (part / "replay_buffer_0.pt").exists()
+        (folder / "unfinished").rmdir()
+    for again in (False, True):
+        (part / "replay_buffer_0.pt").write_text("experts")
+        (part / "replay_buffer_0.jsonl").write_text("accuracies")
         save_config(part / "replay_buffer_0.yaml", {"seed": 3, "sha256": "1234"})
         job = slurm("gather")
         _, err = job.communicate(timeout=30)
         assert (job.returncode, "is equal to" in err) == ((2, True) if again else (0, False)), err
-    gathered = tmp_path / "buffer_storage" / "CIFAR10" / "ConvNet"
-    assert sorted(path.name for path in gathered.iterdir()) == ["replay_buffer_0.pt", "replay_buffer_0.yaml"]
+    assert sorted(path.name for path in gathered.iterdir()) == [
+        f"replay_buffer_0.{suffix}" for suffix in ("jsonl", "pt", "yaml")]
     for stage, option, said in (("experts", "--seed=4", "the array number is the seed"),
                                 ("distil", "--resume=never", "would obey it again")):
         job = slurm(stage, option)

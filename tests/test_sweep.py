@@ -41,9 +41,14 @@ def test_values_are_ranked_and_a_larger_iteration_goes_on(call, toy, toy_experts
     said, runs = sweep_it()
     names = ["lr_img=0", "lr_img=10"]
     assert say == names and {run["name"] for run in runs} == set(names)
-    accuracies = [run["accuracy"] for run in runs]
-    assert accuracies == sorted(accuracies, reverse=True)
     folder = tmp_path / "ImageFolder" / "2" / "ConvNetD1W4"
+    for best, other in (names, names[::-1]):
+        for name, accuracy in ((best, 0.75), (other, 0.25)):
+            result = json.loads((folder / name / "result.json").read_text())
+            result["best"]["scores"][0]["accuracies"] = [accuracy]
+            (folder / name / "result.json").write_text(json.dumps(result))
+        said, runs = sweep_it()
+        assert [run["name"] for run in runs] == [best, other]
     page = folder / "sweep_lr_img.html"
     assert str(page) in said and all(name in page.read_text() for name in names)
     assert "| lr_img | accuracy on the test images, %" in said and f"--data_dir={folder / runs[0]['name']}" in said

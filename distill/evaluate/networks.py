@@ -62,7 +62,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
         # Processes take full rounds of networks; the rest are then trained with all threads. Each process has a share
         # of the threads, so it is told that share of the work and chooses the same engine; one thread is not divided.
         shares = processes if torch.get_num_threads() > 1 else 1
-        shared = dataclasses.replace(train, sets=tuple(distilled.detach() for distilled in train.sets),
+        shared = dataclasses.replace(train, sets=tuple(distilled.copy() for distilled in train.sets),
                                      work=Work(train.work.gradients / shares))
         full_rounds = jobs[:len(jobs) - len(jobs) % processes]
         in_processes(shared, accuracies.missing(full_rounds), processes, on_epoch, accuracies.add)

@@ -38,7 +38,7 @@ tune_process()  # before torch is imported
 
 from distill.option_checks import check_options
 from scripts.common import report_kind, save_report
-from utils.config import DistillConfig, how_much, identity
+from utils.config import AUTO, DistillConfig, how_much, identity
 from utils.errors import UserError, note, number_of
 from utils.files import check_outputs, read_json, reading, resolved, write_json
 from utils.program import interrupt
@@ -134,6 +134,9 @@ def measured(config: DistillConfig, dataset: "Dataset", buffer: "Buffer", start:
             of_images = match.grad_images.double().flatten()
             exact = of_images if exact is None else exact
             cosine = float(torch.cosine_similarity(of_images, exact, dim=0))
+            if not math.isfinite(cosine):
+                raise UserError(f"the {gradient} gradient of {steps} steps is not finite at a learning rate of "
+                                f"{float(start.lr):.4g}; give a smaller --lr_teacher")
             found[gradient].append(Measured(cosine, seconds))
     return found
 
@@ -185,6 +188,9 @@ def main() -> None:
     check_options(config)
     with of_distilled():
         check_options(of_saved)
+    if config.lr_teacher == AUTO or config.dry_run:
+        given = "--dry_run" if config.dry_run else f"--lr_teacher {AUTO}"
+        raise UserError(f"{given}: all gradients are compared at one given rate, and measured at once; leave it out")
 
     from distill.checks import check_start, check_window  # imports torch, which takes seconds
     from distill.initialize import initial_set

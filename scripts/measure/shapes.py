@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import yaml
-
 from utils.config import DistillConfig, make
 from utils.files import REPOSITORY
+from utils.program.command_line import read_yaml
 
 PARTS = {  # part → its methods, the baseline first
     "matching": ("unroll", "plain", "tesla", "exact", "compiled", "graph"),
@@ -43,7 +42,7 @@ def all_shapes() -> dict[str, Shape]:
               Shape("cpu_t80", "ConvNet", (1, 28, 28), 10, 50, 80, 50),
               Shape("cpu_b200", "ConvNet", (1, 28, 28), 10, 200, 20, 200)]
     for path in sorted(REPOSITORY.glob("configs/*/ConvIN/IPC*.yaml"), key=lambda path: (path.parent, len(path.name))):
-        config = make(DistillConfig, **(yaml.safe_load(path.read_text()) or {}))
+        config = make(DistillConfig, **read_yaml(str(path), DistillConfig))
         if config.dataset not in IMAGES:  # a config of one's own
             continue
         image, classes = IMAGES[config.dataset]

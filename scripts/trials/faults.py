@@ -7,7 +7,7 @@ temporary file may stay. A fault that can be repaired (such as a full disk) is r
 run to its end. Full and read-only disks are small tmpfs mounts, which need root on Linux; root's right to enter closed
 folders is dropped. Faults that cannot be injected here are listed as skipped.
 
-All runs use MiniFashion and a narrow network; about six minutes.
+All runs use MiniFashion and a narrow network; about five minutes.
 """
 
 import contextlib

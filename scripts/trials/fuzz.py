@@ -18,6 +18,7 @@ of processor time counts as `timeout`; it is listed, but is not a failure.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -224,6 +225,8 @@ def _wait(child: int) -> int | str:
     if late:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):  # the processes that it started
+        os.killpg(child, signal.SIGKILL)
     if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         return "timeout"
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
