@@ -83,8 +83,9 @@ def save_windows(path: Path, panels: dict[str, list[tuple[str, float, float]]]) 
     """A PNG of accuracy by difficulty window, a panel for each number of images.
 
     Args:
-        panels: title → points (window in words, mean, standard deviation), %.
+        panels: title → points (window in words, mean, standard deviation), %; panels without points are left out.
     """
+    panels = {title: points for title, points in panels.items() if points} or panels
     with drawing(path, 1, len(panels), size=(3 * len(panels), 3.2)) as rows:
         for axes, (title, points) in zip(rows[0], panels.items()):
             for at, (_, mean, deviation) in enumerate(points):
