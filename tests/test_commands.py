@@ -342,7 +342,7 @@ def test_help_and_refusals_need_no_torch(environment, distilled, experts, tmp_pa
         shlex.join(["scripts/sweep.py", *arguments]): "give several to one at least",
         f"scripts/export.py {tmp_path} --card": "distilled set",
         "scripts/measure/benchmark.py --shape=cpu_w3": "invalid choice",
-        "scripts/measure/benchmark.py --rounds=0": "give a finite number above 0"}
+        "scripts/measure/benchmark.py --rounds=0": "give a whole number above 0"}
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], input="\n".join(commands), text=True, cwd=REPOSITORY,
                           capture_output=True, env=os.environ | environment)
     said = [json.loads(line) for line in done.stdout.splitlines()]

@@ -135,7 +135,7 @@ def test_a_check_of_a_gpu_keeps_what_is_not_its_own(tmp_path):
     (tmp_path / "evaluation.json").write_text("mine")
     done = subprocess.run(["bash", REPOSITORY / "scripts" / "gpu_check.sh", "."], cwd=tmp_path, capture_output=True,
                           text=True, timeout=60)
-    assert done.returncode == 2 and f"{tmp_path} holds something else" in done.stderr
+    assert done.returncode == 2 and f"{tmp_path} holds something other" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"buffers", "evaluation.json"}
 
 

@@ -201,7 +201,7 @@ def test_experts_are_compared_and_a_rate_is_given_to_another_network(tiny, tmp_p
 def test_odd_options(tiny, tmp_path):
     for options, words in ((("--only=ipc7*",), "no row fits; the rows are ipc"),
                            (("--only", "ipc1_*", "ipc1_exakt"), "ipc1_exakt: no row fits; did you mean 'ipc1_exact'?"),
-                           (("--jobs=0",), "--jobs: 0: give a finite number above 0"),
+                           (("--jobs=0",), "--jobs: '0': give a whole number above 0"),
                            (("--results", "x"), "--tables"), (("--tables", "--results", "nowhere"), "holds no results"),
                            (("--tables",), "holds no results"), (("--tables", "--list"), "not allowed with"),
                            (("--jobs=x",), "--jobs"), (("--unknown",), "--unknown")):
