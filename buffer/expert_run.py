@@ -125,8 +125,8 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
             run.clear(partly=diverged is not None)
         if diverged:  # raised after the clean-up, as resuming this expert would diverge again
             kept = run.written - run.first_number
-            raise DivergedError(diverged + f"; the {number_of(kept, 'expert')} before it are kept: give --num_experts "
-                                f"{run.end_number - run.written} for the rest" * (kept > 0))
+            raise DivergedError(diverged + f" (kept: {number_of(kept, 'expert')} before it; in this folder give "
+                                f"--num_experts {run.end_number - run.written} for the rest)" * (kept > 0))
 
 
 def train_one(run: "ExpertRun", number: int, curriculum: Curriculum | None, view: "ExpertView") -> None:
@@ -156,7 +156,8 @@ class ExpertRun:
         self.unfinished = self.run_file.parent
         self.diverged = self.unfinished / "diverged.json"  # tells all ranks that an expert diverged
         self.options = influential(config) | {"fingerprint": dataset.fingerprint}
-        self.on = f"{kind_of(dataset.device)}, torch {torch.__version__}, {model.engine.name}"
+        self.on = f"{kind_of(dataset.device)}, torch {torch.__version__}"
+        self.engine = model.engine.name
         self.written = self._judged = trajectories.count_experts(folder)  # earlier ones are in files, and judged
         self._at_chance = 0
         # A run after a finished one continues the numbers, so that it trains other experts.
@@ -166,7 +167,7 @@ class ExpertRun:
         if before is not None:
             check_same_run(folder, config, {"fingerprint": dataset.fingerprint})
             self.first_number = before["first_expert"]
-            self.last_on = before.get("on")
+            self.last_on = before.get("on"), before.get("engine", self.engine)
             own = [expert for manifest in manifests_of(folder).values() if manifest.get("seed") == config.seed
                    for expert in manifest["experts"] if expert["number"] >= self.first_number]
             self._check_no_others(len(own))
@@ -206,7 +207,8 @@ class ExpertRun:
             for path in self.unfinished.glob("*"):  # the folder itself may be a link to another disk
                 files.remove(path)
         files.save_config(self.run_file, self.options | {
-            "first_expert": self.first_number, "threads": torch.get_num_threads(), "on": self.on})
+            "first_expert": self.first_number, "threads": torch.get_num_threads(), "on": self.on,
+            "engine": self.engine})
         for number in range(self.written):  # left by a kill just after a file was written
             shutil.rmtree(self.saved(number).folder, ignore_errors=True)
 
@@ -236,9 +238,9 @@ class ExpertRun:
         if self.resumes:
             say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
                         f"{config.num_experts * config.train_epochs})")
-            if self.last_on not in (None, self.on):
-                note(f"note: it was last on {self.last_on}, and is on {self.on} now; what follows may be rounded "
-                     "differently")
+            if self.last_on[0] and self.last_on != (self.on, self.engine):
+                note(f"note: it was last on {', '.join(self.last_on)}, and is on {self.on}, {self.engine} now; what "
+                     "follows may be rounded differently")
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")

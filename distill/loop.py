@@ -77,6 +77,8 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     # The initial set: as in the checkpoint, or made now.
     if saved:
         start, notes = DistilledSet(**saved["start"]), saved["notes"]
+        if "derivatives" in saved:  # else of an earlier version
+            buffer.model.restore(saved["derivatives"])
     else:
         start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, labellers))
     start = start.to(dataset.device)

@@ -18,6 +18,7 @@ from distill.result_files import NORMAL, THEN, Evaluation, Iteration, Metrics, S
 from distill.run_folder import RunFolder
 from utils.config import DistillConfig, as_dict
 from utils.data.datasets import Dataset
+from utils.derivatives.engine import describe_engine
 from utils.errors import note
 from utils.program import interrupt, ranks
 from utils.program.console import say
@@ -82,19 +83,21 @@ class RunState:
                        "scores": [[score.network, score.accuracies, score.confusion] for score in candidate.scores]}
                 for name, candidate in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
-                "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
+                "start": self.start.tensors(), "notes": self.notes, "engine": self._engine_now(), "data": self.data,
                 "derivatives": self.distillation.buffer.model.state(), "environment": self.on,
                 "threads": torch.get_num_threads(),
                 "distillation": self.distillation.state(), "tracker": self.tracker.state(),
                 "frames": vars(self.frames)}
+
+    def _engine_now(self) -> str:
+        """In words; since the run began, a full memory may have halved the micro-batch."""
+        return describe_engine(self.distillation.buffer.model.engine, plan.share_of_batch(self.config, self.dataset))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores a saved state; says at which iteration, and if results may now be rounded differently."""
         device = self.start.images.device
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
         self.best, self.frames = best_of(state, device), Frames(**state["frames"])
-        if "derivatives" in state:  # else of an earlier version
-            self.distillation.buffer.model.restore(state["derivatives"])
         self.distillation.restore(state["distillation"])
         say(self.config, f"going on at iteration {self.iteration}, where the run was saved")
         last = {name: where.split(THEN)[-1] for name, where in state["environment"].items()}

@@ -141,8 +141,8 @@ def combinations(options: dict[str, str]) -> list[Run]:
     order = ["cfg", *(field.name for field in fields(DistillConfig))]
     values = {name: split(name, options[name]) for name in order if name in options}
     swept = [name for name in values if len(values[name]) > 1]
-    if "val_fraction" in swept:
-        raise UserError("--val_fraction has several values, and sets that are tested on different images cannot be "
+    if of_data := {"dataset", "subset", "data_path", "val_fraction"}.intersection(swept):
+        raise UserError(f"--{min(of_data)} has several values, and sets that are tested on different images cannot be "
                         "ranked; give one")
     if not swept:
         raise UserError(f"every option has one value; give several to one at least, such as --lr_img 30,100,300, or "

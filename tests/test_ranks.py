@@ -274,7 +274,7 @@ def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):
         _, err = torchrun(number, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, "--save_interval=5",
                           f"--buffer_path={folder}", expect=2)
         assert "expert 2 diverged" in err and not list(folder.rglob("unfinished"))
-        assert "the 2 experts before it are kept: give --num_experts 1 for the rest" in err
+        assert "(kept: 2 experts before it; in this folder give --num_experts 1 for the rest)" in err
         (path,) = folder.rglob("replay_buffer_*.pt")
         assert len(torch.load(path)) == 2
 

@@ -424,6 +424,7 @@ def test_results_that_a_page_does_not_show_are_named_with_the_reason(copied):
     run = read_run(copied)
     assert [result.scores[0].accuracies for result in run.tests] == [[0.5, 0.7]]
     assert run.left_out == [f"{name}; see scripts/summary.py" for name in (
+        "evaluation.json, distilled images: the same test as another file's",
         "hard.json, distilled images with hard labels: not trained as the run's own networks",
         "other_network.json, 2 random real images per class: another network",
         "whole.json, the whole training set: not as many images")]

@@ -121,9 +121,12 @@ class SavedRun:
             return "another set"
         if result.what != OF_SET:
             return "not trained as the run's own networks"
-        if not best.is_of(result.lr, result.images_sha256):
-            return "at rates of their own" if result.lr is None else f"at learning rate {result.lr:.4g}"
-        return ""
+        if best.is_of(result.lr, result.images_sha256):
+            return "" if result in self.tests else "the same test as another file's"
+        if result.images_sha256 in {each.images_sha256 for each in self.result.versions.values()} - {
+                None, best.images_sha256}:
+            return "the run's other best set, and not the better one"
+        return "at rates of their own" if result.lr is None else f"at learning rate {result.lr:.4g}"
 
     def _unlike(self, result: EvaluationResult) -> str:
         """In which options its networks were trained or tested unlike the run's; empty if in none."""
