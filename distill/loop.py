@@ -98,7 +98,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
 
     # The state, new or as it was saved.
     distillation = Distillation(config, dataset, buffer, start)
-    run = RunState(config, dataset, distillation, start, notes, engine, data, folder)
+    run = RunState(config, dataset, distillation, start, notes, data, folder)
     if saved:
         run.restore(saved)
     run.track(saved)

@@ -48,14 +48,13 @@ class RunState:
     Args:
         start: the initial set.
         notes: notes for the user on the initial set.
-        engine: how derivatives are computed, in words.
         data: checksums of everything that the run reads.
     """
 
     def __init__(self, config: DistillConfig, dataset: Dataset, distillation: Distillation, start: DistilledSet,
-                 notes: list[str], engine: str, data: dict[str, str], folder: RunFolder):
+                 notes: list[str], data: dict[str, str], folder: RunFolder):
         self.config, self.dataset, self.distillation = config, dataset, distillation
-        self.start, self.notes, self.engine, self.data, self.folder = start, notes, engine, data, folder
+        self.start, self.notes, self.data, self.folder = start, notes, data, folder
         self.iteration = 0
         self.evaluated = False  # whether this iteration's evaluation is done
         self.best: dict[str, Candidate] = {}
@@ -83,14 +82,15 @@ class RunState:
                        "scores": [[score.network, score.accuracies, score.confusion] for score in candidate.scores]}
                 for name, candidate in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
-                "start": self.start.tensors(), "notes": self.notes, "engine": self._engine_now(), "data": self.data,
+                "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
                 "derivatives": self.distillation.buffer.model.state(), "environment": self.on,
                 "threads": torch.get_num_threads(),
                 "distillation": self.distillation.state(), "tracker": self.tracker.state(),
                 "frames": vars(self.frames)}
 
-    def _engine_now(self) -> str:
-        """In words; since the run began, a full memory may have halved the micro-batch."""
+    @property
+    def engine(self) -> str:
+        """How derivatives are computed, in words; a full memory may have halved the micro-batch since the start."""
         return describe_engine(self.distillation.buffer.model.engine, plan.share_of_batch(self.config, self.dataset))
 
     def restore(self, state: dict[str, Any]) -> None:

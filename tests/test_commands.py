@@ -746,7 +746,8 @@ def test_no_aug_leaves_the_evaluation_augmented(distil):
 
 
 @pytest.mark.parametrize("option, moved", [("--lr_img=0", [False, True, True]), ("--lr_y=0", [True, False, True]),
-                                           ("--lr_lr=0", [True, True, False]), ("--threshold=0", [False] * 3)])
+                                           ("--lr_lr=0", [True, True, False]), ("--threshold=0", [False] * 3),
+                                           ("--labels=soft", [True, False, True])])
 def test_each_rate_moves_its_part(distil, option, moved):
     folder = distil(option)
     assert [not equal for equal in same(final(folder / "Normal"), final(folder / "Normal", 0))] == moved

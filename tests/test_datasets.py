@@ -568,6 +568,7 @@ def test_what_lies_deeper_is_read_and_what_is_left_out_is_said(tmp_path, capsys)
     assert len(read_bytes(tmp_path)) == 5
     said = capsys.readouterr().err
     assert "note: ImageFolder: 7 files are left out: 2 × broken link, 2 × .txt," in said
+    assert f"note: ImageFolder: {tmp_path / 'val'} is not used, as there is test" in said
     for name in ("a/deeper/d.png", "a/linked.png"):
         (train / name).unlink()
         (train / name).write_bytes(b"")

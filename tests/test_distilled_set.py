@@ -173,7 +173,7 @@ def test_the_first_set_in_a_file_of_dc_is_evaluated(call, toy, toy_data, tmp_pat
 
 
 @pytest.mark.parametrize("data, phrase", [([], "is no res_*.pt of DC, DSA or DM"), ([[1]], "is no res_*.pt"),
-                                          ([["x", 1]], "holds no tensor")])
+                                          ([["x", 1]], "holds no tensor (str)")])
 def test_another_table_is_refused(call, toy, tmp_path, data, phrase):
     torch.save({"data": data}, tmp_path / "res.pt")
     (line,) = call(EVALUATION, *toy.evaluate, f"--data_dir={tmp_path / 'res.pt'}", expect=2).stderr.splitlines()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 from distill.evaluate.networks import check_pool
 from utils.config import EvaluationConfig, make
@@ -180,3 +181,52 @@ def test_of_64x64_images_the_classics_of_a_pool_are_the_tiny_ones(mode):
 def test_unknown_evaluation_mode_is_refused():
     with pytest.raises(UserError, match=r"unknown eval_mode 'X'; allowed: S, C, M, W, D, A, P, N, BN"):
         evaluation_pool("X", "ConvNet")
+
+
+class Sensitivity:
+    """s(θ, x) = ⟨∇_θ L(θ, x), v⟩ and its gradient in θ and x: the second derivative that trajectory matching takes."""
+
+    def __init__(self, name: str, image_size: tuple[int, int]) -> None:
+        torch.manual_seed(0)
+        self.network = build_network(name, 3, 4, image_size).double()
+        self.theta = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        self.images = torch.randn(3, 3, *image_size, dtype=torch.float64)
+        self.direction = [torch.randn_like(parameter) for parameter in self.theta.values()]
+
+    def value(self, theta: list[Tensor], images: Tensor) -> Tensor:
+        theta = [parameter.requires_grad_() for parameter in theta]
+        logits = functional_call(self.network, dict(zip(self.theta, theta)), (images,))
+        gradient = torch.autograd.grad(cross_entropy(logits, torch.tensor([0, 1, 2])), theta, create_graph=True)
+        return sum((g * v).sum() for g, v in zip(gradient, self.direction))
+
+    def gradient(self) -> list[Tensor]:
+        inputs = [tensor.clone().requires_grad_() for tensor in (*self.theta.values(), self.images)]
+        # allow_unused: a bias that a norm cancels, or that only shifts the logits, may drop out of s
+        gradients = torch.autograd.grad(self.value(inputs[:-1], inputs[-1]), inputs, allow_unused=True)
+        return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients)]
+
+    def difference(self, along: list[Tensor], step: float = 1e-6) -> float:
+        ends = []
+        for sign in (1, -1):
+            moved = [tensor + sign * step * a for tensor, a in zip((*self.theta.values(), self.images), along)]
+            ends.append(self.value(moved[:-1], moved[-1]).item())
+        return (ends[0] - ends[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("suffix", ["NN", "BN", "LN", "IN", "GN", "AS", "AL", "MP", "NP"])
+def test_second_derivative_agrees_with_finite_differences(suffix):
+    sensitivity = Sensitivity(f"ConvNetD2W4{suffix}", (8, 8))
+    gradient = sensitivity.gradient()
+    for kept in (slice(0, -1), slice(-1, None)):  # θ alone, then the images alone
+        along = [torch.zeros_like(g) for g in gradient]
+        along[kept] = [torch.randn_like(g) for g in gradient[kept]]
+        exact = sum((g * a).sum() for g, a in zip(gradient, along)).item()
+        assert exact != 0
+        assert sensitivity.difference(along) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["MLP", "LeNet", "AlexNet", "VGG11BN", "ResNet18_AP"])
+def test_classics_have_a_second_derivative(name):
+    gradient = Sensitivity(name, (32, 32)).gradient()
+    assert all(g.isfinite().all() for g in gradient)
+    assert gradient[-1].abs().max() > 0
