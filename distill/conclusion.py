@@ -39,6 +39,8 @@ from utils.program.console import say, shown
 from utils.program.machine import environment
 from utils.program.progress import watched
 
+MANY_SKIPPED = 0.5  # share of a run's updates; if more are skipped, it says so
+
 
 def conclude(run: RunState) -> None:
     """Writes the outputs of a finished run and says where they are: first the result, then its pictures and page,
@@ -87,6 +89,10 @@ def conclude(run: RunState) -> None:
         # Based on the losses that were compared with the threshold; those of the fixed segments may be below it.
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
         note(f"note: every update was skipped: {advice}")
+    elif skipped > MANY_SKIPPED * config.Iteration:
+        note(f"note: {skipped} of {number_of(config.Iteration, 'update')} were skipped, as their matching loss was "
+             f"above --threshold {config.threshold:g} or not finite; a smaller --lr_img or --lr_teacher, or a window "
+             "that starts earlier, may learn more")
     if learned and run.best[better_of(run.best)].iteration == 0:
         note("note: the best set is the one that the run began with; none on its way was better on the "
              f"{tested} images")
@@ -111,7 +117,9 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     _restore(config, dataset, buffer, folder, result.versions)
     goes_on = config.resume == "auto" and (folder.path / STATE).exists()
     more = "a larger --Iteration to go on with it, or " if goes_on else ""
-    print(wrapped(f"{where} is finished ({result.summary}); give {more}another --run_name to run it again"))
+    did = number_of(*folder.did, "iteration")
+    print(wrapped(f"{where} is finished, after {did} ({result.summary}); give {more}another --run_name to run it "
+                  "again"))
 
 
 def _restore(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder, versions: list[str]) -> None:

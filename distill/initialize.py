@@ -18,6 +18,7 @@ from utils.errors import UserError, number_of, some_of
 from utils.loss_and_accuracy import at_once
 from utils.networks import has_batch_norm
 from utils.parameters import FlatModel
+from utils.program.progress import watched
 from utils.program.seeds import generator
 
 WALK = 256  # images of a class that are classified at a time
@@ -60,7 +61,8 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     elif config.pix_init == "real":
         images = tiled(dataset.train_images[random_real(dataset, per_class, random).to(device)], config.factor)
     else:
-        chosen, said = predicted_correctly(model, experts, dataset, per_class, random)
+        with watched("choosing images", dataset.num_classes, config.quiet) as advance:
+            chosen, said = predicted_correctly(model, experts, dataset, per_class, random, advance)
         notes += said
         images = tiled(dataset.train_images[chosen.to(device)], config.factor)
     samples = cut(images, config.factor)
@@ -72,7 +74,8 @@ def initial_set(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> tupl
     elif config.pix_init == "real":
         labels = expert_logits(model, buffer.snapshot(0, -1).to(device), samples)
     else:
-        labels, unknown = expert_labels(model, experts(), samples, classes)
+        with watched("labelling images", len(buffer), config.quiet) as advance:
+            labels, unknown = expert_labels(model, experts(), samples, classes, advance)
         if unknown:
             kind = "image" if config.factor == 1 else "smaller image"
             notes.append(f"{number_of(unknown, kind)} that no expert predicts correctly "
@@ -117,7 +120,8 @@ def random_real(dataset: Dataset, per_class: int, random: torch.Generator) -> Te
 
 
 def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]], dataset: Dataset,
-                        per_class: int, random: torch.Generator) -> tuple[Tensor, list[str]]:
+                        per_class: int, random: torch.Generator,
+                        advance: Callable[[float], object] = lambda done: None) -> tuple[Tensor, list[str]]:
     """Indices [K·per_class] of training images that an expert predicts correctly, classes in order.
 
     The images of each class are tried in random order until `per_class` are found; when the class is exhausted, the
@@ -126,6 +130,7 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
 
     Args:
         experts: returns a new iterator over θ [P], on the dataset's device.
+        advance: called after each class.
 
     Returns:
         The indices, and a note if classes had to be filled.
@@ -153,17 +158,20 @@ def predicted_correctly(model: FlatModel, experts: Callable[[], Iterable[Tensor]
             filled.append(f"{dataset.classes[label]}: {len(members)} of {len(members) + missing} wanted")
             members += left[confidence.topk(missing).indices].tolist()
         chosen.append(_repeated(torch.tensor(members), per_class))
+        advance(1)
     return torch.cat(chosen), [f"experts predict too few images of {number_of(len(filled), 'class')} correctly "
                                f"({some_of(filled)}); the rest have the class's highest logits"] if filled else []
 
 
-def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, classes: Tensor) -> tuple[Tensor, int]:
+def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, classes: Tensor,
+                  advance: Callable[[float], object] = lambda done: None) -> tuple[Tensor, int]:
     """Soft labels: for each image the mean logits of the experts that predict it correctly, or of all if none does.
 
     Args:
         experts: θ [P] each.
         images: [N, C, H, W].
         classes: the true classes [N].
+        advance: called after each expert.
 
     Returns:
         Label logits [N, K], and the number of images that no expert predicts correctly.
@@ -174,6 +182,7 @@ def expert_labels(model: FlatModel, experts: Iterable[Tensor], images: Tensor, c
         right = (logits.argmax(dim=1) == classes)[:, None].to(logits.dtype)
         total, total_right = total + logits, total_right + right * logits
         count, count_right = count + 1, count_right + right
+        advance(1)
     by_all = total / count
     labels = torch.where(count_right > 0, total_right / count_right.clamp(min=1), by_all)
     return labels, int((count_right == 0).sum())

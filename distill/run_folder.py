@@ -59,6 +59,7 @@ class RunFolder:
         finished: whether the run has its result.
         extends: whether it is a finished run that is being extended, and not finished again yet.
         is_done: whether nothing is left to do: the run is finished, and no more is asked of it than it did.
+        did: the values of `how_much` of the run in the folder, else of this one.
 
     Raises:
         UserError: the folder holds a run of other options.
@@ -69,7 +70,7 @@ class RunFolder:
         self._config = influential(config)
         self._state = path / STATE
         self._saved_at, self._save_seconds = -math.inf, 0.0
-        self.finished, self.is_done, self.extends, self._did = ranks.from_first_rank(lambda: self._look(config))
+        self.finished, self.is_done, self.extends, self.did = ranks.from_first_rank(lambda: self._look(config))
 
     def _look(self, config: DistillConfig) -> tuple[bool, bool, bool, list[int]]:
         """Whether the run is finished, whether it is done, whether it extends a finished one, and how much it did."""
@@ -172,7 +173,7 @@ class RunFolder:
         if self.finished:  # it counts as finished until its result is renamed, so that comes last
             for path in (self.path / EVALUATION, self.result):
                 if path.exists():
-                    path.rename(path.with_stem("_".join([path.stem, *map(str, self._did)])))
+                    path.rename(path.with_stem("_".join([path.stem, *map(str, self.did)])))
         if not saved:
             if self.log.exists():
                 note(f"note: {shown(self.path)} holds an unfinished run; starting over")

@@ -29,7 +29,7 @@ tune_process()  # before torch is imported
 
 from distill.set_files import check_whole, whole_set
 from scripts.common import ScriptParser
-from utils.errors import UserError
+from utils.errors import UserError, note
 from utils.files import write_text
 from utils.program.console import shown
 from utils.program.entry import entry
@@ -55,7 +55,7 @@ def main() -> None:
     path = whole_set(options.set)
     check_whole(path)
 
-    from distill.distilled_set import DistilledSet  # imports torch, which takes seconds
+    from distill.distilled_set import FOLDERS, DistilledSet  # imports torch, which takes seconds
     from distill.report.export import CARD, card_beside, check_pngs, save_pngs, whitening_of
     from utils.data.zca import BESIDE
 
@@ -72,6 +72,10 @@ def main() -> None:
     if text:
         write_text(card, text)
         print(f"card: {shown(card)}")
+        told = [str(distilled.config.get(name, "")) for name in FOLDERS]
+        if folders := [folder for folder in told if Path(folder).is_absolute()]:
+            note(f"note: {path.name} also names folders of this machine, which whoever gets it can read: "
+                 f"{', '.join(folders)}")
     if options.png:
         save_pngs(distilled, options.png)
         print(f"{distilled.size}: {shown(options.png)}")

@@ -186,7 +186,7 @@ class Plan:
             self.tables[_images(ipc)] = list(self.main[ipc].values())
         self.tables["the whole training set"] = [self._baseline(
             "the whole training set", "whole", None, f"--epoch_eval_train={form.whole_epochs}",
-            f"--lr_teacher={WHOLE_LR:g}", networks=form.whole_networks)]
+            f"--lr_teacher={WHOLE_LR:g}", "--batch_train=256", networks=form.whole_networks)]
         for ipc in form.ipcs:
             self.windows[ipc] = self._window_rows(ipc)
             self.tables[f"the difficulty window, {ipc} per class"] = list(self.windows[ipc].values())

@@ -3,11 +3,11 @@
     python scripts/summary.py RESULT.json [RESULT.json …] [--by_network]
     python scripts/summary.py RUN
 
-Given a folder, such as a run's, it takes all results in it. A result has a row for each of its protocols. Epochs are
-shown where those of equally many images differ, the learning rate where it tells rows apart or was chosen on a tenth of
-the training images (auto), and the file where nothing else tells rows apart. If the results are of different datasets,
-or some of test and some of held-out images, each row says which. With --by_network there is one row for each result and
-protocol, and a column for each network: how well the set trains other networks (--eval_mode M).
+Given a folder, such as a run's, it takes all results in it. A result has a row for each of its protocols. Epochs and
+batch are shown where those of equally many images differ, the learning rate where it tells rows apart or was chosen on
+a tenth of the training images (auto), and the file where nothing else tells rows apart. If the results are of different
+datasets, or some of test and some of held-out images, each row says which. With --by_network there is one row for each
+result and protocol, and a column for each network: how well the set trains other networks (--eval_mode M).
 """
 
 import shlex
@@ -71,7 +71,7 @@ def main() -> None:
 
 def named(rows: Sequence[tuple[str, ...]], trained: Sequence[Sequence[Trained]], files: Sequence[Path]) -> list[str]:
     """The name of each row's set: with its learning rate if that tells rows apart or was chosen (auto), with its epochs
-    if other sets of that size have others, and with its file if nothing else tells rows apart.
+    and its batch if other sets of that size have others, and with its file if nothing else tells rows apart.
 
     Args:
         rows: of each row the set in words, what it was tested on in words, its size, and its networks.
@@ -80,7 +80,8 @@ def named(rows: Sequence[tuple[str, ...]], trained: Sequence[Sequence[Trained]],
     """
     names = [what + on for what, on, *_ in rows]
     for kind, in_words in (("rate", "learning rate {}".format),
-                           ("epochs", lambda epochs: f"{epochs} epoch{'s' * (epochs != '1')}")):
+                           ("epochs", lambda epochs: f"{epochs} epoch{'s' * (epochs != '1')}"),
+                           ("batch", "batches of {}".format)):
         values = [", ".join(dict.fromkeys(getattr(each, kind) for each in of_row)) for of_row in trained]
         same = [(row[0], *row[2:]) if kind == "rate" else row[2:] for row in rows]
         compared = [{of_other for other, of_other in zip(same, values) if other == each and of_other != "-"}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import check_refusal
 
 from buffer.experts import SavedEpochs, train_expert
 from buffer.manifests import buffer_folder, check_same_kind, made_by, run_file
@@ -298,7 +299,7 @@ def test_a_finished_run_is_not_run_again(call, distilled):
     folder, arguments, _ = distilled
     before = contents(folder)
     done = call("distill/DATM.py", *arguments)
-    assert "is finished (best on the test images" in done.stdout and "--run_name" in done.stdout
+    assert "is finished, after 4 iterations (best on the test images" in done.stdout and "--run_name" in done.stdout
     assert contents(folder) == before
 
 
@@ -429,8 +430,13 @@ def test_a_set_says_itself_how_it_is_read(call, toy, toy_run, tmp_path):
     assert other != usual and "made with zca True, and here zca is False" in said and said.count("note:") == 1
     whole = tmp_path / "set.safetensors"
     other, said = scores(f"--data_dir={run}", "--model=MLP", f"--save={whole}")
-    assert other[0]["network"] == "MLP" and "note:" not in said
+    assert other[0]["network"] == "MLP" and said.count("note:") == 1
+    assert "rate was learned with ConvNetD1W4; --lr_teacher auto looks for one that suits MLP" in said
     assert DistilledSet.load(whole).config["model"] == "ConvNetD1W4"  # which made it
+
+    config = unfinished / "config.yaml"
+    config.write_text(config.read_text().replace(str(toy.data), "/no/photos"))
+    check_refusal(call("distill/evaluation.py", f"--data_dir={unfinished}", expect=2), "ImageFolder: /no/photos")
 
 
 def test_of_a_run_with_averaged_images_the_better_set_is_tested(distil, call, tmp_path):

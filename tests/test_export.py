@@ -161,8 +161,9 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
     (tmp_path / "hard.json").write_text(changed(
         (tmp_path / "eval.json").read_text(), what="distilled images with hard labels", config={
             "dataset": "ImageFolder", "model": "ConvNetD1W4", "hard_labels": True}))
-    call(EXPORT, whole, "--card", "--result", *(tmp_path / f"{name}.json" for name in ("eval", "real", "hard")),
-         made / "result.json")
+    done = call(EXPORT, whole, "--card", "--result", *(tmp_path / f"{name}.json" for name in ("eval", "real", "hard")),
+                made / "result.json")
+    assert f"names folders of this machine, which whoever gets it can read: {toy.data}, " in done.stderr
     text = (whole.parent / "README.md").read_text()
     assert front(text)["license"] == "unknown" and "dataset-distillation" in front(text)["tags"]
     mean = json.loads((tmp_path / "eval.json").read_text())["scores"][0]["mean"]
@@ -173,6 +174,7 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
     assert "Networks trained on the set with hard labels, tested on" in text and "--hard_labels" in text
     assert "python distill/baseline.py --dataset=ImageFolder --model=ConvNetD1W4" in text
     assert "it scored best on these test images" in text and "6 synthetic images, 2 per class, 3×8×8" in text
+    assert "a reimplementation of DATM" in text
     assert "Classes in order: blue, green, red." in text and "syn_steps: 3" in text
     for path in (str(tmp_path), str(toy.data), str(made.parent)):
         assert path not in text

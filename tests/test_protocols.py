@@ -145,6 +145,9 @@ def test_several_protocols_by_one_command_are_what_each_is(evaluate, call, folde
         evaluate("--eval_mode=C", "--epoch_eval_train=5")
     text = call("scripts/summary.py", folder / "short.json", folder / "long.json").stdout
     assert text.count(", 4 epochs ") == text.count(", 5 epochs ") == 2
+    evaluate("--eval_mode=C", "--epoch_eval_train=4", "--batch_train=2")
+    text = call("scripts/summary.py", folder / "short.json", folder / "result.json").stdout
+    assert text.count(", batches of 2 ") == text.count(", batches of 6 ") == 2
 
 
 def test_a_rate_is_chosen_for_each_kind_of_network_never_on_the_test_images(evaluate, call, toy, tmp_path):

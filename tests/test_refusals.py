@@ -1,5 +1,6 @@
 """Every user mistake gives one line that says what was given and what to do, exit code 2, and no files."""
 
+import json
 import shutil
 from unittest import mock
 
@@ -565,3 +566,13 @@ def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_
     done = call(DATM, *arguments, "--lr_teacher=auto", "--run_name=auto")
     assert "; --lr_teacher auto" not in done.stderr
     assert done.stderr.count("a smaller --lr_teacher than the one that auto measured") == 2
+
+
+def test_a_run_in_which_most_updates_were_skipped_says_so(call, toy, toy_experts, tmp_path):
+    arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_img=0", "--lr_y=0",
+                 "--lr_lr=0", "--Iteration=4", "--eval_it=4", "--skip_first_eva"]  # the same losses in both runs
+    assert "updates were skipped" not in call(DATM, *arguments, "--threshold=inf", "--run_name=all").stderr
+    lines = map(json.loads, next(tmp_path.glob("*/*/*/all/metrics.jsonl")).read_text().splitlines())
+    least = min(line["loss"] for line in lines if "loss" in line)
+    done = call(DATM, *arguments, f"--threshold={least}")
+    assert "note: 3 of 4 updates were skipped" in done.stderr and "a smaller --lr_img" in done.stderr

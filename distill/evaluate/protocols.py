@@ -48,7 +48,7 @@ def known(given: dict[str, Any]) -> dict[str, Any]:
 
 def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
     """The options for reading the set of `--data_dir` that it states itself, except those that are given: what it was
-    made of, its network, and the folders of the real data and of the experts, if they still exist.
+    made of, its network, and the folders of the real data and of the experts, where these can be expected to exist.
 
     Raises:
         UserError: the set states an invalid value.
@@ -56,7 +56,8 @@ def told_by_set(given: dict[str, Any]) -> dict[str, Any]:
     made = made_with(given.get("data_dir", ""))
     told = {name: from_root(made[name]) if name in FOLDERS else made[name]
             for name in (*TOLD, "label_kind") if name in made and name not in given}
-    told = {name: value for name, value in told.items() if name not in FOLDERS or Path(str(value)).is_dir()}
+    told = {name: value for name, value in told.items() if name not in FOLDERS or Path(str(value)).is_dir()
+            or (name == "data_path" and made.get("dataset") == "ImageFolder")}  # the user's own, so nowhere else
     try:
         make(EvaluationConfig, **told)
     except UserError as error:

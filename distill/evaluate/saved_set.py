@@ -32,7 +32,7 @@ from utils.config import (
     value_in_words,
 )
 from utils.data.datasets import Dataset
-from utils.errors import UserError, note
+from utils.errors import UserError, note, some_of
 from utils.program import ranks
 from utils.program.console import say, shown
 from utils.program.prepare import load_data, take_device
@@ -165,6 +165,11 @@ def opened(config: EvaluationConfig, given: Collection[str],
     if "zca" not in {*given, *made}:
         note("note: nothing says whether the set's images are whitened; they are taken for normalised: give --zca if "
              "they are whitened")
+    own = made.get("model")
+    if others := [name for name in pool(config, dataset) if rate_known and own not in (None, name)]:
+        if "lr_teacher" not in given and config.protocol != "dc":
+            note(f"note: the set's learning rate was learned with {own}; --lr_teacher auto looks for one that suits "
+                 f"{some_of(others)}")
 
     check_pool(config, dataset)
     settle_threads(config, dataset, len(distilled))

@@ -143,7 +143,7 @@ class TrainConfig(DataConfig):
                             "model and ConvNet, BN with and without batch norm")
     num_eval: Count = option(EVALUATION, 5, "networks of each kind")
     epoch_eval_train: Count = option(EVALUATION, 1000, "epochs of one training")
-    batch_train: Count = option(EVALUATION, 256, "training batch")
+    batch_train: Count = option(EVALUATION, 128, "training batch")
     lr_teacher: LearningRate = option(METHOD, 0.01, "learning rate")
     factor: Count = option(METHOD, 1, "a stored image holds factor² smaller ones in a grid, each with its label, "
                            "stretched to full size in use (IDC); evaluation.py: for a set that does not record it")
@@ -205,6 +205,7 @@ class DistillConfig(TrainConfig):
                                         effect="uses_snapshot")
     eval_it: Count = option(EVALUATION, 100, "evaluate every so many iterations")
     skip_first_eva: bool = option(EVALUATION, False, "do not evaluate at iteration 0")
+    batch_train: Count = option(EVALUATION, 256, "training batch")
     data_path: FolderPath = option(FILES, "../dataset/", "folder of the real data")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "folder of the experts, in <dataset>/<model>/ "
                                      "below it")
@@ -260,7 +261,6 @@ class EvaluationConfig(TrainConfig):
 
     protocol: Protocols = option(EVALUATION, "datm", "whose evaluation, or several, such as dc,datm: epochs, batch, "
                                  "learning rate and augmentation where they are not given")
-    batch_train: Count = option(EVALUATION, 128, "training batch")
     lr_teacher: AutoRate = option(METHOD, 0.01, "learning rate of sets that have none; if given, it replaces a set's "
                                   "own; auto: the best of several for each kind of network, on a tenth of the "
                                   "training images")
