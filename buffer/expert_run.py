@@ -84,7 +84,7 @@ def train_buffer(config: BufferConfig) -> None:
 
     # Say where they are, and what to type next.
     if ranks.first():
-        _say_where(config, folder)
+        _say_where(run)
 
 
 def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
@@ -386,10 +386,11 @@ def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
              "these images do not vary in; experts often test better without it")
 
 
-def _say_where(config: BufferConfig, folder: Path) -> None:
+def _say_where(run: ExpertRun) -> None:
     """Prints where the experts are, and what to type next."""
+    config, folder = run.config, run.folder
     trained = experts_in_words(config.num_experts, config.train_epochs)
-    print(wrapped(f"trained {trained}; {shown(folder)} holds {trajectories.count_experts(folder)} in "
+    print(wrapped(f"trained {trained}; {shown(folder)} holds {run.written} in "
                   f"{', '.join(path.name for path in expert_files(folder))}"))
     say_next(config, "next, to have settings measured that fit them, and the command that distils them:",
              command("scripts/inspect_buffer.py", {"suggest": True, "ipc": 1}, argument=folder))

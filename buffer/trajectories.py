@@ -138,11 +138,9 @@ class Buffer:
 
     def walk_order(self, random: torch.Generator) -> list[int]:
         """Every expert once: the files in random order, the experts within each in random order."""
-        sizes = [len(experts) for experts in self._files]
-        firsts = [sum(sizes[:index]) for index in range(len(sizes))]
-        return [firsts[file] + expert
-                for file in torch.randperm(len(sizes), generator=random).tolist()
-                for expert in torch.randperm(sizes[file], generator=random).tolist()]
+        files = torch.arange(len(self)).split([len(experts) for experts in self._files])
+        return [expert for file in torch.randperm(len(files), generator=random).tolist()
+                for expert in files[file][torch.randperm(len(files[file]), generator=random)].tolist()]
 
 
 def _load_checked(path: Path, model: FlatModel) -> list[Expert]:

@@ -43,13 +43,12 @@ def check_networks(config: DistillConfig, dataset: Dataset) -> None:
     """
     check_factor(config.factor, dataset.image_size)
     check_pool(config, dataset)
-    network = network_for(config.model, dataset)
     if ranks.size() == 1:
         return
     if config.matching == "unroll":
         raise UserError("--matching unroll runs in one process only; give --matching exact, which has the same "
                         "gradient")
-    if has_batch_norm(network):
+    if has_batch_norm(network_for(config.model, dataset)):
         raise UserError(f"--model {config.model}: batch norm ties the samples of a batch together, so that ranks "
                         "cannot share one; start a single process, or take a network without batch norm")
     gpus = len(gpus_of_ranks(config))
@@ -110,9 +109,10 @@ def check_resumable(config: DistillConfig, saved: dict[str, Any] | None, data: d
         data: checksums of everything the run reads, by name.
     """
     if (folder.finished or folder.extends) and saved is None:
-        raise UserError(f"{shown(folder.path)} holds a finished run, which cannot go on to --Iteration "
-                        f"{config.Iteration} without its checkpoint.pt; give another --run_name and --pix_init "
-                        f"{shown(folder.path / NORMAL / WHOLE)}")
+        run, whole = shown(folder.path), folder.path / NORMAL / WHOLE
+        start = shown(whole) if whole.exists() else f"what evaluation.py --data_dir {run} --save FILE writes"
+        raise UserError(f"{run} holds a finished run, which cannot go on to --Iteration {config.Iteration} without its "
+                        f"checkpoint.pt; give another --run_name and --pix_init {start}")
     if saved is None:
         return
     before = saved["data"]
@@ -120,8 +120,8 @@ def check_resumable(config: DistillConfig, saved: dict[str, Any] | None, data: d
                  for name in sorted({**before, **data}) if before.get(name) != data.get(name)]
     if different:
         raise UserError(f"{shown(folder.path)} was begun with other data: {', '.join(different)}; restore what it had"
-                        f"{', move away what is new,' if data.keys() - before.keys() else ','} or give another "
-                        f"--run_name{'' if folder.finished else ' or --resume never'}")
+                        f"{', move away what is new,' if data.keys() - before.keys() else ','} or "
+                        f"{folder.to_begin_anew}")
     if saved["iteration"] > config.Iteration:
         raise UserError(f"--Iteration {config.Iteration}: {shown(folder.path)} is at iteration {saved['iteration']} "
                         "already; give at least that")

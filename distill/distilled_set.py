@@ -39,7 +39,8 @@ class DistilledSet(torch.utils.data.Dataset):
 
     A `torch.utils.data.Dataset` of (sample [C, H, W], label) as networks see them: an image of factor f gives f²
     samples, its tiles stretched to full size (see `utils.data.tiles`). The attributes below `lr` are set if the set was
-    loaded from a self-describing file.
+    loaded from a self-describing file; `config` also if something else tells it. Mean 0 and deviation 1, each one
+    number, mark images of any number of channels as pixels in [0, 1].
     """
 
     images: Tensor  # [N, C, H, W], as stored
@@ -126,7 +127,7 @@ class DistilledSet(torch.utils.data.Dataset):
         """Writes the published files as CPU tensors, and for a whitened dataset `images_zca_{tag}.pt` (un-whitened)."""
         for name, tensor in self.copy().to("cpu").tensors().items():
             files.save(tensor, folder / f"{name}_{tag}.pt")
-        if dataset.whitening is not None:
+        if dataset.space.whitening is not None:
             files.save(dataset.space.to_pixels(self.images.detach()).cpu(), folder / f"images_zca_{tag}.pt")
 
     def save_whole(self, path: Path, dataset: Dataset, config: dict[str, Any]) -> None:
@@ -137,9 +138,10 @@ class DistilledSet(torch.utils.data.Dataset):
         """
         options = {name: str(value) if value == math.inf else value for name, value in config.items()}
         about = {"format": FORMAT, "dataset": dataset.name, "classes": json.dumps(dataset.classes),
-                 "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std), "config": json.dumps(options)}
-        if dataset.whitening is not None:
-            about["whitening"] = dataset.whitening.fingerprint
+                 "mean": json.dumps(dataset.space.mean), "std": json.dumps(dataset.space.std),
+                 "config": json.dumps(options)}
+        if dataset.space.whitening is not None:
+            about["whitening"] = dataset.space.whitening.fingerprint
         files.save_tensors(path, self.tensors() | {"pixels": dataset.space.to_pixels(self.images.detach())}, about)
 
     @property
@@ -183,15 +185,15 @@ def other_space(distilled: DistilledSet, dataset: Dataset) -> str:
     files do not say."""
     if not distilled.mean:
         return ""
-    its, ours = distilled.whitening, dataset.whitening
+    its, ours = distilled.whitening, dataset.space.whitening
     if (its is None) != (ours is None):
         return f"it is {'' if its else 'not '}whitened (zca), and the data here {'is' if ours else 'is not'}"
     if its and ours and its.fingerprint != ours.fingerprint:
         return (f"it was whitened by other training images than those of {dataset.name} here (fingerprint "
                 f"{its.fingerprint} there, {ours.fingerprint} here)")
-    if not ours and not np.allclose((distilled.mean, distilled.std), (dataset.mean, dataset.std), atol=1e-3):
+    if not ours and not np.allclose((distilled.mean, distilled.std), dataset.space[:2], atol=1e-3):
         its, ours = (" and ".join(", ".join(f"{value:.4g}" for value in values) for values in (of.mean, of.std))
-                     for of in (distilled, dataset))
+                     for of in (distilled, dataset.space))
         return f"it was normalised by mean and deviation {its}, and the data here by {ours}"
     return ""
 
@@ -275,7 +277,7 @@ def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], 
                         f"of {whose}{f' of factor {factor}' if factor > 1 else ''} need label logits [{count}, "
                         f"{num_classes}], or int64 classes [{count}] with no classes outside 0 … "
                         f"{num_classes - 1}{hint}")
-    if lr.numel() != 1 or lr.is_complex() or not lr.isfinite().all() or lr.item() <= 0:
+    if lr.numel() != 1 or not lr.isfinite().all() or lr.item() <= 0:
         held = distilled.lr.tolist() if lr.numel() < 5 else list(lr.shape)
         raise UserError(f"{in_lr} holds {held} as learning rate; it must be one positive learning rate")
     for name, tensor in ((in_images, images), (in_labels, labels), (in_images, pictures)):
@@ -286,10 +288,10 @@ def _checked(distilled: DistilledSet, whose: str, image_shape: tuple[int, ...], 
 
 
 def _cast(tensor: Tensor) -> Tensor:
-    """Casts floating-point tensors to float32 and integers to int64; complex and boolean ones stay as they are."""
+    """Casts floating-point tensors to float32 and integers to int64; boolean ones stay as they are."""
     if tensor.is_floating_point():
         return tensor.float()
-    return tensor if tensor.is_complex() or tensor.dtype == torch.bool else tensor.long()
+    return tensor if tensor.dtype == torch.bool else tensor.long()
 
 
 def _labels_fit(labels: Tensor, count: int, num_classes: int) -> bool:

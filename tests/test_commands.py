@@ -224,8 +224,8 @@ def test_images_zca_are_the_images_in_pixel_space(distilled):
     normal = distilled[0] / "Normal"
     data = load_dataset("MiniFashion", "", zca=True)
     images, pixels = load(normal / "images_best.pt"), load(normal / "images_zca_best.pt")
-    torch.testing.assert_close(pixels, data.whitening.invert(images))
-    torch.testing.assert_close(data.whitening.apply(pixels), images, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pixels, data.space.whitening.invert(images))
+    torch.testing.assert_close(data.space.whitening.apply(pixels), images, rtol=1e-3, atol=1e-3)
 
 
 def test_the_best_set_is_that_of_the_best_iteration(distilled):

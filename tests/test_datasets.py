@@ -84,7 +84,7 @@ def test_minifashion_dataset():
     assert data.train_images.shape == (6000, 1, 28, 28) and data.test_images.shape == (1000, 1, 28, 28)
     assert data.train_images.dtype == torch.float32 and data.train_labels.dtype == torch.int64
     assert (data.channels, data.image_size, data.num_classes) == (1, (28, 28), 10)
-    assert data.whitening is None and len(data.fingerprint) == 64
+    assert data.space.whitening is None and len(data.fingerprint) == 64
     assert abs(data.train_images.mean()) < 0.05 and abs(data.train_images.std() - 1) < 0.05
     pixels = data.space.to_pixels(data.train_images)
     assert -1e-6 < pixels.min() and pixels.max() < 1 + 1e-6
@@ -96,7 +96,7 @@ def test_minifashion_dataset():
 
 def test_minifashion_whitened():
     plain, white = load_dataset("MiniFashion", ""), load_dataset("MiniFashion", "", zca=True)
-    assert white.whitening.mean.shape == (1, 784)
+    assert white.space.whitening.mean.shape == (1, 784)
     assert white.fingerprint == plain.fingerprint
     for images, pixels in ((white.train_images, plain.space.to_pixels(plain.train_images)),
                            (white.test_images, plain.space.to_pixels(plain.test_images))):
@@ -161,7 +161,7 @@ def test_idx_folder(tmp_path, name, packed):
     torch.testing.assert_close(data.space.to_pixels(data.test_images), torch.from_numpy(test_images).unsqueeze(1) / 255)
     assert data.train_labels.tolist() == labels.tolist() and data.test_labels.tolist() == test_labels.tolist()
     assert data.class_indices(3).tolist() == [3, 13, 23]
-    assert (data.mean, data.std) == ((mean,), (std,))
+    assert data.space[:2] == ((mean,), (std,))
 
 
 @needs_originals
@@ -389,7 +389,7 @@ def test_tiny_layouts(tmp_path, train, val, inside):
     torch.testing.assert_close(data.space.to_pixels(data.train_images), stacked(made["train"]), rtol=0, atol=1e-6)
     torch.testing.assert_close(data.space.to_pixels(data.test_images), stacked(made["val"]), rtol=0, atol=1e-6)
     assert data.classes == ("n01", "n02") and data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.test_labels.tolist() == [0, 1] and data.mean == (0.485, 0.456, 0.406)
+    assert data.test_labels.tolist() == [0, 1] and data.space.mean == (0.485, 0.456, 0.406)
 
 
 def test_what_tinys_annotations_do_not_name_is_left_out(tmp_path, capsys):
@@ -784,7 +784,7 @@ def test_held_out_images_are_not_copied_into_a_memory_that_is_too_small(monkeypa
 def test_hold_out_lives_in_the_space_of_the_whole_training_set():
     """Experts and sets made with a hold-out can thus be used with and without it."""
     held, whole = (load_dataset("MiniFashion", "", zca=True, val_fraction=fraction) for fraction in (0.5, 0))
-    assert torch.equal(held.whitening.transform, whole.whitening.transform)
+    assert torch.equal(held.space.whitening.transform, whole.space.whitening.transform)
     assert torch.isin(held.train_images.sum((1, 2, 3)), whole.train_images.sum((1, 2, 3))).float().mean() > 0.99
 
 
@@ -806,7 +806,7 @@ def test_to_device():
     data = load_dataset("MiniFashion", "", zca=True)
     moved = data.to("meta")
     assert moved.train_images.is_meta and moved.test_labels.is_meta and moved.device.type == "meta"
-    assert moved.whitening is data.whitening  # large and seldom needed, so not moved
+    assert moved.space.whitening is data.space.whitening  # large and seldom needed, so not moved
     assert not data.train_images.is_meta and moved.fingerprint == data.fingerprint and moved.classes == data.classes
 
 

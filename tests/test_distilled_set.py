@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.distilled_set import DistilledSet, checked_set
-from utils.data.datasets import Dataset
+from utils.data.datasets import Dataset, ImageSpace
 from utils.data.zca import Whitening
 from utils.errors import UserError
 from utils.files import load_tensors
@@ -37,7 +37,8 @@ def test_ten_images_weigh_little_and_are_pictures_as_they_are(tmp_path, shape, m
     dimension = torch.Size(shape).numel()
     whitening = Whitening(torch.full((1, dimension), 0.5), 4 * torch.eye(dimension), torch.eye(dimension) / 4, "0" * 32)
     none, names = torch.zeros(0, *shape), tuple(f"n0{number:07}, a name of the usual length" for number in range(10))
-    dataset = Dataset("X", none, none, none, none, names, (0.5,) * shape[0], (0.2,) * shape[0], whitening, "")
+    dataset = Dataset("X", none, none, none, none, names,
+                      ImageSpace((0.5,) * shape[0], (0.2,) * shape[0], whitening), "")
     images = torch.randn(10, *shape)
     DistilledSet(images, torch.randn(10, 10), torch.tensor(0.01)).save_whole(tmp_path / "set.safetensors", dataset, {})
     assert (tmp_path / "set.safetensors").stat().st_size <= most

@@ -9,7 +9,7 @@ from distill.evaluate.train import learning_rate, train_network
 from distill.initialize import class_labels, expert_labels, predicted_correctly, random_real
 from distill.result_files import Score, as_json
 from utils.config import EvaluationConfig, make
-from utils.data.datasets import Dataset
+from utils.data.datasets import Dataset, ImageSpace
 from utils.loss_and_accuracy import predictions
 from utils.networks import build_network
 from utils.parameters import FlatModel, flatten
@@ -95,7 +95,7 @@ def readable_dataset(first_pixels, labels, num_classes=3):
     images[:, 0, 0, 1] = torch.arange(len(labels))
     labels = torch.tensor(labels)
     return Dataset("readable", images, labels, images, labels, tuple(f"class {c}" for c in range(num_classes)),
-                   (0.0,), (1.0,), None, "")
+                   ImageSpace((0.0,), (1.0,), None), "")
 
 
 def test_only_images_that_an_expert_gets_right_are_chosen():

@@ -106,7 +106,7 @@ def test_of_ncfm_pixels_of_a_factor(evaluated, toy_data, parts, tmp_path, factor
     torch.save([pixels, classes], ncfm / "data_20000.pt")
     for given in (ncfm, ncfm / "data_20000.pt"):
         found, done = evaluated(f"--data_dir={given}", f"--factor={factor}", "--lr_teacher=0.01")
-        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (toy_data.mean, toy_data.std))
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in toy_data.space[:2])
         torch.testing.assert_close(found.images, (pixels - mean) / std)
         torch.testing.assert_close(found.pixels(), pixels)
         assert torch.equal(found.labels, classes.repeat_interleave(factor**2)) and "note:" not in done.stderr

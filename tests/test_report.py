@@ -187,14 +187,14 @@ def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
     torch.manual_seed(0)
     classes = torch.arange(3).repeat_interleave(5)
     real = toy_data.space.to_pixels(toy_data.train_images)
-    torch.testing.assert_close(toy_data.train_energy, (real.flatten(1) - toy_data.whitening.mean).square().sum(1))
+    torch.testing.assert_close(toy_data.train_energy, (real.flatten(1) - toy_data.space.whitening.mean).square().sum(1))
     images = real[torch.arange(15) * 3] + torch.randn(15, 3, 8, 8)
     other = toy_data.train_labels[None] != classes[:, None]
     expected = real[(torch.cdist(images.flatten(1), real.flatten(1)) + 1000 * other).argmin(1)]
     plain = page_pictures._neighbours(replace(toy_data, train_energy=None), images, classes.tolist())
     seen = []
-    invert = type(toy_data.whitening).invert
-    monkeypatch.setattr(type(toy_data.whitening), "invert",
+    invert = type(toy_data.space.whitening).invert
+    monkeypatch.setattr(type(toy_data.space.whitening), "invert",
                         lambda self, some: [seen.append(len(some)), invert(self, some)][1])
     found = page_pictures._neighbours(toy_data, images, classes.tolist())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -363,7 +363,8 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):
     done, _ = distil_to("parts", "--Iteration=7")
     assert "cannot be made again: there is no checkpoint.pt" in done.stderr and "larger --Iteration" not in done.stdout
     done, _ = distil_to("parts", "--Iteration=8", expect=2)
-    assert "without its checkpoint.pt; give another --run_name and --pix_init" in done.stderr
+    assert "without its checkpoint.pt; give another --run_name and --pix_init what evaluation.py --data_dir" in (
+        done.stderr)  # its set was deleted above
     (parts / "result.json").rename(parts / "result_7.json")  # as in a continued run that was stopped
     done, _ = distil_to("parts", "--Iteration=8", expect=2)
     assert "without its checkpoint.pt; give another --run_name" in done.stderr and (parts / "metrics.jsonl").exists()
@@ -500,6 +501,9 @@ def test_a_finished_run_is_no_answer_for_other_data(distil_to, toy_experts):
             shutil.copy(path.with_stem("replay_buffer_0"), path)
             done, _ = distil_to("parts", expect=2)
             assert "is finished, and was made of other images, experts" in done.stderr
+        done, _ = distil_to("parts", "--Iteration=8", expect=2)
+        assert "was begun with other data: replay_buffer_2.pt (new)" in done.stderr
+        assert "--resume never" not in done.stderr  # which would discard a finished run
     finally:
         for path in added:
             path.unlink(missing_ok=True)

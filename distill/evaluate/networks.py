@@ -52,7 +52,8 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
     jobs = [Job(name, number) for name in networks or pool(config, dataset)
             for number in range(config.num_eval)]
     tested = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
-                                 train_labels=dataset.train_labels[:0].clone(), whitening=None)
+                                 train_labels=dataset.train_labels[:0].clone(),
+                                 space=dataset.space._replace(whitening=None))
     sets = (distilled,) if isinstance(distilled, DistilledSet) else distilled
     sets = tuple(each.seen() for each in sets)
     train = Training(config, tested, sets, address, augmented, work_of(config, sets[0]))

@@ -171,7 +171,7 @@ def save_pictures(path: Path, dataset: Dataset, start: DistilledSet, best: Disti
 def _neighbours(dataset: Dataset, pixels: Tensor, classes: list[int]) -> Tensor:
     """The training image of the same class that is nearest in pixel space, for each image [n, C, H, W]."""
     space, labels = dataset.space, torch.tensor(classes, device=pixels.device)
-    if space.whitening is not None and dataset.train_energy is not None:
+    if dataset.train_energy is not None:  # they are whitened
         # For pixels x, whitened a, and M the un-whitening, ‖x − p‖² = ‖x − μ‖² − 2 a·M(p − μ) + ‖p − μ‖². This avoids
         # un-whitening all images, which would take as long as whitening the dataset: minutes in many dimensions.
         towards = space.whitening.pulled_back(pixels)

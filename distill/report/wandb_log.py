@@ -112,7 +112,7 @@ def _pictures(images: Tensor, lr: float, dataset: Dataset, show: bool) -> dict[s
     import wandb
 
     values: dict[str, Any] = {"Pixels": wandb.Histogram(_finite(images)), "Synthetic_LR": lr}
-    reconstructed = {} if dataset.whitening is None else {"Reconstructed": dataset.space.to_pixels(images)}
+    reconstructed = {} if dataset.space.whitening is None else {"Reconstructed": dataset.space.to_pixels(images)}
     views = {"Synthetic": images, **reconstructed}
     if show:
         for kind, pixels in views.items():

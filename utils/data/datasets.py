@@ -93,15 +93,13 @@ class Dataset:
     test_images: Tensor  # [M, C, H, W] float32
     test_labels: Tensor  # [M] int64
     classes: tuple[str, ...]
-    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]; not applied to whitened images
-    std: tuple[float, ...]
-    whitening: Whitening | None
+    space: ImageSpace
     fingerprint: str  # SHA-256, in hex, of the name and the raw images and labels
     # [N] if whitened: `Whitening.energy` of the training images' pixels, which are costly to recover.
     train_energy: Tensor | None = None
 
     def __repr__(self) -> str:
-        kind = "normalised" if self.whitening is None else "whitened"
+        kind = "normalised" if self.space.whitening is None else "whitened"
         return (f"Dataset({self.name}, {len(self.train_images)} training and {len(self.test_images)} test images "
                 f"{list(self.test_images.shape[1:])}, {self.num_classes} classes, {kind})")
 
@@ -122,10 +120,6 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
-
-    @property
-    def space(self) -> ImageSpace:
-        return ImageSpace(self.mean, self.std, self.whitening)
 
     def class_indices(self, c: int) -> Tensor:
         """Indices [n] of the training images of class `c`, ascending, on `device`."""
@@ -185,15 +179,15 @@ def load_dataset(name: str, data_path: str | os.PathLike, *, subset: str = "imag
     (train_images, train_labels), (test_images, test_labels) = train, test
     del train, test  # so that each raw copy is freed as soon as it is converted
     device = torch.device(device)
-    there = whitening and whitening.to(device)  # only while it whitens
+    there = ImageSpace(mean, std, whitening and whitening.to(device))  # only while it whitens
     with watch("whitening the images" if zca else "normalising the images",
                len(train_images) + len(test_images)) as advance:
-        train_images, energy = _converted(train_images, ImageSpace(mean, std, there), device, advance)
-        test_images, _ = _converted(test_images, ImageSpace(mean, std, there), device, advance)
+        train_images, energy = _converted(train_images, there, device, advance)
+        test_images, _ = _converted(test_images, there, device, advance)
     if device.type != "cpu":
         train_images = HostImages(train_images, device)
     return Dataset(name, train_images, train_labels.to(device), test_images.to(device), test_labels.to(device), classes,
-                   mean, std, whitening, fingerprint, energy)
+                   ImageSpace(mean, std, whitening), fingerprint, energy)
 
 
 def _converted(raw: Tensor, space: ImageSpace, device: torch.device, advance: Callable[[float], object]

@@ -303,8 +303,6 @@ def _path(fingerprint: str) -> Path:
 
 def _read(path: Path, fingerprint: str, dimension: int) -> Whitening | None:
     """The cached fit; None if it is missing or damaged."""
-    if not path.is_file():
-        return None
     with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
         kept = load(path, "ZCA cache file")
         tensors = [kept[name] for name in ("mean", "transform", "inverse")]

@@ -11,6 +11,7 @@ lift of the same name. Sums may therefore be taken in the lifted space, and deri
 Maps are [B, H, W, C] throughout; padding is symmetric, strides are one.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -170,17 +171,9 @@ def _cook_toom(points: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     last[0, 3] = 1
     output = torch.cat([p[:, None] ** powers, last]).T
     kernel = torch.cat([p[:, None] ** powers[:3] / scale[:, None], last[:, 1:]])
-    data = torch.stack([_polynomial(roots) for roots in [*others, p]])
+    polynomials = [torch.from_numpy(np.poly(roots)[::-1].copy()) for roots in [*others, p]]  # lowest coefficient first
+    data = torch.stack([F.pad(each, (0, 6 - len(each))) for each in polynomials])
     return data, kernel, output
-
-
-def _polynomial(roots: Tensor) -> Tensor:
-    """The six coefficients, lowest first, of the monic polynomial with these roots."""
-    coefficients = torch.zeros(6, dtype=torch.float64)
-    coefficients[0] = 1
-    for root in roots:
-        coefficients = coefficients.roll(1) - root * coefficients
-    return coefficients
 
 
 Convolution = Direct | Columns | Winograd

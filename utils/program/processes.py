@@ -35,6 +35,7 @@ def in_processes(function: Callable[[Job, Callable[[], None]], Result], jobs: Se
 
     Raises:
         UserError: a process was killed from outside, or the function raised a UserError.
+        MemoryError: the function ran out of memory.
         RuntimeError: the function raised another exception; the message is its traceback.
     """
     if not jobs:
