@@ -318,16 +318,13 @@ class EvaluationResult:
                                     if name not in optional or value not in (None, {})})
 
     def by_protocol(self) -> list[tuple[str, list[Score], list["Trained"]]]:
-        """For tables: for each protocol the set under it, in words, the scores, and how the networks of each were
-        trained; one entry if there are no protocols."""
-        samples = self.labels or self.images
+        """For tables: for each protocol, or once, the set in words, the scores, and how their networks were trained."""
         if not self.protocols:
-            trained = Trained.of({"lr": self.lr, "epochs": self.config.get("epoch_eval_train"),
-                                  "batch_train": self.config.get("batch_train")}, samples)
+            trained = Trained.of(self.config | {"lr": self.lr, "epochs": self.config.get("epoch_eval_train")}, self)
             return [(self.what, self.scores, [trained] * len(self.scores))]
         what = self.what.removesuffix(under_protocol("", next(iter(self.protocols))))
         return [(under_protocol(what, protocol), reached.scores,
-                 [Trained.of(reached.trained.get(score.network, {}), samples) for score in reached.scores])
+                 [Trained.of(reached.trained.get(score.network, {}), self) for score in reached.scores])
                 for protocol, reached in self.protocols.items()]
 
     @classmethod
@@ -337,22 +334,17 @@ class EvaluationResult:
 
 
 class Trained(NamedTuple):
-    """How the networks of a score were trained, in words."""
+    """How the networks of a score were trained, in words; a batch is no larger than the set."""
 
     rate: str
     epochs: str
     batch: str
 
     @classmethod
-    def of(cls, trained: dict[str, Any], samples: int) -> "Trained":
-        """
-        Args:
-            trained: as in `UnderProtocol.trained`.
-            samples: of the set; no batch is larger.
-        """
+    def of(cls, trained: dict[str, Any], result: EvaluationResult) -> "Trained":
         lr, auto, batch = trained.get("lr"), " (auto)" * ("held_out" in trained), trained.get("batch_train")
         return cls(f"{lr:.4g}{auto}" if isinstance(lr, int | float) else "-", str(trained.get("epochs") or "-"),
-                   str(min(batch, samples)) if isinstance(batch, int) else "-")
+                   str(min(batch, result.labels or result.images)) if isinstance(batch, int) else "-")
 
 
 def same_rate(one: float | None, other: float) -> bool:

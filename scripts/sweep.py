@@ -36,7 +36,7 @@ from distill.report.read_run import SavedRun, read_run
 from distill.result_files import images_tested, tested_on
 from distill.run_folder import run_folder
 from scripts.common import report_kind, save_report
-from utils.config import STARTS, DistillConfig, about, influential, is_path
+from utils.config import STARTS, DistillConfig, about, canonical, influential, is_path
 from utils.errors import UserError, note
 from utils.files import REPOSITORY, check_outputs, resolved, write_text
 from utils.program import commands, interrupt
@@ -57,6 +57,7 @@ class Run(NamedTuple):
     differs: dict[str, str]  # its value of each swept option
     options: dict[str, str]  # everything that DATM.py is given
     config: DistillConfig
+    sweep: str | None  # the name that the sweep was given
 
     @property
     def folder(self) -> Path:
@@ -78,7 +79,7 @@ def main() -> None:
         for run in runs:
             check_start(run.config)
     together = Path(os.path.commonpath([run.folder.parent for run in runs]))
-    page = together / f"{'_'.join(['sweep', *filter(None, [options.get('run_name')]), *swept])}.html"
+    page = together / f"{'_'.join(['sweep', *filter(None, [runs[0].sweep]), *swept])}.html"
     check_outputs({"the page": page} | ({"--json": json} if json else {}),
                   {"the page": "html", "--json": report_kind()})
 
@@ -157,7 +158,11 @@ def combinations(options: dict[str, str]) -> list[Run]:
         if name in runs:
             raise UserError(f"{name} would be run twice; give each value once")
         asked["run_name"] = name
-        runs[name] = Run(name, differs, asked, config_of(DistillConfig, asked)[0])
+        run = Run(name, differs, asked, config_of(DistillConfig, asked)[0], config.run_name)
+        decides = canonical(influential(run.config))
+        if same := next((other for other in runs.values() if canonical(influential(other.config)) == decides), None):
+            raise UserError(f"{name} would be the run of {same.name} again, as these options stand; give one value")
+        runs[name] = run
     return list(runs.values())
 
 

@@ -130,7 +130,7 @@ def test_another_seed_trains_other_experts(call, toy, toy_experts, tmp_path):
         assert not (one == other).any(dim=1).all() and not torch.equal(one[0], other[0])
 
 
-def test_the_seed_decides_the_order_and_the_augmentation_too(toy, toy_data, tmp_path):
+def test_the_seed_decides_the_order_and_the_augmentation_too(toy_data, tmp_path):
     """From the same initialisation, another seed trains a different expert."""
     ends = []
     with mock.patch("buffer.experts.seeded", lambda *address: seeded("the same for all")):
@@ -315,7 +315,7 @@ for line in sys.stdin.read().splitlines():
 """
 
 
-def test_help_and_refusals_need_no_torch(environment, distilled, experts, tmp_path):
+def test_help_and_refusals_need_no_torch(environment, distilled, tmp_path):
     """Importing torch takes seconds; a misspelt option should be reported at once."""
     folder, arguments, _ = distilled
     none = f"--buffer_path={tmp_path / 'none'}"

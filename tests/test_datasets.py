@@ -759,7 +759,7 @@ def test_unknown_names_and_values():
     refused("unknown dataset 'FashonMNIST'; did you mean 'FashionMNIST'.*MiniFashion", "FashonMNIST", "")
 
 
-def test_hold_out(monkeypatch):
+def test_hold_out():
     whole, held = load_dataset("MiniFashion", ""), load_dataset("MiniFashion", "", val_fraction=0.1)
     assert held.train_labels.bincount().tolist() == [540] * 10 and held.test_labels.bincount().tolist() == [60] * 10
     assert held.fingerprint != whole.fingerprint

@@ -211,7 +211,7 @@ def test_quiet_leaves_errors_and_warnings(call, toy, toy_experts, tmp_path):
     assert "DATM.py: error: --max_start_epoch 9" in call(DATM, *arguments, "--max_start_epoch=9", expect=2).stderr
 
 
-def test_quiet_changes_nothing_of_a_run(call, made, toy, toy_experts, tmp_path):
+def test_quiet_changes_nothing_of_a_run(call, made, toy, tmp_path):
     """The same tensors and config, also as a key of the YAML; a finished run is recognised with or without it."""
     whole, distil, _ = made
     quiet = tmp_path / "quiet.yaml"

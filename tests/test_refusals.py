@@ -486,7 +486,7 @@ def test_the_shell_sees_exit_code_2_and_one_line(run, tmp_path):
     check_refusal(done, "--epoch_eval_train 0: it must be greater than or equal to 1")
 
 
-def test_a_mistake_of_the_programs_is_not_dressed_as_the_users(monkeypatch, capsys):
+def test_a_mistake_of_the_programs_is_not_dressed_as_the_users(capsys):
     def broken():
         raise ZeroDivisionError("ours")
 
@@ -520,8 +520,8 @@ def test_a_gap_in_the_expert_files_is_refused(call, toy, toy_experts, tmp_path):
     check_refusal(done, "holds replay_buffer_1.pt but no replay_buffer_0.pt")
 
 
-def test_options_are_refused_before_the_data_is_read(call, toy, toy_experts):
-    with mock.patch("utils.data.datasets.load_dataset", side_effect=AssertionError("the data was read")):
+def test_options_are_refused_before_the_data_is_read(call, toy):
+    with mock.patch("utils.program.prepare.load_dataset", side_effect=AssertionError("the data was read")):
         for script, options in ((DATM, [*toy.distil, "--eval_mode=Z"]), (DATM, [*toy.distil, "--buffer_path=/nowhere"]),
                                 (EVALUATION, toy.evaluate), (EVALUATION, [*toy.evaluate, "--data_dir=/nowhere.pt"]),
                                 (BASELINE, [*toy.evaluate, "--ipc=None", "--label_source=experts"]),
@@ -538,7 +538,7 @@ def test_damaged_files_of_a_run_are_refused(call, toy, toy_experts, tmp_path, na
     check_refusal(call(DATM, *arguments, expect=2), name, "is damaged")
 
 
-def test_a_size_that_a_dataset_does_not_have_is_refused(call, toy_experts):
+def test_a_size_that_a_dataset_does_not_have_is_refused(call):
     done = call(BASELINE, "--dataset=MiniFashion", "--res=64", expect=2)
     check_refusal(done, "res is 64", "28×28", "ImageFolder")
 

@@ -202,7 +202,7 @@ def test_neighbours_are_found_without_all_pictures(toy_data, monkeypatch):
     assert sum(seen) == 15 * page_pictures.NEAR
 
 
-def test_the_commands_mean_the_same_run(runs, monkeypatch, tmp_path):
+def test_the_commands_mean_the_same_run(runs, tmp_path):
     """The commands on the page give the options of the run and of its experts."""
     run = read_run(runs[1])
     (_, experts), (_, distil), (_, evaluation), (_, again) = commands(run)

@@ -627,7 +627,7 @@ def test_what_another_evaluation_found_does_not_count(call, toy, tmp_path):
 # --- two runs, and signals -----------------------------------------------------------------------------------
 
 
-def test_two_runs_keep_out_of_one_folder(call, toy, distil_to, toy_experts, tmp_path):
+def test_two_runs_keep_out_of_one_folder(call, toy, distil_to, tmp_path):
     with locks.locked(tmp_path.joinpath("experts", *EXPERTS), "-"):
         done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path / 'experts'}", expect=2)
     assert f"another run (process {os.getpid()}" in done.stderr and "another --buffer_path" in done.stderr

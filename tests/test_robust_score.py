@@ -188,7 +188,7 @@ def test_what_has_no_score_is_refused(call, robust, options, phrases):
     check_refusal(call(*robust, *options, expect=2), *phrases)
 
 
-def test_a_set_of_unequal_classes_or_of_all_images_has_no_score(call, toy, toy_data, toy_experts, tmp_path):
+def test_a_set_of_unequal_classes_or_of_all_images_has_no_score(call, toy, toy_experts, tmp_path):
     for count, phrase in ((4, "4 images of 3 classes cannot be compared"), (72, "leave 0 of class blue, and")):
         torch.save(torch.zeros(count, 3, 8, 8), tmp_path / "images.pt")
         torch.save(torch.zeros(count, 3), tmp_path / "labels.pt")

@@ -11,6 +11,7 @@ from utils.files import REPOSITORY, save_config
 
 SRUN = """#!/bin/bash
 trap 'sleep 0.3; exit {code}' TERM
+echo "$*" >asked
 echo $$ >pid
 mv pid begun
 while true; do sleep 0.05; done
@@ -29,7 +30,7 @@ def slurm(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VENV": str(tmp_path),
-                                "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "77"}
+                                "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "77", "RANKS_PER_NODE": "3"}
     return lambda *arguments, **more: subprocess.Popen(
         ["bash", REPOSITORY / "scripts" / "datm.slurm", *arguments], env=environment | more, cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -56,6 +57,10 @@ def test_a_job_that_was_warned_is_queued_again_unless_it_finished(slurm, tmp_pat
     job.send_signal(signal.SIGUSR1)
     out, _ = job.communicate(timeout=30)
     assert job.returncode == code
+    asked = (tmp_path / "asked").read_text()
+    assert "--nproc_per_node=3 " in asked
+    if stage == "experts":
+        assert asked.endswith(" buffer/buffer_FTD.py --seed=0 --buffer_path=buffer_storage/parts/0\n")
     name = "70_0" if stage == "experts" else "77"
     assert out.splitlines() == [f"scancel --signal=TERM {name}", *[f"scontrol requeue {name}"] * queued]
 

@@ -92,6 +92,7 @@ def test_names_are_those_of_the_values_however_they_are_typed(tmp_path):
 @pytest.mark.parametrize("options, phrase", [
     ({"lr_img": "30"}, "every option has one value"), ({"lr_img": "30,x"}, "--lr_img x: it must be a valid number"),
     ({"lr_img": "30,3e1"}, "lr_img=30 would be run twice"),
+    ({"ema_decay": "0.9,0.99"}, "ema_decay=0.99 would be the run of ema_decay=0.9 again"),
     ({"lr_img": "30,"}, "--lr_img '': it must be a valid number"),
     ({"device": "[0,1]"}, "every option has one value")])
 def test_what_cannot_be_swept_is_refused(options, phrase, tmp_path):
@@ -114,7 +115,7 @@ def child(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "DATM", str(script))
     with handlers_as_before():
         interrupt.install()
-        yield lambda **options: sweep.run_to_its_end(sweep.Run("a=1", {}, options, mock.Mock()))
+        yield lambda **options: sweep.run_to_its_end(sweep.Run("a=1", {}, options, mock.Mock(), None))
     interrupt._received = None
 
 

@@ -59,7 +59,7 @@ def test_no_account_is_one_line_and_wandb_is_not_even_imported(no_account, monke
                                        "--wandb offline)\n")
 
 
-def test_a_wandb_that_fails_is_one_line(monkeypatch, capsys, tmp_path, fake):
+def test_a_wandb_that_fails_is_one_line(capsys, tmp_path, fake):
     def refuse(**options):
         raise RuntimeError("no\nnetwork")
     sys.modules["wandb"].init = refuse

@@ -188,6 +188,9 @@ def main() -> None:
     check_options(config)
     with of_distilled():
         check_options(of_saved)
+    if config.adjoint_steps:
+        raise UserError(f"--adjoint_steps {config.adjoint_steps}: full and truncated gradients are compared anyway; "
+                        "leave it out")
     if config.lr_teacher == AUTO or config.dry_run:
         given = "--dry_run" if config.dry_run else f"--lr_teacher {AUTO}"
         raise UserError(f"{given}: all gradients are compared at one given rate, and measured at once; leave it out")

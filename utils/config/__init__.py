@@ -22,6 +22,7 @@ from utils.config.values import (
     from_repository,
     from_root,
     has_effect,
+    hints_of,
     how_much,
     identity,
     image_size,

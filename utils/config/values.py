@@ -8,7 +8,9 @@ import os
 import re
 import reprlib
 import typing
+from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,9 +55,15 @@ def has_effect(config: DataConfig, name: str) -> bool:
     return getattr(config, effect) if isinstance(effect, str) else effect
 
 
+@cache
+def hints_of(config_type: type, include_extras: bool = False) -> Mapping[str, Any]:
+    """`typing.get_type_hints`, which takes long for all the options of a program."""
+    return typing.get_type_hints(config_type, include_extras=include_extras)
+
+
 def _spelt(name: str, value: Any, config_type: type) -> Any:
     """The value, with spellings that YAML and the command line allow converted to what the type accepts."""
-    hint = typing.get_type_hints(config_type)[name]
+    hint = hints_of(config_type)[name]
     if isinstance(value, str) and type(None) in typing.get_args(hint) and value.lower() in ("none", "null", "~", ""):
         return None
     if isinstance(value, str) and value.startswith("[") and list[int] in typing.get_args(hint):
@@ -128,14 +136,14 @@ def how_much(config: DataConfig) -> dict[str, int]:
 
 def path_options(config_type: type) -> dict[str, Any]:
     """The options that are or may be paths, with their defaults."""
-    hints = typing.get_type_hints(config_type, include_extras=True)
+    hints = hints_of(config_type, include_extras=True)
     return {field.name: field.default.default for field in fields(config_type)
             if {"path", "path or name"} & set(map(str, typing.get_args(hints[field.name])))}
 
 
 def is_path(name: str, value: Any, config_type: type) -> bool:
     """Whether an option's value is a path; if the option also takes a name, the suffix decides."""
-    kinds = typing.get_args(typing.get_type_hints(config_type, include_extras=True)[name])
+    kinds = typing.get_args(hints_of(config_type, include_extras=True)[name])
     return bool(value) and ("path" in kinds or ("path or name" in kinds and str(value).endswith(".safetensors")))
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from utils import files
-from utils.config import GROUPS, Config, about, defaults, from_root, has_effect, is_path, make, path_options
+from utils.config import GROUPS, Config, about, defaults, from_root, has_effect, hints_of, is_path, make, path_options
 from utils.errors import UserError, note, unknown_names
 
 
@@ -72,7 +72,7 @@ def config_of(config_type: type[Config], options: dict[str, str],
     """
     options = dict(options)
     path = options.pop("cfg", None)
-    hints = typing.get_type_hints(config_type)
+    hints = hints_of(config_type)
     for name in (name for name, value in options.items() if value == "" and name in hints):
         # Empty would silently mean "unset", or "write nothing".
         if type(None) in typing.get_args(hints[name]) or about(name, config_type)["writes"]:
@@ -148,7 +148,7 @@ def _parser(config_type: type, description: str, yaml_file: bool, more: dict[str
     groups = {group: parser.add_argument_group(f"{group} options") for group in GROUPS}
     for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
         extra = about(field.name, config_type)
-        hint = typing.get_type_hints(config_type)[field.name]
+        hint = hints_of(config_type)[field.name]
         shown = default[field.name]
         text = extra["help"] + ("" if extra["effect"] else " (no effect)") + (
             "" if shown == "" else f" [{'unset' if shown is None else shown}]")
