@@ -301,7 +301,7 @@ def test_the_pages_have_the_numbers_of_the_results():
     pages = {name: (results / name / "README.md").read_text() for name in (
         ".", "FashionMNIST/gpu", "FashionMNIST/small")}
     # Row → file in results/FashionMNIST; {}: the column's images per class.
-    factor, longer, whole = "../sets/FashionMNIST_ipc{}_factor2", "../sets/FashionMNIST_ipc{}_T80", "gpu/whole"
+    factor, longer, whole = "cpu/ipc{}_factor_2", "../sets/FashionMNIST_ipc{}_T80", "gpu/whole"
     on_gpu = {
         "random real images": "gpu/random_{}", "random real images, with experts' labels": "gpu/random_labels_{}",
         "herded real images, with experts' labels": "gpu/herding_{}",
