@@ -344,3 +344,9 @@ def test_without_torchrun_there_is_one_process_or_a_refusal(call, monkeypatch, v
     refusal = call("scripts/summary.py", expect=2).stderr
     assert refusal.count("\n") == 1 and (f", but {wrong}" in refusal if wrong else "RESULT.json" in refusal)
     assert ranks.size() == 1 and ranks.first()
+
+
+def test_communication_is_measured(call):
+    measured = call("scripts/measure/communication.py", "--model=ConvNetD1W4", "--batch=4", "--rounds=1").stdout
+    assert re.fullmatch(r"1 rank, ConvNetD1W4 \(\d+ parameters\), batch 4: 0\.\d+ MB a step; computing [\d.]+ ms, "
+                        r"summing [\d.]+ ms, \d+ % of the time\n", measured)

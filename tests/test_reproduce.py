@@ -198,6 +198,14 @@ def test_experts_are_compared_and_a_rate_is_given_to_another_network(tiny, tmp_p
     assert f"| {100 * np.mean(accuracies):.2f} ± {100 * np.std(accuracies):.2f} | 2 |" in row
 
 
+def test_the_commands_of_a_row_are_listed_and_not_run(tiny, tmp_path):
+    done = subprocess.run(**tiny("--list", "--only", "ipc1_exact"), capture_output=True, timeout=60)
+    wanted = "buffer/buffer_FTD.py", "distill/DATM.py", "distill/evaluation.py"  # what it needs, itself, its test
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(wanted) and all(f" {script} --" in line for script, line in zip(wanted, lines))
+    assert not (tmp_path / "out").exists()
+
+
 def test_odd_options(tiny, tmp_path):
     for options, words in ((("--only=ipc7*",), "no row fits; the rows are ipc"),
                            (("--only", "ipc1_*", "ipc1_exakt"), "ipc1_exakt: no row fits; did you mean 'ipc1_exact'?"),
