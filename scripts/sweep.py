@@ -149,6 +149,7 @@ def combinations(options: dict[str, str]) -> list[Run]:
         raise UserError(f"every option has one value; give several to one at least, such as --lr_img 30,100,300, or "
                         f"use {DATM}")
     runs: dict[str, Run] = {}
+    first: dict[str, str] = {}  # the options that decide a result → the name of the first run with these
     for chosen in itertools.product(*values.values()):
         asked = dict(zip(values, chosen))
         config, known = config_of(DistillConfig, asked)
@@ -159,9 +160,8 @@ def combinations(options: dict[str, str]) -> list[Run]:
             raise UserError(f"{name} would be run twice; give each value once")
         asked["run_name"] = name
         run = Run(name, differs, asked, config_of(DistillConfig, asked)[0], config.run_name)
-        decides = canonical(influential(run.config))
-        if same := next((other for other in runs.values() if canonical(influential(other.config)) == decides), None):
-            raise UserError(f"{name} would be the run of {same.name} again, as these options stand; give one value")
+        if (same := first.setdefault(repr(canonical(influential(run.config))), name)) != name:
+            raise UserError(f"{name} would be the run of {same} again, as these options stand; give one value")
         runs[name] = run
     return list(runs.values())
 

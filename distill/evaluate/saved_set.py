@@ -166,10 +166,10 @@ def opened(config: EvaluationConfig, given: Collection[str],
         note("note: nothing says whether the set's images are whitened; they are taken for normalised: give --zca if "
              "they are whitened")
     own = made.get("model")
-    if others := [name for name in pool(config, dataset) if rate_known and own not in (None, name)]:
-        if "lr_teacher" not in given and config.protocol != "dc":
-            note(f"note: the set's learning rate was learned with {own}; --lr_teacher auto looks for one that suits "
-                 f"{some_of(others)}")
+    others = [name for name in pool(config, dataset) if own not in (None, name)]
+    if others and rate_known and "lr_teacher" not in given and config.protocol != "dc":
+        note(f"note: the set's learning rate was learned with {own}; --lr_teacher auto looks for one that suits "
+             f"{some_of(others)}")
 
     check_pool(config, dataset)
     settle_threads(config, dataset, len(distilled))
