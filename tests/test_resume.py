@@ -616,12 +616,16 @@ def test_what_saves_nothing_promises_nothing(call, toy, toy_experts, tmp_path):
             f": stopped by SIGINT; every file is whole{lost if 'baseline' in command[0] else ''}")
 
 
-def test_what_another_evaluation_found_does_not_count(call, toy, tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_another_evaluation_found_does_not_count_nor_what_is_damaged(call, toy, tmp_path, damaged):
     arguments = [*toy.evaluate, "--num_eval=3", f"--json={tmp_path / 'x.json'}"]
     with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 3):
         call("distill/baseline.py", *arguments, "--ipc=2", expect=130)
-    done = call("distill/baseline.py", *arguments, "--ipc=3")
-    assert "going on" not in done.stdout
+    unfinished = tmp_path / "x.json.unfinished"
+    if damaged:
+        unfinished.write_text(unfinished.read_text()[:-9])
+    done = call("distill/baseline.py", *arguments, f"--ipc={2 if damaged else 3}")
+    assert "networks were tested" not in done.stdout and not unfinished.exists()
 
 
 # --- two runs, and signals -----------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Injects faults, runs the affected program, and shows what it printed.
+"""Injects faults of the system around a program (full, read-only and closed disks, outputs that cannot be written, a
+second run), and shows what the program printed. Damaged and hostile files are in the tests.
 
     python scripts/trials/faults.py [--only WORD …] [--json FILE]
 
@@ -7,7 +8,7 @@ temporary file may stay. A fault that can be repaired (such as a full disk) is r
 run to its end. Full and read-only disks are small tmpfs mounts, which need root on Linux; root's right to enter closed
 folders is dropped. Faults that cannot be injected here are listed as skipped.
 
-All runs use MiniFashion and a narrow network; about five minutes.
+All runs use MiniFashion and a narrow network; about three minutes.
 """
 
 import contextlib
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -30,8 +30,6 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-import numpy as np
-
 from scripts.common import ScriptParser
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, EVALUATION, temporary
@@ -40,27 +38,12 @@ from utils.program.console import table
 from utils.program.entry import entry
 from utils.program.progress import Progress
 
-MARKER, FOREIGN = "it ran", "somebody else's"
-# Nested lists, each of nine aliases of the one before ("billion laughs").
-LAUGHS = b"a0: &a0 [x]\n" + b"".join(
-    b"a%d: &a%d [%s]\n" % (number, number, b", ".join([b"*a%d" % (number - 1)] * 9)) for number in range(1, 30))
 EPOCH = "buffers/*/*/unfinished/expert_{}/epoch_1.pt"  # of an expert that is being trained
-METRICS, CHECKPOINT, RESULT = (f"{common.RUN}/{name}" for name in ("metrics.jsonl", "checkpoint.pt", "result.json"))
-RHO = ("--rho_max=0.05", "--rho_min=0.05")  # not that of the experts that are there
+METRICS, RESULT = (f"{common.RUN}/{name}" for name in ("metrics.jsonl", "result.json"))
 
 
 class SkippedError(Exception):
     """This fault cannot be injected here."""
-
-
-class Bomb:
-    """Code in a file: unpickling it makes the folder `marker`."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 # --- the scene of a fault ------------------------------------------------------------------------------------
@@ -76,23 +59,12 @@ class Scene:
         self.row: dict[str, Any] = {}
         self.environment: dict[str, str] = {}  # added to that of the programs
 
-    def copy_experts(self, manifests: bool = True) -> Path:
-        """Copies three experts in two files, and returns the first; without manifests they are like published ones."""
-        shutil.copytree(self._experts, self.disk / "buffers", dirs_exist_ok=True,
-                        ignore=None if manifests else shutil.ignore_patterns("*.yaml", "*.jsonl"))
-        return self.disk / common.EXPERTS / "replay_buffer_0.pt"
-
-    def write_set(self, **other: Any) -> None:
-        """Writes a distilled set, random except for the given tensors."""
-        tensors = {"images": common.noise(10, 1, 28, 28), "labels": common.noise(10, 10)} | other
-        common.write_set(self.folder / "set", **tensors)
-
     def prepare(self, script: str) -> None:
-        """Puts a program's input into the folder."""
+        """Puts a program's input into the folder: a distilled set, or three experts in two files."""
         if script == EVALUATION:
-            self.write_set()
+            common.write_set(self.folder / "set", common.noise(10, 1, 28, 28), common.noise(10, 10))
         else:
-            self.copy_experts()
+            shutil.copytree(self._experts, self.disk / "buffers", dirs_exist_ok=True)
 
     def usual(self, script: str) -> list[str]:
         """A program, with options that work."""
@@ -134,15 +106,7 @@ class Scene:
         assert not lost, f"changed or lost: {lost}"
         left = set(temporary(watched)).difference(left_before)
         assert not left, f"temporary files left: {left}"
-        assert not list(self.folder.rglob(MARKER)), "code in a file was run"
         self.row |= {"program": Path(command[0]).name, "exit_code": 2, "printed": shortened(errors[0], self.folder)}
-
-    def answered(self, unnoticed: str, *command: str, wrapper: tuple[str, ...] = ()) -> None:
-        """Runs a program that must be refused, or must succeed if there is a reason (`unnoticed`); fills the row."""
-        if not unnoticed:
-            return self.refused(*command)
-        self.run(*command, wrapper=wrapper)
-        self.row |= {"program": Path(command[0]).name, "exit_code": 0, "printed": f"nothing: {unnoticed}"}
 
     def wait_for(self, pattern: str, process: subprocess.Popen) -> Path:
         """Waits for a file of that pattern on the disk, and returns it."""
@@ -257,31 +221,6 @@ def in_read_only_folder(scene: Scene, script: str) -> None:
         scene.refused(*scene.usual(script))
 
 
-def damaged_experts(scene: Scene, damage: Callable[[Path], None], script: str = DATM, manifests: bool = True,
-                    unnoticed: str = "") -> None:
-    """
-    Args:
-        unnoticed: why the program succeeds nevertheless; empty: it is refused.
-    """
-    damage(scene.copy_experts(manifests))
-    scene.answered(unnoticed, *scene.usual(script))
-
-
-def damaged_set(scene: Scene, **tensors: Any) -> None:
-    scene.write_set(**tensors)
-    scene.refused(*scene.usual(EVALUATION))
-
-
-def set_with_code(scene: Scene) -> None:
-    damaged_set(scene, labels=[Bomb(scene.folder / MARKER)])
-
-
-def set_with_nan(scene: Scene) -> None:
-    images = common.noise(10, 1, 28, 28)
-    images[3, 0, 14, 14] = np.nan
-    damaged_set(scene, images=images)
-
-
 def second_is_refused(scene: Scene, script: str, at_work: str, *options: str) -> None:
     """Of two runs at the same time, the second one is refused.
 
@@ -301,41 +240,7 @@ def second_is_refused(scene: Scene, script: str, at_work: str, *options: str) ->
     assert first.returncode == 0, f"the first one ended with {first.returncode}\n{out}\n{err}"
 
 
-def interrupted(scene: Scene, damage: Callable[[Path], None], script: str, pattern: str, *options: str,
-                unnoticed: str = "") -> None:
-    """A program is killed as soon as there is a file of that pattern, which is damaged before the program is resumed.
-
-    Args:
-        unnoticed: why the program succeeds nevertheless; empty: it is refused, and starts over with --resume=never.
-    """
-    scene.prepare(script)
-    command = [*scene.usual(script), *options]
-    with scene.start(*command) as process:
-        left = scene.wait_for(pattern, process)
-        process.kill()
-    damage(left)
-    scene.answered(unnoticed, *command)
-    if not unnoticed:
-        scene.run(*command, "--resume=never")
-
-
-def experts_of_another_rho(scene: Scene) -> None:
-    """Among the expert files is one that was trained elsewhere, with another rho."""
-    path = scene.copy_experts()
-    others = scene.folder / "others"
-    scene.run(*scene.usual(BUFFER), *RHO, "--num_experts=1", f"--buffer_path={others}")
-    for suffix in (".pt", ".yaml", ".jsonl"):
-        shutil.copy(next(others.rglob(f"replay_buffer_0{suffix}")), path.with_name(f"replay_buffer_2{suffix}"))
-    scene.refused(*scene.usual(DATM))
-
-
-def experts_of_another_rho_are_added(scene: Scene) -> None:
-    scene.copy_experts()
-    scene.refused(*scene.usual(BUFFER), *RHO)
-
-
-def closed_folder(scene: Scene, script: str, option: str = "", *more: str, variable: str = "",
-                  unnoticed: str = "") -> None:
+def closed_folder(scene: Scene, script: str, option: str = "", *more: str, variable: str = "") -> None:
     """A path below a folder that may not be entered, in an option or an environment variable."""
     scene.prepare(script)
     closed = scene.folder / "closed"
@@ -344,114 +249,21 @@ def closed_folder(scene: Scene, script: str, option: str = "", *more: str, varia
         if os.access(closed, os.X_OK):
             raise SkippedError("this user may enter every folder")
         scene.environment |= {variable: str(closed / "x")} if variable else {}
-        scene.answered(unnoticed, *scene.usual(script), *([f"--{option}={closed}/x"] if option else []), *more)
+        scene.refused(*scene.usual(script), *([f"--{option}={closed}/x"] if option else []), *more)
     finally:
         closed.chmod(0o700)
 
 
-def nobody_listens(scene: Scene, script: str, how: str, results: str) -> None:
-    """A program whose output cannot be written does its work all the same.
+def nobody_listens(scene: Scene, where: str) -> None:
+    """A distillation whose output cannot be written does its work all the same.
 
     Args:
-        how: where bash sends the output.
-        results: the pattern of what the program makes.
+        where: where bash sends the output.
     """
-    scene.prepare(script)
-    scene.answered("nobody listens, and it goes on", *scene.usual(script),
-                   wrapper=("bash", "-c", f'set -o pipefail; "$@" {how}', "bash"))
-    assert list(scene.disk.glob(results)), "it made nothing"
-
-
-def hostile(scene: Scene, prepare: Callable[[Scene], list[str]], script: str = DATM, unnoticed: str = "") -> None:
-    """
-    Args:
-        prepare: puts a file of somebody else's where the program meets it, and returns options for the program.
-        unnoticed: why the program succeeds nevertheless; empty: it is refused.
-    """
-    scene.prepare(script)
-    scene.answered(unnoticed, *scene.usual(script), *prepare(scene))
-    foreign = scene.folder / "foreign"
-    assert not foreign.exists() or foreign.read_text() == FOREIGN, "a file of somebody else was written"
-
-
-def aliases_in_a_manifest(scene: Scene) -> list[str]:
-    (scene.disk / common.EXPERTS / "replay_buffer_0.yaml").write_bytes(LAUGHS)
-    return []
-
-
-def aliases_in_a_config(scene: Scene) -> list[str]:
-    scene.disk.joinpath(common.RUN).mkdir(parents=True)
-    scene.disk.joinpath(common.RUN, "config.yaml").write_bytes(LAUGHS)
-    return []
-
-
-def linked_lock(scene: Scene) -> list[str]:
-    scene.disk.joinpath(common.RUN).mkdir(parents=True)
-    scene.disk.joinpath(common.RUN, ".lock").symlink_to(scene.folder / "foreign")
-    (scene.folder / "foreign").write_text(FOREIGN)
-    return []
-
-
-def foreign_files_beside(scene: Scene) -> list[str]:
-    names = [".result.json.original", ".result.json.12345678.json", "result.json.unfinished_notes.txt"]
-    for name in names:
-        (scene.disk / name).write_text(FOREIGN)
-    scene.run(*scene.usual(EVALUATION))
-    assert all((scene.disk / name).read_text() == FOREIGN for name in names)
-    return []
-
-
-def result_over_experts(scene: Scene) -> list[str]:
-    return [f"--json={scene.copy_experts()}"]
-
-
-def postscript_as_png(scene: Scene) -> list[str]:
-    for split in ("train", "test"):
-        for name in ("a", "b"):
-            path = scene.folder / "own" / split / name / "0.png"
-            path.parent.mkdir(parents=True)
-            path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"
-                             + f"({scene.folder / MARKER}) (w) file closefile showpage\n".encode())
-    return ["--dataset=ImageFolder", f"--data_path={scene.folder}/own"]
-
-
-def own_backend_of_pictures(scene: Scene) -> list[str]:
-    scene.environment["MPLBACKEND"] = "module://not_here.backend"
-    return []
-
-
-# --- what is done to a file ----------------------------------------------------------------------------------
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-
-def flip(path: Path, bit: int, becomes: float) -> None:
-    """Flips a bit of one parameter, the norm's first weight at the initialisation, which is 1."""
-    experts = common.load(path)
-    first, scale = (tensor.numpy() for tensor in experts[0][0][1:3])
-    content = bytearray(path.read_bytes())
-    assert (scale == 1).all(), "the third tensor is not the norm's weight"
-    # The tensors of a snapshot are stored in order, so the bias before it tells where in the file it is.
-    offset = content.index(first.tobytes() + scale.tobytes()) + first.nbytes
-    content[offset + bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-    assert np.frombuffer(content, np.float32, 1, offset)[0] == becomes
-
-
-flip_fraction = partial(flip, bit=20, becomes=1.125)
-flip_exponent = partial(flip, bit=30, becomes=float("inf"))
-
-
-def put_nan(path: Path) -> None:
-    experts = common.load(path)
-    experts[1][2][0][0] = np.nan
-    common.save(experts, path)
-
-
-def put_code(path: Path) -> None:
-    common.save([[[Bomb(path.parent / MARKER)]]], path)
+    scene.prepare(DATM)
+    scene.run(*scene.usual(DATM), wrapper=("bash", "-c", f'set -o pipefail; "$@" {where}', "bash"))
+    assert list(scene.disk.glob(RESULT)), "it made nothing"
+    scene.row |= {"program": Path(DATM).name, "exit_code": 0, "printed": "nothing: nobody listens, and it goes on"}
 
 
 # --- the faults ----------------------------------------------------------------------------------------------
@@ -475,36 +287,10 @@ fault("read-only folder, experts", in_read_only_folder, BUFFER)
 fault("read-only folder, distillation", in_read_only_folder, DATM)
 fault("read-only folder, evaluation", in_read_only_folder, EVALUATION)
 
-fault("expert file cut", damaged_experts, cut)
-fault("expert file cut, more experts are trained", damaged_experts, cut, BUFFER)
-fault("published expert file (no manifest) cut", damaged_experts, cut, manifests=False)
-fault("a bit flipped in an expert file, the value stays finite", damaged_experts, flip_fraction)
-fault("a bit flipped in a published expert file, the value becomes infinite", damaged_experts, flip_exponent,
-      manifests=False)
-fault("a bit flipped in a published expert file, the value stays finite", damaged_experts, flip_fraction,
-      manifests=False, unnoticed="without a checksum it cannot be noticed")
-fault("NaN in a published expert file", damaged_experts, put_nan, manifests=False)
-fault("expert file with code in it", damaged_experts, put_code, manifests=False)
-fault("experts of another rho are added to a folder", experts_of_another_rho_are_added)
-fault("experts of another rho were put into a folder", experts_of_another_rho)
-
 fault("two runs train experts in one folder at the same time", second_is_refused, BUFFER, EPOCH.format("*"),
       "--num_experts=8")
 fault("two runs distil in one folder at the same time", second_is_refused, DATM, METRICS, "--Iteration=200",
       "--eval_it=200")
-
-fault("checkpoint of a distillation cut", interrupted, cut, DATM, CHECKPOINT, "--Iteration=200")
-fault("checkpoint of a distillation with code in it", interrupted, put_code, DATM, CHECKPOINT, "--Iteration=200")
-fault("saved epoch of an unfinished expert cut", interrupted, cut, BUFFER, EPOCH.format(3))
-fault("unfinished result of an evaluation cut", interrupted, cut, EVALUATION, "result.json.unfinished",
-      unnoticed="it tests those networks again")
-
-fault("distilled set with code in it", set_with_code)
-fault("distilled images with NaN", set_with_nan)
-fault("distilled set of another number of classes", damaged_set, labels=common.noise(10, 100))
-fault("distilled images of 1e300, infinite in float32", damaged_set,
-      images=np.full((10, 1, 28, 28), 1e300))
-fault("distilled set of another image size", damaged_set, images=common.noise(10, 1, 32, 32))
 
 for _option, _script, *_more in (
         ("buffer_path", BUFFER), ("data_path", BUFFER, "--dataset=ImageFolder"), ("log_path", DATM),
@@ -514,17 +300,7 @@ for _option, _script, *_more in (
 fault("a cache folder that may not be entered", closed_folder, BUFFER, variable="DATM_CACHE")
 for _how, _where in (("is full", ">/dev/full 2>&1"), ("is closed", ">&- 2>&-"),
                      ("has lost its reader", "2>&1 | head -n 1 >/dev/null")):
-    fault(f"the output {_how}", nobody_listens, DATM, _where, RESULT)
-
-fault("a manifest of aliases of aliases", hostile, aliases_in_a_manifest)
-fault("a config.yaml of aliases of aliases", hostile, aliases_in_a_config)
-fault("a .lock that links to somebody else's file", hostile, linked_lock)
-fault("hidden files of somebody else's beside the result", hostile, foreign_files_beside, EVALUATION,
-      unnoticed="it leaves them")
-fault("the result in the place of an expert file", hostile, result_over_experts, EVALUATION)
-fault("PostScript in an image named .png", hostile, postscript_as_png, BUFFER)
-fault("a picture backend of the user's that is not there", hostile, own_backend_of_pictures,
-      unnoticed="its pictures are its own")
+    fault(f"the output {_how}", nobody_listens, _where)
 
 
 # --- the program ---------------------------------------------------------------------------------------------
