@@ -137,17 +137,17 @@ def kept_of(model: FlatModel, theta: Tensor, velocity: Tensor | None) -> dict[st
 
 
 def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], x: Tensor, y: Tensor,
-               drawn: augment.Draw | None) -> None:
+               drawn: augment.Draw) -> None:
     """One GSAM step on a batch [B, C, H, W], augmented as drawn; one CUDA graph if the engine is captured."""
     def step(engine, kept, x, y, *parameters):
-        x = augment.apply(x, drawn and drawn.holding(parameters))
+        x = augment.apply(x, drawn.holding(parameters))
         loss, logits, direction = gsam_gradient(engine, kept["theta"], x, y, config.rho_max, config.alpha,
                                                 config.adaptive, model.network)
         sgd_step(kept["theta"], direction, kept.get("velocity"), config.lr_teacher, config.mom, config.l2)
         kept["total_loss"] += loss * len(x)
         kept["correct"] += (logits.argmax(dim=1) == y).sum()
 
-    model.run(("descend", augment.operations(drawn)), step, kept, x, y, *augment.tensors(drawn))
+    model.run(("descend", drawn.operations), step, kept, x, y, *drawn.tensors)
 
 
 def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, model: FlatModel,

@@ -43,14 +43,14 @@ class Segment:
     start_epoch: int
     bound: int  # exclusive upper bound of the start epochs that could be drawn
     batches: Sequence[Tensor]
-    augment: Sequence[augment.Draw | None]
+    augment: Sequence[augment.Draw]
 
     def own(self) -> "Segment":
         """This rank's share of each batch, which has the same size in every step of whole batches, as compiled and
         captured code needs."""
         mine = ranks.own_share()
         return replace(self, batches=[batch[mine] for batch in self.batches],
-                       augment=[draw and draw.of(mine) for draw in self.augment])
+                       augment=[draw.of(mine) for draw in self.augment])
 
     def to(self, device: torch.device) -> "Segment":
         """The segment on `device`, sent in one copy."""

@@ -48,7 +48,7 @@ class Match(NamedTuple):
 
 
 def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor, images: Tensor, labels: Tensor,
-                     lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
+                     lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw] | None = None,
                      method: str = "exact", part: Part | None = None, adjoint_steps: int | None = None) -> Match:
     """The loss of one simulated training and its gradient; a pure function of its arguments.
 
@@ -67,7 +67,7 @@ def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor
     Returns:
         The loss and its gradients; a sample that no step used has gradient zero.
     """
-    augment = augment if augment is not None else [None] * len(batches)
+    augment = augment if augment is not None else [dsa.Draw()] * len(batches)
     assert len(augment) == len(batches), "one augmentation draw per inner step"
     assert adjoint_steps is None or method == "exact", "the exact gradient alone is truncated"
     if method == "unroll":
@@ -78,7 +78,7 @@ def match_trajectory(model: FlatModel, theta_start: Tensor, theta_target: Tensor
 
 
 def matching_loss(model: FlatModel, theta_start: Tensor, theta_target: Tensor, images: Tensor, labels: Tensor,
-                  lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
+                  lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw] | None = None,
                   part: Part | None = None) -> Tensor:
     """The loss of `match_trajectory` without its gradient, for a third of the work."""
     return losses_on_the_way(model, theta_start, [theta_target], images, labels, lr, batches, augment, part,
@@ -86,7 +86,7 @@ def matching_loss(model: FlatModel, theta_start: Tensor, theta_target: Tensor, i
 
 
 def losses_on_the_way(model: FlatModel, theta_start: Tensor, targets: Sequence[Tensor], images: Tensor, labels: Tensor,
-                      lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw | None] | None = None,
+                      lr: Tensor, batches: Sequence[Tensor], augment: Sequence[dsa.Draw] | None = None,
                       part: Part | None = None, *, steps: Sequence[int]) -> Tensor:
     """The losses after different numbers of inner steps, to several targets, from a single training.
 
@@ -96,7 +96,7 @@ def losses_on_the_way(model: FlatModel, theta_start: Tensor, targets: Sequence[T
     Returns:
         Losses [targets, steps].
     """
-    augment = augment if augment is not None else [None] * len(batches)
+    augment = augment if augment is not None else [dsa.Draw()] * len(batches)
     thetas, _ = _train(model, theta_start, images, labels, lr, batches, augment)
 
     def loss(theta: Tensor, target: Tensor) -> Tensor:
@@ -133,11 +133,11 @@ def _train(model, theta_start, images, labels, lr, batches, augment, keep_maps: 
     maps = [[] if left <= keep_maps else None for left in range(len(batches), 0, -1)]
     for batch, draw, of_step in zip(batches, augment, maps):
         def step(model, kept, batch, theta, *parameters, draw=draw, maps=of_step):
-            x = dsa.apply(kept["images"][batch], draw and draw.holding(parameters))
+            x = dsa.apply(kept["images"][batch], draw.holding(parameters))
             _, _, gradient = model.gradient(theta, x, kept["labels"][batch], maps)
             return theta - kept["lr"] * gradient
 
-        thetas.append(model.run(("train", dsa.operations(draw)), step, kept, batch, thetas[-1], *dsa.tensors(draw)))
+        thetas.append(model.run(("train", draw.operations), step, kept, batch, thetas[-1], *draw.tensors))
     return thetas, maps
 
 
@@ -179,7 +179,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     for batch, draw, of_step in islice(zip(*map(reversed, (batches, augment, maps))), steps):
         def step(model, kept, batch, theta, *parameters, draw=draw, maps=of_step):
             x = kept["images"][batch].requires_grad_()
-            augmented = dsa.apply(x, draw and draw.holding(parameters))
+            augmented = dsa.apply(x, draw.holding(parameters))
             s, s_theta, s_augmented, s_y = model.adjoint(theta, kept["co_state"], augmented.detach(),
                                                          kept["labels"][batch], maps)
             (s_x,) = torch.autograd.grad(augmented, x, s_augmented)
@@ -193,7 +193,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
             if carry_back:
                 kept["co_state"] -= of_theta
 
-        model.run(("revisit", carry_back, dsa.operations(draw)), step, kept, batch, thetas.pop(), *dsa.tensors(draw))
+        model.run(("revisit", carry_back, draw.operations), step, kept, batch, thetas.pop(), *draw.tensors)
     # Copies, since the next match may reuse the memory of the kept tensors.
     grad_images, grad_lr, grad_labels = (kept[name].clone() if name in kept else None
                                          for name in ("grad_images", "grad_lr", "grad_labels"))

@@ -37,7 +37,7 @@ def test_draws_fill_the_published_ranges_and_apply_keeps_the_shape(size, crop, c
     random = torch.Generator().manual_seed(0)
     for group, operations in groups.items():
         drawn = augment.draw((group,), 4000, size, random)
-        assert augment.operations(drawn) == tuple(operations)
+        assert drawn.operations == tuple(operations)
         for values, ranges in zip(drawn.parameters.values(), operations.values()):
             for value, (low, high) in zip(values, ranges, strict=True):
                 slack = 0.01 * (high - low) * value.is_floating_point()
@@ -51,7 +51,7 @@ def test_draws_fill_the_published_ranges_and_apply_keeps_the_shape(size, crop, c
 def test_every_group_is_drawn_about_equally_often():
     random = torch.Generator().manual_seed(0)
     groups = parse_strategy(STRATEGY)
-    drawn = [augment.operations(augment.draw(groups, 1, (8, 8), random)) for _ in range(1200)]
+    drawn = [augment.draw(groups, 1, (8, 8), random).operations for _ in range(1200)]
     assert set(drawn) == {augment.GROUPS[group] for group in groups}
     assert all(140 < drawn.count(each) < 260 for each in set(drawn))
 

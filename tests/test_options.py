@@ -42,7 +42,7 @@ def distillation(start=None, **options):
     return Distillation(make(DistillConfig, **options), SimpleNamespace(image_size=(4, 4)), None, start)
 
 
-SEGMENT = Segment(expert=0, start_epoch=0, bound=1, batches=[torch.arange(6)], augment=[None])
+SEGMENT = Segment(expert=0, start_epoch=0, bound=1, batches=[torch.arange(6)], augment=[augment.Draw()])
 
 
 def a_match(state, grad_lr=0.0, loss=0.5):
@@ -297,10 +297,10 @@ def test_the_older_augmentation_is_used_where_it_was_published():
         5, torch.Generator().manual_seed(0))
     assert set(draw.parameters) == {"crop", "scale", "rotate"}
     drawn = drawer(make(DistillConfig), dataset, ())(5, torch.Generator().manual_seed(0))
-    assert augment.operations(drawn) in augment.GROUPS.values()
+    assert drawn.operations in augment.GROUPS.values()
     dataset.name = "CIFAR10"
     older = augment.older_operations(dataset.name, "ConvNet")
-    assert drawer(make(DistillConfig, dsa=False), dataset, older)(5, torch.Generator()) is None
+    assert drawer(make(DistillConfig, dsa=False), dataset, older)(5, torch.Generator()).operations == ()
 
 
 def test_per_image_augmentation_changes_each_image_by_one_operation():

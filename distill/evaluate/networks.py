@@ -122,7 +122,7 @@ class Training:
         address = config.seed, "evaluation", *self.address, *job
         model = flat_model(config, self.network(job).to(distilled.images.device), self.work)
         older = augment.older_operations(dataset.name, job.network)
-        draw = drawer(config, dataset, older) if self.augmented else lambda batch, random: None
+        draw = drawer(config, dataset, older) if self.augmented else lambda batch, random: augment.Draw()
         theta = train_network(model, model.flatten(), distilled.images, distilled.labels, float(distilled.lr),
                               epochs=config.epoch_eval_train, batch_size=config.batch_train, draw=draw,
                               random=generator(*address, "order"), on_epoch=on_epoch)

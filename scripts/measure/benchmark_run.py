@@ -61,7 +61,7 @@ def network_of(shape: Shape, device: torch.device) -> nn.Module:
         return build_network(shape.network, shape.image[0], shape.classes, shape.image[1:]).to(device)
 
 
-def draw(shape: Shape, batch: int, random: torch.Generator) -> augment.Draw | None:
+def draw(shape: Shape, batch: int, random: torch.Generator) -> augment.Draw:
     return augment.draw(dsa_groups(EXPERT), batch, shape.image[1:], random)
 
 

@@ -6,9 +6,8 @@ draws one operation per image instead (`draw_per_image`). Drawing is the only ra
 CPU, so a seed gives the same augmentation on every device; `apply` is pure and differentiable in the images.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +36,18 @@ SENT_BYTES = 32 << 20  # drawn ahead: mostly a whole epoch, but noise is as larg
 
 @dataclass(frozen=True)
 class Draw:
-    """The drawn operations of one batch: name → its parameters, tensors with a row per image (see `OPERATIONS`)."""
+    """The drawn operations of one batch, in order: name → its parameters, tensors with a row per image (see
+    `OPERATIONS`); `Draw()` leaves the batch as it is."""
 
-    parameters: dict[str, tuple[Tensor, ...]]
+    parameters: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return tuple(self.parameters)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [value for values in self.parameters.values() for value in values]
 
     def holding(self, parameters: Sequence[Tensor]) -> "Draw":
         """The same draw with its `tensors` replaced by these."""
@@ -51,55 +59,45 @@ class Draw:
         return Draw({name: tuple(value[rows] for value in values) for name, values in self.parameters.items()})
 
 
-Drawer = Callable[[int, torch.Generator], Draw | None]
+Drawer = Callable[[int, torch.Generator], Draw]
 """(batch size, generator) → the augmentation of that batch."""
 
 
-def operations(drawn: Draw | None) -> tuple[str, ...]:
-    """The names of the drawn operations, in order; empty if nothing was drawn."""
-    return tuple(drawn.parameters) if drawn else ()
-
-
-def tensors(drawn: Draw | None) -> list[Tensor]:
-    """All parameters of the draw, in order; empty if nothing was drawn."""
-    return [value for values in drawn.parameters.values() for value in values] if drawn else []
-
-
-def to_device(draws: Sequence[Draw | None], others: Sequence[Tensor], device: torch.device | str
-              ) -> tuple[list[Draw | None], list[Tensor]]:
+def to_device(draws: Sequence[Draw], others: Sequence[Tensor], device: torch.device | str
+              ) -> tuple[list[Draw], list[Tensor]]:
     """Several draws and other host tensors, all moved to `device` in one copy; see `memory.to_device`."""
-    there = iter(memory.to_device([*others, *itertools.chain(*map(tensors, draws))], device))
+    there = iter(memory.to_device([*others, *(each for drawn in draws for each in drawn.tensors)], device))
     others = [next(there) for _ in others]
-    return [drawn and drawn.holding([next(there) for _ in tensors(drawn)]) for drawn in draws], others
+    return [drawn.holding([next(there) for _ in drawn.tensors]) for drawn in draws], others
 
 
 def drawn_ahead(batches: Sequence[Tensor], draw: Drawer, random: torch.Generator, device: torch.device | str
-                ) -> Iterator[tuple[Tensor, Draw | None]]:
+                ) -> Iterator[tuple[Tensor, Draw]]:
     """Yields batches of indices [B], each with its draw, on `device`; one copy moves many of them."""
     waiting, size = [], 0
     for batch in batches:
         waiting.append((batch, draw(len(batch), random)))
-        size += sum(each.nbytes for each in (batch, *tensors(waiting[-1][1])))
+        size += sum(each.nbytes for each in (batch, *waiting[-1][1].tensors))
         if size >= SENT_BYTES or batch is batches[-1]:
             draws, there = to_device([drawn for _, drawn in waiting], [each for each, _ in waiting], device)
             yield from zip(there, draws)
             waiting, size = [], 0
 
 
-def draw(groups: tuple[str, ...], batch: int, image_size: tuple[int, int], generator: torch.Generator) -> Draw | None:
-    """Draws one group and its parameters for `batch` images of `image_size` (H, W); None without groups.
+def draw(groups: tuple[str, ...], batch: int, image_size: tuple[int, int], generator: torch.Generator) -> Draw:
+    """Draws one group and its parameters for `batch` images of `image_size` (H, W); nothing without groups.
 
     Args:
         generator: a CPU generator, the only source of randomness.
     """
     if not groups:
-        return None
+        return Draw()
     group = groups[int(torch.randint(len(groups), (), generator=generator))]
     return Draw({name: OPERATIONS[name].draw(batch, image_size, generator) for name in GROUPS[group]})
 
 
 def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[int, int], channels: int,
-                   generator: torch.Generator) -> Draw | None:
+                   generator: torch.Generator) -> Draw:
     """The older augmentation (DC, Zhao et al., ICLR 2021): one of `operations` for each image, uniformly.
 
     Shifts by up to 4 pixels (`crop`), scales by 0.8 … 1.2, rotates by ±45°, or adds noise of deviation 0.001. The other
@@ -107,7 +105,7 @@ def draw_per_image(operations: tuple[str, ...], batch: int, image_size: tuple[in
     uncovered pixels filled with the batch's mean instead of zeros, and other interpolation.
     """
     if not operations:
-        return None
+        return Draw()
     chosen = torch.randint(len(operations), (batch,), generator=generator)
     one, zero = torch.ones(batch), torch.zeros(batch)
     parameters: dict[str, tuple[Tensor, ...]] = {}
@@ -139,9 +137,9 @@ def older_operations(dataset: str, network: str) -> tuple[str, ...]:
     return ("crop", "scale", "rotate") if dataset == "MNIST" else ()
 
 
-def apply(x: Tensor, drawn: Draw | None) -> Tensor:
+def apply(x: Tensor, drawn: Draw) -> Tensor:
     """The drawn operations applied to x [B, C, H, W], in order; x itself if it is empty or nothing was drawn."""
-    if drawn is None or not len(x):
+    if not len(x):
         return x
     for name, values in drawn.parameters.items():
         x = OPERATIONS[name].apply(x, *values)
