@@ -8,7 +8,7 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import check_pool
 from distill.evaluate.saved_set import check_told
 from distill.plan import num_samples, share_of_batch
-from distill.result_files import NORMAL, RESULT
+from distill.result_files import NORMAL, RESULT, tested_in_words
 from distill.run_folder import RunFolder
 from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, differences, identity
@@ -23,6 +23,8 @@ from utils.parameters import FlatModel
 from utils.program import ranks
 from utils.program.console import shown
 from utils.program.prepare import gpus_of_ranks, network_for
+
+FEW_IMAGES = 100  # below this number, the standard error of an accuracy is up to 5 points or more
 
 
 def check_start(config: DistillConfig) -> None:
@@ -97,6 +99,13 @@ def note_others(config: DistillConfig, folder: RunFolder) -> None:
                     read_config(path), identity(config)):
                 note(f"note: {shown(path.parent)} holds an unfinished run of these options with other experts or "
                      "images; this is a new one")
+
+
+def note_few(config: DistillConfig, dataset: Dataset) -> None:
+    """Notes that the images on which the best set is chosen are too few to tell similar sets apart."""
+    if config.Iteration and (images := len(dataset.test_labels)) < FEW_IMAGES:
+        note(f"note: the best set is chosen on {tested_in_words(config.val_fraction, images)}, of which each is worth "
+             f"{100 / images:.1f} points; accuracies that differ by a few images do not tell which set is better")
 
 
 def check_resumable(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],

@@ -72,6 +72,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     saved = saved_state(config, data, folder)
     if saved is None and ranks.first():
         checks.note_others(config, folder)
+        checks.note_few(config, dataset)
     settle_threads(config, dataset, buffer, saved)
 
     # The initial set: as in the checkpoint, or made now.

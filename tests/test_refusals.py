@@ -568,7 +568,7 @@ def test_a_run_in_which_nothing_was_updated_says_so(call, toy, toy_experts, tmp_
     assert done.stderr.count("a smaller --lr_teacher than the one that auto measured") == 2
 
 
-def test_a_run_in_which_most_updates_were_skipped_says_so(call, toy, toy_experts, tmp_path):
+def test_a_run_says_what_was_skipped_and_that_few_images_choose_its_set(call, toy, toy_experts, tmp_path):
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--lr_img=0", "--lr_y=0",
                  "--lr_lr=0", "--Iteration=4", "--eval_it=4", "--skip_first_eva"]  # the same losses in both runs
     assert "updates were skipped" not in call(DATM, *arguments, "--threshold=inf", "--run_name=all").stderr
@@ -576,3 +576,4 @@ def test_a_run_in_which_most_updates_were_skipped_says_so(call, toy, toy_experts
     least = min(line["loss"] for line in lines if "loss" in line)
     done = call(DATM, *arguments, f"--threshold={least}")
     assert "note: 3 of 4 updates were skipped" in done.stderr and "a smaller --lr_img" in done.stderr
+    assert "note: the best set is chosen on 24 test images, of which each is worth 4.2 points" in done.stderr
