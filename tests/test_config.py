@@ -16,6 +16,7 @@ from utils.config import (
     DistillConfig,
     EvaluationConfig,
     TeslaConfig,
+    about,
     as_dict,
     defaults,
     differences,
@@ -25,8 +26,10 @@ from utils.config import (
 )
 from utils.config.options import OWN_SIZES
 from utils.data.datasets import load_dataset
+from utils.data.names import NAMES as DATASETS
 from utils.errors import UserError
 from utils.files import REPOSITORY
+from utils.networks.names import CLASSICS, SUFFIX_RULE, SUFFIXES
 from utils.program.command_line import parse
 
 CONFIGS = [BufferConfig, DistillConfig, TeslaConfig, EvaluationConfig, BaselineConfig]
@@ -277,6 +280,15 @@ def test_what_asks_for_the_same_is_the_same_run(options, other, same, written):
 def test_a_datasets_own_size_is_what_its_images_have(toy):
     assert load_dataset("MiniFashion", "").image_size == (OWN_SIZES["MiniFashion"][0],) * 2
     assert load_dataset("ImageFolder", toy.data).image_size == (OWN_SIZES["ImageFolder"][0],) * 2
+
+
+def test_every_dataset_has_a_size_and_every_name_is_in_the_help():
+    assert tuple(OWN_SIZES) == DATASETS
+    of_data, of_network = (about(name, DistillConfig)["help"] for name in ("dataset", "model"))
+    assert all(re.search(rf"\b{name}\b", of_data) for name in DATASETS)
+    suffixes = [suffix for suffix in SUFFIXES if suffix.isalpha()]
+    assert all(re.search(rf"\b{name}\b", of_network) for name in (*suffixes, *CLASSICS))
+    assert all(re.search(rf"\b{suffix}\b", SUFFIX_RULE) for suffix in suffixes)
 
 
 def test_the_home_of_an_unknown_user_is_no_crash(tmp_path, monkeypatch):

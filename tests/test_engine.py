@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -24,9 +25,11 @@ from utils.derivatives.engine import HandWritten, equal_parts
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import ConvNetPlan, build_network
+from utils.networks.names import SUFFIXES
 from utils.parameters import MOST_FOR_MAPS, SHARE_FOR_MAPS, FlatModel
 
-NORMS, ACTIVATIONS, POOLINGS = ("NN", "LN", "IN", "GN"), ("AS", "AR", "AL"), ("NP", "MP", "AP")
+NORMS, ACTIVATIONS, POOLINGS = ([suffix for suffix, (part, kind) in SUFFIXES.items() if (part, kind) != (
+    "norm", "batch") and part == of] for of in ("norm", "activation", "pooling"))
 CLASSES = 3
 CPU = torch.device("cpu")
 
@@ -380,6 +383,14 @@ def test_other_networks_are_left_to_autograd(name, shape, backend, monkeypatch):
     network = build_network(name, shape[0], CLASSES, shape[1:])
     assert not covers(network)
     assert FlatModel(network, backend, work=Work(matched=1e12)).engine.name == "autograd"
+
+
+@pytest.mark.parametrize("part", ["activation", "norm", "pooling"])
+def test_a_kind_of_layer_for_which_nothing_is_written_out_is_left_to_autograd(part):
+    network = network_of("ConvNet")
+    assert covers(network)
+    network.plan = replace(network.plan, **{part: "new"})
+    assert not covers(network)
 
 
 def test_a_network_from_elsewhere_is_left_to_autograd():

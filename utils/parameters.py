@@ -24,7 +24,9 @@ class FlatModel:
     """`model(theta, x)`: the network's forward pass with the parameters taken from θ.
 
     θ is the concatenation of the flattened parameters in `parameters()` order (the order of the published
-    expert files). The wrapped network's own parameters are never changed; its buffers are shared.
+    expert files). The wrapped network's own parameters are never changed; its buffers are shared. The gradient of
+    parameters without effect, such as a convolution's bias before instance norm, may be exactly zero, and then
+    training never moves them.
 
     Args:
         network: any `nn.Module`, on its device; it keeps the mode (train or eval) it is in.

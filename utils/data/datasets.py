@@ -277,4 +277,5 @@ DATASETS: dict[str, Loader] = {
     "ImageNet1K": imagenet_1k,
     "ImageFolder": image_folder,
 }
+# A dataset's name is also in `names.NAMES` and, with its size, in `utils.config`, which imports nothing of this folder.
 assert tuple(DATASETS) == NAMES

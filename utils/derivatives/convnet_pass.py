@@ -26,6 +26,9 @@ FEW_CHANNELS = 4  # `Columns` up to this many input channels, as in a first laye
 MANY_CHANNELS = 64  # `Winograd` from this many input and output channels
 EPSILON = 1e-5  # of every norm, torch's default
 PIXELS = (1, 2, 3, 4)  # the axes of a window view that hold one image's pixels
+# What the derivatives are written out for; batch norm is not among it, and no kind that `ConvNetPlan` gets later.
+COVERED = {"norm": ("none", "layer", "instance", "group"), "activation": ("sigmoid", "relu", "leaky"),
+           "pooling": ("none", "max", "average")}
 
 
 class BlockWeights(NamedTuple):
@@ -289,8 +292,9 @@ class ConvNetPass:
 
 
 def covers(network: nn.Module) -> bool:
-    """Whether the pass supports this network: any ConvNet without batch norm whose pooling never rounds a size."""
-    if type(network) is not ConvNet or network.plan.norm == "batch":  # a subclass may compute something else
+    """Whether the pass supports this network: a ConvNet of `COVERED` parts whose pooling never rounds a size."""
+    if type(network) is not ConvNet or any(  # a subclass may compute something else
+            getattr(network.plan, part) not in kinds for part, kinds in COVERED.items()):
         return False
     channels, *size = network.image_shape
     grown = 2 * network.plan.paddings(channels)[0] - 2
