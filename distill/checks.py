@@ -101,11 +101,13 @@ def note_others(config: DistillConfig, folder: RunFolder) -> None:
                      "images; this is a new one")
 
 
-def note_few(config: DistillConfig, dataset: Dataset) -> None:
-    """Notes that the images on which the best set is chosen are too few to tell similar sets apart."""
-    if config.Iteration and (images := len(dataset.test_labels)) < FEW_IMAGES:
-        note(f"note: the best set is chosen on {tested_in_words(config.val_fraction, images)}, of which each is worth "
-             f"{100 / images:.1f} points; accuracies that differ by a few images do not tell which set is better")
+def few_images(config: DistillConfig, dataset: Dataset) -> list[str]:
+    """A note if the images on which the best set is chosen are too few to tell similar sets apart."""
+    images = len(dataset.test_labels)
+    if images >= FEW_IMAGES or not config.Iteration or config.quiet:
+        return []
+    return [f"the best set is chosen on {tested_in_words(config.val_fraction, images)}, of which each is worth "
+            f"{100 / images:.1f} points; accuracies that differ by a few images do not tell which set is better"]
 
 
 def check_resumable(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],

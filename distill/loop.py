@@ -72,7 +72,6 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
     saved = saved_state(config, data, folder)
     if saved is None and ranks.first():
         checks.note_others(config, folder)
-        checks.note_few(config, dataset)
     settle_threads(config, dataset, buffer, saved)
 
     # The initial set: as in the checkpoint, or made now.
@@ -82,6 +81,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
             buffer.model.restore(saved["derivatives"])
     else:
         start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, labellers))
+        notes = [*notes, *checks.few_images(config, dataset)]
     start = start.to(dataset.device)
     if config.lr_teacher == AUTO and not saved:
         start, said = suggest.with_fitting_rate(config, dataset, buffer, start)

@@ -9,6 +9,7 @@ from distill.evaluate.train import learning_rate, train_network
 from distill.initialize import class_labels, expert_labels, predicted_correctly, random_real
 from distill.result_files import Score, as_json
 from utils.config import EvaluationConfig, make
+from utils.data.augment import Draw
 from utils.data.datasets import Dataset, ImageSpace
 from utils.loss_and_accuracy import predictions
 from utils.networks import build_network
@@ -29,7 +30,7 @@ def test_training_is_torch_sgd_with_a_fresh_optimiser_at_the_drop():
     theirs.load_state_dict(ours.state_dict())
     model = FlatModel(ours)
     theta = train_network(model, model.flatten(), images, labels, 0.1, epochs=5, batch_size=4,
-                          draw=lambda batch, random: None, random=torch.Generator())
+                          draw=lambda batch, random: Draw(), random=torch.Generator())
     for rate, epochs in ((0.1, 4), (0.01, 2)):
         optimiser = torch.optim.SGD(theirs.parameters(), rate, momentum=0.9, weight_decay=5e-4)
         for _ in range(epochs):
@@ -45,7 +46,7 @@ def test_every_epoch_of_a_training_has_an_order_of_its_own(monkeypatch):
     gradient = model.gradient
     monkeypatch.setattr(model, "gradient", lambda theta, x, y: seen.extend(y.tolist()) or gradient(theta, x, y))
     train_network(model, model.flatten(), torch.zeros(10, 1, 8, 8), torch.arange(10), 0.1, epochs=2, batch_size=4,
-                  draw=lambda batch, random: None, random=torch.Generator().manual_seed(0))
+                  draw=lambda batch, random: Draw(), random=torch.Generator().manual_seed(0))
     epochs = {tuple(seen[first:first + 10]) for first in range(0, 30, 10)}
     assert len(seen) == 30 and len(epochs) == 3 and all(sorted(epoch) == list(range(10)) for epoch in epochs)
 
