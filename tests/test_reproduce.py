@@ -327,7 +327,7 @@ def test_the_pages_have_the_numbers_of_the_results():
         "exact gradient (DATM)": "cpu/ipc{}_exact",
         "its averaged images (`--ema=True --ema_decay=0.97`)": "cpu/ipc{}_averaged",
         "exact gradient, four images in one (`--factor=2`)": factor,
-        "other runs, 80 inner steps (at 1 per class, distilled with 32 channels)": longer,
+        "other runs, 80 inner steps": longer,
         "the whole training set, 30 epochs, two networks": whole}
     main = table((results / "FashionMNIST/cpu/tables.md").read_text())
     of_sets = main["those that experts get right, with their labels"]
