@@ -14,7 +14,7 @@ from distill.report.names import PICTURES, SHOWN
 from distill.result_files import EVALUATION, METRICS, RESULT, VERSIONS
 from distill.set_files import WHOLE
 from utils import files
-from utils.config import DistillConfig, defaults, differences, how_much, identity, influential
+from utils.config import DistillConfig, changed, defaults, differences, how_much, identity, influential
 from utils.errors import UserError, note
 from utils.files import check_writable, cut_lines, read_config, remove, save_config
 from utils.program import interrupt, ranks
@@ -37,8 +37,9 @@ def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
 
 
 def run_id(config: DistillConfig, data: dict[str, str]) -> str:
-    """A short name of a run, derived from its options and the checksums of its data."""
-    text = json.dumps([identity(config), data], sort_keys=True)
+    """A short name of a run, derived from the checksums of its data and the options that differ from the defaults: one
+    that is added later, at its default, leaves the names as they are."""
+    text = json.dumps([changed(identity(config), DistillConfig), data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

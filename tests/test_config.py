@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distill import run_folder
 from distill.run_folder import run_id
 from utils.config import (
     BaselineConfig,
@@ -262,6 +263,16 @@ def test_what_is_computed_makes_the_run_and_not_where_it_lies_or_how_far_it_goes
     assert run == run_id(distill_config(path, "--buffer_path=x", "--data_path=y", "--Iteration=9", "--quiet"), data)
     assert run != run_id(distill_config(path), {"images": "b"})
     assert run != run_id(distill_config(path, "--pix_init=real"), data)
+
+
+def test_an_option_that_is_added_later_leaves_the_names_of_runs_as_they_are(written, monkeypatch):
+    path = written("ipc: 1")
+    config = distill_config(path)
+    run = run_id(config, {})
+    options = identity(config)
+    del options["factor"]  # as in a version that does not have it yet
+    monkeypatch.setattr(run_folder, "identity", lambda config: options)
+    assert run_id(config, {}) == run
 
 
 @pytest.mark.parametrize("options, other, same", [
