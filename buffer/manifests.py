@@ -17,6 +17,7 @@ from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig
 from utils.data.watching import Watch, unwatched
 from utils.errors import UserError, number_of
 from utils.files import read_yaml, reading
+from utils.networks import same_network
 from utils.program import ranks
 
 if TYPE_CHECKING:
@@ -82,11 +83,15 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
     """The options of the commands that would train a folder's experts again, oldest first, as far as manifests tell.
 
     Consecutive files that differ only in how many experts they hold count as one command for all of them. Paths are
-    those of the last file, as the folder may have been moved.
+    those of the last file, as the folder may have been moved; but experts whose numbers begin anew were trained in
+    folders of their own (`scripts/datm.slurm gather`), and keep these.
     """
     kinds: list[dict[str, Any]] = []
     manifests = list(manifests_of(folder).values())
-    paths = {name: manifests[-1][name] for name in _PATHS if manifests and name in manifests[-1]}
+    numbers = [expert.get("number") for manifest in manifests for expert in manifest["experts"]]
+    gathered = len(set(numbers)) < len(numbers)
+    paths = {name: manifests[-1][name] for name in _PATHS
+             if manifests and name in manifests[-1] and not (gathered and name == "buffer_path")}
     for manifest in manifests:
         kind = {name: value for name, value in manifest.items() if name not in _FACTS} | paths
         count = len(manifest["experts"])
@@ -109,21 +114,28 @@ def held_out_fraction(folder: Path) -> float:
                  if "val_fraction" in manifest), 0.0)
 
 
-def check_same_data(folder: Path, config: DataConfig, option: str = BUFFER_PATH) -> None:
-    """Refuses experts whose manifests tell that they were trained on other data; published ones have no manifest.
+def check_same_data(folder: Path, config: DataConfig, option: str = BUFFER_PATH, network: str | None = None) -> None:
+    """Refuses experts whose manifests tell that they are of another network or were trained on other data; published
+    ones have no manifest.
 
     Args:
         option: the option that gave the folder, for the message.
+        network: the name of the network that they must be of, if it is not the config's.
 
     Raises:
-        UserError: the experts were trained on other data, or with options that differ among them.
+        UserError: the experts are of another network, were trained on other data, or with options that differ among
+            them.
     """
+    network = network or config.model
     manifests = manifests_of(folder)
     for path, saved in manifests.items():
         different = differences(saved, {name: getattr(config, name) for name in _DATA})
         if different:
             raise UserError(f"the experts of {path} were trained on other data: {different}; give the same options, or "
                             f"another {option}")
+        if not same_network(saved.get("model", network), network):
+            raise UserError(f"the experts of {path} are of the network {saved['model']}, not {network}; name that "
+                            f"network, or give another {option}")
         _check_same_kind(path, saved, next(iter(manifests.values())), option)
 
 

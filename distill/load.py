@@ -38,6 +38,7 @@ def data_and_experts(config: DistillConfig) -> tuple[Dataset, Buffer]:
     # Open the experts; refuse those trained on other data.
     buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
+    ranks.check_equal(buffer.described, "experts")
     if config.val_fraction and ranks.first() and not all(
             manifest_path(path).exists() for path in expert_files(buffer.folder)):
         note(f"note: experts in {shown(buffer.folder)} have no manifest, as published ones, which were trained on the "

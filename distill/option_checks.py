@@ -41,16 +41,17 @@ def check_options(config: DistillConfig) -> None:
         name = "current_max_start_epoch" if first < config.max_start_epoch else "max_start_epoch"
         raise UserError(f"--min_start_epoch {config.min_start_epoch} --{name} {first}: the difficulty window holds no "
                         f"start epoch; --{name} is exclusive and must be larger")
-    folders = {BUFFER_PATH: buffer_folder(config)}
+    folders = {BUFFER_PATH: (buffer_folder(config), config.model)}
     if config.labelled_by_another:
         if not (config.Initialize_Label_Model and config.Initialize_Label_Model_Dir):
             raise UserError("--Initialize_Label_With_Another_Model needs --Initialize_Label_Model, a network, and "
                             "--Initialize_Label_Model_Dir, the folder of its replay_buffer_*.pt")
         check_network_name(config.Initialize_Label_Model)
-        folders["--Initialize_Label_Model_Dir"] = Path(config.Initialize_Label_Model_Dir)
-    for option, folder in folders.items():
+        folders["--Initialize_Label_Model_Dir"] = (Path(config.Initialize_Label_Model_Dir),
+                                                   config.Initialize_Label_Model)
+    for option, (folder, network) in folders.items():
         require_experts(folder, option)
-        check_same_data(folder, config, option)
+        check_same_data(folder, config, option, network)
     if config.pix_init not in STARTS:
         check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
     if config.run_name and ranks.size() == 1:  # else the folder is known, or the ranks can agree, only later

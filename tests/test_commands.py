@@ -675,6 +675,15 @@ def test_another_networks_experts_can_label_the_images(call, distil, toy, toy_ex
     assert "trained on other images" in done.stderr and "another --Initialize_Label_Model_Dir" in done.stderr
 
 
+def test_another_networks_experts_must_be_of_the_network_that_is_named(call, toy, toy_experts, tmp_path):
+    """ConvNets that differ in activation or pooling have parameters of the same shapes."""
+    folder = toy_experts / "ImageFolder" / "ConvNetD1W4"
+    done = call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}",
+                "--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=ConvNetD1W4MP",
+                f"--Initialize_Label_Model_Dir={folder}", expect=2)
+    assert "are of the network ConvNetD1W4, not ConvNetD1W4MP; name that network" in done.stderr
+
+
 def test_noise_starts_from_no_image_and_labels_of_each_class(distil, toy_data):
     normal = distil("--pix_init=noise") / "Normal"
     images, labels, _ = final(normal, 4)

@@ -687,6 +687,20 @@ def imagenet(tmp_path):
     return tmp_path
 
 
+def test_the_free_memory_of_a_gpu_is_known_with_any_allocator(monkeypatch):
+    """With cudaMallocAsync torch refuses to say what its blocks hold."""
+    def snapshot():
+        if allocator == "cudaMallocAsync":
+            raise RuntimeError("Calling snapshot with backend:cudaMallocAsync is not meaningful")
+        return [{"device": 0, "segment_pool_id": (0, pool), "total_size": 8, "allocated_size": 2} for pool in (0, 1)]
+
+    for name, replaced in (("empty_cache", lambda: None), ("memory_snapshot", snapshot),
+                           ("mem_get_info", lambda device: (100, 200)), ("get_allocator_backend", lambda: allocator)):
+        monkeypatch.setattr(torch.cuda, name, replaced)
+    for allocator, free in (("native", 106), ("cudaMallocAsync", 100)):  # noqa: B007
+        assert memory.available(torch.device("cuda:0")) == free
+
+
 def test_imagenet_subset(imagenet):
     data = load_dataset("ImageNet", imagenet, subset="imagewoof", res=16)
     assert data.classes == tuple(image_folders.IMAGENET_SUBSETS["imagewoof"].split())

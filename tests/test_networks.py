@@ -20,6 +20,7 @@ from utils.networks import (
     build_network,
     evaluation_pool,
     has_batch_norm,
+    same_network,
 )
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "ops.pt", weights_only=True)["networks"]
@@ -89,6 +90,13 @@ def test_suffixes_combine(name, plan):
         network = build_network(name, 3, 5, (32, 32))
     assert isinstance(network, ConvNet)
     assert network.plan == plan
+
+
+def test_names_of_one_network_are_the_same():
+    for one, other, same in (("ConvNet", "ConvNetIN", True), ("ConvNetD4W64", "ConvNetW64D4", True),
+                             ("ConvNetAS", "ConvNetAR", False), ("ConvNetMP", "ConvNet", False), ("MLP", "MLP", True),
+                             ("MLP", "ConvNet", False), ("ResNet18", "ResNet18_AP", False)):
+        assert same_network(one, other) is same_network(other, one) is same
 
 
 def test_images_need_not_be_square():

@@ -11,7 +11,7 @@ from utils.files import REPOSITORY, save_config
 
 SRUN = """#!/bin/bash
 trap 'sleep 0.3; exit {code}' TERM
-echo "$*" >asked
+echo "$* within $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s" >asked
 echo $$ >pid
 mv pid begun
 while true; do sleep 0.05; done
@@ -58,9 +58,9 @@ def test_a_job_that_was_warned_is_queued_again_unless_it_finished(slurm, tmp_pat
     out, _ = job.communicate(timeout=30)
     assert job.returncode == code
     asked = (tmp_path / "asked").read_text()
-    assert "--nproc_per_node=3 " in asked
+    assert "--nproc_per_node=3 " in asked and asked.endswith(" within 150 s\n")  # of the 180 that Slurm gives
     if stage == "experts":
-        assert asked.endswith(" buffer/buffer_FTD.py --seed=0 --buffer_path=buffer_storage/parts/0\n")
+        assert " buffer/buffer_FTD.py --seed=0 --buffer_path=buffer_storage/parts/0 within" in asked
     name = "70_0" if stage == "experts" else "77"
     assert out.splitlines() == [f"scancel --signal=TERM {name}", *[f"scontrol requeue {name}"] * queued]
 

@@ -48,12 +48,27 @@ def test_snapshots_are_found_through_the_files(model, tmp_path):
 def test_files_of_one_command_are_one_command_for_all_experts(model, tmp_path):
     """However often the command was run, and whatever its --num_experts was."""
     write(tmp_path, model, [2, 1, 1, 1])
-    for file, (seed, asked, held) in enumerate([(0, 3, 2), (0, 3, 1), (0, 9, 1), (5, 1, 1)]):
-        files.save_config(tmp_path / f"replay_buffer_{file}.yaml", {
-            "model": "ConvNetD1W4", "seed": seed, "num_experts": asked,
-            "experts": [{"number": number} for number in range(held)], "sha256": 64 * "0"})
-    assert made_by(tmp_path) == [{"model": "ConvNetD1W4", "seed": 0, "num_experts": 4},
-                                 {"model": "ConvNetD1W4", "seed": 5, "num_experts": 1}]
+    for file, (seed, asked, held) in enumerate([(0, 3, (0, 1)), (0, 3, (2,)), (0, 9, (3,)), (5, 1, (4,))]):
+        save_manifest(tmp_path, file, seed, asked, held, f"moved/{file}")
+    assert made_by(tmp_path) == [
+        {"model": "ConvNetD1W4", "buffer_path": "moved/3", "seed": 0, "num_experts": 4},
+        {"model": "ConvNetD1W4", "buffer_path": "moved/3", "seed": 5, "num_experts": 1}]
+
+
+def test_experts_that_were_gathered_from_several_folders_keep_these(model, tmp_path):
+    """In a folder that holds others, the same command trains experts of other numbers, which are other experts."""
+    write(tmp_path, model, [1, 1, 1])
+    for file, (seed, held) in enumerate([(0, (0,)), (0, (1,)), (1, (0,))]):
+        save_manifest(tmp_path, file, seed, 1, held, f"parts/{seed}")
+    assert made_by(tmp_path) == [
+        {"model": "ConvNetD1W4", "buffer_path": "parts/0", "seed": 0, "num_experts": 2},
+        {"model": "ConvNetD1W4", "buffer_path": "parts/1", "seed": 1, "num_experts": 1}]
+
+
+def save_manifest(folder, file, seed, asked, numbers, buffer_path):
+    files.save_config(folder / f"replay_buffer_{file}.yaml", {
+        "model": "ConvNetD1W4", "buffer_path": buffer_path, "seed": seed, "num_experts": asked,
+        "experts": [{"number": number} for number in numbers], "sha256": 64 * "0"})
 
 
 def test_a_manifest_or_run_that_ends_too_early_is_refused(model, tmp_path):

@@ -48,9 +48,11 @@ def available(device: torch.device | None = None) -> float:
     """Bytes of a GPU's or the host's memory that this process can still get; infinite if the system does not say."""
     if device is not None and device.type == "cuda":
         torch.cuda.empty_cache()  # also the pools of graphs that are gone
-        # What is unused in torch's blocks is free too, except in the pools of captured graphs.
-        unused = sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
-                     if segment["device"] == device.index and tuple(segment["segment_pool_id"]) == (0, 0))
+        # What is unused in torch's blocks is free too, except in the pools of captured graphs. Another allocator has no
+        # blocks.
+        blocks = torch.cuda.memory_snapshot() if torch.cuda.get_allocator_backend() == "native" else []
+        unused = sum(block["total_size"] - block["allocated_size"] for block in blocks
+                     if block["device"] == device.index and tuple(block["segment_pool_id"]) == (0, 0))
         return torch.cuda.mem_get_info(device)[0] + unused
     limits = [math.inf]
     meminfo = Path("/proc/meminfo")

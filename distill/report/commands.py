@@ -28,12 +28,14 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
     """The commands that reproduce the run, typed in the repository's root: (what it does, shell text)."""
     if not run.config:
         return []
-    steps = []
-    for options in run.pictures.experts if run.pictures else []:
-        options = dict(options)
-        what = "Train the experts that label the first images" if options.pop(LABELLING, False) else (
-            "Add more experts to them" if steps else "Train the experts")
-        steps.append((what, command("buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository)))
+    matched, labelling = ([each for each in (run.pictures.experts if run.pictures else [])
+                           if each.get(LABELLING, False) is labels] for labels in (False, True))
+    steps = [("Add more experts to them" if number else "Train the experts", _training(each))
+             for number, each in enumerate(matched)]
+    if len({each.get("buffer_path") for each in matched}) > 1:
+        steps.append(("Put them into one folder, in this order",
+                      "bash scripts/datm.slurm gather  # with BUFFERS=… if it is not buffer_storage"))
+    steps += [("Train the experts that label the first images", _training(each)) for each in labelling]
     on_cpu = all(device.startswith("cpu") for device in str(run.result.environment.get("device", "")).split(THEN))
     options = evaluation(run.config, run.path)
     return [*steps, ("Distil, with the options that differ from the defaults",
@@ -41,6 +43,10 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
             *([("Evaluate the best set of this run on fresh networks",
                 command("distill/evaluation.py", options, from_repository))] if run.finished else []),
             ("Make this page again", command("scripts/report.py", {}, from_repository, run.path))]
+
+
+def _training(experts: dict[str, Any]) -> str:
+    return command("buffer/buffer_FTD.py", worth_giving(experts, BufferConfig), from_repository)
 
 
 def evaluation(config: dict[str, Any], run: Path) -> dict[str, Any]:

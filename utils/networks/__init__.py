@@ -7,6 +7,7 @@ from utils.networks.names import (
     ConvNetPlan,
     check_network_name,
     evaluation_pool,
+    same_network,
 )
 
 __getattr__ = later("utils.networks.architectures", "ConvNet", "NORM_GROUPS", "LEAK", "build_network", "has_batch_norm")

@@ -50,6 +50,13 @@ class ConvNetPlan:
         return cls(**fields)
 
 
+def same_network(one: str, other: str) -> bool:
+    """Whether two names are of the same network, as ConvNet and ConvNetIN are."""
+    if not all(name.startswith("ConvNet") for name in (one, other)):
+        return one == other
+    return ConvNetPlan.parse(one) == ConvNetPlan.parse(other)
+
+
 PUBLISHED_SUFFIXES = (
     "", *(f"D{depth}" for depth in range(1, 9)), "W32", "W64", "W128", "W256", "W512", "W1024", "AS", "AR", "AL",
     "NN", "BN", "LN", "IN", "GN", "NP", "MP", "AP", "D4BN", "KIP",

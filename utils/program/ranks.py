@@ -133,6 +133,18 @@ def gather(own: dict[Any, Any]) -> dict[Any, Any]:
     return {key: value for each in of_all for key, value in each.items()}
 
 
+def check_equal(own: Any, what: str) -> None:
+    """Refuses values that differ between ranks, as their work would be mixed.
+
+    Args:
+        what: what the values are of, in words (plural).
+    """
+    of_all = gather({rank(): own})
+    for number, value in of_all.items():
+        if value != of_all[0]:
+            raise UserError(f"ranks 0 and {number} read different {what}; give the ranks of all machines the same")
+
+
 def from_first_rank(make: Callable[[], Result]) -> Result:
     """The first rank's result, or its `UserError`, on every rank; the others wait for it. Tensors should be on the
     CPU."""
@@ -202,6 +214,7 @@ def launch(processes: int) -> NoReturn:
                        if signal.getsignal(each) is not signal.SIG_IGN)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = handled
     more = {each.name: handled for each in fields(LaunchConfig) if each.name == "signals_to_handle"}
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in; a second signal stops at once
     settings = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, max_restarts=0,
                             rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.1, **more)
     try:
