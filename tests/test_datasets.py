@@ -795,11 +795,13 @@ def test_held_out_images_are_not_copied_into_a_memory_that_is_too_small(monkeypa
     assert sorted([*remaining.images.flatten().tolist(), *held.images.flatten().tolist()]) == list(range(40))
 
 
-def test_hold_out_lives_in_the_space_of_the_whole_training_set():
+def test_hold_out_lives_in_the_space_of_the_whole_training_set(toy):
     """Experts and sets made with a hold-out can thus be used with and without it."""
     held, whole = (load_dataset("MiniFashion", "", zca=True, val_fraction=fraction) for fraction in (0.5, 0))
     assert torch.equal(held.space.whitening.transform, whole.space.whitening.transform)
     assert torch.isin(held.train_images.sum((1, 2, 3)), whole.train_images.sum((1, 2, 3))).float().mean() > 0.99
+    held, whole = (load_dataset("ImageFolder", toy.data, res=8, val_fraction=fraction) for fraction in (0.5, 0))
+    assert held.space == whole.space  # mean and deviation are measured
 
 
 def test_hold_out_is_a_random_choice():

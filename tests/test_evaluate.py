@@ -1,14 +1,18 @@
 """The evaluation's learning rates and training; the real images and labels that a distillation starts from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import evaluate
+from distill.evaluate.real_images import drawn
+from distill.evaluate.saved_accuracies import key_of
 from distill.evaluate.train import learning_rate, train_network
-from distill.initialize import class_labels, expert_labels, predicted_correctly, random_real
+from distill.initialize import class_labels, expert_labels, expert_logits, predicted_correctly, random_real
 from distill.result_files import Score, as_json
-from utils.config import EvaluationConfig, make
+from utils.config import BaselineConfig, EvaluationConfig, make
 from utils.data.augment import Draw
 from utils.data.datasets import Dataset, ImageSpace
 from utils.loss_and_accuracy import predictions
@@ -53,12 +57,31 @@ def test_every_epoch_of_a_training_has_an_order_of_its_own(monkeypatch):
 
 def test_each_network_has_an_initialisation_of_its_own_and_keeps_it(toy_data, monkeypatch):
     config = make(EvaluationConfig, dataset="ImageFolder", model="ConvNetD1W4", num_eval=3, epoch_eval_train=1)
-    distilled, begun = DistilledSet(toy_data.train_images[:6], toy_data.train_labels[:6], torch.tensor(0.1)), []
-    monkeypatch.setattr("distill.evaluate.networks.train_network",
-                        lambda model, theta, *given, **more: begun.append(theta) or theta)
-    for _ in range(2):
-        evaluate(config, toy_data, distilled, "here")
-    assert len(torch.stack(begun).unique(dim=0)) == 3 and all(map(torch.equal, begun[:3], begun[3:]))
+    distilled = DistilledSet(toy_data.train_images[:6], toy_data.train_labels[:6], torch.tensor(0.1))
+    begun, orders = [], []
+    monkeypatch.setattr("distill.evaluate.networks.train_network", lambda model, theta, *given, random, **more: (
+        begun.append(theta), orders.append(random.initial_seed()), theta)[-1])
+    for address in ("here", "here", "there"):  # as the evaluations of a run at different iterations
+        evaluate(config, toy_data, distilled, address)
+    assert len(torch.stack(begun).unique(dim=0)) == 6 and all(map(torch.equal, begun[:3], begun[3:6]))
+    assert len(set(orders)) == 6 and orders[:3] == orders[3:6]
+
+
+def test_saved_accuracies_are_of_one_set_and_one_dataset(toy_data):
+    one = DistilledSet(toy_data.train_images[:3], torch.tensor([0, 1, 2]), torch.tensor(0.1))
+    sets = one, one.at(0.2), replace(one, labels=one.labels.flip(0)), replace(one, images=one.images + 1)
+    assert len({key_of([make(EvaluationConfig)], data, each) for each in sets
+                for data in (toy_data, replace(toy_data, fingerprint="other"))}) == 8
+
+
+def test_each_seed_draws_other_real_images(toy_data):
+    one, other = (drawn(make(BaselineConfig, ipc=4, num_eval=2, seed=seed), toy_data) for seed in (0, 1))
+    assert not any(map(torch.equal, [*one, one[0]], [*other, one[1]]))
+
+
+def test_experts_with_batch_norm_label_by_the_statistics_of_the_images():
+    model, x = FlatModel(build_network("ConvNetD1W4BN", 1, 3, (8, 8))), torch.randn(6, 1, 8, 8)
+    torch.testing.assert_close(expert_logits(model, model.flatten(), x), model.network.train()(x).detach())
 
 
 def test_score_is_mean_and_population_std():

@@ -62,6 +62,19 @@ def test_the_gradient_is_pulled_back_and_no_pixel_is_left_out(factor, size):
     assert tiled(samples, factor).shape == images.shape
 
 
+def test_the_fixed_loss_is_the_mean_over_segments_that_differ():
+    config = make(DistillConfig, syn_steps=2, batch_syn=2, max_start_epoch=4, Sequential_Generation=False,
+                  depth_ratio=0.5)
+    start = DistilledSet(random_images(3, 1, 8, 8), random_images(3, 3), torch.tensor(0.05, dtype=torch.float64))
+    state = Distillation(config, SimpleNamespace(image_size=(8, 8)), MadeUpBuffer(), start)
+    with mock.patch("distill.distillation.matching_loss", wraps=matching_loss) as measured:
+        found = state.fixed_loss(start.at(0.1))
+    given = [call.args for call in measured.call_args_list]
+    losses = [float(matching_loss(*each)) for each in given]
+    assert found == pytest.approx(np.mean(losses), rel=1e-5) and len(set(losses)) == FIXED_SEGMENTS
+    assert all(float(each[5]) == pytest.approx(0.1) and each[8] is state.part is not None for each in given)
+
+
 @pytest.mark.parametrize("engine, options", [("plain", {}), ("eager", {}), ("plain", {"matching": "unroll"}),
                                              ("eager", {"labels": "target"})])
 def test_an_iteration_has_the_gradient_of_autograd_through_everything(engine, options):
@@ -72,6 +85,7 @@ def test_an_iteration_has_the_gradient_of_autograd_through_everything(engine, op
     start = DistilledSet(random_images(3, 1, 8, 8), random_images(12, 3), torch.tensor(0.05, dtype=torch.float64))
     state = Distillation(config, SimpleNamespace(image_size=(8, 8)), buffer, start)
     segment = state.draw(0)
+    assert torch.cat(segment.batches[:2]).sort().values.tolist() == list(range(12))  # all samples, four to an image
     match = state.match(segment)
 
     theta_start, target = (buffer.snapshot(segment.expert, segment.start_epoch + epochs) for epochs in (0, 2))

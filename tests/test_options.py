@@ -208,6 +208,9 @@ def test_grand_is_the_mean_norm_of_each_images_own_gradient(toy_data, monkeypatc
     assert torch.equal(grand_scores(config, toy_data), scores)  # computed again
     torch.save(scores + 1, kept)
     assert torch.equal(grand_scores(config, toy_data), scores + 1)  # read
+    monkeypatch.setattr("buffer.curriculum._grand_of_one", lambda *given: torch.zeros(72))
+    for changed in ({"seed": 1}, {"lr_teacher": 0.2}, {"batch_train": 36}, {"model": "ConvNetD1W8"}, {"zca": True}):
+        assert not grand_scores(dataclasses.replace(config, **changed), toy_data).any(), changed  # not these
 
 
 def test_pad_experts_differ_only_with_the_option(call, toy, toy_experts, tmp_path, monkeypatch):
@@ -231,12 +234,18 @@ def test_each_epoch_trains_on_the_images_of_its_curriculum(toy_data, monkeypatch
             asked.append(epoch)
             return torch.arange(10 * (epoch + 1))
 
-    seen = []
-    real = gsam_gradient
-    monkeypatch.setattr("buffer.experts.gsam_gradient", lambda model, theta, x, y, *rest: seen.append(len(y)) or
-                        real(model, theta, x, y, *rest))
+    seen, right = [], []
+
+    def gradient(model, theta, x, y, *rest):
+        found = gsam_gradient(model, theta, x, y, *rest)
+        seen.append(len(y))
+        right.append(int((found[1].argmax(dim=1) == y).sum()))
+        return found
+    monkeypatch.setattr("buffer.experts.gsam_gradient", gradient)
     train_expert(config, toy_data, 0, SavedEpochs(tmp_path), curriculum=Some())
-    assert asked == [0, 1, 2] and seen == [10, 20, 30]
+    assert asked == [0, 1, 2] and seen == [10, 20, 30] and any(right)
+    reached = [each["train_accuracy"] for each in SavedEpochs(tmp_path).reached()]
+    assert reached == pytest.approx([count / size for count, size in zip(right, seen)])
 
 
 def test_pad_epochs_must_rise(call, toy, tmp_path):
@@ -276,13 +285,19 @@ def test_with_rho_0_the_experts_are_torchs_sgd_to_the_bit(toy_data, tmp_path):
         network = network_for("ConvNetD1W4", toy_data)
     optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
     for epoch in range(2):
+        total = right = 0
         order = torch.randperm(72, generator=generator(0, "expert", 0, "epoch", epoch))
         for batch in order.split(20):
             optimiser.zero_grad()
-            torch.nn.functional.cross_entropy(network(toy_data.train_images[batch]),
-                                              toy_data.train_labels[batch]).backward()
+            logits, labels = network(toy_data.train_images[batch]), toy_data.train_labels[batch]
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            loss.backward()
             optimiser.step()
-    assert torch.equal(SavedEpochs(tmp_path)[2]["theta"], FlatModel(network).flatten())
+            total, right = total + loss.item() * len(batch), right + int((logits.argmax(dim=1) == labels).sum())
+    last = SavedEpochs(tmp_path)[2]
+    assert torch.equal(last["theta"], FlatModel(network).flatten())
+    assert last["reached"]["loss"] == pytest.approx(total / 72, rel=1e-5)
+    assert last["reached"]["train_accuracy"] == pytest.approx(right / 72)
 
 
 # --- --dsa False, --parall_eva -------------------------------------------------------------------------------
@@ -316,6 +331,11 @@ def test_per_image_augmentation_changes_each_image_by_one_operation():
     y = augment.apply(x, drawn)
     moved = (y - x).flatten(1).abs().amax(dim=1) > 1e-5
     assert torch.equal(moved, changed.any(dim=0))
+    scale, rotate, noise = (drawn[0] for drawn in augment.draw_per_image(
+        ("scale", "rotate", "noise"), 4000, (2, 2), 1, random).parameters.values())
+    assert (float(scale.min()), float(scale.max())) == pytest.approx((0.8, 1.2), abs=0.01)
+    assert float(rotate.abs().max()) == pytest.approx(torch.pi / 4, abs=0.02)
+    assert float(noise[noise != 0].std()) == pytest.approx(0.001, rel=0.1)
 
 
 def two_sets(data):

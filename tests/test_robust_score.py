@@ -159,6 +159,7 @@ def test_experts_with_a_hold_out_choose_and_label_among_what_they_saw(call, toy,
     said = "the experts held out 0.25 of the training images; real images are taken from the others"
     assert said in call(*robust, f"--buffer_path={tmp_path}").stdout
     found = json.loads((tmp_path / "robust.json").read_text())
+    assert found["results"]["real"]["images"] == 72  # all
     best = found["results"]["random"]["lr"]["ConvNetD1W4"]
     done = call(BASELINE, *toy.evaluate, "--batch_train=128", "--ipc=2", "--label_source=experts",
                 f"--buffer_path={tmp_path}", f"--lr_teacher={best}", f"--json={tmp_path / 'random.json'}")
