@@ -52,8 +52,9 @@ from utils.program.ranks import cores
 # In the order in which they are begun: the longest first.
 KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
     "experts", "look", "distillation", "long evaluation", "evaluation", "repetition")
-METHODS = {"random": "random real images", "expert_labels": "those that experts get right, with their labels",
-           "herding": "herded ones, with experts' labels", "tesla": "TESLA's gradient",
+METHODS = {"random": "random real images",
+           "expert_labels": "real images that experts get right, labelled by them",
+           "herding": "herding coreset, labelled by experts", "tesla": "TESLA's gradient",
            "exact": "exact gradient (DATM)", "averaged": "exact gradient, averaged images (--ema)",
            "random_factor_2": "random real images, four in one",
            "factor_2": "exact gradient, four images in one (IDC)"}

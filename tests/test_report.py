@@ -22,7 +22,7 @@ from distill.evaluate.protocols import told_by_set
 from distill.report import page as report
 from distill.report import page_pictures, svg
 from distill.report.classes import predictions
-from distill.report.commands import commands
+from distill.report.commands import LABELLING, commands
 from distill.report.comparison import comparison
 from distill.report.frames import MOST_FRAMES, Frames
 from distill.report.matplotlib_figures import save_curves
@@ -222,6 +222,16 @@ def test_the_commands_mean_the_same_run(runs, tmp_path):
     made = parse(EvaluationConfig, "", words[2:], known=told_by_set)
     assert (made.dataset, made.model, made.res, made.zca) == ("ImageFolder", "ConvNetD1W4", 8, True)
     assert again == f"python scripts/report.py {runs[1]}"
+
+
+def test_experts_of_several_folders_are_trained_there_and_gathered(runs):
+    run = read_run(runs[1])
+    (made,) = run.pictures.experts
+    experts = [made | {"buffer_path": f"b/parts/{seed}", "seed": seed} for seed in (0, 1)]
+    told = commands(replace(run, pictures=replace(run.pictures, experts=[*experts, made | {LABELLING: True}])))
+    assert ["--buffer_path=b/parts/0" in told[0][1], "--buffer_path=b/parts/1" in told[1][1]] == [True, True]
+    assert "datm.slurm gather" in told[2][1] and told[3][0] == "Train the experts that label the first images"
+    assert not any("gather" in text for _, text in commands(run))
 
 
 def test_images_are_called_un_whitened_where_they_were_whitened(runs):

@@ -318,19 +318,19 @@ def test_the_pages_have_the_numbers_of_the_results():
         "exact gradient (DATM)": "gpu/ipc{}", "exact gradient, four images in one (`--factor 2`)": "gpu/ipc{}_factor2",
         "the whole training set, 30 epochs, two networks": whole}
     first_page = {
-        "random real images": "cpu/ipc{}_random", "herded ones, with experts' labels": "cpu/ipc{}_herding",
+        "random real images": "cpu/ipc{}_random", "herding coreset, labelled by experts": "cpu/ipc{}_herding",
         "exact gradient (DATM)": "cpu/ipc{}_exact", "its averaged images (`--ema`)": "cpu/ipc{}_averaged",
-        "four images in one (`--factor 2`)": factor, "best other runs": longer, "the whole training set": whole}
+        "four images in one (`--factor 2`)": factor, "best set of other runs": longer, "the whole training set": whole}
     overview = {
         "random real images": "cpu/ipc{}_random", "herded real images, with experts' labels": "cpu/ipc{}_herding",
         "random real images, four in one": "cpu/ipc{}_random_factor_2", "TESLA's gradient": "cpu/ipc{}_tesla",
         "exact gradient (DATM)": "cpu/ipc{}_exact",
         "its averaged images (`--ema=True --ema_decay=0.97`)": "cpu/ipc{}_averaged",
         "exact gradient, four images in one (`--factor=2`)": factor,
-        "other runs, 80 inner steps": longer,
+        "best set of other runs": longer,
         "the whole training set, 30 epochs, two networks": whole}
     main = table((results / "FashionMNIST/cpu/tables.md").read_text())
-    of_sets = main["those that experts get right, with their labels"]
+    of_sets = main["real images that experts get right, labelled by them"]
     for text, files in (((REPOSITORY / "README.md").read_text().split("## Results")[1], first_page),
                         (pages["."].split("## Fashion-MNIST")[1], overview), (pages["FashionMNIST/gpu"], on_gpu)):
         for says, cells in table(text).items():

@@ -83,9 +83,9 @@ class DataConfig:
                              "(32 for ImageFolder, 128 for ImageNet)")
     seed: int = option(MAIN, 0, "the same seed gives the same result")
     zca: bool = option(METHOD, False, "whiten the images (ZCA, eps 0.1)")
-    dsa: bool = option(METHOD, True, "augment training batches by DSA; False: the older augmentation for experts, "
-                       "none in the inner loop, in evaluations as DC's")
-    dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "which of these, joined by _; "
+    dsa: bool = option(METHOD, True, "augment training batches by DSA; False: experts get the older augmentation, the "
+                       "inner loop none, and evaluations what DC used")
+    dsa_strategy: str = option(METHOD, "color_crop_cutout_flip_scale_rotate", "DSA operations, joined by _; "
                                "none: no augmentation", effect="dsa")
     val_fraction: Fraction = option(METHOD, 0.0, "hold out this share of the training images and test on it instead "
                                     "of on the test images")
@@ -259,8 +259,8 @@ class TeslaConfig(DistillConfig):
 class EvaluationConfig(TrainConfig):
     """Evaluation of a saved set, `distill/evaluation.py`."""
 
-    protocol: Protocols = option(EVALUATION, "datm", "whose evaluation, or several, such as dc,datm: epochs, batch, "
-                                 "learning rate and augmentation where they are not given")
+    protocol: Protocols = option(EVALUATION, "datm", "whose evaluation: datm, mtt or dc, or several, such as dc,datm; "
+                                 "epochs, batch, learning rate and augmentation that are not given follow it")
     lr_teacher: AutoRate = option(METHOD, 0.01, "learning rate of sets that have none; if given, it replaces a set's "
                                   "own; auto: the best of several for each kind of network, on a tenth of the "
                                   "training images")
