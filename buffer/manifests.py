@@ -114,7 +114,7 @@ def held_out_fraction(folder: Path) -> float:
                  if "val_fraction" in manifest), 0.0)
 
 
-def check_same_data(folder: Path, config: DataConfig, option: str = BUFFER_PATH, network: str | None = None) -> None:
+def check_fitting(folder: Path, config: DataConfig, option: str = BUFFER_PATH, network: str | None = None) -> None:
     """Refuses experts whose manifests tell that they are of another network or were trained on other data; published
     ones have no manifest.
 
@@ -188,11 +188,19 @@ def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | No
 
 
 def check_same_images(folder: Path, dataset: "Dataset", option: str = BUFFER_PATH) -> None:
-    """As `check_same_data`, but compares the images: two datasets of one name, such as ImageFolder, may differ."""
+    """As `check_fitting`, but compares the images: two datasets of one name, such as ImageFolder, may differ."""
     for path, saved in manifests_of(folder).items():
         if saved.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
             raise UserError(f"the experts of {path} were trained on other images than those of {dataset.name} here; "
                             f"give the same --data_path and options, or another {option}")
+
+
+def check_same_on_ranks(folder: Path, max_files: int | None = None) -> None:
+    """Refuses ranks that read different experts, as machines with folders of their own may. Published ones, without
+    manifest, are told apart by the names and sizes of their files only."""
+    manifests = manifests_of(folder)
+    ranks.check_equal([(path.name, path.stat().st_size, manifests.get(manifest_path(path), {}).get("sha256"))
+                       for path in expert_files(folder)[:max_files]], "experts")
 
 
 def require_experts(folder: Path, option: str = BUFFER_PATH) -> None:

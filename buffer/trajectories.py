@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from buffer.manifests import checksums, expert_files, is_as_written, manifest_path, manifests_of, require_experts
+from buffer.manifests import checksums, expert_files, is_as_written, manifest_path, require_experts
 from utils import files
 from utils.data.watching import Watch, unwatched
 from utils.errors import UserError
@@ -122,12 +122,6 @@ class Buffer:
             for path, experts in unknown:
                 _check_finite(path, experts, advance)
         return found
-
-    @property
-    def described(self) -> list[Any]:
-        """What tells these experts from others without reading them: names, sizes and manifests of their files."""
-        manifests = manifests_of(self.folder)
-        return [(path.name, path.stat().st_size, manifests.get(manifest_path(path))) for path in self._paths]
 
     def __len__(self) -> int:
         """The number of experts."""

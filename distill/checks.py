@@ -98,7 +98,7 @@ def note_others(config: DistillConfig, folder: RunFolder) -> None:
             if path.parent != folder.path and not (path.parent / RESULT).exists() and not differences(
                     read_config(path), identity(config)):
                 note(f"note: {shown(path.parent)} holds an unfinished run of these options with other experts or "
-                     "images; this is a new one")
+                     "images, or of an earlier version; this is a new one")
 
 
 def few_images(config: DistillConfig, dataset: Dataset) -> list[str]:

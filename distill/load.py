@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from buffer.manifests import buffer_folder, check_same_images, expert_files, manifest_path
+from buffer.manifests import buffer_folder, check_same_images, check_same_on_ranks, expert_files, manifest_path
 from buffer.trajectories import Buffer
 from distill import checks, plan
 from distill.run_folder import RunFolder
@@ -38,7 +38,7 @@ def data_and_experts(config: DistillConfig) -> tuple[Dataset, Buffer]:
     # Open the experts; refuse those trained on other data.
     buffer = Buffer(buffer_folder(config), student, config.max_files, config.max_experts)
     check_same_images(buffer.folder, dataset)
-    ranks.check_equal(buffer.described, "experts")
+    check_same_on_ranks(buffer.folder, config.max_files)
     if config.val_fraction and ranks.first() and not all(
             manifest_path(path).exists() for path in expert_files(buffer.folder)):
         note(f"note: experts in {shown(buffer.folder)} have no manifest, as published ones, which were trained on the "

@@ -120,6 +120,7 @@ def iterate(run: RunState) -> None:
             if stop or run.folder.save_due():
                 run.save()
             if stop:
+                ranks.barrier()  # a rank that ends may take the one that saves along
                 interrupt.stop()
 
             # Evaluate the set, unless that was done before the run was resumed here; keep the best.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from buffer.manifests import BUFFER_PATH, buffer_folder, check_same_data, require_experts
+from buffer.manifests import BUFFER_PATH, buffer_folder, check_fitting, require_experts
 from distill.evaluate.option_checks import check_evaluation
 from distill.run_folder import RunFolder, run_folder
 from distill.schedule import start_epoch_bound
@@ -51,7 +51,7 @@ def check_options(config: DistillConfig) -> None:
                                                    config.Initialize_Label_Model)
     for option, (folder, network) in folders.items():
         require_experts(folder, option)
-        check_same_data(folder, config, option, network)
+        check_fitting(folder, config, option, network)
     if config.pix_init not in STARTS:
         check_is_file(Path(config.pix_init), "--pix_init", "the path of a distilled.safetensors")
     if config.run_name and ranks.size() == 1:  # else the folder is known, or the ranks can agree, only later

@@ -38,7 +38,8 @@ def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
 
 def run_id(config: DistillConfig, data: dict[str, str]) -> str:
     """A short name of a run, derived from the checksums of its data and the options that differ from the defaults: one
-    that is added later, at its default, leaves the names as they are."""
+    that is added later, at its default, leaves the names as they are. (If a default changes, a run of the same name is
+    refused.)"""
     text = json.dumps([changed(identity(config), DistillConfig), data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -677,17 +677,8 @@ def test_a_system_that_tells_no_peak_gives_the_one_since_the_start(monkeypatch):
     assert 2**20 < memory.reset_peak(torch.device("cpu")) <= memory.peak(torch.device("cpu"))
 
 
-@pytest.fixture
-def imagenet(tmp_path):
-    """Imagewoof's ten folders and another class's; two training images and one validation image per class."""
-    for c, wnid in enumerate(image_folders.IMAGENET_SUBSETS["imagewoof"].split()):
-        for split, file, value in (("train", "a.JPEG", c), ("train", "b.JPEG", 0), ("val", "c.JPEG", 9)):
-            write_image(tmp_path / split / wnid / file, np.full((20, 30, 3), value, dtype=np.uint8))
-    (tmp_path / "train" / "n01440764").mkdir()
-    return tmp_path
-
-
-def test_the_free_memory_of_a_gpu_is_known_with_any_allocator(monkeypatch):
+@pytest.mark.parametrize("allocator, free", [("native", 106), ("cudaMallocAsync", 100)])
+def test_the_free_memory_of_a_gpu_is_known_with_any_allocator(monkeypatch, allocator, free):
     """With cudaMallocAsync torch refuses to say what its blocks hold."""
     def snapshot():
         if allocator == "cudaMallocAsync":
@@ -697,8 +688,17 @@ def test_the_free_memory_of_a_gpu_is_known_with_any_allocator(monkeypatch):
     for name, replaced in (("empty_cache", lambda: None), ("memory_snapshot", snapshot),
                            ("mem_get_info", lambda device: (100, 200)), ("get_allocator_backend", lambda: allocator)):
         monkeypatch.setattr(torch.cuda, name, replaced)
-    for allocator, free in (("native", 106), ("cudaMallocAsync", 100)):  # noqa: B007
-        assert memory.available(torch.device("cuda:0")) == free
+    assert memory.available(torch.device("cuda:0")) == free
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Imagewoof's ten folders and another class's; two training images and one validation image per class."""
+    for c, wnid in enumerate(image_folders.IMAGENET_SUBSETS["imagewoof"].split()):
+        for split, file, value in (("train", "a.JPEG", c), ("train", "b.JPEG", 0), ("val", "c.JPEG", 9)):
+            write_image(tmp_path / split / wnid / file, np.full((20, 30, 3), value, dtype=np.uint8))
+    (tmp_path / "train" / "n01440764").mkdir()
+    return tmp_path
 
 
 def test_imagenet_subset(imagenet):

@@ -95,7 +95,7 @@ def test_suffixes_combine(name, plan):
 def test_names_of_one_network_are_the_same():
     for one, other, same in (("ConvNet", "ConvNetIN", True), ("ConvNetD4W64", "ConvNetW64D4", True),
                              ("ConvNetAS", "ConvNetAR", False), ("ConvNetMP", "ConvNet", False), ("MLP", "MLP", True),
-                             ("MLP", "ConvNet", False), ("ResNet18", "ResNet18_AP", False)):
+                             ("MLP", "MLP_Tiny", True), ("MLP", "ConvNet", False), ("ResNet18", "ResNet18_AP", False)):
         assert same_network(one, other) is same_network(other, one) is same
 
 

@@ -438,7 +438,7 @@ def test_what_is_plainly_no_set_is_refused_as_what_it_is(refused, sets, tmp_path
 def test_a_set_of_other_data_is_refused_before_these_are_read(refused, tmp_path):
     fashion, other = "results/sets/FashionMNIST_ipc1.safetensors", ["--dataset=CIFAR10", f"--data_path={tmp_path}"]
     refused(EVALUATION, [f"--data_dir={fashion}", *other], ["--data_dir: the images", "28×28", "CIFAR10 here 32×32"])
-    with mock.patch("distill.option_checks.require_experts"), mock.patch("distill.option_checks.check_same_data"):
+    with mock.patch("distill.option_checks.require_experts"), mock.patch("distill.option_checks.check_fitting"):
         for options, phrase in ((["--dataset=SVHN"], "SVHN here 32×32"),
                                 (["--dataset=MNIST", "--zca=False"], "it is whitened (zca), and the data here is not")):
             refused(DATM, [f"--pix_init={fashion}", f"--data_path={tmp_path}", *options], [phrase])

@@ -229,9 +229,12 @@ def test_experts_of_several_folders_are_trained_there_and_gathered(runs):
     (made,) = run.pictures.experts
     experts = [made | {"buffer_path": f"b/parts/{seed}", "seed": seed} for seed in (0, 1)]
     told = commands(replace(run, pictures=replace(run.pictures, experts=[*experts, made | {LABELLING: True}])))
+    assert [what for what, _ in told[:4]] == ["Train the experts", "Train more experts", "Put them into one folder",
+                                              "Train the experts that label the first images"]
     assert ["--buffer_path=b/parts/0" in told[0][1], "--buffer_path=b/parts/1" in told[1][1]] == [True, True]
-    assert "datm.slurm gather" in told[2][1] and told[3][0] == "Train the experts that label the first images"
-    assert not any("gather" in text for _, text in commands(run))
+    assert told[2][1] == "BUFFERS=b bash scripts/datm.slurm gather"
+    told = commands(replace(run, pictures=replace(run.pictures, experts=experts[:1])))  # one part, gathered
+    assert f"--buffer_path={run.config['buffer_path']}" in told[0][1] and "gather" not in told[1][1]
 
 
 def test_images_are_called_un_whitened_where_they_were_whitened(runs):

@@ -312,17 +312,17 @@ def test_the_pages_have_the_numbers_of_the_results():
     factor, longer, whole = "cpu/ipc{}_factor_2", "../sets/FashionMNIST_ipc{}_T80", "gpu/whole"
     on_gpu = {
         "random real images": "gpu/random_{}", "random real images, with experts' labels": "gpu/random_labels_{}",
-        "herded real images, with experts' labels": "gpu/herding_{}",
+        "herded real images, labelled by experts": "gpu/herding_{}",
         "random real images, four in one": "gpu/random_factor2_{}",
         "the same with experts' labels": "gpu/random_factor2_labels_{}", "TESLA's gradient": "gpu/ipc{}_tesla",
         "exact gradient (DATM)": "gpu/ipc{}", "exact gradient, four images in one (`--factor 2`)": "gpu/ipc{}_factor2",
         "the whole training set, 30 epochs, two networks": whole}
     first_page = {
-        "random real images": "cpu/ipc{}_random", "herding coreset, labelled by experts": "cpu/ipc{}_herding",
+        "random real images": "cpu/ipc{}_random", "herded real images, labelled by experts": "cpu/ipc{}_herding",
         "exact gradient (DATM)": "cpu/ipc{}_exact", "its averaged images (`--ema`)": "cpu/ipc{}_averaged",
         "four images in one (`--factor 2`)": factor, "best set of other runs": longer, "the whole training set": whole}
     overview = {
-        "random real images": "cpu/ipc{}_random", "herded real images, with experts' labels": "cpu/ipc{}_herding",
+        "random real images": "cpu/ipc{}_random", "herded real images, labelled by experts": "cpu/ipc{}_herding",
         "random real images, four in one": "cpu/ipc{}_random_factor_2", "TESLA's gradient": "cpu/ipc{}_tesla",
         "exact gradient (DATM)": "cpu/ipc{}_exact",
         "its averaged images (`--ema=True --ema_decay=0.97`)": "cpu/ipc{}_averaged",

@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
-from buffer.manifests import made_by, manifests_of, run_file, unfinished_run
+from buffer.manifests import check_same_on_ranks, made_by, manifests_of, run_file, unfinished_run
 from buffer.trajectories import Buffer, as_expert
 from utils import files
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.networks import build_network
 from utils.parameters import FlatModel
+from utils.program import ranks
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,23 @@ def test_experts_that_were_gathered_from_several_folders_keep_these(model, tmp_p
         {"model": "ConvNetD1W4", "buffer_path": "parts/1", "seed": 1, "num_experts": 1}]
 
 
-def save_manifest(folder, file, seed, asked, numbers, buffer_path):
+def test_ranks_that_read_other_experts_are_refused(model, tmp_path, monkeypatch):
+    write(tmp_path, model, [1, 1])
+    save_manifest(tmp_path, 0, 0, 1, (0,), "x")
+    of_first = []
+    monkeypatch.setattr(ranks, "gather", lambda own: of_first.append(own[0]) or {0: of_first[0], 1: own[0]})
+    check_same_on_ranks(tmp_path)
+    check_same_on_ranks(tmp_path)
+    save_manifest(tmp_path, 0, 1, 1, (0,), "x", checksum=64 * "1")
+    for refused in (lambda: check_same_on_ranks(tmp_path), lambda: check_same_on_ranks(tmp_path, max_files=1)):
+        with pytest.raises(UserError, match="ranks 0 and 1 read different experts"):
+            refused()
+
+
+def save_manifest(folder, file, seed, asked, numbers, buffer_path, checksum=64 * "0"):
     files.save_config(folder / f"replay_buffer_{file}.yaml", {
         "model": "ConvNetD1W4", "buffer_path": buffer_path, "seed": seed, "num_experts": asked,
-        "experts": [{"number": number} for number in numbers], "sha256": 64 * "0"})
+        "experts": [{"number": number} for number in numbers], "sha256": checksum})
 
 
 def test_a_manifest_or_run_that_ends_too_early_is_refused(model, tmp_path):

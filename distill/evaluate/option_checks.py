@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from buffer.manifests import buffer_folder, check_same_data, held_out_fraction, require_experts
+from buffer.manifests import buffer_folder, check_fitting, held_out_fraction, require_experts
 from distill.set_files import check_whole
 from utils.config import AUTO, BaselineConfig, EvaluationConfig, TrainConfig
 from utils.data.names import check_dataset_name, parse_strategy
@@ -57,7 +57,7 @@ def check_baseline(config: BaselineConfig) -> None:
 def as_experts_saw(config: BaselineConfig) -> BaselineConfig:
     """The config with the experts' hold-out, if experts choose or label the images and no hold-out is given. Images
     then come from those that the experts saw, in the same space: no method may have seen more than the others."""
-    if config.ipc is None or config.val_fraction or (config.pick == "random" and not labelled_by_experts(config)):
+    if config.ipc is None or config.val_fraction or not asks_experts(config):
         return config
     return replace(config, val_fraction=held_out_fraction(buffer_folder(config)))
 
@@ -66,15 +66,20 @@ def labelled_by_experts(config: BaselineConfig) -> bool:
     return config.label_source == "experts" or (config.label_source == "auto" and config.pick != "random")
 
 
+def asks_experts(config: BaselineConfig) -> bool:
+    """Whether experts choose or label the images."""
+    return config.pick != "random" or labelled_by_experts(config)
+
+
 def check_experts(config: BaselineConfig) -> None:
     """Refuses a factor for the whole training set, and experts that cannot choose or label the images as asked."""
     if config.ipc is None and config.factor > 1:
         raise UserError(f"--factor {config.factor} --ipc None: the whole training set is used as it is; give --ipc a "
                         "number")
-    if config.pick != "random" or labelled_by_experts(config):
+    if asks_experts(config):
         asked = "--label_source experts" if config.pick == "random" else f"--pick {config.pick}"
         if config.ipc is None:
             raise UserError(f"{asked} --ipc None: experts choose and label a number of images per class, and not the "
                             "whole training set; give --ipc a number")
         require_experts(buffer_folder(config))
-        check_same_data(buffer_folder(config), config)
+        check_fitting(buffer_folder(config), config)

@@ -6,13 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from buffer.manifests import buffer_folder, check_same_images
+from buffer.manifests import buffer_folder, check_same_images, check_same_on_ranks
 from buffer.trajectories import Buffer
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, coreset
 from distill.evaluate.evaluation_run import evaluate_and_say, settle_threads
 from distill.evaluate.networks import check_pool
-from distill.evaluate.option_checks import as_experts_saw, labelled_by_experts
+from distill.evaluate.option_checks import as_experts_saw, asks_experts, labelled_by_experts
 from distill.initialize import expert_labels, notes_on_small_classes, predicted_correctly, random_real
 from utils.config import BaselineConfig
 from utils.data.datasets import Dataset
@@ -47,6 +47,8 @@ def evaluate_real(config: BaselineConfig) -> None:
 
 def seen_by_experts(config: BaselineConfig, dataset: Dataset) -> tuple[Dataset, list[str]]:
     """The data that real images are taken from (see `as_experts_saw`), and notes for the user on that."""
+    if config.ipc is not None and asks_experts(config):
+        check_same_on_ranks(buffer_folder(config))
     as_seen = as_experts_saw(config)
     if as_seen == config:
         return dataset, []

@@ -20,6 +20,7 @@ from distill.evaluate.option_checks import check_evaluation
 from distill.evaluate.parts import RATES, Part, evaluate_parts, held_out
 from distill.evaluate.protocols import under
 from distill.evaluate.released_sets import are_pixels, in_space, made_with, read_set
+from distill.evaluate.saved_accuracies import digest
 from distill.result_files import OF_SET, Score, UnderProtocol, under_protocol
 from utils import files
 from utils.config import (
@@ -141,6 +142,7 @@ def opened(config: EvaluationConfig, given: Collection[str],
     device = take_device(config)
     default_lr = EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher
     read, rate_known = read_set(config.data_dir, config.label_dir, config.lr_dir, default_lr, config.factor)
+    ranks.check_equal(digest(read), "sets")
     check(read)
     made = made_with(config.data_dir) or read.config
     read = dataclasses.replace(read, config=read.config or made)  # a run's three files say no more than their tensors

@@ -1,6 +1,7 @@
 """The commands that reproduce a run and test its best set."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,12 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
     """The commands that reproduce the run, typed in the repository's root: (what it does, shell text)."""
     if not run.config:
         return []
-    matched, labelling = ([each for each in (run.pictures.experts if run.pictures else [])
-                           if each.get(LABELLING, False) is labels] for labels in (False, True))
-    steps = [("Add more experts to them" if number else "Train the experts", _training(each))
-             for number, each in enumerate(matched)]
-    if len({each.get("buffer_path") for each in matched}) > 1:
-        steps.append(("Put them into one folder, in this order",
-                      "bash scripts/datm.slurm gather  # with BUFFERS=… if it is not buffer_storage"))
-    steps += [("Train the experts that label the first images", _training(each)) for each in labelling]
+    experts = run.pictures.experts if run.pictures else []
+    matched = [each for each in experts if not each.get(LABELLING)]
+    if len({each.get("buffer_path") for each in matched}) == 1:  # wherever they were trained
+        matched = [each | {"buffer_path": run.config["buffer_path"]} for each in matched]
+    steps = [*_training("Train the experts", matched), *_training(
+        "Train the experts that label the first images", [each for each in experts if each.get(LABELLING)])]
     on_cpu = all(device.startswith("cpu") for device in str(run.result.environment.get("device", "")).split(THEN))
     options = evaluation(run.config, run.path)
     return [*steps, ("Distil, with the options that differ from the defaults",
@@ -45,8 +44,19 @@ def commands(run: SavedRun) -> list[tuple[str, str]]:
             ("Make this page again", command("scripts/report.py", {}, from_repository, run.path))]
 
 
-def _training(experts: dict[str, Any]) -> str:
-    return command("buffer/buffer_FTD.py", worth_giving(experts, BufferConfig), from_repository)
+def _training(what: str, experts: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The commands that train experts and, if they were trained in several folders, put them into one."""
+    steps = [("Train more experts" if number else what, command(
+        "buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository))
+             for number, options in enumerate(experts)]
+    folders = dict.fromkeys(options.get("buffer_path") for options in experts)
+    if len(folders) > 1:
+        parts = {Path(folder).parent for folder in folders if folder}
+        gathered = len(parts) == 1 and next(iter(parts)).name == "parts"
+        steps.append(("Put them into one folder", (
+            f"BUFFERS={shlex.quote(str(from_repository(next(iter(parts)).parent)))} bash scripts/datm.slurm gather"
+            if gathered else "# move their files into one folder, numbered in this order")))
+    return steps
 
 
 def evaluation(config: dict[str, Any], run: Path) -> dict[str, Any]:

@@ -51,9 +51,9 @@ class ConvNetPlan:
 
 
 def same_network(one: str, other: str) -> bool:
-    """Whether two names are of the same network, as ConvNet and ConvNetIN are."""
+    """Whether two names are of the same network for images of one size, as ConvNet and ConvNetIN are."""
     if not all(name.startswith("ConvNet") for name in (one, other)):
-        return one == other
+        return one.removesuffix("_Tiny") == other.removesuffix("_Tiny")
     return ConvNetPlan.parse(one) == ConvNetPlan.parse(other)
 
 
