@@ -88,10 +88,10 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
     """
     kinds: list[dict[str, Any]] = []
     manifests = list(manifests_of(folder).values())
-    numbers = [expert.get("number") for manifest in manifests for expert in manifest["experts"]]
+    numbers = [expert["number"] for manifest in manifests for expert in manifest["experts"] if "number" in expert]
     gathered = len(set(numbers)) < len(numbers)
-    paths = {name: manifests[-1][name] for name in _PATHS
-             if manifests and name in manifests[-1] and not (gathered and name == "buffer_path")}
+    moved = ("data_path",) if gathered else _PATHS
+    paths = {name: manifests[-1][name] for name in moved if manifests and name in manifests[-1]}
     for manifest in manifests:
         kind = {name: value for name, value in manifest.items() if name not in _FACTS} | paths
         count = len(manifest["experts"])
@@ -198,9 +198,12 @@ def check_same_images(folder: Path, dataset: "Dataset", option: str = BUFFER_PAT
 def check_same_on_ranks(folder: Path, max_files: int | None = None) -> None:
     """Refuses ranks that read different experts, as machines with folders of their own may. Published ones, without
     manifest, are told apart by the names and sizes of their files only."""
-    manifests = manifests_of(folder)
-    ranks.check_equal([(path.name, path.stat().st_size, manifests.get(manifest_path(path), {}).get("sha256"))
-                       for path in expert_files(folder)[:max_files]], "experts")
+    def described() -> list[tuple[str, int, str | None]]:
+        manifests = manifests_of(folder)
+        return [(path.name, path.stat().st_size, manifests.get(manifest_path(path), {}).get("sha256"))
+                for path in expert_files(folder)[:max_files]]
+
+    ranks.check_equal(described, "experts")
 
 
 def require_experts(folder: Path, option: str = BUFFER_PATH) -> None:

@@ -70,6 +70,8 @@ def test_ranks_that_read_other_experts_are_refused(model, tmp_path, monkeypatch)
     write(tmp_path, model, [1, 1])
     save_manifest(tmp_path, 0, 0, 1, (0,), "x")
     of_first = []
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
     monkeypatch.setattr(ranks, "gather", lambda own: of_first.append(own[0]) or {0: of_first[0], 1: own[0]})
     check_same_on_ranks(tmp_path)
     check_same_on_ranks(tmp_path)

@@ -142,7 +142,7 @@ def opened(config: EvaluationConfig, given: Collection[str],
     device = take_device(config)
     default_lr = EvaluationConfig.lr_teacher if config.lr_teacher == AUTO else config.lr_teacher
     read, rate_known = read_set(config.data_dir, config.label_dir, config.lr_dir, default_lr, config.factor)
-    ranks.check_equal(digest(read), "sets")
+    ranks.check_equal(lambda: digest(read), "sets")
     check(read)
     made = made_with(config.data_dir) or read.config
     read = dataclasses.replace(read, config=read.config or made)  # a run's three files say no more than their tensors

@@ -49,13 +49,12 @@ def _training(what: str, experts: list[dict[str, Any]]) -> list[tuple[str, str]]
     steps = [("Train more experts" if number else what, command(
         "buffer/buffer_FTD.py", worth_giving(options, BufferConfig), from_repository))
              for number, options in enumerate(experts)]
-    folders = dict.fromkeys(options.get("buffer_path") for options in experts)
+    folders = {Path(options.get("buffer_path", "")) for options in experts}
     if len(folders) > 1:
-        parts = {Path(folder).parent for folder in folders if folder}
-        gathered = len(parts) == 1 and next(iter(parts)).name == "parts"
-        steps.append(("Put them into one folder", (
-            f"BUFFERS={shlex.quote(str(from_repository(next(iter(parts)).parent)))} bash scripts/datm.slurm gather"
-            if gathered else "# move their files into one folder, numbered in this order")))
+        parts, *others = {folder.parent for folder in folders}
+        steps.append(("Put them into one folder", "# move their files into one folder, numbered in this order"
+                      if others or parts.name != "parts" else
+                      f"BUFFERS={shlex.quote(from_repository(parts.parent))} bash scripts/datm.slurm gather"))
     return steps
 
 

@@ -107,7 +107,7 @@ def load_data(config: DataConfig, device: torch.device) -> Dataset:
     dataset = ranks.first_rank_first(lambda: load_dataset(
         config.dataset, config.data_path, subset=config.subset, zca=config.zca, res=config.res,
         val_fraction=config.val_fraction, device=device, watch=partial(watched, quiet=config.quiet)))
-    ranks.check_equal(dataset.fingerprint, f"images of {config.dataset}")  # machines may have copies of their own
+    ranks.check_equal(lambda: dataset.fingerprint, f"images of {config.dataset}")  # machines may have their own copies
     if dataset.num_classes < 2:
         raise UserError(f"{config.dataset} in {config.data_path} has only the class {dataset.classes[0]}; networks "
                         "need two at least to tell apart")

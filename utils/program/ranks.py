@@ -133,13 +133,16 @@ def gather(own: dict[Any, Any]) -> dict[Any, Any]:
     return {key: value for each in of_all for key, value in each.items()}
 
 
-def check_equal(own: Any, what: str) -> None:
+def check_equal(own: Callable[[], Any], what: str) -> None:
     """Refuses values that differ between ranks, as their work would be mixed.
 
     Args:
+        own: returns this rank's value; not called if there is one rank.
         what: what the values are of, in words (plural).
     """
-    of_all = gather({rank(): own})
+    if size() == 1:
+        return
+    of_all = gather({rank(): own()})
     for number, value in of_all.items():
         if value != of_all[0]:
             raise UserError(f"ranks 0 and {number} read different {what}; give the ranks of all machines the same")
