@@ -7,8 +7,8 @@ The student starts at an expert's θ₀ and takes T steps of gradient descent on
 
 Three methods compute its gradient with respect to images, labels and α:
 
-* `exact`, the default: the adjoint recursion, one step's graph in memory at a time. With λ = ∂loss/∂θ_T and
-  s = ⟨∇L(θₜ; xₜ, yₜ), λ⟩, step t contributes ∂α −= s, ∂xₜ = −α ∂s/∂xₜ, ∂yₜ = −α ∂s/∂yₜ, and passes
+* `exact`, the default: the adjoint recursion, one step's graph in memory at a time. With the co-state λ = ∂loss/∂θ_T
+  and s = ⟨∇L(θₜ; xₜ, yₜ), λ⟩, step t contributes ∂α −= s, ∂xₜ = −α ∂s/∂xₜ, ∂yₜ = −α ∂s/∂yₜ, and passes
   λ ← λ − α ∂s/∂θₜ to the step before it. Truncated to the last K steps, it treats the earlier steps as constant:
   they contribute nothing.
 * `unroll`: autograd through all T steps. The same numbers, with T graphs in memory; a readable reference to compare
@@ -99,11 +99,8 @@ def losses_on_the_way(model: FlatModel, theta_start: Tensor, targets: Sequence[T
     augment = augment if augment is not None else [dsa.Draw()] * len(batches)
     thetas, _ = _train(model, theta_start, images, labels, lr, batches, augment)
 
-    def loss(theta: Tensor, target: Tensor) -> Tensor:
-        mask = _mask(part, theta, target)
-        return _distance(theta, target, mask) / _distance(theta_start, target, mask)
-
-    return torch.stack([torch.stack([loss(thetas[each], target) for each in steps]) for target in targets])
+    return torch.stack([torch.stack([_loss(thetas[each], theta_start, target, part)[0] for each in steps])
+                        for target in targets])
 
 
 def deep_part(depth_ratio: float) -> Part:
@@ -120,8 +117,14 @@ def far_part(loss_ratio: float) -> Part:
     return far
 
 
-def _mask(part: Part | None, theta_final: Tensor, theta_target: Tensor) -> Tensor | None:
-    return None if part is None else part(theta_final.detach(), theta_target)
+def _loss(final: Tensor, start: Tensor, target: Tensor, part: Part | None) -> tuple[Tensor, Tensor]:
+    """The loss of the module's docstring over `part` of θ, and its gradient with respect to `final`."""
+    offset, offset_start = final - target, start - target
+    if part is not None:
+        mask = part(final.detach(), target)
+        offset, offset_start = offset * mask, offset_start * mask
+    distance_start = offset_start.square().sum()
+    return offset.square().sum() / distance_start, 2 * offset / distance_start
 
 
 def _train(model, theta_start, images, labels, lr, batches, augment, keep_maps: int = 0
@@ -153,8 +156,7 @@ def _unrolled(model, theta_start, theta_target, images, labels, lr, batches, aug
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - lr * gradient
 
-    mask = _mask(part, theta, theta_target)
-    loss = _distance(theta, theta_target, mask) / _distance(theta_start, theta_target, mask)
+    loss, _ = _loss(theta, theta_start, theta_target, part)
     grad_images, grad_lr, *rest = torch.autograd.grad(loss, [images, lr, labels] if soft else [images, lr])
     return Match(loss.detach(), grad_images, rest[0] if soft else None, grad_lr)
 
@@ -166,11 +168,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     images, labels, lr = images.detach(), labels.detach(), lr.detach()
     keep_maps = min(model.kept_steps(max(map(len, batches))), len(batches) if steps is None else steps)
     thetas, maps = _train(model, theta_start, images, labels, lr, batches, augment, keep_maps)
-    theta_final = thetas.pop()
-    mask = _mask(part, theta_final, theta_target)
-    distance_start = _distance(theta_start, theta_target, mask)
-    loss = _distance(theta_final, theta_target, mask) / distance_start
-    co_state = 2 * _masked(theta_final - theta_target, mask) / distance_start  # λ
+    loss, co_state = _loss(thetas.pop(), theta_start, theta_target, part)
 
     kept = model.keep(images=images, labels=labels, lr=lr, co_state=co_state, grad_images=torch.zeros_like(images),
                       grad_lr=torch.zeros_like(lr), **({"grad_labels": torch.zeros_like(labels)} if soft else {}))
@@ -198,11 +196,3 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     grad_images, grad_lr, grad_labels = (kept[name].clone() if name in kept else None
                                          for name in ("grad_images", "grad_lr", "grad_labels"))
     return Match(loss, grad_images, grad_labels, grad_lr)
-
-
-def _masked(vector: Tensor, mask: Tensor | None) -> Tensor:
-    return vector if mask is None else vector * mask
-
-
-def _distance(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-    return _masked(a - b, mask).square().sum()

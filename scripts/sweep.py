@@ -65,7 +65,8 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    options = typed(DistillConfig, __doc__, yaml_file=True, json="write the table to this file")
+    options = typed(DistillConfig, __doc__, yaml_file=True, other_defaults={"val_fraction": VAL_FRACTION},
+                    json="write the table to this file")
     json = resolved(options.pop("json")) if options.get("json") else None
     runs = combinations(options)
     config, swept = runs[0].config, list(runs[0].differs)

@@ -41,16 +41,17 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
 
 
 def typed(config_type: type, description: str, arguments: list[str] | None = None, yaml_file: bool = False,
-          **more: str) -> dict[str, str]:
+          other_defaults: dict[str, Any] | None = None, **more: str) -> dict[str, str]:
     """The options of a command line as typed, by name.
 
     Args:
+        other_defaults: defaults for the help, where they are not those of `config_type`.
         more: further options that name a file, with their help.
 
     Raises:
         UserError: an unknown option, or an argument that is not an option.
     """
-    options, rest = _parser(config_type, description, yaml_file, more).parse_known_args(arguments)
+    options, rest = _parser(config_type, description, yaml_file, other_defaults, more).parse_known_args(arguments)
     if rest and rest[0].startswith("--"):
         unknown = [each.split("=")[0] for each in rest if each.startswith("--")]
         raise unknown_names("option", unknown, _useful(config_type, "--"))
@@ -135,7 +136,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def _parser(config_type: type, description: str, yaml_file: bool, more: dict[str, str]) -> Parser:
+def _parser(config_type: type, description: str, yaml_file: bool, other_defaults: dict[str, Any] | None,
+            more: dict[str, str]) -> Parser:
     width = min(shutil.get_terminal_size().columns, 100)
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     usage="%(prog)s " + ("--cfg FILE " if yaml_file else "") + "[--key value …]",
@@ -144,7 +146,7 @@ def _parser(config_type: type, description: str, yaml_file: bool, more: dict[str
         parser.add_argument("--cfg", metavar="FILE", required=True, help="YAML of options; --key value overrides it")
     for name, text in more.items():
         parser.add_argument(f"--{name}", type=not_empty, metavar="FILE", help=text)
-    default = defaults(config_type)
+    default = defaults(config_type) | (other_defaults or {})
     groups = {group: parser.add_argument_group(f"{group} options") for group in GROUPS}
     for field in sorted(fields(config_type), key=lambda field: not field.default.json_schema_extra["effect"]):
         extra = about(field.name, config_type)
