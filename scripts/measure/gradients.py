@@ -9,11 +9,11 @@ distilled one, it measures
 
 * the cosine with the exact gradient of the images, over `SEEDS` seeds of `DRAWS` draws each (of expert, start epoch,
   batches and augmentation; each seed has its own initial set);
-* the median time of a match, relative to the exact gradient's.
+* the time of a match relative to the exact gradient's of the same draw, the median over all draws.
 
-Then each gradient distils every seed's initial set, for the time that --Iteration exact iterations of --syn_steps take
-here, and the set is evaluated as by DATM.py. ± is the standard deviation: of cosines over the draws, of accuracies over
-the seeds, each the mean of its --num_eval networks.
+Then each gradient distils every seed's initial set, for as many iterations as fit into the time that --Iteration exact
+iterations of --syn_steps take here, and the set is evaluated as by DATM.py. ± is the standard deviation: of cosines
+over the draws, of accuracies over the seeds, each the mean of its --num_eval networks.
 
 With --json, results so far are kept in FILE.unfinished, and the same command resumes from them; without it nothing is
 kept.
@@ -247,7 +247,10 @@ def main() -> None:
             for gradient, of_draws in kept.get(name, measured, each, dataset, buffer, start, number).items():
                 found.setdefault((what, number, gradient), []).extend(Measured(*each) for each in of_draws)
             bar.update(new * number)
-    seconds = {setting: median(match.seconds for match in found["first set", *setting]) for setting in settings}
+    times = {setting: median(match.seconds / exact.seconds for what in starts for match, exact in
+                             zip(found[what, *setting], found[what, setting[0], "exact"])) for setting in settings}
+    seconds = {(number, gradient): time * median(match.seconds for match in found["first set", number, "exact"])
+               for (number, gradient), time in times.items()}
 
     # The distillations.
     budget = config.Iteration * seconds[config.syn_steps, "exact"]
@@ -270,7 +273,7 @@ def main() -> None:
     columns[f"accuracy in {budget:.0f} s, %"] = {
         setting: spread([100 * mean(end["accuracies"]) for end in ends[setting]]) for setting in settings}
     print(table([["T", "gradient", "time / exact", "iterations", *columns], *(
-        [str(number), gradient, f"{seconds[number, gradient] / seconds[number, 'exact']:.2f}",
+        [str(number), gradient, f"{times[number, gradient]:.2f}",
          str(ends[number, gradient][0]["iterations"]),
          *("{:.2f} ± {:.2f}".format(*column[number, gradient]) for column in columns.values())]
         for number, gradient in settings)]))

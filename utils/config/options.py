@@ -270,7 +270,7 @@ class EvaluationConfig(TrainConfig):
     label_dir: FilePath = option(FILES, "", "file of the label logits or classes")
     lr_dir: FilePath = option(FILES, "", "file of the learning rate; unset: lr_teacher")
     label_kind: Literal["logits", "probabilities"] = option(
-        METHOD, "logits", "what the numbers of soft labels are; published ones are logits")
+        METHOD, "logits", "what soft labels are: logits in DATM's and PAD's files, probabilities in TESLA's")
     hard_labels: bool = option(METHOD, False, "train on the images' classes instead of their soft labels")
     robust_score: bool = option(EVALUATION, False, "also compute DD-Ranking's scores (21 × num_eval trainings of each "
                                 "kind of network)")
