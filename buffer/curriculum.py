@@ -77,7 +77,7 @@ def grand_scores(config: BufferConfig, dataset: Dataset) -> Tensor:
     try:
         save(scores, path)
     except UserError as error:
-        note(f"note: GraNd is not kept for the next run: {error} (DATM_CACHE names another folder)")
+        note(f"GraNd is not kept for the next run: {error} (DATM_CACHE names another folder)")
     return scores
 
 

@@ -5,7 +5,6 @@ are missing are dealt out to the ranks; the first rank writes the files.
 """
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -117,7 +116,7 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
 
         # Once all ranks are done, write what is left and clean up.
         ranks.barrier()
-        diverged = json.loads(run.diverged.read_text()) if run.diverged.exists() else None
+        diverged = files.read_json(run.diverged) if run.diverged.exists() else None
         ranks.barrier()  # all have read the file before the first rank removes it
         if ranks.first():
             view.reach(run.epochs_done)  # those of all ranks
@@ -239,14 +238,14 @@ class ExpertRun:
             say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
                         f"{config.num_experts * config.train_epochs})")
             if self.last_on[0] and self.last_on != (self.on, self.engine):
-                note(f"note: it was last on {', '.join(self.last_on)}, and is on {self.on}, {self.engine} now; what "
+                note(f"it was last on {', '.join(self.last_on)}, and is on {self.on}, {self.engine} now; what "
                      "follows may be rounded differently")
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")
             known = {saved.get("train_epochs", config.train_epochs) for saved in manifests_of(self.folder).values()}
             if other := sorted(known - {config.train_epochs}):
-                note(f"note: there are some of {' and '.join(map(str, other))} epochs, and these have "
+                note(f"there are some of {' and '.join(map(str, other))} epochs, and these have "
                      f"{config.train_epochs}; a distillation can use all only as far as the shortest reach")
 
     @property
@@ -303,7 +302,7 @@ class ExpertRun:
             tell(f"expert {self._judged}: {', '.join(_in_words(reached, self.config))}")
             self._at_chance = 0 if self._learned(reached.train_accuracy) else self._at_chance + 1
             if self._at_chance:
-                note(f"note: expert {self._judged} did not learn: {100 * reached.train_accuracy:.1f} % of the training "
+                note(f"expert {self._judged} did not learn: {100 * reached.train_accuracy:.1f} % of the training "
                      f"images right, guessing {100 / self.dataset.num_classes:.1f} %")
             self._judged += 1
             if self._at_chance == MOST_AT_CHANCE:
@@ -333,7 +332,7 @@ class ExpertRun:
             UserError: an expert is missing from the files, as its epochs were removed.
         """
         self.diverged.unlink(missing_ok=True)
-        if any(map(self.is_trained, self._begun())) and partly:
+        if partly and any(map(self.is_trained, self._begun())):
             return  # experts after the diverged one are kept, in case it can be trained otherwise
         if self.written < self.end_number and not partly:
             missing = [number for number in range(self.written, self.end_number) if not self.is_trained(number)]
@@ -352,8 +351,8 @@ class ExpertView(Progress):
         config = run.config
         self._run, self._epochs = run, config.train_epochs
         super().__init__(config.num_experts * config.train_epochs, "experts", initial=run.epochs_done,
-                         quiet=config.quiet, images=len(run.dataset.train_labels),
-                         device=run.dataset.device)
+                         quiet=config.quiet, device=run.dataset.device,
+                         images=0 if config.pad else len(run.dataset.train_labels))  # PAD's number varies
 
     def begin(self, number: int) -> None:
         """Starts or resumes an expert."""
@@ -382,7 +381,7 @@ def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
     """Prints a note on whitening with few images: it divides by their spread, which is zero in most directions."""
     count, values = len(dataset.train_images), dataset.test_images[0].numel()
     if config.zca and count < values:
-        note(f"note: --zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies what "
+        note(f"--zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies what "
              "these images do not vary in; experts often test better without it")
 
 

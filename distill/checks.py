@@ -97,7 +97,7 @@ def note_others(config: DistillConfig, folder: RunFolder) -> None:
         with contextlib.suppress(UserError):  # another run's damaged config is no concern of this one
             if path.parent != folder.path and not (path.parent / RESULT).exists() and not differences(
                     read_config(path), identity(config)):
-                note(f"note: {shown(path.parent)} holds an unfinished run of these options with other experts or "
+                note(f"{shown(path.parent)} holds an unfinished run of these options with other experts or "
                      "images, or of an earlier version; this is a new one")
 
 

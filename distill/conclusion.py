@@ -88,13 +88,13 @@ def conclude(run: RunState) -> None:
     if config.Iteration and not learned:
         # Based on the losses that were compared with the threshold; those of the fixed segments may be below it.
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
-        note(f"note: every update was skipped: {advice}")
+        note(f"every update was skipped: {advice}")
     elif skipped > MANY_SKIPPED * config.Iteration:
-        note(f"note: {skipped} of {number_of(config.Iteration, 'update')} were skipped, as their matching loss was "
+        note(f"{skipped} of {number_of(config.Iteration, 'update')} were skipped, as their matching loss was "
              f"above --threshold {config.threshold:g} or not finite; a smaller --lr_img or --lr_teacher, or a window "
              "that starts earlier, may learn more")
     if learned and run.best[better_of(run.best)].iteration == 0:
-        note("note: the best set is the one that the run began with; none on its way was better on the "
+        note("the best set is the one that the run began with; none on its way was better on the "
              f"{tested} images")
     print(wrapped(summary))
     _say_where(config, folder.path, run.best, better_of(run.best))
@@ -135,7 +135,7 @@ def _restore(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: Ru
         except UserError as error:
             why = str(error)
         if state is None:
-            note(f"note: {shown(path)} has no {' and no '.join(needed)}, which cannot be made again: {why}")
+            note(f"{shown(path)} has no {' and no '.join(needed)}, which cannot be made again: {why}")
     with noting_failure(path, ", ".join(dict.fromkeys([*needed, *unseen]))):
         if state:
             best = best_of(state, dataset.device)

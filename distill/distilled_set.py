@@ -238,7 +238,7 @@ def checked_set(distilled: DistilledSet, dataset: Dataset, read_from: Sequence[s
         # Softmax restores the probabilities. The smallest normal number replaces 0, whose logarithm is infinite.
         return replace(distilled, labels=labels.clamp_min(torch.finfo(labels.dtype).tiny).log())
     if probable:
-        note("note: each row of labels is at least 0 and sums to 1, as probabilities do; they are taken for logits, as "
+        note("each row of labels is at least 0 and sums to 1, as probabilities do; they are taken for logits, as "
              "published: give evaluation.py --label_kind probabilities if they are probabilities")
     return distilled
 

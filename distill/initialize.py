@@ -202,11 +202,9 @@ def expert_logits(model: FlatModel, theta: Tensor, x: Tensor) -> Tensor:
     """The logits [B, K] of an expert θ [P] for x [B, C, H, W], without a graph."""
     # Expert files hold no running statistics, so batch norm uses those of the batch at hand (published: those of a
     # fresh network, mean 0 and variance 1).
-    batch_norm = has_batch_norm(model.network)
-    model.network.train(batch_norm)
-    logits = torch.cat([model(theta, part) for part in x.split(WALK if batch_norm else at_once(x, WALK))])
     model.network.train()
-    return logits
+    return torch.cat([model(theta, part) for part in x.split(WALK if has_batch_norm(model.network) else
+                                                             at_once(x, WALK))])
 
 
 def _shuffled(dataset: Dataset, label: int, random: torch.Generator) -> Tensor:

@@ -41,7 +41,7 @@ def data_and_experts(config: DistillConfig) -> tuple[Dataset, Buffer]:
     check_same_on_ranks(buffer.folder, config.max_files)
     if config.val_fraction and ranks.first() and not all(
             manifest_path(path).exists() for path in expert_files(buffer.folder)):
-        note(f"note: experts in {shown(buffer.folder)} have no manifest, as published ones, which were trained on the "
+        note(f"experts in {shown(buffer.folder)} have no manifest, as published ones, which were trained on the "
              "held-out images too")
     return dataset, buffer
 

@@ -95,7 +95,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
              f"{experts_in_words(len(buffer), buffer.epochs)} · {plan.gradient_in_words(config)}, "
              f"M {config.expert_epochs} · tested on {tested_in_words(config.val_fraction, len(dataset.test_labels))}")
     for each in notes:
-        note(f"note: {each}")
+        note(each)
 
     # The state, new or as it was saved.
     distillation = Distillation(config, dataset, buffer, start)

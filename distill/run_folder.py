@@ -178,7 +178,7 @@ class RunFolder:
                     path.rename(path.with_stem("_".join([path.stem, *map(str, self.did)])))
         if not saved:
             if self.log.exists():
-                note(f"note: {shown(self.path)} holds an unfinished run; starting over")
+                note(f"{shown(self.path)} holds an unfinished run; starting over")
             self._state.unlink(missing_ok=True)  # first, as it relies on the others
             for path in self._there(*MADE, EVALUATION):
                 remove(path)

@@ -102,7 +102,7 @@ class RunState:
         say(self.config, f"going on at iteration {self.iteration}, where the run was saved")
         last = {name: where.split(THEN)[-1] for name, where in state["environment"].items()}
         if (state["engine"], last) != (self.engine, self.on):
-            note(f"note: it was last on {state['engine']} on {', '.join(last.values())}; what follows may be rounded "
+            note(f"it was last on {state['engine']} on {', '.join(last.values())}; what follows may be rounded "
                  "differently")
         self.on = {name: where if last[name] == self.on[name] else f"{where}{THEN}{self.on[name]}"
                    for name, where in state["environment"].items()}
@@ -177,7 +177,7 @@ class RunState:
     def note_skipped(self, record: Iteration) -> None:
         """Notes early on, once, if all updates so far were skipped."""
         if record.iteration + 1 == self.distillation.skipped == SKIPPED_AT_FIRST and ranks.first():
-            note(f"note: the first {SKIPPED_AT_FIRST} updates were all skipped: "
+            note(f"the first {SKIPPED_AT_FIRST} updates were all skipped: "
                  f"{skipped_advice(record.loss, as_dict(self.config))}")
 
     def advance(self) -> None:

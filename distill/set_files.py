@@ -26,10 +26,10 @@ def set_files(data_dir: str) -> tuple[str, str, str] | None:
     the run is unfinished or the published code's, the published files of its best set. None: `--data_dir` is something
     else."""
     path = Path(data_dir)
-    if data_dir and (whole := whole_set(path)) != path:
+    if (whole := whole_set(path)) != path:
         return str(whole), "", ""
     published = [path / _better(path) / name for name in PUBLISHED]
-    return tuple(map(str, published)) if data_dir and all(file.is_file() for file in published) else None
+    return tuple(map(str, published)) if all(file.is_file() for file in published) else None
 
 
 def _better(path: Path) -> str:

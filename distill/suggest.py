@@ -22,7 +22,7 @@ from utils.data.datasets import Dataset
 from utils.errors import UserError, number_of
 from utils.files import finite
 from utils.program import ranks
-from utils.program.console import table
+from utils.program.console import table, thinned
 from utils.program.progress import Progress
 from utils.program.seeds import generator
 
@@ -95,7 +95,7 @@ def suggestion(config: DistillConfig, dataset: Dataset, buffer: Buffer, labeller
     segments = [epochs for epochs in SEGMENTS if epochs <= max(1, buffer.epochs // 2)]
     rates = RATES if math.isnan(first.lr) else [float(first.lr)]  # a saved set has its own
     losses = measured(config, dataset, buffer, first, segments, STEPS, rates,
-                      evenly(0, buffer.epochs - segments[0], MOST_STARTS))
+                      thinned(range(buffer.epochs - segments[0] + 1), MOST_STARTS))
     options = proposed(losses)
     options |= {"batch_syn": batch} if (batch := _batch(len(first), options["syn_steps"])) else {}
     options["epoch_eval_train"] = max(EPOCHS, STEPS_OF_A_TEST // -(-len(first) // config.batch_train))
@@ -241,7 +241,7 @@ def with_fitting_rate(config: DistillConfig, dataset: Dataset, buffer: Buffer,
     if not math.isnan(first.lr):
         return first, ["--lr_teacher auto measured nothing, since the set of --pix_init has its own rate, "
                        f"{float(first.lr):g}"]
-    starts = evenly(config.min_start_epoch, config.max_start_epoch - 1, MOST_STARTS)
+    starts = thinned(range(config.min_start_epoch, config.max_start_epoch), MOST_STARTS)
     losses = measured(config, dataset, buffer, first, [config.expert_epochs], [config.syn_steps], RATES, starts)
     gains = _gains(losses.values).mean(-1)[0, 0]
     rate = RATES[_largest(gains)]
@@ -263,11 +263,6 @@ def _gains(losses: np.ndarray) -> np.ndarray:
 def _largest(gains: np.ndarray) -> int:
     """The index of the largest rate that gains nearly as much as the best one."""
     return int(np.flatnonzero(gains >= GAIN_SHARES[1] * gains.max())[-1])
-
-
-def evenly(first: int, last: int, most: int) -> list[int]:
-    """At most `most` integers, evenly spaced from `first` to `last`, both included."""
-    return sorted(set(np.linspace(first, last, most).round().astype(int).tolist()))
 
 
 def _batch(images: int, steps: int) -> int | None:

@@ -157,13 +157,9 @@ def main() -> None:
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
                     {"one epoch": of_all("step", trajectories),
                      f"segment of {options.expert_epochs}": of_all("segment", trajectories)}
-                    | ({"from --beside, at this epoch": _from_epoch_0(of_all("apart", trajectories))}
-                       if options.beside else {}))
-
-
-def _from_epoch_0(values: np.ndarray) -> np.ndarray:
-    """Values by epoch from 1 on, [experts, E] → [experts, E + 1], NaN for epoch 0."""
-    return np.pad(values, ((0, 0), (1, 0)), constant_values=np.nan)
+                    # Distances begin at epoch 1.
+                    | ({"from --beside, at this epoch": np.pad(of_all("apart", trajectories), ((0, 0), (1, 0)),
+                                                               constant_values=np.nan)} if options.beside else {}))
 
 
 def suggest_settings(folder: Path, ipc: int, png: Path | None, json: Path | None) -> None:
@@ -409,11 +405,11 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     diverged = [str(each["expert"]) for each in report["trajectories"] if not each["finite"]]
     if diverged:
         say("not finite", f"experts {', '.join(diverged)}: they diverged, or their file is damaged")
-    last = [[row[name][-1] for row in report["trajectories"] if row[name]
+    reached = [[row[name][-1] for row in report["trajectories"] if row[name]
              and (row["file"] != UNFINISHED or row["epochs"] >= unfinished["train_epochs"])] for name in ACCURACIES]
     say("accuracy", "after the last epoch: " + "; ".join(
         f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
-        for of, values in zip(("train", experts_tested_on(report)), last) if values) if any(last) else
+        for of, values in zip(("train", experts_tested_on(report)), reached) if values) if any(reached) else
         "unknown: recorded for no finished expert")
     if report["beside"]:
         compared = sum(bool(each["apart"]) for each in report["trajectories"])
@@ -438,10 +434,8 @@ def _by_epoch(report: dict[str, Any], expert_epochs: int) -> list[list[str]]:
     columns += [("step", by_start["step"], 1, ".4f"), (f"segment of {expert_epochs}", by_start["segment"], 1, ".4f")]
     if report["beside"]:
         columns.append(("apart", [None, *by_epoch["apart"]], 1, ".4f"))
-    last = len(by_start["step"])
-    shown = np.linspace(0, last, min(last + 1, MOST_ROWS)).round().astype(int)
     rows = [["epoch s", *(head for head, *_ in columns)]]
-    for epoch in dict.fromkeys(shown.tolist()):
+    for epoch in console.thinned(range(len(by_start["step"]) + 1), MOST_ROWS):
         rows.append([str(epoch), *(_cell(values[epoch] if epoch < len(values) else None, scale, digits)
                                    for _, values, scale, digits in columns)])
     return rows

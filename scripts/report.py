@@ -54,8 +54,8 @@ def main() -> None:
         show(run, [name for name in (missing(run.path) if run.finished else SHOWN) if name != PAGE])
     write_text(out, text)
     for left_out in run.left_out if alone else ():
-        note(f"note: not shown beside the run: {left_out}")
-    print(f"{shown(out)} ({short_count(len(text.encode()))}B)")
+        note(f"not shown beside the run: {left_out}")
+    print(f"{shown(out)} ({short_count(out.stat().st_size)}B)")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from distill.set_files import WHOLE
 from scripts.common import ScriptParser, positive
 from scripts.reproduce_steps import Ledger, Step, StepsFailedError, in_order, run_steps
 from utils.config import BufferConfig, DistillConfig
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, note
 from utils.files import REPOSITORY, atomic_write, read_json, reading, write_json, write_text
 from utils.program import interrupt
 from utils.program.command_line import read_yaml
@@ -682,8 +682,7 @@ def main() -> None:
             import torch  # takes seconds, and --help and refusals do without it
 
             if form is FULL and not torch.cuda.is_available():
-                print("note: without a GPU this form takes weeks; --cpu and --small are made for a CPU",
-                      file=sys.stderr)
+                note("without a GPU this form takes weeks; --cpu and --small are made for a CPU")
             environment = os.environ | form.environment
             environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
             interrupt.saves("the commands that are done")
@@ -713,7 +712,7 @@ def report(plan: Plan, rows: Sequence[Row], results: Results) -> None:
         if not any(map(results.of, row.evaluations)):
             print(f"{row.name:{width}}  no result")
     for name in results.others:
-        print(f"note: {name} is left out: it was made by another command", file=sys.stderr)
+        note(f"{name} is left out: it was made by another command")
     print(f"in {shown(results.folder)}: tables.md, accuracy.png, windows.png, spent.png, a JSON file for each row")
 
 

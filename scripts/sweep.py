@@ -111,7 +111,7 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     finished = {run.name: read_run(run.folder) for run in runs}
     for run in runs:
         if (done := len(finished[run.name].metrics.iterations)) > run.config.Iteration:
-            note(f"note: {run.name} had gone on to iteration {done} before, and not only to {run.config.Iteration}")
+            note(f"{run.name} had gone on to iteration {done} before, and not only to {run.config.Iteration}")
     ranked = sorted(runs, key=lambda run: -finished[run.name].result.better[1].scores[0].mean)
     reached = {run.name: numbers(run, finished[run.name]) for run in ranked}
     tested = images_tested(tested_on(config.val_fraction))
@@ -124,7 +124,7 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     print(f"in {shown(page)}{f' and {shown(json)}' if json else ''}")
     best = ranked[0]
     if finished[best.name].result.better[1].iteration == 0:
-        note("note: the best set is the one that a run began with; none on the way of any run was better")
+        note("the best set is the one that a run began with; none on the way of any run was better")
     test = evaluation(influential(best.config), best.folder) | commands.device_given(config.device)
     commands.say_next(config, "next, to test the best set on the test images:",
                       commands.command("distill/evaluation.py", test))
@@ -155,7 +155,7 @@ def combinations(options: dict[str, str]) -> list[Run]:
         asked = dict(zip(values, chosen))
         config, known = config_of(DistillConfig, asked)
         asked |= {} if "val_fraction" in known else {"val_fraction": VAL_FRACTION}
-        differs = {each: in_a_name(asked[each], getattr(config, each)) for each in swept}
+        differs = {each: in_a_name(each, asked[each], getattr(config, each)) for each in swept}
         name = "_".join([*filter(None, [config.run_name]), *(f"{each}={value}" for each, value in differs.items())])
         if name in runs:
             raise UserError(f"{name} would be run twice; give each value once")
@@ -167,9 +167,10 @@ def combinations(options: dict[str, str]) -> list[Run]:
     return list(runs.values())
 
 
-def in_a_name(text: str, value: Any) -> str:
+def in_a_name(option: str, text: str, value: Any) -> str:
     """A value as part of a folder's name: the same however it was typed, unless it is a path."""
-    text = str(value).removesuffix(".0") if isinstance(value, float) else text if "/" in text else str(value)
+    if not is_path(option, text, DistillConfig):
+        text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
     return re.sub(r"[/\\]+", "-", text)
 
 

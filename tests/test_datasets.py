@@ -673,7 +673,7 @@ def test_a_jobs_limit_counts(tmp_path):
 
 def test_a_system_that_tells_no_peak_gives_the_one_since_the_start(monkeypatch):
     """As some containers' /proc/self/status."""
-    monkeypatch.setattr(memory, "_status", lambda key: None)
+    monkeypatch.setattr(memory, "_bytes_in", lambda file, key: None)
     assert 2**20 < memory.reset_peak(torch.device("cpu")) <= memory.peak(torch.device("cpu"))
 
 

@@ -157,6 +157,10 @@ def test_it_is_made_again_from_the_folder_alone(call, runs, copied):
     assert (runs[0] / "report.html").read_text() == before
     call("scripts/report.py", runs[0], "--out", copied / "other.html")
     assert (copied / "other.html").read_text() == before
+    config = copied / "config.yaml"  # of data in a folder whose name is not text
+    config.write_text(re.sub("(?m)^data_path: .*", r'data_path: "/caf\\uDCE9"', config.read_text()))
+    assert "report.html (" in call("scripts/report.py", copied).stdout
+    assert "caf\\udce9" in (copied / "report.html").read_text()
 
 
 def test_the_picture_of_the_curves_shows_the_loss_as_the_page_does(monkeypatch, tmp_path):
@@ -581,7 +585,7 @@ def test_outside_a_clone_there_is_no_commit(monkeypatch, tmp_path):
 
 
 def test_numbers_at_an_axis_are_not_cut():
-    chart = svg.Chart("Rate", "iteration", "α")
+    chart = svg.Chart("Rate", "α")
     chart.line([(0, 0.00985), (1, 0.01)], "s0")
     ends = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', chart.figure(""))
     assert any(text == "0.00995" for _, text in ends)

@@ -116,8 +116,8 @@ def wrapped(text: str, stream: Any = None) -> str:
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr without running into a progress bar."""
-    (tqdm.write if sys.stderr.isatty() else print)(wrapped(text, sys.stderr), file=sys.stderr)
+    """Prints a note on stderr without running into a progress bar."""
+    (tqdm.write if sys.stderr.isatty() else print)(wrapped(f"note: {text}", sys.stderr), file=sys.stderr)
 
 
 def columns_of(stream: Any) -> int:

@@ -33,7 +33,7 @@ def reset_peak(device: torch.device) -> float:
             libc.malloc_trim(0)
         with contextlib.suppress(OSError):  # /proc is read-only in some containers
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark
-    return _status("VmRSS") or peak(device)
+    return _bytes_in("self/status", "VmRSS") or peak(device)
 
 
 def peak(device: torch.device) -> float:
@@ -41,7 +41,7 @@ def peak(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)  # captured graphs' memory is reserved, not allocated
     unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _bytes_in("self/status", "VmHWM") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available(device: torch.device | None = None) -> float:
@@ -54,12 +54,8 @@ def available(device: torch.device | None = None) -> float:
         unused = sum(block["total_size"] - block["allocated_size"] for block in blocks
                      if block["device"] == device.index and tuple(block["segment_pool_id"]) == (0, 0))
         return torch.cuda.mem_get_info(device)[0] + unused
-    limits = [math.inf]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        limits += [1024 * float(line.split()[1]) for line in meminfo.read_text().splitlines()
-                   if line.startswith("MemAvailable:")]
-    return min([*limits, *_left_in_groups()])
+    free = _bytes_in("meminfo", "MemAvailable")
+    return min([math.inf if free is None else free, *_left_in_groups()])
 
 
 def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
@@ -132,8 +128,8 @@ def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Ten
     return [place[:each.nbytes].view(each.dtype).view(each.shape) for each, place in zip(tensors, there.split(sizes))]
 
 
-def _status(key: str) -> float | None:
-    """The value of a line of /proc/self/status, in bytes; None: the system has no such file or line."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
+def _bytes_in(file: str, key: str) -> float | None:
+    """The value of a line of a file in /proc, in bytes; None: the system has no such file or line."""
+    path = Path("/proc") / file
+    lines = path.read_text().splitlines() if path.is_file() else []
     return next((1024 * float(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)

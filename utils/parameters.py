@@ -111,13 +111,13 @@ class FlatModel:
         """What the rounding of later derivatives depends on besides their inputs, for `restore`: the micro-batch, which
         may have been halved, and the sizes that are compiled, which are the first ones that were met."""
         return {"engine": self.engine.name, "asked": self._asked, "micro_batch": self.engine.micro_batch,
-                "compiled": sorted(self.engine.compiled)}
+                "compiled": sorted(self.engine.compiled_sizes)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on as the model of `state` would have; as a new one if its engine or `micro_batch` was another."""
         if (state["engine"], state["asked"]) == (self.engine.name, self._asked):
             self.engine.micro_batch = state["micro_batch"]
-            self.engine.compiled.update(state["compiled"])
+            self.engine.compiled_sizes.update(state["compiled"])
 
     def _halve(self, batch: int) -> bool:
         """Halves the micro-batch that a batch of this size uses from now on; False if that is impossible."""
@@ -137,7 +137,7 @@ class FlatModel:
             if not self._halve(batch):
                 raise full
             torch.cuda.empty_cache()
-            note(f"note: the GPU's memory is full; from here on {describe_engine(self.engine, batch)}")
+            note(f"the GPU's memory is full; from here on {describe_engine(self.engine, batch)}")
 
 
 def sgd_step(theta: Tensor, gradient: Tensor, velocity: Tensor | None, lr: float, momentum: float = 0.0,

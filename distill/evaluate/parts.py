@@ -98,7 +98,7 @@ def evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset,
                                      accuracies=_saved(accuracies, name, rate))[0].mean for rate in part.rates}
                 rate = max(reached, key=reached.__getitem__, default=float(part.sets[0].lr))
                 if reached:
-                    result.setdefault("held_out", {})[network] = {f"{rate:g}": at for rate, at in reached.items()}
+                    result.setdefault("held_out", {})[network] = {f"{each:g}": mean for each, mean in reached.items()}
                 (score,) = run(dataset, part.at(rate), networks=[network], accuracies=_saved(accuracies, name))
                 result["lr"][network] = rate
                 result["scores"].append(score)

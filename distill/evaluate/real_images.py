@@ -47,7 +47,7 @@ def evaluate_real(config: BaselineConfig) -> None:
 
 def seen_by_experts(config: BaselineConfig, dataset: Dataset) -> tuple[Dataset, list[str]]:
     """The data that real images are taken from (see `as_experts_saw`), and notes for the user on that."""
-    if config.ipc is not None and asks_experts(config):
+    if asks_experts(config):
         check_same_on_ranks(buffer_folder(config))
     as_seen = as_experts_saw(config)
     if as_seen == config:
@@ -92,7 +92,7 @@ def chosen_by(buffer: Buffer, config: BaselineConfig, dataset: Dataset) -> list[
     found = [predicted_correctly(buffer.model, lambda: last_snapshots(buffer, dataset), dataset, per_class(config),
                                  random) for random in _draws(config)]
     for line in dict.fromkeys(line for _, lines in found for line in lines):
-        note(f"note: {line}")
+        note(line)
     return [indices for indices, _ in found]
 
 
@@ -119,7 +119,7 @@ def real_sets(config: BaselineConfig, dataset: Dataset) -> tuple[list[DistilledS
         return [DistilledSet(images.to(device), labels, lr)], "the whole training set"
     what = f"{number_of(config.ipc, f'{ADJECTIVES[config.pick]} real image')} per class"
     by_experts, picked = labelled_by_experts(config), config.pick != "random"
-    if by_experts or picked:
+    if asks_experts(config):
         check_same_images(buffer_folder(config), dataset)
         buffer = Buffer(buffer_folder(config), FlatModel(network_for(config.model, dataset).to(device)))
         buffer.verify(partial(watched, quiet=config.quiet))

@@ -42,7 +42,7 @@ _OF_DC = re.compile(r"res_(?:(DC|DSA|DM)_)?([A-Za-z0-9]+)_(\w+)_\d+ipc\.pt")
 
 
 def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
-             factor: int = 1) -> tuple[DistilledSet, bool]:
+             factor: int) -> tuple[DistilledSet, bool]:
     """Reads a saved set.
 
     Args:
@@ -62,7 +62,7 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
         if found[2] or found[0].endswith(".safetensors"):
             _check_alone(data_dir, "images, labels and learning rate", lr_dir=lr_dir)
         data_dir, label_dir, lr_dir = found[0], found[1], found[2] or lr_dir
-    elif data_dir and Path(data_dir).is_dir():
+    elif Path(data_dir).is_dir():
         if inside := sets_in(Path(data_dir)):
             raise UserError(f"--data_dir {data_dir} is not the folder of one run; give {'one of ' * (len(inside) > 1)}"
                             f"{some_of([str(path) for path in inside])}")
@@ -110,7 +110,7 @@ def in_space(distilled: DistilledSet, dataset: Dataset) -> DistilledSet:
         return distilled
     low, high = distilled.images.aminmax()
     if low < -0.5 or high > 1.5:
-        note(f"note: the set's images are taken for pixels in [0, 1], as those of NCFM are, and lie in [{low:.3g}, "
+        note(f"the set's images are taken for pixels in [0, 1], as those of NCFM are, and lie in [{low:.3g}, "
              f"{high:.3g}]")
     return replace(distilled, images=dataset.space.from_pixels(distilled.images), mean=(), std=())
 
@@ -133,7 +133,7 @@ def made_with(data_dir: str) -> dict[str, Any]:
                 check_network_name(model)
                 told |= {"dataset": dataset, "model": model}
             return told
-        with contextlib.suppress(UserError, OSError, ValueError):
+        with contextlib.suppress(UserError):
             options = files.read_config(path.parent.parent / "config.yaml")
             if {"dataset", "model"} <= options.keys():  # it may be another project's file
                 return options
@@ -154,7 +154,7 @@ def _files_of(data_dir: str) -> tuple[str, str, str] | None:
     Raises:
         UserError: the folder holds several sets, none of which is marked as the best.
     """
-    if (found := set_files(data_dir)) or not data_dir:
+    if found := set_files(data_dir):
         return found
     folder = Path(data_dir)
     for prefix in ("", "ema_"):
@@ -207,7 +207,7 @@ def _condensed(sets: Any, path: str) -> tuple[Any, Any]:
         raise UserError(f"--data_dir {path} is no res_*.pt of DC, DSA or DM, whose \"data\" is [[images, classes], …]; "
                         "give files of one tensor each, with --label_dir")
     if len(sets) > 1:
-        note(f"note: {path} holds {len(sets)} sets; the first is taken")
+        note(f"{path} holds {len(sets)} sets; the first is taken")
     return sets[0]
 
 

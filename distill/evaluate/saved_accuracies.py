@@ -58,7 +58,7 @@ class Accuracies:
                                     for name, accuracy in saved["accuracies"].items()}
                     self._seconds_before = max(self._seconds_before, float(saved["seconds"]))
                 else:
-                    note(f"note: {shown(file)} is of other options, another set or machine; starting over")
+                    note(f"{shown(file)} is of other options, another set or machine; starting over")
 
     def part(self, prefix: str) -> "Accuracies":
         """One of several evaluations that share a file."""

@@ -121,7 +121,7 @@ def at_given_rate(config: EvaluationConfig, distilled: DistilledSet) -> Distille
     """The set with the learning rate of the options; prints a note if the set's own is different."""
     given = distilled.at(config.lr_teacher)
     if not given.lr.equal(distilled.lr):
-        note(f"note: --lr_teacher {config.lr_teacher:g} is used in place of the set's own learning rate, "
+        note(f"--lr_teacher {config.lr_teacher:g} is used in place of the set's own learning rate, "
              f"{float(distilled.lr):.4g}")
     return given
 
@@ -154,7 +154,7 @@ def opened(config: EvaluationConfig, given: Collection[str],
     told = check_told(config, read, "--data_dir", made)
     dataset = _default_data(config, device) if guessed else load_data(config, device)
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
-        note(f"note: the set was prepared differently from the data here: {why}")
+        note(f"the set was prepared differently from the data here: {why}")
     check_classes(read, dataset, f"--data_dir {config.data_dir}", named=not {"dataset", "subset"} & set(told))
     read_from = [f"--{name}" if getattr(config, name) else "--data_dir" for name in ("data_dir", "label_dir", "lr_dir")]
     distilled = checked_set(read, dataset, read_from, config.label_kind, config.factor).to(device)
@@ -162,15 +162,15 @@ def opened(config: EvaluationConfig, given: Collection[str],
 
     # Say what nothing tells.
     if not rate_known and "lr_teacher" not in given and (config.save or config.protocol != "dc"):
-        note(f"note: the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
+        note(f"the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
              f"used{', and saved as its own' * bool(config.save)}")
     if "zca" not in {*given, *made}:
-        note("note: nothing says whether the set's images are whitened; they are taken for normalised: give --zca if "
+        note("nothing says whether the set's images are whitened; they are taken for normalised: give --zca if "
              "they are whitened")
     own = made.get("model")
     others = [name for name in pool(config, dataset) if own not in (None, name)]
     if others and rate_known and "lr_teacher" not in given and config.protocol != "dc":
-        note(f"note: the set's learning rate was learned with {own}; --lr_teacher auto looks for one that suits "
+        note(f"the set's learning rate was learned with {own}; --lr_teacher auto looks for one that suits "
              f"{some_of(others)}")
 
     check_pool(config, dataset)
@@ -190,7 +190,7 @@ def _default_data(config: EvaluationConfig, device: torch.device) -> Dataset:
         dataset = load_data(config, device)
     except UserError as error:
         raise UserError(f"{NO_DATASET}; the default, {config.dataset}, cannot be loaded: {error}") from error
-    note(f"note: nothing says what this set was made of; it is tested on {config.dataset}, the default")
+    note(f"nothing says what this set was made of; it is tested on {config.dataset}, the default")
     return dataset
 
 
@@ -215,11 +215,11 @@ def check_told(config: DataConfig, distilled: DistilledSet, option: str, made: d
     here = canonical({name: getattr(config, name) for name in READ_BY})
     other = [name for name in READ_BY if name in made and made[name] != here[name]]
     for name in other:
-        note(f"note: the set of {option} was made with {name} {value_in_words(made[name])}, and here {name} is "
+        note(f"the set of {option} was made with {name} {value_in_words(made[name])}, and here {name} is "
              f"{value_in_words(here[name])}")
     fraction = made.get("val_fraction")  # the smaller share is a part of the larger one
     if isinstance(fraction, int | float) and config.val_fraction > fraction and not {"dataset", "subset"} & set(other):
-        note(f"note: the set of {option} was made with val_fraction {fraction:g}, so that it may have learned from the "
+        note(f"the set of {option} was made with val_fraction {fraction:g}, so that it may have learned from the "
              "images that are held out here")
     if distilled.mean and tuple(distilled.images.shape[2:]) != image_size(config):
         its, ours = ("×".join(map(str, size)) for size in (distilled.images.shape[2:], image_size(config)))

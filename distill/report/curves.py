@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from distill.report.page_pictures import SAVED
 from distill.report.read_run import SavedRun
-from distill.report.svg import Chart, thinned
+from distill.report.svg import Chart
 from distill.report.template import draw
 from distill.result_files import NORMAL, Iteration, Score, images_tested
 
@@ -38,7 +38,7 @@ def loss_in_words(step: Iteration, form: str = ".3g") -> str:
 def _losses(runs: dict[str, SavedRun]) -> Markup | None:
     """Every loss and the running mean; for several runs only the means."""
     alone = len(runs) == 1
-    chart = Chart("Matching loss", "iteration", "matching loss")
+    chart = Chart("Matching loss", "matching loss")
     spans = []
     for number, (name, run) in enumerate(runs.items()):
         skipped = run.metrics.skipped
@@ -46,11 +46,11 @@ def _losses(runs: dict[str, SavedRun]) -> Markup | None:
         span, mean = run.metrics.running_mean()
         spans.append(span)
         if alone and mean:
-            chart.line(thinned(points), "raw", "each iteration")
-        chart.line(thinned(mean or points), _style(number),
+            chart.line(points, "raw", "each iteration")
+        chart.line(mean or points, _style(number),
                    (f"mean over {span}" if mean else "each iteration") if alone else name)
         if alone and skipped:
-            chart.crosses(thinned([(step.iteration, step.loss) for step in skipped]), "bad", "update skipped")
+            chart.crosses([(step.iteration, step.loss) for step in skipped], "bad", "update skipped")
     if chart.empty:
         return None
     first, words = next(iter(runs.values())), ""
@@ -79,8 +79,8 @@ def _of_each(runs: dict[str, SavedRun], in_words: Callable[[SavedRun], str]) -> 
 def _accuracies(runs: dict[str, SavedRun]) -> Markup | None:
     measured_on = {name: f"{images_tested(run.result.chosen_on)} images" for name, run in runs.items()}
     alike = len(set(measured_on.values())) == 1
-    chart = Chart(f"Accuracy on {next(iter(measured_on.values()))}" if alike else "Accuracy", "iteration",
-                  "accuracy, %", shows=(0.0, LEAST_ACCURACY))
+    chart = Chart(f"Accuracy on {next(iter(measured_on.values()))}" if alike else "Accuracy", "accuracy, %",
+                  shows=(0.0, LEAST_ACCURACY))
     lines: dict[str, list[tuple[int, Score]]] = {}
     styles: dict[str, str] = {}
     further = itertools.count(len(runs))  # a run's first line looks as in the other charts
@@ -132,12 +132,12 @@ def _levels(run: SavedRun) -> list[tuple[str, float]]:
 
 
 def _rates(runs: dict[str, SavedRun]) -> Markup | None:
-    chart = Chart("Synthetic learning rate α", "iteration", "α")
+    chart = Chart("Synthetic learning rate α", "α")
     for number, (name, run) in enumerate(runs.items()):
         iterations = run.metrics.iterations
-        chart.line(thinned([(step.iteration, step.lr) for step in iterations]), _style(number),
+        chart.line([(step.iteration, step.lr) for step in iterations], _style(number),
                    "" if len(runs) == 1 else name)
-        chart.crosses(thinned([(step.iteration, step.lr) for step in iterations if step.held]), "bad",
+        chart.crosses([(step.iteration, step.lr) for step in iterations if step.held], "bad",
                      "update held back")
     if chart.empty:
         return None
@@ -151,14 +151,14 @@ def _window(run: SavedRun, of_which: str) -> Markup | None:
         return None
     lowest = run.config.get("min_start_epoch", min(step.start_epoch for step in iterations))
     lowest = lowest if isinstance(lowest, int) else 0
-    chart = Chart(f"Difficulty window{of_which}", "iteration", "start epoch", whole=True)
+    chart = Chart(f"Difficulty window{of_which}", "start epoch", whole=True)
     # Half an epoch wider on either side, so that dots lie inside; the bound itself is exclusive.
     allowed = [(step.iteration, lowest - 0.5, step.bound - 0.5) for step in iterations]
-    chart.band(thinned([*allowed, (iterations[-1].iteration + 1, *allowed[-1][1:])]), "window", "allowed start epochs",
+    chart.band([*allowed, (iterations[-1].iteration + 1, *allowed[-1][1:])], "window", "allowed start epochs",
                steps=True)
-    chart.dots(thinned([(step.iteration, step.start_epoch) for step in iterations if step.updated]), "s0",
+    chart.dots([(step.iteration, step.start_epoch) for step in iterations if step.updated], "s0",
                "drawn, updated", radius=1.2 if len(iterations) > 500 else 2.0)
-    chart.crosses(thinned([(step.iteration, step.start_epoch) for step in run.metrics.skipped]), "bad",
+    chart.crosses([(step.iteration, step.start_epoch) for step in run.metrics.skipped], "bad",
                   "drawn, update skipped")
     first, last = iterations[0].bound - 1, iterations[-1].bound - 1
     grew = f"{lowest} to {first} at first, {lowest} to {last} at the end" if first != last else f"{lowest} to {last}"
@@ -173,9 +173,9 @@ def _skipped(runs: dict[str, SavedRun]) -> Markup | None:
     total = _of_each(runs, lambda run: f"{len(run.metrics.skipped):,} of {len(run.metrics.iterations):,}")
     if not any(run.metrics.skipped for run in runs.values()):
         return draw.chart_of("Skipped updates", "", f"None was skipped ({total}).")
-    chart = Chart("Skipped updates", "iteration", "skipped so far", whole=True)
+    chart = Chart("Skipped updates", "skipped so far", whole=True)
     for number, (name, run) in enumerate(runs.items()):
         counts = itertools.accumulate(not step.updated for step in run.metrics.iterations)
         points = [(step.iteration, count) for step, count in zip(run.metrics.iterations, counts)]
-        chart.line(thinned(points), _style(number), "" if len(runs) == 1 else name)
+        chart.line(points, _style(number), "" if len(runs) == 1 else name)
     return chart.figure(f"Skipped: {total}.")

@@ -64,7 +64,7 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     """
     pixels, tiles = distilled.pixels(), distilled.factor**2
     if clipped := float(((pixels < 0) | (pixels > 1)).float().mean()):
-        note(f"note: {clipped:.0%} of the values lie outside [0, 1] and are clipped; the safetensors file has them, "
+        note(f"{clipped:.0%} of the values lie outside [0, 1] and are clipped; the safetensors file has them, "
              "and a run's images.png shows them scaled")
     pixels = _bytes(pixels)
     if tiles > 1:
@@ -72,12 +72,12 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
             seen = _bytes(distilled.seen().pixels()).unflatten(0, (-1, tiles))  # a row for each image
             _save(folder / SEEN, seen.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3))
         except UserError as error:  # its whitening is not available
-            note(f"note: no {SEEN}: {error}")
+            note(f"no {SEEN}: {error}")
     indices, known_by = classes_of(distilled, len(distilled.classes))
     folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
     soft = distilled.labels.is_floating_point()
     if renamed := [f"{name} for {c}" for name, c in zip(folders, distilled.classes) if name != c]:
-        note(f"note: {number_of(len(renamed), 'folder')} named unlike the class, as some file systems need: "
+        note(f"{number_of(len(renamed), 'folder')} named unlike the class, as some file systems need: "
              f"{some_of(renamed)}")
     digits = max(2, len(str(int(indices[::tiles].bincount().max()) - 1)))  # so that names sort by number
     for number, (picture, index) in enumerate(zip(pixels, indices[::tiles].tolist())):

@@ -66,8 +66,9 @@ def strip(frames: Tensor) -> list[Tensor]:
     return list(apart.transpose(1, 2).flatten(2, 3)[:, :, :-1])
 
 
-def animation(frames: Tensor) -> tuple[bytes, Image.Image]:
-    """A WebP of frames [F, n, C, h, w] uint8, and its last picture: images side by side above a progress bar."""
+def animation(frames: Tensor) -> tuple[bytes, Tensor]:
+    """A WebP of frames [F, n, C, h, w] uint8, and its last picture [3, H, W]: images side by side above a progress
+    bar."""
     count, images, _, height, width = frames.shape
     columns = min(images, 5)
     times = max(1, -(-WIDTH // (columns * (width + 1))))
@@ -84,4 +85,4 @@ def animation(frames: Tensor) -> tuple[bytes, Image.Image]:
     file = io.BytesIO()
     pictures[0].save(file, "webp", lossless=True, method=0, loop=0, save_all=True, append_images=pictures[1:],
                      duration=stay)
-    return file.getvalue(), pictures[-1]
+    return file.getvalue(), torch.from_numpy(np.array(pictures[-1])).permute(2, 0, 1)

@@ -14,6 +14,7 @@ from distill.report.classes import short
 from distill.report.curves import LEAST_ACCURACY
 from distill.report.page_pictures import Pictures
 from distill.result_files import EMA, NORMAL, Metrics
+from utils.errors import printable
 from utils.files import atomic_write
 
 
@@ -28,7 +29,7 @@ def save_images(path: Path, pictures: Pictures) -> None:
     stored = [pictures.stored_of(of_class[:per_class]) for _, of_class in rows]
     pairs = [[*images, *pictures.start[of_class[:per_class]], *pictures.distilled[of_class[:per_class]]]
              for images, (_, of_class) in zip(stored, rows)]
-    side_labels = [short(shown_name(pictures.classes[number])) for number, _ in rows]
+    side_labels = [short(printable(pictures.classes[number])) for number, _ in rows]
     counts = {"stored": len(stored[0]), pictures.began: per_class, "distilled": per_class}
     top_labels = ["" if at else word for word, count in counts.items() for at in range(count)]
     if per_class == 1:
@@ -58,56 +59,47 @@ def save_curves(path: Path, metrics: Metrics, threshold: float | None, images: s
         threshold: the height at which skipped updates with a non-finite loss are drawn; None: they are not drawn.
         images: which ones accuracies were measured on, in words.
     """
-    with drawing(path, 2, 2, size=(9, 5.5)) as axes:
-        _draw_curves(axes, metrics, math.nan if threshold is None else threshold, images)
-
-
-def _draw_curves(axes: Any, metrics: Metrics, threshold: float, images: str) -> None:
     steps = metrics.iterations
     scores = [(evaluation.iteration, evaluation.scores[0]) for evaluation in metrics.of_set(NORMAL)]
     iterations = [step.iteration for step in steps]
-    (loss, accuracy), (lr, window) = axes
+    threshold = math.nan if threshold is None else threshold
+    with drawing(path, 2, 2, size=(9, 5.5)) as axes:
+        (loss, accuracy), (lr, window) = axes
+        # As on the page, losses of skipped updates are gaps in the line and left out of the mean.
+        loss.plot(iterations, [step.loss if step.updated else math.nan for step in steps], color="0.75", linewidth=0.6)
+        _, means = metrics.running_mean()
+        loss.plot([at for at, _ in means], [mean for _, mean in means], color="C0")
+        # Losses of skipped updates do not widen the scale.
+        top = loss.get_ylim()[1] if any(step.updated for step in steps) else math.inf
+        skipped = [(step.iteration, min(step.loss if math.isfinite(step.loss) else threshold, top))
+                   for step in metrics.skipped]
+        if skipped:
+            loss.scatter(*zip(*skipped), s=6, color="C3", label="skipped")
+            loss.legend(fontsize=8)
+        loss.set(title="matching loss", xlabel="iteration")
 
-    # As on the page, losses of skipped updates are gaps in the line and left out of the mean.
-    loss.plot(iterations, [step.loss if step.updated else math.nan for step in steps], color="0.75", linewidth=0.6)
-    _, means = metrics.running_mean()
-    loss.plot([at for at, _ in means], [mean for _, mean in means], color="C0")
-    # Losses of skipped updates do not widen the scale.
-    top = loss.get_ylim()[1] if any(step.updated for step in steps) else math.inf
-    skipped = [(step.iteration, min(step.loss if math.isfinite(step.loss) else threshold, top))
-               for step in metrics.skipped]
-    if skipped:
-        loss.scatter(*zip(*skipped), s=6, color="C3", label="skipped")
-        loss.legend(fontsize=8)
-    loss.set(title="matching loss", xlabel="iteration")
+        if scores:
+            at = [iteration for iteration, _ in scores]
+            mean = 100 * np.array([score.mean for _, score in scores])
+            std = 100 * np.array([score.std or 0 for _, score in scores])  # no band for one network
+            accuracy.plot(at, mean, marker=".", color="C2")
+            accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)
+            accuracy.set_ylim(0, max(LEAST_ACCURACY, 1.05 * float((mean + std).max())))
+        accuracy.set(title=f"accuracy on {images} images, %\n({scores[0][1].network if scores else ''}"
+                     f"{', images as they are' * bool(metrics.of_set(EMA))})", xlabel="iteration")
 
-    if scores:
-        at = [iteration for iteration, _ in scores]
-        mean, std = (100 * np.array(values) for values in zip(*((score.mean, score.std or 0) for _, score in scores)))
-        accuracy.plot(at, mean, marker=".", color="C2")
-        accuracy.fill_between(at, mean - std, mean + std, alpha=0.2, color="C2", linewidth=0)  # no band for one network
-        accuracy.set_ylim(0, max(LEAST_ACCURACY, 1.05 * float((mean + std).max())))
-    accuracy.set(title=f"accuracy on {images} images, %\n({scores[0][1].network if scores else ''}"
-                 f"{', images as they are' * bool(metrics.of_set(EMA))})", xlabel="iteration")
+        lr.plot(iterations, [step.lr for step in steps], color="C1")
+        lr.set(title="synthetic learning rate α", xlabel="iteration")
 
-    lr.plot(iterations, [step.lr for step in steps], color="C1")
-    lr.set(title="synthetic learning rate α", xlabel="iteration")
-
-    window.scatter(iterations, [step.start_epoch for step in steps], s=2, color="C4")
-    window.step(iterations, [step.bound for step in steps], color="0.4", linewidth=0.8)
-    window.set(title="start epoch, and its bound (exclusive)", xlabel="iteration")
-    for axis in (*(each.xaxis for each in axes.flat), window.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-
-
-def shown_name(name: str) -> str:
-    """A printable name: bytes that are not text are escaped, line ends and other unprintable characters replaced."""
-    name = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
+        window.scatter(iterations, [step.start_epoch for step in steps], s=2, color="C4")
+        window.step(iterations, [step.bound for step in steps], color="0.4", linewidth=0.8)
+        window.set(title="start epoch, and its bound (exclusive)", xlabel="iteration")
+        for axis in (*(each.xaxis for each in axes.flat), window.yaxis):
+            axis.get_major_locator().set_params(integer=True)
 
 
 @contextlib.contextmanager
-def drawing(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 4),
+def drawing(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float],
             **options: Any) -> Iterator[Any]:
     """Axes [rows, columns] to draw on, written as a PNG at the end.
 

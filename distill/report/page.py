@@ -5,7 +5,6 @@ structure, report.css its style.
 """
 
 import base64
-import io
 import math
 import re
 from collections.abc import Callable
@@ -18,12 +17,12 @@ from distill.report.commands import commands
 from distill.report.frames import animation, strip
 from distill.report.page_pictures import Pictures
 from distill.report.read_run import SavedRun
-from distill.report.svg import numbers_every, thinned
+from distill.report.svg import MOST_POINTS, numbers_every
 from distill.report.template import code, document, draw, joined, option
 from distill.result_files import EMA, NORMAL, THEN, EvaluationResult, Iteration, Score, images_tested, skipped_advice
 from utils.config import DistillConfig, EvaluationConfig, about, canonical, changed, defaults, value_in_words
 from utils.errors import number_of
-from utils.program.console import duration
+from utils.program.console import duration, thinned
 
 MOST_COLUMNS = 8  # evaluations at which the set is shown
 MOST_BARS, LIKELIEST = 10, 5  # of more than MOST_BARS classes, a soft label shows only the LIKELIEST
@@ -207,11 +206,8 @@ def _evolution(run: SavedRun) -> Markup:
     columns = [(pixels, f"{iteration:,}", reached.get(iteration, ""))
                for pixels, iteration in thinned(list(zip(strip(pictures.frames), iterations)), MOST_COLUMNS)]
     moving, last = animation(pictures.frames)
-    still = io.BytesIO()
-    last.save(still, "png", optimize=True)
     names = [pictures.classes[position // pictures.stored_per_class] for position in positions]
-    return draw.evolution(columns, names, pictures.version != NORMAL,
-                          *(base64.b64encode(each).decode() for each in (moving, still.getvalue())), *last.size)
+    return draw.evolution(columns, names, pictures.version != NORMAL, base64.b64encode(moving).decode(), last)
 
 
 def _labels(run: SavedRun) -> Markup:
@@ -241,7 +237,7 @@ def _curves(run: SavedRun) -> Markup:
     iterations = run.metrics.iterations
     if not iterations and not run.metrics.evaluations:
         return draw.paragraph("This run recorded no iterations.")
-    how_many = draw.how_many(len(iterations), len(thinned(iterations)))
+    how_many = draw.how_many(len(iterations), min(len(iterations), MOST_POINTS))
     return joined(how_many, draw.charts(curves.charts({run.name: run})), _numbers(run))
 
 

@@ -4,24 +4,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partialmethod
-from typing import Any, TypeVar
+from typing import Any
 
 from markupsafe import Markup, escape
 
 from distill.report.template import draw
+from utils.program.console import Item, thinned
 
 MOST_POINTS = 2000
 LOG_FROM = 50.0  # ratio of the largest to the smallest value above which a scale of positive values is logarithmic
 
-Item = TypeVar("Item")
 Point = tuple[float, ...]
-
-
-def thinned(items: Sequence[Item], most: int = MOST_POINTS) -> list[Item]:
-    """At most `most` items, evenly spaced, including the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
 
 
 def numbers_every(items: Sequence[Item], most: int) -> list[Item]:
@@ -53,7 +46,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 class Chart:
-    """A line chart. Values that are not finite are gaps.
+    """A line chart over iterations, of at most `MOST_POINTS` points a line. Values that are not finite are gaps.
 
     Args:
         whole: the values are whole numbers, and so are the ticks.
@@ -63,8 +56,8 @@ class Chart:
     width, height = 440, 250
     right, top, bottom = 22, 10, 42
 
-    def __init__(self, title: str, x_label: str, y_label: str, whole: bool = False, shows: Sequence[float] = ()):
-        self.title, self.x_label, self.y_label, self.whole, self.shows = title, x_label, y_label, whole, shows
+    def __init__(self, title: str, y_label: str, whole: bool = False, shows: Sequence[float] = ()):
+        self.title, self.y_label, self.whole, self.shows = title, y_label, whole, shows
         self._marks: list[tuple[str, str, str, list[Point], dict[str, Any]]] = []
 
     @property
@@ -73,7 +66,7 @@ class Chart:
 
     def _add(self, kind: str, points: Sequence[Point], style: str, name: str = "", **how: Any) -> None:
         if points and (kind == "crosses" or any(math.isfinite(y) for point in points for y in point[1:])):
-            self._marks.append((kind, style, name, list(points), how))
+            self._marks.append((kind, style, name, thinned(points, MOST_POINTS), how))
 
     line = partialmethod(_add, "line")
     # Of points (x, low, high); with `steps`, each holds until the next x.
@@ -87,7 +80,7 @@ class Chart:
         legend = list(dict.fromkeys((Markup(_swatch(kind, style)), name)
                                     for kind, style, name, _, _ in self._marks if name))
         title = f"{self.title}{' (logarithmic scale)' if self._log() else ''}"
-        label = f"{title}: {self.y_label} over {self.x_label}. {words}"
+        label = f"{title}: {self.y_label} over iterations. {words}"
         return draw.chart(title, label, self.width, self.height, Markup(self._drawn()), legend, words)
 
     def _ys(self) -> list[float]:
@@ -130,7 +123,7 @@ class Chart:
               f'text-anchor="end">{_tick(value)}</text>' for value in values),
             *(f'<text x="{x(value):.1f}" y="{base + 16}" text-anchor="middle">{_tick(value)}</text>'
               for value in ticks(*x_range, 5, whole=True)),
-            f'<text x="{(left + right) / 2}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}</text>',
+            f'<text x="{(left + right) / 2}" y="{self.height - 8}" text-anchor="middle">iteration</text>',
             f'<text transform="translate(14 {(self.top + base) / 2}) rotate(-90)" text-anchor="middle">'
             f"{escape(self.y_label)}</text>"])
 

@@ -51,7 +51,7 @@ class Tracker:
                 if mode == "online" and not _has_account():
                     mode = "disabled"
                     if not quiet:
-                        note("note: no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb "
+                        note("no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb "
                              "offline)")
             if mode == "disabled":
                 return
@@ -105,7 +105,7 @@ class Tracker:
 
     def _off(self, error: Exception) -> None:
         self._run = None
-        note(f"note: wandb is off ({reason(error)}); metrics go to metrics.jsonl")
+        note(f"wandb is off ({reason(error)}); metrics go to metrics.jsonl")
 
 
 def _pictures(images: Tensor, lr: float, dataset: Dataset, show: bool) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Kept:
             self._saved["found"] = found
             note(f"going on with the {number_of(len(found), 'part')} in {shown(self._path)}")
         if not self._path:
-            note("note: without --json FILE nothing is kept, and what is stopped begins anew")
+            note("without --json FILE nothing is kept, and what is stopped begins anew")
         interrupt.saves("the parts that are done", "" if self._path else "--json FILE")
 
     def __contains__(self, name: str) -> bool:

@@ -57,9 +57,9 @@ def save(value: Any, path: Path | str) -> None:
     torch.save(torch.from_numpy(value) if isinstance(value, np.ndarray) else value, path)
 
 
-def write_set(folder: Path, images: Any, labels: Any, lr: float = 0.01) -> None:
+def write_set(folder: Path, images: Any, labels: Any) -> None:
     folder.mkdir()
-    for path, value in zip(set_files(folder).values(), (images, labels, np.array(lr, np.float32))):
+    for path, value in zip(set_files(folder).values(), (images, labels, np.array(0.01, np.float32))):
         save(value, path)
 
 

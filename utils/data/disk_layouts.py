@@ -7,7 +7,6 @@ import http.client
 import math
 import socket
 import tempfile
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.watching import Watch, unwatched
-from utils.errors import UserError, some_of
+from utils.data.watching import Watch
+from utils.errors import UserError, reason, some_of
 from utils.files import REPOSITORY, reading
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without receiving a byte
@@ -63,7 +62,7 @@ def listing(folder: Path) -> str:
     return f"it holds {some_of(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
 
 
-def minifashion(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def minifashion(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     """The first 600 training and 100 test images of each class of Fashion-MNIST; stored in the repository."""
     try:
         content = bz2.decompress(MINIFASHION.read_bytes())
@@ -101,12 +100,12 @@ def fashion_mnist_folders(data_path: Path) -> list[Path]:
     return [data_path / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST]
 
 
-def fashion_mnist(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def fashion_mnist(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     train, test = _idx_or_download("FashionMNIST", data_path, fashion_mnist_folders(data_path))
     return Raw(train, test, FASHION_CLASSES, NORMAL_FASHION)
 
 
-def mnist(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def mnist(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     train, test = _idx_or_download("MNIST", data_path, [data_path / "MNIST" / "raw"])
     return Raw(train, test, DIGITS, NORMAL_MNIST)
 
@@ -186,9 +185,8 @@ def _download(name: str, data_path: Path, fetch: Callable[[str], object], files:
         _fetch(data_path, fetch)
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         by_hand = ", ".join(f"{file} (md5 {md5})" for file, md5 in files.items())
-        reason = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise UserError(f"{name} is not in {data_path} and could not be downloaded ({reason}); go online, or put there "
-                        f"by hand: {by_hand}") from error
+        raise UserError(f"{name} is not in {data_path} and could not be downloaded ({reason(error)}); go online, or "
+                        f"put there by hand: {by_hand}") from error
     finally:
         socket.setdefaulttimeout(patience)
 
@@ -205,7 +203,7 @@ def _fetch(data_path: Path, fetch: Callable[[str], object]) -> None:
             file.replace(target)
 
 
-def cifar(name: str, data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def cifar(name: str, data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     """CIFAR10 or CIFAR100: the extracted folder, else the archive, else a download. Files are checked by md5."""
     source = getattr(_torchvision_datasets(), name)
     from torchvision.datasets.utils import check_integrity, extract_archive
@@ -232,7 +230,7 @@ def cifar(name: str, data_path: Path, subset: str, size: Size, watch: Watch = un
     return Raw(train, test, tuple(splits[0].classes), NORMAL_CIFAR)
 
 
-def svhn(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def svhn(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     """train_32x32.mat and test_32x32.mat, checked by md5; the digit 0 has the label 0."""
     source = _torchvision_datasets().SVHN
     from torchvision.datasets.utils import check_integrity

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.data.disk_layouts import Raw, Size, Split, listing
 from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
-from utils.data.watching import Watch, unwatched
+from utils.data.watching import Watch
 from utils.errors import UserError, note, number_of, one_line, some_of, unknown_name
 from utils.files import load, read_text, reading
 from utils.memory import check_room, room
@@ -69,11 +69,11 @@ class Notes:
             self.tell(f"{count} image{'s are' if count > 1 else ' is'} {remark} ({self._first[remark]})")
 
     def tell(self, text: str) -> None:
-        note(one_line(f"note: {self.name}: {text}"))
+        note(one_line(f"{self.name}: {text}"))
 
 
 @unlimited()
-def tiny(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def tiny(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     """Tiny ImageNet, 3×64×64: `data_path` is tiny-imagenet-200 or the folder that holds it.
 
     train/<wnid>/images/* (the archive) or train/<wnid>/*; val/images/* with val/val_annotations.txt (the archive),
@@ -108,7 +108,7 @@ def tiny(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> 
 
 
 @unlimited()
-def imagenet(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def imagenet(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     """Ten classes of ImageNet: train/<wnid>/* and val/<wnid>/*, with folders for all thousand classes or, as in the
     Imagenette download, for the ten.
 
@@ -126,7 +126,7 @@ def imagenet(data_path: Path, subset: str, size: Size, watch: Watch = unwatched)
 
 
 @unlimited()
-def image_folder(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def image_folder(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     """A user's own images: train/<class>/* and test/<class>/* (else val/<class>/*), read as one channel if all are
     grey, else as RGB.
 
@@ -146,7 +146,7 @@ def image_folder(data_path: Path, subset: str, size: Size, watch: Watch = unwatc
                 partial(read_image, size=size, channels=channels))
 
 
-def imagenet_1k(data_path: Path, subset: str, size: Size, watch: Watch = unwatched) -> Raw:
+def imagenet_1k(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     """train/<class>/*.pt and val/<class>/*.pt: one tensor [3, 64, 64] each, uint8 or floats in [0, 1]."""
     notes = Notes("ImageNet1K")
     train, test = (_class_files(notes, data_path / split, (".pt",)) for split in ("train", "val"))

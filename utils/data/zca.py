@@ -142,9 +142,8 @@ def chunk(images: Tensor) -> int:
 def _by_chunks(images: Tensor, change) -> Tensor:
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
     size = chunk(images)
-    for start in range(0, len(images), size):
-        rows = images[start:start + size].flatten(1)  # [n ≤ size, D]
-        out[start:start + size] = change(rows).view(-1, *images.shape[1:])
+    for part, place in zip(images.split(size), out.split(size)):
+        place.copy_(change(part.flatten(1)).view_as(place))
     return out
 
 
@@ -211,7 +210,7 @@ def fit(images: Tensor, cache_key: str, device: torch.device | str = "cpu", watc
     try:
         save({"mean": whitening.mean, "transform": whitening.transform, "inverse": whitening.inverse, "eps": EPS}, path)
     except UserError as error:
-        note(f"note: the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)")
+        note(f"the ZCA fit is not kept for the next run: {error} (DATM_CACHE names another folder)")
     return whitening
 
 
@@ -267,20 +266,17 @@ def _computed(images: Tensor, device: torch.device, work: _Work) -> tuple[Tensor
         with work.part(2 * dimension * count**2):
             centred = torch.cat([rows(part) - mean for part in parts]).div_((count - 1)**0.5)
             covariance = centred @ centred.T
-        with work.part(EIGEN * count**3):
-            values, vectors = torch.linalg.eigh(covariance)
-        del covariance
-        basis = vectors.T @ centred  # B [N, D]
     else:
         covariance = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
         for part in parts:
             with work.part(2 * dimension**2 * len(part)):
                 centred = rows(part).sub_(mean)
                 covariance.addmm_(centred.T, centred, alpha=1 / (count - 1))
-        with work.part(EIGEN * dimension**3):
-            values, vectors = torch.linalg.eigh(covariance)
-        del covariance
-        basis = vectors.mul_(values.clamp(min=0).sqrt()).T  # B [D, D]
+    with work.part(EIGEN * len(covariance)**3):
+        values, vectors = torch.linalg.eigh(covariance)
+    del covariance
+    # B [N, D] or [D, D]
+    basis = vectors.T @ centred if count < dimension else vectors.mul_(values.clamp(min=0).sqrt()).T
     root, root_0 = (values.clamp(min=0) + EPS).sqrt(), EPS**0.5
 
     def function(of_0: float, slope: Tensor) -> Tensor:

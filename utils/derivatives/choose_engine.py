@@ -55,8 +55,8 @@ NOTHING = Work()
 
 
 def select_engine(network: nn.Module, forward: Callable[[Tensor, Tensor], Tensor],
-                  unflatten: Callable[[Tensor], list[Tensor]], backend: str, precision: str = "auto",
-                  micro_batch: int | None = None, work: Work = NOTHING) -> Engine:
+                  unflatten: Callable[[Tensor], list[Tensor]], backend: str, precision: str,
+                  micro_batch: int | None, work: Work) -> Engine:
     """The engine for a network, on the network's device.
 
     Args:
@@ -186,7 +186,7 @@ def _can_compile(device: torch.device) -> bool:
     """Whether code can be compiled here; if not, prints a note once."""
     reason = _why_not_compiled(device)
     if reason and multiprocessing.parent_process() is None:  # helpers leave it to their parent
-        note(f"note: not compiled, though this is long enough to repay it: {reason}")
+        note(f"not compiled, though this is long enough to repay it: {reason}")
     return reason is None
 
 

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from utils.derivatives.convnet_pass import ConvNetPass
 from utils.derivatives.eager_pass import BlockMaps, EagerPass
-from utils.errors import note, shortened
+from utils.errors import note, reason
 from utils.loss_and_accuracy import cross_entropy
 
 
@@ -50,7 +50,7 @@ class Engine(Protocol):
 
     name: str
     micro_batch: int | None  # samples at a time; None: all
-    compiled: set[int]  # sizes of micro-batches with compiled derivatives
+    compiled_sizes: set[int]  # sizes of micro-batches with compiled derivatives
     map_bytes: int  # bytes per sample that a gradient may save for its adjoint; 0: it saves nothing
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
@@ -112,10 +112,10 @@ class Autograd:
     name = "autograd"
     map_bytes = 0
 
-    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], micro_batch: int | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], micro_batch: int | None,
+                 dtype: torch.dtype | None) -> None:
         self.forward, self.micro_batch, self.dtype = forward, micro_batch, dtype
-        self.compiled = set[int]()
+        self.compiled_sizes = set[int]()
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor, maps: Maps | None = None
                  ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +169,7 @@ class HandWritten:
         self.network_pass, self.unflatten, self.micro_batch = network_pass, unflatten, micro_batch
         self.name = "hand-written, compiled" if compiled else "hand-written"
         self.map_bytes = network_pass.map_bytes
-        self.compiled, self._compiles = set[int](), compiled
+        self.compiled_sizes, self._compiles = set[int](), compiled
         # Enough for all networks and shapes of a run; torch keeps the setting per thread.
         if compiled:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -205,8 +205,8 @@ class HandWritten:
 
     def _derivatives(self, samples: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Gradient and adjoint for micro-batches of this size: compiled, unless many other sizes were."""
-        if self._compiles and (samples in self.compiled or len(self.compiled) < MOST_SIZES):
-            self.compiled.add(samples)
+        if self._compiles and (samples in self.compiled_sizes or len(self.compiled_sizes) < MOST_SIZES):
+            self.compiled_sizes.add(samples)
             return _compiled(self.network_pass)
         return self.network_pass.gradient, self.network_pass.adjoint
 
@@ -266,7 +266,7 @@ class Captured:
     map_bytes = 0  # a graph has its own memory
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.compiled = engine, engine.compiled
+        self.engine, self.compiled_sizes = engine, engine.compiled_sizes
         self.name = f"{engine.name}, captured"
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
         self._kept: dict[Any, Tensor] = {}
@@ -343,8 +343,8 @@ class Captured:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # the same calls have just succeeded uncaptured
-                note("note: not replayed from CUDA graphs, since the capture failed: "
-                     f"{shortened(str(error.__context__ or error).splitlines()[0])}")
+                note("not replayed from CUDA graphs, since the capture failed: "
+                     f"{reason(error.__context__ or error)}")
                 return None
         self._pool = graph.pool()
         return graph, held, outputs

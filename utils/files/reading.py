@@ -44,7 +44,7 @@ def reading(what: str | Path, advice: str, problem: str = "is damaged") -> Itera
         raise UserError(f"{what}{why}; {advice}") from error
 
 
-def check_is_file(path: Path, what: str, instead: str | Path = "the path of a file") -> None:
+def check_is_file(path: Path, what: str, instead: str | Path) -> None:
     """Refuses a path that is not a file.
 
     Args:

@@ -36,7 +36,7 @@ def parse(config_type: type[Config], description: str, arguments: list[str] | No
     config, given = config_of(config_type, typed(config_type, description, arguments, yaml_file), known)
     unused = [name for name in given if not has_effect(config, name)]
     if unused:
-        note(f"note: accepted, but without effect: {', '.join(unused)}")
+        note(f"accepted, but without effect: {', '.join(unused)}")
     return config
 
 

@@ -4,12 +4,15 @@ import datetime
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from utils.config import DataConfig
 from utils.errors import number_of, printable, wrapped
 from utils.files import REPOSITORY
+
+Item = TypeVar("Item")
 
 
 def duration(seconds: float) -> str:
@@ -39,6 +42,13 @@ def say(config: DataConfig, text: str) -> None:
     """Prints a routine line, unless `--quiet`."""
     if not config.quiet:
         print(wrapped(text))
+
+
+def thinned(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` items, evenly spaced, including the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
 
 
 def shown(path: Path | str) -> str:

@@ -25,7 +25,7 @@ def gpu_count() -> int:
 
 @functools.cache
 def _say_unusable(present: int, why: str) -> None:
-    note(f"note: torch cannot use the {number_of(present, 'GPU')} of this machine: {why}")
+    note(f"torch cannot use the {number_of(present, 'GPU')} of this machine: {why}")
 
 
 def listed_gpus(device: str | list[int]) -> list[int]:
@@ -48,7 +48,7 @@ def select_device(device: str | list[int]) -> torch.device:
         present = listed_gpus(device)
         chosen = torch.device("cuda", present[0]) if present else torch.device("cuda:0" if gpus else "cpu")
         if device != [0] and not present:
-            note(f"note: no GPU {device} here; using {chosen}")
+            note(f"no GPU {device} here; using {chosen}")
         return chosen
     if device == "auto":
         return torch.device("cuda:0" if gpus else "cpu")
