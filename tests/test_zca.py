@@ -11,6 +11,7 @@ import torch
 
 from utils.data import zca
 from utils.data.datasets import DATASETS
+from utils.data.watching import unwatched
 from utils.errors import UserError
 from utils.files import REPOSITORY
 
@@ -35,7 +36,7 @@ def test_equals_kornia_on_real_images_forward_and_inverse(count, monkeypatch):
     kornia gets float64: it computes in its input's type, and a float32 covariance alone would cost 1.3e-5.
     """
     kornia = pytest.importorskip("kornia")
-    train, test, *_ = DATASETS["MiniFashion"](None, "", None)
+    train, test, *_ = DATASETS["MiniFashion"](None, "", None, unwatched)
     reference = kornia.enhance.ZCAWhitening(eps=0.1, compute_inv=True).fit(train.images[:count].double() / 255)
     monkeypatch.setattr(zca, "CHUNK", 512)  # whole chunks and a partial one
     monkeypatch.setattr(zca, "BLOCK", 300)
