@@ -5,6 +5,7 @@ are missing are dealt out to the ranks; the first rank writes the files.
 """
 
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -116,7 +117,7 @@ def train_missing(run: "ExpertRun", curriculum: Curriculum | None) -> None:
 
         # Once all ranks are done, write what is left and clean up.
         ranks.barrier()
-        diverged = files.read_json(run.diverged) if run.diverged.exists() else None
+        diverged = json.loads(run.diverged.read_text()) if run.diverged.exists() else None
         ranks.barrier()  # all have read the file before the first rank removes it
         if ranks.first():
             view.reach(run.epochs_done)  # those of all ranks
@@ -238,8 +239,8 @@ class ExpertRun:
             say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
                         f"{config.num_experts * config.train_epochs})")
             if self.last_on[0] and self.last_on != (self.on, self.engine):
-                note(f"it was last on {', '.join(self.last_on)}, and is on {self.on}, {self.engine} now; what "
-                     "follows may be rounded differently")
+                note(f"it was last on {', '.join(self.last_on)}, and is on {self.on}, {self.engine} now; what follows "
+                     "may be rounded differently")
         elif self.first_number:
             say(config, f"{shown(self.folder)} holds {number_of(self.first_number, 'expert')} already; this trains "
                         "others")
@@ -381,8 +382,8 @@ def _note_whitening(config: BufferConfig, dataset: Dataset) -> None:
     """Prints a note on whitening with few images: it divides by their spread, which is zero in most directions."""
     count, values = len(dataset.train_images), dataset.test_images[0].numel()
     if config.zca and count < values:
-        note(f"--zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies what "
-             "these images do not vary in; experts often test better without it")
+        note(f"--zca with {number_of(count, 'image')} of {values} values each: whitening also amplifies what these "
+             "images do not vary in; experts often test better without it")
 
 
 def _say_where(run: ExpertRun) -> None:

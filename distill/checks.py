@@ -97,8 +97,8 @@ def note_others(config: DistillConfig, folder: RunFolder) -> None:
         with contextlib.suppress(UserError):  # another run's damaged config is no concern of this one
             if path.parent != folder.path and not (path.parent / RESULT).exists() and not differences(
                     read_config(path), identity(config)):
-                note(f"{shown(path.parent)} holds an unfinished run of these options with other experts or "
-                     "images, or of an earlier version; this is a new one")
+                note(f"{shown(path.parent)} holds an unfinished run of these options with other experts or images, "
+                     "or of an earlier version; this is a new one")
 
 
 def few_images(config: DistillConfig, dataset: Dataset) -> list[str]:

@@ -90,12 +90,11 @@ def conclude(run: RunState) -> None:
         advice = skipped_advice(Metrics.read(folder.log).mean_loss, as_dict(config))
         note(f"every update was skipped: {advice}")
     elif skipped > MANY_SKIPPED * config.Iteration:
-        note(f"{skipped} of {number_of(config.Iteration, 'update')} were skipped, as their matching loss was "
-             f"above --threshold {config.threshold:g} or not finite; a smaller --lr_img or --lr_teacher, or a window "
+        note(f"{skipped} of {number_of(config.Iteration, 'update')} were skipped, as their matching loss was above "
+             f"--threshold {config.threshold:g} or not finite; a smaller --lr_img or --lr_teacher, or a window "
              "that starts earlier, may learn more")
     if learned and run.best[better_of(run.best)].iteration == 0:
-        note("the best set is the one that the run began with; none on its way was better on the "
-             f"{tested} images")
+        note(f"the best set is the one that the run began with; none on its way was better on the {tested} images")
     print(wrapped(summary))
     _say_where(config, folder.path, run.best, better_of(run.best))
 

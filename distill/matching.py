@@ -98,7 +98,6 @@ def losses_on_the_way(model: FlatModel, theta_start: Tensor, targets: Sequence[T
     """
     augment = augment if augment is not None else [dsa.Draw()] * len(batches)
     thetas, _ = _train(model, theta_start, images, labels, lr, batches, augment)
-
     return torch.stack([torch.stack([_loss(thetas[each], theta_start, target, part)[0] for each in steps])
                         for target in targets])
 

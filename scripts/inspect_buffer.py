@@ -406,7 +406,7 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     if diverged:
         say("not finite", f"experts {', '.join(diverged)}: they diverged, or their file is damaged")
     reached = [[row[name][-1] for row in report["trajectories"] if row[name]
-             and (row["file"] != UNFINISHED or row["epochs"] >= unfinished["train_epochs"])] for name in ACCURACIES]
+                and (row["file"] != UNFINISHED or row["epochs"] >= unfinished["train_epochs"])] for name in ACCURACIES]
     say("accuracy", "after the last epoch: " + "; ".join(
         f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
         for of, values in zip(("train", experts_tested_on(report)), reached) if values) if any(reached) else

@@ -7,7 +7,6 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any, TextIO
@@ -67,7 +66,10 @@ class StepsFailedError(UserError):
 
 def in_order(steps: Sequence[Step]) -> list[Step]:
     """Sorts the steps so that each comes after those it needs."""
-    return list(TopologicalSorter({step: step.needs for step in steps}).static_order())
+    ordered: dict[Step, None] = {}
+    while len(ordered) < len(steps):
+        ordered |= dict.fromkeys(step for step in steps if all(need in ordered for need in step.needs))
+    return list(ordered)
 
 
 class Ledger:

@@ -845,6 +845,12 @@ def test_help_shows_every_option(call, script, config_type):
     assert f"python {script}" in re.sub(r"\s+", " ", done.stdout)  # the example in its docstring
 
 
+@pytest.mark.parametrize("script, held_out", [("distill/DATM.py", "0.0"), ("scripts/sweep.py", "0.1")])
+def test_help_shows_the_default_of_the_script(call, script, held_out):
+    text = re.sub(r"\s+", " ", call(script, "--help").stdout)
+    assert f"test on it instead of on the test images [{held_out}]" in text
+
+
 # --- speed and memory ----------------------------------------------------------------------------------------
 
 

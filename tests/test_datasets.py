@@ -232,6 +232,7 @@ def test_failed_download(tmp_path, monkeypatch, name, file, published_md5, failu
     monkeypatch.setattr(urllib.request, "urlopen", fail)
     message = refused("could not be downloaded", name, tmp_path / "data")
     assert f"{file} (md5 {published_md5})" in message and str(tmp_path / "data") in message
+    assert str(failure.args[0]).rstrip(".") in message
     assert list((tmp_path / "data").iterdir()) == []  # no partial download is left
 
 

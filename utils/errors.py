@@ -39,7 +39,8 @@ def out_of_memory(error: BaseException | None) -> str:
 def reason(error: BaseException) -> str:
     """The first sentences of another library's error, short and on one line; its type if it has no message."""
     said = " ".join((str(error) or type(error).__name__).split())
-    return said if len(said) <= 160 else said[:160].rsplit(". ", 1)[0]
+    sentences, stop, _ = said[:LONGEST_GIVEN].rpartition(". ")
+    return sentences if stop and len(said) > LONGEST_GIVEN else shortened(said)
 
 
 def one_line(error: Exception | str) -> str:

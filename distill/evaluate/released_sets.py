@@ -41,8 +41,7 @@ PIXELS = {"mean": (0.0,), "std": (1.0,)}  # identity normalisation: the images a
 _OF_DC = re.compile(r"res_(?:(DC|DSA|DM)_)?([A-Za-z0-9]+)_(\w+)_\d+ipc\.pt")
 
 
-def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float,
-             factor: int) -> tuple[DistilledSet, bool]:
+def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, factor: int) -> tuple[DistilledSet, bool]:
     """Reads a saved set.
 
     Args:

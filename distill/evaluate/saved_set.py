@@ -165,8 +165,8 @@ def opened(config: EvaluationConfig, given: Collection[str],
         note(f"the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
              f"used{', and saved as its own' * bool(config.save)}")
     if "zca" not in {*given, *made}:
-        note("nothing says whether the set's images are whitened; they are taken for normalised: give --zca if "
-             "they are whitened")
+        note("nothing says whether the set's images are whitened; they are taken for normalised: give --zca if they "
+             "are whitened")
     own = made.get("model")
     others = [name for name in pool(config, dataset) if own not in (None, name)]
     if others and rate_known and "lr_teacher" not in given and config.protocol != "dc":

@@ -135,10 +135,8 @@ def _rates(runs: dict[str, SavedRun]) -> Markup | None:
     chart = Chart("Synthetic learning rate α", "α")
     for number, (name, run) in enumerate(runs.items()):
         iterations = run.metrics.iterations
-        chart.line([(step.iteration, step.lr) for step in iterations], _style(number),
-                   "" if len(runs) == 1 else name)
-        chart.crosses([(step.iteration, step.lr) for step in iterations if step.held], "bad",
-                     "update held back")
+        chart.line([(step.iteration, step.lr) for step in iterations], _style(number), "" if len(runs) == 1 else name)
+        chart.crosses([(step.iteration, step.lr) for step in iterations if step.held], "bad", "update held back")
     if chart.empty:
         return None
     return chart.figure(f"After each update: {_ends(runs, lambda step: f'{step.lr:.4g}')}.")
@@ -158,8 +156,7 @@ def _window(run: SavedRun, of_which: str) -> Markup | None:
                steps=True)
     chart.dots([(step.iteration, step.start_epoch) for step in iterations if step.updated], "s0",
                "drawn, updated", radius=1.2 if len(iterations) > 500 else 2.0)
-    chart.crosses([(step.iteration, step.start_epoch) for step in run.metrics.skipped], "bad",
-                  "drawn, update skipped")
+    chart.crosses([(step.iteration, step.start_epoch) for step in run.metrics.skipped], "bad", "drawn, update skipped")
     first, last = iterations[0].bound - 1, iterations[-1].bound - 1
     grew = f"{lowest} to {first} at first, {lowest} to {last} at the end" if first != last else f"{lowest} to {last}"
     counts = Counter(step.start_epoch for step in iterations)

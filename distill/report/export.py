@@ -64,8 +64,8 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     """
     pixels, tiles = distilled.pixels(), distilled.factor**2
     if clipped := float(((pixels < 0) | (pixels > 1)).float().mean()):
-        note(f"{clipped:.0%} of the values lie outside [0, 1] and are clipped; the safetensors file has them, "
-             "and a run's images.png shows them scaled")
+        note(f"{clipped:.0%} of the values lie outside [0, 1] and are clipped; the safetensors file has them, and "
+             "a run's images.png shows them scaled")
     pixels = _bytes(pixels)
     if tiles > 1:
         try:

@@ -99,8 +99,7 @@ def save_curves(path: Path, metrics: Metrics, threshold: float | None, images: s
 
 
 @contextlib.contextmanager
-def drawing(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float],
-            **options: Any) -> Iterator[Any]:
+def drawing(path: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float], **options: Any) -> Iterator[Any]:
     """Axes [rows, columns] to draw on, written as a PNG at the end.
 
     The user's own matplotlib settings are ignored.

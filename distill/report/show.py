@@ -42,5 +42,5 @@ def noting_failure(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # drawing libraries raise errors of all kinds
-        note(f"{shown(folder / name)} could not be made ({type(error).__name__}: {reason(error)}); the same "
-             "command makes it again")
+        note(f"{shown(folder / name)} could not be made ({type(error).__name__}: {reason(error)}); the same command "
+             "makes it again")

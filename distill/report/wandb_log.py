@@ -51,8 +51,7 @@ class Tracker:
                 if mode == "online" and not _has_account():
                     mode = "disabled"
                     if not quiet:
-                        note("no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb "
-                             "offline)")
+                        note("no wandb account here; metrics go to metrics.jsonl (`wandb login`, or --wandb offline)")
             if mode == "disabled":
                 return
             import wandb  # slow to import, so only if it is used

@@ -273,8 +273,7 @@ def main() -> None:
     columns[f"accuracy in {budget:.0f} s, %"] = {
         setting: spread([100 * mean(end["accuracies"]) for end in ends[setting]]) for setting in settings}
     print(table([["T", "gradient", "time / exact", "iterations", *columns], *(
-        [str(number), gradient, f"{times[number, gradient]:.2f}",
-         str(ends[number, gradient][0]["iterations"]),
+        [str(number), gradient, f"{times[number, gradient]:.2f}", str(ends[number, gradient][0]["iterations"]),
          *("{:.2f} ± {:.2f}".format(*column[number, gradient]) for column in columns.values())]
         for number, gradient in settings)]))
     print("accuracy of the first sets: {:.2f} ± {:.2f} %".format(*spread([100 * each for each in worth])))

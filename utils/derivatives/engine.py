@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from utils.derivatives.convnet_pass import ConvNetPass
 from utils.derivatives.eager_pass import BlockMaps, EagerPass
-from utils.errors import note, reason
+from utils.errors import note, shortened
 from utils.loss_and_accuracy import cross_entropy
 
 
@@ -344,7 +344,7 @@ class Captured:
                 raise
             except RuntimeError as error:  # the same calls have just succeeded uncaptured
                 note("not replayed from CUDA graphs, since the capture failed: "
-                     f"{reason(error.__context__ or error)}")
+                     f"{shortened(str(error.__context__ or error).splitlines()[0])}")
                 return None
         self._pool = graph.pool()
         return graph, held, outputs

@@ -1,4 +1,4 @@
-"""Printed lines: routine output, durations, paths and tables."""
+"""Printed lines: routine output, durations, paths and tables; evenly spaced samples of long lists."""
 
 import datetime
 import os

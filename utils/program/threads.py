@@ -32,8 +32,8 @@ def use_given(config: DataConfig) -> None:
         torch.set_num_threads(config.threads)
         cores = ranks.cores()
         if config.threads > cores and ranks.first():
-            note(f"--threads {config.threads}: there {'is' if cores == 1 else 'are'} {number_of(cores, 'core')} "
-                 "here, and threads that wait for each other's core are many times slower; give no more than that")
+            note(f"--threads {config.threads}: there {'is' if cores == 1 else 'are'} {number_of(cores, 'core')} here, "
+                 "and threads that wait for each other's core are many times slower; give no more than that")
 
 
 def available() -> int:
