@@ -55,8 +55,7 @@ KINDS = EXPERTS, LOOK, DISTILLATION, LONG_EVALUATION, EVALUATION, REPETITION = (
 METHODS = {"random": "random real images",
            "expert_labels": "real images that experts get right, labelled by them",
            "herding": "herded real images, labelled by experts", "tesla": "TESLA's gradient",
-           "exact": "exact gradient (DATM)",
-           "averaged": "exact gradient, averaged images (--ema=True --ema_decay=0.97)",
+           "exact": "exact gradient (DATM)", "averaged": "exact gradient, averaged images (--ema)",
            "random_factor_2": "random real images, four in one",
            "factor_2": "exact gradient, four images in one (IDC)"}
 MANY = "many"

@@ -319,7 +319,7 @@ def test_the_pages_have_the_numbers_of_the_results():
         "the whole training set, 30 epochs, two networks": whole}
     first_page = {
         "random real images": "cpu/ipc{}_random", "herded real images, labelled by experts": "cpu/ipc{}_herding",
-        "exact gradient (DATM)": "cpu/ipc{}_exact",
+        "TESLA's gradient": "cpu/ipc{}_tesla", "exact gradient (DATM)": "cpu/ipc{}_exact",
         "its averaged images (`--ema=True --ema_decay=0.97`)": "cpu/ipc{}_averaged",
         "four images in one (`--factor 2`)": factor, "best set of other runs": longer, "the whole training set": whole}
     overview = {
