@@ -82,11 +82,13 @@ def test_names_are_those_of_the_values_however_they_are_typed(tmp_path):
     (tmp_path / "a,b").mkdir()
     runs = sweep.combinations({
         "cfg": str(tmp_path / "a.yaml"), "syn_steps": "20,40.0", "lr_lr": "1E-5,.5", "device": "[0,1]",
-        "run_name": "my", "log_path": "x,y", "data_path": str(tmp_path / "a,b"), "buffer_path": "one,../two"})
-    assert [run.name for run in runs][:3] == ["my_lr_lr=1e-05_syn_steps=20_buffer_path=one",
+        "run_name": "my", "log_path": "x,y", "data_path": str(tmp_path / "a,b"), "buffer_path": "one/of,../two"})
+    assert [run.name for run in runs][:3] == ["my_lr_lr=1e-05_syn_steps=20_buffer_path=one-of",
                                               "my_lr_lr=1e-05_syn_steps=20_buffer_path=..-two",
-                                              "my_lr_lr=1e-05_syn_steps=40_buffer_path=one"]
+                                              "my_lr_lr=1e-05_syn_steps=40_buffer_path=one-of"]
     assert len(runs) == 8 and runs[0].config.device == [0, 1] and runs[0].folder.name == runs[0].name
+    runs = sweep.combinations({"cfg": str(tmp_path / "a.yaml"), "buffer_path": "one,two"})
+    assert [run.name for run in runs] == ["buffer_path=one", "buffer_path=two"]
 
 
 @pytest.mark.parametrize("options, phrase", [
