@@ -19,17 +19,16 @@ class ScriptParser(Parser):
     """A script's command line. Output files that cannot be written are refused at once (`check_outputs`).
 
     Args:
-        json: what `--json` writes; empty: there is no such option.
-        key: marks a JSON file as an earlier report, which may be overwritten; by default what `save_report` writes.
+        json: what `--json` writes, by `save_report`; empty: there is no such option.
     """
 
-    def __init__(self, description: str, json: str = "", key: str = "") -> None:
+    def __init__(self, description: str, json: str = "") -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
         self.register("type", Path, lambda text: Path(not_empty(text)))
         self._kinds: dict[str, str] = {}  # option → kind of its output file
         if json:
-            self.add_output("json", f"json:{key}" if key else report_kind(), f"write {json} to this file")
+            self.add_output("json", report_kind(), f"write {json} to this file")
 
     def add_output(self, name: str, kind: str, help: str) -> None:
         self._kinds[name] = kind
@@ -58,7 +57,7 @@ def report_kind() -> str:
     return f"json:report_of={Path(sys.argv[0]).name}"
 
 
-def save_report(path: Path | None, report: dict[str, Any], device: "str | torch.device" = "cpu") -> None:
+def save_report(path: Path | None, report: dict[str, Any], device: "str | torch.device") -> None:
     """Writes a report, if there is a path for it, with the script's name and the environment of the device."""
     if path:
         import torch  # slow to import, and not needed to parse a command line

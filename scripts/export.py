@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--result", type=Path, nargs="+", default=[], metavar="RESULT.json",
                         help="for the card's accuracy: files of evaluation.py --json, or of baseline.py --json, or the "
                              "run's result.json")
-    parser.add_argument("--license", default="", metavar="ID", help="for the card: of the real images, such as mit")
+    parser.add_argument("--license", default="", metavar="ID",
+                        help="for the card: licence of the real images, such as mit")
     parser.add_argument("--source", default="", metavar="TEXT", help="for the card: where the real images are from")
     options = parser.parse_args()
     if not options.png and not options.card and not options.whitening:

@@ -3,8 +3,8 @@
     python scripts/inspect_buffer.py buffer_storage/MiniFashion/ConvNetW32 [--png FILE] [--json FILE] [--beside FOLDER]
     python scripts/inspect_buffer.py buffer_storage/MiniFashion/ConvNetW32 --suggest --ipc 1 [--png FILE] [--json FILE]
 
-Prints the network, the experts, their epochs, accuracies and size on disk, including those of an unfinished run. For
-each start epoch s it prints mean and standard deviation over the experts of
+Prints the network, the experts, their epochs, accuracies and size on disk, and how far an unfinished run is. For each
+start epoch s it prints mean and standard deviation over the experts of
 
     step     ‖θ_{s+1} − θ_s‖ / ‖θ_s‖     the change in one epoch
     segment  ‖θ_{s+M} − θ_s‖ / ‖θ_s‖     the change over a matched segment of M = --expert_epochs epochs
@@ -23,7 +23,6 @@ whole trajectory (distill/suggest.py). It prints the losses as a table, draws th
 distil with.
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -72,24 +71,7 @@ OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_pat
 ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
            "pad", "seed")  # the ones that are printed
-UNFINISHED = "unfinished"  # in place of a file: of an expert whose epochs are not in one yet
 MOST_ROWS = 32
-
-
-class Trajectory(NamedTuple):
-    """One expert as it was found."""
-
-    number: int
-    file: str
-    epochs: int  # trained so far
-    parameters: int
-    # `step` and `segment` by start epoch; `apart` by epoch from 1, empty without an expert to compare with; the
-    # accuracies by epoch from 1, if they were recorded.
-    series: dict[str, list[float]]
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, self.series["step"]))
 
 
 def distances(snapshots: Iterable["Tensor"], expert_epochs: int) -> tuple[list[float], list[float]]:
@@ -132,33 +114,32 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="holds replay_buffer_*.pt")
     parser.add_argument("--expert_epochs", type=positive, metavar="M", help="epochs of a segment [2]")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="other experts, to compare these with")
-    parser.add_output("png", "png", "draw it")
+    parser.add_output("png", "png", "draw the report or, with --suggest, the losses")
     parser.add_argument("--suggest", action="store_true", help="measure which settings fit, and print the command")
     parser.add_argument("--ipc", type=positive, help="images per class, with --suggest")
     options = parser.parse_args()
-    if options.suggest and options.expert_epochs is not None:
-        raise UserError("--suggest --expert_epochs: give one of them; which M fits is measured")
-    options.expert_epochs = 2 if options.expert_epochs is None else options.expert_epochs
     if options.suggest != (options.ipc is not None):
         raise UserError("--suggest and --ipc N, the images per class of the set to come, are given together")
-    if options.suggest and options.beside:
-        raise UserError("--suggest --beside: give one of them")
     if options.suggest:
+        if options.expert_epochs or options.beside:
+            raise UserError("--suggest takes neither --expert_epochs, as it measures which M fits, nor --beside; leave "
+                            "them out")
         suggest_settings(options.folder, options.ipc, options.png, options.json)
         return
-    report, trajectories = inspect(options.folder, options.expert_epochs, options.beside)
-    print_report(report, options.expert_epochs)
-    save_report(options.json, report)
+    expert_epochs = options.expert_epochs or 2
+    report = inspect(options.folder, expert_epochs, options.beside)
+    print_report(report, expert_epochs)
+    save_report(options.json, report, "cpu")
     if options.png:
         from scripts.plots import save_buffer
 
-        accuracies = {of: of_all(name, trajectories)
+        experts = report["trajectories"]
+        accuracies = {of: of_all(name, experts)
                       for of, name in zip(("training batches", f"{experts_tested_on(report)} images"), ACCURACIES)}
         save_buffer(options.png, {name: values for name, values in accuracies.items() if np.isfinite(values).any()},
-                    {"one epoch": of_all("step", trajectories),
-                     f"segment of {options.expert_epochs}": of_all("segment", trajectories)}
+                    {"one epoch": of_all("step", experts), f"segment of {expert_epochs}": of_all("segment", experts)}
                     # Distances begin at epoch 1.
-                    | ({"from --beside, at this epoch": np.pad(of_all("apart", trajectories), ((0, 0), (1, 0)),
+                    | ({"from --beside, at this epoch": np.pad(of_all("apart", experts), ((0, 0), (1, 0)),
                                                                constant_values=np.nan)} if options.beside else {}))
 
 
@@ -217,8 +198,8 @@ def distilling(folder: Path, ipc: int) -> dict[str, Any]:
             **({"factor": 2} if ipc == 1 else {})}
 
 
-def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict[str, Any], list[Trajectory]]:
-    """The report on a folder's experts, for JSON, and the trajectory of each expert.
+def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> dict[str, Any]:
+    """The report on a folder's experts, as JSON holds it.
 
     Raises:
         UserError: no experts, damaged files, or experts of several networks, here or among those to compare with.
@@ -243,38 +224,36 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> tuple[dict
         raise UserError(f"{', '.join(names)}: the snapshots are not all of one network; give other experts, "
                         "or move away what does not belong there")
     manifests = manifests_of(folder)
-    finished: list[Trajectory] = []
+    # One per expert. `step` and `segment` are by start epoch; accuracies, if recorded, and `apart`, if there is another
+    # to compare with, by epoch from 1.
+    trajectories: list[dict[str, Any]] = []
     with Progress(sum(len(experts) for _, experts in files), "experts") as bar:
         for path, experts in files:
             # Matched by order: in a folder with the files of several runs, recorded numbers are not the folder's.
             for expert, recorded in itertools.zip_longest(experts, list(_recorded(path).values())[:len(experts)]):
-                number = len(finished)
+                number = len(trajectories)
                 step, segment = distances(_thetas(expert), expert_epochs)
                 beyond = apart(_thetas(expert), _thetas(others[number])) if number < len(others) else []
-                finished.append(Trajectory(
-                    number, path.name, len(expert) - 1, sum(each.numel() for each in expert[0]),
-                    {**(recorded or {}), "step": step, "segment": segment, "apart": beyond}))
+                series = {name: list(map(finite, values)) for name, values in
+                          (("step", step), ("segment", segment), ("apart", beyond))}
+                trajectories.append({"expert": number, "file": path.name, "epochs": len(expert) - 1,
+                                     "finite": None not in series["step"],
+                                     **(recorded or dict.fromkeys(ACCURACIES)), **series})
                 bar.update()
-    begun, going_on = [], None
-    if started:
-        begun, going_on = _unfinished(run_file(folder).parent, started, expert_epochs, len(finished))
-    trajectories = finished + begun
-    if len({each.parameters for each in trajectories}) > 1:
-        raise UserError(f"{run_file(folder).parent} holds experts of another network than the files beside it; move "
-                        "them away")
     known = list(manifests.values()) or ([started] if started else [])
     by_name = {name: _mean_std(of_all(name, trajectories)) for name in ("step", "segment", *ACCURACIES, "apart")}
     return {
-        "folder": str(folder), "experts": len(finished), "bytes": sum(path.stat().st_size for path, _ in files),
+        "folder": str(folder), "experts": len(trajectories), "bytes": sum(path.stat().st_size for path, _ in files),
         "files": [{"name": path.name, "experts": len(experts), "bytes": path.stat().st_size,
                    "manifest": manifest_path(path) in manifests} for path, experts in files],
-        "epochs": sorted({each.epochs for each in finished}),
+        "epochs": sorted({each["epochs"] for each in trajectories}),
         "options": {name: _shared([each[name] for each in known if name in each])
-                    for name in OPTIONS if any(name in each for each in known)} or None, "unfinished": going_on,
+                    for name in OPTIONS if any(name in each for each in known)} or None,
+        "unfinished": _progress(folder, started) if started else None,
         "beside": str(beside) if beside else None,
-        "parameters": trajectories[0].parameters if trajectories else None,
-        "trajectories": [_as_json(each) for each in trajectories],
-        "by_start_epoch": {name: by_name.pop(name) for name in ("step", "segment")}, "by_epoch": by_name}, trajectories
+        "parameters": sum(map(math.prod, next(iter(shapes)))) if trajectories else None,
+        "trajectories": trajectories,
+        "by_start_epoch": {name: by_name.pop(name) for name in ("step", "segment")}, "by_epoch": by_name}
 
 
 def check_folder(folder: Path, or_unfinished: bool = False) -> None:
@@ -316,45 +295,19 @@ def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
     return found
 
 
-def _unfinished(folder: Path, started: dict[str, Any], expert_epochs: int,
-                written: int) -> tuple[list[Trajectory], dict[str, Any]]:
-    """The experts of a run that was stopped or is still going on, and a summary of that run."""
+def _progress(folder: Path, started: dict[str, Any]) -> dict[str, Any]:
+    """How far a run is that was stopped or is still going on."""
     from buffer.experts import SavedEpochs
 
-    begun = []
-    for number in range(written, started["first_expert"] + started["num_experts"]):
-        saved = SavedEpochs(folder / f"expert_{number}")
-        if not (epochs := len(saved)):
-            continue
-        try:
-            thetas = [saved[epoch]["theta"] for epoch in range(len(saved))]
-            step, segment = distances(thetas, expert_epochs)
-            reached = saved.reached()
-        except UserError:
-            if len(saved) >= epochs:
-                raise
-            continue  # it was written to a file meanwhile
-        accuracies = {name: [each[name] for each in reached] for name in ACCURACIES}
-        begun.append(Trajectory(number, UNFINISHED, len(reached), thetas[0].numel(),
-                                {**accuracies, "step": step, "segment": segment, "apart": []}))
-    return begun, {"experts": [{"expert": each.number, "epochs": each.epochs} for each in begun],
-                   **{name: started.get(name) for name in ("num_experts", "first_expert", "train_epochs")},
-                   "bytes": _bytes(folder)}
+    numbers = range(started["first_expert"], started["first_expert"] + started["num_experts"])
+    saved = {number: SavedEpochs(run_file(folder).parent / f"expert_{number}") for number in numbers}
+    return {"experts": [{"expert": number, "epochs": each.done} for number, each in saved.items() if len(each)],
+            **{name: started.get(name) for name in ("num_experts", "first_expert", "train_epochs")}}
 
 
-def _bytes(folder: Path) -> int:
-    """The size of the epochs in a folder, as far as they are not moved or removed meanwhile by a run that goes on."""
-    sizes = 0
-    with contextlib.suppress(FileNotFoundError):
-        for path in folder.rglob("*.pt"):
-            with contextlib.suppress(FileNotFoundError):
-                sizes += path.stat().st_size
-    return sizes
-
-
-def of_all(name: str, trajectories: list[Trajectory]) -> np.ndarray:
+def of_all(name: str, trajectories: list[dict[str, Any]]) -> np.ndarray:
     """A series of all experts [experts, epochs], NaN where there is none."""
-    rows = [each.series.get(name, []) for each in trajectories]
+    rows = [each[name] or [] for each in trajectories]
     values = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
     for row, each in zip(values, rows):
         row[:len(each)] = each
@@ -366,12 +319,6 @@ def _mean_std(values: np.ndarray) -> list[dict[str, float | None]]:
     columns = [column[np.isfinite(column)] for column in values.T]
     return [{"mean": float(column.mean()) if len(column) else None,
              "std": float(column.std()) if len(column) > 1 else None} for column in columns]  # none over a single value
-
-
-def _as_json(each: Trajectory) -> dict[str, Any]:
-    return {"expert": each.number, "file": each.file, "epochs": each.epochs, "finite": each.finite,
-            **{name: each.series.get(name) for name in ACCURACIES},
-            **{name: [finite(value) for value in each.series[name]] for name in ("step", "segment", "apart")}}
 
 
 def experts_tested_on(report: dict[str, Any]) -> str:
@@ -398,15 +345,13 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     if known and without:
         say("unknown", f"options and checksums of {', '.join(without)}")
     if unfinished:
-        size = f"{console.short_count(unfinished['bytes'])}B"
         begun = ", ".join(f"expert {each['expert']}: {each['epochs']}" for each in unfinished["experts"])
         say("unfinished", f"a run of {experts_in_words(unfinished['num_experts'], unfinished['train_epochs'])}, from "
-            f"expert {unfinished['first_expert']} on; epochs so far: {begun or 'none'}; {size}")
+            f"expert {unfinished['first_expert']} on; epochs so far: {begun or 'none'}")
     diverged = [str(each["expert"]) for each in report["trajectories"] if not each["finite"]]
     if diverged:
         say("not finite", f"experts {', '.join(diverged)}: they diverged, or their file is damaged")
-    reached = [[row[name][-1] for row in report["trajectories"] if row[name]
-                and (row["file"] != UNFINISHED or row["epochs"] >= unfinished["train_epochs"])] for name in ACCURACIES]
+    reached = [[row[name][-1] for row in report["trajectories"] if row[name]] for name in ACCURACIES]
     say("accuracy", "after the last epoch: " + "; ".join(
         f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
         for of, values in zip(("train", experts_tested_on(report)), reached) if values) if any(reached) else
@@ -418,6 +363,8 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
         most = epochs[0] - expert_epochs + 1
         say("window", f"--expert_epochs {expert_epochs} allows "
             + (f"--max_start_epoch {most} or less" if most > 0 else "no window: the experts are too short"))
+    if not report["trajectories"]:
+        return
     rows = _by_epoch(report, expert_epochs)
     print(f"\n{console.table(rows)}")
     last = len(report["by_start_epoch"]["step"])

@@ -59,8 +59,8 @@ METHODS = {"random": "random real images",
            "random_factor_2": "random real images, four in one",
            "factor_2": "exact gradient, four images in one (IDC)"}
 MANY = "many"
-# ρ of each kind of experts: FTD's published one, 0 (plain SGD), the option's default; MANY by plain SGD, in half the
-# time.
+# ρ of each kind of experts: FTD's published one, 0 (plain SGD), the option's default; MANY: plain SGD, which takes
+# half the time.
 RHO = {"FTD": 0.01, "SGD": 0.0, "FTD_2": 2.0, MANY: 0.0}
 PER_FILE = BufferConfig().save_interval
 DRAWS = 5  # sets of real images, drawn for each row of expert-labelled ones
@@ -650,12 +650,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=positive, metavar="N",
                         help="commands at once [a CPU's cores; 1 on a GPU]")
     parser.add_argument("--only", nargs="+", action="extend", metavar="PATTERN",
-                        help="rows whose names fit, as in 'ipc1_*', and what they need [all]")
+                        help="rows whose names match, as in 'ipc1_*', and whatever they need [all]")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="print the commands, and nothing else")
     instead.add_argument("--tables", action="store_true", help="make tables and plots of the results that are there")
     parser.add_argument("--results", type=Path, metavar="FOLDER",
-                        help="with --tables: of the results there, where tables and plots are written [one's own]")
+                        help="with --tables: of the results in this folder, where tables and plots are written, too "
+                             "[the form's own]")
     options = parser.parse_args()
     form = SMALL if options.small else CPU if options.cpu else FULL
     jobs = options.jobs if options.jobs is not None else 1 if form is FULL else cores()

@@ -158,7 +158,7 @@ def combinations(options: dict[str, str]) -> list[Run]:
         differs = {each: in_a_name(each, asked[each], getattr(config, each)) for each in swept}
         name = "_".join([*filter(None, [config.run_name]), *(f"{each}={value}" for each, value in differs.items())])
         if name in runs:
-            raise UserError(f"{name} would be run twice; give each value once")
+            raise UserError(f"{name} would be the name of two runs; give each value once, and paths whose names differ")
         asked["run_name"] = name
         run = Run(name, differs, asked, config_of(DistillConfig, asked)[0], config.run_name)
         if (same := first.setdefault(repr(canonical(influential(run.config))), name)) != name:

@@ -12,12 +12,11 @@ from typing import NamedTuple
 from unittest import mock
 
 import fakecuda
-import numpy as np
 import pytest
 import torch
 from helpers import handlers_as_before
-from PIL import Image
 
+from scripts.trials.common import write_pictures
 from utils.data.datasets import load_dataset
 from utils.program import interrupt
 
@@ -189,14 +188,7 @@ def ordinary_user():
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    random = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 8)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(0, 160, (8, 8, 3), dtype=np.uint8)
-                pixels[:, :, channel] += 60
-                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    write_pictures(folder, ("red", "green", "blue"), {"train": 24, "test": 8})
     config = folder / "toy.yaml"
     config.write_text("ipc: 2\nIteration: 4\neval_it: 2\nsyn_steps: 3\nexpert_epochs: 1\nmax_start_epoch: 2\n"
                       "Sequential_Generation: False\nlr_img: 10\nlr_y: 1\nthreshold: 1000\nnum_eval: 1\n"

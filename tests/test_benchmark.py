@@ -12,11 +12,11 @@ METHODS = {"matching": ["unroll", "plain", "tesla", "exact"], "experts": ["bare"
 
 
 @pytest.fixture(scope="module")
-def done(run, tmp_path_factory):
+def done(call, tmp_path_factory):
     """The output of a run, and its JSON."""
     path = tmp_path_factory.mktemp("benchmark") / "result.json"
     methods = sorted({method for methods in METHODS.values() for method in methods})
-    finished = run(BENCHMARK, "--shape", "tiny_cpu", "--rounds", 2, "--device", "cpu",
+    finished = call(BENCHMARK, "--shape", "tiny_cpu", "--rounds", 2, "--device", "cpu",
                    "--json", path, "--methods", *methods)
     return finished.stdout, json.loads(path.read_text())
 
@@ -33,21 +33,15 @@ def test_every_method_is_measured(done, part):
     assert measured["methods"][0]["ratio"] == 1  # relative to itself
 
 
-def test_matching_has_memory_and_a_share_of_the_rate(done):
+def test_matching_has_memory(done):
     (measured,) = done[1]["matching"]
-    # ConvNetW8 at 1×28×28, padded to 32×32 by its first layer; two FLOPs per multiply-add.
-    forward = 2 * 9 * 8 * (32**2 * 1 + 16**2 * 8 + 8**2 * 8) + 2 * 8 * 4**2 * 10
-    assert measured["flops"] == 9 * forward * 3 * 6
-    rate = 1e9 * done[1]["rates"]["product_gflops"]
-    for row in measured["methods"]:
-        assert 0 <= row["peak_host_bytes"] < 100e6
-        assert row["fraction_of_rate"] == pytest.approx(measured["flops"] / row["median"] / rate)
+    assert all(0 <= row["peak_host_bytes"] < 100e6 for row in measured["methods"])
 
 
 def test_the_machine_stands_beside_the_numbers(done):
     report = done[1]
     assert report["machine"]["processor"] and report["machine"]["threads"] == 1 and report["machine"]["memory"]
-    assert report["rates"]["copy_gb_per_s"] > 0 and report["environment"]["torch"]
+    assert report["rates"]["copy_gb_per_s"] > 0 < report["rates"]["product_gflops"] and report["environment"]["torch"]
     assert report["command"].startswith("python scripts/measure/benchmark.py --shape tiny_cpu --rounds 2")
 
 

@@ -42,8 +42,8 @@ def test_gradients_are_compared_and_distil_for_the_same_time(toy, toy_data, toy_
         assert sha256(path) in str(unfinished["of"])
     assert len(half) == 2 + 2 * 2 * 2 + 2 and not report.exists()
     assert interrupt.saved() == ("the parts that are done", "")  # a stopped program says how to resume
-    for other, said in (("--lr_img=9", "gradients.json.unfinished was begun with other options.*: lr_img differ"),
-                        ("--backend=plain", "gradients.json.unfinished was begun with other options.*: backend differ"),
+    begun = "gradients.json.unfinished was begun with other options.*; what differs"
+    for other, said in (("--lr_img=9", f"{begun}: lr_img"), ("--backend=plain", f"{begun}: backend"),
                         ("--distilled=nowhere.safetensors", "^--distilled .*nowhere.safetensors does not exist")):
         monkeypatch.setattr("sys.argv", [*arguments, other])
         with pytest.raises(UserError, match=said):

@@ -93,7 +93,7 @@ def test_names_are_those_of_the_values_however_they_are_typed(tmp_path):
 
 @pytest.mark.parametrize("options, phrase", [
     ({"lr_img": "30"}, "every option has one value"), ({"lr_img": "30,x"}, "--lr_img x: it must be a valid number"),
-    ({"lr_img": "30,3e1"}, "lr_img=30 would be run twice"),
+    ({"lr_img": "30,3e1"}, "lr_img=30 would be the name of two runs"),
     ({"ema_decay": "0.9,0.99"}, "ema_decay=0.99 would be the run of ema_decay=0.9 again"),
     ({"lr_img": "30,"}, "--lr_img '': it must be a valid number"),
     ({"device": "[0,1]"}, "every option has one value")])

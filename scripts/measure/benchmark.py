@@ -17,10 +17,6 @@ rounds, so that other load on the machine affects all of them alike. Ratios are 
 For matching, peak memory is measured in a separate process for each method, during its second call. On the host it is
 the memory that the call adds; on a GPU, everything allocated, including captured and compiled code.
 
-`of product rate` is a matching method's arithmetic rate as a share of this machine's matrix-product rate. Each is
-counted as 9 F a step, where F is the network's forward pass over the batch: 3 F for the gradient, 6 F for the adjoint.
-Norms, pooling, augmentation and memory traffic cost time but are not counted, so 1 is out of reach; of two methods, the
-one with the larger share is faster in proportion. On a GPU the matrix product is in TF32, as torch's convolutions are.
 """
 
 import argparse
@@ -34,12 +30,12 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 from scripts.common import ScriptParser, positive, positive_float
-from scripts.measure.shapes import GPU_MINUTES, MAX_SECONDS, METHODS, PARTS, Shape, all_shapes
+from scripts.measure.shapes import GPU_MINUTES, METHODS, PARTS, Shape, all_shapes
 from utils.program.entry import entry
 
 
 def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
-    parser = ScriptParser(__doc__, json="the results", key="rates")
+    parser = ScriptParser(__doc__, json="the results")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--shape", nargs="+", choices=[*shapes, "all"], metavar="SHAPE",
                         help="all: those sensible for the device; or any of " + ", ".join(shapes)
@@ -49,8 +45,6 @@ def parse(shapes: dict[str, Shape]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N",
                         help="timed calls of each method (%(default)s)")
-    parser.add_argument("--max_seconds", type=positive_float, default=MAX_SECONDS, metavar="S", help="leave out "
-                        "a method whose first call takes longer, compiling included (default: %(default)g)")
     parser.add_argument("--max_minutes", type=positive_float, metavar="M",
                         help=f"fit everything into this time (default: on a GPU {GPU_MINUTES:g}, else no limit)")
     parser.add_argument("--worker", choices=PARTS["matching"], help=argparse.SUPPRESS)

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import gc
 import json
-import math
 import shlex
 import statistics
 import subprocess
@@ -18,24 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from buffer.experts import kept_of, train_step
 from distill.evaluate.train import train_network
 from distill.matching import match_trajectory
+from scripts.common import save_report
 from scripts.measure.shapes import GPU_MINUTES, PARTS, SENSIBLE, Shape
 from utils.config import BufferConfig, make
 from utils.data import augment
 from utils.derivatives.choose_engine import set_precision
 from utils.errors import UserError, out_of_memory
-from utils.files import REPOSITORY, write_json
+from utils.files import REPOSITORY
 from utils.loss_and_accuracy import cross_entropy
 from utils.memory import peak, reset_peak
 from utils.networks import build_network
 from utils.parameters import FlatModel
 from utils.program.console import table
 from utils.program.device import describe, select_device
-from utils.program.machine import environment, machine
+from utils.program.machine import machine
 from utils.program.prepare import dsa_groups
 from utils.program.progress import Progress
 from utils.program.seeds import generator, seeded
@@ -44,8 +43,10 @@ BENCHMARK = "scripts/measure/benchmark.py"
 EXPERT = make(BufferConfig)
 EXPERT_STEPS = 3  # per call, in the experts' part
 EPOCHS = 2  # per call, in the evaluation's part
+A_WEEK = 7 * 24 * 60.0  # minutes
 CPU = torch.device("cpu")
-BACKENDS = {"plain": "plain", "exact": "eager", "eager": "eager", "compiled": "compile", "graph": "graph"}
+BACKENDS = {"plain": "plain", "unroll": "plain", "exact": "eager", "eager": "eager", "compiled": "compile",
+            "graph": "graph"}
 
 Call = Callable[[], object]
 
@@ -77,9 +78,9 @@ def matching_calls(shape: Shape, device: torch.device, methods: Sequence[str]) -
     target = start + 0.01 * torch.randn(start.shape, generator=random).to(device)
 
     models: dict[str, FlatModel] = {}  # by backend; TESLA shares another method's engine, and on a GPU its graphs
+    backends = BACKENDS | {"tesla": "graph" if device.type == "cuda" else "eager"}
     for method in methods:
-        backend = {"unroll": "plain", "tesla": "graph" if device.type == "cuda" else "eager"}.get(method)
-        backend = backend or BACKENDS[method]
+        backend = backends[method]
         model = models.setdefault(backend, FlatModel(network, backend=backend))
         gradient = method if method in ("unroll", "tesla") else "exact"
 
@@ -187,12 +188,11 @@ def tidy(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(call: Call, device: torch.device, max_seconds: float) -> float | str:
-    """The seconds of a call, or why it is not measured further."""
+def attempt(call: Call, device: torch.device) -> float | str:
+    """The seconds of a call, or why there are none."""
     tidy(device)  # the engines look at how much memory is free
     try:
-        took = timed(call, device)
-        return took if took <= max_seconds else "too slow"
+        return timed(call, device)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -206,14 +206,14 @@ def name_in(bar: Progress, method: str) -> None:
 
 
 def measure(calls: Calls, rows: dict[str, dict[str, Any]], rounds: int, units: int, device: torch.device,
-            clock: Clock, max_seconds: float, bar: Progress) -> None:
+            clock: Clock, bar: Progress) -> None:
     """Times the methods' calls in turn, and puts the seconds per unit into their rows; a call does `units` of them."""
     kept: dict[str, Call] = {}
     for method, engine, call in calls:
         name_in(bar, method)
         rows[method]["engine"] = engine
         if rows[method]["status"] == "measured":
-            took = "no time left" if clock.over else attempt(call, device, max_seconds)
+            took = "no time left" if clock.over else attempt(call, device)
             if isinstance(took, str):
                 rows[method]["status"] = took
             else:
@@ -229,16 +229,14 @@ def measure(calls: Calls, rows: dict[str, dict[str, Any]], rounds: int, units: i
             bar.update()
 
 
-def summarise(rows: list[dict[str, Any]], baseline: str, flops: float | None, rate: float) -> None:
-    """Adds medians, minima and maxima, median ratios to the baseline within a round, and the share of the rate."""
+def summarise(rows: list[dict[str, Any]], baseline: str) -> None:
+    """Adds medians, minima and maxima, and median ratios to the baseline within a round."""
     base = next((row.get("seconds") for row in rows if row["method"] == baseline), None)
     for row in rows:
         seconds = row.get("seconds")
         if seconds:
             row |= {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds),
                     "ratio": statistics.median(a / b for a, b in zip(seconds, base)) if base else None}
-            if flops:
-                row["fraction_of_rate"] = flops / row["median"] / rate
 
 
 def machine_rates(device: torch.device) -> dict[str, float | str]:
@@ -266,12 +264,12 @@ def median_time(call: Call, device: torch.device) -> float:
 # --- memory, in a process of its own -------------------------------------------------------------------------
 
 
-def worker(shape: Shape, device: torch.device, method: str, max_seconds: float) -> dict[str, Any]:
+def worker(shape: Shape, device: torch.device, method: str) -> dict[str, Any]:
     """What `--worker` prints: the peak memory of one method, or why there is none."""
     ((_, _, call),) = matching_calls(shape, device, [method])
     with contextlib.suppress(OSError):  # there may be no /proc
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this process is killed first
-    took = attempt(call, device, max_seconds)
+    took = attempt(call, device)
     if isinstance(took, str):
         return {"status": took}
     tidy(device)
@@ -282,17 +280,16 @@ def worker(shape: Shape, device: torch.device, method: str, max_seconds: float) 
     return found | ({"peak_device_bytes": peak(device)} if device.type == "cuda" else {})
 
 
-def memory_of(shape: Shape, device: torch.device, method: str, clock: Clock, max_seconds: float) -> dict[str, Any]:
+def memory_of(shape: Shape, device: torch.device, method: str, clock: Clock) -> dict[str, Any]:
     """Runs `worker` in a process of its own."""
     if clock.over:
         return {"status": "no time left"}
     command = [sys.executable, str(REPOSITORY / BENCHMARK), "--worker", method, "--shape", shape.name, "--device",
-               str(device), "--max_seconds", str(max_seconds)]
+               str(device)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True,
-                              timeout=min(3 * max_seconds + 60, clock.end - perf_counter()))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=clock.end - perf_counter())
     except subprocess.TimeoutExpired:
-        return {"status": "no time left" if clock.over else "too slow"}
+        return {"status": "no time left"}
     if done.returncode == -9:  # killed by the system, as no memory was left
         return {"status": "out of memory"}
     if done.returncode:
@@ -301,12 +298,12 @@ def memory_of(shape: Shape, device: torch.device, method: str, clock: Clock, max
 
 
 def measure_memory(shape: Shape, rows: dict[str, dict[str, Any]], device: torch.device, clock: Clock,
-                   max_seconds: float, bar: Progress) -> None:
+                   bar: Progress) -> None:
     """Puts the memory that methods take into their rows, or why it cannot be measured."""
     for method, row in rows.items():
         name_in(bar, method)
         if row["status"] == "measured":
-            found = memory_of(shape, device, method, clock, max_seconds)
+            found = memory_of(shape, device, method, clock)
             if row.get("seconds"):  # its time was measured
                 found.pop("status")
             row |= found
@@ -320,8 +317,7 @@ def show(baseline: str, unit: str, methods: list[dict[str, Any]], title: str) ->
     columns: list[tuple[str, str, Callable[[Any], str]]] = [
         ("median", f"s per {unit}", short), ("min", "min, s", short), ("max", "max, s", short),
         ("seconds", "rounds", lambda values: str(len(values))), ("ratio", f"time / {baseline}", short),
-        ("peak_host_bytes", "host memory, MB", megabytes), ("peak_device_bytes", "GPU memory, MB", megabytes),
-        ("fraction_of_rate", "of product rate", short)]
+        ("peak_host_bytes", "host memory, MB", megabytes), ("peak_device_bytes", "GPU memory, MB", megabytes)]
     # The first column stays even if nothing was measured: it says why.
     columns = [column for column in columns if column[0] == "median" or any(column[0] in row for row in methods)]
     rows = [("method", "engine", *(head for _, head, _ in columns))]
@@ -342,15 +338,6 @@ def megabytes(value: int) -> str:
 
 
 # --- the program ---------------------------------------------------------------------------------------------
-
-
-def forward_flops(network: str, image: tuple[int, int, int], classes: int) -> int:
-    """Floating-point operations of the forward pass, per image."""
-    with torch.device("meta"):
-        built = build_network(network, image[0], classes, image[1:])
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            built(torch.empty(1, *image))
-    return counter.get_total_flops()
 
 
 def can_run(method: str, device: torch.device) -> bool:
@@ -374,9 +361,8 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
         torch.cuda.set_device(device)
     chosen = args.shape or ["cifar10_ipc10" if device.type == "cuda" else "cpu"]
     chosen = SENSIBLE[device.type] if "all" in chosen else dict.fromkeys(chosen)
-    max_seconds = args.max_seconds
     if args.worker:
-        print(json.dumps(worker(shapes[args.shape[0]], device, args.worker, max_seconds)))
+        print(json.dumps(worker(shapes[next(iter(chosen))], device, args.worker)))
         return
     if "compiled" in args.methods:
         print("compiled: where there is a compiler it compiles first, for a minute or two a shape on a CPU", flush=True)
@@ -391,12 +377,11 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
         raise UserError(f"--part {' '.join(args.part)} --methods {' '.join(args.methods)}: none of these parts has "
                         f"such a method here; {'; '.join(f'{part}: ' + ', '.join(PARTS[part]) for part in args.part)}")
 
-    clock = Clock(args.max_minutes or (GPU_MINUTES if device.type == "cuda" else math.inf))
+    clock = Clock(args.max_minutes or (GPU_MINUTES if device.type == "cuda" else A_WEEK))
     rates = machine_rates(device)
     report: dict[str, Any] = {
         "command": f"python {BENCHMARK} {shlex.join(sys.argv[1:])}".strip(),
-        "machine": {**machine(device), "threads": torch.get_num_threads()},
-        "environment": environment(device), "rounds": args.rounds, "rates": rates}
+        "machine": {**machine(device), "threads": torch.get_num_threads()}, "rounds": args.rounds, "rates": rates}
     print(f"{report['machine']['processor']} · {describe(device)} · torch {torch.__version__} · matrix product "
           f"{rates['product_gflops']:.0f} GFLOP/s ({rates['product_precision']}) · copy "
           f"{rates['copy_gb_per_s']:.0f} GB/s", flush=True)
@@ -406,25 +391,20 @@ def side_by_side(args: argparse.Namespace, shapes: dict[str, Shape]) -> None:
         rows: dict[str, dict[str, Any]] = {
             method: {"method": method, "engine": "", "status": "measured"} for method in methods}
         with Progress(len(methods) * (args.rounds + (2 if part == "matching" else 1)), f"{part} {shape.name}") as bar:
-            steps = [partial(measure, calls(shape, device, methods), rows, args.rounds, units, device, clock,
-                             max_seconds, bar)]
+            steps = [partial(measure, calls(shape, device, methods), rows, args.rounds, units, device, clock, bar)]
             if part == "matching":
                 # First on a CPU, as a method that runs out of memory would end this process too; last on a GPU, where
                 # time is short.
                 steps.insert(len(steps) if device.type == "cuda" else 0,
-                             partial(measure_memory, shape, rows, device, clock, max_seconds, bar))
+                             partial(measure_memory, shape, rows, device, clock, bar))
             for step in steps:
                 step()
         if "compiled" in methods:
             torch.compiler.reset()  # compiled code of all shapes counts against a limit
         tidy(device)
-        flops = None
-        if part == "matching":  # 9 F a step, as benchmark.py explains
-            flops = 9 * forward_flops(shape.network, shape.image, shape.classes) * shape.batch * shape.steps
-        summarise(list(rows.values()), PARTS[part][0], flops, 1e9 * rates["product_gflops"])
-        report.setdefault(part, []).append({"shape": asdict(shape), "flops": flops, "methods": list(rows.values())})
+        summarise(list(rows.values()), PARTS[part][0])
+        report.setdefault(part, []).append({"shape": asdict(shape), "methods": list(rows.values())})
         detail = {"matching": f"T {shape.steps}, B {shape.batch}", "experts": f"batch {EXPERT.batch_train}",
                   "evaluation": f"batch {min(shape.batch_train, shape.images)}"}[part]
         show(PARTS[part][0], unit, list(rows.values()), f"{part} · {shape}, {detail}")
-        if args.json:
-            write_json(args.json, report)  # at once, so that an interrupt loses only the rest
+        save_report(args.json, report, device)  # at once, so that an interrupt loses only the rest

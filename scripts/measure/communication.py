@@ -70,8 +70,8 @@ def _timed(work: Callable[[], None]) -> float:
 
 def main() -> None:
     parser = ScriptParser(__doc__, json="what was measured")
-    parser.add_argument("--model", default="ConvNetW32", help="whose gradients are summed (%(default)s)")
-    parser.add_argument("--batch", type=positive, default=50, help="samples of a step (%(default)s)")
+    parser.add_argument("--model", default="ConvNetW32", help="network whose gradients are summed (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=50, help="batch size of a step, over all ranks (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=20, help="timed steps (%(default)s)")
     arguments = parser.parse_args()
     if arguments.batch < ranks.size():
@@ -82,9 +82,9 @@ def main() -> None:
           f"{1000 * found['compute_seconds']:.1f} ms, summing "
           f"{1000 * found['communicate_seconds']:.1f} ms, {100 * found['share']:.0f} % of the time")
     if ranks.first():
-        save_report(arguments.json, {
-            "command": f"torchrun --standalone --nproc_per_node={found['ranks']} scripts/measure/communication.py "
-                       f"--model {arguments.model} --batch {arguments.batch} --rounds {arguments.rounds}", **found})
+        ran = (f"torchrun --standalone --nproc_per_node={found['ranks']} scripts/measure/communication.py "
+               f"--model {arguments.model} --batch {arguments.batch} --rounds {arguments.rounds}")
+        save_report(arguments.json, {"command": ran, **found}, "cpu")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ class Kept:
                 before, found = (dict(saved[name]) for name in self._saved)
             different = sorted(name for name in before | of if before.get(name) != of.get(name))
             if different:
-                raise UserError(f"{shown(self._path)} was begun with other options, files or another machine: "
-                                f"{', '.join(different)} differ; give what it had to go on with it, or {advice}")
+                raise UserError(f"{shown(self._path)} was begun with other options, files or another machine; what "
+                                f"differs: {', '.join(different)}; give what it had to go on with it, or {advice}")
             self._saved["found"] = found
             note(f"going on with the {number_of(len(found), 'part')} in {shown(self._path)}")
         if not self._path:
@@ -283,7 +283,7 @@ def main() -> None:
                      "seconds": [each.seconds for each in matches]}
                     for (what, number, gradient), matches in found.items()],
         "distillations": [{"steps": number, "gradient": gradient, "seeds": ends[number, gradient]}
-                          for number, gradient in settings]})
+                          for number, gradient in settings]}, dataset.device)
     if "png" in files:
         from scripts.plots import save_by_steps
 

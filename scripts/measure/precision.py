@@ -103,7 +103,8 @@ def errors(kinds: dict[str, tuple[str, str]], draw: int, device: "torch.device")
 def main() -> None:
     parser = ScriptParser(__doc__, json="every draw's errors")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--draws", type=positive, default=10, metavar="N", help="of everything (%(default)s)")
+    parser.add_argument("--draws", type=positive, default=10, metavar="N",
+                        help="random draws of network, data and augmentation (%(default)s)")
     args = parser.parse_args()
 
     from utils.program.device import describe, select_device

@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,31 @@ def set_files(folder: Path | str) -> dict[str, str]:
             for option, name in (("data_dir", "images"), ("label_dir", "labels"), ("lr_dir", "lr"))}
 
 
-def load(path: Path | str) -> Any:
-    """Reads a file that torch wrote."""
+def write_set(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     import torch  # takes seconds, and --help and refusals do without it
 
-    return torch.load(path, weights_only=True)
-
-
-def save(value: Any, path: Path | str) -> None:
-    """Writes a file with torch; an array as a tensor."""
-    import torch
-
-    torch.save(torch.from_numpy(value) if isinstance(value, np.ndarray) else value, path)
-
-
-def write_set(folder: Path, images: Any, labels: Any) -> None:
     folder.mkdir()
     for path, value in zip(set_files(folder).values(), (images, labels, np.array(0.01, np.float32))):
-        save(value, path)
+        torch.save(torch.from_numpy(value), path)
+
+
+def write_pictures(folder: Path, classes: Sequence[str], counts: Mapping[str, int]) -> None:
+    """Writes pictures of 8×8 pixels in the layout of an image folder: noise with more of one colour in each class.
+
+    Args:
+        classes: names for the classes of more red, more green and more blue.
+        counts: split → images of each class.
+    """
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        for channel, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 160, (8, 8, 3), dtype=np.uint8)
+                pixels[:, :, channel] += 60
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -105,6 +112,6 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 def conclude(path: Path | None, report: dict[str, Any], failed: bool) -> None:
     """Writes the report, if there is a path for it; exits with code 1 if something failed."""
-    save_report(path, report)
+    save_report(path, report, "cpu")
     if failed:
         sys.exit(1)

@@ -28,7 +28,6 @@ import os
 import re
 import resource
 import runpy
-import select
 import shlex
 import shutil
 import signal
@@ -50,7 +49,6 @@ from utils.program.process_settings import tune_process
 tune_process()  # before torch is imported
 
 import hypothesis
-import numpy as np
 import yaml
 from hypothesis import strategies as st
 
@@ -67,14 +65,15 @@ from utils.config import (
     TeslaConfig,
     as_dict,
     has_effect,
+    hints_of,
     make,
 )
 from utils.errors import is_control, number_of, shortened
-from utils.files import REPOSITORY
+from utils.files import REPOSITORY, load
 from utils.program.entry import entry
 
 TIMEOUT = 20  # seconds of processor time
-WAIT = 120.0  # seconds by the clock, as other programs may keep the processor busy
+WAIT = 120  # seconds by the clock, as other programs may keep the processor busy
 MEMORY = 16 << 30  # bytes of address space
 LONGEST_LINE = 1000  # characters of a refusal
 TESLA, BASELINE = "distill/DATM_tesla.py", "distill/baseline.py"
@@ -102,16 +101,7 @@ class Sandbox:
         self.outputs = [root.with_name("stdout"), root.with_name("stderr")]
 
     def build(self) -> None:
-        from PIL import Image
-
-        random = np.random.default_rng(0)
-        for split, count in IMAGES.items():
-            for channel, name in enumerate(CLASSES):
-                (self.shared / "toy" / split / name).mkdir(parents=True)
-                for number in range(count):
-                    pixels = random.integers(0, 160, (8, 8, 3), dtype=np.uint8)
-                    pixels[:, :, channel] += 60
-                    Image.fromarray(pixels).save(self.shared / "toy" / split / name / f"{number}.png")
+        common.write_pictures(self.shared / "toy", CLASSES, IMAGES)
         common.write_set(self.shared / "set", common.noise(3, 3, 8, 8), common.noise(3, 3))
         usual = {**self.usual(BUFFER), "num_experts": "2", "train_epochs": str(EPOCHS),
                  "buffer_path": str(self.shared / "experts")}
@@ -187,6 +177,7 @@ class Sandbox:
         code = 1
         try:
             os.setpgid(0, 0)
+            signal.alarm(WAIT)
             for limit, most in ((resource.RLIMIT_AS, (MEMORY, MEMORY)), (resource.RLIMIT_CPU, (TIMEOUT, TIMEOUT + 1)),
                                 (resource.RLIMIT_CORE, (0, 0))):
                 resource.setrlimit(limit, most)
@@ -219,15 +210,10 @@ class Sandbox:
 
 def _wait(child: int) -> int | str:
     """The exit code; `timeout`, or the name of the signal that ended it."""
-    handle = os.pidfd_open(child)
-    late = not select.select([handle], [], [], WAIT)[0]
-    os.close(handle)
-    if late:
-        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     with contextlib.suppress(ProcessLookupError):  # the processes that it started
         os.killpg(child, signal.SIGKILL)
-    if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGALRM):
         return "timeout"
     return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
@@ -256,11 +242,6 @@ class Case(typing.NamedTuple):
         content = f"   # given.yaml: {shortened(repr(self.yaml.content), 600)}" if self.yaml else ""
         output = {"full": " >/dev/full 2>&1", "closed": " >&- 2>&-"}.get(self.unheard, "")
         return sandbox.hidden(shlex.join(["python", self.script, *map(shortened, self.arguments)]) + output + content)
-
-    @property
-    def hints(self) -> dict[str, typing.Any]:
-        """Option → its type."""
-        return typing.get_type_hints(ENTRIES[self.script])
 
 
 class Outcome(typing.NamedTuple):
@@ -345,7 +326,7 @@ def command_line(case: Case) -> dict[str, str]:
         HelpError
     """
     reader = Reader(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, hint in (case.hints | ({"cfg": str} if case.script in WITH_YAML else {})).items():
+    for name, hint in {**hints_of(ENTRIES[case.script]), **({"cfg": str} if case.script in WITH_YAML else {})}.items():
         reader.add_argument(f"--{name}", **({"nargs": "?", "const": "True"} if hint is bool else {}))
     return vars(reader.parse_args(case.arguments))
 
@@ -357,7 +338,7 @@ def meaning(case: Case, sandbox: Sandbox) -> dict[str, typing.Any]:
         MeaninglessError
         HelpError
     """
-    given, hints = command_line(case), case.hints
+    given, hints = command_line(case), hints_of(ENTRIES[case.script])
     values = {field.name: field.default.get_default(call_default_factory=True)
               for field in dataclasses.fields(ENTRIES[case.script])}
     values |= {name: _from_repository(values[name], sandbox) for name in PATHS & values.keys()}
@@ -459,12 +440,12 @@ def _problems_of_run(case: Case, values: dict[str, typing.Any], outcome: Outcome
 def _check_experts(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     folder = Path(values["buffer_path"]) / values["dataset"] / values["model"]
     paths = sorted(folder.glob("replay_buffer_*.pt"))
-    experts = [expert for path in paths for expert in common.load(path)]
+    experts = [expert for path in paths for expert in load(path)]
     assert len(experts) == values["num_experts"], f"{len(experts)} experts"
     assert len(paths) == math.ceil(len(experts) / values["save_interval"]), f"{len(paths)} files"
     assert all(len(expert) == values["train_epochs"] + 1 for expert in experts), "epochs"
     saved = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())
-    assert [expert["number"] for expert in saved["experts"]] == list(range(len(common.load(paths[0]))))
+    assert [expert["number"] for expert in saved["experts"]] == list(range(len(load(paths[0]))))
     for fact in ("fingerprint", "threads", "on", "experts", "sha256"):
         del saved[fact]
     return saved
@@ -477,7 +458,7 @@ def _check_distillation(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     steps = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
     assert len(steps) == values["Iteration"] and len(result["best"]["scores"][0]["accuracies"]) == values["num_eval"]
     assert (result["best_ema"] is not None) == values["ema"]
-    images = common.load(folder / "Normal" / "images_best.pt")
+    images = load(folder / "Normal" / "images_best.pt")
     assert len(images) == len(CLASSES) * values["ipc"], f"{len(images)} images"
     assert all((folder / name).stat().st_size for name in ("images.png", "curves.png", "report.html"))
     return yaml.safe_load((folder / "config.yaml").read_text())
@@ -613,9 +594,9 @@ def odd_values(name: str, sandbox: Sandbox) -> st.SearchStrategy[str]:
 
 @st.composite
 def cases(draw: typing.Callable[..., typing.Any], script: str, sandbox: Sandbox) -> Case:
-    """Inputs of an entry; one in five has nothing odd in it."""
+    """Inputs of an entry; about one in four has nothing odd in it."""
     plain = draw(st.integers(0, 4)) == 0
-    good, hints = GOOD[script], typing.get_type_hints(ENTRIES[script])
+    good, hints = GOOD[script], hints_of(ENTRIES[script])
     options = list(sandbox.usual(script).items())
     for name in draw(st.lists(st.sampled_from(sorted(good)), max_size=4, unique=True)):
         options.append((name, draw(st.sampled_from(good[name]))))
@@ -804,7 +785,7 @@ def fuzz(inputs: int, seed: int, sandbox: Sandbox) -> dict[str, typing.Any]:
 def main() -> None:
     parser = ScriptParser(__doc__, json="the counts and every failure")
     parser.add_argument("--inputs", type=positive, default=1000, metavar="N", help="how many are tried (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which ones (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the inputs (%(default)s)")
     args = parser.parse_args()
     common.obey_permissions()
     sys.stdout.reconfigure(errors="backslashreplace")  # for odd text in a failing command line
@@ -823,7 +804,7 @@ def main() -> None:
         sandbox.renew()  # so that everything can be deleted
         (sandbox.work / "unreadable").chmod(0o700)
     gc.unfreeze()
-    print(f"{number_of(report['inputs'], 'input')}, seed {args.seed}, {report['of_nothing_odd']} of nothing odd, in "
+    print(f"{number_of(report['inputs'], 'input')}, seed {args.seed}, {report['of_nothing_odd']} with nothing odd, in "
           f"{report['seconds']} s (the slowest {report['slowest_seconds']} s)")
     for script, codes in report["exit_codes"].items():
         print(f"  {script}: {', '.join(f'{count} × {code}' for code, count in codes.items())}")

@@ -37,12 +37,12 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-from safetensors import safe_open
+
 
 from scripts.common import ScriptParser, positive
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, MOST_SECONDS, temporary
-from utils.files import REPOSITORY, read_config
+from utils.files import REPOSITORY, load, load_tensors, read_config
 from utils.program.console import table
 from utils.program.entry import entry
 from utils.program.progress import Progress
@@ -108,7 +108,7 @@ class Run:
         if self.case.script != BUFFER:
             return False
         folder = self.out / common.EXPERTS
-        count = sum(len(common.load(path)) for path in folder.glob("replay_buffer_*.pt"))
+        count = sum(len(load(path)) for path in folder.glob("replay_buffer_*.pt"))
         wanted = 5 if self.case is EXPERTS else 3
         assert count <= wanted, f"{count} experts instead of {wanted}"
         return count == wanted and not (folder / "unfinished" / "run.yaml").exists()
@@ -196,12 +196,11 @@ def read(path: Path) -> Any:
     """A file's values, in a form whose == compares tensors and pictures bit for bit."""
     match path.suffix:
         case ".pt":
-            return plain(common.load(path))
+            return plain(load(path))
         case ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                about = {name: plain(json.loads(text)) if text[:1] in "[{" else text
-                         for name, text in file.metadata().items()}
-                return about, {name: plain(file.get_tensor(name)) for name in file.keys()}
+            tensors, about = load_tensors(path)
+            return plain(tensors), {name: plain(json.loads(text)) if text[:1] in "[{" else text
+                                    for name, text in about.items()}
         case ".json" | ".unfinished":
             return plain(json.loads(path.read_text()))
         case ".jsonl":
@@ -320,9 +319,9 @@ COLUMNS = ("kills", "while starting", "at a change of a file", "in the middle of
 
 def main() -> None:
     parser = ScriptParser(__doc__, json="the counts")
-    parser.add_argument("--kills", type=positive, default=50, metavar="N", help="in all (%(default)s)")
-    parser.add_argument("--signals", type=int, default=6, metavar="N", help="in all (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (%(default)s)")
+    parser.add_argument("--kills", type=positive, default=50, metavar="N", help="kills in all (%(default)s)")
+    parser.add_argument("--signals", type=int, default=6, metavar="N", help="signals in all (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of their moments (%(default)s)")
     args = parser.parse_args()
     for number in SIGNALS:  # some are ignored in a shell's background jobs, and programs would inherit that
         if signal.getsignal(number) is signal.SIG_IGN:
