@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pkgutil
 import resource
 import signal
 import time
@@ -19,20 +20,21 @@ def check_refusal(done, *phrases):
         assert phrase in line, line
 
 
-def stop_at(target, attribute, call_number, at_once=False):
+def stop_at(name, call_number, at_once=False):
     """Patches a function so that its call of that number (from 1) sends a SIGINT, like Ctrl-C.
 
     Args:
+        name: with the module, as for `mock.patch`.
         at_once: send a second one, too, which stops at once.
     """
-    original, calls = getattr(target, attribute), []
+    original, calls = pkgutil.resolve_name(name), []
 
     def counted(*arguments, **options):
         calls.append(1)
         for _ in range((1 + at_once) if len(calls) == call_number else 0):
             os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments, **options)
-    return mock.patch.object(target, attribute, counted)
+    return mock.patch(name, counted)
 
 
 def tensors_in(folder):

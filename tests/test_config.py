@@ -110,6 +110,28 @@ def test_tesla_differs_in_one_default():
     assert (plain.matching, tesla.matching) == ("exact", "tesla")
 
 
+@pytest.mark.parametrize("content, expected", [
+    (b"{}\n", {}), (b"ipc: !!int 2\n", {"ipc": 2}), (b"ipc: !!str 2\n", {"ipc": 2}),
+    (b"{ipc: 2, ema: yes}\n", {"ipc": 2, "ema": True}),
+    (b"--- # config\nipc: 2\n...\n", {"ipc": 2}), (b"\xef\xbb\xbfipc: 2\n", {"ipc": 2}),
+    (b"ipc: 2\r\nlr_y: 3\r\n", {"ipc": 2, "lr_y": 3.0}), (b"%YAML 1.1\n---\nipc: 2\n", {"ipc": 2}),
+    (b"? ipc\n: 2\n", {"ipc": 2}), (b"'ipc': \"2\"\n", {"ipc": 2}),
+    (b"lr_lr: 1e-5\nema: on\nseed: 010\n", {"lr_lr": 1e-5, "ema": True, "seed": 10}),
+    (b"batch_syn:\nmax_files: ~\nmax_experts: null\n", {"batch_syn": None, "max_files": None, "max_experts": None}),
+    (b"project: |\n  two\n  lines\nipc: 2\n", {"project": "two\nlines\n", "ipc": 2}),
+    (b"seed: 1_000\nipc: 2.0\n", {"seed": 1000, "ipc": 2}), (b"threshold: .inf\n", {"threshold": math.inf}),
+    (b"ema: y\nload_all: n\n", {"ema": True, "load_all": False}),
+    (b"run_name: 2024-01-05\nproject: 'null'\n", {"run_name": "2024-01-05", "project": "null"}),
+    (b"#" * 10000 + b"\nipc: 2\n", {"ipc": 2}), (b"device: [0, 1]\n", {"device": [0, 1]}),
+    (b'{"ipc": 2, "ema": true, "batch_syn": null}', {"ipc": 2, "ema": True, "batch_syn": None})],
+    ids=lambda given: repr(given[:40])[1:] if isinstance(given, bytes) else "")
+def test_unusual_yaml_means_what_it_says(tmp_path, content, expected):
+    (tmp_path / "given.yaml").write_bytes(content)
+    config = distill_config(str(tmp_path / "given.yaml"))
+    found = {name: getattr(config, name) for name in expected}
+    assert found == expected and list(map(type, found.values())) == list(map(type, expected.values()))
+
+
 @pytest.mark.parametrize("config_type", CONFIGS)
 def test_a_config_cannot_be_changed(config_type):
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -1,7 +1,6 @@
 """The programs on a GPU or on the stand-in of `fakecuda/`: results as on the CPU, and bit-identical after a resume."""
 
 import gc
-import importlib
 import json
 import os
 import subprocess
@@ -51,7 +50,7 @@ def test_experts_are_those_of_the_cpu_and_go_on_to_the_bit(call, toy, tmp_path, 
              f"--buffer_path={tmp_path / where}", expect=expect)
         return tmp_path / where
     here, there = train("cpu"), train("gpu", GPU)
-    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 7):
+    with stop_at("buffer.experts.gsam_gradient", 7):
         train("parts", GPU, expect=130)
     assert tensors_in(train("parts", GPU)) == tensors_in(there)
     (ours,), (theirs,) = (torch.load(next(folder.rglob("*.pt"))) for folder in (there, here))
@@ -90,12 +89,11 @@ def test_training_images_stay_on_the_host(distil, toy_data, monkeypatch):
     assert not {tuple(toy_data.train_images.shape), (dimension, dimension)} & set().union(*shapes)
 
 
-@pytest.mark.parametrize("attribute, number", [("match_trajectory", 2), ("evaluate", 2)])
-def test_a_distillation_goes_on_to_the_bit(distil, attribute, number):
+@pytest.mark.parametrize("function", ["distill.distillation.match_trajectory", "distill.run_state.evaluate"])
+def test_a_distillation_goes_on_to_the_bit(distil, function):
     stateful = [GPU, "--ema", "--lr_param=log", "--lr_lr=1e-3", "--factor=2"]
     whole, _ = distil("whole", *stateful)
-    where = importlib.import_module("distill.run_state" if attribute == "evaluate" else "distill.distillation")
-    with stop_at(where, attribute, number):
+    with stop_at(function, 2):
         distil("parts", *stateful, expect=130)
     parts, done = distil("parts", *stateful)
     assert "going on at iteration" in done.stdout
@@ -147,7 +145,7 @@ def test_an_evaluation_is_that_of_the_cpu_and_goes_on(call, toy, toy_experts, di
 
     here, there = evaluate("cpu"), evaluate("gpu", GPU)
     if len(there["scores"]) > 1 or "--robust_score" in options:
-        with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 3):
+        with stop_at("distill.evaluate.networks.train_network", 3):
             evaluate("parts", GPU, expect=130)
         assert evaluate("parts", GPU)["scores"] == there["scores"]
     for one, other in zip(there["scores"], here["scores"], strict=True):

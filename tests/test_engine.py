@@ -487,12 +487,6 @@ def test_micro_batches_shrink_as_networks_grow_and_never_to_nothing():
     assert micro_batch_for(build_network("ConvNetD1W4BN", 3, 10, (8, 8)), 1) is None
 
 
-@pytest.mark.parametrize("batch, most, sizes", [(7, None, [7]), (7, 7, [7]), (7, 100, [7]), (12, 5, [4, 4, 4]),
-                                                (10, 4, [2] * 5), (7, 3, [3, 2, 2]), (5, 1, [1] * 5)])
-def test_equal_parts(batch, most, sizes):
-    assert equal_parts(batch, most) == sizes
-
-
 @given(st.integers(1, 400), st.integers(1, 450))
 def test_parts_make_up_the_batch_and_are_equal_where_that_is_cheap(batch, most):
     sizes = equal_parts(batch, most)
@@ -500,6 +494,7 @@ def test_parts_make_up_the_batch_and_are_equal_where_that_is_cheap(batch, most):
     fewest = math.ceil(batch / most)
     cheap = [number for number in range(fewest, 2 * fewest) if batch % number == 0]
     assert len(sizes) == (cheap[0] if cheap else fewest)
+    assert equal_parts(batch, None) == [batch]
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

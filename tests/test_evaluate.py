@@ -100,7 +100,7 @@ def test_label_initialisation_equals_the_published(golden_iteration):
     assert unknown == 0
 
 
-class LastPixel(torch.nn.Module):
+class FirstPixel(torch.nn.Module):
     """A network with one parameter, `shift`: it predicts class round(first pixel + shift)."""
 
     def __init__(self, num_classes: int):
@@ -126,7 +126,7 @@ def test_only_images_that_an_expert_gets_right_are_chosen():
     labels = [0, 1, 2] * 8
     right = [position % 2 == 0 for position in range(24)]
     dataset = readable_dataset([label if ok else label + 1 for label, ok in zip(labels, right)], labels)
-    model = FlatModel(LastPixel(3))
+    model = FlatModel(FirstPixel(3))
     chosen, notes = predicted_correctly(model, lambda: iter([torch.zeros(1)]), dataset, 3, torch.Generator())
     assert notes == [] and dataset.train_labels[chosen].tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert all(right[index] for index in chosen.tolist()) and len(set(chosen.tolist())) == 9
@@ -135,7 +135,7 @@ def test_only_images_that_an_expert_gets_right_are_chosen():
 def test_the_next_expert_judges_what_the_first_got_wrong():
     labels = [0, 1, 2] * 8
     dataset = readable_dataset([label if position < 6 else label + 1 for position, label in enumerate(labels)], labels)
-    model = FlatModel(LastPixel(3))
+    model = FlatModel(FirstPixel(3))
     experts = [torch.zeros(1), torch.full((1,), -1.0)]  # the second is right wherever the first is wrong
     chosen, notes = predicted_correctly(model, lambda: iter(experts), dataset, 5, torch.Generator())
     assert notes == [] and len(set(chosen.tolist())) == 15
@@ -145,7 +145,7 @@ def test_the_next_expert_judges_what_the_first_got_wrong():
 def test_too_few_right_images_are_filled_and_said():
     labels = [0, 1, 2] * 8
     dataset = readable_dataset([label if label else 1 for label in labels], labels)  # class 0 is never right
-    model = FlatModel(LastPixel(3))
+    model = FlatModel(FirstPixel(3))
     chosen, notes = predicted_correctly(model, lambda: iter([torch.zeros(1)]), dataset, 2, torch.Generator())
     assert len(notes) == 1 and "too few images of 1 class correctly (class 0: 0 of 2 wanted)" in notes[0]
     assert sorted(chosen[:2].tolist()) == [18, 21]  # the highest logit of the class
@@ -153,7 +153,7 @@ def test_too_few_right_images_are_filled_and_said():
 
 def test_expert_labels_fall_back_to_all_experts_where_none_is_right():
     dataset = readable_dataset([0, 1, 1], [0, 1, 2])
-    model = FlatModel(LastPixel(3))
+    model = FlatModel(FirstPixel(3))
     experts = [torch.zeros(1), torch.zeros(1), torch.full((1,), -1.0)]
     labels, unknown = expert_labels(model, iter(experts), dataset.train_images, dataset.train_labels)
     assert unknown == 1
@@ -171,7 +171,7 @@ def test_random_real_takes_ipc_of_each_class_and_some_again_where_there_are_fewe
 
 def test_labels_for_noise_name_their_class():
     dataset = readable_dataset([0, 1, 2] * 3, [0, 1, 2] * 3)
-    labels = class_labels(FlatModel(LastPixel(3)), torch.zeros(1), dataset, 2, torch.Generator())
+    labels = class_labels(FlatModel(FirstPixel(3)), torch.zeros(1), dataset, 2, torch.Generator())
     assert labels.argmax(dim=1).tolist() == [0, 0, 1, 1, 2, 2]
 
 

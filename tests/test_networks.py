@@ -176,7 +176,7 @@ def test_evaluation_pools_hold_known_names():
 
 
 @pytest.mark.parametrize("mode", ["M", "BN"])
-def test_of_64x64_images_the_classics_of_a_pool_are_the_tiny_ones(mode):
+def test_pools_use_the_tiny_classics_at_64x64(mode):
     """The `_Tiny` networks read 64×64 images."""
     pool = evaluation_pool(mode, "ConvNetD4", (64, 64))
     assert pool == [name if name.startswith("ConvNet") else f"{name}_Tiny" for name in EVALUATION_POOLS[mode]]

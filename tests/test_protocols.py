@@ -1,6 +1,5 @@
 """Evaluation by the papers' protocols, and at learning rates chosen on held-out images."""
 
-import importlib
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ from utils.data import augment
 from utils.parameters import sgd_step
 
 EVALUATION = "distill/evaluation.py"
-NETWORKS = importlib.import_module("distill.evaluate.networks")
+TRAINING = "distill.evaluate.networks.train_network"
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def test_each_protocol_trains_as_published_but_for_what_is_given(evaluate, monke
         seen.append((epochs, batch_size, pytest.approx(lr), groups))
         return theta
 
-    monkeypatch.setattr(NETWORKS, "train_network", train)
+    monkeypatch.setattr(TRAINING, train)
     result, done = evaluate(*options, data=data)
     assert [trained] == seen and result["lr"] == pytest.approx(trained[2])
     given = "--lr_teacher=0.01" in options
@@ -81,7 +80,7 @@ def test_each_protocol_trains_as_published_but_for_what_is_given(evaluate, monke
 def test_dc_augments_as_its_table_says_and_trains_longer_then(evaluate, monkeypatch):
     """300 epochs without augmentation, 1000 with; DC augments only for ConvNetBN and on MNIST."""
     seen = []
-    monkeypatch.setattr(NETWORKS, "train_network", lambda model, theta, *_, epochs, draw, random, **more: (
+    monkeypatch.setattr(TRAINING, lambda model, theta, *_, epochs, draw, random, **more: (
         seen.append((epochs, getattr(draw(2, random), "parameters", ()))), theta)[1])
     result, _ = evaluate("--protocol=dc", "--eval_mode=N")
     assert [score["network"] for score in result["scores"]] == [f"ConvNet{norm}N" if norm != "G" else "ConvNetGN"
@@ -180,13 +179,13 @@ def test_it_goes_on_at_the_next_network_and_not_with_that_of_other_options(evalu
     options = ["--protocol=dc,datm", "--lr_teacher=auto", "--epoch_eval_train=1"]
     whole, _ = evaluate(*options)
     (folder / "result.json").unlink()
-    with stop_at(NETWORKS, "train_network", 10):
+    with stop_at(TRAINING, 10):
         evaluate(*options, expect=130)
     assert "starting over" in evaluate("--protocol=dc,datm", "--lr_teacher=auto", "--epoch_eval_train=1",
                                        "--batch_train=2")[1].stderr
-    with stop_at(NETWORKS, "train_network", 10):
+    with stop_at(TRAINING, 10):
         evaluate(*options, expect=130)
-    with stop_at(NETWORKS, "train_network", 14 - 9 + 1):  # one more than are left, so it is not reached
+    with stop_at(TRAINING, 14 - 9 + 1):  # one more than are left, so it is not reached
         again, done = evaluate(*options)
     assert "9 of 14 networks were tested" in done.stdout and again["protocols"] == whole["protocols"]
 

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import ranks_worker
 import torch
-from helpers import wait_for
+from helpers import tensors_in, wait_for
 
 from buffer import expert_run
 from distill import plan
@@ -31,6 +32,7 @@ from utils.program import ranks
 from utils.program.prepare import start_as_ranks
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+TWO_RANKS = "import sys; sys.argv = sys.argv[1:]\nfrom utils.program.ranks import launch\nlaunch(2)"
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +58,35 @@ def torchrun(start):
     return torchrun
 
 
+@pytest.fixture
+def patched(tmp_path):
+    """Code → a program that runs this, and then the entry that its first argument names."""
+    def write(code):
+        path = tmp_path / "worker.py"
+        path.write_text(f"import os, runpy, sys\nsys.path.insert(0, '.')\nsys.argv = sys.argv[1:]\n{code}\n"
+                        "runpy.run_path(sys.argv[0], run_name='__main__')")
+        return path
+    return write
+
+
+def children_of(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def kill_a_rank(process, folder, once_there, holding=""):
     """Kills torchrun's last rank once a file exists and holds this; the job must end soon and say why."""
     wait_for(lambda: any(not holding or holding in path.read_text() for path in folder.rglob(once_there)), process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children_of(process)[-1], signal.SIGKILL)
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode and time.monotonic() - began < 30
     assert "Signal 9 (SIGKILL) received" in err  # torchrun's words
 
 
-def bytes_in(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.pt")}
-
-
 @pytest.mark.parametrize("number", [2, 4])
 def test_experts_are_those_of_one_process(torchrun, toy, toy_experts, tmp_path, number):
     out, _ = torchrun(number, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
-    assert bytes_in(tmp_path) == bytes_in(toy_experts) and not list(tmp_path.rglob("unfinished"))
+    assert tensors_in(tmp_path) == tensors_in(toy_experts) and not list(tmp_path.rglob("unfinished"))
     assert out.count("3 experts of 3 epochs: ") == 1  # only the first rank prints, for all
     assert re.findall(r"expert (\d): loss .*, train .*, test ", out) == ["0", "1", "2"]
 
@@ -84,7 +96,7 @@ def test_experts_go_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
     torchrun(0, *arguments, f"--buffer_path={tmp_path / 'one'}")
     kill_a_rank(start(2, *arguments, f"--buffer_path={tmp_path / 'two'}"), tmp_path / "two", "epoch_2.pt")
     out, _ = torchrun(2, *arguments, f"--buffer_path={tmp_path / 'two'}")
-    assert "going on with an unfinished run" in out and bytes_in(tmp_path / "two") == bytes_in(tmp_path / "one")
+    assert "going on with an unfinished run" in out and tensors_in(tmp_path / "two") == tensors_in(tmp_path / "one")
 
 
 @pytest.mark.parametrize("number, trained, ranks_there, reached", [
@@ -226,67 +238,51 @@ def test_what_ranks_cannot_share_is_refused(toy_data, monkeypatch, options, said
 
 def test_a_command_starts_its_own_ranks(torchrun, toy, toy_experts, tmp_path):
     """As with `device: [0, 1]` on a machine with two GPUs, but on a CPU."""
-    code = ("import sys; sys.argv = sys.argv[1:]; from unittest import mock; from utils.program import ranks\n"
-            "from utils.program.ranks import launch\nlaunch(2)")
-    torchrun(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
-    assert bytes_in(tmp_path) == bytes_in(toy_experts)
-    _, err = torchrun(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--rho_max=1", f"--buffer_path={tmp_path}",
-                      expect=2)
+    torchrun(0, "-c", TWO_RANKS, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
+    assert tensors_in(tmp_path) == tensors_in(toy_experts)
+    _, err = torchrun(0, "-c", TWO_RANKS, "buffer/buffer_FTD.py", *toy.train, "--rho_max=1",
+                      f"--buffer_path={tmp_path}", expect=2)
     assert err.count("buffer_FTD.py: error: --rho_max 1 --rho_min 0.01") == 1 and "Traceback" not in err
 
 
-def test_ranks_of_other_options_are_refused(torchrun, toy, tmp_path):
-    (tmp_path / "worker.py").write_text(
-        "import os, runpy, sys; sys.path.insert(0, '.'); sys.argv = [*sys.argv[1:], '--seed=' + os.environ['RANK']]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')")
-    _, err = torchrun(2, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}",
-                      expect=2)
+def test_ranks_of_other_options_are_refused(torchrun, patched, toy, tmp_path):
+    worker = patched("sys.argv.append('--seed=' + os.environ['RANK'])")
+    _, err = torchrun(2, worker, "buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", expect=2)
     assert "started with different options: seed (0 there, 1 here)" in err and not list(tmp_path.rglob("unfinished"))
 
 
-def test_ranks_that_read_other_images_are_refused(torchrun, toy, tmp_path):
+def test_ranks_that_read_other_images_are_refused(torchrun, patched, toy, tmp_path):
     """As machines with copies of their own read them, of which one is not up to date."""
     for rank in (0, 1):
         shutil.copytree(toy.data, tmp_path / str(rank))
     next((tmp_path / "1").rglob("*.png")).unlink()
-    (tmp_path / "worker.py").write_text(
-        "import os, runpy, sys; sys.path.insert(0, '.')\n"
-        "sys.argv = [*sys.argv[1:-1], sys.argv[-1] + os.environ['RANK']]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')")
-    _, err = torchrun(2, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train,
+    worker = patched("sys.argv[-1] += os.environ['RANK']")
+    _, err = torchrun(2, worker, "buffer/buffer_FTD.py", *toy.train,
                       f"--buffer_path={tmp_path / 'experts'}", f"--data_path={tmp_path}/", expect=2)
     assert "ranks 0 and 1 read different images of ImageFolder; give" in err and not (tmp_path / "experts").exists()
 
 
-def test_what_only_the_first_rank_finds_is_said_once(torchrun, toy, toy_experts, tmp_path):
+def test_what_only_the_first_rank_finds_is_said_once(torchrun, patched, toy, toy_experts, tmp_path):
     """The others get the refusal too, and do not say that contact was lost."""
     options = *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=a"
-    code = ("import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
-            "import runpy\n"
-            "from utils.errors import UserError\n"
-            "def refuse(*arguments): raise UserError('these experts are damaged')\n"
-            "import distill.loop as loop\n"
-            "loop.data_checksums = refuse\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
-    (tmp_path / "worker.py").write_text(code)
-    _, err = torchrun(2, tmp_path / "worker.py", "distill/DATM.py", *options, expect=2)
+    worker = patched("from utils.errors import UserError\n"
+                     "def refuse(*arguments): raise UserError('these experts are damaged')\n"
+                     "import distill.loop as loop\n"
+                     "loop.data_checksums = refuse")
+    _, err = torchrun(2, worker, "distill/DATM.py", *options, expect=2)
     assert err.count("DATM.py: error:") == err.count("these experts are damaged") == 1 and "contact" not in err
 
 
-def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):
-    code = ("import sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]\n"
-            "import runpy\n"
-            "import buffer.expert_run as experts\n"
-            "train = experts.train_expert\n"
-            "def bad(config, dataset, number, **rest):\n"
-            "    if number == 2: raise experts.DivergedError('expert 2 diverged in epoch 1')\n"
-            "    return train(config, dataset, number, **rest)\n"
-            "experts.train_expert = bad\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
-    (tmp_path / "worker.py").write_text(code)
+def test_a_diverged_expert_keeps_those_before_it(torchrun, patched, toy, tmp_path):
+    worker = patched("import buffer.expert_run as experts\n"
+                     "train = experts.train_expert\n"
+                     "def bad(config, dataset, number, **rest):\n"
+                     "    if number == 2: raise experts.DivergedError('expert 2 diverged in epoch 1')\n"
+                     "    return train(config, dataset, number, **rest)\n"
+                     "experts.train_expert = bad")
     for number in (0, 2):
         folder = tmp_path / str(number)
-        _, err = torchrun(number, tmp_path / "worker.py", "buffer/buffer_FTD.py", *toy.train, "--save_interval=5",
+        _, err = torchrun(number, worker, "buffer/buffer_FTD.py", *toy.train, "--save_interval=5",
                           f"--buffer_path={folder}", expect=2)
         assert "expert 2 diverged" in err and not list(folder.rglob("unfinished"))
         assert "(kept: 2 experts before it; in this folder give --num_experts 1 for the rest)" in err
@@ -295,21 +291,18 @@ def test_a_diverged_expert_keeps_those_before_it(torchrun, toy, tmp_path):
 
 
 def test_a_rank_that_is_killed_under_the_programs_own_launcher_is_named(start, toy, tmp_path):
-    code = "import sys; sys.argv = sys.argv[1:]\nfrom utils.program.ranks import launch\nlaunch(2)"
-    process = start(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--train_epochs=500",
+    process = start(0, "-c", TWO_RANKS, "buffer/buffer_FTD.py", *toy.train, "--train_epochs=500",
                     f"--buffer_path={tmp_path}")
     wait_for(lambda: list(tmp_path.rglob("epoch_1.pt")), process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    os.kill(children_of(process)[0], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 137 and "was ended by SIGKILL; start again" in err
 
 
 def test_what_is_ignored_stays_ignored_under_the_programs_own_launcher(start, toy, tmp_path):
     """As under nohup."""
-    code = ("import signal, sys; sys.argv = sys.argv[1:]; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-            "from utils.program.ranks import launch\nlaunch(2)")
-    process = start(0, "-c", code, "buffer/buffer_FTD.py", *toy.train, "--train_epochs=500",
+    ignoring = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{TWO_RANKS}"
+    process = start(0, "-c", ignoring, "buffer/buffer_FTD.py", *toy.train, "--train_epochs=500",
                     f"--buffer_path={tmp_path}")
     wait_for(lambda: list(tmp_path.rglob("epoch_1.pt")), process)
     process.send_signal(signal.SIGHUP)

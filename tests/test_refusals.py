@@ -10,6 +10,7 @@ import yaml
 from helpers import check_refusal
 from PIL import Image
 
+from utils.files import REPOSITORY
 from utils.program.entry import entry
 
 DATM, BUFFER = "distill/DATM.py", "buffer/buffer_FTD.py"
@@ -231,6 +232,40 @@ def test_a_config_that_is_none_is_refused(call, tmp_path, content, phrases):
     done = call(DATM, "--cfg", path, expect=2)
     check_refusal(done, *phrases)
     assert str(path) in done.stderr
+
+
+TEXTS = "ipc", "data_path", "log_path", "buffer_path", "model", "dataset", "run_name", "dsa_strategy", "device"
+
+
+@pytest.mark.parametrize("content", [
+    # No options.
+    b"\n\n", b"---\n", b"--- \n...\n", b"null\n", b"ipc\n", b"[]\n", b"!!set {ipc, zca}\n", b"? ipc\n? zca\n",
+    # Not one document, or not YAML.
+    b"ipc: 1\n---\nipc: 2\n", b"ipc: &a [*a]\n", b"ipc: &a 2\nnum_eval: *a\n", b"&a ipc: *a\n", b"<<: {ipc: 1}\n",
+    b"ipc: \t1\n\t- x\n", b"%YAML 9.9\n---\nipc: 1\n", b"ipc : 1\n ipc: 2\n", bytes(range(256)),
+    # Code.
+    b"!!python/object/apply:os.system ['touch pwned']\n", b"ipc: !!python/object/apply:os.system ['touch pwned']\n",
+    b"ipc: !!python/name:os.system\nzca: maybe\n",
+    # Keys that are given twice, or are no options.
+    b"ipc: 1\nipc: 2\n", b"ipc: 1\n'ipc': 1\n", b"? [a]\n: 1\n", b"? {a: 1}\n: 1\n", b"cfg: given.yaml\n",
+    b"".join(b"unknown%d: 1\n" % number for number in range(500)),
+    *(b"%s: 1\n" % key for key in (b"momentun", b"lr-img", b"IPC", b"help", b"true", b"null", b"~", b"''", b'"a\\nb"',
+                                   b'"\\e[31m"', b"? " + b"k" * 2000 + b"\n")),
+    # Values that are none of their option.
+    b"model: " + b"x" * 100000 + b"\n", b"device: [" + b"0, " * 500 + b"x]\n", b"threshold: .nan\n", b"lr_img: .inf\n",
+    b"lr_img: 1e400\n", b"Iteration: 1:30\n", b"seed: 1:30\n",
+    *(b"ipc: %s\n" % number for number in (
+        b"0o2", b"0x2", b"2024-01-05", b"\xff", b"\x1b[31m", b"", b"9" * 100000, b"[" * 400 + b"]" * 400,
+        b"'x", b'"\\q"', b"*missing", b"!!binary aGFsbG8=")),
+    *(f'{name}: "a\\0b"\n'.encode() for name in TEXTS),
+    *(f"{name}: {value}\n".encode() for name in (*TEXTS, "zca") for value in ("[a]", "[[0]]", "{}", "{a: 1}"))],
+    ids=lambda content: repr(content[:40])[1:])
+def test_any_odd_config_is_refused_in_one_line(call, tmp_path, content):
+    path = tmp_path / "given.yaml"
+    path.write_bytes(content)
+    done = call(REPOSITORY / DATM, f"--cfg={path}", cwd=tmp_path, expect=2)
+    check_refusal(done)
+    assert len(done.stderr) <= 1000 and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("whose", ["config", "manifest"])

@@ -40,7 +40,7 @@ def write(folder, **tensors):
 # --- each form, as one --data_dir ----------------------------------------------------------------------------
 
 
-def test_of_dc_the_names_in_the_files_name_count(call, tmp_path):
+def test_the_name_of_a_dc_file_gives_dataset_and_network(call, tmp_path):
     images, classes = torch.randn(10, 1, 28, 28), torch.arange(10)
     for name in ("res_DSA_MiniFashion_ConvNetD1W4_1ipc.pt", "res_MiniFashion_ConvNetD1W4_1ipc.pt"):
         torch.save({"data": [[images, classes]], "accs_all_exps": {}}, tmp_path / name)
@@ -53,7 +53,7 @@ def test_of_dc_the_names_in_the_files_name_count(call, tmp_path):
     assert "holds 2 sets, such as res_DSA_MiniFashion_ConvNetD1W4_1ipc.pt" in line
 
 
-def test_of_mtt_and_ftd_a_folder(evaluated, parts, tmp_path):
+def test_a_folder_of_mtt_or_ftd_is_read(evaluated, parts, tmp_path):
     images, classes, _ = parts
     mtt = write(tmp_path / "mtt", images_1000=images + 1, labels_1000=classes, images_best=images, labels_best=classes)
     found, done = evaluated(f"--data_dir={mtt}", "--lr_teacher=0.02")
@@ -85,7 +85,7 @@ def test_teslas_soft_labels_are_probabilities(evaluated, parts, tmp_path):
 
 
 @pytest.mark.parametrize("inside", [".", "Normal"])
-def test_of_datm_and_pad_the_three_files_in_a_folder(evaluated, parts, tmp_path, inside):
+def test_the_three_files_of_datm_and_pad_are_read_from_a_folder(evaluated, parts, tmp_path, inside):
     images, _, logits = parts
     folder = write(tmp_path / "datm", lr=torch.tensor(1.0))
     write(folder / inside, images_best=images, labels_best=logits, lr_best=torch.tensor(0.03))
@@ -97,7 +97,7 @@ def test_of_datm_and_pad_the_three_files_in_a_folder(evaluated, parts, tmp_path,
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_of_ncfm_pixels_of_a_factor(evaluated, toy_data, parts, tmp_path, factor):
+def test_pixels_of_ncfm_are_read_with_their_factor(evaluated, toy_data, parts, tmp_path, factor):
     pixels, classes = torch.rand(6, 3, 8, 8), parts[1]
     ncfm = tmp_path / "ncfm"
     ncfm.mkdir()
@@ -131,7 +131,7 @@ def test_where_nothing_says_the_dataset_it_is_asked_for(call, parts, tmp_path, m
     assert load.call_count == 1 + 2 * loaded
 
 
-def test_what_is_none_of_these_is_refused(evaluated, parts, tmp_path):
+def test_other_folders_are_refused(evaluated, parts, tmp_path):
     images, classes, _ = parts
     none = write(tmp_path / "none", images_zca_best=images, labels_best=classes, images_5=images)
     odd = write(tmp_path / "odd", data_1=[images, 1])

@@ -361,7 +361,7 @@ def test_the_pages_have_the_numbers_of_the_results():
             assert quoted in at, f"{quoted} in {line}"  # quoted in this order
 
 
-def test_what_is_to_beat_and_what_is_published_are_said_alike():
+def test_headers_and_tables_quote_the_same_figures():
     """The configs' headers quote the same figures as the tables that `reproduce.py` makes."""
     small, configs = REPOSITORY / "results/FashionMNIST/small", REPOSITORY / "configs"
     text = (small / "tables.md").read_text()

@@ -1,6 +1,5 @@
 """Nothing is lost: stopped runs resume bit-identically, two runs cannot share a folder, signals are handled."""
 
-import importlib
 import json
 import os
 import re
@@ -19,7 +18,8 @@ from helpers import handlers_as_before, stop_at, tensors_in
 from safetensors.torch import load_file
 from torch.utils import _pytree as pytree
 
-from distill import distillation
+from buffer.expert_run import train_one
+from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.set_files import set_files
 from utils import files
@@ -38,18 +38,18 @@ EXPERTS = ["ImageFolder", "ConvNetD1W4"]
 
 
 @pytest.mark.parametrize("options", [[], ["--mom=0.9", "--l2=0.01"], ["--model=ConvNetD1W4BN", "--mom=0.5"]])
-@pytest.mark.parametrize("step", [1, 3, 9, 17])
-def test_experts_go_on_to_the_bit(call, toy, tmp_path, options, step):
+def test_experts_go_on_to_the_bit(call, toy, tmp_path, options):
     """18 steps: three experts, three epochs each, two batches an epoch; two experts per file."""
     arguments = [*toy.train, "--batch_train=40", "--rho_max=0", "--rho_min=0", *options]
     call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'whole'}")
-    experts = importlib.import_module("buffer.experts")
-    with stop_at(experts, "gsam_gradient", step):
-        done = call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'parts'}", expect=130)
-    assert "stopped by SIGINT" in done.stderr and "python buffer/buffer_FTD.py" in done.stderr
-    done = call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'parts'}")
-    assert "going on with an unfinished run" in done.stdout
-    assert tensors_in(tmp_path / "whole") == tensors_in(tmp_path / "parts")
+    for step in (1, 3, 9, 17):
+        parts = tmp_path / f"stopped_at_{step}"
+        with stop_at("buffer.experts.gsam_gradient", step):
+            done = call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={parts}", expect=130)
+        assert "stopped by SIGINT" in done.stderr and "python buffer/buffer_FTD.py" in done.stderr
+        done = call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={parts}")
+        assert "going on with an unfinished run" in done.stdout
+        assert tensors_in(tmp_path / "whole") == tensors_in(parts)
     assert not list(tmp_path.rglob("unfinished")) and not list(tmp_path.rglob(".*"))
 
 
@@ -67,7 +67,7 @@ def test_a_resumed_expert_compiles_the_sizes_that_an_uninterrupted_one_does(call
     arguments = [*toy.train, "--backend=compile", "--pad", "--init_ratio=0.5", "--add_end_epoch=2", "--batch_train=40",
                  "--rm_epoch_first=2", "--rm_epoch_second=3", "--num_experts=1", "--rho_max=0", "--rho_min=0"]
     call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'whole'}")
-    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 4):  # in the third epoch
+    with stop_at("buffer.experts.gsam_gradient", 4):  # in the third epoch
         call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'parts'}", expect=130)
     call("buffer/buffer_FTD.py", *arguments, f"--buffer_path={tmp_path / 'parts'}")
     assert tensors_in(tmp_path / "whole") == tensors_in(tmp_path / "parts")
@@ -75,11 +75,10 @@ def test_a_resumed_expert_compiles_the_sizes_that_an_uninterrupted_one_does(call
 
 def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tmp_path):
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
-    trajectories, experts = (importlib.import_module(f"buffer.{name}") for name in ("trajectories", "expert_run"))
-    with stop_at(trajectories, "save_config", 1, at_once=True):  # writing the manifest, before the expert file
+    with stop_at("buffer.trajectories.save_config", 1, at_once=True):  # writing the manifest, before the expert file
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     assert not list(tmp_path.rglob("replay_buffer_*.pt"))
-    with stop_at(experts.shutil, "rmtree", 1, at_once=True):  # removing the epochs, after the expert file
+    with stop_at("shutil.rmtree", 1, at_once=True):  # removing the epochs, after the expert file
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     assert len(list(tmp_path.rglob("replay_buffer_*.pt"))) == 1
     call("buffer/buffer_FTD.py", *arguments)
@@ -88,7 +87,7 @@ def test_a_stop_while_files_are_written_loses_nothing(call, toy, toy_experts, tm
 
 def test_a_signal_after_the_last_epoch_ends_nothing(call, toy, toy_experts, tmp_path):
     """By then the run is complete, and the command to resume would train further experts."""
-    with stop_at(importlib.import_module("buffer.expert_run").ExpertRun, "clear", 1):
+    with stop_at("buffer.expert_run.ExpertRun.clear", 1):
         done = call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}")
     assert "stopped" not in done.stderr and tensors_in(tmp_path) == tensors_in(toy_experts)
 
@@ -97,7 +96,7 @@ def test_a_signal_after_the_last_epoch_ends_nothing(call, toy, toy_experts, tmp_
 def unfinished(call, toy, tmp_path):
     """The arguments of an expert run that was stopped in its first epoch."""
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
-    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 2):
+    with stop_at("buffer.experts.gsam_gradient", 2):
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     return arguments
 
@@ -123,7 +122,7 @@ def test_an_unfinished_run_in_a_linked_folder_is_discarded_too(call, unfinished,
 
 def test_trained_experts_are_not_discarded_by_asking_for_fewer(call, toy, tmp_path):
     arguments = [*toy.train, "--save_interval=3", f"--buffer_path={tmp_path}"]
-    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 32):
+    with stop_at("buffer.experts.gsam_gradient", 32):
         call("buffer/buffer_FTD.py", *arguments, expect=130)
     done = call("buffer/buffer_FTD.py", *arguments, "--num_experts=1", expect=2)
     assert "holds more, begun and not written yet; give at least 3" in done.stderr
@@ -164,8 +163,7 @@ def test_another_kind_of_experts_is_refused_by_name(call, toy, toy_experts, tmp_
 def test_an_expert_that_did_not_learn_is_said_and_five_stop_the_run(call, toy, tmp_path):
     arguments = [*toy.train, "--lr_teacher=1e-9", "--num_experts=7", "--train_epochs=1", "--save_interval=1",
                  f"--buffer_path={tmp_path}"]
-    experts = importlib.import_module("buffer.expert_run")
-    with mock.patch.object(experts, "AT_CHANCE", 3.0):  # of three classes: never above it
+    with mock.patch("buffer.expert_run.AT_CHANCE", 3.0):  # of three classes: never above it
         for _ in range(2):  # those in files count, too, when the run is resumed
             done = call("buffer/buffer_FTD.py", *arguments, expect=2)
             assert "note: expert 4 did not learn" in done.stderr and "5 experts in a row did not learn" in done.stderr
@@ -227,11 +225,11 @@ def without_times(result):
     return {name: value for name, value in json.loads(result.read_text()).items() if name != "seconds"}
 
 
-@pytest.mark.parametrize("attribute, number", [("match_trajectory", 1), ("match_trajectory", 4), ("evaluate", 1),
-                                               ("evaluate", 4), ("evaluate", 6)])
-def test_a_distillation_goes_on_to_the_bit(distil_to, whole, attribute, number):
-    where = importlib.import_module("distill.run_state" if attribute == "evaluate" else "distill.distillation")
-    with stop_at(where, attribute, number):
+@pytest.mark.parametrize("function, number", [
+    *(("distill.distillation.match_trajectory", number) for number in (1, 4)),
+    *(("distill.run_state.evaluate", number) for number in (1, 4, 6))])
+def test_a_distillation_goes_on_to_the_bit(distil_to, whole, function, number):
+    with stop_at(function, number):
         done, parts = distil_to("parts", expect=130)
     assert (parts / "checkpoint.pt").exists() and "python distill/DATM.py" in done.stderr
     done, _ = distil_to("parts")
@@ -242,8 +240,8 @@ def test_a_distillation_goes_on_to_the_bit(distil_to, whole, attribute, number):
 
 
 def test_a_stop_at_the_very_end_loses_nothing(distil_to, whole):
-    for module, function in (("distill.conclusion", "save_pictures"), ("distill.report.show", "save_curves")):
-        with stop_at(importlib.import_module(module), function, 1):
+    for function in ("distill.conclusion.save_pictures", "distill.report.show.save_curves"):
+        with stop_at(function, 1):
             distil_to(function, expect=130)
         done, parts = distil_to(function)
         assert "is finished" in done.stdout and tensors_in(whole) == tensors_in(parts)
@@ -252,7 +250,7 @@ def test_a_stop_at_the_very_end_loses_nothing(distil_to, whole):
 
 def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(distil_to, whole, monkeypatch):
     monkeypatch.setattr("distill.run_state.DRAW_SHARE", 1e9)
-    with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
+    with stop_at("distill.distillation.match_trajectory", 4):
         done, parts = distil_to("parts", expect=130)
     page, pictures = (parts / "report.html").read_text(), ("images.png", "curves.png", "evolution.webp")
     assert "not finished: this is how it was at iteration 2 of 6" in page and "could not be made" not in done.stderr
@@ -311,7 +309,7 @@ def test_whatever_a_user_has_set_for_pictures_and_named_classes_a_run_finishes(r
 
 
 def test_a_result_put_beside_an_unfinished_run_is_not_one_that_it_had(distil_to):
-    with stop_at(distillation, "match_trajectory", 2):
+    with stop_at("distill.distillation.match_trajectory", 2):
         _, folder = distil_to("beside", expect=130)
     (folder / "result_random.json").write_text("{}")
     done, _ = distil_to("beside", "--resume=never")
@@ -321,7 +319,7 @@ def test_a_result_put_beside_an_unfinished_run_is_not_one_that_it_had(distil_to)
 def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):
     _, parts = distil_to("parts", "--Iteration=4")
     (parts / "evaluation.json").write_text("the test of its set")
-    with stop_at(distillation, "match_trajectory", 2):
+    with stop_at("distill.distillation.match_trajectory", 2):
         done, _ = distil_to("parts", expect=130)
     assert "going on at iteration 4" in done.stdout
     done, _ = distil_to("parts", "--resume=never", expect=2)
@@ -346,7 +344,7 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):
 
     # A continued run that was stopped before its pictures does not keep the old ones.
     before = (parts / "report.html").read_text()
-    with stop_at(importlib.import_module("distill.conclusion"), "save_pictures", 1):
+    with stop_at("distill.conclusion.save_pictures", 1):
         distil_to("parts", "--Iteration=7", expect=130)
     assert "is finished" in distil_to("parts", "--Iteration=7")[0].stdout
     assert (parts / "report.html").read_text() != before and (parts / "images.png").exists()
@@ -391,7 +389,7 @@ def test_a_run_starts_from_a_saved_set(distil_to, toy_data, tmp_path):
 
 def test_a_run_goes_on_where_its_data_and_experts_lie_elsewhere_now(call, toy, toy_experts, tmp_path):
     arguments = [*toy.distil, f"--log_path={tmp_path / 'log'}"]
-    with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 3):
+    with stop_at("distill.distillation.match_trajectory", 3):
         call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}", expect=130)
     data, experts = (shutil.copytree(each, tmp_path / name) for each, name in ((toy.data, "d"), (toy_experts, "e")))
     done = call("distill/DATM.py", *arguments, f"--buffer_path={experts}", f"--data_path={data}")
@@ -405,7 +403,7 @@ def test_a_run_goes_on_where_its_data_and_experts_lie_elsewhere_now(call, toy, t
 
 @pytest.mark.filterwarnings("error")  # pytest warns of exceptions that are only printed
 def test_a_log_that_an_editor_touched_is_refused_in_a_line(distil_to):
-    with stop_at(importlib.import_module("distill.run_state"), "evaluate", 3):
+    with stop_at("distill.run_state.evaluate", 3):
         _, folder = distil_to("log", expect=130)
     (folder / "metrics.jsonl").write_bytes(b"\n" + (folder / "metrics.jsonl").read_bytes().replace(b"\n", b"\r\n"))
     done, _ = distil_to("log", expect=2)
@@ -414,14 +412,11 @@ def test_a_log_that_an_editor_touched_is_refused_in_a_line(distil_to):
 
 def test_no_expert_is_lost_whose_epochs_were_removed(call, toy, tmp_path):
     arguments = [*toy.train, "--save_interval=3", f"--buffer_path={tmp_path}"]
-    expert_run = importlib.import_module("buffer.expert_run")
-    trained = expert_run.train_one
-
-    def train_one(run, number, *rest):
-        trained(run, number, *rest)
+    def train_and_lose_one(run, number, *rest):
+        train_one(run, number, *rest)
         if number == 1:
             (run.saved(0).folder / "epoch_0.pt").unlink()
-    with mock.patch.object(expert_run, "train_one", train_one):
+    with mock.patch("buffer.expert_run.train_one", train_and_lose_one):
         done = call("buffer/buffer_FTD.py", *arguments, expect=2)
     assert "epochs of expert 0 are gone" in done.stderr and not list(tmp_path.rglob("replay_buffer_*"))
     call("buffer/buffer_FTD.py", *arguments)
@@ -452,13 +447,12 @@ def test_no_output_is_an_input_or_another_file(call, toy, toy_experts, distil_to
 
 
 def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(distil_to, whole):
-    state = importlib.import_module("distill.distillation").Distillation
-    update = state.update
+    update = Distillation.update
 
     def half(self, match):
         update(self, match)
         raise Stopped(signal.SIGTERM)
-    with mock.patch.object(state, "update", half):
+    with mock.patch.object(Distillation, "update", half):
         distil_to("parts", expect=143)
     _, parts = distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)
@@ -466,7 +460,7 @@ def test_a_second_signal_in_the_middle_of_a_step_goes_back_to_what_was_saved(dis
 
 def test_a_run_without_a_name_names_one_that_was_begun_with_other_experts(call, toy, toy_experts, tmp_path):
     options = ["distill/DATM.py", *toy.distil, f"--log_path={tmp_path / 'log'}"]
-    with stop_at(distillation, "match_trajectory", 2):
+    with stop_at("distill.distillation.match_trajectory", 2):
         call(*options, f"--buffer_path={toy_experts}", expect=130)
     fewer = shutil.copytree(toy_experts, tmp_path / "fewer")
     for path in fewer.rglob("replay_buffer_1.*"):
@@ -477,7 +471,7 @@ def test_a_run_without_a_name_names_one_that_was_begun_with_other_experts(call, 
 
 
 def test_resume_never_starts_over(distil_to, whole):
-    with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
+    with stop_at("distill.distillation.match_trajectory", 4):
         distil_to("parts", expect=130)
     done, parts = distil_to("parts", "--resume=never")
     assert "going on" not in done.stdout and tensors_in(whole) == tensors_in(parts)
@@ -485,7 +479,7 @@ def test_resume_never_starts_over(distil_to, whole):
 
 def test_networks_of_a_discarded_run_do_not_count(distil_to, whole):
     """Not even if another rank's file is left and the set is the same."""
-    with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 2):
+    with stop_at("distill.evaluate.networks.train_network", 2):
         _, parts = distil_to("parts", "--epoch_eval_train=3", expect=130)
     (parts / "Normal.unfinished").rename(parts / "Normal.unfinished.1")
     distil_to("parts", "--resume=never")
@@ -511,7 +505,7 @@ def test_a_finished_run_is_no_answer_for_other_data(distil_to, toy_experts):
 
 
 def test_a_run_goes_on_only_with_what_it_had(distil_to, toy_experts, tmp_path, bomb):
-    with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 4):
+    with stop_at("distill.distillation.match_trajectory", 4):
         _, folder = distil_to("parts", expect=130)
     done, _ = distil_to("parts", "--lr_y=3", expect=2)
     assert "lr_y (1.0 there, 3.0 here)" in done.stderr
@@ -587,12 +581,11 @@ def test_experts_of_another_type_are_refused(call, toy, toy_experts, tmp_path):
 def test_an_evaluation_goes_on_at_the_next_network(call, toy, tmp_path):
     arguments = [*toy.evaluate, "--num_eval=3", "--ipc=2"]
     call("distill/baseline.py", *arguments, f"--json={tmp_path / 'whole.json'}")
-    evaluation = importlib.import_module("distill.evaluate.networks")
-    with stop_at(evaluation, "train_network", 3):
+    with stop_at("distill.evaluate.networks.train_network", 3):
         done = call("distill/baseline.py", *arguments, f"--json={tmp_path / 'parts.json'}", expect=130)
     assert "goes on from the networks that were tested: python distill/baseline.py --dataset" in done.stderr
     assert (tmp_path / "parts.json.unfinished").exists() and not (tmp_path / "parts.json").exists()
-    with stop_at(evaluation, "train_network", 2):  # only one network is left
+    with stop_at("distill.evaluate.networks.train_network", 2):  # only one network is left
         done = call("distill/baseline.py", *arguments, f"--json={tmp_path / 'parts.json'}")
     assert "2 of 3 networks were tested" in done.stdout and not (tmp_path / "parts.json.unfinished").exists()
     whole, parts = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "parts.json"))
@@ -602,14 +595,14 @@ def test_an_evaluation_goes_on_at_the_next_network(call, toy, tmp_path):
 def test_what_saves_nothing_promises_nothing(call, toy, toy_experts, tmp_path):
     experts = [f"--buffer_path={toy_experts}", f"--log_path={tmp_path}"]
     look = ["scripts/inspect_buffer.py", toy_experts.joinpath(*EXPERTS)]
-    for module, function, command in (
-            ("distill.evaluate.networks", "train_network", ["distill/baseline.py", *toy.common, "--ipc=2"]),
-            ("distill.estimate", "match_trajectory", ["distill/DATM.py", *toy.distil, *experts, "--dry_run"]),
-            ("buffer.manifests", "expert_files", look),
-            ("distill.suggest", "initial_set", [*look, "--suggest", "--ipc=2"]),
-            ("distill.report.read_run", "read_config", ["scripts/report.py", tmp_path])):
+    for function, command in (
+            ("distill.evaluate.networks.train_network", ["distill/baseline.py", *toy.common, "--ipc=2"]),
+            ("distill.estimate.match_trajectory", ["distill/DATM.py", *toy.distil, *experts, "--dry_run"]),
+            ("buffer.manifests.expert_files", look),
+            ("distill.suggest.initial_set", [*look, "--suggest", "--ipc=2"]),
+            ("distill.report.read_run.read_config", ["scripts/report.py", tmp_path])):
         (tmp_path / "config.yaml").touch(), (tmp_path / "metrics.jsonl").touch()
-        with stop_at(importlib.import_module(module), function, 1):
+        with stop_at(function, 1):
             done = call(*command, expect=130)
         lost = ". The networks that were tested are lost; with --json FILE they are kept, and it goes on from them"
         assert done.stderr.splitlines()[-1].endswith(
@@ -619,7 +612,7 @@ def test_what_saves_nothing_promises_nothing(call, toy, toy_experts, tmp_path):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_what_another_evaluation_found_does_not_count_nor_what_is_damaged(call, toy, tmp_path, damaged):
     arguments = [*toy.evaluate, "--num_eval=3", f"--json={tmp_path / 'x.json'}"]
-    with stop_at(importlib.import_module("distill.evaluate.networks"), "train_network", 3):
+    with stop_at("distill.evaluate.networks.train_network", 3):
         call("distill/baseline.py", *arguments, "--ipc=2", expect=130)
     unfinished = tmp_path / "x.json.unfinished"
     if damaged:

@@ -1,6 +1,5 @@
 """DD-Ranking's scores, hard labels, and the table of sets and networks."""
 
-import importlib
 import json
 import math
 import re
@@ -11,8 +10,10 @@ from helpers import check_refusal, stop_at
 
 from distill.evaluate.parts import HELD_OUT, RATES, held_out
 from distill.evaluate.robust import robust_scores, scaled
+from distill.evaluate.train import train_network
 
 EVALUATION, BASELINE = "distill/evaluation.py", "distill/baseline.py"
+TRAINING = "distill.evaluate.networks.train_network"
 
 
 def test_the_formulas():
@@ -42,20 +43,16 @@ def results(call, toy, toy_experts, tmp_path_factory):
     return folder
 
 
-def test_hard_labels_train_on_the_classes(results):
-    soft, hard = (json.loads((results / f"{name}.json").read_text()) for name in ("syn", "syn_hard"))
-    assert hard["what"] == "distilled images with hard labels" and hard["images"] == soft["images"] == 6
-    assert hard["config"]["hard_labels"] is True
-
-
 def test_hard_labels_are_those_that_were_said(call, toy, results, tmp_path):
     """The same accuracies as with a file of these classes."""
     folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
     torch.save(torch.arange(3).repeat_interleave(2), tmp_path / "classes.pt")
     call(EVALUATION, *toy.evaluate, "--eval_mode=C", f"--data_dir={folder / 'images_best.pt'}",
          f"--label_dir={tmp_path / 'classes.pt'}", f"--lr_dir={folder / 'lr_best.pt'}", f"--json={tmp_path / 'x.json'}")
-    expected = json.loads((results / "syn_hard.json").read_text())["scores"]
-    assert json.loads((tmp_path / "x.json").read_text())["scores"] == expected
+    hard = json.loads((results / "syn_hard.json").read_text())
+    assert json.loads((tmp_path / "x.json").read_text())["scores"] == hard["scores"]
+    assert hard["what"] == "distilled images with hard labels" and hard["images"] == 6
+    assert hard["config"]["hard_labels"] is True
     three = [f"--{option}_dir={folder / f'{name}_best.pt'}" for option, name in (
         ("data", "images"), ("label", "labels"), ("lr", "lr"))]
     said = call(EVALUATION, *toy.evaluate, *three, "--hard_labels").stdout
@@ -115,9 +112,8 @@ def test_one_command_says_what_six_say(call, toy, toy_experts, results, robust, 
 
 def test_a_rate_is_the_best_on_images_held_out(call, robust, tmp_path, toy_data, monkeypatch):
     """By the mean of all networks, as a single one says little."""
-    evaluation, trained = importlib.import_module("distill.evaluate.networks"), []
-    train = evaluation.train_network
-    monkeypatch.setattr(evaluation, "train_network", lambda *given, **more: trained.append(1) or train(*given, **more))
+    trained = []
+    monkeypatch.setattr(TRAINING, lambda *given, **more: trained.append(1) or train_network(*given, **more))
     call(*robust, "--num_eval=2")
     assert len(trained) == 2 * (6 + 3 * len(RATES))
     results = json.loads((tmp_path / "robust.json").read_text())["results"]
@@ -140,12 +136,11 @@ def test_it_goes_on_at_the_next_network(call, robust, tmp_path):
     call(*robust)
     whole = json.loads((tmp_path / "robust.json").read_text())
     (tmp_path / "robust.json").unlink()
-    evaluation = importlib.import_module("distill.evaluate.networks")
-    with stop_at(evaluation, "train_network", 5):
+    with stop_at(TRAINING, 5):
         call(*robust, expect=130)
     assert (tmp_path / "robust.json.unfinished").exists() and not (tmp_path / "robust.json").exists()
     number = 6 + 3 * len(RATES)
-    with stop_at(evaluation, "train_network", number - 4 + 1):  # one more than are left, so it is not reached
+    with stop_at(TRAINING, number - 4 + 1):  # one more than are left, so it is not reached
         done = call(*robust)
     assert f"4 of {number} networks were tested" in done.stdout
     assert not (tmp_path / "robust.json.unfinished").exists()

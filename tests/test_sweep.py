@@ -96,7 +96,7 @@ def test_names_are_those_of_the_values_however_they_are_typed(tmp_path):
     ({"lr_img": "30,3e1"}, "lr_img=30 would be the name of two runs"),
     ({"ema_decay": "0.9,0.99"}, "ema_decay=0.99 would be the run of ema_decay=0.9 again"),
     ({"lr_img": "30,"}, "--lr_img '': it must be a valid number"),
-    ({"device": "[0,1]"}, "every option has one value")])
+    ({"device": "[0,1]"}, "every option has one value"), ({"data_path": "a,b"}, "--data_path has several values")])
 def test_what_cannot_be_swept_is_refused(options, phrase, tmp_path):
     (tmp_path / "a.yaml").write_text("ipc: 1")
     with pytest.raises(UserError, match=phrase):

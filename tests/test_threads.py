@@ -1,6 +1,5 @@
 """The number of threads of a run: given, measured, or that of the unfinished run it resumes."""
 
-import importlib
 import json
 import re
 from unittest import mock
@@ -59,14 +58,14 @@ def test_measuring_leaves_the_network_alone(monkeypatch):
 
 def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_experts, measured, tmp_path):
     """Even if another number would be chosen now, as it would round sums differently."""
-    for module, function, *command in (
-            ("buffer.experts", "gsam_gradient", EXPERTS, *toy.train, f"--buffer_path={tmp_path}"),
-            ("distill.distillation", "match_trajectory", DATM, *toy.distil, f"--buffer_path={toy_experts}",
+    for function, *command in (
+            ("buffer.experts.gsam_gradient", EXPERTS, *toy.train, f"--buffer_path={tmp_path}"),
+            ("distill.distillation.match_trajectory", DATM, *toy.distil, f"--buffer_path={toy_experts}",
              f"--log_path={tmp_path}"),
-            ("distill.evaluate.networks", "train_network", BASELINE, *toy.evaluate, "--num_eval=2", "--ipc=2",
+            ("distill.evaluate.networks.train_network", BASELINE, *toy.evaluate, "--num_eval=2", "--ipc=2",
              f"--json={tmp_path / 'x.json'}")):
         measured(1.0, 1.0)
-        with stop_at(importlib.import_module(module), function, 2):
+        with stop_at(function, 2):
             assert "threads: 1 of 2" in call(*command, expect=130).stdout
         measured(1.0, 0.5)
         if command[0] == DATM:  # the estimate is for the run that would be resumed
@@ -79,7 +78,7 @@ def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_e
 def test_a_result_says_all_that_a_run_was_on(call, toy, toy_experts, tmp_path):
     command = [DATM, *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=run"]
     for number in (2, 1):
-        with stop_at(importlib.import_module("distill.distillation"), "match_trajectory", 2):
+        with stop_at("distill.distillation.match_trajectory", 2):
             call(*command, f"--threads={number}", expect=130)
     call(*command, "--threads=1")
     (result,) = tmp_path.rglob("result.json")
@@ -89,7 +88,7 @@ def test_a_result_says_all_that_a_run_was_on(call, toy, toy_experts, tmp_path):
 
 def test_experts_that_go_on_with_other_threads_are_said_to_and_name_them(call, toy, tmp_path):
     command = [EXPERTS, *toy.train, "--num_experts=1", f"--buffer_path={tmp_path}"]
-    with stop_at(importlib.import_module("buffer.experts"), "gsam_gradient", 2):
+    with stop_at("buffer.experts.gsam_gradient", 2):
         call(*command, "--threads=2", expect=130)
     said = call(*command, "--threads=1").stderr
     assert re.search(r"note: it was last on cpu \(2 threads\), torch .*, and is on cpu \(1 thread\), torch .* now; "
