@@ -91,9 +91,9 @@ def test_experts_are_those_of_one_process(torchrun, toy, toy_experts, tmp_path, 
     assert re.findall(r"expert (\d): loss .*, train .*, test ", out) == ["0", "1", "2"]
 
 
-def test_experts_go_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
+def test_experts_go_on_after_a_killed_rank(call, torchrun, start, toy, tmp_path):
     arguments = ["buffer/buffer_FTD.py", *toy.train, "--train_epochs=60"]
-    torchrun(0, *arguments, f"--buffer_path={tmp_path / 'one'}")
+    call(*arguments, f"--buffer_path={tmp_path / 'one'}")
     kill_a_rank(start(2, *arguments, f"--buffer_path={tmp_path / 'two'}"), tmp_path / "two", "epoch_2.pt")
     out, _ = torchrun(2, *arguments, f"--buffer_path={tmp_path / 'two'}")
     assert "going on with an unfinished run" in out and tensors_in(tmp_path / "two") == tensors_in(tmp_path / "one")
@@ -159,9 +159,9 @@ def tensors_of(tmp_path, where):
     return {name: torch.load(folder / name) for name in names}
 
 
-def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(torchrun, start, distil, tmp_path):
-    for number, where in ((0, "one"), (2, "two")):
-        torchrun(number, *distil(where))
+def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(call, torchrun, start, distil, tmp_path):
+    call(*distil("one"))
+    torchrun(2, *distil("two"))
     one, two = tensors_of(tmp_path, "one"), tensors_of(tmp_path, "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=name)
@@ -173,17 +173,18 @@ def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(torch
         assert torch.equal(tensor, two[name]), name
 
 
-def test_networks_of_an_evaluation_are_dealt_out(torchrun, toy, toy_experts, tmp_path):
-    arguments = [*toy.evaluate, "--num_eval=3", "--ipc=2", "--pick=herding", f"--buffer_path={toy_experts}"]
-    for number in (0, 2):
-        torchrun(number, "distill/baseline.py", *arguments, f"--json={tmp_path / str(number)}.json")
-    scores = [json.loads((tmp_path / f"{number}.json").read_text())["scores"] for number in (0, 2)]
+def test_networks_of_an_evaluation_are_dealt_out(call, torchrun, toy, toy_experts, tmp_path):
+    arguments = ["distill/baseline.py", *toy.evaluate, "--num_eval=3", "--ipc=2", "--pick=herding",
+                 f"--buffer_path={toy_experts}"]
+    call(*arguments, f"--json={tmp_path / 'one.json'}")
+    torchrun(2, *arguments, f"--json={tmp_path / 'two.json'}")
+    scores = [json.loads((tmp_path / name).read_text())["scores"] for name in ("one.json", "two.json")]
     assert scores[0] == scores[1] and len(scores[0][0]["accuracies"]) == 3
 
 
-def test_an_evaluation_goes_on_after_a_killed_rank(torchrun, start, toy, tmp_path):
+def test_an_evaluation_goes_on_after_a_killed_rank(call, torchrun, start, toy, tmp_path):
     arguments = ["distill/baseline.py", *toy.common, "--ipc=2", "--num_eval=5", "--epoch_eval_train=600"]
-    torchrun(0, *arguments, f"--json={tmp_path / 'one.json'}")
+    call(*arguments, f"--json={tmp_path / 'one.json'}")
     kill_a_rank(start(2, *arguments, f"--json={tmp_path / 'two.json'}"), tmp_path, "two.json.unfinished*")
     out, _ = torchrun(2, *arguments, f"--json={tmp_path / 'two.json'}")
     one, two = (json.loads((tmp_path / name).read_text())["scores"] for name in ("one.json", "two.json"))
