@@ -122,10 +122,10 @@ class BufferConfig(DataConfig):
     decay: bool = option(METHOD, False, "learning rate decay", effect=False)
     pad: bool = option(METHOD, False, "PAD: from easy to hard images, as the options below say")
     init_ratio: Annotated[float, Field(gt=0, le=1)] = option(
-        METHOD, 0.75, "PAD: share of each class's easiest images in the first epoch", effect="pad")
+        METHOD, 0.75, "PAD: share of each class, its easiest images, that the first epoch uses", effect="pad")
     add_end_epoch: Index = option(METHOD, 20, "PAD: epoch from which all images are used", effect="pad")
     rm_epoch_first: Index = option(METHOD, 40, "PAD: epoch from which the easiest are left out", effect="pad")
-    rm_epoch_second: Index = option(METHOD, 60, "PAD: epoch from which more of them are", effect="pad")
+    rm_epoch_second: Index = option(METHOD, 60, "PAD: epoch from which more of the easiest are left out", effect="pad")
     rm_easy_ratio_first: Fraction = option(METHOD, 0.1, "PAD: share left out from rm_epoch_first", effect="pad")
     rm_easy_ratio_second: Fraction = option(METHOD, 0.2, "PAD: share left out from rm_epoch_second", effect="pad")
     micro_batch: Count | None = MICRO_BATCH
@@ -148,7 +148,7 @@ class TrainConfig(DataConfig):
     factor: Count = option(METHOD, 1, "a stored image holds factor² smaller ones in a grid, each with its label, "
                            "stretched to full size in use (IDC); evaluation.py: for a set that does not record it")
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
-    parall_eva: bool = option(SPEED, False, "a rank for each GPU", decides=False)
+    parall_eva: bool = option(SPEED, False, "start one process per GPU", decides=False)
 
 
 @config_class
@@ -213,7 +213,7 @@ class DistillConfig(TrainConfig):
     resume: Literal["auto", "never"] = RESUME
     run_name: FolderName | None = option(FILES, None, "name of the run's folder; unset: made from the config",
                                          decides=False)
-    force_save: bool = option(FILES, False, "wandb pictures from ipc 50 on too", decides=False)
+    force_save: bool = option(FILES, False, "send wandb pictures at ipc 50 and above, too", decides=False)
     record_loss: bool = option(FILES, False, "record the loss; metrics.jsonl always does", effect=False)
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
         FILES, "auto", "Weights & Biases; auto: as its own settings say, but not online without an account",
@@ -274,8 +274,8 @@ class EvaluationConfig(TrainConfig):
     hard_labels: bool = option(METHOD, False, "train on the images' classes instead of their soft labels")
     robust_score: bool = option(EVALUATION, False, "also compute DD-Ranking's scores (21 × num_eval trainings of each "
                                 "kind of network)")
-    epoch_eval_real: Count = option(EVALUATION, 50, "robust_score: epochs on the whole training set; as many as an "
-                                    "expert's, since as many as the set's would take days", effect="robust_score")
+    epoch_eval_real: Count = option(EVALUATION, 50, "robust_score: epochs on the whole training set; the default is an "
+                                    "expert's, as the set's would take days", effect="robust_score")
     buffer_path: FolderPath = option(FILES, "../buffer_storage/", "robust_score: folder of the experts that label the "
                                      "random images", effect="robust_score")
     json: FilePath = option(FILES, "", "write the result to this file", decides=False, writes="json:what")
