@@ -23,7 +23,8 @@ from utils.program.seeds import generator, seeded
 
 NETWORKS = 10  # number of networks over which GraNd is averaged
 EPOCHS = 5  # epochs of plain SGD before GraNd is measured
-AT_ONCE = 64  # images whose gradients, of P numbers each, are held at a time
+HELD = 1 << 25  # numbers in the gradients that are held at a time, each image having P of them
+MOST_AT_ONCE = 64  # images
 
 
 def epoch_share(epoch: int, config: BufferConfig) -> tuple[float, float]:
@@ -98,8 +99,8 @@ def _grand_of_one(config: BufferConfig, dataset: Dataset, number: int) -> Tensor
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(functional_call(network, parameters, (x[None],)), y[None])
 
-    norms = []
-    for x, y in zip(dataset.train_images.split(AT_ONCE), dataset.train_labels.split(AT_ONCE)):
+    norms, at_once = [], max(1, min(MOST_AT_ONCE, HELD // sum(map(Tensor.numel, parameters.values()))))
+    for x, y in zip(dataset.train_images.split(at_once), dataset.train_labels.split(at_once)):
         gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
         norms.append(sum(gradient.flatten(1).square().sum(dim=1) for gradient in gradients.values()).sqrt())
     return torch.cat(norms).cpu()

@@ -32,7 +32,7 @@ from utils.config import BufferConfig, influential
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.derivatives.engine import describe_engine
-from utils.errors import UserError, note, number_of, wrapped
+from utils.errors import UserError, note, number_of, some_of, wrapped
 from utils.memory import available
 from utils.parameters import FlatModel
 from utils.program import interrupt, ranks, threads
@@ -141,7 +141,8 @@ class ExpertRun:
 
     `unfinished/run.yaml` holds the run's options and the number of its first expert, `unfinished/expert_{n}/` the
     epochs of expert n. A run that was stopped or killed resumes from there. Constructed on the first rank, it writes
-    that file, and discards what another run left if it does not resume it.
+    that file, and discards what another run left if it does not resume it. Experts below `written` are in files, those
+    below `_judged` have been reported.
 
     Raises:
         UserError: the folder holds experts or an unfinished run of other options or images, or there is no room.
@@ -220,7 +221,8 @@ class ExpertRun:
         disk, memory = shutil.disk_usage(self.folder).free, available()
         # The epochs of a file's experts, with their momenta, stay on the disk until the file is written.
         there = sum(path.stat().st_size for path in self.unfinished.rglob("*") if path.is_file())
-        needed = expert * (left + at_once * (2 if config.mom else 1)) - there
+        unwritten = min(config.save_interval + ranks.size() - 1, left)  # files are written in order
+        needed = expert * (left + unwritten * (2 if config.mom else 1)) - there
         if needed > disk:
             raise UserError(f"{experts_in_words(left, config.train_epochs)} need {needed / 1e9:.2g} GB on the disk of "
                             f"{self.folder}, which has {disk / 1e9:.2g} GB free; give a smaller --num_experts or "
@@ -236,7 +238,7 @@ class ExpertRun:
                  f"{experts_in_words(config.num_experts, config.train_epochs)}: {config.model} on "
                  f"{config.dataset} ({number_of(images, 'image')}) · {shown(self.folder)}")
         if self.resumes:
-            say(config, f"going on with an unfinished run (epochs done: {self.epochs_done} of "
+            say(config, f"resuming an unfinished run (epochs done: {self.epochs_done} of "
                         f"{config.num_experts * config.train_epochs})")
             if self.last_on[0] and self.last_on != (self.on, self.engine):
                 note(f"it was last on {', '.join(self.last_on)}, and is on {self.on}, {self.engine} now; what follows "
@@ -246,8 +248,8 @@ class ExpertRun:
                         "others")
             known = {saved.get("train_epochs", config.train_epochs) for saved in manifests_of(self.folder).values()}
             if other := sorted(known - {config.train_epochs}):
-                note(f"there are some of {' and '.join(map(str, other))} epochs, and these have "
-                     f"{config.train_epochs}; a distillation can use all only as far as the shortest reach")
+                note(f"there are some of {' and '.join(map(str, other))} epochs, and these have {config.train_epochs}; "
+                     "a distillation that uses all of them can only go up to the shortest ones' last epoch")
 
     @property
     def end_number(self) -> int:
@@ -304,7 +306,7 @@ class ExpertRun:
             self._at_chance = 0 if self._learned(reached.train_accuracy) else self._at_chance + 1
             if self._at_chance:
                 note(f"expert {self._judged} did not learn: {100 * reached.train_accuracy:.1f} % of the training "
-                     f"images right, guessing {100 / self.dataset.num_classes:.1f} %")
+                     f"images right (guessing gives {100 / self.dataset.num_classes:.1f} %)")
             self._judged += 1
             if self._at_chance == MOST_AT_CHANCE:
                 rho = f", a smaller --rho_max (now {self.config.rho_max:g})" if self.config.rho_max else ""
@@ -391,6 +393,6 @@ def _say_where(run: ExpertRun) -> None:
     config, folder = run.config, run.folder
     trained = experts_in_words(config.num_experts, config.train_epochs)
     print(wrapped(f"trained {trained}; {shown(folder)} holds {run.written} in "
-                  f"{', '.join(path.name for path in expert_files(folder))}"))
-    say_next(config, "next, to have settings measured that fit them, and the command that distils them:",
+                  f"{some_of([path.name for path in expert_files(folder)])}"))
+    say_next(config, "next, to measure which settings fit them and get the command that distils them:",
              command("scripts/inspect_buffer.py", {"suggest": True, "ipc": 1}, argument=folder))

@@ -58,7 +58,7 @@ class SavedEpochs:
 
     def __getitem__(self, epoch: int) -> dict[str, Any]:
         return files.load(self._path(epoch), "file of an unfinished expert", mmap=True,
-                          advice="delete it, and training goes on from the epoch before")
+                          advice="delete it, and training resumes from the epoch before")
 
     def save(self, epoch: int, theta: Tensor, velocity: Tensor | None, model: FlatModel,
              reached: Epoch | None) -> None:
@@ -169,6 +169,7 @@ def _restore(saved: SavedEpochs, theta: Tensor, velocity: Tensor | None, model: 
 
 
 def work_of(config: BufferConfig, dataset: Dataset) -> Work:
-    """The work of one expert, not of all: it selects the engine, and the number of experts must not change results."""
+    """The work of one expert: it selects the engine, which must not depend on how many experts are trained (the number
+    of threads may)."""
     passes = 2 if config.rho_max else 1
     return Work(gradients=passes * len(dataset.train_labels) * config.train_epochs)

@@ -183,7 +183,7 @@ def check_same_run(folder: Path, config: BufferConfig, more: dict[str, Any] | No
     """Refuses to resume the folder's unfinished run with other options, or with other values of `more`."""
     if run := resumed_run(folder, config):
         if different := differences(run, identity(config) | (more or {})):
-            raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to go on with "
+            raise UserError(f"{folder} holds an unfinished run of other options: {different}; give those to resume "
                             "it, --resume never to discard it, or another --buffer_path")
 
 
@@ -230,19 +230,14 @@ def experts_in_words(experts: int, epochs: int) -> str:
 
 def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]:
     """The SHA-256 of each file, by its name."""
-    one_at_a_time, stopped = threading.Lock(), threading.Event()
+    one_at_a_time = threading.Lock()
     with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
           ThreadPoolExecutor(ranks.cores()) as pool):  # hashing releases the GIL
         def report(size: int) -> None:
-            if stopped.is_set():
-                raise InterruptedError
             with one_at_a_time:
                 advance(size)
 
-        try:
-            return dict(zip([path.name for path in paths], pool.map(partial(files.sha256, report=report), paths)))
-        finally:  # the pool waits for its threads, also when a signal ends this
-            stopped.set()
+        return dict(zip([path.name for path in paths], pool.map(partial(files.sha256, report=report), paths)))
 
 
 def is_as_written(path: Path, checksum: str) -> bool:

@@ -110,29 +110,29 @@ def few_images(config: DistillConfig, dataset: Dataset) -> list[str]:
             f"{100 / images:.1f} points; accuracies that differ by a few images do not tell which set is better"]
 
 
-def check_resumable(config: DistillConfig, saved: dict[str, Any] | None, data: dict[str, str],
+def check_resumable(config: DistillConfig, saved: dict[str, Any] | None, checksums: dict[str, str],
                     folder: RunFolder) -> None:
     """Refuses to resume a run that was started with other data, is past the requested iteration, or is finished and
     has lost its checkpoint.
 
     Args:
         saved: the run's saved state; None: there is none.
-        data: checksums of everything the run reads, by name.
+        checksums: of everything the run reads, by name.
     """
     if (folder.finished or folder.extends) and saved is None:
         run, whole = shown(folder.path), folder.path / NORMAL / WHOLE
         start = shown(whole) if whole.exists() else f"what evaluation.py --data_dir {run} --save FILE writes"
-        raise UserError(f"{run} holds a finished run, which cannot go on to --Iteration {config.Iteration} without its "
-                        f"checkpoint.pt; give another --run_name and --pix_init {start}")
+        raise UserError(f"{run} holds a finished run, which cannot be extended to --Iteration {config.Iteration} "
+                        f"without its checkpoint.pt; give another --run_name and --pix_init {start}")
     if saved is None:
         return
     before = saved["data"]
-    different = [f"{name} ({'new' if name not in before else 'missing' if name not in data else 'changed'})"
-                 for name in sorted({**before, **data}) if before.get(name) != data.get(name)]
+    different = [f"{name} ({'new' if name not in before else 'missing' if name not in checksums else 'changed'})"
+                 for name in sorted({**before, **checksums}) if before.get(name) != checksums.get(name)]
     if different:
         raise UserError(f"{shown(folder.path)} was begun with other data: {', '.join(different)}; restore what it had"
-                        f"{', move away what is new,' if data.keys() - before.keys() else ','} or "
-                        f"{folder.to_begin_anew}")
+                        f"{', move away what is new,' if checksums.keys() - before.keys() else ','} or "
+                        f"{folder.to_start_over}")
     if saved["iteration"] > config.Iteration:
         raise UserError(f"--Iteration {config.Iteration}: {shown(folder.path)} is at iteration {saved['iteration']} "
                         "already; give at least that")

@@ -30,7 +30,7 @@ from distill.result_files import (
 )
 from distill.run_folder import STATE, RunFolder, data_id
 from distill.run_state import Candidate, DistillView, RunState, best_of
-from distill.set_files import PUBLISHED, WHOLE
+from distill.set_files import WHOLE
 from utils.config import STARTS, DistillConfig, as_dict, influential
 from utils.data.datasets import Dataset
 from utils.errors import UserError, note, number_of, wrapped
@@ -58,8 +58,9 @@ def conclude(run: RunState) -> None:
 
     # Write the best sets again: a run that was killed after writing one but before saving its state may have chosen
     # another after it was resumed.
-    for name in run.best:
-        save_best(config, dataset, folder.path, run.best, name)
+    for name, best in run.best.items():
+        best.set.save(folder.path / name, "best", dataset)
+        best.set.save_whole(folder.path / name / WHOLE, dataset, influential(config))
 
     # The pictures and page drawn during the run are out of date.
     for name in (*SHOWN, PICTURES):
@@ -76,7 +77,7 @@ def conclude(run: RunState) -> None:
     skipped, held = run.distillation.skipped, run.distillation.held
     RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
               FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device) | run.on,
-              data_id(run.data)).write(folder.result)
+              data_id(run.checksums)).write(folder.result)
     run.tracker.finish()
     _save_pictures(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
     show(read_run(folder.path))
@@ -91,66 +92,48 @@ def conclude(run: RunState) -> None:
         note(f"every update was skipped: {advice}")
     elif skipped > MANY_SKIPPED * config.Iteration:
         note(f"{skipped} of {number_of(config.Iteration, 'update')} were skipped, as their matching loss was above "
-             f"--threshold {config.threshold:g} or not finite; a smaller --lr_img or --lr_teacher, or a window "
-             "that starts earlier, may learn more")
+             f"--threshold {config.threshold:g} or not finite; a smaller --lr_img"
+             f"{' or --lr_teacher' * (config.pix_init in STARTS)}, or a window that starts earlier, may learn more")
     if learned and run.best[better_of(run.best)].iteration == 0:
-        note(f"the best set is the one that the run began with; none on its way was better on the {tested} images")
+        note(f"the best set is the initial one: no later set scored better on the {tested} images")
     print(wrapped(summary))
     _say_where(config, folder.path, run.best, better_of(run.best))
 
 
 def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder,
-                 data: dict[str, str]) -> None:
-    """Says that the run is already finished, after restoring best sets, pictures and page that are missing.
+                 checksums: dict[str, str]) -> None:
+    """Says that the run is already finished, after making pictures and page if they are missing.
 
     Args:
-        data: checksums of everything that a run of these options reads.
+        checksums: of everything that a run of these options reads.
 
     Raises:
         UserError: the run was made of other data.
     """
     result, where = RunResult.read(folder.result), shown(folder.path)
-    if result.data not in (None, data_id(data)):
+    if result.data not in (None, data_id(checksums)):
         raise UserError(f"{where} is finished, and was made of other images, experts or a different set to start from; "
                         "restore what it had, or give another --run_name")
-    _restore(config, dataset, buffer, folder, result.versions)
+    _restore(config, dataset, buffer, folder)
     goes_on = config.resume == "auto" and (folder.path / STATE).exists()
-    more = "a larger --Iteration to go on with it, or " if goes_on else ""
+    more = "a larger --Iteration to extend it, or " if goes_on else ""
     did = number_of(*folder.did, "iteration")
     print(wrapped(f"{where} is finished, after {did} ({result.summary}); give {more}another --run_name to run it "
                   "again"))
 
 
-def _restore(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder, versions: list[str]) -> None:
-    """Makes what is missing of a finished run: its pictures and page from the folder's files; its best sets, and the
-    data for the pictures, from the checkpoint."""
-    path, state = folder.path, None
-    lost = [f"{name}/{file}" for name in versions for file in (WHOLE, *PUBLISHED)
-            if not (path / name / file).exists()]
-    unseen = missing(path)
-    if needed := lost + [PICTURES] * (PICTURES in unseen):
-        try:
-            state, why = folder.saved_state, f"there is no {STATE}"
-        except UserError as error:
-            why = str(error)
-        if state is None:
-            note(f"{shown(path)} has no {' and no '.join(needed)}, which cannot be made again: {why}")
-    with noting_failure(path, ", ".join(dict.fromkeys([*needed, *unseen]))):
-        if state:
-            best = best_of(state, dataset.device)
-            for name in best.keys() & {each.split("/")[0] for each in lost}:
-                save_best(config, dataset, path, best, name)
-            if PICTURES in unseen:
+def _restore(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder) -> None:
+    """Makes a finished run's missing pictures and page; what the pictures need is in the checkpoint."""
+    path = folder.path
+    if PICTURES in missing(path):
+        with noting_failure(path, PICTURES):
+            if state := folder.saved_state:
                 start = DistilledSet(**state["start"]).to(dataset.device)
-                _save_pictures(config, dataset, buffer, path, start, best, Frames(**state["frames"]))
-        if unseen:
-            show(read_run(path), missing(path))
-
-
-def save_best(config: DistillConfig, dataset: Dataset, path: Path, best: dict[str, Candidate], name: str) -> None:
-    """Writes the best set of this version, as the published files and as one self-describing file."""
-    best[name].set.save(path / name, "best", dataset)
-    best[name].set.save_whole(path / name / WHOLE, dataset, influential(config))
+                _save_pictures(config, dataset, buffer, path, start, best_of(state, dataset.device),
+                               Frames(**state["frames"]))
+    if unseen := missing(path):
+        with noting_failure(path, ", ".join(unseen)):
+            show(read_run(path), unseen)
 
 
 def show_so_far(run: RunState, view: DistillView) -> None:
@@ -183,8 +166,8 @@ def _say_where(config: DistillConfig, path: Path, versions: Iterable[str], best:
     for name in versions:
         say(config, f"  {f'{name}/{WHOLE}':<29} the best set{' of averaged images' * (name == EMA)}; beside it as "
                     "images_best.pt, …")
-    say(config, f"  {', '.join([IMAGES_PNG, ANIMATION, CURVES, METRICS])}, config.yaml, {RESULT}; {STATE}, to go on "
-                "from")
+    say(config, f"  {', '.join([IMAGES_PNG, ANIMATION, CURVES, METRICS])}, config.yaml, {RESULT}; {STATE}, to "
+                "resume from")
     whole = path / best / WHOLE
     options = evaluation(influential(config), path) | commands.device_given(config.device)
     commands.say_next(config, "next, to test the set on fresh networks, and to have its images as PNG files:",

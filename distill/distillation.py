@@ -19,7 +19,7 @@ from distill.matching import Match, Part, deep_part, far_part, match_trajectory,
 from distill.result_files import EMA, NORMAL, Iteration
 from distill.schedule import start_epoch_bound
 from distill.shared_model import SharedModel
-from utils.config import DistillConfig
+from utils.config import STARTS, DistillConfig
 from utils.data import augment
 from utils.data.datasets import Dataset
 from utils.data.tiles import cut_adjoint
@@ -125,7 +125,8 @@ class Distillation:
                             generator(config.seed, "iteration", iteration))
 
     def match(self, segment: Segment) -> Match:
-        """The matching loss of the segment and its gradients with respect to images, labels and α."""
+        """The matching loss of the segment and its gradients with respect to images, labels and α. With `labels:
+        target` it first replaces the set's labels by those of this segment's target expert."""
         theta_start, theta_target = self._ends(segment)
         samples = self.set.samples()
         if self.config.labels == "target":
@@ -165,8 +166,8 @@ class Distillation:
         if self.lost_in_a_row == MOST_LOST:
             raise UserError(f"the matching loss was not finite {MOST_LOST} times in a row, the last time at iteration "
                             f"{iteration}, start epoch {segment.start_epoch}, α {lr:g}; lower --lr_img (now "
-                            f"{config.lr_img:g}), --lr_y (now {config.lr_y:g}), --lr_lr (now {config.lr_lr:g}) or "
-                            "--lr_teacher")
+                            f"{config.lr_img:g}), --lr_y (now {config.lr_y:g}) or --lr_lr (now {config.lr_lr:g})"
+                            + ", or --lr_teacher" * (config.pix_init in STARTS))
         if self.held_in_a_row == MOST_HELD:
             raise UserError(f"the learning rate α would have left the positive numbers {MOST_HELD} times in a row, the "
                             f"last time at iteration {iteration}; lower --lr_lr (now {config.lr_lr:g})"

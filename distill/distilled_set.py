@@ -146,7 +146,7 @@ class DistilledSet(torch.utils.data.Dataset):
 
     @property
     def images_sha256(self) -> str:
-        """A checksum of the images, by which the results of a set know it."""
+        """A checksum of the images, kept in results to say which set they are of."""
         return hashlib.sha256(self.images.cpu().contiguous().numpy()).hexdigest()
 
     @classmethod

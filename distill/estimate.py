@@ -45,19 +45,19 @@ CALLS, LONG = 3, 10.0  # of which the median is taken; after this many seconds n
 LR = 0.01  # any value; the time does not depend on it
 
 
-def dry_run(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer, data: dict[str, str],
+def dry_run(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer, checksums: dict[str, str],
             path: Path) -> None:
     """Prints an estimate of time and memory and the settings that fit the experts; writes nothing.
 
     Args:
-        data, path: checksums of everything a run would read, and its folder.
+        checksums, path: of everything a run would read, and its folder.
 
     Raises:
         UserError: the run would be refused.
     """
     folder, saved = RunFolder(path, config), None
     if not folder.is_done:
-        saved = saved_state(config, data, folder)
+        saved = saved_state(config, checksums, folder)
         folder.check(saved)
     settle_threads(config, dataset, buffer, saved)
     checks.check_memory(config, dataset, buffer.model)
@@ -65,7 +65,8 @@ def dry_run(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: 
     say(config, "which settings fit the experts (Ctrl-C, if the estimate is enough):")
     print(suggest.suggestion(config, dataset, buffer, labellers))
     print("\nnothing was distilled; " + (f"{shown(path)} is finished already" if folder.is_done else
-          "leave --dry_run out to begin, and add what is proposed if you want it"))
+          "leave --dry_run out to resume" if saved else
+          "leave --dry_run out to start, and add what is proposed if you want it"))
 
 
 def _report(config: DistillConfig, dataset: Dataset, model: FlatModel) -> None:

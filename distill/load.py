@@ -98,12 +98,12 @@ def settle_threads(config: DistillConfig, dataset: Dataset, buffer: Buffer, save
         buffer.model = student_of(config, dataset)
 
 
-def saved_state(config: DistillConfig, data: dict[str, str], folder: RunFolder) -> dict[str, Any] | None:
+def saved_state(config: DistillConfig, checksums: dict[str, str], folder: RunFolder) -> dict[str, Any] | None:
     """The checkpoint to resume from; None for a new run.
 
     Raises:
         UserError: it is damaged, or was made with other data.
     """
     saved = ranks.from_first_rank(lambda: folder.saved_state if config.resume == "auto" else None)
-    checks.check_resumable(config, saved, data, folder)
+    checks.check_resumable(config, saved, checksums, folder)
     return saved

@@ -32,12 +32,12 @@ def distill(config: DistillConfig) -> None:
 
     # Identify the run by its options and the checksums of everything it reads.
     labellers = labellers_of(config, dataset, buffer)
-    data = ranks.from_first_rank(lambda: data_checksums(config, dataset, buffer, labellers))
+    checksums = ranks.from_first_rank(lambda: data_checksums(config, dataset, buffer, labellers))
 
     # A dry run ends here, with an estimate of time and memory and the settings that fit the experts.
-    path = run_folder(config, data)
+    path = run_folder(config, checksums)
     if config.dry_run:
-        estimate.dry_run(config, dataset, buffer, labellers, data, path)
+        estimate.dry_run(config, dataset, buffer, labellers, checksums, path)
         return
 
     # Lock the run's folder.
@@ -46,30 +46,30 @@ def distill(config: DistillConfig) -> None:
 
         # A finished run is not repeated; if its pictures or page are missing, they are made.
         if folder.is_done:
-            ranks.from_first_rank(lambda: say_finished(config, dataset, buffer, folder, data))
+            ranks.from_first_rank(lambda: say_finished(config, dataset, buffer, folder, checksums))
             return
 
         # Refuse what cannot fit in memory.
         checks.check_memory(config, dataset, buffer.model)
 
         # Distil, from the start or from the checkpoint.
-        run = begin_or_go_on(config, dataset, buffer, labellers, data, folder)
+        run = start_or_resume(config, dataset, buffer, labellers, checksums, folder)
         with interrupt.deferred():
             iterate(run)
         conclude(run)
 
 
-def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer, data: dict[str, str],
-                   folder: RunFolder) -> RunState:
+def start_or_resume(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer,
+                    checksums: dict[str, str], folder: RunFolder) -> RunState:
     """The distillation in its folder, at its first iteration or where it was saved.
 
     Args:
-        data: checksums of everything the run reads.
+        checksums: of everything the run reads.
 
     Raises:
         UserError: the checkpoint is damaged, or was made with other data.
     """
-    saved = saved_state(config, data, folder)
+    saved = saved_state(config, checksums, folder)
     if saved is None and ranks.first():
         checks.note_others(config, folder)
     settle_threads(config, dataset, buffer, saved)
@@ -99,7 +99,7 @@ def begin_or_go_on(config: DistillConfig, dataset: Dataset, buffer: Buffer, labe
 
     # The state, new or as it was saved.
     distillation = Distillation(config, dataset, buffer, start)
-    run = RunState(config, dataset, distillation, start, notes, data, folder)
+    run = RunState(config, dataset, distillation, start, notes, checksums, folder)
     if saved:
         run.restore(saved)
     run.track(saved)

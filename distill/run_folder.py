@@ -29,24 +29,24 @@ SAVE_SECONDS = 1.0  # minimum between two saves of a run's state
 SAVE_SHARE = 0.005  # maximum share of a run's time that saving takes
 
 
-def run_folder(config: DistillConfig, data: dict[str, str]) -> Path:
+def run_folder(config: DistillConfig, checksums: dict[str, str]) -> Path:
     """`logged_files/<dataset>/<ipc>/<model>/<run name>`, as published; the default name is derived from the config and
     the checksums of the data."""
-    name = config.run_name or f"{config.matching}_seed{config.seed}_{run_id(config, data)}"
+    name = config.run_name or f"{config.matching}_seed{config.seed}_{run_id(config, checksums)}"
     return Path(config.log_path) / config.dataset / str(config.ipc) / config.model / name
 
 
-def run_id(config: DistillConfig, data: dict[str, str]) -> str:
-    """A short name of a run, derived from the checksums of its data and the options that differ from the defaults: one
-    that is added later, at its default, leaves the names as they are. (If a default changes, a run of the same name is
+def run_id(config: DistillConfig, checksums: dict[str, str]) -> str:
+    """A short name of a run, derived from the checksums of its data and the options that differ from the defaults, so
+    that an option added later does not rename existing runs. (If a default changes, a run of the same name is
     refused.)"""
-    text = json.dumps([changed(identity(config), DistillConfig), data], sort_keys=True)
+    text = json.dumps([changed(identity(config), DistillConfig), checksums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def data_id(data: dict[str, str]) -> str:
-    """A hash of the checksums of a run's data, by which its result knows them."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+def data_id(checksums: dict[str, str]) -> str:
+    """A hash of the checksums of a run's data, kept in its result."""
+    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class RunFolder:
@@ -86,8 +86,8 @@ class RunFolder:
             raise UserError(f"{self.path} holds a finished run that is being extended, which --resume never would "
                             "discard; leave that out, or give another --run_name")
         if different and (finished or not discards):
-            advice = "another --run_name" if finished else "those to go on with it, or another --run_name" if extends \
-                else "those to go on with it, another --run_name, or --resume never to discard it"
+            advice = "another --run_name" if finished else "those to resume it, or another --run_name" if extends \
+                else "those to resume it, another --run_name, or --resume never to discard it"
             raise UserError(f"{self.path} holds a {'finished ' * finished}run of other options: {different}; give "
                             f"{advice}")
         more = any(value > before[name] for name, value in how_much(config).items())
@@ -121,13 +121,13 @@ class RunFolder:
         """
         if not self._state.exists():
             return None
-        state = files.load(self._state, "checkpoint", advice=self.to_begin_anew)
+        state = files.load(self._state, "checkpoint", advice=self.to_start_over)
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-            raise UserError(f"{self._state} is not a checkpoint of this version ({STATE_FORMAT}); {self.to_begin_anew}")
+            raise UserError(f"{self._state} is not a checkpoint of this version ({STATE_FORMAT}); {self.to_start_over}")
         return state
 
     @property
-    def to_begin_anew(self) -> str:
+    def to_start_over(self) -> str:
         """Advice where a run cannot resume; a finished run is never discarded."""
         return f"give another --run_name{'' if self.finished or self.extends else ', or --resume never to start over'}"
 
@@ -145,7 +145,7 @@ class RunFolder:
             return
         if saved and not (self.log.exists() and self.log.stat().st_size >= saved[LOG_BYTES]):
             raise UserError(f"{self.log} is gone, or shorter than when the run was last saved; put it back, or "
-                            f"{self.to_begin_anew}")
+                            f"{self.to_start_over}")
         if not (self.path / "config.yaml").exists():
             there = self._there(*MADE, *SHOWS, self.log.name, self.result.name)
             others = [str(path.relative_to(self.path)) for path in there]

@@ -48,13 +48,13 @@ class RunState:
     Args:
         start: the initial set.
         notes: notes for the user on the initial set.
-        data: checksums of everything that the run reads.
+        checksums: of everything that the run reads.
     """
 
     def __init__(self, config: DistillConfig, dataset: Dataset, distillation: Distillation, start: DistilledSet,
-                 notes: list[str], data: dict[str, str], folder: RunFolder):
+                 notes: list[str], checksums: dict[str, str], folder: RunFolder):
         self.config, self.dataset, self.distillation = config, dataset, distillation
-        self.start, self.notes, self.data, self.folder = start, notes, data, folder
+        self.start, self.notes, self.checksums, self.folder = start, notes, checksums, folder
         self.iteration = 0
         self.evaluated = False  # whether this iteration's evaluation is done
         self.best: dict[str, Candidate] = {}
@@ -82,7 +82,7 @@ class RunState:
                        "scores": [[score.network, score.accuracies, score.confusion] for score in candidate.scores]}
                 for name, candidate in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
-                "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.data,
+                "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.checksums,
                 "derivatives": self.distillation.buffer.model.state(), "environment": self.on,
                 "threads": torch.get_num_threads(),
                 "distillation": self.distillation.state(), "tracker": self.tracker.state(),
@@ -99,7 +99,7 @@ class RunState:
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
         self.best, self.frames = best_of(state, device), Frames(**state["frames"])
         self.distillation.restore(state["distillation"])
-        say(self.config, f"going on at iteration {self.iteration}, where the run was saved")
+        say(self.config, f"resuming at iteration {self.iteration}, where the run was saved")
         last = {name: where.split(THEN)[-1] for name, where in state["environment"].items()}
         if (state["engine"], last) != (self.engine, self.on):
             note(f"it was last on {state['engine']} on {', '.join(last.values())}; what follows may be rounded "

@@ -211,7 +211,7 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> dict[str, 
     from buffer.trajectories import load_experts  # imports torch, which takes seconds
     from utils.program.progress import Progress
 
-    started, paths = unfinished_run(folder), expert_files(folder)  # not before: a run may go on meanwhile
+    started, paths = unfinished_run(folder), expert_files(folder)  # not before: a run may be going on
     other_paths = expert_files(beside) if beside else []
     files, other_files = ([(path, load_experts(path)) for path in each] for each in (paths, other_paths))
     others = [expert for _, experts in other_files for expert in experts]

@@ -19,7 +19,7 @@ run=$out/logged_files/MiniFashion/1/ConvNetW32/quickstart
 distilled=$run/Normal/distilled.safetensors  # the best set, which the run's pictures and page show too
 data="--dataset=MiniFashion --model=ConvNetW32 --zca"
 mkdir -p "$out"
-export DATM_PART_OF=quickstart.sh  # this script, not the command that was stopped, says how to go on
+export DATM_PART_OF=quickstart.sh  # this script, not the command that was stopped, says how to resume
 
 # step MADE RESULT OF COMMAND…: runs it, unless the same command made RESULT and none of the files OF is newer. MADE is
 # all that it makes, deleted before it is made again.
@@ -47,7 +47,7 @@ step() {
 
 ended() {  # ended STATUS: of a command that failed or, above 128, was stopped by a signal
     if [ "$1" -gt 128 ]; then
-        printf 'The quickstart goes on from what is there with: bash scripts/quickstart.sh\n' >&2
+        printf 'The quickstart resumes with: bash scripts/quickstart.sh\n' >&2
     fi
     exit "$1"
 }

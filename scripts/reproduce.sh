@@ -3,7 +3,7 @@
 #     bash scripts/reproduce.sh --small     # a laptop's CPU, a small network, some hours
 #     bash scripts/reproduce.sh --cpu       # a CPU, the published network, a day
 #     bash scripts/reproduce.sh             # a GPU, the published network
-# It goes on where it was stopped. --list prints the commands, and `python scripts/reproduce.py --help` says the rest.
+# It resumes where it was stopped. --list prints the commands, and `python scripts/reproduce.py --help` says the rest.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

@@ -252,7 +252,7 @@ def run_steps(steps: Sequence[Step], jobs: int, output: Path, ledger: Ledger, en
         raise StepsFailedError(
             (failed[0] if len(failed) == 1 else f"{len(failed)} commands failed, the first: {failed[0]}")
             + f"; commands not run, as they need what failed: {len(waiting)}" * bool(waiting)
-            + "; the same command goes on once that is mended")
+            + "; the same command resumes once that is fixed")
 
 
 def _start(step: Step, output: Path, environment: Mapping[str, str], lock: TextIO) -> tuple[subprocess.Popen, _Running]:

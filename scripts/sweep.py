@@ -206,8 +206,8 @@ def run_to_its_end(run: Run) -> bool:
     code = process.returncode
     if code not in (0, REFUSED):
         how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-        print(f"{Path(sys.argv[0]).name}: error: the run {run.name} {how}; the same command goes on once that is "
-              "mended", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: the run {run.name} {how}; the same command resumes once that is "
+              "fixed", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
     return code == 0
 

@@ -44,7 +44,7 @@ def final(folder, kind="Normal", iteration=2):
 
 
 @pytest.mark.parametrize("options", [[], ["--mom=0.5", "--micro_batch=5"], ["--model=ConvNetD1W4BN", "--dsa=False"]])
-def test_experts_are_those_of_the_cpu_and_go_on_to_the_bit(call, toy, tmp_path, options):
+def test_experts_are_those_of_the_cpu_and_resume_to_the_bit(call, toy, tmp_path, options):
     def train(where, *more, expect=0):
         call("buffer/buffer_FTD.py", *toy.train, "--num_experts=1", "--train_epochs=2", *options, *more,
              f"--buffer_path={tmp_path / where}", expect=expect)
@@ -90,13 +90,13 @@ def test_training_images_stay_on_the_host(distil, toy_data, monkeypatch):
 
 
 @pytest.mark.parametrize("function", ["distill.distillation.match_trajectory", "distill.run_state.evaluate"])
-def test_a_distillation_goes_on_to_the_bit(distil, function):
+def test_a_distillation_resumes_to_the_bit(distil, function):
     stateful = [GPU, "--ema", "--lr_param=log", "--lr_lr=1e-3", "--factor=2"]
     whole, _ = distil("whole", *stateful)
     with stop_at(function, 2):
         distil("parts", *stateful, expect=130)
     parts, done = distil("parts", *stateful)
-    assert "going on at iteration" in done.stdout
+    assert "resuming at iteration" in done.stdout
     assert tensors_in(whole) == tensors_in(parts)
 
 

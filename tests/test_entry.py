@@ -60,7 +60,7 @@ def test_a_folder_that_may_not_be_entered_is_one_line(ordinary_user, tmp_path, m
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_of_a_program_and_its_part_one_says_how_to_go_on(monkeypatch, capfd, part):
+def test_of_a_program_and_its_part_one_says_how_to_resume(monkeypatch, capfd, part):
     """As when scripts/sweep.py and the run it started are stopped together."""
     monkeypatch.setattr(sys, "argv", ["it.py", "--resume=never", "--ipc=1"])
     if part:
@@ -74,8 +74,8 @@ def test_of_a_program_and_its_part_one_says_how_to_go_on(monkeypatch, capfd, par
     with pytest.raises(SystemExit):
         entry(main)
     said = capfd.readouterr().err
-    assert "it.py: stopped by SIGINT; every file is whole" in said and part != ("saving; once more" in said)
-    assert part != said.endswith(". The same command goes on from its epochs: python it.py --ipc=1\n")
+    assert "it.py: stopped by SIGINT; every file is whole" in said and part != ("saving; send it again" in said)
+    assert part != said.endswith(". The same command resumes from its epochs: python it.py --ipc=1\n")
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, capsys):

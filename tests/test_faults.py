@@ -73,7 +73,7 @@ def test_a_damaged_epoch_of_an_unfinished_expert_names_the_way_out(call, toy, to
     epoch = folder / "unfinished" / "expert_1" / "epoch_2.pt"
     epoch.write_bytes(epoch.read_bytes()[:2000])
     said = call("buffer/buffer_FTD.py", *arguments, expect=2).stderr
-    assert "epoch_2.pt cannot be read" in said and "delete it, and training goes on from the epoch before" in said
+    assert "epoch_2.pt cannot be read" in said and "delete it, and training resumes from the epoch before" in said
     epoch.unlink()
     call("buffer/buffer_FTD.py", *arguments)
     name = "replay_buffer_0.pt"

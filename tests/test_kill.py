@@ -3,7 +3,7 @@
 import json
 
 
-def test_killed_programs_go_on_to_the_bit(run, tmp_path):
+def test_killed_programs_resume_to_the_bit(run, tmp_path):
     done = run("scripts/trials/kill_test.py", "--kills", 3, "--signals", 0, "--json", tmp_path / "kills.json")
     result = json.loads((tmp_path / "kills.json").read_text())
     assert result["kills"] == 3 and result["failures"] == [], done.stdout

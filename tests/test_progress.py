@@ -64,7 +64,7 @@ def test_what_is_to_be_expected_is_said_once_where_it_matters(clock, capsys, sec
         for _ in range(10):
             clock[0] += seconds
             bar.update()
-    assert re.findall(r"to be expected: about (.*) more, [\d.]+ GB of memory so far", capsys.readouterr().out) == said
+    assert re.findall(r"expect about (.*) more, [\d.]+ GB of memory so far", capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("skip", [True, False])

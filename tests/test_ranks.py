@@ -91,12 +91,12 @@ def test_experts_are_those_of_one_process(torchrun, toy, toy_experts, tmp_path, 
     assert re.findall(r"expert (\d): loss .*, train .*, test ", out) == ["0", "1", "2"]
 
 
-def test_experts_go_on_after_a_killed_rank(call, torchrun, start, toy, tmp_path):
+def test_experts_resume_after_a_killed_rank(call, torchrun, start, toy, tmp_path):
     arguments = ["buffer/buffer_FTD.py", *toy.train, "--train_epochs=60"]
     call(*arguments, f"--buffer_path={tmp_path / 'one'}")
     kill_a_rank(start(2, *arguments, f"--buffer_path={tmp_path / 'two'}"), tmp_path / "two", "epoch_2.pt")
     out, _ = torchrun(2, *arguments, f"--buffer_path={tmp_path / 'two'}")
-    assert "going on with an unfinished run" in out and tensors_in(tmp_path / "two") == tensors_in(tmp_path / "one")
+    assert "resuming an unfinished run" in out and tensors_in(tmp_path / "two") == tensors_in(tmp_path / "one")
 
 
 @pytest.mark.parametrize("number, trained, ranks_there, reached", [
@@ -159,7 +159,7 @@ def tensors_of(tmp_path, where):
     return {name: torch.load(folder / name) for name in names}
 
 
-def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(call, torchrun, start, distil, tmp_path):
+def test_a_distillation_equals_one_process_and_resumes_after_a_killed_rank(call, torchrun, start, distil, tmp_path):
     call(*distil("one"))
     torchrun(2, *distil("two"))
     one, two = tensors_of(tmp_path, "one"), tensors_of(tmp_path, "two")
@@ -168,7 +168,7 @@ def test_a_distillation_equals_one_process_and_goes_on_after_a_killed_rank(call,
 
     kill_a_rank(start(2, *distil("killed")), tmp_path / "killed", "metrics.jsonl", holding='"iteration": 5,')
     out, _ = torchrun(2, *distil("killed"))
-    assert "going on at iteration" in out and "iteration 0," not in out
+    assert "resuming at iteration" in out and "iteration 0," not in out
     for name, tensor in tensors_of(tmp_path, "killed").items():
         assert torch.equal(tensor, two[name]), name
 
@@ -182,7 +182,7 @@ def test_networks_of_an_evaluation_are_dealt_out(call, torchrun, toy, toy_expert
     assert scores[0] == scores[1] and len(scores[0][0]["accuracies"]) == 3
 
 
-def test_an_evaluation_goes_on_after_a_killed_rank(call, torchrun, start, toy, tmp_path):
+def test_an_evaluation_resumes_after_a_killed_rank(call, torchrun, start, toy, tmp_path):
     arguments = ["distill/baseline.py", *toy.common, "--ipc=2", "--num_eval=5", "--epoch_eval_train=600"]
     call(*arguments, f"--json={tmp_path / 'one.json'}")
     kill_a_rank(start(2, *arguments, f"--json={tmp_path / 'two.json'}"), tmp_path, "two.json.unfinished*")

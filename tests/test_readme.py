@@ -115,7 +115,7 @@ def test_the_quickstart_shows_one_set_that_was_not_chosen_on_test_images(quickst
     os.utime(tmp_path / "configs/MiniFashion/ConvIN/IPC1.yaml", (later + 9, later + 9))
     (tmp_path / "bin/python").write_text('#!/bin/sh\necho "$DATM_PART_OF" >&2\nexit 130\n')
     assert quickstart(130)[1].splitlines() == [
-        "quickstart.sh", "The quickstart goes on from what is there with: bash scripts/quickstart.sh"]
+        "quickstart.sh", "The quickstart resumes with: bash scripts/quickstart.sh"]
 
 
 def test_shell_scripts_explain_themselves_and_begin_nothing(tmp_path):

@@ -99,7 +99,7 @@ def test_what_the_experts_refuse(refused, options, phrases):
 def test_a_single_class_is_refused(refused, toy, tmp_path):
     for split in ("train", "test"):
         shutil.copytree(toy.data / split / "red", tmp_path / "one" / split / "red")
-    refused(BUFFER, [f"--data_path={tmp_path / 'one'}"], ["ImageFolder in", "only the class red", "need two at least"])
+    refused(BUFFER, [f"--data_path={tmp_path / 'one'}"], ["ImageFolder in", "only the class red", "need at least two"])
 
 
 @pytest.mark.parametrize("options, phrases", [

@@ -407,7 +407,7 @@ def of_many_classes(folder):
 def test_a_hundred_classes_stay_readable(runs):
     source = report.page(of_many_classes(runs[0]))
     page = check(source)
-    assert "Most frequent confusions: class number 12 taken for class number 98: 42 %." in source
+    assert "Most frequent confusions: class number 12 mistaken for class number 98: 42 %." in source
     assert "by 3 ConvNet networks" in source
     best = read_run(runs[0]).result.best.iteration
     for last, which in ((best, "that of the best set"), (best + 1, f"not that of the best set, iteration {best}")):
@@ -461,7 +461,8 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     page, side = report.page(read_run(copied)), comparison([read_run(copied), read_run(runs[1])])
     for kind, levels in kinds.items():
         assert f"{kind}: {np.mean(levels):.2f} %" in page
-        assert all(re.search(rf"As many {kind}, on test images<[^0-9]*{np.mean(levels):.2f}\D", source)
+        assert all(re.search(rf"The same number of {kind}, tested on test images<[^0-9]*{np.mean(levels):.2f}\D",
+                             source)
                    for source in (page, side))
     # A result with more networks of the same seed holds those again.
     both = reached("more", "--num_eval=2")
@@ -482,7 +483,8 @@ def test_real_images_are_compared_with_where_their_results_lie_in_the_folder(cal
     chosen = json.loads((copied / "result.json").read_text()) | {"chosen_on": "validation"}
     (copied / "result.json").write_text(json.dumps(chosen))
     page = report.page(read_run(copied))
-    assert "As many random real images, on test images<" in page and "; random real images: " not in page
+    assert "The same number of random real images, tested on test images<" in page
+    assert "; random real images: " not in page
     (copied / "result.json").write_text(json.dumps(chosen | {"chosen_on": "test"}))
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     # The dataset's own size counts as the same, given or not.

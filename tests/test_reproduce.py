@@ -107,7 +107,7 @@ def unpadded(path):
     return re.sub(" +", " ", path.read_text())
 
 
-def test_rows_stop_go_on_and_fill_the_tables(tiny, tmp_path):
+def test_rows_stop_resume_and_fill_the_tables(tiny, tmp_path):
     only = ("--jobs=2", "--only", "ipc1_window_*", "ipc2_exact")
     began = subprocess.Popen(**tiny(*only), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(lambda: list(tmp_path.glob("out/logged_files/**/metrics.jsonl")), began)  # a distillation has begun

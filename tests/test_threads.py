@@ -71,7 +71,7 @@ def test_an_unfinished_run_goes_on_with_the_threads_that_it_had(call, toy, toy_e
         if command[0] == DATM:  # the estimate is for the run that would be resumed
             assert "threads: " not in call(*command, "--dry_run").stdout
         done = call(*command)
-        assert "on cpu (1 thread)" in done.stdout and "threads: " not in done.stdout and "going on" in done.stdout
+        assert "on cpu (1 thread)" in done.stdout and "threads: " not in done.stdout and "resuming" in done.stdout
         assert "may be rounded differently" not in done.stderr
 
 
@@ -86,7 +86,7 @@ def test_a_result_says_all_that_a_run_was_on(call, toy, toy_experts, tmp_path):
         "cpu (2 threads), then cpu (1 thread)")
 
 
-def test_experts_that_go_on_with_other_threads_are_said_to_and_name_them(call, toy, tmp_path):
+def test_experts_that_resume_with_other_threads_are_said_to_and_name_them(call, toy, tmp_path):
     command = [EXPERTS, *toy.train, "--num_experts=1", f"--buffer_path={tmp_path}"]
     with stop_at("buffer.experts.gsam_gradient", 2):
         call(*command, "--threads=2", expect=130)

@@ -106,8 +106,8 @@ def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
             os.posix_fallocate(file.fileno(), 0, size)  # else the process would be killed when the disk fills up
             return torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(dtype).view(*shape)
     except OSError as error:
-        raise UserError(f"{size / 2**30:.1f} GiB are more than the memory has room for, and cannot be had in "
-                        f"{cache_folder()}: {error}; DATM_CACHE names another folder") from error
+        raise UserError(f"{size / 2**30:.1f} GiB do not fit in memory, and {cache_folder()} cannot hold them: "
+                        f"{error}; DATM_CACHE names another folder") from error
 
 
 def _free_on_disk() -> float:

@@ -25,8 +25,8 @@ class FlatModel:
 
     θ is the concatenation of the flattened parameters in `parameters()` order (the order of the published
     expert files). The wrapped network's own parameters are never changed; its buffers are shared. The gradient of
-    parameters without effect, such as a convolution's bias before instance norm, may be exactly zero, and then
-    training never moves them.
+    parameters without effect, such as a convolution's bias before instance norm, may be exactly zero; then only
+    weight decay moves them.
 
     Args:
         network: any `nn.Module`, on its device; it keeps the mode (train or eval) it is in.
@@ -114,7 +114,7 @@ class FlatModel:
                 "compiled": sorted(self.engine.compiled_sizes)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on as the model of `state` would have; as a new one if its engine or `micro_batch` was another."""
+        """Makes rounding continue as in the run that saved `state`; ignored if engine or `micro_batch` differ."""
         if (state["engine"], state["asked"]) == (self.engine.name, self._asked):
             self.engine.micro_batch = state["micro_batch"]
             self.engine.compiled_sizes.update(state["compiled"])

@@ -78,9 +78,9 @@ class Session:
         self.accuracies = ranks.from_first_rank(
             lambda: Accuracies(path, key_of([config, *configs], dataset, *sets, *beside)))
 
-    def say_going_on(self, tested: int, networks: int) -> None:
+    def say_resumed(self, tested: int, networks: int) -> None:
         if tested:
-            say(self.config, f"going on with an evaluation that was stopped: {tested} of {networks} networks were "
+            say(self.config, f"resuming a stopped evaluation: {tested} of {networks} networks were "
                              "tested")
 
     def write(self, scores: list[Score], lr: float | None, protocols: dict[str, UnderProtocol] | None = None,
@@ -105,7 +105,7 @@ def evaluate_and_say(config: EvaluationConfig | BaselineConfig, dataset: Dataset
     session = Session(config, dataset, sets, what, *notes)
     accuracies, epochs = session.accuracies, config.epoch_eval_train + 1
     networks = len(pool(config, dataset)) * config.num_eval
-    session.say_going_on(len(accuracies), networks)
+    session.say_resumed(len(accuracies), networks)
     before = len(accuracies) * epochs
     with Progress(before + epochs_to_come(config, accuracies), "evaluate", initial=before, quiet=config.quiet,
                   images=len(sets[0]), device=sets[0].images.device) as bar:

@@ -51,6 +51,7 @@ def evaluate(config: TrainConfig, dataset: Dataset, distilled: DistilledSet | Se
     accuracies = Accuracies() if accuracies is None else accuracies
     jobs = [Job(name, number) for name in networks or pool(config, dataset)
             for number in range(config.num_eval)]
+    # Copies here and below, since pickling a view for another process would write the whole tensor that it is of.
     tested = dataclasses.replace(dataset, train_images=dataset.train_images[:0].clone(),
                                  train_labels=dataset.train_labels[:0].clone(),
                                  space=dataset.space._replace(whitening=None))

@@ -83,7 +83,7 @@ def evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset,
     done = sum(batches * (config.num_eval - len(missing)) for batches, missing in runs)
     total = done + sum(batches * len(ranks.deal(missing)) for batches, missing in runs)
     number = config.num_eval * len(runs)
-    session.say_going_on(number - sum(len(missing) for _, missing in runs), number)
+    session.say_resumed(number - sum(len(missing) for _, missing in runs), number)
     results = {}
     with Progress(total, "evaluate", initial=done, quiet=config.quiet, device=dataset.device) as bar:
         for at, (name, part) in enumerate(parts.items(), start=1):

@@ -62,7 +62,7 @@ class Accuracies:
 
     def part(self, prefix: str) -> "Accuracies":
         """One of several evaluations that share a file."""
-        part = copy.copy(self)  # shares the results
+        part = copy.copy(self)  # shares the results; its clock goes on from now (`__setstate__`)
         part._prefix = prefix
         return part
 

@@ -34,6 +34,7 @@ from utils.config import (
 )
 from utils.data.datasets import Dataset
 from utils.errors import UserError, note, some_of
+from utils.networks import same_network
 from utils.program import ranks
 from utils.program.console import say, shown
 from utils.program.prepare import load_data, take_device
@@ -161,14 +162,15 @@ def opened(config: EvaluationConfig, given: Collection[str],
     distilled = in_space(distilled, dataset)
 
     # Say what nothing tells.
-    if not rate_known and "lr_teacher" not in given and (config.save or config.protocol != "dc"):
+    unsaid = "lr_teacher" not in given or config.lr_teacher == AUTO
+    if not rate_known and unsaid and (config.save or (config.protocol != "dc" and config.lr_teacher != AUTO)):
         note(f"the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
              f"used{', and saved as its own' * bool(config.save)}")
     if "zca" not in {*given, *made}:
         note("nothing says whether the set's images are whitened; they are taken for normalised: give --zca if they "
              "are whitened")
     own = made.get("model")
-    others = [name for name in pool(config, dataset) if own not in (None, name)]
+    others = [name for name in pool(config, dataset) if own and not same_network(own, name)]
     if others and rate_known and "lr_teacher" not in given and config.protocol != "dc":
         note(f"the set's learning rate was learned with {own}; --lr_teacher auto looks for one that suits "
              f"{some_of(others)}")

@@ -40,12 +40,12 @@ def predictions(score: Score, names: Sequence[str], iteration: int, best: int) -
     by_class = draw.chart_of("Accuracy by class", draw.bars("Accuracy by class", bars, ""),
                              f"The {WORST} best and the {WORST} worst of {len(names)} classes." if many else "")
     map_ = heat_map("Confusion matrix", shares, names, "class", "prediction",
-                    _worst(shares, names, "Most frequent confusions", "{0} taken for {1}: {2}",
-                           "No class is taken for another."))
+                    _worst(shares, names, "Most frequent confusions", "{0} mistaken for {1}: {2}",
+                           "No class is mistaken for another."))
     rows = [[name if named else f"{number + 1}: {name}", f"{100 * share:.1f} %", _taken_for(row, names, number)]
             for number, (name, share, row) in enumerate(zip(names, own.tolist(), shares))]
     table = draw.folded("Accuracy by class as a table", draw.table(
-        "Accuracy by class", ["class", "accuracy", "most often taken for"], rows))
+        "Accuracy by class", ["class", "accuracy", "most often mistaken for"], rows))
     return joined(words, draw.charts([by_class, map_]), table)
 
 

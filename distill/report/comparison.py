@@ -11,6 +11,7 @@ from distill.report.page import facts, machine_of
 from distill.report.page_pictures import IMAGE_BYTES
 from distill.report.read_run import SavedRun
 from distill.report.template import code, document, draw, joined, option
+from distill.result_files import METRICS
 from utils.config import DistillConfig, canonical, defaults, from_repository
 from utils.errors import number_of
 
@@ -24,7 +25,7 @@ def comparison(runs: Sequence[SavedRun]) -> str:
     drawn = curves.charts(named)
     sections = [("summary", "Summary", _numbers(named)), ("options", "Options that differ", _options(named)),
                 ("curves", "Curves", draw.charts(drawn) if drawn else
-                 draw.paragraph("None of these runs recorded iterations.")),
+                 draw.paragraph(f"None of these folders holds {METRICS}.")),
                 ("images", "Distilled images", _images(named)),
                 ("machine", "Versions and hardware", _table("What the runs were made with", "what", {
                     name: machine_of(run) for name, run in named.items()}, "not recorded"))]

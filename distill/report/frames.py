@@ -30,7 +30,9 @@ class Frames:
     def add(self, iteration: int, distilled: DistilledSet, dataset: Dataset) -> None:
         """Adds the set as it is now; of too many frames, drops the one that leaves the others most evenly spaced."""
         shape = _small(dataset.image_size)
-        self.which = shown_of(len(distilled.images), dataset.num_classes, dataset.channels * shape[0] * shape[1])
+        image_bytes = dataset.channels * shape[0] * shape[1]
+        room = max(1, min(MOST_IMAGES, FRAME_BYTES // (MOST_FRAMES * image_bytes)))
+        self.which = positions(dataset.num_classes, len(distilled.images) // dataset.num_classes, room)
         pixels = clip_outliers(dataset.space.to_pixels(distilled.images[self.which]))
         self.iterations.append(iteration)
         self.images.append(scaled_bytes(torch.nn.functional.interpolate(pixels, shape, mode="area")).cpu())
@@ -40,15 +42,9 @@ class Frames:
             del self.iterations[goes], self.images[goes]
 
 
-def shown_of(count: int, num_classes: int, image_bytes: int) -> list[int]:
-    """Positions of the images that each frame shows of a set of `count`."""
-    room = max(1, min(MOST_IMAGES, FRAME_BYTES // (MOST_FRAMES * image_bytes)))
-    return positions(num_classes, count // num_classes, room)
-
-
 def positions(num_classes: int, ipc: int, room: int) -> list[int]:
-    """Positions in a set of the images to show if there is room for so many: class by class, the first ones of each; of
-    evenly spaced classes if not all fit."""
+    """Positions of at most `room` images to show: the first few of every class, or of evenly spaced classes if not
+    every class fits."""
     classes = min(room, num_classes)
     per_class = min(ipc, room // classes)
     return [number * num_classes // classes * ipc + each for number in range(classes) for each in range(per_class)]

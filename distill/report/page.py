@@ -6,20 +6,29 @@ structure, report.css its style.
 
 import base64
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from distill.report import classes, curves
 from distill.report.commands import commands
 from distill.report.frames import animation, strip
 from distill.report.page_pictures import Pictures
 from distill.report.read_run import SavedRun
-from distill.report.svg import MOST_POINTS, numbers_every
+from distill.report.svg import MOST_POINTS
 from distill.report.template import code, document, draw, joined, option
-from distill.result_files import EMA, NORMAL, THEN, EvaluationResult, Iteration, Score, images_tested, skipped_advice
+from distill.result_files import (
+    EMA,
+    METRICS,
+    NORMAL,
+    THEN,
+    EvaluationResult,
+    Iteration,
+    Score,
+    images_tested,
+    skipped_advice,
+)
 from utils.config import DistillConfig, EvaluationConfig, about, canonical, changed, defaults, value_in_words
 from utils.errors import number_of
 from utils.program.console import duration, thinned
@@ -74,7 +83,7 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
     of = {NORMAL: "images as they are", EMA: "averaged images (EMA)"}
     others = {each: other for each, other in result.versions.items() if compared or each != name}
     segments = "fixed segments" if fixed.segments is None else number_of(fixed.segments, "fixed segment")
-    loss = " → ".join(_recorded(value, "{:.4g}".format) for value in (fixed.before, fixed.after))
+    loss = " → ".join("not finite" if value is None else f"{value:.4g}" for value in (fixed.before, fixed.after))
     return [(f"Best accuracy on the {images_tested(result.chosen_on)} images",
              in_words(score) + (f", {of[name]}" if len(result.versions) > 1 else "")),
             ("Measured on", f"{number_of(networks, 'network')}, {score.network}"),
@@ -83,7 +92,7 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
             *((f"Test by evaluation.py on {images_tested(result.tested_on)} images, {score.network}, "
                f"{_training(run, result)}", f"{in_words(score)}, {number_of(len(score.accuracies), 'network')}")
               for result in run.tests for score in result.scores),
-            *((f"As many {kind}, on {images} images",
+            *((f"The same number of {kind}, tested on {images} images",
                f"{in_words(score)}, {number_of(len(score.accuracies), 'network')}")
               for (kind, images), score in run.real_images.items()),
             *([(f"Matching loss, first set → last set, over {segments} of this run",
@@ -131,16 +140,10 @@ def _summary(run: SavedRun) -> Markup:
         known = isinstance(run.config.get("threshold"), int | float)
         advice = skipped_advice(run.metrics.mean_loss, run.config) if known else "nothing was learned"
         so_far = "" if run.finished else " so far"
-        notes.append(draw.note(_options_whole(f"Every update was skipped{so_far}: {advice}.")))
+        notes.append(draw.note(f"Every update was skipped{so_far}: {advice}."))
     if run.missing:
         notes.append(draw.note("This folder does not hold:", run.missing))
     return joined(*notes, draw.facts(facts(run)))
-
-
-def _options_whole(text: str) -> Markup:
-    """Text in which no line breaks inside an option."""
-    return joined(*(Markup('<span class="whole">%s</span>') % part if part.startswith("--") else escape(part)
-                    for part in re.split(r"(--\w+(?: auto| inf)?)", text)))
 
 
 # --- images --------------------------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def _classes(run: SavedRun) -> Markup:
 def _curves(run: SavedRun) -> Markup:
     iterations = run.metrics.iterations
     if not iterations and not run.metrics.evaluations:
-        return draw.paragraph("This run recorded no iterations.")
+        return draw.paragraph(f"This folder holds no {METRICS}.")
     how_many = draw.how_many(len(iterations), min(len(iterations), MOST_POINTS))
     return joined(how_many, draw.charts(curves.charts({run.name: run})), _numbers(run))
 
@@ -245,7 +248,7 @@ def _numbers(run: SavedRun) -> Markup:
     """The curves as tables, for exact numbers and for screen readers."""
     scores = [[f"{evaluation.iteration:,}", f"{evaluation.set}, {score.network}", in_words(score),
                str(len(score.accuracies))] for evaluation in run.metrics.evaluations for score in evaluation.scores]
-    some: list[Iteration] = numbers_every(run.metrics.iterations, TABLE_ROWS)
+    some: list[Iteration] = thinned(run.metrics.iterations, TABLE_ROWS)
     iterations = [[f"{step.iteration:,}", curves.loss_in_words(step, ".4g"), f"{step.lr:.4g}", str(step.start_epoch),
                    f"below {step.bound}", "yes" if step.updated else "skipped"] for step in some]
     tables = [("Accuracies as a table", "Accuracy at each evaluation",

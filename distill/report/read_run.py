@@ -75,7 +75,7 @@ class SavedRun:
         best, longest = self.result.better[1], {}
         for result in self.beside.values() if self.finished else ():
             if result.what == OF_SET and best.is_of(result.lr, result.images_sha256):
-                # Of the same test in several files, the one of most networks counts.
+                # If several files hold the same test, the one with the most networks is used.
                 same = str(self.trainings(result)[0]), result.tested_on, result.config.get("seed"), tuple(
                     score.network for score in result.scores)
                 longest[same] = max(longest.get(same, result), result, key=lambda each: len(each.scores[0].accuracies))
@@ -84,8 +84,8 @@ class SavedRun:
     @property
     def real_images(self) -> dict[tuple[str, str], Score]:
         """Scores of as many real images under the same training, from results in the run's folder: their kind and what
-        they were tested on, in words → score over all seeds, with its learning rate if there are several. Of results of
-        one seed, whose first networks are the same, the one of most networks counts."""
+        they were tested on, in words → score over all seeds, with its learning rate if there are several. If several
+        results are of one seed, whose first networks are the same, the one with the most networks is used."""
         network = self.result.best.scores[0].network
         longest: dict[tuple[tuple[str, str], float | None, Any], list[float]] = {}  # by kind, rate and seed
         for result in self.beside.values():
@@ -129,7 +129,7 @@ class SavedRun:
         return "at rates of their own" if result.lr is None else f"at learning rate {result.lr:.4g}"
 
     def _unlike(self, result: EvaluationResult) -> str:
-        """In which options its networks were trained or tested unlike the run's; empty if in none."""
+        """The options in which its training or testing differs from the run's, in words; empty if there are none."""
         return differences(*self.trainings(result))
 
     def trainings(self, result: EvaluationResult) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -190,7 +190,7 @@ def read_run(path: Path) -> SavedRun:
         result = result_so_far(metrics, tested_on(config.get("val_fraction")), machine)
         if result is None:
             raise UserError(f"{path} holds a run that was not evaluated yet; look again after its first evaluation "
-                            "(every --eval_it iterations), or let the command that began it go on")
+                            "(every --eval_it iterations), or resume it with the command that began it")
         written = datetime.datetime.fromtimestamp((path / METRICS).stat().st_mtime).astimezone()
         as_of = written.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     return SavedRun(path, {str(name): value for name, value in config.items()}, metrics, result, pictures, missing,

@@ -9,21 +9,12 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from distill.report.template import draw
-from utils.program.console import Item, thinned
+from utils.program.console import thinned
 
 MOST_POINTS = 2000
 LOG_FROM = 50.0  # ratio of the largest to the smallest value above which a scale of positive values is logarithmic
 
 Point = tuple[float, ...]
-
-
-def numbers_every(items: Sequence[Item], most: int) -> list[Item]:
-    """As `thinned`, but with a constant whole step from the first, so that a table's iterations are round; and the
-    last."""
-    if len(items) <= most:
-        return list(items)
-    every = math.ceil((len(items) - 1) / (most - 1))
-    return [*items[:-1:every], items[-1]]
 
 
 def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:

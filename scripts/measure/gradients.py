@@ -91,11 +91,11 @@ class Kept:
             different = sorted(name for name in before | of if before.get(name) != of.get(name))
             if different:
                 raise UserError(f"{shown(self._path)} was begun with other options, files or another machine; what "
-                                f"differs: {', '.join(different)}; give what it had to go on with it, or {advice}")
+                                f"differs: {', '.join(different)}; give what it had to resume it, or {advice}")
             self._saved["found"] = found
-            note(f"going on with the {number_of(len(found), 'part')} in {shown(self._path)}")
+            note(f"resuming from the {number_of(len(found), 'part')} in {shown(self._path)}")
         if not self._path:
-            note("without --json FILE nothing is kept, and what is stopped begins anew")
+            note("without --json FILE nothing is kept, and a stopped run starts over")
         interrupt.saves("the parts that are done", "" if self._path else "--json FILE")
 
     def __contains__(self, name: str) -> bool:

@@ -191,7 +191,7 @@ def filled_when(scene: Scene, pattern: str, command: list[str]) -> None:
 
 def no_space(scene: Scene, script: str, kilobytes: int, *options: str, full: bool = False, full_when: str = "",
              results: str = "", count: int = 1) -> None:
-    """A program is refused on a small disk; once there is space, the same command goes on to its end.
+    """A program is refused on a small disk; once there is space, the same command runs to its end.
 
     Args:
         full, full_when: the disk is full from the beginning, or once there is a file of that pattern.
@@ -211,7 +211,7 @@ def no_space(scene: Scene, script: str, kilobytes: int, *options: str, full: boo
             (scene.disk / "filler").unlink(missing_ok=True)
             remount(scene, "size=64m")
             scene.run(*command)
-            scene.row["went_on_once_mended"] = True
+            scene.row["resumed_once_fixed"] = True
             assert len(list(scene.disk.glob(results))) == count
 
 
@@ -331,7 +331,7 @@ def main() -> None:
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 scene.row |= {"printed": f"FAILED: {' '.join(str(error).split())[:60]}"}
             rows.append(row := {"fault": name, "program": "", "exit_code": ""} | scene.row)
-            went_on = "; went on once mended" if "went_on_once_mended" in row else ""
+            went_on = "; resumed once fixed" if "resumed_once_fixed" in row else ""
             shown.append((name, row["program"], str(row["exit_code"]), row["printed"] + went_on))
             bar.update()
     print(table(shown))

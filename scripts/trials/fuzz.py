@@ -57,6 +57,7 @@ import utils.program.console
 from scripts.common import ScriptParser, positive
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, EVALUATION
+from utils import files  # its parts that need torch are imported when they are used
 from utils.config import (
     BaselineConfig,
     BufferConfig,
@@ -69,7 +70,7 @@ from utils.config import (
     make,
 )
 from utils.errors import is_control, number_of, shortened
-from utils.files import REPOSITORY, load
+from utils.files import REPOSITORY
 from utils.program.entry import entry
 
 TIMEOUT = 20  # seconds of processor time
@@ -438,12 +439,12 @@ def _problems_of_run(case: Case, values: dict[str, typing.Any], outcome: Outcome
 def _check_experts(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     folder = Path(values["buffer_path"]) / values["dataset"] / values["model"]
     paths = sorted(folder.glob("replay_buffer_*.pt"))
-    experts = [expert for path in paths for expert in load(path)]
+    experts = [expert for path in paths for expert in files.load(path)]
     assert len(experts) == values["num_experts"], f"{len(experts)} experts"
     assert len(paths) == math.ceil(len(experts) / values["save_interval"]), f"{len(paths)} files"
     assert all(len(expert) == values["train_epochs"] + 1 for expert in experts), "epochs"
     saved = yaml.safe_load((folder / "replay_buffer_0.yaml").read_text())
-    assert [expert["number"] for expert in saved["experts"]] == list(range(len(load(paths[0]))))
+    assert [expert["number"] for expert in saved["experts"]] == list(range(len(files.load(paths[0]))))
     for fact in ("fingerprint", "threads", "on", "experts", "sha256"):
         del saved[fact]
     return saved
@@ -456,7 +457,7 @@ def _check_distillation(values: dict[str, typing.Any]) -> dict[str, typing.Any]:
     steps = [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
     assert len(steps) == values["Iteration"] and len(result["best"]["scores"][0]["accuracies"]) == values["num_eval"]
     assert (result["best_ema"] is not None) == values["ema"]
-    images = load(folder / "Normal" / "images_best.pt")
+    images = files.load(folder / "Normal" / "images_best.pt")
     assert len(images) == len(CLASSES) * values["ipc"], f"{len(images)} images"
     assert all((folder / name).stat().st_size for name in ("images.png", "curves.png", "report.html"))
     return yaml.safe_load((folder / "config.yaml").read_text())

@@ -42,7 +42,8 @@ tune_process()  # before torch is imported
 from scripts.common import ScriptParser, positive
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, MOST_SECONDS, temporary
-from utils.files import REPOSITORY, load, load_tensors, read_config
+from utils import files
+from utils.files import REPOSITORY, read_config
 from utils.program.console import table
 from utils.program.entry import entry
 from utils.program.progress import Progress
@@ -108,7 +109,7 @@ class Run:
         if self.case.script != BUFFER:
             return False
         folder = self.out / common.EXPERTS
-        count = sum(len(load(path)) for path in folder.glob("replay_buffer_*.pt"))
+        count = sum(len(files.load(path)) for path in folder.glob("replay_buffer_*.pt"))
         wanted = 5 if self.case is EXPERTS else 3
         assert count <= wanted, f"{count} experts instead of {wanted}"
         return count == wanted and not (folder / "unfinished" / "run.yaml").exists()
@@ -196,9 +197,9 @@ def read(path: Path) -> Any:
     """A file's values, in a form whose == compares tensors and pictures bit for bit."""
     match path.suffix:
         case ".pt":
-            return plain(load(path))
+            return plain(files.load(path))
         case ".safetensors":
-            tensors, about = load_tensors(path)
+            tensors, about = files.load_tensors(path)
             return plain(tensors), {name: plain(json.loads(text)) if text[:1] in "[{" else text
                                     for name, text in about.items()}
         case ".json" | ".unfinished":

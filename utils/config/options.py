@@ -59,7 +59,7 @@ OWN_SIZES = {"MiniFashion": (28, 32), "FashionMNIST": (28, 32), "MNIST": (28, 32
 # Options that several programs share.
 MICRO_BATCH = option(SPEED, None, "samples at a time: changes memory, and the result by rounding only; unset: chosen "
                      "by the memory at hand", decides=False)
-RESUME = option(FILES, "auto", "auto: go on with an unfinished run of the same options; never: discard it and start "
+RESUME = option(FILES, "auto", "auto: resume an unfinished run of the same options; never: discard it and start "
                 "over", decides=False)
 
 config_class = dataclass(frozen=True, kw_only=True, config={"coerce_numbers_to_str": True})
@@ -157,7 +157,7 @@ class DistillConfig(TrainConfig):
 
     ipc: Count = option(MAIN, 1, "synthetic images per class")
     Iteration: Index = option(MAIN, 5000, "distillation iterations; the loop runs 0..Iteration inclusive; a finished "
-                              "run goes on where this is larger", decides=HOW_MUCH)
+                              "run resumes if this is larger", decides=HOW_MUCH)
     zca: bool = option(METHOD, True, "whiten the images (ZCA, eps 0.1)")
     lr_teacher: AutoRate = option(METHOD, 0.01, "start of the learned learning rate; auto: measured, the rate at which "
                                   "the first set follows the experts best")

@@ -235,10 +235,6 @@ def svhn(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
     source = _torchvision_datasets().SVHN
     from torchvision.datasets.utils import check_integrity
 
-    try:
-        import scipy.io  # noqa: F401  torchvision reads the .mat files with it
-    except ImportError as error:
-        raise UserError("SVHN needs scipy to read its .mat files; install it with: pip install scipy") from error
     files = {split: source.split_list[split][1:] for split in ("train", "test")}
     damaged = [file for file, md5 in files.values() if (data_path / file).exists()
                and not check_integrity(data_path / file, md5)]

@@ -139,7 +139,7 @@ def image_folder(data_path: Path, subset: str, size: Size, watch: Watch) -> Raw:
                         f"({listing(data_path)}); make these folders, one per class, with images in them")
     notes, size = Notes("ImageFolder"), size or (32, 32)
     if second == "test" and (data_path / "val").is_dir():
-        notes.tell(f"{data_path / 'val'} is not used, as there is test")
+        notes.tell(f"{data_path / 'val'} is not used, since test/ exists")
     train, test = (_class_files(notes, data_path / split, suffixes()) for split in ("train", second))
     channels = 1 if _all_grey([*itertools.chain(*train.values(), *test.values())], watch) else 3
     return _raw(notes, watch, data_path, train, test, sorted(train), (channels, *size), None,
@@ -191,7 +191,7 @@ def _files(notes: Notes, folder: Path, suffixes: Collection[str], above: tuple[o
     """The visible files with these suffixes in a folder, sorted by name, then those in its subfolders."""
     here = folder.stat()
     if any(os.path.samestat(here, each) for each in above):
-        notes.left_out("link in a circle", folder)
+        notes.left_out("circular link", folder)
         return []
     with os.scandir(folder) as entries:
         entries = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -206,7 +206,8 @@ def _files(notes: Notes, folder: Path, suffixes: Collection[str], above: tuple[o
             files.append(folder / entry.name)
         else:
             is_file = entry_or_path.is_file()
-            kind = (suffix or "without a suffix") if is_file else "broken link" if entry.is_symlink() else "no file"
+            other = "broken link" if entry.is_symlink() else "special file"
+            kind = (suffix or "without a suffix") if is_file else other
             notes.left_out(kind, folder / entry.name)
     return files + [file for each in folders for file in _files(notes, each, suffixes, (*above, here))]
 

@@ -33,10 +33,10 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
 
 # What may surprise a user about an image.
 TRANSPARENT = "transparent, laid over white"
-TURNED = "turned as the EXIF says"
-DEEP = "of 16 bits or floats, made 8 bits"
-DARK = "of 16 bits that use fewer than 12 of them, and so nearly black"
-FIRST = "the first picture of a file with several"
+TURNED = "rotated as EXIF says"
+DEEP = "16-bit or float, reduced to 8 bits"
+DARK = "16-bit but using fewer than 12 bits, so nearly black"
+FIRST = "the first of several in one file"
 
 _one_large = threading.Lock()
 

@@ -300,7 +300,7 @@ def _path(fingerprint: str) -> Path:
 def _read(path: Path, fingerprint: str, dimension: int) -> Whitening | None:
     """The cached fit; None if it is missing or damaged."""
     with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
-        kept = load(path, "ZCA cache file")
+        kept = load(path, "ZCA cache file", mmap=True)
         tensors = [kept[name] for name in ("mean", "transform", "inverse")]
         if _fits(tensors, dimension):
             return Whitening(*tensors, fingerprint)

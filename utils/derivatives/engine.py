@@ -16,7 +16,6 @@ import gc
 import itertools
 import logging
 import math
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -231,9 +230,6 @@ shared_pass = cache(ConvNetPass)
 """One pass for all networks of the same plan, so that an evaluation of ten networks compiles only once."""
 
 
-_CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
-
-
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all captures on a GPU, since libraries keep memory for every stream they have used."""
@@ -326,26 +322,25 @@ class Captured:
                  ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any] | None:
         """The graph, its inputs and its outputs; None, after printing a note, if the capture fails."""
         held = [each.detach().clone() for each in inputs]
-        with _CAPTURING:
-            stream, current = _capture_stream(inputs[0].device), torch.cuda.current_stream()
-            # The first calls choose algorithms, compile and allocate, none of which can be captured.
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    function(self.engine, {name: each.clone() for name, each in kept.items()}, *held)
-            current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Before torch 2.15, a failed capture leaves its stream as the current one.
-                with torch.cuda.stream(current), _no_garbage_collected(), torch.cuda.graph(
-                        graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                    outputs = function(self.engine, kept, *held)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # the same calls have just succeeded uncaptured
-                note("not replayed from CUDA graphs, since the capture failed: "
-                     f"{shortened(str(error.__context__ or error).splitlines()[0])}")
-                return None
+        stream, current = _capture_stream(inputs[0].device), torch.cuda.current_stream()
+        # The first calls choose algorithms, compile and allocate, none of which can be captured.
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function(self.engine, {name: each.clone() for name, each in kept.items()}, *held)
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Before torch 2.15, a failed capture leaves its stream as the current one.
+            with torch.cuda.stream(current), _no_garbage_collected(), torch.cuda.graph(
+                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = function(self.engine, kept, *held)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the same calls have just succeeded uncaptured
+            note("not replayed from CUDA graphs, since the capture failed: "
+                 f"{shortened(str(error.__context__ or error).splitlines()[0])}")
+            return None
         self._pool = graph.pool()
         return graph, held, outputs
 

@@ -40,9 +40,9 @@ def entry(main: Callable[[], None]) -> None:
                        "for experts and distillation), fewer or smaller images, or --device cpu", 2)
         if isinstance(error, RuntimeError) and ranks.lost_contact(error):
             if interrupt.requested():  # all ranks got the signal, and another exited first
-                _last_line(f"{name}: stopped; every file is whole{_to_go_on()}", 143)
+                _last_line(f"{name}: stopped; every file is whole{_to_resume()}", 143)
             _last_line(f"{name}: error: contact with another rank was lost ({said}…); "
-                       f"start again{_to_go_on()}", 1)
+                       f"start again{_to_resume()}", 1)
         if not full:
             raise
         _last_line(f"{name}: error: not enough memory ({said}); give a smaller batch (or --micro_batch, for "
@@ -51,7 +51,7 @@ def entry(main: Callable[[], None]) -> None:
         code = 128 + stopped.signal
         if not ranks.first():
             ranks.leave(code)
-        _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole{_to_go_on()}", code)
+        _last_line(f"\n{name}: stopped by {stopped.signal.name}; every file is whole{_to_resume()}", code)
     except OSError as error:
         refusal = _refusal(error)
         if refusal is None:
@@ -76,15 +76,15 @@ def _refusal(error: OSError) -> str | None:
     return None
 
 
-def _to_go_on() -> str:
+def _to_resume() -> str:
     """If something is saved, the command that resumes from it: the given one without its `--resume`, which may discard
     what is saved. Several ranks do not print it, as torchrun's command line is unknown."""
     saved, if_given = interrupt.saved()
     if not saved or interrupt.PART_OF in os.environ:
         return ""
     if if_given:
-        return f". {saved[0].upper()}{saved[1:]} are lost; with {if_given} they are kept, and it goes on from them"
-    says = f". The same command goes on from {saved}"
+        return f". {saved[0].upper()}{saved[1:]} are lost; with {if_given} they are kept, and it resumes from them"
+    says = f". The same command resumes from {saved}"
     if ranks.size() > 1:
         return says
     kept: list[str] = []

@@ -103,7 +103,8 @@ def _receive(number: int, frame: object) -> None:
     # Not print: the signal may have interrupted one.
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):  # stderr is gone
-        os.write(sys.stderr.fileno(), f"\n{name}: finishing this step and saving; once more to stop at once\n".encode())
+        said = f"\n{name}: finishing this step and saving; send it again to stop at once\n"
+        os.write(sys.stderr.fileno(), said.encode())
 
 
 @contextlib.contextmanager

@@ -86,4 +86,4 @@ def _lock(file: TextIO, folder: Path, advice: str) -> None:
     except OSError as error:  # some network file systems have no locks
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
             raise
-        note(f"{folder} is on a file system without locks; see to it that only one run writes there")
+        note(f"{folder} is on a file system without locks; make sure that only one run writes there")

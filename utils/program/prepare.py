@@ -110,7 +110,7 @@ def load_data(config: DataConfig, device: torch.device) -> Dataset:
     ranks.check_equal(lambda: dataset.fingerprint, f"images of {config.dataset}")  # machines may have their own copies
     if dataset.num_classes < 2:
         raise UserError(f"{config.dataset} in {config.data_path} has only the class {dataset.classes[0]}; networks "
-                        "need two at least to tell apart")
+                        "need at least two classes")
     return dataset
 
 

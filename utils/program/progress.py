@@ -120,7 +120,7 @@ class Progress(tqdm):
         if not self._said and self.pace.sure:
             self._said = True
             if self.seconds_left >= WORTH_SAYING:
-                self.say(f"to be expected: about {duration(self.seconds_left)} more{self._memory()}")
+                self.say(f"expect about {duration(self.seconds_left)} more{self._memory()}")
         return updated
 
     def _memory(self) -> str:

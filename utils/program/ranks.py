@@ -49,7 +49,9 @@ def rank() -> int:
 
 def size() -> int:
     """1 without torchrun, even if something else has set some of its variables."""
-    return 1 if _wrong_variable() else int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
+    if "LOCAL_RANK" not in os.environ or _wrong_variable():
+        return 1
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def check_variables() -> None:
@@ -58,7 +60,7 @@ def check_variables() -> None:
     if wrong:
         value = os.environ.get(wrong)
         raise UserError(f"LOCAL_RANK and WORLD_SIZE {os.environ['WORLD_SIZE']!r} are set, as torchrun does for one of "
-                        f"several processes, but {wrong} is {'not' if value is None else repr(value)}; start it by "
+                        f"several processes, but {wrong} is {'not' if value is None else repr(value)}; start it with "
                         "torchrun, or unset LOCAL_RANK for a single process")
 
 
@@ -227,7 +229,7 @@ def launch(processes: int) -> NoReturn:
         if failure.exitcode > 0:
             sys.exit(failure.exitcode)  # the rank has printed why
         name, ended_by = Path(sys.argv[0]).name, signal.Signals(-failure.exitcode).name
-        print(f"{name}: error: rank {failure.local_rank} was ended by {ended_by}; start again, which goes on from what "
+        print(f"{name}: error: rank {failure.local_rank} was ended by {ended_by}; start again, which resumes from what "
               "is saved, if anything", file=sys.stderr)
         sys.exit(128 - failure.exitcode)
     except SignalException as stopped:  # the ranks got the signal too, and have saved
