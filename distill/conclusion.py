@@ -117,7 +117,7 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
     _restore(config, dataset, buffer, folder)
     goes_on = config.resume == "auto" and (folder.path / STATE).exists()
     more = "a larger --Iteration to extend it, or " if goes_on else ""
-    did = number_of(*folder.did, "iteration")
+    did = number_of(folder.did, "iteration")
     print(wrapped(f"{where} is finished, after {did} ({result.summary}); give {more}another --run_name to run it "
                   "again"))
 

@@ -14,7 +14,7 @@ from distill.report.names import PICTURES, SHOWN
 from distill.result_files import EVALUATION, METRICS, RESULT, VERSIONS
 from distill.set_files import WHOLE
 from utils import files
-from utils.config import DistillConfig, changed, defaults, differences, how_much, identity, influential
+from utils.config import DistillConfig, changed, defaults, differences, identity, influential
 from utils.errors import UserError, note
 from utils.files import check_writable, cut_lines, read_config, remove, save_config
 from utils.program import interrupt, ranks
@@ -61,7 +61,7 @@ class RunFolder:
         finished: whether the run has its result.
         extends: whether it is a finished run that is being extended, and not finished again yet.
         is_done: whether nothing is left to do: the run is finished, and no more is asked of it than it did.
-        did: the values of `how_much` of the run in the folder, else of this one.
+        did: the iterations of the run in the folder, else of this one.
 
     Raises:
         UserError: the folder holds a run of other options.
@@ -74,11 +74,11 @@ class RunFolder:
         self._saved_at, self._save_seconds = -math.inf, 0.0
         self.finished, self.is_done, self.extends, self.did = ranks.from_first_rank(lambda: self._look(config))
 
-    def _look(self, config: DistillConfig) -> tuple[bool, bool, bool, list[int]]:
-        """Whether the run is finished, whether it is done, whether it extends a finished one, and how much it did."""
+    def _look(self, config: DistillConfig) -> tuple[bool, bool, bool, int]:
+        """`finished`, `is_done`, `extends` and `did`."""
         finished, discards = self.result.exists(), config.resume == "never"
         # The names under which `start` keeps the results of a run that is extended.
-        kept = re.compile(f"{self.result.stem}(_[0-9]+){{{len(how_much(config))}}}{self.result.suffix}")
+        kept = re.compile(f"{self.result.stem}_[0-9]+{self.result.suffix}")
         extends = not finished and any(kept.fullmatch(path.name) for path in self.path.glob(f"{self.result.stem}_*"))
         before = self._before(config)
         different = differences(before, identity(config))
@@ -90,8 +90,8 @@ class RunFolder:
                 else "those to resume it, another --run_name, or --resume never to discard it"
             raise UserError(f"{self.path} holds a {'finished ' * finished}run of other options: {different}; give "
                             f"{advice}")
-        more = any(value > before[name] for name, value in how_much(config).items())
-        return finished, finished and (discards or not more), extends, [before[name] for name in how_much(config)]
+        did = before["Iteration"]
+        return finished, finished and (discards or config.Iteration <= did), extends, did
 
     def _before(self, config: DistillConfig) -> dict[str, Any]:
         """The options of the run in the folder, else those of this one."""
@@ -107,9 +107,9 @@ class RunFolder:
                             "another --run_name")
         # An option that was added after the run had its default value in it.
         before = defaults(type(config)) | options
-        odd = next((name for name in how_much(config) if not isinstance(before[name], int)), None)
-        if odd:
-            raise UserError(f"{saved} is damaged ({odd} is {before[odd]!r}); put it back, or give another --run_name")
+        if not isinstance(before["Iteration"], int):
+            raise UserError(f"{saved} is damaged (Iteration is {before['Iteration']!r}); put it back, or give another "
+                            "--run_name")
         return before
 
     @property
@@ -175,7 +175,7 @@ class RunFolder:
         if self.finished:  # it counts as finished until its result is renamed, so that comes last
             for path in (self.path / EVALUATION, self.result):
                 if path.exists():
-                    path.rename(path.with_stem("_".join([path.stem, *map(str, self.did)])))
+                    path.rename(path.with_stem(f"{path.stem}_{self.did}"))
         if not saved:
             if self.log.exists():
                 note(f"{shown(self.path)} holds an unfinished run; starting over")

@@ -1,6 +1,7 @@
 """Where the files of a distilled set are; works without torch."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from distill.result_files import METRICS, NORMAL, RESULT, VERSIONS, Metrics, RunResult, result_so_far
 from utils import files
@@ -21,15 +22,22 @@ def whole_set(path: Path) -> Path:
     return next((file for file in (path / _better(path) / WHOLE, path / WHOLE) if file.is_file()), path)
 
 
-def set_files(data_dir: str) -> tuple[str, str, str] | None:
-    """The files of images, labels and learning rate in a run's folder: its `whole_set`, which holds all three, or, if
-    the run is unfinished or the published code's, the published files of its best set. None: `--data_dir` is something
-    else."""
+class SetFiles(NamedTuple):
+    """The files of a set; "" for one that is missing, or whose contents the file of the images holds too."""
+
+    images: str
+    labels: str = ""
+    lr: str = ""
+
+
+def set_files(data_dir: str) -> SetFiles | None:
+    """The files of the set in a run's folder: its `whole_set`, which holds everything, or, if the run is unfinished or
+    the published code's, the published files of its best set. None: `--data_dir` is something else."""
     path = Path(data_dir)
     if (whole := whole_set(path)) != path:
-        return str(whole), "", ""
+        return SetFiles(str(whole))
     published = [path / _better(path) / name for name in PUBLISHED]
-    return tuple(map(str, published)) if all(file.is_file() for file in published) else None
+    return SetFiles(*map(str, published)) if all(file.is_file() for file in published) else None
 
 
 def _better(path: Path) -> str:

@@ -17,6 +17,7 @@ NUS-HPC-AI-Lab/DATM and PAD, gszfwsb/NCFM.)
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from torch import Tensor
 from distill.distilled_set import DistilledSet, are_probabilities
 from distill.evaluate.option_checks import IMAGES, check_given
 from distill.result_files import NORMAL
-from distill.set_files import WHOLE, set_files, sets_in
+from distill.set_files import WHOLE, SetFiles, set_files, sets_in
 from utils import files
 from utils.data.datasets import Dataset
 from utils.data.names import check_dataset_name
@@ -58,9 +59,9 @@ def read_set(data_dir: str, label_dir: str, lr_dir: str, default_lr: float, fact
     """
     if found := _files_of(data_dir):
         _check_alone(data_dir, "images and labels", label_dir=label_dir)
-        if found[2] or found[0].endswith(".safetensors"):
+        if found.lr or found.images.endswith(".safetensors"):
             _check_alone(data_dir, "images, labels and learning rate", lr_dir=lr_dir)
-        data_dir, label_dir, lr_dir = found[0], found[1], found[2] or lr_dir
+        data_dir, label_dir, lr_dir = found.images, found.labels, found.lr or lr_dir
     elif Path(data_dir).is_dir():
         if inside := sets_in(Path(data_dir)):
             raise UserError(f"--data_dir {data_dir} is not the folder of one run; give {'one of ' * (len(inside) > 1)}"
@@ -120,10 +121,12 @@ def made_with(data_dir: str) -> dict[str, Any]:
     if not data_dir:
         return {}
     with contextlib.suppress(UserError, OSError, ValueError, RuntimeError):
-        images, labels, lr = _files_of(data_dir) or (data_dir, "", "")
-        path = Path(images)
-        if path.suffix == ".safetensors" and (config := DistilledSet.load(path).config):
-            return {name: value for name, value in config.items() if name != "label_kind"}  # its labels are logits
+        found = _files_of(data_dir) or SetFiles(data_dir)
+        path = Path(found.images)
+        if path.suffix == ".safetensors":
+            with files.reading(path, "write or copy it again"):
+                config = json.loads(files.metadata_of(path)["config"], parse_constant=str)
+                return {name: value for name, value in config.items() if name != "label_kind"}  # its labels are logits
         if of_dc := _OF_DC.fullmatch(path.name):
             method, dataset, model = of_dc.groups()
             told: dict[str, Any] = {"zca": False} | ({"method": method} if method else {})
@@ -140,15 +143,14 @@ def made_with(data_dir: str) -> dict[str, Any]:
         named = re.fullmatch(r"(?:ema_)?images_(?:best|\d+)\.pt", path.name)
         if named and any(path.parent.glob("images_zca_*.pt")):
             told["zca"] = True
-        if labels and not lr and are_probabilities(_tensor(files.load(labels), "", labels)):
+        if found.labels and not found.lr and are_probabilities(_tensor(files.load(found.labels), "", found.labels)):
             told["label_kind"] = "probabilities"
         return told
     return {}
 
 
-def _files_of(data_dir: str) -> tuple[str, str, str] | None:
-    """The files of images, labels and learning rate that a folder stands for; "" for one that another file includes, or
-    that is missing. None: `--data_dir` is something else.
+def _files_of(data_dir: str) -> SetFiles | None:
+    """The files of the set that a folder stands for. None: `--data_dir` is something else.
 
     Raises:
         UserError: the folder holds several sets, none of which is marked as the best.
@@ -160,14 +162,14 @@ def _files_of(data_dir: str) -> tuple[str, str, str] | None:
         labels = {_tag(path): path for path in folder.glob(f"{prefix}labels_*.pt")}
         if images := _best(path for path in folder.glob(f"{prefix}images_*.pt") if _tag(path) in labels):
             lr = folder / f"lr_{_tag(images)}.pt"
-            return str(images), str(labels[_tag(images)]), str(lr) if lr.is_file() else ""
+            return SetFiles(str(images), str(labels[_tag(images)]), str(lr) if lr.is_file() else "")
     if whole := _best(folder.glob("data_*.pt")):
-        return str(whole), "", ""
+        return SetFiles(str(whole))
     results = sorted(folder.glob("res_*.pt"))
     if len(results) > 1:
         raise UserError(f"--data_dir {data_dir} holds {len(results)} sets, such as {results[0].name}; give the file of "
                         "one")
-    return (str(results[0]), "", "") if results else None
+    return SetFiles(str(results[0])) if results else None
 
 
 def _tag(path: Path) -> str:

@@ -32,4 +32,4 @@ from utils.files.writing import (
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
-__getattr__ = later("utils.files.tensors", "load", "load_tensors", "save", "save_tensors")
+__getattr__ = later("utils.files.tensors", "load", "load_tensors", "metadata_of", "save", "save_tensors")

@@ -75,6 +75,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, file.metadata() or {}
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata that `save_tensors` wrote, without reading the tensors."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def save(value: object, path: str | os.PathLike) -> None:
     """`torch.save`, atomically."""
     # Through a handle: given a path, torch writes its name into the file, so equal tensors would give unequal files.
