@@ -1,10 +1,12 @@
-"""scripts/measure/benchmark.py at a tiny size, without `compiled`, which takes a minute."""
+"""scripts/measure/benchmark.py at a tiny size, without `compiled`, which takes a minute, and precision.py."""
 
 import json
 import re
 from unittest import mock
 
 import pytest
+
+from utils.networks import build_network
 
 BENCHMARK = "scripts/measure/benchmark.py"
 METHODS = {"matching": ["unroll", "plain", "tesla", "exact"], "experts": ["bare", "synced", "eager"],
@@ -77,3 +79,22 @@ def test_it_says_that_it_compiles(call):
     with mock.patch("scripts.measure.benchmark_run.can_run", return_value=False):
         done = call(BENCHMARK, "--part", "evaluation", "--methods", "compiled", "--device", "cpu", expect=2)
     assert "it compiles first, for a minute or two" in done.stdout
+
+
+def test_gradients_are_compared_with_float64(call, tmp_path, monkeypatch):
+    """scripts/measure/precision.py on a small network."""
+    def small(name, *rest):
+        return build_network("ConvNetD1W4", *rest)
+
+    monkeypatch.setattr("utils.networks.build_network", small)
+    monkeypatch.setattr("utils.derivatives.choose_engine.set_precision", mock.Mock())  # it is for the whole process
+    path = tmp_path / "errors.json"
+    done = call("scripts/measure/precision.py", "--draws=2", f"--json={path}")
+    report = json.loads(path.read_text())
+    assert len(report["draws"]) == 2 and report["environment"]["torch"]
+    for draw in report["draws"]:
+        assert list(draw) == [f"{kind}{method}" for kind in ("plain", "eager", "compile", "bf16")
+                              for method in ("", ", TESLA")]
+        errors = {kind: each["median_image"] for kind, each in draw.items()}
+        assert all(errors[kind] < 1e-4 < errors["bf16"] for kind in ("plain", "eager", "compile"))
+    assert all(kind in done.stdout for kind in report["draws"][0])

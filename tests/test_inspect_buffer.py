@@ -68,6 +68,11 @@ def test_experts_are_compared_with_others_of_the_same_numbers(call, folder, tmp_
     assert "give one of these" in empty.stderr
 
 
+def test_experts_too_short_for_a_segment_are_said_to_be(call, folder):
+    said = call(INSPECT, folder, "--expert_epochs=9").stdout
+    assert "--expert_epochs 9 allows no window: the experts are too short" in said
+
+
 def test_options_in_which_the_files_differ_are_all_told(call, folder):
     manifest = folder / "replay_buffer_1.yaml"
     save_config(manifest, read_config(manifest) | {"seed": 7})
