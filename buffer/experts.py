@@ -140,7 +140,7 @@ def train_step(config: BufferConfig, model: FlatModel, kept: dict[str, Tensor], 
                drawn: augment.Draw) -> None:
     """One GSAM step on a batch [B, C, H, W], augmented as drawn; one CUDA graph if the engine is captured."""
     def step(engine, kept, x, y, *parameters):
-        x = augment.apply(x, drawn.holding(parameters))
+        x = augment.apply(x, drawn.with_tensors(parameters))
         loss, logits, direction = gsam_gradient(engine, kept["theta"], x, y, config.rho_max, config.alpha,
                                                 config.adaptive, model.network)
         sgd_step(kept["theta"], direction, kept.get("velocity"), config.lr_teacher, config.mom, config.l2)

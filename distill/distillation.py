@@ -50,7 +50,7 @@ class Segment:
         captured code needs."""
         mine = ranks.own_share()
         return replace(self, batches=[batch[mine] for batch in self.batches],
-                       augment=[draw.of(mine) for draw in self.augment])
+                       augment=[draw.rows(mine) for draw in self.augment])
 
     def to(self, device: torch.device) -> "Segment":
         """The segment on `device`, sent in one copy."""

@@ -135,7 +135,7 @@ def _train(model, theta_start, images, labels, lr, batches, augment, keep_maps: 
     maps = [[] if left <= keep_maps else None for left in range(len(batches), 0, -1)]
     for batch, draw, of_step in zip(batches, augment, maps):
         def step(model, kept, batch, theta, *parameters, draw=draw, maps=of_step):
-            x = dsa.apply(kept["images"][batch], draw.holding(parameters))
+            x = dsa.apply(kept["images"][batch], draw.with_tensors(parameters))
             _, _, gradient = model.gradient(theta, x, kept["labels"][batch], maps)
             return theta - kept["lr"] * gradient
 
@@ -176,7 +176,7 @@ def _adjoint(model, theta_start, theta_target, images, labels, lr, batches, augm
     for batch, draw, of_step in islice(zip(*map(reversed, (batches, augment, maps))), steps):
         def step(model, kept, batch, theta, *parameters, draw=draw, maps=of_step):
             x = kept["images"][batch].requires_grad_()
-            augmented = dsa.apply(x, draw.holding(parameters))
+            augmented = dsa.apply(x, draw.with_tensors(parameters))
             s, s_theta, s_augmented, s_y = model.adjoint(theta, kept["co_state"], augmented.detach(),
                                                          kept["labels"][batch], maps)
             (s_x,) = torch.autograd.grad(augmented, x, s_augmented)

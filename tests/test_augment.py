@@ -43,7 +43,7 @@ def test_draws_fill_the_published_ranges_and_apply_keeps_the_shape(size, crop, c
                 slack = 0.01 * (high - low) * value.is_floating_point()
                 assert low - 1e-6 <= value.min() <= low + slack and high - slack <= value.max() <= high + 1e-6, group
         x = torch.randn(5, 3, *size, generator=random)
-        assert augment.apply(x, drawn.of(slice(0, 5))).shape == x.shape
+        assert augment.apply(x, drawn.rows(slice(0, 5))).shape == x.shape
     flipped = augment.draw(("flip",), 4000, size, random).parameters["flip"][0]
     assert flipped.float().mean() == pytest.approx(.5, abs=.03)
 

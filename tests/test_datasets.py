@@ -654,7 +654,7 @@ def test_too_many_images_for_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_free_on_disk", lambda: 100_000)
     refused(r"6 images of 3×64×64.*GiB is available.*on the disk of", "Tiny", tmp_path)
     with pytest.raises(UserError, match="cannot hold them.*DATM_CACHE"):
-        memory.room((2**50,))
+        memory.empty_on_host((2**50,))
 
 
 def test_a_jobs_limit_counts(tmp_path):
@@ -787,7 +787,8 @@ def test_hold_out():
 
 def test_held_out_images_are_not_copied_into_a_memory_that_is_too_small(monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "room", lambda *given: asked.append(given) or torch.empty(given[0], dtype=given[1]))
+    monkeypatch.setattr(datasets, "empty_on_host",
+                        lambda *given: asked.append(given) or torch.empty(given[0], dtype=given[1]))
     train = Split(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.zeros(40, dtype=torch.long))
     remaining, held = datasets._hold_out(train, 0.25, ("a",))
     assert asked == [((30, 1, 1, 1), torch.uint8), ((10, 1, 1, 1), torch.uint8)]

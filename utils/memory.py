@@ -75,8 +75,8 @@ def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/p
                                  if line.startswith(cache))  # page cache that the system would reclaim
 
 
-def check_room(size: int, what: str) -> None:
-    """Refuses a size for which `room` finds neither memory nor disk space.
+def check_host_memory(size: int, what: str) -> None:
+    """Refuses a size for which `empty_on_host` finds neither memory nor disk space.
 
     Args:
         size: in bytes.
@@ -89,7 +89,7 @@ def check_room(size: int, what: str) -> None:
                         "images, or another disk (DATM_CACHE)")
 
 
-def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def empty_on_host(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """An uninitialised host tensor: in memory or, if that is too small, memory-mapped to a file in the cache folder.
 
     The file has no name and disappears with the process.
@@ -111,7 +111,7 @@ def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _free_on_disk() -> float:
-    """Free bytes on the disk where `room` creates its files."""
+    """Free bytes on the disk where `empty_on_host` creates its files."""
     folder = cache_folder().absolute()
     return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
 

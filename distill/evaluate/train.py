@@ -43,7 +43,7 @@ def train_network(model: FlatModel, theta: Tensor, images: Tensor, labels: Tenso
         batches = torch.randperm(len(images), generator=random).split(batch_size)
         for batch, drawn in augment.drawn_ahead(batches, draw, random, images.device):
             def step(model, kept, x, y, *parameters, drawn=drawn, rate=rate):
-                x = augment.apply(x, drawn.holding(parameters))
+                x = augment.apply(x, drawn.with_tensors(parameters))
                 _, _, gradient = model.gradient(kept["theta"], x, y)
                 sgd_step(kept["theta"], gradient, kept["velocity"], rate, MOMENTUM, WEIGHT_DECAY)
 

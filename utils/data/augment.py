@@ -49,12 +49,12 @@ class Draw:
     def tensors(self) -> list[Tensor]:
         return [value for values in self.parameters.values() for value in values]
 
-    def holding(self, parameters: Sequence[Tensor]) -> "Draw":
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Draw":
         """The same draw with its `tensors` replaced by these."""
-        rest = iter(parameters)
+        rest = iter(tensors)
         return Draw({name: tuple(next(rest) for _ in values) for name, values in self.parameters.items()})
 
-    def of(self, rows: slice) -> "Draw":
+    def rows(self, rows: slice) -> "Draw":
         """The draw for some of the batch's images."""
         return Draw({name: tuple(value[rows] for value in values) for name, values in self.parameters.items()})
 
@@ -68,7 +68,7 @@ def to_device(draws: Sequence[Draw], others: Sequence[Tensor], device: torch.dev
     """Several draws and other host tensors, all moved to `device` in one copy; see `memory.to_device`."""
     there = iter(memory.to_device([*others, *(each for drawn in draws for each in drawn.tensors)], device))
     others = [next(there) for _ in others]
-    return [drawn.holding([next(there) for _ in drawn.tensors]) for drawn in draws], others
+    return [drawn.with_tensors([next(there) for _ in drawn.tensors]) for drawn in draws], others
 
 
 def drawn_ahead(batches: Sequence[Tensor], draw: Drawer, random: torch.Generator, device: torch.device | str

@@ -20,9 +20,9 @@ from utils.data.disk_layouts import Loader, Split, cifar, fashion_mnist, minifas
 from utils.data.image_folders import image_folder, imagenet, imagenet_1k, tiny
 from utils.data.names import NAMES, check_dataset_name
 from utils.data.watching import Watch, unwatched
-from utils.data.zca import Whitening, chunk, fit, to_unit
+from utils.data.zca import Whitening, chunk_size, fit, to_unit
 from utils.errors import UserError, some_of
-from utils.memory import room
+from utils.memory import empty_on_host
 
 HOLD_OUT_SEED = 0  # for choosing held-out images: the same choice in every run
 PUBLISHED_RES = 32  # in published configs for every dataset; ignored where the dataset has its own size
@@ -196,7 +196,7 @@ def _converted(raw: Tensor, space: ImageSpace, device: torch.device, advance: Ca
 
     Both are computed on `device`, which holds only a chunk of the images at a time.
     """
-    images, energy, size = room(raw.shape), [], chunk(raw)
+    images, energy, size = empty_on_host(raw.shape), [], chunk_size(raw)
     for some, place in zip(raw.split(size), images.split(size)):
         pixels = to_unit(some, device)
         if space.whitening is not None:
@@ -261,7 +261,7 @@ def _hold_out(train: Split, fraction: float, classes: Sequence[str]) -> tuple[Sp
 def _rows(split: Split, which: Tensor) -> Split:
     """Some of its images, on the disk if the memory is too small."""
     rows = which.nonzero().flatten()
-    images = room((len(rows), *split.images.shape[1:]), split.images.dtype)
+    images = empty_on_host((len(rows), *split.images.shape[1:]), split.images.dtype)
     return Split(torch.index_select(split.images, 0, rows, out=images), split.labels[rows])
 
 

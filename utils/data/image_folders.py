@@ -18,7 +18,7 @@ from utils.data.images import Picture, is_grey, read_image, suffixes, unlimited
 from utils.data.watching import Watch
 from utils.errors import UserError, note, number_of, one_line, some_of, unknown_name
 from utils.files import load, read_text, reading
-from utils.memory import check_room, room
+from utils.memory import check_host_memory, empty_on_host
 
 NORMAL_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # WordNet ids; the position is the label.
@@ -241,8 +241,8 @@ def _read_files(notes: Notes, files: dict[str, list[Path]], classes: Sequence[st
     """Reads all files, class by class, with one thread per core: decoding releases the GIL."""
     paths = [path for c in classes for path in files[c]]
     need = len(paths) * math.prod(shape) * (4 + dtype.itemsize)  # as read, plus a float32 copy
-    check_room(need, f"{len(paths)} images of {'×'.join(map(str, shape))}, {paths[0]} the first")
-    images, refused = room((len(paths), *shape), dtype), {}
+    check_host_memory(need, f"{len(paths)} images of {'×'.join(map(str, shape))}, {paths[0]} the first")
+    images, refused = empty_on_host((len(paths), *shape), dtype), {}
 
     def read_some(start: int) -> list[tuple[str, Path]]:
         remarks = []

@@ -131,7 +131,7 @@ def to_unit(images: Tensor, device: torch.device | str) -> Tensor:
     return images.to(device, torch.float32)
 
 
-def chunk(images: Tensor) -> int:
+def chunk_size(images: Tensor) -> int:
     """How many images are whitened at a time."""
     # Signals wait until a product ends: with many dimensions, take fewer images (a second or two on one core).
     return min(CHUNK, max(1, 2**36 // images[:1].numel()**2)) if len(images) else 1
@@ -141,7 +141,7 @@ def chunk(images: Tensor) -> int:
 @_in_float32()
 def _by_chunks(images: Tensor, change) -> Tensor:
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    size = chunk(images)
+    size = chunk_size(images)
     for part, place in zip(images.split(size), out.split(size)):
         place.copy_(change(part.flatten(1)).view_as(place))
     return out
