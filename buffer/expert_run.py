@@ -221,7 +221,8 @@ class ExpertRun:
         disk, memory = shutil.disk_usage(self.folder).free, available()
         # The epochs of a file's experts, with their momenta, stay on the disk until the file is written.
         there = sum(path.stat().st_size for path in self.unfinished.rglob("*") if path.is_file())
-        unwritten = min(config.save_interval + ranks.size() - 1, left)  # files are written in order
+        # The first rank writes, in order, after each expert of its own.
+        unwritten = min(config.save_interval + 2 * (ranks.size() - 1), left)
         needed = expert * (left + unwritten * (2 if config.mom else 1)) - there
         if needed > disk:
             raise UserError(f"{experts_in_words(left, config.train_epochs)} need {needed / 1e9:.2g} GB on the disk of "

@@ -230,14 +230,19 @@ def experts_in_words(experts: int, epochs: int) -> str:
 
 def checksums(paths: Sequence[Path], watch: Watch = unwatched) -> dict[str, str]:
     """The SHA-256 of each file, by its name."""
-    one_at_a_time = threading.Lock()
+    one_at_a_time, stopped = threading.Lock(), threading.Event()
     with (watch("reading the experts", sum(path.stat().st_size for path in paths)) as advance,
           ThreadPoolExecutor(ranks.cores()) as pool):  # hashing releases the GIL
         def report(size: int) -> None:
+            if stopped.is_set():
+                raise InterruptedError
             with one_at_a_time:
                 advance(size)
 
-        return dict(zip([path.name for path in paths], pool.map(partial(files.sha256, report=report), paths)))
+        try:
+            return dict(zip([path.name for path in paths], pool.map(partial(files.sha256, report=report), paths)))
+        finally:  # the pool waits for its threads, also when a signal ends this
+            stopped.set()
 
 
 def is_as_written(path: Path, checksum: str) -> bool:

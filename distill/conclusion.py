@@ -115,8 +115,8 @@ def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder
         raise UserError(f"{where} is finished, and was made of other images, experts or a different set to start from; "
                         "restore what it had, or give another --run_name")
     _restore(config, dataset, buffer, folder)
-    goes_on = config.resume == "auto" and (folder.path / STATE).exists()
-    more = "a larger --Iteration to extend it, or " if goes_on else ""
+    extendable = config.resume == "auto" and (folder.path / STATE).exists()
+    more = "a larger --Iteration to extend it, or " if extendable else ""
     did = number_of(folder.did, "iteration")
     print(wrapped(f"{where} is finished, after {did} ({result.summary}); give {more}another --run_name to run it "
                   "again"))
@@ -126,11 +126,16 @@ def _restore(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: Ru
     """Makes a finished run's missing pictures and page; what the pictures need is in the checkpoint."""
     path = folder.path
     if PICTURES in missing(path):
-        with noting_failure(path, PICTURES):
-            if state := folder.saved_state:
-                start = DistilledSet(**state["start"]).to(dataset.device)
-                _save_pictures(config, dataset, buffer, path, start, best_of(state, dataset.device),
-                               Frames(**state["frames"]))
+        try:
+            state, why = folder.saved_state, f"there is no {STATE}"
+        except UserError as error:
+            state, why = None, str(error)
+        if state is None:
+            note(f"{shown(path)} has no {PICTURES}, which cannot be made again: {why}")
+        else:
+            start = DistilledSet(**state["start"]).to(dataset.device)
+            _save_pictures(config, dataset, buffer, path, start, best_of(state, dataset.device),
+                           Frames(**state["frames"]))
     if unseen := missing(path):
         with noting_failure(path, ", ".join(unseen)):
             show(read_run(path), unseen)

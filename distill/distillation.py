@@ -165,9 +165,9 @@ class Distillation:
         self.lost_in_a_row = 0 if math.isfinite(loss) else self.lost_in_a_row + 1
         if self.lost_in_a_row == MOST_LOST:
             raise UserError(f"the matching loss was not finite {MOST_LOST} times in a row, the last time at iteration "
-                            f"{iteration}, start epoch {segment.start_epoch}, α {lr:g}; lower --lr_img (now "
-                            f"{config.lr_img:g}), --lr_y (now {config.lr_y:g}) or --lr_lr (now {config.lr_lr:g})"
-                            + ", or --lr_teacher" * (config.pix_init in STARTS))
+                            f"{iteration}, start epoch {segment.start_epoch}, α {lr:g}; lower "
+                            f"{'--lr_teacher, ' * (config.pix_init in STARTS)}--lr_img (now {config.lr_img:g}), --lr_y "
+                            f"(now {config.lr_y:g}) or --lr_lr (now {config.lr_lr:g})")
         if self.held_in_a_row == MOST_HELD:
             raise UserError(f"the learning rate α would have left the positive numbers {MOST_HELD} times in a row, the "
                             f"last time at iteration {iteration}; lower --lr_lr (now {config.lr_lr:g})"

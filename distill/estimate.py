@@ -50,7 +50,8 @@ def dry_run(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: 
     """Prints an estimate of time and memory and the settings that fit the experts; writes nothing.
 
     Args:
-        checksums, path: of everything a run would read, and its folder.
+        checksums: of everything a run would read.
+        path: its folder.
 
     Raises:
         UserError: the run would be refused.

@@ -55,7 +55,8 @@ def _better(path: Path) -> str:
 def check_whole(path: Path) -> None:
     """Refuses a path that is not a file, or a file that is plainly of another kind."""
     if path.is_dir() and set_files(str(path)):
-        raise UserError(f"{path} has no {WHOLE}, which a run writes at its end; resume it with its command, or have "
-                        "evaluation.py --save FILE write the best set so far")
+        advice = "" if (path / RESULT).is_file() else ", which a run writes at its end; resume it with its command"
+        raise UserError(f"{path} has no {WHOLE}{advice or '; give another run'}, or have evaluation.py --save FILE "
+                        "write its best set")
     files.check_is_file(path, "distilled set", next(iter(sets_in(path)), f"the path of a {WHOLE}"))
     files.check_kind(path, "distilled set", "safetensors", f"give the path of a {WHOLE}")

@@ -655,7 +655,7 @@ def main() -> None:
     instead.add_argument("--list", action="store_true", help="print the commands, and nothing else")
     instead.add_argument("--tables", action="store_true", help="make tables and plots of the results that are there")
     parser.add_argument("--results", type=Path, metavar="FOLDER",
-                        help="with --tables: of the results in this folder, where tables and plots are written, too "
+                        help="with --tables: make them of the results in this folder, and write them there "
                              "[the form's own]")
     options = parser.parse_args()
     form = SMALL if options.small else CPU if options.cpu else FULL

@@ -111,7 +111,7 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     finished = {run.name: read_run(run.folder) for run in runs}
     for run in runs:
         if (done := len(finished[run.name].metrics.iterations)) > run.config.Iteration:
-            note(f"{run.name} had gone on to iteration {done} before, and not only to {run.config.Iteration}")
+            note(f"{run.name} had been extended to iteration {done} before, beyond {run.config.Iteration}")
     ranked = sorted(runs, key=lambda run: -finished[run.name].result.better[1].scores[0].mean)
     reached = {run.name: numbers(run, finished[run.name]) for run in ranked}
     tested = images_tested(tested_on(config.val_fraction))
@@ -124,7 +124,7 @@ def rank(runs: list[Run], options: dict[str, str], page: Path, json: Path | None
     print(f"in {shown(page)}{f' and {shown(json)}' if json else ''}")
     best = ranked[0]
     if finished[best.name].result.better[1].iteration == 0:
-        note("the best set is the one that a run began with; none on the way of any run was better")
+        note("the best set is an initial one: no later set of any run scored better")
     test = evaluation(influential(best.config), best.folder) | commands.device_given(config.device)
     commands.say_next(config, "next, to test the best set on the test images:",
                       commands.command("distill/evaluation.py", test))

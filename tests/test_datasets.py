@@ -492,7 +492,7 @@ def test_sixteen_bits_and_floats_become_eight(tmp_path, capsys):
     assert "note: ImageFolder: 14 images are 16-bit or float, reduced to 8 bits (" in capsys.readouterr().err
     own_images(tmp_path, h=(random_bytes(8, 8, 3), ".png", {}), i=(values // 16, ".png", {}))
     assert torch.equal(read_bytes(tmp_path, res=8)[:7], expected.expand(7, 3, 8, 8))
-    assert "2 images are 16-bit but using fewer than 12 bits" in capsys.readouterr().err
+    assert "2 images are 16-bit with fewer than 12 bits in use" in capsys.readouterr().err
     for wrong in (values.astype(np.int32) * 2, -values.astype(np.int32), values.astype(np.float32),
                   np.full((8, 8), np.nan, dtype=np.float32)):
         own_images(tmp_path, j=(wrong, ".tif", {}))
@@ -522,7 +522,7 @@ def test_sixteen_bits_of_a_colour_and_of_grey_with_alpha(tmp_path, capsys):
     assert read_bytes(tmp_path / "2", res=8).shape[1] == 1 and read_bytes(tmp_path / "3", res=8).shape[1] == 3
     said = capsys.readouterr().err
     assert said.count("2 images are 16-bit or float, reduced to 8 bits") == 2
-    assert said.count("2 images are 16-bit but using fewer than 12 bits") == 2
+    assert said.count("2 images are 16-bit with fewer than 12 bits in use") == 2
 
 
 def test_transparency_lies_over_white_and_exif_turns(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Every user mistake gives one line that says what was given and what to do, exit code 2, and no files."""
 
 import json
+import re
 import shutil
 from unittest import mock
 
@@ -265,6 +266,8 @@ def test_any_odd_config_is_refused_in_one_line(call, tmp_path, content):
     path.write_bytes(content)
     done = call(REPOSITORY / DATM, f"--cfg={path}", cwd=tmp_path, expect=2)
     check_refusal(done)
+    # A name that no option has at all is refused with the option alone, after the file was read.
+    assert str(path) in done.stderr or re.search(r"x{20}|a\\x00b", done.stderr), done.stderr
     assert len(done.stderr) <= 1000 and list(tmp_path.iterdir()) == [path]
 
 

@@ -356,11 +356,11 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):
     (parts / "checkpoint.pt").write_bytes((parts / "checkpoint.pt").read_bytes()[:-100])
     (parts / "report.safetensors").unlink()
     done, _ = distil_to("parts", "--Iteration=7")
-    assert "report.safetensors could not be made (UserError: " in done.stderr and "is finished" in done.stdout
+    assert "has no report.safetensors, which cannot be made again: " in done.stderr and "is finished" in done.stdout
     (parts / "Normal" / "distilled.safetensors").unlink()
     (parts / "checkpoint.pt").unlink()
     done, _ = distil_to("parts", "--Iteration=7")
-    assert "is finished" in done.stdout and "larger --Iteration" not in done.stdout
+    assert "cannot be made again: there is no checkpoint.pt" in done.stderr and "larger --Iteration" not in done.stdout
     done, _ = distil_to("parts", "--Iteration=8", expect=2)
     assert "without its checkpoint.pt; give another --run_name and --pix_init what evaluation.py --data_dir" in (
         done.stderr)  # its set was deleted above

@@ -63,7 +63,7 @@ def test_values_are_ranked_and_a_larger_iteration_goes_on(call, toy, toy_experts
     _, longer = sweep_it("--Iteration=2")
     assert [run["updates"] for run in longer] == [2, 2]
     sweep_it()  # they are longer than asked for now
-    assert errors[-1].count(" had gone on to iteration 2 before, and not only to 1") == 2
+    assert errors[-1].count(" had been extended to iteration 2 before, beyond 1") == 2
     for name in names:
         assert (folder / name / "result_1.json").is_file() and (folder / name / "Normal" / "images_2.pt").is_file()
 

@@ -122,7 +122,7 @@ def test_pictures_that_cannot_be_made_do_not_stop_a_run(fake, toy_data, tmp_path
     assert not fake.finished
 
 
-def test_wandbs_own_settings_decide_unless_it_is_told_to_resumeline(tmp_path):
+def test_wandbs_own_settings_decide_unless_it_is_told_to_go_online(tmp_path):
     """With the real package and an account; `wandb offline` and `wandb disabled` write the mode to a file."""
     code = ("import os, sys, wandb\nfrom pathlib import Path\nfrom distill.report.wandb_log import Tracker\n"
             "wandb.init = lambda **options: print(options['mode'])\n"

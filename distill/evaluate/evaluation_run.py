@@ -80,8 +80,7 @@ class Session:
 
     def say_resumed(self, tested: int, networks: int) -> None:
         if tested:
-            say(self.config, f"resuming a stopped evaluation: {tested} of {networks} networks were "
-                             "tested")
+            say(self.config, f"resuming a stopped evaluation: {tested} of {networks} networks were tested")
 
     def write(self, scores: list[Score], lr: float | None, protocols: dict[str, UnderProtocol] | None = None,
               **more: Any) -> None:

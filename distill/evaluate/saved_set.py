@@ -1,5 +1,6 @@
 """`distill/evaluation.py`: a saved set, tested on fresh networks."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
@@ -42,6 +43,13 @@ from utils.program.seeds import generator
 
 NO_DATASET = ("--dataset is missing: nothing says what the set of --data_dir was made of; give it, with --model, and "
               "--zca where the images are whitened")
+
+
+def _other_network(own: Any, name: str) -> bool:
+    """Whether a set says that it was made with another network, perhaps one that is unknown here."""
+    with contextlib.suppress(UserError):
+        return isinstance(own, str) and not same_network(own, name)
+    return True
 
 
 def evaluate_files(config: EvaluationConfig, given: Collection[str]) -> None:
@@ -162,17 +170,17 @@ def opened(config: EvaluationConfig, given: Collection[str],
     distilled = in_space(distilled, dataset)
 
     # Say what nothing tells.
-    unsaid = "lr_teacher" not in given or config.lr_teacher == AUTO
-    if not rate_known and unsaid and (config.save or (config.protocol != "dc" and config.lr_teacher != AUTO)):
-        note(f"the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is "
-             f"used{', and saved as its own' * bool(config.save)}")
+    searched = config.lr_teacher == AUTO
+    if not rate_known and (searched or "lr_teacher" not in given) and (
+            config.save or (config.protocol != "dc" and not searched)):
+        uses = " and ".join(["used"] * (not searched) + ["saved as its own"] * bool(config.save))
+        note(f"the set's learning rate is not among its files; {default_lr:g}, the default of --lr_teacher, is {uses}")
     if "zca" not in {*given, *made}:
         note("nothing says whether the set's images are whitened; they are taken for normalised: give --zca if they "
              "are whitened")
-    own = made.get("model")
-    others = [name for name in pool(config, dataset) if own and not same_network(own, name)]
-    if others and rate_known and "lr_teacher" not in given and config.protocol != "dc":
-        note(f"the set's learning rate was learned with {own}; --lr_teacher auto looks for one that suits "
+    if rate_known and "lr_teacher" not in given and config.protocol != "dc" and (
+            others := [name for name in pool(config, dataset) if _other_network(made.get("model"), name)]):
+        note(f"the set's learning rate was learned with {made['model']}; --lr_teacher auto looks for one that suits "
              f"{some_of(others)}")
 
     check_pool(config, dataset)

@@ -16,7 +16,6 @@ rounds, so that other load on the machine affects all of them alike. Ratios are 
 
 For matching, peak memory is measured in a separate process for each method, during its second call. On the host it is
 the memory that the call adds; on a GPU, everything allocated, including captured and compiled code.
-
 """
 
 import argparse

@@ -37,8 +37,6 @@ from utils.program.process_settings import tune_process
 
 tune_process()  # before torch is imported
 
-
-
 from scripts.common import ScriptParser, positive
 from scripts.trials import common
 from scripts.trials.common import BUFFER, DATM, MOST_SECONDS, temporary

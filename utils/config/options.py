@@ -122,7 +122,7 @@ class BufferConfig(DataConfig):
     decay: bool = option(METHOD, False, "learning rate decay", effect=False)
     pad: bool = option(METHOD, False, "PAD: from easy to hard images, as the options below say")
     init_ratio: Annotated[float, Field(gt=0, le=1)] = option(
-        METHOD, 0.75, "PAD: share of each class, its easiest images, that the first epoch uses", effect="pad")
+        METHOD, 0.75, "PAD: easiest share of each class that the first epoch uses", effect="pad")
     add_end_epoch: Index = option(METHOD, 20, "PAD: epoch from which all images are used", effect="pad")
     rm_epoch_first: Index = option(METHOD, 40, "PAD: epoch from which the easiest are left out", effect="pad")
     rm_epoch_second: Index = option(METHOD, 60, "PAD: epoch from which more of the easiest are left out", effect="pad")
@@ -157,7 +157,7 @@ class DistillConfig(TrainConfig):
 
     ipc: Count = option(MAIN, 1, "synthetic images per class")
     Iteration: Index = option(MAIN, 5000, "distillation iterations; the loop runs 0..Iteration inclusive; a finished "
-                              "run resumes if this is larger", decides=HOW_MUCH)
+                              "run is extended if this is larger", decides=HOW_MUCH)
     zca: bool = option(METHOD, True, "whiten the images (ZCA, eps 0.1)")
     lr_teacher: AutoRate = option(METHOD, 0.01, "start of the learned learning rate; auto: measured, the rate at which "
                                   "the first set follows the experts best")

@@ -35,7 +35,7 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
 TRANSPARENT = "transparent, laid over white"
 TURNED = "rotated as EXIF says"
 DEEP = "16-bit or float, reduced to 8 bits"
-DARK = "16-bit but using fewer than 12 bits, so nearly black"
+DARK = "16-bit with fewer than 12 bits in use, so nearly black"
 FIRST = "the first of several in one file"
 
 _one_large = threading.Lock()
