@@ -178,7 +178,8 @@ class RunFolder:
                     path.rename(path.with_stem(f"{path.stem}_{self.did}"))
         if not saved:
             if self.log.exists():
-                note(f"{shown(self.path)} holds an unfinished run; starting over")
+                lost = "" if self._state.exists() else f" without its {STATE}"
+                note(f"{shown(self.path)} holds an unfinished run{lost}; starting over")
             self._state.unlink(missing_ok=True)  # first, as it relies on the others
             for path in self._there(*MADE, EVALUATION):
                 remove(path)

@@ -226,7 +226,8 @@ def doubts(losses: Losses, config: DistillConfig) -> list[str]:
                      f"{least:.3f}); experts trained with a smaller --lr_teacher{' or' * (not config.zca)}"
                      f"{',' * config.zca} for fewer epochs{' or without --zca' * config.zca} can be easier")
     if len(losses.rates) > 1 and rate in (losses.rates[0], losses.rates[-1]):
-        notes.append(f"--lr_teacher {rate:g} is at the end of what was measured; one beyond it can fit better")
+        most, more = ("largest", "larger") if rate == losses.rates[-1] else ("smallest", "smaller")
+        notes.append(f"--lr_teacher {rate:g} is the {most} rate that was measured; a {more} one may fit better")
     return notes
 
 

@@ -75,7 +75,7 @@ def main() -> None:
         print(f"card: {shown(card)}")
         told = [str(distilled.config.get(name, "")) for name in FOLDERS]
         if folders := [folder for folder in told if Path(folder).is_absolute()]:
-            note(f"{path.name} also names folders of this machine, which whoever gets it can read: "
+            note(f"{path.name} also holds paths of this machine, for anyone who gets the file to read: "
                  f"{', '.join(folders)}")
     if options.png:
         save_pngs(distilled, options.png)

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--ipc", type=positive, help="images per class, with --suggest")
     options = parser.parse_args()
     if options.suggest != (options.ipc is not None):
-        raise UserError("--suggest and --ipc N, the images per class of the set to come, are given together")
+        raise UserError("give --suggest and --ipc N together; N is the number of images per class of the set to come")
     if options.suggest:
         if options.expert_epochs or options.beside:
             raise UserError("--suggest takes neither --expert_epochs, as it measures which M fits, nor --beside; leave "
@@ -352,9 +352,8 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     if diverged:
         say("not finite", f"experts {', '.join(diverged)}: they diverged, or their file is damaged")
     reached = [[row[name][-1] for row in report["trajectories"] if row[name]] for name in ACCURACIES]
-    say("accuracy", "after the last epoch: " + "; ".join(
-        f"{of} {100 * min(values):.1f} … {100 * max(values):.1f} %, mean {100 * np.mean(values):.1f} %"
-        for of, values in zip(("train", experts_tested_on(report)), reached) if values) if any(reached) else
+    said = [f"{of} {_spread(values)}" for of, values in zip(("train", experts_tested_on(report)), reached) if values]
+    say("accuracy", f"after the last epoch: {'; '.join(said)}" if said else
         "unknown: recorded for no finished expert")
     if report["beside"]:
         compared = sum(bool(each["apart"]) for each in report["trajectories"])
@@ -370,6 +369,12 @@ def print_report(report: dict[str, Any], expert_epochs: int) -> None:
     last = len(report["by_start_epoch"]["step"])
     if len(rows) - 1 <= last:
         print(f"{len(rows) - 1} of {last + 1} epochs; --json has all")
+
+
+def _spread(values: list[float]) -> str:
+    """Accuracies in words: their range and mean, or the only one."""
+    least, most, mean = (100 * of(values) for of in (min, max, np.mean))
+    return f"{least:.1f} … {most:.1f} %, mean {mean:.1f} %" if len(values) > 1 else f"{mean:.1f} %"
 
 
 def _by_epoch(report: dict[str, Any], expert_epochs: int) -> list[list[str]]:

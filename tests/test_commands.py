@@ -409,6 +409,13 @@ def test_evaluation_from_inside_its_folder_is_the_same(call, toy, toy_run, tmp_p
     assert one["scores"] == other["scores"]
 
 
+def test_a_set_is_saved_for_the_data_that_it_was_made_with_only(call, toy, toy_run, tmp_path):
+    done = call("distill/evaluation.py", *toy.evaluate, f"--data_dir={toy_run.parent}", "--zca=False",
+                f"--save={tmp_path / 'x.safetensors'}", expect=2)
+    check_refusal(done, "zca differs here; leave out --zca, or --save")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_set_says_itself_how_it_is_read(call, toy, toy_run, tmp_path):
     """A run's folder, its set's file, its tensors beside a config.yaml and an unfinished run are all evaluated, on the
     test images, as with all options given; given options override what the set says."""

@@ -103,7 +103,7 @@ def test_grey_pictures_have_one_channel(call, tmp_path):
     save_file({"images": torch.zeros(2, 1, 5, 4), "labels": torch.eye(2), "lr": torch.tensor(0.1)},
               tmp_path / "set.safetensors", about)
     done = call(EXPORT, tmp_path / "set.safetensors", f"--png={tmp_path / 'png'}", "--card")
-    assert "1 folder named unlike the class, as some file systems need: T-shirt-top for T-shirt/top" in done.stderr
+    assert "1 folder named differently from the class, as file systems need: T-shirt-top for T-shirt/top" in done.stderr
     picture = Image.open(tmp_path / "png" / "T-shirt-top" / "00.png")
     assert picture.mode == "L" and picture.size == (4, 5) and picture.getpixel((0, 0)) == 128
     text = (tmp_path / "README.md").read_text()
@@ -163,7 +163,7 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
             "dataset": "ImageFolder", "model": "ConvNetD1W4", "hard_labels": True}))
     done = call(EXPORT, whole, "--card", "--result", *(tmp_path / f"{name}.json" for name in ("eval", "real", "hard")),
                 made / "result.json")
-    assert f"names folders of this machine, which whoever gets it can read: {toy.data}, " in done.stderr
+    assert f"holds paths of this machine, for anyone who gets the file to read: {toy.data}, " in done.stderr
     text = (whole.parent / "README.md").read_text()
     assert front(text)["license"] == "unknown" and "dataset-distillation" in front(text)["tags"]
     mean = json.loads((tmp_path / "eval.json").read_text())["scores"][0]["mean"]
@@ -173,7 +173,7 @@ def test_a_card_states_what_the_results_say_and_no_path(call, toy, made, whole, 
     assert "Networks trained on 2 random real images per class, tested on the test images of ImageFolder" in text
     assert "Networks trained on the set with hard labels, tested on" in text and "--hard_labels" in text
     assert "python distill/baseline.py --dataset=ImageFolder --model=ConvNetD1W4" in text
-    assert "it scored best on these test images" in text and "6 synthetic images, 2 per class, 3×8×8" in text
+    assert "it scored best on the test images" in text and "6 synthetic images, 2 per class, 3×8×8" in text
     assert "a reimplementation of DATM" in text
     assert "Classes in order: blue, green, red." in text and "syn_steps: 3" in text
     for path in (str(tmp_path), str(toy.data), str(made.parent)):
@@ -302,8 +302,11 @@ def test_the_card_of_averaged_images_has_their_accuracy(call, made, tmp_path):
 def test_a_run_that_is_not_finished_has_no_set_yet(call, made, tmp_path):
     run = shutil.copytree(made, tmp_path / "run")
     (run / "Normal" / "distilled.safetensors").unlink()
+    (line,) = call(EXPORT, run, "--card", expect=2).stderr.splitlines()  # finished, and then lost
+    assert "has no distilled.safetensors; give another run, or have evaluation.py --save FILE write its best" in line
+    (run / "result.json").unlink()
     (line,) = call(EXPORT, run, "--card", expect=2).stderr.splitlines()
-    assert "has no distilled.safetensors, which a run writes at its end" in line and "evaluation.py --save FILE" in line
+    assert "has no distilled.safetensors, which a run writes at its end; resume it" in line
 
 
 @pytest.mark.parametrize("arguments, phrase", [

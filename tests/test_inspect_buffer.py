@@ -161,7 +161,7 @@ def test_settings_are_suggested_that_work_as_they_are_printed(call, toy_experts,
 
 
 def test_suggestions_need_to_know_the_data(call, folder):
-    for options, phrase in ((["--suggest"], "--ipc N"), (["--ipc=2"], "given together"),
+    for options, phrase in ((["--suggest"], "--ipc N"), (["--ipc=2"], "give --suggest and --ipc N together"),
                             (["--suggest", "--ipc=2"], "looks for in <buffer_path>/ImageFolder/ConvNetD1W4")):
         assert phrase in call(INSPECT, folder, *options, expect=2).stderr
     for path in folder.glob("*.yaml"):

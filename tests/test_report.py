@@ -141,7 +141,7 @@ def test_a_run_leaves_its_report(runs):
                       "Synthetic learning rate α", "Difficulty window", "Skipped updates", "Accuracy by class",
                       "Confusion matrix"]
     accuracy = next(each.text for each in page.all("figure") if each.text.startswith("Accuracy"))
-    assert "the start (real images, expert labels): " in accuracy and "; the experts: " in accuracy
+    assert "the start (real images, expert labels): " in accuracy and "; the experts' mean: " in accuracy
     assert "±" not in accuracy + page.all("dl")[0].text  # over one network
     result = json.loads((runs[0] / "result.json").read_text())
     assert f"{100 * result['best']['scores'][0]['mean']:.2f}" in page.all("dl")[0].text

@@ -161,6 +161,9 @@ def opened(config: EvaluationConfig, given: Collection[str],
     if guessed and tuple(read.images.shape[2:]) != image_size(config):
         raise UserError(NO_DATASET)
     told = check_told(config, read, "--data_dir", made)
+    if config.save and told and read.classes:  # a self-describing file; others' options are partly guessed
+        raise UserError(f"--save writes the set for the data that it was made with, and {', '.join(told)} "
+                        f"differ{'s' * (len(told) == 1)} here; leave out --{told[0]}, or --save")
     dataset = _default_data(config, device) if guessed else load_data(config, device)
     if not told and not are_pixels(read) and (why := other_space(read, dataset)):
         note(f"the set was prepared differently from the data here: {why}")

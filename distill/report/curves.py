@@ -127,7 +127,7 @@ def _levels(run: SavedRun) -> list[tuple[str, float]]:
         labelled = "" if pictures.hard or pictures.began == SAVED else ", expert labels"
         levels.append((f"the start ({began}{labelled})", first.mean))
     if pictures and (reached := pictures.experts_reached):
-        levels.append(("the experts", sum(reached) / len(reached)))
+        levels.append(("the experts' mean", sum(reached) / len(reached)))
     return levels[:LEVELS]
 
 

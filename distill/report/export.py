@@ -77,7 +77,7 @@ def save_pngs(distilled: DistilledSet, folder: Path) -> None:
     folders, count, images = folder_names(distilled.classes), [0] * len(distilled.classes), []
     soft = distilled.labels.is_floating_point()
     if renamed := [f"{name} for {c}" for name, c in zip(folders, distilled.classes) if name != c]:
-        note(f"{number_of(len(renamed), 'folder')} named unlike the class, as some file systems need: "
+        note(f"{number_of(len(renamed), 'folder')} named differently from the class, as file systems need: "
              f"{some_of(renamed)}")
     digits = max(2, len(str(int(indices[::tiles].bincount().max()) - 1)))  # so that names sort by number
     for number, (picture, index) in enumerate(zip(pixels, indices[::tiles].tolist())):

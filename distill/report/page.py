@@ -100,7 +100,7 @@ def facts(run: SavedRun, compared: bool = False) -> list[tuple[str, str]]:
             ("Learning rate α of the best set", "not recorded" if math.isnan(best.lr) else f"{best.lr:.4g}"),
             ("Skipped updates (loss above the threshold, or not finite)",
              _recorded(result.skipped, lambda count: _share(count, updates))),
-            ("Updates of α held back, as it would have left the positive numbers",
+            ("Updates of α held back, because α would no longer have been positive",
              _recorded(result.held, lambda count: ["never", "once", f"{count:,} times"][min(count, 2)])),
             ("Time", _recorded(result.seconds, duration)) if run.finished else ("Not finished", _progress(run))]
 

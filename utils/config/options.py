@@ -156,7 +156,7 @@ class DistillConfig(TrainConfig):
     """Distillation, `distill/DATM.py`."""
 
     ipc: Count = option(MAIN, 1, "synthetic images per class")
-    Iteration: Index = option(MAIN, 5000, "distillation iterations; the loop runs 0..Iteration inclusive; a finished "
+    Iteration: Index = option(MAIN, 5000, "number of updates; sets are tested from iteration 0 to this one; a finished "
                               "run is extended if this is larger", decides=HOW_MUCH)
     zca: bool = option(METHOD, True, "whiten the images (ZCA, eps 0.1)")
     lr_teacher: AutoRate = option(METHOD, 0.01, "start of the learned learning rate; auto: measured, the rate at which "

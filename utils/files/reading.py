@@ -74,7 +74,7 @@ def check_kind(path: Path, what: str, kind: str, advice: str) -> None:
     if not found:
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder("utf-8")().decode(begin)  # the last character may be cut off
-            found = "a text" if text and all(each.isprintable() or each.isspace() for each in text) else ""
+            found = "a text file" if text and all(each.isprintable() or each.isspace() for each in text) else ""
     if found not in ("", _IN_WORDS[kind]):
         raise UserError(f"{what} {path} is {found}, not {_IN_WORDS[kind]}; {advice}")
 
