@@ -465,9 +465,9 @@ def test_a_set_without_its_files_is_refused(refused, sets, toy_experts, tmp_path
 
 def test_what_is_plainly_no_set_is_refused_as_what_it_is(refused, sets, tmp_path):
     sets.path("images").write_text("größer\n" * 99)
-    refused(EVALUATION, sets.options(), ["--data_dir file", "is a text, not a torch file; give a run's folder, its "])
+    refused(EVALUATION, sets.options(), ["--data_dir file", "is a text file, not a torch file; give a run's folder, "])
     for name, written, kind in (("images.pt", lambda path: Image.new("L", (2, 2)).save(path, "png"), "a picture"),
-                                ("x.safetensors", sets.path("images").rename, "a text"),
+                                ("x.safetensors", sets.path("images").rename, "a text file"),
                                 ("y.safetensors", sets.path("labels").rename, "a torch file")):
         written(tmp_path / name)
         refused(EVALUATION, [f"--data_dir={tmp_path / name}"], [name, f"is {kind}, not a ", "; give "])
