@@ -133,9 +133,10 @@ def _restore(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: Ru
         if state is None:
             note(f"{shown(path)} has no {PICTURES}, which cannot be made again: {why}")
         else:
-            start = DistilledSet(**state["start"]).to(dataset.device)
-            _save_pictures(config, dataset, buffer, path, start, best_of(state, dataset.device),
-                           Frames(**state["frames"]))
+            with noting_failure(path, PICTURES):
+                start = DistilledSet(**state["start"]).to(dataset.device)
+                _save_pictures(config, dataset, buffer, path, start, best_of(state, dataset.device),
+                               Frames(**state["frames"]))
     if unseen := missing(path):
         with noting_failure(path, ", ".join(unseen)):
             show(read_run(path), unseen)

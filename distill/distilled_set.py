@@ -163,11 +163,9 @@ class DistilledSet(torch.utils.data.Dataset):
             if about.get("format") != FORMAT:
                 raise UserError(f"{path} is not a distilled set (format {about.get('format')}, expected {FORMAT}); "
                                 "give a distilled.safetensors")
-            config = json.loads(about["config"], parse_constant=str)
+            config = _options(about)
             classes = tuple(map(str, json.loads(about["classes"])))
             mean, std = (tuple(map(float, json.loads(about[name]))) for name in ("mean", "std"))
-            if not isinstance(config, dict):
-                raise ValueError("its config is no table of options")
             whitening = None
             if fingerprint := about.get("whitening"):
                 if not re.fullmatch("[0-9a-f]{32}", fingerprint):  # becomes part of a file name
@@ -178,6 +176,23 @@ class DistilledSet(torch.utils.data.Dataset):
                             pictures=pictures)
         # Checked here once, so that exports and pages need no checks of their own.
         return _checked(distilled, "it", tuple(distilled.images.shape[1:]), len(classes), [str(path)] * 3, factor)
+
+
+def recorded_options(path: Path) -> dict[str, Any]:
+    """The options in a file written by `save_whole`, from its header alone.
+
+    Raises:
+        UserError: the file is damaged, or of another kind.
+    """
+    with files.reading(path, "write or copy it again", "is damaged or no distilled set"):
+        return _options(files.metadata_of(path))
+
+
+def _options(about: dict[str, str]) -> dict[str, Any]:
+    options = json.loads(about["config"], parse_constant=str)
+    if not isinstance(options, dict):
+        raise ValueError("its config is no table of options")
+    return options
 
 
 def other_space(distilled: DistilledSet, dataset: Dataset) -> str:

@@ -17,7 +17,6 @@ NUS-HPC-AI-Lab/DATM and PAD, gszfwsb/NCFM.)
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.distilled_set import DistilledSet, are_probabilities
+from distill.distilled_set import DistilledSet, are_probabilities, recorded_options
 from distill.evaluate.option_checks import IMAGES, check_given
 from distill.result_files import NORMAL
 from distill.set_files import WHOLE, SetFiles, set_files, sets_in
@@ -124,9 +123,8 @@ def made_with(data_dir: str) -> dict[str, Any]:
         found = _files_of(data_dir) or SetFiles(data_dir)
         path = Path(found.images)
         if path.suffix == ".safetensors":
-            with files.reading(path, "write or copy it again"):
-                config = json.loads(files.metadata_of(path)["config"], parse_constant=str)
-                return {name: value for name, value in config.items() if name != "label_kind"}  # its labels are logits
+            options = recorded_options(path)
+            return {name: value for name, value in options.items() if name != "label_kind"}  # its labels are logits
         if of_dc := _OF_DC.fullmatch(path.name):
             method, dataset, model = of_dc.groups()
             told: dict[str, Any] = {"zca": False} | ({"method": method} if method else {})
