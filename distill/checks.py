@@ -1,4 +1,4 @@
-"""Checks that need loaded files, before a distillation starts; `option_checks` has the others."""
+"""Refusals and notes that need files, before a distillation starts; `option_checks` needs options only."""
 
 import contextlib
 from typing import Any

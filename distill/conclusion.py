@@ -8,6 +8,7 @@ from buffer.manifests import accuracies_reached, made_by
 from buffer.trajectories import Buffer
 from distill.distillation import FIXED_SEGMENTS
 from distill.distilled_set import DistilledSet
+from distill.load import Inputs
 from distill.report.commands import LABELLING, evaluation
 from distill.report.frames import Frames
 from distill.report.names import ANIMATION, CURVES, IMAGES_PNG, PAGE, PICTURES, SHOWN, missing
@@ -75,9 +76,9 @@ def conclude(run: RunState) -> None:
                         f"{best.scores[0].percent} % at iteration {best.iteration}"
                         for name, best in results.items())
     skipped, held = run.distillation.skipped, run.distillation.held
-    RunResult(summary, results[NORMAL], results.get(EMA), chosen_on, skipped, held, run.seconds,
-              FixedLoss(before, after, FIXED_SEGMENTS), environment(start.images.device) | run.on,
-              data_id(run.checksums)).write(folder.result)
+    RunResult(summary, best=results[NORMAL], best_ema=results.get(EMA), chosen_on=chosen_on, skipped=skipped, held=held,
+              seconds=run.seconds, fixed_loss=FixedLoss(before, after, FIXED_SEGMENTS),
+              environment=environment(start.images.device) | run.on, data=data_id(run.checksums)).write(folder.result)
     run.tracker.finish()
     _save_pictures(config, dataset, run.distillation.buffer, folder.path, start, run.best, run.frames)
     show(read_run(folder.path))
@@ -100,21 +101,17 @@ def conclude(run: RunState) -> None:
     _say_where(config, folder.path, run.best, better_of(run.best))
 
 
-def say_finished(config: DistillConfig, dataset: Dataset, buffer: Buffer, folder: RunFolder,
-                 checksums: dict[str, str]) -> None:
+def say_finished(config: DistillConfig, inputs: Inputs, folder: RunFolder) -> None:
     """Says that the run is already finished, after making pictures and page if they are missing.
-
-    Args:
-        checksums: of everything that a run of these options reads.
 
     Raises:
         UserError: the run was made of other data.
     """
     result, where = RunResult.read(folder.result), shown(folder.path)
-    if result.data not in (None, data_id(checksums)):
+    if result.data not in (None, data_id(inputs.checksums)):
         raise UserError(f"{where} is finished, and was made of other images, experts or a different set to start from; "
                         "restore what it had, or give another --run_name")
-    _restore(config, dataset, buffer, folder)
+    _restore(config, inputs.dataset, inputs.buffer, folder)
     extendable = config.resume == "auto" and (folder.path / STATE).exists()
     more = "a larger --Iteration to extend it, or " if extendable else ""
     did = number_of(folder.did, "iteration")

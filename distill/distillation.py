@@ -46,8 +46,8 @@ class Segment:
     augment: Sequence[augment.Draw]
 
     def own(self) -> "Segment":
-        """This rank's share of each batch, which has the same size in every step of whole batches, as compiled and
-        captured code needs."""
+        """This rank's share of each batch. The shares of whole batches are equally large, since compiled and captured
+        code needs a fixed shape."""
         mine = ranks.own_share()
         return replace(self, batches=[batch[mine] for batch in self.batches],
                        augment=[draw.rows(mine) for draw in self.augment])
@@ -56,31 +56,6 @@ class Segment:
         """The segment on `device`, sent in one copy."""
         draws, batches = augment.to_device(self.augment, self.batches, device)
         return replace(self, batches=batches, augment=draws)
-
-
-def draw_segment(config: DistillConfig, buffer: Buffer, image_size: tuple[int, int], num_samples: int,
-                 device: torch.device, expert: int | None, bound: int, random: torch.Generator) -> Segment:
-    """Draws everything random in one iteration; with several ranks, keeps only this rank's samples.
-
-    Args:
-        expert: its number; None: draw it.
-        bound: exclusive upper bound of the start epoch.
-    """
-    if expert is None:
-        expert = int(torch.randint(len(buffer), (), generator=random))
-    start = int(torch.randint(config.min_start_epoch, bound, (), generator=random))
-
-    batches: list[Tensor] = []
-    chunks: list[Tensor] = []
-    while len(batches) < config.syn_steps:
-        if not chunks:
-            chunks = list(torch.randperm(num_samples, generator=random).split(config.batch_syn or num_samples))
-        batches.append(chunks.pop())  # from the end, as published: a short chunk comes first
-
-    groups = dsa_groups(config, inner_loop=True)
-    draws = [augment.draw(groups, len(batch), image_size, random) for batch in batches]
-    segment = Segment(expert, start, bound, batches, draws)
-    return (segment.own() if ranks.size() > 1 else segment).to(device)
 
 
 class Distillation:
@@ -121,8 +96,31 @@ class Distillation:
         if not config.load_all:  # each round visits every expert once, in an order drawn for the round
             round_, position = divmod(iteration, len(self.buffer))
             expert = self.buffer.walk_order(generator(config.seed, "walk", round_))[position]
-        return draw_segment(config, self.buffer, self.image_size, len(self.set), self.device, expert, bound,
-                            generator(config.seed, "iteration", iteration))
+        return self.segment(expert, bound, generator(config.seed, "iteration", iteration))
+
+    def segment(self, expert: int | None, bound: int, random: torch.Generator) -> Segment:
+        """Draws everything random in one iteration; with several ranks, keeps only this rank's samples.
+
+        Args:
+            expert: its number; None: draw it.
+            bound: exclusive upper bound of the start epoch.
+        """
+        config, samples = self.config, len(self.set)
+        if expert is None:
+            expert = int(torch.randint(len(self.buffer), (), generator=random))
+        start = int(torch.randint(config.min_start_epoch, bound, (), generator=random))
+
+        batches: list[Tensor] = []
+        chunks: list[Tensor] = []
+        while len(batches) < config.syn_steps:
+            if not chunks:
+                chunks = list(torch.randperm(samples, generator=random).split(config.batch_syn or samples))
+            batches.append(chunks.pop())  # from the end, as published: a short chunk comes first
+
+        groups = dsa_groups(config, inner_loop=True)
+        draws = [augment.draw(groups, len(batch), self.image_size, random) for batch in batches]
+        segment = Segment(expert, start, bound, batches, draws)
+        return (segment.own() if ranks.size() > 1 else segment).to(self.device)
 
     def match(self, segment: Segment) -> Match:
         """The matching loss of the segment and its gradients with respect to images, labels and α. With `labels:
@@ -130,9 +128,9 @@ class Distillation:
         theta_start, theta_target = self._ends(segment)
         samples = self.set.samples()
         if self.config.labels == "target":
-            self.set.labels.copy_(labels_for(self.config, self.buffer, self.set, samples, theta_target))
-        match = match_trajectory(student(self.buffer), theta_start, theta_target, samples, self.set.labels,
-                                 self.set.lr, segment.batches, segment.augment, self.config.matching, self.part,
+            self.set.labels.copy_(self.labels_for(self.set.labels, samples, theta_target))
+        match = match_trajectory(self.student, theta_start, theta_target, samples, self.set.labels, self.set.lr,
+                                 segment.batches, segment.augment, self.config.matching, self.part,
                                  self.config.adjoint_steps)
         # Those of this rank's samples, so far.
         match = match._replace(grad_images=ranks.sum_(cut_adjoint(match.grad_images, self.set.factor).contiguous()))
@@ -172,8 +170,8 @@ class Distillation:
             raise UserError(f"the learning rate α would have left the positive numbers {MOST_HELD} times in a row, the "
                             f"last time at iteration {iteration}; lower --lr_lr (now {config.lr_lr:g})"
                             + " or give --lr_param log" * (not self.learns_log))
-        return Iteration(iteration, loss, updated, float(self.set.lr), segment.start_epoch, segment.bound, held,
-                         segment.expert)
+        return Iteration(iteration, loss, updated, lr=float(self.set.lr), start_epoch=segment.start_epoch,
+                         bound=segment.bound, held=held, expert=segment.expert)
 
     def update(self, match: Match) -> None:
         """One SGD step on images, α and, if learned, labels; each with its own rate, as published. Bit-identical to
@@ -219,37 +217,40 @@ class Distillation:
         Args:
             advance: called with 1 after each segment.
         """
-        config, total, samples = self.config, torch.zeros((), device=self.device), distilled.samples()
+        total = torch.zeros((), device=self.device)
         for number in range(FIXED_SEGMENTS):
-            segment = draw_segment(config, self.buffer, self.image_size, len(distilled), self.device, None,
-                                   config.max_start_epoch, generator(config.seed, "fixed segment", number))
-            theta_start, theta_target = self._ends(segment)
-            labels = labels_for(config, self.buffer, distilled, samples, theta_target)
-            total += matching_loss(student(self.buffer), theta_start, theta_target, samples, labels, distilled.lr,
-                                   segment.batches, segment.augment, self.part)
+            total += self.loss(distilled, self.segment(None, self.config.max_start_epoch,
+                                                       generator(self.config.seed, "fixed segment", number)))
             advance(1)
         return float(total) / FIXED_SEGMENTS
+
+    def loss(self, distilled: DistilledSet, segment: Segment) -> Tensor:
+        """The matching loss of a set of this size, without its gradient."""
+        theta_start, theta_target = self._ends(segment)
+        samples = distilled.samples()
+        return matching_loss(self.student, theta_start, theta_target, samples,
+                             self.labels_for(distilled.labels, samples, theta_target), distilled.lr, segment.batches,
+                             segment.augment, self.part)
 
     def _ends(self, segment: Segment) -> tuple[Tensor, Tensor]:
         epochs = segment.start_epoch, segment.start_epoch + self.config.expert_epochs
         theta_start, theta_target = (self.buffer.snapshot(segment.expert, epoch).to(self.device) for epoch in epochs)
         return theta_start, theta_target
 
+    def labels_for(self, labels: Tensor, samples: Tensor, theta_target: Tensor) -> Tensor:
+        """The labels of one segment: those given, or with `labels: target` the target expert's logits of the samples.
+        """
+        if self.config.labels != "target":
+            return labels
+        logits, mine = torch.zeros_like(labels), ranks.own_share()
+        if len(logits[mine]):
+            logits[mine] = expert_logits(self.buffer.model, theta_target, samples[mine])
+        return ranks.sum_(logits)
 
-def labels_for(config: DistillConfig, buffer: Buffer, distilled: DistilledSet, samples: Tensor,
-               theta_target: Tensor) -> Tensor:
-    """The labels of one segment: the set's own, or with `labels: target` the target expert's logits of its samples."""
-    if config.labels == "target":
-        labels, mine = torch.zeros_like(distilled.labels), ranks.own_share()
-        if len(labels[mine]):
-            labels[mine] = expert_logits(buffer.model, theta_target, samples[mine])
-        return ranks.sum_(labels)
-    return distilled.labels
-
-
-def student(buffer: Buffer) -> FlatModel | SharedModel:
-    """The experts' network; with several ranks, its batches are spread over them."""
-    return buffer.model if ranks.size() == 1 else SharedModel(buffer.model)
+    @property
+    def student(self) -> FlatModel | SharedModel:
+        """The network that is trained; with several ranks, its batches are spread over them."""
+        return self.buffer.model if ranks.size() == 1 else SharedModel(self.buffer.model)
 
 
 def matched_part(config: DistillConfig) -> Part | None:

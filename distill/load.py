@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,28 @@ from utils.program import ranks, threads
 from utils.program.console import shown
 from utils.program.prepare import begin, flat_model, network_for
 from utils.program.progress import watched
+
+
+class Inputs(NamedTuple):
+    """Everything that a distillation reads, apart from its checkpoint."""
+
+    dataset: Dataset
+    buffer: Buffer  # the experts that are matched, with the student
+    labellers: Buffer  # the experts that label the initial images
+    checksums: dict[str, str]  # of everything here, by name
+
+
+def read_inputs(config: DistillConfig) -> Inputs:
+    """Loads the data, opens the experts and checks their files.
+
+    Raises:
+        UserError: options, data and experts do not fit together, or a file is damaged.
+    """
+    dataset, buffer = data_and_experts(config)
+    checks.check_window(config, buffer)
+    labellers = labellers_of(config, dataset, buffer)
+    checksums = ranks.from_first_rank(lambda: data_checksums(config, dataset, buffer, labellers))
+    return Inputs(dataset, buffer, labellers, checksums)
 
 
 def data_and_experts(config: DistillConfig) -> tuple[Dataset, Buffer]:

@@ -1,18 +1,16 @@
 """The distillation on one page: check · load · build · check · start or resume · iterate · conclude."""
 
 from buffer.manifests import experts_in_words
-from buffer.trajectories import Buffer
 from distill import checks, estimate, plan, suggest
 from distill.conclusion import conclude, say_finished, show_so_far
 from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.initialize import initial_set
-from distill.load import data_and_experts, data_checksums, labellers_of, saved_state, settle_threads
+from distill.load import Inputs, read_inputs, saved_state, settle_threads
 from distill.result_files import tested_in_words
 from distill.run_folder import RunFolder, run_folder
 from distill.run_state import DistillView, RunState
 from utils.config import AUTO, DistillConfig
-from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.errors import note
 from utils.program import interrupt, ranks
@@ -26,18 +24,15 @@ def distill(config: DistillConfig) -> None:
     Raises:
         UserError: config, data and experts do not fit together.
     """
-    # Load the data and open the experts; refuse a difficulty window that does not fit them.
-    dataset, buffer = data_and_experts(config)
-    checks.check_window(config, buffer)
+    # Load the data and open the experts; refuse what does not fit together.
+    inputs = read_inputs(config)
 
     # Identify the run by its options and the checksums of everything it reads.
-    labellers = labellers_of(config, dataset, buffer)
-    checksums = ranks.from_first_rank(lambda: data_checksums(config, dataset, buffer, labellers))
+    path = run_folder(config, inputs.checksums)
 
     # A dry run ends here, with an estimate of time and memory and the settings that fit the experts.
-    path = run_folder(config, checksums)
     if config.dry_run:
-        estimate.dry_run(config, dataset, buffer, labellers, checksums, path)
+        estimate.dry_run(config, inputs, path)
         return
 
     # Lock the run's folder.
@@ -46,46 +41,43 @@ def distill(config: DistillConfig) -> None:
 
         # A finished run is not repeated; if its pictures or page are missing, they are made.
         if folder.is_done:
-            ranks.from_first_rank(lambda: say_finished(config, dataset, buffer, folder, checksums))
+            ranks.from_first_rank(lambda: say_finished(config, inputs, folder))
             return
 
         # Refuse what cannot fit in memory.
-        checks.check_memory(config, dataset, buffer.model)
+        checks.check_memory(config, inputs.dataset, inputs.buffer.model)
 
         # Distil, from the start or from the checkpoint.
-        run = start_or_resume(config, dataset, buffer, labellers, checksums, folder)
+        run = start_or_resume(config, inputs, folder)
         with interrupt.deferred():
             iterate(run)
         conclude(run)
 
 
-def start_or_resume(config: DistillConfig, dataset: Dataset, buffer: Buffer, labellers: Buffer,
-                    checksums: dict[str, str], folder: RunFolder) -> RunState:
+def start_or_resume(config: DistillConfig, inputs: Inputs, folder: RunFolder) -> RunState:
     """The distillation in its folder, at its first iteration or where it was saved.
-
-    Args:
-        checksums: of everything the run reads.
 
     Raises:
         UserError: the checkpoint is damaged, or was made with other data.
     """
-    saved = saved_state(config, checksums, folder)
+    dataset, buffer = inputs.dataset, inputs.buffer
+    saved = saved_state(config, inputs.checksums, folder)
     if saved is None and ranks.first():
         checks.note_others(config, folder)
     settle_threads(config, dataset, buffer, saved)
 
     # The initial set: as in the checkpoint, or made now.
     if saved:
-        start, notes = DistilledSet(**saved["start"]), saved["notes"]
+        start, notes = DistilledSet(**saved["start"]).to(dataset.device), []
         if "derivatives" in saved:  # else of an earlier version
             buffer.model.restore(saved["derivatives"])
     else:
-        start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, labellers))
-        notes = [*notes, *checks.few_images(config, dataset)]
-    start = start.to(dataset.device)
-    if config.lr_teacher == AUTO and not saved:
-        start, said = suggest.with_fitting_rate(config, dataset, buffer, start)
-        notes = [*notes, *said]
+        start, notes = ranks.from_first_rank(lambda: initial_set(config, dataset, inputs.labellers))
+        start = start.to(dataset.device)
+        notes += checks.few_images(config, dataset)
+        if config.lr_teacher == AUTO:
+            start, said = suggest.with_fitting_rate(config, dataset, buffer, start)
+            notes += said
 
     # Prepare the folder, and print the header.
     folder.start(saved)
@@ -99,11 +91,7 @@ def start_or_resume(config: DistillConfig, dataset: Dataset, buffer: Buffer, lab
 
     # The state, new or as it was saved.
     distillation = Distillation(config, dataset, buffer, start)
-    run = RunState(config, dataset, distillation, start, notes, checksums, folder)
-    if saved:
-        run.restore(saved)
-    run.track(saved)
-    return run
+    return RunState(config, inputs, distillation, start, folder, saved)
 
 
 def iterate(run: RunState) -> None:
@@ -125,8 +113,7 @@ def iterate(run: RunState) -> None:
 
             # Evaluate the set, unless that was done before the run was resumed here; keep the best.
             if plan.is_evaluated(config, iteration) and not run.evaluated:
-                scores = run.evaluate(view)
-                run.keep_best(scores, view)
+                run.evaluate(view)
                 show_so_far(run, view)
 
             # Write the set, whatever it scores.
@@ -142,9 +129,5 @@ def iterate(run: RunState) -> None:
             match = distillation.match(segment)
             record = distillation.learn(iteration, segment, match)
 
-            # Record it.
-            run.log(record)
-            run.tracker.log_step(record)
-            run.note_skipped(record)
-            run.advance()
+            run.record(record)
             view.stepped(record)

@@ -1,10 +1,10 @@
 """How much a distillation does, and when: known before it begins."""
 
+from distill.evaluate.networks import num_networks
 from utils.config import DistillConfig
 from utils.data.datasets import Dataset
 from utils.derivatives.choose_engine import Work
 from utils.errors import number_of
-from utils.networks import evaluation_pool
 from utils.parameters import FlatModel
 from utils.program import ranks
 
@@ -54,15 +54,10 @@ def evaluations(config: DistillConfig, begin: int = 0) -> int:
 def evaluation_in_iterations(config: DistillConfig, dataset: Dataset) -> float:
     """About how many iterations take as long as an evaluation, from their amounts of work. Used until the first
     evaluation of a run, since compiling and timing one beforehand would be slow."""
-    samples = (config.epoch_eval_train + 1) * num_samples(config, dataset)
+    samples = config.epochs_trained * num_samples(config, dataset)
     tested = len(dataset.test_labels) / 3  # a forward pass is about a third of a gradient
     evaluation = Work(gradients=(1 + config.ema) * num_networks(config) * (samples + tested))
     return evaluation.total / work_of_an_iteration(config, dataset).total
-
-
-def num_networks(config: DistillConfig) -> int:
-    """The number of networks that one evaluation of a set trains."""
-    return config.num_eval * len(evaluation_pool(config.eval_mode, config.model))
 
 
 def matched_steps(config: DistillConfig) -> int:

@@ -12,12 +12,12 @@ from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.evaluate.networks import epochs_to_come, evaluate
 from distill.evaluate.saved_accuracies import Accuracies, key_of
+from distill.load import Inputs
 from distill.report.frames import Frames
 from distill.report.wandb_log import Tracker
 from distill.result_files import NORMAL, THEN, Evaluation, Iteration, Metrics, Score, append_metrics, skipped_advice
 from distill.run_folder import RunFolder
 from utils.config import DistillConfig, as_dict
-from utils.data.datasets import Dataset
 from utils.derivatives.engine import describe_engine
 from utils.errors import note
 from utils.program import interrupt, ranks
@@ -47,22 +47,24 @@ class RunState:
 
     Args:
         start: the initial set.
-        notes: notes for the user on the initial set.
-        checksums: of everything that the run reads.
+        saved: the state to resume from; None: a new run.
     """
 
-    def __init__(self, config: DistillConfig, dataset: Dataset, distillation: Distillation, start: DistilledSet,
-                 notes: list[str], checksums: dict[str, str], folder: RunFolder):
-        self.config, self.dataset, self.distillation = config, dataset, distillation
-        self.start, self.notes, self.checksums, self.folder = start, notes, checksums, folder
+    def __init__(self, config: DistillConfig, inputs: Inputs, distillation: Distillation, start: DistilledSet,
+                 folder: RunFolder, saved: dict[str, Any] | None):
+        self.config, self.dataset, self.checksums = config, inputs.dataset, inputs.checksums
+        self.distillation, self.start, self.folder = distillation, start, folder
         self.iteration = 0
         self.evaluated = False  # whether this iteration's evaluation is done
         self.best: dict[str, Candidate] = {}
         self.frames = Frames()
         self.drew_for(FIRST_DRAWING)
-        self._accuracies: dict[str, Accuracies] = {}  # of the current evaluation
         self.on = rounding(start.images.device)  # also where it was before, if it was resumed elsewhere
         self._seconds_before, self._began = 0.0, perf_counter()
+        if saved:
+            self._restore(saved)
+        self.tracker = Tracker(config.wandb if ranks.first() else "disabled", config.project, folder.path.name,
+                               as_dict(config), folder.path, saved and saved["tracker"], config.quiet)
 
     def drew_for(self, seconds: float) -> None:
         """Sets when pictures and page are drawn again, so that drawing takes at most `DRAW_SHARE` of the time."""
@@ -77,12 +79,12 @@ class RunState:
         self.folder.save_state(self._state)
 
     def _state(self) -> dict[str, Any]:
-        """The state for `restore`. It shares the run's tensors, so it must be saved before the next step."""
+        """The state to resume from. It shares the run's tensors, so it must be saved before the next step."""
         best = {name: {"iteration": candidate.iteration, "set": candidate.set.tensors(),
                        "scores": [[score.network, score.accuracies, score.confusion] for score in candidate.scores]}
                 for name, candidate in self.best.items()}
         return {"iteration": self.iteration, "evaluated": self.evaluated, "best": best, "seconds": self.seconds,
-                "start": self.start.tensors(), "notes": self.notes, "engine": self.engine, "data": self.checksums,
+                "start": self.start.tensors(), "engine": self.engine, "data": self.checksums,
                 "derivatives": self.distillation.buffer.model.state(), "environment": self.on,
                 "threads": torch.get_num_threads(),
                 "distillation": self.distillation.state(), "tracker": self.tracker.state(),
@@ -93,8 +95,8 @@ class RunState:
         """How derivatives are computed, in words; a full memory may have halved the micro-batch since the start."""
         return describe_engine(self.distillation.buffer.model.engine, plan.share_of_batch(self.config, self.dataset))
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restores a saved state; says at which iteration, and if results may now be rounded differently."""
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Takes over a saved state; says at which iteration, and if results may now be rounded differently."""
         device = self.start.images.device
         self.iteration, self.evaluated, self._seconds_before = state["iteration"], state["evaluated"], state["seconds"]
         self.best, self.frames = best_of(state, device), Frames(**state["frames"])
@@ -107,14 +109,9 @@ class RunState:
         self.on = {name: where if last[name] == self.on[name] else f"{where}{THEN}{self.on[name]}"
                    for name, where in state["environment"].items()}
 
-    def track(self, state: dict[str, Any] | None) -> None:
-        """Opens a wandb run, or reopens that of a saved state; on the first rank only."""
-        self.tracker = Tracker(self.config.wandb if ranks.first() else "disabled", self.config.project,
-                               self.folder.path.name, as_dict(self.config), self.folder.path,
-                               state and state["tracker"], self.config.quiet)
-
-    def evaluate(self, view: "DistillView") -> dict[str, list[Score]]:
-        """Evaluates the set and, with `ema`, the one of averaged images; returns the scores of each, by name.
+    def evaluate(self, view: "DistillView") -> None:
+        """Evaluates the set and, with `ema`, the one of averaged images; writes each that is the best so far, and saves
+        the state.
 
         Raises:
             Stopped: a signal came; the accuracies so far are saved, and this evaluation resumes from there.
@@ -122,32 +119,28 @@ class RunState:
         if ranks.size() > 1:  # a rank waiting for the others' networks cannot save on a signal
             self.save()
         versions = self.distillation.versions()
-        self._accuracies = {name: ranks.from_first_rank(partial(
+        unfinished = {name: ranks.from_first_rank(partial(
             Accuracies, self.folder.path / f"{name}.unfinished",
             f"{key_of([self.config], self.dataset, distilled)} {self.iteration}"))
             for name, distilled in versions.items()}
-        epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in self._accuracies.values())
+        epochs = sum(epochs_to_come(self.config, accuracies) for accuracies in unfinished.values())
         try:  # evaluate all sets before recording any, so that a signal leaves the state as it was
             with view.aside("evaluating", epochs) as tick:
                 scores = {name: evaluate(self.config, self.dataset, distilled, "iteration", self.iteration,
-                                         on_epoch=partial(_after_epoch, tick), accuracies=self._accuracies[name])
+                                         on_epoch=partial(_after_epoch, tick), accuracies=unfinished[name])
                           for name, distilled in versions.items()}
         except interrupt.Stopped as stopped:
             if stopped.waited:
                 self.save()
             raise
-        view.evaluated(scores[NORMAL], max(accuracies.seconds for accuracies in self._accuracies.values()))
-        return scores
+        view.evaluated(scores[NORMAL], max(accuracies.seconds for accuracies in unfinished.values()))
 
-    def keep_best(self, scores: dict[str, list[Score]], view: "DistillView") -> None:
-        """Records an evaluation, writes each set that is the best so far, and saves the state."""
-        versions = self.distillation.versions()
         for name, distilled in versions.items():
             now = Candidate(self.iteration, distilled, scores[name])
             if name not in self.best or now.scores[0].mean > self.best[name].scores[0].mean:
                 self.best[name] = now
                 self._write(name, distilled, "best", self.iteration)
-            self.log(Evaluation(self.iteration, scores[name], name))
+            self._log(Evaluation(self.iteration, scores[name], name))
             which = "" if name == NORMAL else f", {name}"
             view.say(f"iteration {self.iteration}{which}: {', '.join(map(str, scores[name]))}")
         normal = versions[NORMAL]
@@ -157,7 +150,7 @@ class RunState:
                              self.config.force_save)
         self.evaluated = True
         self.save()
-        for accuracies in self._accuracies.values():
+        for accuracies in unfinished.values():
             accuracies.forget()
 
     def write_current(self) -> None:
@@ -169,20 +162,19 @@ class RunState:
         for tag in tags if ranks.first() else ():
             distilled.save(self.folder.path / name, tag, self.dataset)
 
-    def log(self, line: Iteration | Evaluation) -> None:
-        """Appends a line to metrics.jsonl."""
-        if ranks.first():
-            append_metrics(self.folder.log, line)
-
-    def note_skipped(self, record: Iteration) -> None:
-        """Notes early on, once, if all updates so far were skipped."""
+    def record(self, record: Iteration) -> None:
+        """Records an iteration, and moves on to the next. Notes early on, once, if all updates were skipped so far."""
+        self._log(record)
+        self.tracker.log_step(record)
         if record.iteration + 1 == self.distillation.skipped == SKIPPED_AT_FIRST and ranks.first():
             note(f"the first {SKIPPED_AT_FIRST} updates were all skipped: "
                  f"{skipped_advice(record.loss, as_dict(self.config))}")
-
-    def advance(self) -> None:
-        """Moves on to the next iteration."""
         self.iteration, self.evaluated = self.iteration + 1, False
+
+    def _log(self, line: Iteration | Evaluation) -> None:
+        """Appends a line to metrics.jsonl."""
+        if ranks.first():
+            append_metrics(self.folder.log, line)
 
 
 def best_of(state: dict[str, Any], device: torch.device) -> dict[str, Candidate]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from buffer.trajectories import Buffer
-from distill.distillation import Distillation, draw_segment, labels_for, matched_part, student
+from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.initialize import initial_set
 from distill.matching import losses_on_the_way
@@ -146,21 +146,20 @@ def measured(config: DistillConfig, dataset: Dataset, buffer: Buffer, first: Dis
     first = first.to(device)
     config = replace(config, syn_steps=max(steps), batch_syn=min(config.batch_syn or len(first), BATCH),
                      min_start_epoch=0)
-    model, part, samples = student(buffer), matched_part(config), first.samples()
+    distillation, samples = Distillation(config, dataset, buffer, first), first.samples()
     values = np.full((len(segments), len(steps), len(rates), len(starts), DRAWS), math.nan)
     with Progress(len(starts) * DRAWS * len(rates), "measuring", quiet=config.quiet) as bar:
         for number, (at, draw) in enumerate(itertools.product(range(len(starts)), range(DRAWS))):
             start = starts[at]
             inside = [each for each, epochs in enumerate(segments) if start + epochs <= buffer.epochs]
-            segment = draw_segment(config, buffer, dataset.image_size, len(first), device, draw % len(buffer), 1,
-                                   generator(config.seed, "suggest", start, draw))
+            segment = distillation.segment(draw % len(buffer), 1, generator(config.seed, "suggest", start, draw))
             theta, *targets = (buffer.snapshot(segment.expert, start + epochs).to(device)
                                for epochs in (0, *(segments[each] for each in inside)))
             # One training for all targets, or with `labels: target` one for each, as the labels differ.
             together = [[target] for target in targets] if config.labels == "target" else [targets]
-            trained = [partial(losses_on_the_way, model, theta, some, samples,
-                               labels_for(config, buffer, first, samples, some[0]), augment=segment.augment, part=part)
-                       for some in together]
+            trained = [partial(losses_on_the_way, distillation.student, theta, some, samples,
+                               distillation.labels_for(first.labels, samples, some[0]), augment=segment.augment,
+                               part=distillation.part) for some in together]
             if not number:  # a warm-up that allocates and compiles, so that the first training is timed correctly
                 trained[0](lr=torch.tensor(rates[0], device=device), batches=segment.batches[-1:],
                            augment=segment.augment[-1:], steps=[1])

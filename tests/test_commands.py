@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,7 @@ from helpers import check_refusal
 
 from buffer.experts import SavedEpochs, train_expert
 from buffer.manifests import buffer_folder, check_same_kind, made_by, run_file
-from distill.distillation import draw_segment
+from distill.distillation import Distillation
 from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, expert_features
 from distill.initialize import expert_labels
@@ -724,11 +725,17 @@ def test_the_seed_decides_what_an_iteration_draws(distil):
     assert starts[0] == starts[1] != starts[2] and set(starts[0]) == {0, 1} and experts[0] == experts[1] != experts[2]
 
 
+def ten_samples(config):
+    """The distillation of a set of ten samples, with three experts."""
+    return Distillation(config, SimpleNamespace(image_size=(8, 8)), [None] * 3,
+                        DistilledSet(torch.zeros(10, 1, 8, 8), torch.zeros(10, 2), torch.tensor(0.1)))
+
+
 @pytest.mark.parametrize("size, sizes", [(4, [2, 4, 4, 2, 4, 4, 2]), (None, [10] * 7), (99, [10] * 7), (5, [5] * 7)])
 def test_batches_are_popped_from_permutations(size, sizes):
     """Chunks of a permutation are used from its end, so a short one comes first, as published."""
     config = make(DistillConfig, syn_steps=7, batch_syn=size)
-    segment = draw_segment(config, [None] * 3, (8, 8), 10, torch.device("cpu"), None, 5, generator(0))
+    segment = ten_samples(config).segment(None, 5, generator(0))
     assert [len(batch) for batch in segment.batches] == sizes
     epoch = sizes[:sizes.index(sizes[0], 1)] if size == 4 else sizes[:10 // sizes[0]]
     assert torch.cat(segment.batches[:len(epoch)]).sort().values.tolist() == list(range(10))
@@ -738,8 +745,7 @@ def test_batches_are_popped_from_permutations(size, sizes):
 def test_everything_of_a_segment_is_drawn():
     """Its expert, its start epoch within the window, a permutation for every two batches, a scale for every batch."""
     config = make(DistillConfig, min_start_epoch=2, syn_steps=6, batch_syn=5, dsa_strategy="scale")
-    segments = [draw_segment(config, [None] * 3, (8, 8), 10, torch.device("cpu"), None, 5, generator(number))
-                for number in range(40)]
+    segments = [ten_samples(config).segment(None, 5, generator(number)) for number in range(40)]
     assert {segment.expert for segment in segments} == {0, 1, 2}
     assert {segment.start_epoch for segment in segments} == {2, 3, 4}
     orders = torch.stack([torch.cat(segment.batches) for segment in segments]).view(120, 10)

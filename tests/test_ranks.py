@@ -268,8 +268,8 @@ def test_what_only_the_first_rank_finds_is_said_once(torchrun, patched, toy, toy
     options = *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=a"
     worker = patched("from utils.errors import UserError\n"
                      "def refuse(*arguments): raise UserError('these experts are damaged')\n"
-                     "import distill.loop as loop\n"
-                     "loop.data_checksums = refuse")
+                     "import distill.load as load\n"
+                     "load.data_checksums = refuse")
     _, err = torchrun(2, worker, "distill/DATM.py", *options, expect=2)
     assert err.count("DATM.py: error:") == err.count("these experts are damaged") == 1 and "contact" not in err
 

@@ -598,7 +598,7 @@ def test_what_saves_nothing_promises_nothing(call, toy, toy_experts, tmp_path):
     look = ["scripts/inspect_buffer.py", toy_experts.joinpath(*EXPERTS)]
     for function, command in (
             ("distill.evaluate.networks.train_network", ["distill/baseline.py", *toy.common, "--ipc=2"]),
-            ("distill.estimate.match_trajectory", ["distill/DATM.py", *toy.distil, *experts, "--dry_run"]),
+            ("distill.distillation.match_trajectory", ["distill/DATM.py", *toy.distil, *experts, "--dry_run"]),
             ("buffer.manifests.expert_files", look),
             ("distill.suggest.initial_set", [*look, "--suggest", "--ipc=2"]),
             ("distill.report.read_run.read_config", ["scripts/report.py", tmp_path])):

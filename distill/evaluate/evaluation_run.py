@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.distilled_set import DistilledSet
-from distill.evaluate.networks import epochs_to_come, evaluate, pool, work_of
+from distill.evaluate.networks import epochs_to_come, evaluate, num_networks, pool, work_of
 from distill.evaluate.saved_accuracies import Accuracies, key_of, threads_of
 from distill.result_files import OF_SET, EvaluationResult, Score, UnderProtocol, tested_in_words, tested_on
 from utils.config import BaselineConfig, EvaluationConfig, as_dict, defaults, influential
@@ -31,10 +31,9 @@ def unfinished(config: EvaluationConfig | BaselineConfig) -> Path | None:
 def settle_threads(config: EvaluationConfig | BaselineConfig, dataset: Dataset, samples: int) -> None:
     """Uses as many threads as help the first kind of network on this many samples, or as a stopped evaluation had. To
     be called before anything is computed with them."""
-    networks = pool(config, dataset)
-    work = Work(samples * (config.epoch_eval_train + 1) * config.num_eval * len(networks))
-    threads.settle(config, network_for(networks[0], dataset).to(dataset.device), min(config.batch_train, samples), work,
-                   threads_of(unfinished(config)))
+    network = network_for(pool(config, dataset)[0], dataset).to(dataset.device)
+    work = Work(samples * config.epochs_trained * num_networks(config))
+    threads.settle(config, network, min(config.batch_train, samples), work, threads_of(unfinished(config)))
 
 
 def say_replaced(config: EvaluationConfig | BaselineConfig, path: str) -> None:
@@ -102,10 +101,9 @@ def evaluate_and_say(config: EvaluationConfig | BaselineConfig, dataset: Dataset
                      what: str, *notes: str) -> None:
     """Evaluates with a progress bar, prints the scores and writes them to `--json`; arguments as for `Session`."""
     session = Session(config, dataset, sets, what, *notes)
-    accuracies, epochs = session.accuracies, config.epoch_eval_train + 1
-    networks = len(pool(config, dataset)) * config.num_eval
+    accuracies, networks = session.accuracies, num_networks(config)
     session.say_resumed(len(accuracies), networks)
-    before = len(accuracies) * epochs
+    before = len(accuracies) * config.epochs_trained
     with Progress(before + epochs_to_come(config, accuracies), "evaluate", initial=before, quiet=config.quiet,
                   images=len(sets[0]), device=sets[0].images.device) as bar:
         def show() -> None:

@@ -97,13 +97,17 @@ def _processes_that_pay(train: "Training", jobs: Sequence[Job]) -> int:
 
 def work_of(config: TrainConfig, distilled: DistilledSet) -> Work:
     """The work of training one network."""
-    return Work(gradients=len(distilled) * (config.epoch_eval_train + 1))
+    return Work(gradients=len(distilled) * config.epochs_trained)
+
+
+def num_networks(config: TrainConfig) -> int:
+    """The number of networks that `evaluate` trains."""
+    return config.num_eval * len(evaluation_pool(config.eval_mode, config.model))
 
 
 def epochs_to_come(config: TrainConfig, accuracies: Accuracies) -> int:
     """How many epochs `evaluate` has yet to train, over all networks; with several ranks, on this one."""
-    networks = len(evaluation_pool(config.eval_mode, config.model)) * config.num_eval - len(accuracies)
-    return len(ranks.deal(range(networks))) * (config.epoch_eval_train + 1)
+    return len(ranks.deal(range(num_networks(config) - len(accuracies)))) * config.epochs_trained
 
 
 @dataclasses.dataclass(frozen=True)

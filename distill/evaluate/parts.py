@@ -77,7 +77,7 @@ def evaluate_parts(parts: dict[str, Part], dataset: Dataset, chosen_on: Dataset,
     config, accuracies = session.config, session.accuracies
 
     # One bar for all, counted in batches: an epoch of the training set takes far longer than one of the set.
-    runs = [(part.batches_per_epoch * (part.config.epoch_eval_train + 1),
+    runs = [(part.batches_per_epoch * part.config.epochs_trained,
              _saved(accuracies, name, rate).missing([Job(network, number) for number in range(config.num_eval)]))
             for name, part in parts.items() for network in part.kinds(dataset) for rate in (*part.rates, None)]
     done = sum(batches * (config.num_eval - len(missing)) for batches, missing in runs)

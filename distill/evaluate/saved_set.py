@@ -53,7 +53,7 @@ def _other_network(own: Any, name: str) -> bool:
 
 
 def evaluate_files(config: EvaluationConfig, given: Collection[str]) -> None:
-    """The whole of `distill/evaluation.py`: saved tensors in, accuracies printed and written as JSON.
+    """All of `distill/evaluation.py` but `--robust_score`: saved tensors in, accuracies printed and written as JSON.
 
     Args:
         given: the names of the options that are given.

@@ -150,6 +150,11 @@ class TrainConfig(DataConfig):
     no_aug: bool = option(METHOD, False, "no augmentation (DATM.py: in the inner loop only)")
     parall_eva: bool = option(SPEED, False, "start one process per GPU", decides=False)
 
+    @property
+    def epochs_trained(self) -> int:
+        """Epochs of one training; the published code's run from 0 to `epoch_eval_train` inclusive."""
+        return self.epoch_eval_train + 1
+
 
 @config_class
 class DistillConfig(TrainConfig):
