@@ -4,6 +4,7 @@ Beside `replay_buffer_{n}.pt` lies a manifest `.yaml` with the options of the ru
 accuracies; published files have none.
 """
 
+import json
 import re
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from utils import files
 from utils.config import BaselineConfig, BufferConfig, DataConfig, DistillConfig, differences, identity, influential
 from utils.data.watching import Watch, unwatched
 from utils.errors import UserError, number_of
-from utils.files import read_yaml, reading
+from utils.files import read_text, read_yaml, reading
 from utils.networks import same_network
 from utils.program import ranks
 
@@ -48,6 +49,7 @@ BUFFER_PATH = "--buffer_path"  # the option that usually gives a folder of exper
 _HOW_MANY = ("num_experts", "save_interval")
 _PATHS = ("buffer_path", "data_path")
 _MAY_DIFFER = (*_HOW_MANY, *_PATHS, "seed", "train_epochs")
+ACCURACIES = "train_accuracy", "test_accuracy"  # of an expert in a manifest, and in each line of a .jsonl
 # Entries of a manifest other than the run's options.
 _FACTS = ("fingerprint", "threads", "on", "experts", "sha256")
 # The options that determine which images an expert was trained on.
@@ -100,6 +102,19 @@ def made_by(folder: Path) -> list[dict[str, Any]]:
         else:
             kinds.append(kind | {"num_experts": count})
     return kinds
+
+
+def accuracies_by_epoch(path: Path) -> list[dict[str, list[float]]]:
+    """The accuracies of each expert of a file by epoch, from the `.jsonl` beside it; empty if there is none."""
+    found: dict[int, dict[str, list[float]]] = {}
+    log = path.with_suffix(".jsonl")
+    if log.is_file():
+        with reading(log, "copy it again, or move it away, and its accuracies are unknown"):
+            for epoch in map(json.loads, read_text(log).splitlines()):
+                of_expert = found.setdefault(epoch["expert"], {name: [] for name in ACCURACIES})
+                for name in ACCURACIES:
+                    of_expert[name].append(float(epoch[name]))
+    return list(found.values())
 
 
 def accuracies_reached(folder: Path) -> list[float]:

@@ -24,7 +24,6 @@ distil with.
 """
 
 import itertools
-import json
 import math
 import os
 import sys
@@ -42,6 +41,8 @@ tune_process()  # before torch is imported
 import numpy as np
 
 from buffer.manifests import (
+    ACCURACIES,
+    accuracies_by_epoch,
     buffer_folder,
     expert_files,
     experts_in_words,
@@ -57,7 +58,7 @@ from distill.result_files import images_tested, tested_on
 from scripts.common import ScriptParser, positive, save_report
 from utils.config import BufferConfig, DistillConfig, defaults, make
 from utils.errors import UserError, some_of
-from utils.files import REPOSITORY, finite, read_text, reading
+from utils.files import REPOSITORY, finite
 from utils.program import console
 from utils.program.command_line import parse
 from utils.program.commands import command, say_next
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
 
 CONFIG = "configs/MiniFashion/ConvIN/IPC1.yaml"  # for options that are neither known from the experts nor measured
 OF_DATA = ("dataset", "subset", "model", "zca", "res", "val_fraction", "data_path")
-ACCURACIES = ("train_accuracy", "test_accuracy")
 OPTIONS = ("dataset", "model", "zca", "val_fraction", "lr_teacher", "batch_train", "mom", "l2", "rho_max", "alpha",
            "pad", "seed")  # the ones that are printed
 MOST_ROWS = 32
@@ -230,7 +230,7 @@ def inspect(folder: Path, expert_epochs: int, beside: Path | None) -> dict[str, 
     with Progress(sum(len(experts) for _, experts in files), "experts") as bar:
         for path, experts in files:
             # Matched by order: in a folder with the files of several runs, recorded numbers are not the folder's.
-            for expert, recorded in itertools.zip_longest(experts, list(_recorded(path).values())[:len(experts)]):
+            for expert, recorded in itertools.zip_longest(experts, accuracies_by_epoch(path)[:len(experts)]):
                 number = len(trajectories)
                 step, segment = distances(_thetas(expert), expert_epochs)
                 beyond = apart(_thetas(expert), _thetas(others[number])) if number < len(others) else []
@@ -278,21 +278,6 @@ def _thetas(expert: Iterable[Iterable["Tensor"]]) -> Iterator["Tensor"]:
     from utils.parameters import flatten
 
     return (flatten(snapshot).float() for snapshot in expert)
-
-
-def _recorded(path: Path) -> dict[int, dict[str, list[float]]]:
-    """Expert number → accuracies by epoch, from the .jsonl beside an expert file, if there is one."""
-    found: dict[int, dict[str, list[float]]] = {}
-    log = path.with_suffix(".jsonl")
-    if not log.is_file():
-        return found
-    with reading(log, "copy it again, or move it away, and its accuracies are unknown"):
-        for line in read_text(log).splitlines():
-            epoch = json.loads(line)
-            of_expert = found.setdefault(epoch["expert"], {name: [] for name in ACCURACIES})
-            for name in ACCURACIES:
-                of_expert[name].append(float(epoch[name]))
-    return found
 
 
 def _progress(folder: Path, started: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ METHODS = {"random": "random real images",
            "herding": "herded real images, labelled by experts", "tesla": "TESLA's gradient",
            "exact": "exact gradient (DATM)", "averaged": "exact gradient, averaged images (--ema)",
            "random_factor_2": "random real images, four in one",
-           "factor_2": "exact gradient, four images in one (IDC)"}
+           "factor_2": "exact gradient, four images in one (--factor 2)"}
 MANY = "many"
 # ρ of each kind of experts: FTD's published one, 0 (plain SGD), the option's default; MANY: plain SGD, which takes
 # half the time.

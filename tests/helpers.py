@@ -6,9 +6,13 @@ import pkgutil
 import resource
 import signal
 import time
+from pathlib import Path
 from unittest import mock
 
 from utils.program import interrupt
+
+TOY_EXPERTS = Path("ImageFolder/ConvNetD1W4")  # the toy's experts in a --buffer_path
+TOY_RUN = Path("ImageFolder/2/ConvNetD1W4/run")  # its distillation of --run_name=run in a --log_path
 
 
 def check_refusal(done, *phrases):

@@ -37,7 +37,7 @@ def test_every_method_is_measured(done, part):
 
 def test_matching_has_memory(done):
     (measured,) = done[1]["matching"]
-    assert all(0 <= row["peak_host_bytes"] < 100e6 for row in measured["methods"])
+    assert all(row["peak_host_bytes"] < 100e6 for row in measured["methods"])
 
 
 def test_the_machine_stands_beside_the_numbers(done):

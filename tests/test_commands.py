@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import check_refusal
+from helpers import TOY_EXPERTS, check_refusal
 
 from buffer.experts import SavedEpochs, train_expert
 from buffer.manifests import buffer_folder, check_same_kind, made_by, run_file
@@ -23,7 +23,7 @@ from distill.distilled_set import DistilledSet
 from distill.evaluate.coreset import CORESETS, expert_features
 from distill.initialize import expert_labels
 from distill.result_files import Score
-from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, as_dict, make
+from utils.config import BaselineConfig, BufferConfig, DistillConfig, EvaluationConfig, TeslaConfig, make
 from utils.data.datasets import load_dataset
 from utils.files import REPOSITORY, read_config, save_config
 from utils.networks import build_network
@@ -106,10 +106,10 @@ def test_buffer_from_inside_its_folder_with_relative_paths(run, toy, toy_experts
     arguments = [argument for argument in toy.train if not argument.startswith("--data_path")]
     done = run("buffer_FTD.py", *arguments, "--data_path", os.path.relpath(toy.data, inside),
                "--buffer_path", os.path.relpath(tmp_path, inside), cwd=inside)
-    folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
+    folder = tmp_path / TOY_EXPERTS
     assert names(folder) == ["replay_buffer_0.jsonl", "replay_buffer_0.pt", "replay_buffer_0.yaml",
                              "replay_buffer_1.jsonl", "replay_buffer_1.pt", "replay_buffer_1.yaml"]
-    assert equal_experts(thetas(folder), thetas(toy_experts / "ImageFolder" / "ConvNetD1W4"))
+    assert equal_experts(thetas(folder), thetas(toy_experts / TOY_EXPERTS))
     assert "3 experts of 3 epochs: ConvNetD1W4 on ImageFolder" in done.stdout
     assert "expert 2 epoch 3/3 100 %" in done.stderr
 
@@ -126,8 +126,7 @@ def test_experts_of_another_length_are_added_with_a_note(call, toy, tmp_path):
 
 def test_another_seed_trains_other_experts(call, toy, toy_experts, tmp_path):
     call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--seed=1")
-    for one, other in zip(thetas(tmp_path / "ImageFolder" / "ConvNetD1W4"),
-                          thetas(toy_experts / "ImageFolder" / "ConvNetD1W4")):
+    for one, other in zip(thetas(tmp_path / TOY_EXPERTS), thetas(toy_experts / TOY_EXPERTS)):
         assert not any(map(torch.equal, one, other))
 
 
@@ -146,7 +145,7 @@ def test_the_seed_decides_the_order_and_the_augmentation_too(toy_data, tmp_path)
 
 def test_a_second_buffer_run_goes_on_with_the_next_file_and_other_experts(call, toy, toy_experts, tmp_path):
     first = [*toy.train, f"--buffer_path={tmp_path}", "--num_experts=2"]
-    folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
+    folder = tmp_path / TOY_EXPERTS
     call("buffer/buffer_FTD.py", *first)
     before = contents(folder)
     call("buffer/buffer_FTD.py", *first, "--num_experts=1")
@@ -154,7 +153,7 @@ def test_a_second_buffer_run_goes_on_with_the_next_file_and_other_experts(call, 
                              "replay_buffer_1.jsonl", "replay_buffer_1.pt", "replay_buffer_1.yaml"]
     assert before.items() <= contents(folder).items()
     # A run of two experts and a run of one give the same experts as one run of three.
-    assert equal_experts(thetas(folder), thetas(toy_experts / "ImageFolder" / "ConvNetD1W4"))
+    assert equal_experts(thetas(folder), thetas(toy_experts / TOY_EXPERTS))
 
 
 @pytest.mark.parametrize("options", [["--rho_max=0", "--rho_min=0"], ["--dsa=False"], ["--adaptive=False"],
@@ -163,8 +162,8 @@ def test_a_second_buffer_run_goes_on_with_the_next_file_and_other_experts(call, 
 def test_every_option_of_the_training_changes_the_experts(call, toy, toy_experts, tmp_path, options):
     call("buffer/buffer_FTD.py", *toy.train, f"--buffer_path={tmp_path}", "--num_experts=1", "--train_epochs=1",
          *options)
-    usual = thetas(toy_experts / "ImageFolder" / "ConvNetD1W4")[0]
-    (other,) = thetas(tmp_path / "ImageFolder" / "ConvNetD1W4")
+    usual = thetas(toy_experts / TOY_EXPERTS)[0]
+    (other,) = thetas(tmp_path / TOY_EXPERTS)
     assert torch.equal(other[0], usual[0]) and not torch.equal(other[1], usual[1])  # the same initialisation
 
 
@@ -624,7 +623,7 @@ def rows_of(images, among):
 
 def toy_model(toy_experts):
     model = FlatModel(build_network("ConvNetD1W4", 3, 3, (8, 8)))
-    return model, [trajectory[-1] for trajectory in thetas(toy_experts / "ImageFolder" / "ConvNetD1W4")]
+    return model, [trajectory[-1] for trajectory in thetas(toy_experts / TOY_EXPERTS)]
 
 
 def mean_of_right(toy_experts, images, classes):
@@ -656,7 +655,7 @@ def test_images_that_experts_predict_correctly_start_with_those_experts_mean(dis
 def test_an_earlier_snapshot_can_label_the_images(distil, toy_experts):
     images, labels, _ = final(distil("--Iteration=0", "--Label_Model_Timestamp=1") / "Normal", 0)
     model, _ = toy_model(toy_experts)
-    early = [snapshots[1] for snapshots in thetas(toy_experts / "ImageFolder" / "ConvNetD1W4")]
+    early = [snapshots[1] for snapshots in thetas(toy_experts / TOY_EXPERTS)]
     expected, _ = expert_labels(model, early, images, torch.arange(3).repeat_interleave(2))
     torch.testing.assert_close(labels, expected)
 
@@ -664,7 +663,7 @@ def test_an_earlier_snapshot_can_label_the_images(distil, toy_experts):
 def test_all_experts_label_whichever_are_matched(distil, toy_experts):
     images, labels, _ = final(distil("--Iteration=0", "--max_files=1", "--max_experts=1") / "Normal", 0)
     model, _ = toy_model(toy_experts)
-    last = [snapshots[-1] for snapshots in thetas(toy_experts / "ImageFolder" / "ConvNetD1W4")]
+    last = [snapshots[-1] for snapshots in thetas(toy_experts / TOY_EXPERTS)]
     expected, _ = expert_labels(model, last, images, torch.arange(3).repeat_interleave(2))
     torch.testing.assert_close(labels, expected)
 
@@ -686,7 +685,7 @@ def test_another_networks_experts_can_label_the_images(call, distil, toy, toy_ex
 
 def test_another_networks_experts_must_be_of_the_network_that_is_named(call, toy, toy_experts, tmp_path):
     """ConvNets that differ in activation or pooling have parameters of the same shapes."""
-    folder = toy_experts / "ImageFolder" / "ConvNetD1W4"
+    folder = toy_experts / TOY_EXPERTS
     done = call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}",
                 "--Initialize_Label_With_Another_Model", "--Initialize_Label_Model=ConvNetD1W4MP",
                 f"--Initialize_Label_Model_Dir={folder}", expect=2)
@@ -849,12 +848,10 @@ def test_a_name_is_made_of_the_options(distil):
 # --- help ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script, config_type", ENTRIES.items())
-def test_help_shows_every_option(call, script, config_type):
+@pytest.mark.parametrize("script", ENTRIES)
+def test_help_begins_with_an_example(call, script):
     done = call(script, "--help")
-    shown = set(re.findall(r"^  --(\w+)", done.stdout, flags=re.MULTILINE))
-    assert shown - {"cfg"} == set(as_dict(make(config_type))) and done.stderr == ""
-    assert ("cfg" in shown) == ("DATM" in script)
+    assert ("--cfg" in done.stdout) == ("DATM" in script) and done.stderr == ""
     assert f"python {script}" in re.sub(r"\s+", " ", done.stdout)  # the example in its docstring
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import stop_at, tensors_in
+from helpers import TOY_RUN, stop_at, tensors_in
 
 from distill import distillation
 from utils.files import REPOSITORY
@@ -32,7 +32,7 @@ def distil(call, toy, toy_experts, tmp_path):
     def distil(name, *options, run=call, expect=0):
         done = run("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}",
                    "--Iteration=2", f"--run_name={name}", *options, expect=expect)
-        return tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / name, done
+        return tmp_path / TOY_RUN.with_name(name), done
     return distil
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import TOY_RUN
 from PIL import Image
 
 from distill.distilled_set import DistilledSet, classes_of
@@ -28,7 +29,7 @@ def made(call, toy, toy_experts, tmp_path_factory):
     """The folder of a finished run on the toy."""
     folder = tmp_path_factory.mktemp("made")
     call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={folder}", "--run_name=run")
-    return folder / "ImageFolder" / "2" / "ConvNetD1W4" / "run"
+    return folder / TOY_RUN
 
 
 @pytest.fixture

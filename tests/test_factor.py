@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check_refusal
+from helpers import TOY_EXPERTS, TOY_RUN, check_refusal
 from PIL import Image
 from ranks_worker import MadeUpBuffer
 
@@ -114,7 +114,7 @@ def real_images_in(images, dataset):
 @pytest.mark.parametrize("pix_init", ["real", "samples_predicted_correctly", "noise"])
 def test_a_set_starts_with_the_labels_of_what_networks_see(toy_data, toy_experts, pix_init):
     model = FlatModel(network_for("ConvNetD1W4", toy_data))
-    buffer = Buffer(toy_experts / "ImageFolder" / "ConvNetD1W4", model)
+    buffer = Buffer(toy_experts / TOY_EXPERTS, model)
     start, _ = initial_set(make(DistillConfig, ipc=2, factor=2, pix_init=pix_init), toy_data, buffer)
     assert start.images.shape == (6, 3, 8, 8) and start.labels.shape == (24, 3) and start.factor == 2
     if pix_init == "noise":
@@ -134,7 +134,7 @@ def made(call, toy, toy_experts, tmp_path_factory):
     done = call(DATM, *toy.distil, "--factor=2", f"--buffer_path={toy_experts}", f"--log_path={folder}",
                 "--run_name=run", "--ema")
     assert "ipc 2, factor 2 (24 labels)" in done.stdout
-    return folder / "ImageFolder" / "2" / "ConvNetD1W4" / "run"
+    return folder / TOY_RUN
 
 
 def test_a_set_knows_its_factor_and_its_three_files_are_told(call, toy, toy_experts, made, tmp_path):
@@ -193,7 +193,7 @@ def test_what_is_stored_and_what_networks_see_are_shown(call, made, tmp_path):
 def test_random_images_are_treated_in_the_same_way(call, toy, toy_data, toy_experts):
     """Each part is a different real image of its class; its label is computed on the part as networks see it."""
     model, classes, drawn = FlatModel(network_for("ConvNetD1W4", toy_data)), torch.arange(3).repeat_interleave(8), []
-    buffer = Buffer(toy_experts / "ImageFolder" / "ConvNetD1W4", model)
+    buffer = Buffer(toy_experts / TOY_EXPERTS, model)
     for source in ("hard", "experts"):
         with mock.patch("distill.evaluate.real_images.evaluate_and_say") as report:
             call(BASELINE, *toy.evaluate, "--ipc=2", "--factor=2", "--num_eval=2", f"--label_source={source}",

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import full_disk
+from helpers import TOY_EXPERTS, full_disk
 
 from distill.distilled_set import DistilledSet
 from utils.errors import UserError
@@ -42,7 +42,7 @@ def test_experts_can_be_moved_and_put_together(call, toy, toy_experts, tmp_path)
     shutil.copytree(toy_experts, here)
     one = [*toy.train, "--num_experts=1", f"--data_path={data}"]
     call("buffer/buffer_FTD.py", *one, f"--buffer_path={there}", "--seed=1")
-    folder, other = (each / "ImageFolder" / "ConvNetD1W4" for each in (here, there))
+    folder, other = (each / TOY_EXPERTS for each in (here, there))
     for suffix in (".pt", ".yaml", ".jsonl"):
         (other / f"replay_buffer_0{suffix}").rename(folder / f"replay_buffer_2{suffix}")
     call("distill/DATM.py", *toy.distil, f"--buffer_path={here}", f"--log_path={tmp_path}", "--Iteration=0")
@@ -66,7 +66,7 @@ def test_a_line_that_cannot_be_written_whole_is_not_written(tmp_path):
 
 def test_a_damaged_epoch_of_an_unfinished_expert_names_the_way_out(call, toy, toy_experts, tmp_path):
     arguments = [*toy.train, f"--buffer_path={tmp_path}"]
-    folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
+    folder = tmp_path / TOY_EXPERTS
     stopped = mock.patch("buffer.trajectories.write_experts", side_effect=KeyboardInterrupt)
     with stopped, pytest.raises(KeyboardInterrupt):
         call("buffer/buffer_FTD.py", *arguments)
@@ -77,4 +77,4 @@ def test_a_damaged_epoch_of_an_unfinished_expert_names_the_way_out(call, toy, to
     epoch.unlink()
     call("buffer/buffer_FTD.py", *arguments)
     name = "replay_buffer_0.pt"
-    assert (folder / name).read_bytes() == (toy_experts / "ImageFolder" / "ConvNetD1W4" / name).read_bytes()
+    assert (folder / name).read_bytes() == (toy_experts / TOY_EXPERTS / name).read_bytes()

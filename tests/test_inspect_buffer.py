@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import TOY_EXPERTS
 
 from scripts.inspect_buffer import distances, distilling
 from utils.files import read_config, save_config
@@ -17,7 +18,7 @@ INSPECT = "scripts/inspect_buffer.py"
 @pytest.fixture
 def folder(toy_experts, tmp_path):
     """A copy of the toy's experts."""
-    return shutil.copytree(toy_experts / "ImageFolder" / "ConvNetD1W4", tmp_path / "ConvNetD1W4")
+    return shutil.copytree(toy_experts / TOY_EXPERTS, tmp_path / "ConvNetD1W4")
 
 
 def test_distances_are_those_of_the_formulas():
@@ -142,7 +143,7 @@ def test_mistakes_are_one_line(call, folder, arguments, phrase):
 
 
 def test_settings_are_suggested_that_work_as_they_are_printed(call, toy_experts, tmp_path):
-    folder = toy_experts / "ImageFolder" / "ConvNetD1W4"
+    folder = toy_experts / TOY_EXPERTS
     done = call(INSPECT, folder, "--suggest", "--ipc=1", f"--png={tmp_path / 'a.png'}", f"--json={tmp_path / 'a.json'}")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "a.json").read_text())

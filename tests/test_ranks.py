@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import ranks_worker
 import torch
-from helpers import tensors_in, wait_for
+from helpers import TOY_RUN, tensors_in, wait_for
 
 from buffer import expert_run
 from distill import plan
@@ -154,7 +154,7 @@ def distil(toy, toy_experts, tmp_path):
 
 
 def tensors_of(tmp_path, where):
-    folder = tmp_path.joinpath(where, "ImageFolder", "2", "ConvNetD1W4", "run")
+    folder = tmp_path / where / TOY_RUN
     names = [f"Normal/{kind}_20.pt" for kind in ("images", "labels", "lr")] + ["EMA/images_20.pt"]
     return {name: torch.load(folder / name) for name in names}
 

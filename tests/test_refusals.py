@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from helpers import check_refusal
+from helpers import TOY_EXPERTS, TOY_RUN, check_refusal
 from PIL import Image
 
 from utils.files import REPOSITORY
@@ -299,7 +299,7 @@ def test_a_config_that_is_not_there_is_refused(call, tmp_path):
 def damaged(call, toy, toy_experts, tmp_path):
     """`damaged(change, phrases)` asserts that a copy of the experts, with file 0 changed, is refused so."""
     shutil.copytree(toy_experts, tmp_path / "buffers")
-    folder = tmp_path / "buffers" / "ImageFolder" / "ConvNetD1W4"
+    folder = tmp_path / "buffers" / TOY_EXPERTS
 
     def damaged(change, phrases):
         change(folder / "replay_buffer_0.pt")
@@ -350,7 +350,7 @@ def test_experts_of_another_network_are_refused(damaged, call, toy, tmp_path):
 
 
 def test_more_experts_are_not_trained_beside_a_file_that_is_none(call, toy, tmp_path):
-    folder = tmp_path / "ImageFolder" / "ConvNetD1W4"
+    folder = tmp_path / TOY_EXPERTS
     folder.mkdir(parents=True)
     torch.save(5, folder / "replay_buffer_0.pt")
     check_refusal(call(BUFFER, *toy.train, f"--buffer_path={tmp_path}", expect=2), "replay_buffer_0.pt")
@@ -553,7 +553,7 @@ def test_published_experts_without_saved_options_are_taken(call, toy, toy_expert
 
 def test_a_gap_in_the_expert_files_is_refused(call, toy, toy_experts, tmp_path):
     shutil.copytree(toy_experts, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "ImageFolder" / "ConvNetD1W4" / "replay_buffer_0.pt").unlink()
+    (tmp_path / TOY_EXPERTS / "replay_buffer_0.pt").unlink()
     done = call(BUFFER, *toy.train, f"--buffer_path={tmp_path}", expect=2)
     check_refusal(done, "holds replay_buffer_1.pt but no replay_buffer_0.pt")
 
@@ -572,7 +572,7 @@ def test_damaged_files_of_a_run_are_refused(call, toy, toy_experts, tmp_path, na
     arguments = [*toy.distil, f"--buffer_path={toy_experts}", f"--log_path={tmp_path}", "--run_name=run",
                  "--Iteration=0"]
     call(DATM, *arguments)
-    (tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / name).write_text(content)
+    (tmp_path / TOY_RUN / name).write_text(content)
     check_refusal(call(DATM, *arguments, expect=2), name, "is damaged")
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import check_refusal, stop_at
+from helpers import TOY_RUN, check_refusal, stop_at
 
 from distill.evaluate.parts import HELD_OUT, RATES, held_out
 from distill.evaluate.robust import robust_scores, scaled
@@ -34,7 +34,7 @@ def results(call, toy, toy_experts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     call("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", f"--log_path={folder}", "--run_name=run",
          "--skip_first_eva")
-    distilled = folder / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal" / "distilled.safetensors"
+    distilled = folder / TOY_RUN / "Normal" / "distilled.safetensors"
     evaluate = [*toy.evaluate, "--eval_mode=C", "--batch_train=128"]
     syn = [EVALUATION, *evaluate, f"--data_dir={distilled}"]
     for name, command in {"syn": syn, "syn_hard": [*syn, "--hard_labels"],
@@ -45,7 +45,7 @@ def results(call, toy, toy_experts, tmp_path_factory):
 
 def test_hard_labels_are_those_that_were_said(call, toy, results, tmp_path):
     """The same accuracies as with a file of these classes."""
-    folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
+    folder = results / TOY_RUN / "Normal"
     torch.save(torch.arange(3).repeat_interleave(2), tmp_path / "classes.pt")
     call(EVALUATION, *toy.evaluate, "--eval_mode=C", f"--data_dir={folder / 'images_best.pt'}",
          f"--label_dir={tmp_path / 'classes.pt'}", f"--lr_dir={folder / 'lr_best.pt'}", f"--json={tmp_path / 'x.json'}")
@@ -75,7 +75,7 @@ WHICH = ("syn", "syn_hard", "random", "syn_no_aug", "random_no_aug", "real")
 @pytest.fixture
 def robust(toy, toy_experts, results, tmp_path):
     """The command for the set of `results`; options appended to it take precedence."""
-    distilled = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal" / "distilled.safetensors"
+    distilled = results / TOY_RUN / "Normal" / "distilled.safetensors"
     return [EVALUATION, *toy.evaluate, f"--data_dir={distilled}", "--robust_score", f"--buffer_path={toy_experts}",
             "--epoch_eval_real=1", f"--json={tmp_path / 'robust.json'}"]
 
@@ -86,7 +86,7 @@ def test_one_command_says_what_six_say(call, toy, toy_experts, results, robust, 
     assert tuple(found["results"]) == WHICH and list(found["robust_scores"]) == ["ConvNetD1W4", "ConvNet"]
     assert found["scores"] == found["results"]["syn"]["scores"] and found["what"] == found["results"]["syn"]["what"]
     evaluate = [*toy.evaluate, "--batch_train=128", "--num_eval=2"]
-    folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
+    folder = results / TOY_RUN / "Normal"
     best = {name: part["lr"]["ConvNetD1W4"] for name, part in found["results"].items()}
     # A set without its own learning rate is trained with --lr_teacher.
     syn = [EVALUATION, *evaluate, f"--data_dir={folder / 'distilled.safetensors'}"]
@@ -164,7 +164,7 @@ def test_experts_with_a_hold_out_choose_and_label_among_what_they_saw(call, toy,
 
 def test_a_set_of_hard_labels_is_compared_with_such(call, toy, results, tmp_path):
     """Random images then have their own hard labels, and no experts are needed."""
-    folder = results / "ImageFolder" / "2" / "ConvNetD1W4" / "run" / "Normal"
+    folder = results / TOY_RUN / "Normal"
     torch.save(torch.arange(3).repeat_interleave(2), tmp_path / "classes.pt")
     call(EVALUATION, *toy.evaluate, f"--data_dir={folder / 'images_best.pt'}", f"--label_dir={tmp_path / 'classes.pt'}",
          "--robust_score", "--epoch_eval_real=1", f"--buffer_path={tmp_path}",

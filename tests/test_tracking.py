@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import TOY_RUN
 
 from distill.report.wandb_log import Tracker
 from distill.result_files import Iteration, Score
@@ -179,7 +180,7 @@ def test_real_wandb_offline_beside_the_jsonl(run, toy, toy_experts, tmp_path):
     """The real package, without an account: files for `wandb sync`, no question, no crash."""
     run("distill/DATM.py", *toy.distil, f"--buffer_path={toy_experts}", "--run_name=run", f"--log_path={tmp_path}",
         "--wandb=offline")
-    folder = tmp_path / "ImageFolder" / "2" / "ConvNetD1W4" / "run"
+    folder = tmp_path / TOY_RUN
     assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "loss" in line] == [0, 1, 2, 3]
