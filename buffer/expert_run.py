@@ -57,6 +57,7 @@ def train_buffer(config: BufferConfig) -> None:
     folder = buffer_folder(config)
     dataset = begin(config)
     dataset = dataset.to(dataset.device)  # the training images too, as an epoch uses all of them
+    check_same_images(folder, dataset)
     network = network_for(config.model, dataset).to(dataset.device)
     of_one = work_of(config, dataset)
     resumed = resumed_run(folder, config)
@@ -149,7 +150,8 @@ class ExpertRun:
 
     def __init__(self, config: BufferConfig, dataset: Dataset, folder: Path, model: FlatModel):
         self.config, self.dataset, self.folder, self.model = config, dataset, folder, model
-        check_same_kind(folder, config)  # again, as the folder may have changed before it was locked
+        # Checked again now that the folder is locked, as it may have changed while the data was loaded.
+        check_same_kind(folder, config)
         check_same_images(folder, dataset)
         self.run_file = run_file(folder)
         self.unfinished = self.run_file.parent

@@ -46,8 +46,8 @@ class Segment:
     augment: Sequence[augment.Draw]
 
     def own(self) -> "Segment":
-        """This rank's share of each batch. The shares of whole batches are equally large, since compiled and captured
-        code needs a fixed shape."""
+        """This rank's share of each batch. It has the same size in all whole batches, since compiled and captured code
+        needs a fixed shape."""
         mine = ranks.own_share()
         return replace(self, batches=[batch[mine] for batch in self.batches],
                        augment=[draw.rows(mine) for draw in self.augment])
@@ -105,7 +105,7 @@ class Distillation:
             expert: its number; None: draw it.
             bound: exclusive upper bound of the start epoch.
         """
-        config, samples = self.config, len(self.set)
+        config, count = self.config, len(self.set)
         if expert is None:
             expert = int(torch.randint(len(self.buffer), (), generator=random))
         start = int(torch.randint(config.min_start_epoch, bound, (), generator=random))
@@ -114,7 +114,7 @@ class Distillation:
         chunks: list[Tensor] = []
         while len(batches) < config.syn_steps:
             if not chunks:
-                chunks = list(torch.randperm(samples, generator=random).split(config.batch_syn or samples))
+                chunks = list(torch.randperm(count, generator=random).split(config.batch_syn or count))
             batches.append(chunks.pop())  # from the end, as published: a short chunk comes first
 
         groups = dsa_groups(config, inner_loop=True)
@@ -225,7 +225,7 @@ class Distillation:
         return float(total) / FIXED_SEGMENTS
 
     def loss(self, distilled: DistilledSet, segment: Segment) -> Tensor:
-        """The matching loss of a set of this size, without its gradient."""
+        """The matching loss of a set with as many samples as `self.set`, without its gradient."""
         theta_start, theta_target = self._ends(segment)
         samples = distilled.samples()
         return matching_loss(self.student, theta_start, theta_target, samples,

@@ -91,16 +91,16 @@ def _estimate(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> str:
     classes = torch.arange(num_samples(config, dataset), device=device) % dataset.num_classes
     labels = classes if config.labels == "hard" else one_hot(classes, dataset.num_classes).float()
     some = DistilledSet(dataset.train_images[rows], labels, torch.tensor(LR, device=device))
-    theta = model.flatten()
+    samples, theta = some.samples(), model.flatten()
 
-    # The first batch of a segment may be a short one.
+    # Without the first batch of a segment, which may be a short one.
     distillation = Distillation(replace(config, syn_steps=1 + MORE, adjoint_steps=None), dataset, buffer, some)
     segment = distillation.segment(None, config.max_start_epoch, generator(config.seed, "estimate"))
     few, more = (replace(segment, batches=segment.batches[1:1 + steps], augment=segment.augment[1:1 + steps])
                  for steps in (FEW, MORE))
 
     def epoch() -> None:
-        train_network(model, theta, some.samples(), labels, LR, epochs=0, batch_size=config.batch_train,
+        train_network(model, theta, samples, labels, LR, epochs=0, batch_size=config.batch_train,
                       draw=drawer(config, dataset, ()), random=generator(config.seed, "estimate", "epoch"))
 
     def test() -> None:
@@ -109,28 +109,29 @@ def _estimate(config: DistillConfig, dataset: Dataset, buffer: Buffer) -> str:
     # Before the last K steps, a truncated gradient only trains.
     matched = matched_steps(config)
     alone = config.syn_steps - matched
-    with watched("measuring", 5 + (config.matching == "unroll") + (alone > 0), config.quiet) as advance:
+    with watched("measuring", 6 + (alone > 0), config.quiet) as advance:
         def measured(call: Callable[[], object]) -> tuple[float, float]:
             result = _measured(call, device)
             advance(1)
             return result
 
         before = reset_peak(device)
-        distillation.match(few)  # warm-up: allocates, and compiles or captures if the engine does
+        distillation.match(more)  # warm-up: allocates, and compiles or captures if the engine does
         advance(1)
         captured = reset_peak(device) - before if device.type == "cuda" else 0  # what the warm-up keeps: CUDA graphs
         more_seconds, more_bytes = measured(lambda: distillation.match(more))
-        # For each further step, the exact gradient keeps a θ and the unrolled one a graph.
-        step_bytes = theta.nbytes
-        if config.matching == "unroll":
-            step_bytes = (more_bytes - measured(lambda: distillation.match(few))[1]) / (MORE - FEW)
+        few_seconds, few_bytes = measured(lambda: distillation.match(few))
         train_seconds = measured(lambda: distillation.loss(some, more))[0] if alone else 0.0
         epoch()  # warm-up: on a GPU each new combination of shapes and augmentation is captured
         advance(1)
         seconds_epoch, seconds_test = measured(epoch)[0], measured(test)[0]
     maps = max(0, kept_steps(config, dataset, model) - MORE) * share_of_batch(config, dataset) * model.engine.map_bytes
     state = 3 * (some.images.nbytes + labels.nbytes)  # with gradients and momenta
-    iteration = (more_seconds * matched + train_seconds * alone) / MORE
+    step = max(0.0, more_seconds - few_seconds) / (MORE - FEW)
+    once = max(0.0, few_seconds - FEW * step)  # reading the experts' snapshots, cutting out the samples, …
+    iteration = once + step * matched + max(0.0, train_seconds - once) / MORE * alone
+    # For each further step, the exact gradient keeps a θ and the unrolled one a graph.
+    step_bytes = (more_bytes - few_bytes) / (MORE - FEW) if config.matching == "unroll" else theta.nbytes
     evaluation = (1 + config.ema) * len(ranks.deal(range(num_networks(config)))) * (
         config.epochs_trained * seconds_epoch + seconds_test)
     of_all = iteration * config.Iteration, evaluation * evaluations(config)

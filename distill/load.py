@@ -22,12 +22,12 @@ from utils.program.progress import watched
 
 
 class Inputs(NamedTuple):
-    """Everything that a distillation reads, apart from its checkpoint."""
+    """The data and the experts of a distillation, and the checksums that identify it."""
 
     dataset: Dataset
     buffer: Buffer  # the experts that are matched, with the student
     labellers: Buffer  # the experts that label the initial images
-    checksums: dict[str, str]  # of everything here, by name
+    checksums: dict[str, str]  # of everything it reads apart from its checkpoint, by name
 
 
 def read_inputs(config: DistillConfig) -> Inputs:

@@ -885,18 +885,20 @@ def test_micro_batches_train_the_same_experts(call, toy, toy_experts, tmp_path):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("option, gradient, seconds", [
-    ("--matching=unroll", "unroll gradient, T 3", 6),
-    ("--adjoint_steps=1", "exact gradient, T 3 truncated to the last 1", 4)])  # the other two steps take half the time
-def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_experts, tmp_path, monkeypatch, option,
-                                                             gradient, seconds):
-    arguments = [*toy.distil, f"--log_path={tmp_path / 'out'}", option, "--dry_run"]
-    # Seconds: matching three steps; matching one (unroll), or training three (--adjoint_steps); then of evaluations.
-    times = iter([6, 2 if seconds == 6 else 3, 0, 0])
+@pytest.mark.parametrize("options, gradient, times, seconds", [
+    # Matching three steps and one, then evaluations: 1 s once and 2 s a step.
+    (["--matching=unroll", "--labels=hard"], "unroll gradient, T 3", [7, 3, 0, 0], 7),
+    # Also training three steps: the two that are not matched take 1 s each.
+    (["--adjoint_steps=1", "--labels=target", "--factor=2", "--loss_ratio=0.5"],
+     "exact gradient, T 3 truncated to the last 1", [7, 3, 4, 0, 0], 5)])
+def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_experts, tmp_path, monkeypatch, options,
+                                                             gradient, times, seconds):
+    arguments = [*toy.distil, f"--log_path={tmp_path / 'out'}", *options, "--dry_run"]
+    times = iter(times)
     monkeypatch.setattr("distill.estimate._measured", lambda measured, device: (measured(), (next(times), 0))[1])
     done = call("distill/DATM.py", *arguments, f"--buffer_path={toy_experts}")
     assert f"{gradient} (" in done.stdout and f"an iteration takes about {seconds} s," in done.stdout
-    assert ("activations of the last 1 step kept), on cpu" in done.stdout) == ("adjoint" in option)
+    assert ("activations of the last 1 step kept), on cpu" in done.stdout) == ("truncated" in gradient)
     assert "GB of data" in done.stdout
     assert "(Ctrl-C, if the estimate is enough)" in done.stdout and "--lr_teacher=" in done.stdout
     assert "mean matching loss of the first set" in done.stdout and "measuring updates 8/8" in done.stderr
@@ -904,11 +906,11 @@ def test_a_dry_run_estimates_and_suggests_and_leaves_nothing(call, toy, toy_expe
     assert not list(tmp_path.iterdir())
     (tmp_path / "out/ImageFolder/2/ConvNetD1W4/mine/Normal").mkdir(parents=True)
     (tmp_path / "file").touch()
-    for options, phrase in (([f"--buffer_path={tmp_path / 'none'}"], "no replay_buffer_*.pt"),
-                            ([f"--buffer_path={toy_experts}", "--max_start_epoch=9"], "has 3 epochs"),
-                            ([f"--buffer_path={toy_experts}", "--run_name=mine"], "holds Normal and is no run's"),
-                            ([f"--buffer_path={toy_experts}", f"--log_path={tmp_path}/file"], "cannot write")):
-        assert phrase in call("distill/DATM.py", *arguments, *options, expect=2).stderr
+    for odd, phrase in (([f"--buffer_path={tmp_path / 'none'}"], "no replay_buffer_*.pt"),
+                        ([f"--buffer_path={toy_experts}", "--max_start_epoch=9"], "has 3 epochs"),
+                        ([f"--buffer_path={toy_experts}", "--run_name=mine"], "holds Normal and is no run's"),
+                        ([f"--buffer_path={toy_experts}", f"--log_path={tmp_path}/file"], "cannot write")):
+        assert phrase in call("distill/DATM.py", *arguments, *odd, expect=2).stderr
 
 
 def test_the_rate_is_measured_where_it_is_auto(call, toy, toy_experts, tmp_path):

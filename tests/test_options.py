@@ -258,9 +258,9 @@ def test_pad_epochs_must_rise(call, toy, tmp_path):
 def test_experts_of_other_images_of_the_same_name_are_refused(call, toy, toy_experts, tmp_path):
     shutil.copytree(toy.data, tmp_path / "data")
     (tmp_path / "data" / "train" / "red" / "0.png").unlink()
-    done = call("distill/DATM.py", *toy.distil, f"--data_path={tmp_path / 'data'}", f"--buffer_path={toy_experts}",
-                expect=2)
-    assert "were trained on other images" in done.stderr
+    for script, options in (("distill/DATM.py", toy.distil), ("buffer/buffer_FTD.py", toy.train)):
+        done = call(script, *options, f"--data_path={tmp_path / 'data'}", f"--buffer_path={toy_experts}", expect=2)
+        assert "were trained on other images" in done.stderr
 
 
 def test_pad_refuses_batch_norm(call, toy, tmp_path):

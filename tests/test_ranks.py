@@ -173,6 +173,13 @@ def test_a_distillation_equals_one_process_and_resumes_after_a_killed_rank(call,
         assert torch.equal(tensor, two[name]), name
 
 
+def test_ranks_measure_equally_often_in_a_dry_run(torchrun, patched, distil):
+    """A rank that is slower than the others ends a measurement early; they share each match."""
+    worker = patched("import distill.estimate as estimate\nestimate.LONG = 1e-9 if os.environ['RANK'] == '1' else 99")
+    out, _ = torchrun(2, worker, *distil("dry"), "--dry_run")
+    assert out.count("an iteration takes about") == 1 and "nothing was distilled" in out
+
+
 def test_networks_of_an_evaluation_are_dealt_out(call, torchrun, toy, toy_experts, tmp_path):
     arguments = ["distill/baseline.py", *toy.evaluate, "--num_eval=3", "--ipc=2", "--pick=herding",
                  f"--buffer_path={toy_experts}"]

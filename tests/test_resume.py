@@ -340,7 +340,7 @@ def test_a_finished_run_goes_on_for_more_iterations(distil_to, whole):
     distil_to("parts")
     assert tensors_in(whole) == tensors_in(parts)
     assert without_times(whole / "result.json") == without_times(parts / "result.json")
-    assert (parts / "result_4.json").exists()
+    assert without_times(parts / "result_4.json")["best"]["iteration"] <= 4
     assert "is finished" in distil_to("parts", "--Iteration=4")[0].stdout
     done, _ = distil_to("parts", "--resume=never", "--lr_y=3", "--Iteration=8", expect=2)
     assert "holds a finished run of other options: lr_y" in done.stderr and "--resume never" not in done.stderr
