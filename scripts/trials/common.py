@@ -82,16 +82,9 @@ def surroundings(cache: Path) -> dict[str, str]:
                          "COLUMNS": "100"}
 
 
-def start(command: Sequence[str], cache: Path, wrapper: Sequence[str] = (), more: dict[str, str] | None = None,
-          **streams: Any) -> subprocess.Popen:
-    """Starts a program with its options as a process.
-
-    Args:
-        wrapper: a command that starts it.
-        more: additions to its environment.
-    """
-    environment = surroundings(cache) | (more or {})
-    return subprocess.Popen([*wrapper, sys.executable, *command], cwd=REPOSITORY, env=environment, text=True, **streams)
+def start(command: Sequence[str], cache: Path, **streams: Any) -> subprocess.Popen:
+    """Starts a program with its options as a process."""
+    return subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=surroundings(cache), text=True, **streams)
 
 
 def temporary(folder: Path) -> list[str]:
