@@ -104,8 +104,8 @@ class RunState:
         say(self.config, f"resuming at iteration {self.iteration}, where the run was saved")
         last = {name: where.split(THEN)[-1] for name, where in state["environment"].items()}
         if (state["engine"], last) != (self.engine, self.on):
-            note(f"it was last on {state['engine']}, torch {last['torch']}, {last['device']}; what follows may be rounded "
-                 "differently")
+            note(f"it was last on {state['engine']}, torch {last['torch']}, {last['device']}; what follows may be "
+                 "rounded differently")
         self.on = {name: where if last[name] == self.on[name] else f"{where}{THEN}{self.on[name]}"
                    for name, where in state["environment"].items()}
 
