@@ -265,7 +265,7 @@ def test_a_run_on_its_way_is_shown_and_what_showed_it_is_renewed_at_the_end(dist
     assert "not finished: this is how it was at iteration 2 of 6" in page and "could not be made" not in done.stderr
     assert all((parts / name).exists() for name in pictures)
     done, _ = distil_to("parts", "--Iteration=1", expect=2)
-    assert "--Iteration 1: " in done.stderr and "is at iteration 3 already; give at least that" in done.stderr
+    assert "--Iteration 1: " in done.stderr and "is at iteration 4 already; give at least that" in done.stderr
 
     # A picture that fails gives a note and stops nothing; existing pages are still renewed.
     monkeypatch.setattr("distill.conclusion.save_pictures", mock.Mock(side_effect=RuntimeError("no pencil")))
@@ -398,7 +398,8 @@ def test_a_run_starts_from_a_saved_set(distil_to, toy_data, tmp_path):
     done, _ = distil_to("other", f"--pix_init={tmp_path / 'x.safetensors'}", expect=2)
     assert "its images are not sorted by class, 2 of each; sort them" in done.stderr
     # Classes are no labels to learn.
-    replace(whole, labels=torch.tensor([0, 0, 1, 1, 2, 2])).save_whole(tmp_path / "y.safetensors", toy_data, options)
+    hard = replace(whole, labels=torch.arange(3).repeat_interleave(8))
+    hard.save_whole(tmp_path / "y.safetensors", toy_data, options)
     done, _ = distil_to("other", f"--pix_init={tmp_path / 'y.safetensors'}", expect=2)
     assert "holds classes and no soft labels; give a set with soft labels, or --labels hard" in done.stderr
 
