@@ -298,14 +298,14 @@ def test_the_pages_have_the_numbers_of_the_results():
     pages = {name: (results / name / "README.md").read_text() for name in (
         ".", "FashionMNIST/gpu", "FashionMNIST/small")}
     # Row → file in results/FashionMNIST; {}: the column's images per class.
-    factor, longer, whole = "cpu/ipc{}_factor_2", "../sets/FashionMNIST_ipc{}_T80", "gpu/whole"
+    factor, longer, whole = "cpu/ipc{}_factor_2", "../sets/FashionMNIST_ipc{}_T80", "cpu/whole"
     on_gpu = {
         "random real images": "gpu/random_{}", "random real images, with experts' labels": "gpu/random_labels_{}",
         "herded real images, labelled by experts": "gpu/herding_{}",
         "random real images, four in one": "gpu/random_factor2_{}",
         "the same with experts' labels": "gpu/random_factor2_labels_{}", "TESLA's gradient": "gpu/ipc{}_tesla",
         "exact gradient (DATM)": "gpu/ipc{}", "exact gradient, four images in one (`--factor 2`)": "gpu/ipc{}_factor2",
-        "the whole training set, 30 epochs, two networks": whole}
+        "the whole training set, 30 epochs, two networks": "gpu/whole"}
     first_page = {
         "random real images": "cpu/ipc{}_random", "herded real images, labelled by experts": "cpu/ipc{}_herding",
         "TESLA's gradient": "cpu/ipc{}_tesla", "exact gradient (DATM)": "cpu/ipc{}_exact",
