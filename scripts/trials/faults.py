@@ -223,6 +223,7 @@ fault("read-only folder, experts", in_read_only_folder, BUFFER)
 fault("read-only folder, distillation", in_read_only_folder, DATM)
 fault("read-only folder, evaluation", in_read_only_folder, EVALUATION)
 
+
 # --- the program ---------------------------------------------------------------------------------------------
 
 
